@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first; a second call is fast.
+#   make demo PHOTOS=folder      your own photographs instead of the bundled ones
+#   make demo TORCH=torch===2.13.0   the CUDA build of torch (=== takes the release without a local version)
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+DEMO   ?= runs/demo
+PHOTOS ?=
+BIN    := .venv/bin
+comma  := ,
+
+export RAY_USAGE_STATS_ENABLED = 0
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test drill lint format bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,3p' Makefile; echo; echo "targets: demo test drill lint format bench docs clean"
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# torch first: a CPU build is taken where one is found, and the ranges in pyproject.toml then keep it.
+.venv/.ready-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[$(subst -,$(comma),$*)]"
+	@touch $@
+
+demo: .venv/.ready-demo
+	$(BIN)/python examples/demo.py --out $(DEMO) $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+test: .venv/.ready-dev
+	$(BIN)/python -m pytest
+
+drill: .venv/.ready-dev
+	$(BIN)/python -m pytest -m drill --timeout=3600
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.ready-dev
+	$(BIN)/python benchmarks/hierarchy.py
+	$(BIN)/python benchmarks/train_step.py
+
+docs: .venv/.ready-docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv runs site build *.egg-info

@@ -1,0 +1,214 @@
+"""What a build is asked to do: frozen, checked, hashable, YAML in and out.
+
+Fields marked `execution` change how fast a result comes, never the result: they stay out of the hash
+that decides whether an existing output may be continued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+import pydantic
+import yaml
+
+from hierarchy_builder.errors import UsageError
+
+ConfigT = TypeVar("ConfigT")
+EXECUTION = {"execution": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractConfig:
+    """Images → features."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    encoder: str = "dinov2-reg-base"
+    """Name of an encoder (`hierarchy-builder encoders` lists them), `onnx:FILE` or `module:function`."""
+    weights: str | None = None
+    """Local weight file of the encoder; without it the weights come from the hub where the encoder has any."""
+    split: str | None = None
+    """Sub-folder of the input to take, for example `train`; without it the folder itself."""
+    order: Literal["shuffled", "listed"] = "shuffled"
+    """Order of rows: by a hash of the key, so that every block and shard mixes the classes, or as listed."""
+    block_rows: int = 1024
+    """Rows in a unit of work and in one shard of features.zarr."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the encoder; auto is bfloat16 on CUDA and float32 on a CPU."""
+    max_pixels: int = 200_000_000
+    """Pixels (width × height) above which an image is skipped before it is decoded."""
+    max_bad_fraction: float = field(default=0.01, metadata=EXECUTION)
+    """Share of skipped images above which the run ends with exit code 3."""
+    batch_size: int = field(default=32, metadata=EXECUTION)
+    """Images in one evaluation of the encoder."""
+
+    def __post_init__(self) -> None:
+        _require(self.block_rows >= 1, f"block_rows is {self.block_rows}, expected 1 or more")
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            f"max_bad_fraction is {self.max_bad_fraction}, expected a share from 0 to 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HierarchyRecipe:
+    """Features → nested regions. The defaults are the published recipe."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    cuts: tuple[float, ...] = (0.65, 0.35)
+    """Relative merge heights at which the object is cut, coarse → fine (falling); levels = cuts + 2."""
+    spatial_weight: float = 0.2
+    """Weight of the distance of two tokens on the unit square, added to their cosine distance."""
+    start: Literal["single"] = "single"
+    """How 2-means starts: `single` replays one k-means++ draw of scikit-learn with `seed`."""
+    seed: int = 0
+    """Seed of the k-means++ draws."""
+
+    def __post_init__(self) -> None:
+        _require(
+            all(0.0 <= cut <= 1.0 for cut in self.cuts),
+            f"cuts are {self.cuts}, expected relative heights from 0 to 1",
+        )
+        _require(
+            all(coarse > fine for coarse, fine in zip(self.cuts, self.cuts[1:], strict=False)),
+            f"cuts are {self.cuts}, expected falling heights (coarse → fine), for example 0.65,0.35",
+        )
+        _require(self.spatial_weight >= 0, f"spatial_weight is {self.spatial_weight}, expected 0 or more")
+
+    @property
+    def num_levels(self) -> int:
+        """L: object/background, one level per cut, and the raw tokens."""
+        return len(self.cuts) + 2
+
+    @classmethod
+    def paper(cls) -> HierarchyRecipe:
+        """The recipe of the Trajectory Forcing release: single start, cuts 0.65 and 0.35, spatial weight 0.2."""
+        return cls()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularyConfig:
+    """Features → dataset-wide prototypes."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    num_prototypes: int = 256
+    """K, number of centroids."""
+    sampled_tokens: int = 262_144
+    """Tokens drawn evenly from all images to fit the centroids."""
+    iterations: int = 20
+    """Lloyd iterations."""
+    seed: int = 0
+    """Seed of the token sample and of k-means++."""
+    backend: Literal["auto", "torch", "faiss", "cuml"] = "auto"
+    """k-means engine; auto is cuml, then faiss, then torch, by what is installed and whether CUDA is there."""
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.num_prototypes <= 65_535,
+            f"num_prototypes is {self.num_prototypes}, expected 1 to 65535",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardConfig:
+    """Features and regions → webdataset tars."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    split: str = "train"
+    """First part of the shard names, `<split>-000000.tar`."""
+    samples_per_shard: int = 1000
+    """Samples in each tar but the last; ignored when shard_bytes is given."""
+    shard_bytes: int | None = None
+    """Size in bytes a tar aims at; the samples per tar follow from the size of one sample."""
+    images: bool = False
+    """Also store the crop the features came from, as JPEG."""
+    image_quality: int = 95
+    """JPEG quality of the stored crop, 1 to 100."""
+    canvases: bool = False
+    """Also store the level canvases (float16), for readers that cannot build them."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples_per_shard >= 1, f"samples_per_shard is {self.samples_per_shard}, expected ≥ 1")
+        _require(
+            self.shard_bytes is None or self.shard_bytes >= 10_000,
+            f"shard_bytes is {self.shard_bytes}, expected at least 10000",
+        )
+        _require(1 <= self.image_quality <= 100, f"image_quality is {self.image_quality}, expected 1 to 100")
+        _require(
+            bool(self.split) and self.split.isascii() and self.split.replace("_", "").isalnum(),
+            f"split is {self.split!r}, expected letters, digits and underscores",
+        )
+
+
+def from_mapping(cls: type[ConfigT], mapping: Mapping[str, Any], where: str = "configuration") -> ConfigT:
+    """Build a checked config from plain data (YAML, JSON, flags).
+
+    Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(dict(mapping))
+    except pydantic.ValidationError as error:
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        lines = [_explain(dict(problem), known) for problem in error.errors()]
+        raise UsageError(f"{where}: " + "; ".join(lines)) from None
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """All fields as plain data, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields that decide the result: everything not marked `execution`."""
+    execution = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
+    return {name: value for name, value in to_mapping(config).items() if name not in execution}
+
+
+def config_hash(mapping: Mapping[str, Any]) -> str:
+    """SHA-256 over the canonical JSON of `mapping`, as 64 hex digits."""
+    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Read a config file of sections `extract`, `hierarchy`, `vocabulary`, `shard`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"config file {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config file {path}: found {type(content).__name__}, expected sections of fields")
+    sections = ["extract", "hierarchy", "vocabulary", "shard"]
+    for name in content:
+        if name not in sections:
+            raise UsageError(f"config file {path}: unknown section {name!r}{_nearest(str(name), sections)}")
+    return content
+
+
+def _explain(problem: dict[str, Any], known: list[str]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown field {name!r}{_nearest(name, known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f", known are {', '.join(known)}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,248 @@
+"""What a training run is: nested as the rooms are, frozen, checked, YAML in and out.
+
+Fields marked `execution` change how fast or how long a run goes, not the course it takes: a run folder may be
+continued with other values of them, and with no other value of the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import pydantic
+
+from trainer.errors import UsageError
+
+STRICT = pydantic.ConfigDict(extra="forbid")
+EXECUTION = {"execution": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network; stored in every checkpoint, enough to rebuild it. Defaults are TF-B on DINOv2-B features."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of tokens."""
+    in_channels: int = 768
+    """Channels of one token, the width of the encoder."""
+    num_classes: int = 1000
+    """Classes; the label table has one row more, the null class."""
+    num_levels: int = 4
+    """L, levels of the hierarchy including the raw tokens."""
+    width: int = 768
+    """Width of the transformer."""
+    depth: int = 16
+    """Blocks a token passes, shared ones and those of one head."""
+    head_depth: int = 8
+    """Blocks of the u-head and, with other weights, of the v-head; depth − head_depth are shared."""
+    num_heads: int = 12
+    """Attention heads."""
+    num_class_tokens: int = 8
+    """Conditioning tokens that carry the class."""
+    num_time_tokens: int = 8
+    """Conditioning tokens that carry h = t − r."""
+    num_level_tokens: int = 8
+    """Conditioning tokens that carry the level."""
+    guidance: bool = False
+    """Whether the network takes a guidance scale omega and its interval as input."""
+    num_guidance_tokens: int = 4
+    """Conditioning tokens that carry omega, with guidance."""
+    num_interval_tokens: int = 2
+    """Conditioning tokens for each end of the guidance interval, with guidance."""
+    fusion: Literal["fused", "concat"] = "fused"
+    """How the previous level enters: fused with each token, or appended to the sequence."""
+    mlp_ratio: float = 8 / 3
+    """Hidden width of the SwiGLU as a multiple of the width."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.head_depth <= self.depth,
+            f"head_depth {self.head_depth}, expected 1 to depth {self.depth}",
+        )
+        _require(
+            self.width % (4 * self.num_heads) == 0,
+            f"width {self.width}, expected a multiple of 4 × num_heads = {4 * self.num_heads} (rotary pairs)",
+        )
+        _require(self.num_levels >= 2, f"num_levels is {self.num_levels}, expected 2 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """Trajectory Forcing's objective: the law of (t, r), guidance, and the weight of the region loss."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    time_mean: float = 0.0
+    """Mean of logit(t) before the shift."""
+    time_std: float = 1.0
+    """Standard deviation of logit(t)."""
+    time_shift: float = 10.0
+    """Shift of the law: its logarithm is added to the mean."""
+    uniform_fraction: float = 0.1
+    """Share of samples whose t and r are uniform on [0, 1] instead."""
+    data_fraction: float = 0.0
+    """Share of samples with r = t (plain flow matching)."""
+    region_weight: float = 1.0
+    """Weight of the region loss."""
+    guidance_max: float = 8.0
+    """Largest guidance scale omega drawn in training, with guidance."""
+    label_dropout: float = 0.1
+    """Probability that the label is replaced by the null class, with guidance."""
+
+    def __post_init__(self) -> None:
+        for name in ("uniform_fraction", "data_fraction", "label_dropout"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+        _require(self.time_shift > 0, f"time_shift is {self.time_shift}, expected above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Muon for matrices, Adam with Nesterov for the rest, and the weight averages."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    lr: float = 1e-2
+    """Learning rate of both, constant."""
+    momentum: float = 0.95
+    """Momentum of Muon."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's first and second moments."""
+    newton_schulz_steps: int = 5
+    """Iterations of Muon's orthogonalisation."""
+    ema_halflives_kimg: tuple[float, ...] = (500.0, 1000.0, 2000.0)
+    """Half-lives of the weight averages in thousands of images."""
+    ema_ramp: float = 0.05
+    """A half-life never exceeds this share of the images seen so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One run."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    preset: str = "TF-B"
+    """Name of the preset the run started from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    total_images: int = field(default=102_400_000, metadata=EXECUTION)
+    """Images seen until the run ends (80 epochs of ImageNet)."""
+    batch_size: int = 1024
+    """Images in one optimiser step, over all ranks."""
+    micro_batch_size: int | None = field(default=None, metadata=EXECUTION)
+    """Images in one backward pass on one rank; without it the rank's whole share of the batch."""
+    seed: int = 0
+    """Seed of initial weights, data order, levels, times and noise."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic inside the network; weights and losses stay float32."""
+    level_per: Literal["sample", "batch"] = "sample"
+    """Whether each sample draws its level or, as the release does, a batch shares one."""
+    shuffle_shards: int = 64
+    """Shards whose samples are shuffled together."""
+    loader_workers: int = field(default=2, metadata=EXECUTION)
+    """Processes that read shards, per rank; 0 reads in the training process."""
+    checkpoint_images: int = field(default=1_280_000, metadata=EXECUTION)
+    """Images between two checkpoints."""
+    keep_checkpoints: int = field(default=2, metadata=EXECUTION)
+    """Latest checkpoints kept."""
+    log_images: int = field(default=10_240, metadata=EXECUTION)
+    """Images between two lines of metrics.jsonl."""
+    verify_shards: bool = field(default=True, metadata=EXECUTION)
+    """Whether each shard's SHA-256 is checked when it is first read."""
+    max_seconds: float | None = field(default=None, metadata=EXECUTION)
+    """Wall clock after which the run writes a checkpoint and ends with exit code 75, to be resumed."""
+
+    def __post_init__(self) -> None:
+        counts = ("total_images", "batch_size", "checkpoint_images", "log_images", "keep_checkpoints")
+        for name in (*counts, "shuffle_shards"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
+        _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
+        _require(self.loader_workers >= 0, f"loader_workers is {self.loader_workers}, expected 0 or more")
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            f"micro_batch_size is {self.micro_batch_size}, expected 1 or more",
+        )
+        _require(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"max_seconds is {self.max_seconds}, expected above 0",
+        )
+
+
+def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
+    """Build a checked TrainConfig from plain nested data.
+
+    Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name.
+    """
+    try:
+        return pydantic.TypeAdapter(TrainConfig).validate_python(dict(mapping))
+    except pydantic.ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise UsageError(f"{where}: " + "; ".join(lines)) from None
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """All fields as plain nested data, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The fields that decide the course of a run, by dotted name: everything not marked `execution`."""
+    execution = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
+    flat: dict[str, Any] = {}
+    for name, value in to_mapping(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
+        elif name not in execution:
+            flat[name] = value
+    return flat
+
+
+def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """The config with fields replaced by dotted name, for example `{"optim.lr": 0.005}`.
+
+    Raises UsageError for an unknown field, naming the nearest, and for a value the field does not take.
+    """
+    mapping = to_mapping(config)
+    for name, value in settings.items():
+        room, _, field_name = name.rpartition(".")
+        if name not in known_fields():
+            raise UsageError(f"unknown field {name!r}{_nearest(name)}; `trainer presets --json` lists all")
+        (mapping[room] if room else mapping)[field_name] = value
+    return from_mapping(mapping, "settings")
+
+
+def known_fields() -> list[str]:
+    """Every settable field by its dotted name."""
+    nested = {"model": ModelConfig, "method": MethodConfig, "optim": OptimConfig}
+    names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in nested]
+    return names + [f"{room}.{f.name}" for room, cls in nested.items() for f in dataclasses.fields(cls)]
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown field {name!r}{_nearest(name)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, known_fields(), n=1, cutoff=0.4)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
