@@ -1,0 +1,152 @@
+"""Any exported encoder: `onnx:FILE` or `onnx:FILE:OUTPUT`, run by onnxruntime.
+
+The model takes RGB [N, 3, S, S] float32 and gives maps [N, C, H, W] or tokens [N, prefix + H·W, C]. What it
+does not say itself follows these rules, each overridable by a metadata key of the model:
+
+    image_size_px   static size of the input, else 256
+    mean, std       three numbers for pixels in [0, 1]; else 0.5 and 0.5, that is [−1, 1]
+    output          the last declared map with at least 64 channels (exports list shallow outputs first, and
+                    maps of class scores are narrower), else the last map, else the last token sequence
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hierarchy_builder.errors import BuilderError, UsageError
+
+DEFAULT_SIZE_PX = 256
+MIN_FEATURE_CHANNELS = 64
+
+
+class OnnxEncoder:
+    """An onnxruntime session as an encoder; raises UsageError for a model that is no picture encoder."""
+
+    def __init__(self, path: Path, output: str | None, device: torch.device) -> None:
+        self.name = f"onnx:{path.name}" + (f":{output}" if output else "")
+        with path.open("rb") as file:
+            self.weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        self.session = _open_session(path, device)
+        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        self.input, self.batch, self.image_size_px = self._read_input()
+        self.mean = self._three_numbers("mean")
+        self.std = self._three_numbers("std")
+        probe = np.full((1, self.image_size_px, self.image_size_px, 3), 128, np.uint8)
+        self.output = self._choose_output(output or self.metadata.get("output"))
+        _, *grid, self.width = self.encode(probe).shape
+        self.grid: tuple[int, int] = (grid[0], grid[1])
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C]."""
+        pixels = (images.astype(np.float32) / 255 - self.mean) / self.std
+        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        step = self.batch or len(pixels)
+        parts = [self._run(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+        return _channels_last(np.concatenate(parts), self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records; an exported encoder has no decoder."""
+        return {
+            "name": self.name,
+            "image_size_px": self.image_size_px,
+            "grid": list(self.grid),
+            "width": self.width,
+            "output": self.output,
+            "normalisation": {"mean": self.mean.tolist(), "std": self.std.tolist()},
+            "weights_hash": self.weights_hash,
+            "decoder": None,
+        }
+
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        count = len(pixels)
+        if self.batch and count < self.batch:
+            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], self.batch - count, axis=0)])
+        return self.session.run([self.output], {self.input: pixels})[0][:count]
+
+    def _read_input(self) -> tuple[str, int | None, int]:
+        (first, *others) = self.session.get_inputs()
+        shape = first.shape
+        if others or len(shape) != 4 or shape[1] != 3 or first.type != "tensor(float)":
+            raise UsageError(
+                f"{self.name}: found input {first.name} {shape} {first.type} and {len(others)} more, "
+                "expected one float input [N, 3, H, W]"
+            )
+        if isinstance(shape[2], int) and shape[2] != shape[3]:
+            raise UsageError(f"{self.name}: found input of {shape[2]}×{shape[3]} pixels, expected a square")
+        static = shape[2] if isinstance(shape[2], int) else DEFAULT_SIZE_PX
+        size_px = int(self.metadata.get("image_size_px", static))
+        return first.name, shape[0] if isinstance(shape[0], int) else None, size_px
+
+    def _three_numbers(self, key: str) -> np.ndarray:
+        text = self.metadata.get(key, "0.5,0.5,0.5")
+        try:
+            values = np.array([float(part) for part in text.strip("[]() ").split(",")], np.float32)
+        except ValueError:
+            values = np.empty(0, np.float32)
+        if values.shape != (3,):
+            raise UsageError(f"{self.name}: metadata {key} is {text!r}, expected three numbers: 0.5,0.5,0.5")
+        return values
+
+    def _choose_output(self, wanted: str | None) -> str:
+        outputs = {output.name: output.shape for output in self.session.get_outputs()}
+        if wanted is not None:
+            if wanted not in outputs:
+                raise UsageError(f"{self.name}: no output {wanted!r}, the model has {', '.join(outputs)}")
+            return wanted
+        maps = [name for name, shape in outputs.items() if len(shape) == 4]
+        wide = [
+            name
+            for name in maps
+            if isinstance(outputs[name][1], int) and outputs[name][1] >= MIN_FEATURE_CHANNELS
+        ]
+        tokens = [name for name, shape in outputs.items() if len(shape) == 3]
+        for candidates in (wide, maps, tokens):
+            if candidates:
+                return candidates[-1]
+        raise UsageError(f"{self.name}: no output [N, C, H, W] or [N, tokens, C], found {outputs}")
+
+
+def load_onnx(name: str, device: torch.device) -> OnnxEncoder:
+    """Open `onnx:FILE` or `onnx:FILE:OUTPUT`; a colon inside an existing file name is part of it."""
+    text = name.removeprefix("onnx:")
+    path, _, output = (text, "", "") if Path(text).is_file() else text.rpartition(":")
+    if not Path(path).is_file():
+        raise BuilderError(f"encoder {name}: file {path or text} not found, expected onnx:FILE[:OUTPUT]")
+    return OnnxEncoder(Path(path), output or None, device)
+
+
+def _open_session(path: Path, device: torch.device) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BuilderError(
+            "onnx encoders need onnxruntime: pip install 'trajectory-hierarchies[onnx]'"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    cuda = device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise BuilderError(f"{path} is not a model onnxruntime can run: {reason}") from None
+
+
+def _channels_last(values: np.ndarray, name: str) -> np.ndarray:
+    """[B, C, H, W], or tokens [B, T, C] with T = prefix + G², → float32 [B, H, W, C]."""
+    if values.ndim == 3:
+        side = math.isqrt(values.shape[1])
+        values = values[:, values.shape[1] - side * side :].reshape(len(values), side, side, -1)
+    elif values.ndim == 4:
+        values = values.transpose(0, 2, 3, 1)
+    else:
+        raise UsageError(f"{name}: output of shape {values.shape}, expected [N, C, H, W] or [N, tokens, C]")
+    return np.ascontiguousarray(values, dtype=np.float32)

@@ -1,0 +1,203 @@
+"""DINOv2 and every other vision transformer of timm: patch tokens after the last LayerNorm, without affine.
+
+Trajectory Forcing's encoder is `dinov2-reg-base`: the final LayerNorm keeps its epsilon and loses weight and
+bias, so that every token has mean 0 and variance 1, and class and register tokens are dropped. The same
+holds for every timm ViT, also for those whose own norm sits behind the pooling.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hub
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hierarchy_builder.encoders.torchvision_schemas import import_timm
+from hierarchy_builder.errors import BuilderError, UsageError
+
+timm = import_timm()
+
+DINOV2_SIZE_PX = 224
+"""DINOv2 runs at 224 px here (its own 518 px position embedding is resampled by timm, bicubic, antialiased)."""
+HUB_TIMEOUT_S = 10
+
+
+class TimmEncoder:
+    """A timm vision transformer as an encoder.
+
+    model: any timm model with `patch_embed`, `num_prefix_tokens` and `forward_features` → [B, prefix + N, C].
+    Pictures are cropped bicubic and whole (timm's crop_pct is not used) and normalised as the model asks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        weights_hash: str,
+        precision: str = "float32",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        patches: Any = getattr(model, "patch_embed", None)
+        if not hasattr(model, "num_prefix_tokens") or not hasattr(patches, "grid_size"):
+            raise UsageError(
+                f"encoder {name}: {type(model).__name__} has no patch tokens, expected a vision transformer"
+            )
+        self.name = name
+        self.weights_hash = weights_hash
+        self.grid: tuple[int, int] = tuple(patches.grid_size)
+        self.image_size_px: int = patches.img_size[0]
+        self.width: int = int(model.num_features)  # type: ignore[arg-type]
+        self.bfloat16 = precision == "bfloat16"
+        self.device = torch.device(device)
+        self.epsilon = _final_epsilon(model)
+        model.norm = nn.Identity()  # type: ignore[assignment]
+        self.model: Any = model.eval().requires_grad_(False).to(self.device)
+        config = getattr(model, "pretrained_cfg", None) or {}
+        self.mean = tuple(config.get("mean") or (0.485, 0.456, 0.406))
+        self.std = tuple(config.get("std") or (0.229, 0.224, 0.225))
+
+    @torch.inference_mode()
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C], every token with mean 0 and variance 1."""
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
+        pixels = (pixels - self._per_channel(self.mean)) / self._per_channel(self.std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            tokens = self.model.forward_features(pixels)
+        tokens = tokens[:, self.model.num_prefix_tokens :].float()
+        tokens = F.layer_norm(tokens, (self.width,), eps=self.epsilon)
+        return tokens.reshape(-1, *self.grid, self.width).cpu().numpy()
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records. Its tokens need a trained decoder, which is none of ours."""
+        return {
+            "name": self.name,
+            "image_size_px": self.image_size_px,
+            "grid": list(self.grid),
+            "width": self.width,
+            "normalisation": {"mean": list(self.mean), "std": list(self.std)},
+            "weights_hash": self.weights_hash,
+            "decoder": None,
+        }
+
+    def _per_channel(self, values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, device=self.device)[:, None, None]
+
+
+def load_timm(name: str, *, weights: str | None, precision: str, device: torch.device) -> TimmEncoder:
+    """Build the model behind `dinov2-…` or `timm:NAME` with weights from a file, the cache or the hub.
+
+    weights: .safetensors or a .pth of plain tensors (timm's or the original authors' names), `random:SEED`,
+    or None for the hub. The hash is that of the file.
+    """
+    model_name, arguments = _timm_name(name)
+    if model_name.partition(".")[0] not in timm.list_models():
+        close = difflib.get_close_matches(model_name, timm.list_models("*vit*"), n=3)
+        nearest = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them"
+        raise UsageError(f"encoder {name}: timm has no model {model_name!r}, {nearest}")
+    if weights is not None and weights.startswith("random:"):
+        model = _random_model(name, model_name, weights.removeprefix("random:"), arguments)
+        digest = _state_hash(model)
+    else:
+        path = Path(weights) if weights is not None else _hub_file(name, model_name)
+        model = _model_with_weights(name, model_name, path, arguments)
+        digest = _file_hash(path)
+    return TimmEncoder(model, name=name, weights_hash=digest, precision=precision, device=device)
+
+
+def _timm_name(name: str) -> tuple[str, dict[str, Any]]:
+    if name.startswith("timm:"):
+        return name.removeprefix("timm:"), {}
+    size = name.rpartition("-")[2]
+    registers = "_reg4" if name.startswith("dinov2-reg-") else ""
+    return f"vit_{size}_patch14{registers}_dinov2", {"img_size": DINOV2_SIZE_PX}
+
+
+def _final_epsilon(model: Any) -> float:
+    """Epsilon of the last LayerNorm, before or (fc_norm) behind the pooling."""
+    norms = (getattr(model, name, None) for name in ("norm", "fc_norm"))
+    return next((float(norm.eps) for norm in norms if norm is not None and hasattr(norm, "eps")), 1e-6)
+
+
+def _random_model(name: str, model_name: str, seed: str, arguments: dict[str, Any]) -> nn.Module:
+    if not seed.isdigit():
+        raise UsageError(f"encoder {name}: weights random:{seed}, expected random:SEED, for example random:0")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        return timm.create_model(model_name, pretrained=False, num_classes=0, **arguments)
+
+
+def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
+    """Every weight of the model must be in the file.
+
+    timm stops checking as soon as the classifier is left out, and then keeps what the file lacks at random;
+    so the classifier is taken out of the file here, and timm told that there is none.
+    """
+    if not path.is_file():
+        raise BuilderError(f"encoder {name}: weight file {path} not found")
+    try:
+        config = timm.models.get_pretrained_cfg(model_name)
+        classifier = (config and config.classifier) or ()
+        heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+        state = timm.models.load_state_dict(str(path))  # weights_only, or safetensors
+        state = {key: value for key, value in state.items() if not key.startswith(heads)}
+        model = timm.create_model(
+            model_name,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": state, "classifier": None, "custom_load": False},
+            num_classes=0,
+            **arguments,
+        )
+        model.pretrained_cfg.pop("state_dict", None)
+        return model
+    except Exception as error:  # foreign files fail in as many ways as there are formats
+        reason = " ".join(str(error).split())[:300]
+        raise BuilderError(
+            f"encoder {name}: {path} does not hold the weights of {model_name}; expected .safetensors "
+            f"or a .pth of plain tensors: {reason}"
+        ) from None
+
+
+def _hub_file(name: str, model_name: str) -> Path:
+    """The weight file of a timm model from the local hub cache, else downloaded.
+
+    One look at the hub with a short limit decides: its own client would repeat for most of a minute.
+    """
+    config = timm.models.get_pretrained_cfg(model_name)
+    if config is None or not config.hf_hub_id:
+        raise BuilderError(f"encoder {name}: timm names no weights on the hub, pass --weights FILE")
+    file = {"repo_id": config.hf_hub_id, "filename": config.hf_hub_filename or "model.safetensors"}
+    try:
+        return Path(hub.hf_hub_download(**file, local_files_only=True))
+    except Exception:  # not in the cache
+        pass
+    try:
+        if not hub.constants.HF_HUB_OFFLINE:
+            hub.get_hf_file_metadata(hub.hf_hub_url(**file), timeout=HUB_TIMEOUT_S)
+            return Path(hub.hf_hub_download(**file))
+        reason = "HF_HUB_OFFLINE is set"
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise BuilderError(
+        f"encoder {name}: no weights in the local hub cache and none from the hub ({reason}): download "
+        f"https://huggingface.co/{file['repo_id']} {file['filename']} elsewhere and pass --weights FILE"
+    )
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

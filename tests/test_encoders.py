@@ -1,0 +1,371 @@
+"""Encoders: the DINOv2 recipe on tiny weights, exported models, your own, and what each refuses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from onnx import TensorProto, helper
+
+from hierarchy_builder.canvases.dct import DctBasis
+from hierarchy_builder.encoders import Encoder, check_encoder, list_encoders, load_encoder
+from hierarchy_builder.encoders.probe import probe_pictures, probe_value
+from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
+from hierarchy_builder.errors import BuilderError, UsageError
+
+TINY = {"img_size": 56, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 0}
+
+
+def pictures(count: int, size_px: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size_px, size_px, 3), dtype=np.uint8)
+
+
+def tiny_dinov2() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", **TINY)
+    with torch.no_grad():  # an affine and a layer scale that would be seen
+        model.norm.weight.uniform_(0.5, 2.0)
+        model.norm.bias.uniform_(-1.0, 1.0)
+        for block in model.blocks:
+            block.ls1.gamma.fill_(0.5)
+            block.ls2.gamma.fill_(0.5)
+    return model
+
+
+def test_dinov2_tokens_are_patches_after_a_norm_without_affine() -> None:
+    model, images = tiny_dinov2(), pictures(3, 56)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        pixels = ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
+        normed = model.eval().forward_features(pixels)
+        expected = ((normed - model.norm.bias) / model.norm.weight)[:, 5:].reshape(3, 4, 4, 64)
+    encoder = TimmEncoder(model, name="tiny", weights_hash="")
+    features = encoder.encode(images)
+    assert (features.shape, features.dtype) == ((3, 4, 4, 64), np.float32)
+    assert np.abs(features - expected.numpy()).max() < 1e-5
+    assert np.abs(features.mean(-1)).max() < 1e-5
+    assert np.abs(features.std(-1) - 1).max() < 1e-3
+    assert (encoder.grid, encoder.width, encoder.image_size_px) == ((4, 4), 64, 56)
+    assert np.abs(encoder.encode(images[1:2]) - features[1:2]).max() < 1e-5
+
+
+def test_the_method_encoder_has_its_published_shape() -> None:
+    encoder = load_encoder("dinov2-reg-small", weights="random:0", device="cpu")
+    assert encoder.encode(pictures(1, 224)).shape == (1, 16, 16, 384)
+    description = json.loads(json.dumps(encoder.describe()))
+    assert description["name"] == "dinov2-reg-small"
+    assert description["grid"] == [16, 16]
+    assert description["normalisation"] == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert description["decoder"] is None
+
+
+def test_random_weights_are_those_of_their_seed() -> None:
+    state = torch.get_rng_state()
+    hashes = [load_encoder("timm:test_vit", weights=f"random:{seed}").weights_hash for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_come_from_a_file_at_their_own_resolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    published = timm.create_model("test_vit", num_classes=10)
+    safetensors.torch.save_file(published.state_dict(), tmp_path / "vit.safetensors")
+    torch.save(published.state_dict(), tmp_path / "vit.pth")
+    one, two = (
+        load_encoder("timm:test_vit", weights=str(tmp_path / name), device="cpu")
+        for name in ("vit.safetensors", "vit.pth")
+    )
+    images = pictures(1, 160)
+    assert np.array_equal(one.encode(images), two.encode(images))
+    assert one.weights_hash != two.weights_hash
+    assert one.grid == (10, 10)
+    assert one.describe()["normalisation"]["mean"] == [0.5, 0.5, 0.5]
+    published.norm = torch.nn.Identity()
+    expected = TimmEncoder(published, name="", weights_hash="").encode(images)
+    assert np.abs(one.encode(images) - expected).max() < 1e-5
+
+
+def test_dinov2_positions_are_resampled_from_518_px(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, embed_dim=64, depth=1, num_heads=2))
+    published = timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=False)
+    assert published.pos_embed.shape[1] == 37 * 37
+    safetensors.torch.save_file(published.state_dict(), tmp_path / "dinov2.safetensors")
+    encoder = load_encoder("dinov2-reg-small", weights=str(tmp_path / "dinov2.safetensors"), device="cpu")
+    square = published.pos_embed.detach().reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
+    resampled = torch.nn.functional.interpolate(square, (16, 16), mode="bicubic", antialias=True)
+    ours = encoder.model.pos_embed.reshape(1, 16, 16, 64).permute(0, 3, 1, 2)  # type: ignore[attr-defined]
+    assert torch.allclose(ours, resampled, atol=1e-6)
+
+
+def test_unusable_weights_are_one_clear_line(tmp_path: Path) -> None:
+    junk = tmp_path / "junk.pth"
+    junk.write_bytes(b"junk")
+    other = timm.create_model("test_vit", num_classes=0)
+    safetensors.torch.save_file(other.state_dict(), tmp_path / "other.safetensors")
+    for weights, message in (
+        (str(junk), "does not hold the weights of test_vit2"),
+        (str(tmp_path / "other.safetensors"), "does not hold the weights of test_vit2"),
+        (str(tmp_path / "nowhere.pth"), "not found"),
+        ("random:x", "expected random:SEED"),
+    ):
+        with pytest.raises(BuilderError, match=message) as caught:
+            load_encoder("timm:test_vit2", weights=weights)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    asked: list[str] = []
+
+    def refuse(url: str, **_: Any) -> None:
+        asked.append(url)
+        raise OSError("Name or service not known")
+
+    def not_cached(**options: Any) -> str:
+        assert options["local_files_only"], "nothing may be downloaded before the hub has answered"
+        raise FileNotFoundError
+
+    hub = "hierarchy_builder.encoders.timm_vit.hub."
+    monkeypatch.setattr(hub + "constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(hub + "hf_hub_download", not_cached)
+    monkeypatch.setattr(hub + "get_hf_file_metadata", refuse)
+    with pytest.raises(
+        BuilderError, match=r"timm/vit_base_patch14_reg4_dinov2.*pass --weights FILE"
+    ) as caught:
+        load_encoder("dinov2-reg-base")
+    assert len(asked) == (0 if offline else 1)
+    assert ("HF_HUB_OFFLINE is set" if offline else "Name or service not known") in str(caught.value)
+
+
+def test_models_without_patches_are_refused() -> None:
+    with pytest.raises(UsageError, match="ResNet has no patch tokens"):
+        load_encoder("timm:resnet18", weights="random:0")
+    with pytest.raises(UsageError, match="did you mean vit_tiny_patch16_224"):
+        load_encoder("timm:vit_tiny_patch16_22", weights="random:0")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bfloat16_on_cuda_stays_close() -> None:
+    images = pictures(2, 224)
+    exact = load_encoder("dinov2-reg-small", weights="random:0", device="cpu").encode(images)
+    fast = load_encoder("dinov2-reg-small", weights="random:0", device="cuda").encode(images)
+    assert (fast.dtype, fast.shape) == (exact.dtype, exact.shape)
+    assert np.abs(fast - exact).mean() < 0.02
+
+
+def test_bfloat16_returns_normalised_float32() -> None:
+    model = tiny_dinov2()
+    exact = TimmEncoder(model, name="", weights_hash="").encode(pictures(1, 56))
+    fast = TimmEncoder(tiny_dinov2(), name="", weights_hash="", precision="bfloat16").encode(pictures(1, 56))
+    assert fast.dtype == np.float32
+    assert 0 < np.abs(fast - exact).mean() < 0.05
+
+
+# dct
+
+
+def test_dct_is_declared_and_decodes_from_its_description() -> None:
+    encoder = load_encoder("dct", device="cpu")
+    images = np.broadcast_to(np.uint8([40, 120, 200]), (2, 256, 256, 3)).copy()
+    features = encoder.encode(images)
+    assert (features.shape, features.dtype) == ((2, 16, 16, 48), np.float32)
+    description = json.loads(json.dumps(encoder.describe()))
+    decoded = DctBasis.from_spec(description["decoder"]).inverse(torch.from_numpy(features))
+    assert np.abs(decoded.permute(0, 2, 3, 1).numpy() * 255 - images).max() < 0.5
+    with pytest.raises(UsageError, match="dct takes no weight file"):
+        load_encoder("dct", weights="some.pth")
+
+
+def test_dct_loads_no_other_encoder_library() -> None:
+    code = (
+        "import sys; from hierarchy_builder.encoders import load_encoder; load_encoder('dct');"
+        "print([m for m in ('timm', 'torchvision', 'onnxruntime') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# onnx
+
+
+def save_onnx(
+    path: Path, outputs: dict[str, int], *, size: Any = "S", batch: Any = "N", **metadata: str
+) -> Path:
+    """A model of 16 px patches whose output channels repeat the patch's first red value."""
+    nodes, weights, infos = [], [], []
+    for name, channels in outputs.items():
+        kernel = np.zeros((channels, 3, 16, 16), np.float32)
+        kernel[:, 0, 0, 0] = 1
+        weights.append(onnx.numpy_helper.from_array(kernel, f"{name}_w"))
+        nodes.append(helper.make_node("Conv", ["image", f"{name}_w"], [name], strides=[16, 16]))
+        infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, channels, None, None]))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, size, size])
+    graph = helper.make_graph(nodes, "patches", [image], infos, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, path)
+    return path
+
+
+def test_onnx_runs_a_real_encoder(shared: Path) -> None:
+    path = shared / "data/encoders/deeplab_mobilenetv2_voc.onnx"
+    encoder = load_encoder(f"onnx:{path}", device="cpu")
+    assert encoder.describe()["output"] == "aspp_256"
+    assert (encoder.image_size_px, encoder.grid, encoder.width) == (256, (16, 16), 256)
+    images = pictures(3, 256)
+    features = encoder.encode(images)
+    assert np.abs(encoder.encode(images[2:]) - features[2:]).max() < 1e-4
+    assert load_encoder(f"onnx:{path}:s16_96").width == 96
+    assert str(path.parent) not in json.dumps(encoder.describe())
+    with pytest.raises(UsageError, match="no output 'nope', the model has s16_96, s16_320"):
+        load_encoder(f"onnx:{path}:nope")
+
+
+def test_onnx_chooses_the_last_wide_map_and_normalises(tmp_path: Path) -> None:
+    path = save_onnx(tmp_path / "m.onnx", {"early": 128, "late": 64, "scores": 10})
+    encoder = load_encoder(f"onnx:{path}")
+    assert (encoder.describe()["output"], encoder.width, encoder.image_size_px) == ("late", 64, 256)
+    images = pictures(2, 256)
+    expected = images[:, ::16, ::16, 0] / 127.5 - 1
+    assert np.abs(encoder.encode(images)[..., 0] - expected).max() < 1e-5
+    narrow = load_encoder(f"onnx:{save_onnx(tmp_path / 'n.onnx', {'a': 3, 'b': 5})}")
+    assert narrow.describe()["output"] == "b"
+
+
+def test_onnx_follows_its_metadata_and_static_shapes(tmp_path: Path) -> None:
+    path = save_onnx(
+        tmp_path / "m.onnx", {"a": 64, "b": 64}, size=32, batch=2, mean="0,0,0", std="1,1,1", output="a"
+    )
+    encoder = load_encoder(f"onnx:{path}")
+    assert (encoder.image_size_px, encoder.grid, encoder.describe()["output"]) == (32, (2, 2), "a")
+    images = pictures(5, 32)
+    assert np.abs(encoder.encode(images)[..., 0] - images[:, ::16, ::16, 0] / 255).max() < 1e-5
+    broken = save_onnx(tmp_path / "b.onnx", {"a": 64}, mean="0.5")
+    with pytest.raises(UsageError, match=r"metadata mean is '0\.5', expected three numbers"):
+        load_encoder(f"onnx:{broken}")
+
+
+def test_onnx_files_that_do_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    with pytest.raises(BuilderError, match="is not a model onnxruntime can run"):
+        load_encoder(f"onnx:{tmp_path}/junk.onnx")
+    with pytest.raises(BuilderError, match=r"file .*nowhere\.onnx not found"):
+        load_encoder(f"onnx:{tmp_path}/nowhere.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BuilderError, match=r"pip install 'trajectory-hierarchies\[onnx\]'"):
+        load_encoder(f"onnx:{tmp_path}/junk.onnx")
+
+
+# Your own
+
+
+class MeanColour:
+    """Mean colour of 16 px patches."""
+
+    name = "mean-colour"
+    image_size_px = 64
+    grid = (4, 4)
+    width = 3
+    weights_hash = "none"
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), 4, 16, 4, 16, 3).mean((2, 4)).astype(np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "decoder": None}
+
+
+def own(**changes: Any) -> Callable[[], object]:
+    return lambda: type("Changed", (MeanColour,), changes)()
+
+
+def failing() -> object:
+    raise RuntimeError("no such checkpoint")
+
+
+def test_your_own_encoder_is_taken_by_name() -> None:
+    encoder = load_encoder(f"{__name__}:MeanColour")
+    assert isinstance(encoder, Encoder)
+    assert encoder.name == "mean-colour"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: object(), "returned object without name, image_size_px"),
+        (own(width=7), r"into \(1, 4, 4, 3\) float32, expected \(1, 4, 4, 7\) float32"),
+        (own(encode=lambda self, images: np.zeros((1, 4, 4, 3))), "float64, expected"),
+        (own(encode=lambda self, images: [1]), r"into None list"),
+    ],
+)
+def test_your_own_encoder_is_checked(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(BuilderError, match=message):
+        check_encoder(make(), "mine:make")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dinov2-reg-bas", "unknown encoder 'dinov2-reg-bas': did you mean dinov2-reg-base"),
+        ("dinov2-reg-tiny", "did you mean dinov2-reg-"),
+        ("resnet", "known are dinov2-reg-small"),
+        ("no_such_module:make", "No module named 'no_such_module'; expected module:function"),
+        ("json:no_such_function", "module json has no 'no_such_function'"),
+        (f"{__name__}:failing", "calling it failed: RuntimeError: no such checkpoint"),
+    ],
+)
+def test_names_that_are_not_understood(name: str, message: str) -> None:
+    with pytest.raises(BuilderError, match=message):
+        load_encoder(name)
+
+
+def test_every_listed_name_is_unique_and_says_what_it_needs() -> None:
+    rows = list_encoders()
+    assert len({row.name for row in rows}) == len(rows) >= 12
+    assert {(row.name, row.width) for row in rows} >= {
+        ("dinov2-reg-base", 768),
+        ("dct", 48),
+        ("onnx:FILE[:OUTPUT]", None),
+    }
+    for row in rows:
+        if row.name.startswith("dinov2"):
+            assert timm.models.get_pretrained_cfg(load_name(row.name)).hf_hub_id.startswith("timm/")
+
+
+def load_name(name: str) -> str:
+    size, registers = name.rpartition("-")[2], "_reg4" if "-reg-" in name else ""
+    return f"vit_{size}_patch14{registers}_dinov2"
+
+
+# Probe
+
+
+def test_the_probe_sees_weights_and_not_batches() -> None:
+    encoder = load_encoder("dct", device="cpu")
+    value = probe_value(encoder)
+    assert len(value) == 8
+    assert value == probe_value(encoder)
+    assert all(np.isfinite(value))
+    assert value == [float(f"{number:.4e}") for number in value]
+    tiny = [TimmEncoder(tiny_dinov2(), name="", weights_hash="") for _ in range(2)]
+    with torch.no_grad():
+        tiny[1].model.blocks[1].mlp.fc1.weight *= 1.1
+    assert probe_value(tiny[0]) != probe_value(tiny[1])
+
+
+def test_probe_pictures_never_change() -> None:
+    ramp, board = probe_pictures(256)
+    assert ramp.shape == board.shape == (256, 256, 3)
+    assert ramp[255, 128].tolist() == [254, 127, 190]
+    assert board[200, 100].tolist() == [25 * 37 % 256, 25 * 91 % 256, 25 * 53 % 256]
+    assert len(np.unique(board.reshape(-1, 3), axis=0)) > 20

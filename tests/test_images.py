@@ -1,0 +1,459 @@
+"""Listing and decoding: every kind of source, every odd picture, and keys that are safe and unique."""
+
+import gzip
+import io
+import json
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hierarchy_builder.decoding import crop_square, decode_image
+from hierarchy_builder.errors import BuilderError, ImageError, UsageError
+from hierarchy_builder.images import open_reader, open_source
+from hierarchy_builder.keys import assign_keys
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray | Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def tree(root: Path, *paths: str) -> Path:
+    """Files at `paths` below `root`, each a different 1-pixel picture."""
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(encoded(np.full((1, 1, 3), number, np.uint8)))
+    return root
+
+
+def labels(source: str | Path, **options: object) -> dict[str, tuple[str, int]]:
+    return {r.path: (r.key, r.label) for r in open_source(str(source), **options).records}
+
+
+# Listing
+
+
+def test_class_folders_become_classes_in_sorted_order(tmp_path: Path) -> None:
+    tree(tmp_path, "dog/b.png", "cat/2.JPG", "cat/1.png", "cat/deep/3.webp", "dog/.hidden.png", ".git/x.png")
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    source = open_source(str(tmp_path))
+    assert [(r.path, r.key, r.label) for r in source.records] == [
+        ("cat/1.png", "cat/1", 0),
+        ("cat/2.JPG", "cat/2", 0),
+        ("cat/deep/3.webp", "cat/deep_3", 0),
+        ("dog/b.png", "dog/b", 1),
+    ]
+    assert source.class_map == {"cat": 0, "dog": 1}
+    assert source.records[0].num_bytes == (tmp_path / "cat/1.png").stat().st_size
+    assert source.read("dog/b.png") == (tmp_path / "dog/b.png").read_bytes()
+
+
+def test_an_empty_class_keeps_its_id_and_is_named(tmp_path: Path) -> None:
+    tree(tmp_path, "a/1.png", "c/1.png")
+    (tmp_path / "b").mkdir()
+    source = open_source(str(tmp_path))
+    assert source.class_map == {"a": 0, "b": 1, "c": 2}
+    assert [r.label for r in source.records] == [0, 2]
+    assert "b" in source.warnings[0]
+
+
+def test_a_folder_without_classes_is_one_class(tmp_path: Path) -> None:
+    source = open_source(str(tree(tmp_path, "one.png", "two.png")))
+    assert source.class_map == {"unlabelled": 0}
+    assert [r.key for r in source.records] == ["unlabelled/one", "unlabelled/two"]
+
+
+def test_pictures_beside_class_folders_are_left_out_aloud(tmp_path: Path) -> None:
+    source = open_source(str(tree(tmp_path, "cat/1.png", "cover.png")))
+    assert [r.path for r in source.records] == ["cat/1.png"]
+    assert "1 images beside the class folders" in source.warnings[0]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    tree(tmp_path / "data", "cat/1.png")
+    tree(tmp_path / "elsewhere", "2.png")
+    (tmp_path / "data/dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/cat/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/cat/self.png").symlink_to(tmp_path / "data/cat/self.png")
+    (tmp_path / "data/cat/gone.png").symlink_to(tmp_path / "nowhere")
+    source = open_source(str(tmp_path / "data"))
+    assert [r.path for r in source.records] == ["cat/1.png", "cat/gone.png", "cat/self.png", "dog/2.png"]
+    with pytest.raises(ImageError, match="missing"):
+        source.read("cat/gone.png")
+
+
+def test_a_split_is_a_sub_folder_and_stays_in_the_path(tmp_path: Path) -> None:
+    tree(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/9.png")
+    source = open_source(str(tmp_path), split="train")
+    assert source.class_map == {"cat": 0, "dog": 1}
+    assert source.records[0].key == "cat/1"
+    assert open_reader(source.location).read("train/cat/1.png") == source.read(source.records[0].path)
+    with pytest.raises(UsageError, match="train, val: choose one with --split"):
+        open_source(str(tmp_path))
+    with pytest.raises(UsageError, match=r"no split 'test'.*found train, val"):
+        open_source(str(tmp_path), split="test")
+
+
+def test_a_source_that_cannot_be_used_says_what_was_expected(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing here")
+    with pytest.raises(BuilderError, match=r"no images under .*1 other files.*expected one folder per class"):
+        open_source(str(tmp_path))
+    with pytest.raises(UsageError, match="does not exist: expected a folder"):
+        open_source(str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="is a file: expected a folder"):
+        open_source(str(tmp_path / "notes.txt"))
+    with pytest.raises(UsageError, match="nonsense"):
+        open_source("nonsense://bucket/photos")
+
+
+def test_a_class_map_fixes_ids_whatever_is_present(tmp_path: Path) -> None:
+    tree(tmp_path / "data", "dog/1.png")
+    map_file = tmp_path / "map.json"
+    map_file.write_text(json.dumps({"cat": 0, "dog": 7}))
+    assert labels(tmp_path / "data", class_map=str(map_file))["dog/1.png"] == ("dog/1", 7)
+    assert open_source(str(tmp_path / "data"), class_map={"dog": 7}).class_map == {"dog": 7}
+    with pytest.raises(
+        UsageError, match="1 classes are not in the class map, the first is 'dog'; near it is 'dogs'"
+    ):
+        open_source(str(tmp_path / "data"), class_map={"dogs": 0})
+    map_file.write_text('["cat"]')
+    with pytest.raises(UsageError, match="expected JSON of names and ids"):
+        open_source(str(tmp_path / "data"), class_map=str(map_file))
+
+
+def test_the_listing_hash_sees_names_sizes_and_labels(tmp_path: Path) -> None:
+    tree(tmp_path, "a/1.png", "b/2.png")
+    first = open_source(str(tmp_path)).listing_hash
+    assert open_source(str(tmp_path)).listing_hash == first
+    assert open_source(str(tmp_path), class_map={"a": 1, "b": 0}).listing_hash != first
+    (tmp_path / "a/1.png").write_bytes(b"longer than a picture of one pixel" * 9)
+    assert open_source(str(tmp_path)).listing_hash != first
+
+
+def make_tar(path: Path, folder: Path, arcname: str) -> Path:
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, arcname=arcname)
+    return path
+
+
+@pytest.mark.parametrize("arcname", [".", "photos"])
+def test_a_tar_lists_like_the_tree_in_it(tmp_path: Path, arcname: str) -> None:
+    data = tree(tmp_path / "data", "cat/1.png", "dog/2.png")
+    (data / "empty").mkdir()
+    source = open_source(str(make_tar(tmp_path / "photos.tar", data, arcname)))
+    assert source.class_map == {"cat": 0, "dog": 1, "empty": 2}
+    assert [r.key for r in source.records] == ["cat/1", "dog/2"]
+    for record in source.records:
+        expected = (data / record.key).with_suffix(".png").read_bytes()
+        assert source.read(record.path) == open_reader(source.location).read(record.path) == expected
+
+
+def test_a_split_inside_a_tar(tmp_path: Path) -> None:
+    data = tree(tmp_path / "data", "train/cat/1.png", "val/dog/2.png")
+    path = str(make_tar(tmp_path / "photos.tar", data, "photos"))
+    assert labels(path, split="val") == {"photos/val/dog/2.png": ("dog/2", 0)}
+    with pytest.raises(UsageError, match="no split 'test'"):
+        open_source(path, split="test")
+
+
+def test_a_broken_tar_is_refused(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "photos.tar", tree(tmp_path / "data", "cat/1.png"), ".")
+    whole = path.read_bytes()
+    for end in (1400, 1536, 1600, 2048, 2600):  # inside headers, between members, inside data
+        path.write_bytes(whole[:end])
+        with pytest.raises(BuilderError, match="not a whole, uncompressed tar"):
+            open_source(str(path))
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(BuilderError, match="not a whole, uncompressed tar"):
+        open_source(str(path))
+
+
+def test_csv_and_parquet_listings_agree(tmp_path: Path) -> None:
+    tree(tmp_path, "x/1.png", "y/2.png", "y/3.png")
+    rows = {"path": ["y/2.png", "x/1.png", "y/3.png"], "class": ["zebra", "ant", "ant"]}
+    pq.write_table(pa.table(rows), tmp_path / "list.parquet")
+    lines = ["path,class", *(f"{p},{c}" for p, c in zip(*rows.values(), strict=True))]
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    (tmp_path / "list.tsv").write_text("\n".join(lines).replace(",", "\t"))
+    expected = {"x/1.png": ("ant/1", 0), "y/2.png": ("zebra/2", 1), "y/3.png": ("ant/3", 0)}
+    for name in ("list.csv", "list.tsv", "list.parquet"):
+        source = open_source(str(tmp_path / name))
+        assert {r.path: (r.key, r.label) for r in source.records} == expected
+        assert source.read("x/1.png") == (tmp_path / "x/1.png").read_bytes()
+        assert source.records[0].num_bytes > 0
+
+
+def test_labels_of_a_listing_are_ids_where_they_are_numbers(tmp_path: Path) -> None:
+    tree(tmp_path, "1.png", "2.png")
+    table = tmp_path / "list.csv"
+    table.write_text("path,label\n1.png,10\n2.png,2\n")
+    source = open_source(str(table))
+    assert [r.label for r in source.records] == [10, 2]
+    assert source.class_map == {str(n): n for n in range(11)}
+    table.write_text("path,label,class\n1.png,10,ant\n2.png,2,bee\n")
+    assert open_source(str(table)).class_map == {"ant": 10, "bee": 2}
+    table.write_text("path,label\n1.png,ant\n2.png,2\n")
+    assert open_source(str(table)).class_map == {"2": 0, "ant": 1}
+    pq.write_table(pa.table({"path": ["1.png", "2.png"], "label": [10, 2]}), tmp_path / "list.parquet")
+    assert [r.label for r in open_source(str(tmp_path / "list.parquet")).records] == [10, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\n1.png,0\n", "no column 'path', found file, label"),
+        ("path,class\n1.png,a\n1.png,b\n", "listed as 'a' and as 'b'"),
+        ("path,class,label\n1.png,a,0\n2.png,a,1\n", "class 'a' has labels 0 and 1"),
+        ("path\n9.png\n8.png\n", "none of the 2 paths.*the first is '9.png'.*relative to the folder"),
+        ("path,class\n,a\n", "row 1 has no path"),
+        ("path\n", "no images in"),
+    ],
+)
+def test_a_listing_that_cannot_be_used_says_why(tmp_path: Path, text: str, message: str) -> None:
+    table = tree(tmp_path, "1.png", "2.png") / "list.csv"
+    table.write_text(text)
+    with pytest.raises(BuilderError, match=message):
+        open_source(str(table))
+
+
+def test_a_listing_warns_of_missing_and_repeated_files(tmp_path: Path) -> None:
+    table = tree(tmp_path, "1.png") / "list.csv"
+    table.write_text("path,split\n1.png,a\n1.png,a\ngone.png,a\nother.png,b\n")
+    source = open_source(str(table), split="a")
+    assert [r.path for r in source.records] == ["1.png", "gone.png"]
+    assert len(source.warnings) == 2
+    with pytest.raises(ImageError, match="missing"):
+        source.read("gone.png")
+
+
+def test_sources_behind_a_url() -> None:
+    fs = fsspec.filesystem("memory")
+    picture = encoded(NOISE)
+    for path in ("photos/cat/1.png", "photos/dog/2.png", "photos/.cache/3.png"):
+        fs.pipe(f"/{path}", picture)
+    fs.pipe("/photos/list.csv", b"path,class\ncat/1.png,c\nmemory://photos/dog/2.png,d\n")
+    source = open_source("memory://photos")
+    assert [(r.key, r.num_bytes) for r in source.records] == [
+        ("cat/1", len(picture)),
+        ("dog/2", len(picture)),
+    ]
+    assert source.read("dog/2.png") == picture
+    table = open_source("memory://photos/list.csv")
+    assert [r.path for r in table.records] == ["cat/1.png", "memory://photos/dog/2.png"]
+    assert table.read("memory://photos/dog/2.png") == open_reader(table.location).read("cat/1.png") == picture
+
+
+# Keys
+
+PARTS = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=150)
+
+
+@given(st.sets(st.tuples(PARTS, PARTS), max_size=30))
+def test_keys_are_safe_and_unique(parts: set[tuple[str, str]]) -> None:
+    images = [(f"{folder}/{name}.png", folder) for folder, name in parts]
+    keys = assign_keys(images)
+    assert len(set(keys)) == len(keys)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+/[A-Za-z0-9_-]+", key) and len(key) <= 120 for key in keys)
+    assert dict(zip(images, keys, strict=True)) == dict(
+        zip(images[::-1], assign_keys(images[::-1]), strict=True)
+    )
+
+
+def test_keys_stay_readable_and_collisions_are_told_apart() -> None:
+    keys = assign_keys(
+        [("cat/a.b c.png", "cat"), ("cat/x.jpg", "cat"), ("cat/x.png", "cat"), ("chien/été.png", "chien")]
+    )
+    assert keys[0] == "cat/a_b_c"
+    assert keys[3] == "chien/ete"
+    assert [key[:6] for key in keys[1:3]] == ["cat/x-", "cat/x-"]
+    assert keys[1] != keys[2]
+    assert assign_keys([("cat/x.jpg", "cat")]) == ["cat/x"]
+    twice = assign_keys([("cat/\u00e9.png", "cat"), ("cat/e\u0301.png", "cat")])  # one name, composed and not
+    assert len(set(twice)) == 2
+
+
+# Decoding
+
+
+def reason(data: bytes, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, **options)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_cut_file_is_truncated_never_half_a_picture(image_format: str) -> None:
+    data = encoded(NOISE, image_format)
+    image, facts = decode_image(data)
+    assert (image.mode, image.size) == ("RGB", (60, 40))
+    assert (facts.width, facts.height, facts.frames, facts.orientation) == (60, 40, 1, 1)
+    for share in (0.4, 0.7, 0.95):
+        assert reason(data[: int(len(data) * share)]) == "truncated"
+
+
+def test_what_is_no_picture_is_named() -> None:
+    assert reason(b"") == "empty"
+    assert reason(b"<html>moved</html>") == "not_an_image"
+
+
+def test_size_is_checked_before_pixels_are_read() -> None:
+    data = encoded(NOISE)
+    assert reason(data[:60], max_pixels=2399) == "too_large"
+    assert decode_image(data, max_pixels=2400)[1].width == 60
+    bomb = bytearray(encoded(Image.new("1", (1, 1)), "BMP"))
+    bomb[18:26] = (60_000).to_bytes(4, "little") * 2
+    assert reason(bytes(bomb)) == "too_large"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "TIFF", "PNG"])
+def test_exif_orientation_is_applied(orientation: int, image_format: str) -> None:
+    # Two columns and one row of 16 px squares, upright: red left, blue right.
+    upright = Image.fromarray(
+        np.repeat(np.repeat(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8), 16, 0), 16, 1)
+    )
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's Transpose that stores it so
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image, facts = decode_image(encoded(stored, image_format, exif=exif))
+    assert facts.orientation == orientation
+    assert (facts.width, facts.height) == image.size == (32, 16)
+    red, blue = image.getpixel((4, 8)), image.getpixel((27, 8))
+    assert red[0] > 200 > 60 > red[2]
+    assert blue[2] > 200 > 60 > blue[0]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_or_foolish_exif_does_not_spoil_a_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 99
+    assert decode_image(encoded(NOISE, "JPEG", exif=exif))[1].orientation == 1
+    assert decode_image(encoded(NOISE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"))[1].orientation == 1
+
+
+def test_transparency_is_matted_on_white() -> None:
+    hidden = np.zeros((2, 2, 4), np.uint8)
+    hidden[..., 1] = 200
+    hidden[0, 0, 3] = 255
+    for image_format in ("PNG", "WEBP"):
+        image = np.asarray(decode_image(encoded(hidden, image_format, lossless=True))[0])
+        assert image[0, 0].tolist() == [0, 200, 0]
+        assert image[1, 1].tolist() == [255, 255, 255]
+    grey = np.stack([np.full((2, 2), 90, np.uint8), np.full((2, 2), 128, np.uint8)], -1)
+    assert np.asarray(decode_image(encoded(Image.fromarray(grey, "LA")))[0])[0, 0].tolist() == [172] * 3
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    image = np.asarray(decode_image(encoded(palette, transparency=1))[0])
+    assert image.tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    rgb = Image.fromarray(np.full((8, 8, 3), 255, np.uint8))
+    image, facts = decode_image(encoded(rgb.convert(mode), "TIFF"))
+    assert facts.mode == mode
+    assert np.asarray(image).min() >= 250
+
+
+def test_cmyk_jpeg_is_not_inverted() -> None:
+    red = Image.fromarray(np.full((16, 16, 3), (220, 20, 20), np.uint8)).convert("CMYK")
+    assert np.allclose(np.asarray(decode_image(encoded(red, "JPEG"))[0]), (220, 20, 20), atol=6)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_divided_by_256(image_format: str) -> None:
+    ramp = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    image, facts = decode_image(encoded(Image.fromarray(ramp), image_format))
+    assert facts.mode == "I;16"
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_deep_pictures_are_scaled_by_their_range() -> None:
+    def grey(values: list[float], dtype: type) -> list[int]:
+        image = Image.fromarray(np.array([values], dtype))
+        return np.asarray(decode_image(encoded(image, "TIFF"))[0])[0, :, 0].tolist()
+
+    assert grey([0.0, 0.5, 1.0], np.float32) == [0, 128, 255]
+    assert grey([0.0, 7.0, 200.0], np.float32) == [0, 7, 200]
+    assert grey([-1.0, 0.0, 1.0], np.float32) == [0, 128, 255]
+    assert grey([0, 256, 65535], np.int32) == [0, 1, 255]
+    assert grey([0, 70_000, 140_000], np.int32) == [0, 128, 255]
+    assert grey([5.0, 5.0], np.float32) == [5, 5]
+    assert reason(encoded(Image.fromarray(np.array([[np.nan, 1]], np.float32)), "TIFF")) == "corrupt"
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(image_format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
+    image, facts = decode_image(data)
+    assert facts.frames == 3
+    assert np.allclose(np.asarray(image), (255, 0, 0), atol=4)
+
+
+def test_content_decides_not_the_name(tmp_path: Path) -> None:
+    (tmp_path / "really_png.jpg").write_bytes(encoded(NOISE, "PNG"))
+    source = open_source(str(tmp_path))
+    assert np.array_equal(np.asarray(decode_image(source.read(source.records[0].path))[0]), NOISE)
+
+
+# Cropping
+
+
+def test_crop_is_the_release_preprocessing() -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (333, 500, 3), dtype=np.uint8))
+    resized = image.resize((224 * 500 // 333, 224), Image.Resampling.BICUBIC)
+    left = round((resized.width - 224) / 2)
+    expected = np.asarray(resized)[:, left : left + 224]
+    assert np.array_equal(crop_square(image, 224), expected)
+    tall = image.transpose(Image.Transpose.TRANSPOSE)
+    turned = crop_square(tall, 224).transpose(1, 0, 2).astype(int)
+    # The two passes of the filter round, and clamp, in another order.
+    assert np.abs(turned - expected).mean() < 0.5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9999), (9999, 1), (3, 5000), (224, 224), (223, 225), (2, 3)])
+def test_every_size_gives_a_square(size: tuple[int, int]) -> None:
+    square = crop_square(Image.new("RGB", size, (10, 20, 30)), 224)
+    assert (square.shape, square.dtype) == ((224, 224, 3), np.uint8)
+    assert np.array_equal(square[0, 0], (10, 20, 30))
+    assert square.std(axis=(0, 1)).max() == 0
+
+
+def test_a_strip_shows_its_middle() -> None:
+    strip = np.zeros((4, 400, 3), np.uint8)
+    strip[:, 198:202] = 255
+    square = crop_square(Image.fromarray(strip), 64)
+    assert square[32, 32].min() == 255
+    assert square.mean() > 240
+
+
+def test_real_photographs_decode(shared: Path) -> None:
+    source = open_source(str(shared / "data/imagenet-one-per-class"))
+    assert len(source.records) == len(source.class_map) == 1000
+    modes = {decode_image(source.read(r.path))[1].mode for r in source.records[::50]}
+    assert modes <= {"RGB", "L", "CMYK"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/1.png")
+    (tmp_path / "cat").chmod(0)
+    with pytest.raises(BuilderError, match="Permission denied"):
+        open_source(str(tmp_path))
+    (tmp_path / "cat").chmod(0o700)
