@@ -1,0 +1,192 @@
+"""Colours that mean the same everywhere on a page: features by a shared PCA palette, regions by a stable table.
+
+    H×W grid of tokens, C channels, L levels (coarse → fine)
+
+Region hues live in OKLCH (Ottosson 2020, "A perceptual color space for image processing"), where equal steps
+of hue and lightness look equal; evenly spaced HSV hues crowd the greens and lose the yellows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+BACKGROUND_LCH = (0.36, 0.006, 280.0)
+"""Lightness, chroma and hue of region 0: a neutral dark grey, far from every region colour."""
+
+FIT_TOKENS = 16_384
+"""Tokens the principal axes are fitted on; more change no colour by a visible step."""
+
+CHROMA = 0.125
+LIGHTNESSES = (0.74, 0.62, 0.84)
+FIRST_HUE = 40.0
+GOLDEN_ANGLE = 137.507764
+TOKEN_STEP = 0.028
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Palette:
+    """Three axes of feature space and the range of each that spans black to full colour.
+
+    mean: float32 [C]. axes: float32 [C, 3], orthonormal columns. low, high: float32 [3].
+    """
+
+    mean: np.ndarray
+    axes: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def apply(self, features: np.ndarray) -> np.ndarray:
+        """Colour features [..., C] of any float dtype as uint8 [..., 3]; tokens that are not finite are black.
+
+        Raises ValueError if C is not the width the palette was fitted on.
+        """
+        features = np.asarray(features, dtype=np.float32)
+        if features.shape[-1] != len(self.mean):
+            raise ValueError(
+                f"features have {features.shape[-1]} channels, the palette was fitted on {len(self.mean)}: "
+                "fit one palette on features of the encoder that is shown"
+            )
+        finite = np.isfinite(features).all(axis=-1, keepdims=True)
+        projected = (np.where(finite, features, 0.0) - self.mean) @ self.axes
+        span = self.high - self.low
+        unit = np.where(span > 0, (projected - self.low) / np.where(span > 0, span, 1.0), 0.5)
+        return np.where(finite, _to_bytes(unit), np.uint8(0))
+
+
+def fit_palette(features: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)) -> Palette:
+    """Fit the palette of a page: PCA to red, green, blue, ranges by percentiles.
+
+    features: [..., C], any float dtype; at most FIT_TOKENS rows, spread over all, are used, and those that are
+    not finite are left out. The largest loading of each axis is positive, so equal features give equal colours.
+    Raises ValueError if no finite token is left.
+    """
+    tokens_MC = np.asarray(features).reshape(-1, np.shape(features)[-1])
+    tokens_MC = tokens_MC[spread_rows(len(tokens_MC), FIT_TOKENS)].astype(np.float32)
+    tokens_MC = tokens_MC[np.isfinite(tokens_MC).all(axis=1)]
+    if not len(tokens_MC):
+        raise ValueError("no finite token to fit a palette on: pass features of at least one image")
+    mean = tokens_MC.mean(axis=0, dtype=np.float64).astype(np.float32)
+    axes = _principal_axes(tokens_MC - mean)
+    low, high = np.percentile((tokens_MC - mean) @ axes, percentiles, axis=0).astype(np.float32)
+    return Palette(mean=mean, axes=axes, low=low, high=high)
+
+
+def spread_rows(num_rows: int, limit: int, seed: int = 0) -> np.ndarray:
+    """Indices of at most `limit` of `num_rows` rows, one drawn from each of `limit` equal runs; int64, rising.
+
+    Drawn, since a fixed stride that divides the grid would only ever meet one column of tokens.
+    """
+    if num_rows <= limit:
+        return np.arange(num_rows, dtype=np.int64)
+    drawn = (np.arange(limit) + np.random.default_rng(seed).random(limit)) * (num_rows / limit)
+    return np.minimum(drawn.astype(np.int64), num_rows - 1)
+
+
+def region_colours(regions: np.ndarray) -> np.ndarray:
+    """Colour region ids on their own: uint8 [..., H, W] → uint8 [..., H, W, 3], the same id always the same.
+
+    Id 0 is the background grey; hues of neighbouring ids lie a golden angle apart. For nested levels of one
+    image take `hierarchy_colours`.
+    """
+    return _region_table()[np.asarray(regions)]
+
+
+def hierarchy_colours(regions: np.ndarray) -> np.ndarray:
+    """Colour all levels of one image so that children resemble their parent.
+
+    regions: uint8 [L−1, H, W], nested, 0 background. Returns uint8 [L, H, W, 3]; the last level is the tokens,
+    each a shade of the finest region it lies in. A region owns an arc of the hue circle and its children share
+    that arc; a region that is not divided keeps its colour from one level to the next.
+    """
+    regions = np.asarray(regions)
+    arcs = {0: (FIRST_HUE, FIRST_HUE + 360.0, LIGHTNESSES[0])}
+    parents = np.zeros(regions.shape[1:], dtype=regions.dtype)
+    painted = []
+    for level_HW in regions:
+        arcs = _divide_arcs(level_HW, parents, arcs)
+        painted.append(_paint(level_HW, arcs))
+        parents = level_HW
+    return np.stack([_to_srgb(lch) for lch in (*painted, _shade_tokens(painted[-1]))])
+
+
+def _principal_axes(centred_MC: np.ndarray) -> np.ndarray:
+    channels = centred_MC.shape[1]
+    covariance = (centred_MC.T @ centred_MC).astype(np.float64) / len(centred_MC)
+    axes = np.zeros((channels, 3), dtype=np.float32)
+    leading = np.linalg.eigh(covariance)[1][:, ::-1][:, :3]
+    signs = np.sign(leading[np.abs(leading).argmax(axis=0), np.arange(leading.shape[1])])
+    axes[:, : leading.shape[1]] = leading * signs
+    return axes
+
+
+@lru_cache(maxsize=1)
+def _region_table() -> np.ndarray:
+    ids = np.arange(255)
+    lch = np.stack(
+        [
+            np.take(LIGHTNESSES, ids % len(LIGHTNESSES)),
+            np.full(255, CHROMA),
+            FIRST_HUE + ids * GOLDEN_ANGLE,
+        ],
+        axis=-1,
+    )
+    return _to_srgb(np.concatenate([[BACKGROUND_LCH], lch]))
+
+
+def _divide_arcs(level_HW: np.ndarray, parents_HW: np.ndarray, arcs: dict) -> dict:
+    """Arc of hue and lightness of every region, cut from its parent's (the parent under its first token)."""
+    children: dict[int, list[int]] = {}
+    for region in np.unique(level_HW[level_HW > 0]):
+        parent = int(parents_HW[level_HW == region][0])
+        children.setdefault(parent, []).append(int(region))
+    divided = {0: arcs[0]}
+    for parent, regions in children.items():
+        start, stop, lightness = arcs[parent]
+        width = (stop - start) / len(regions)
+        for i, region in enumerate(regions):
+            # Siblings also differ in lightness: deep levels have arcs too narrow to tell apart by hue alone.
+            own = lightness if len(regions) == 1 else LIGHTNESSES[i % len(LIGHTNESSES)]
+            divided[region] = (start + i * width, start + (i + 1) * width, own)
+    return divided
+
+
+def _paint(level_HW: np.ndarray, arcs: dict) -> np.ndarray:
+    lch = np.empty((*level_HW.shape, 3))
+    for region in np.unique(level_HW):
+        start, stop, lightness = arcs[int(region)]
+        colour = (lightness, CHROMA, (start + stop) / 2) if region else BACKGROUND_LCH
+        lch[level_HW == region] = colour
+    return lch
+
+
+def _shade_tokens(lch_HW3: np.ndarray) -> np.ndarray:
+    rows, columns = np.indices(lch_HW3.shape[:2])
+    shaded = lch_HW3.copy()
+    # A knight's-move pattern of five shades: none of the eight neighbours of a token has its shade.
+    shaded[..., 0] += TOKEN_STEP * ((2 * rows + columns) % 5 - 2)
+    return shaded
+
+
+def _to_srgb(lch: np.ndarray) -> np.ndarray:
+    """OKLCH (lightness 0..1, chroma, hue in degrees) → sRGB uint8, clipped to the gamut. Source: Ottosson 2020."""
+    lightness, chroma, hue = np.moveaxis(np.asarray(lch, dtype=np.float64), -1, 0)
+    a, b = chroma * np.cos(np.deg2rad(hue)), chroma * np.sin(np.deg2rad(hue))
+    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    linear = np.stack(
+        [
+            4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
+            -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
+            -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
+        ],
+        axis=-1,
+    ).clip(0.0, 1.0)
+    return _to_bytes(np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055))
+
+
+def _to_bytes(unit: np.ndarray) -> np.ndarray:
+    return np.rint(255 * np.clip(unit, 0.0, 1.0)).astype(np.uint8)

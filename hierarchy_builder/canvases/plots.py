@@ -1,0 +1,172 @@
+"""Line plots as inline SVG: no plotting library, no script; colours come from the page's style sheet.
+
+Long series are drawn as the mean of equal runs of points with a band from their minimum to their maximum, so a
+plot of a million steps stays small and hides no spike; on a logarithmic axis the mean is taken of the logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 360, 230
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 38
+MAX_POINTS = 240
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One line: a name and its points; points that are not finite are left out."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plot:
+    """One pair of axes; with `log_y` points at or below zero are left out. No `y_label`: the title says it."""
+
+    title: str
+    x_label: str
+    series: Sequence[Series]
+    y_label: str = ""
+    log_y: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def draw(plot: Plot) -> Markup:
+    """The plot as an `<svg>` element; series take the classes s0, s1, … in order."""
+    curves = [_curve(series, plot.log_y) for series in plot.series]
+    drawn = [curve for curve in curves if len(curve.x)]
+    if not drawn:
+        return Markup('<p class="empty">No finite points.</p>')
+    x_range = _span([curve.x for curve in drawn])
+    y_range = _span([curve.low for curve in drawn] + [curve.high for curve in drawn], margin=0.04)
+    parts = [_axes(plot, x_range, y_range)]
+    for i, curve in enumerate(curves):
+        if len(curve.x):
+            parts.append(_line(curve, i % 8, x_range, y_range))
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, describe(plot), Markup("").join(parts)
+    )
+
+
+def describe(plot: Plot) -> str:
+    """The plot in words: axes, and first and last value of every series."""
+    ends = []
+    for series in plot.series:
+        curve = _curve(series, log_y=False)
+        if len(curve.x):
+            ends.append(f"{series.name} from {curve.y[0]:.4g} to {curve.y[-1]:.4g}")
+    scale = " on a logarithmic scale" if plot.log_y else ""
+    return f"{plot.title}: {plot.y_label or plot.title}{scale} over {plot.x_label}. {'; '.join(ends)}"
+
+
+def short_number(value: float, digits: int = 4) -> str:
+    """A number as an axis shows it, to `digits` significant digits: 1.5M, 20k, 0.05, 1e-06."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
+
+
+def _curve(series: Series, log_y: bool) -> _Curve:
+    x, y = np.asarray(series.x, dtype=np.float64), np.asarray(series.y, dtype=np.float64)
+    kept = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log_y))
+    x, y = x[kept], np.log10(y[kept]) if log_y else y[kept]
+    runs = [(a, b) for a, b in zip(np.array_split(x, MAX_POINTS), np.array_split(y, MAX_POINTS), strict=True)]
+    runs = [(a, b) for a, b in runs if len(a)]
+    columns = [(a.mean(), b.mean(), b.min(), b.max()) for a, b in runs]
+    return _Curve(*np.array(columns, dtype=np.float64).reshape(-1, 4).T)
+
+
+def _span(values: list[np.ndarray], margin: float = 0.0) -> tuple[float, float]:
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    if low == high:
+        pad = abs(low) * 0.05 or 0.5
+        return low - pad, high + pad
+    pad = margin * (high - low)
+    return low - pad, high + pad
+
+
+def _axes(plot: Plot, x_range: tuple[float, float], y_range: tuple[float, float]) -> Markup:
+    parts = []
+    for value, text in _log_ticks(*y_range) if plot.log_y else _linear_ticks(*y_range, count=4):
+        y = _to_y(value, y_range)
+        parts.append(
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y, y)
+        )
+        parts.append(Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(LEFT - 6, y + 4, text))
+    for value, text in _linear_ticks(*x_range, count=4):
+        x = _to_x(value, x_range)
+        parts.append(
+            Markup('<text class="tick middle" x="{}" y="{}">{}</text>').format(x, HEIGHT - BOTTOM + 16, text)
+        )
+    parts.append(
+        Markup('<text class="label end" x="{}" y="{}">{}</text>').format(
+            WIDTH - RIGHT, HEIGHT - 5, plot.x_label
+        )
+    )
+    return Markup("").join(parts)
+
+
+def _line(curve: _Curve, index: int, x_range: tuple[float, float], y_range: tuple[float, float]) -> Markup:
+    xs = [_to_x(x, x_range) for x in curve.x]
+    ys, low, high = ([_to_y(y, y_range) for y in side] for side in (curve.y, curve.low, curve.high))
+    if len(xs) == 1:
+        return Markup('<circle class="dot s{}" cx="{}" cy="{}" r="3"/>').format(index, xs[0], ys[0])
+    line = Markup('<path class="line s{}" d="{}"/>').format(index, _path(xs, ys))
+    if low == high:
+        return line
+    outline = _path(xs + xs[::-1], high + low[::-1]) + "Z"
+    return Markup('<path class="band s{}" d="{}"/>').format(index, outline) + line
+
+
+def _path(xs: list[float], ys: list[float]) -> str:
+    return "M" + "L".join(f"{x:g},{y:g}" for x, y in zip(xs, ys, strict=True))
+
+
+def _to_x(value: float, x_range: tuple[float, float]) -> float:
+    return round(LEFT + (WIDTH - LEFT - RIGHT) * (value - x_range[0]) / (x_range[1] - x_range[0]), 1)
+
+
+def _to_y(value: float, y_range: tuple[float, float]) -> float:
+    return round(TOP + (HEIGHT - TOP - BOTTOM) * (y_range[1] - value) / (y_range[1] - y_range[0]), 1)
+
+
+def _linear_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
+    """Round values within the range, about `count` of them and at least count − 1."""
+    least = 0.6 * (high - low) / count
+    power = 10.0 ** math.floor(math.log10(least))
+    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= least)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    # As many digits as tell two ticks apart, also where a loss only moves in its fifth digit.
+    digits = max(4, math.ceil(math.log10(max(abs(low), abs(high)) / step)) + 1)
+    return [(i * step, short_number(i * step, digits)) for i in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Powers of ten, thinned where they are many, joined by 2 and 5 where they are few; range in log10."""
+    decades = list(range(math.ceil(low), math.floor(high) + 1))
+    if len(decades) >= 3:
+        return [
+            (float(d), f"{10.0**d:.0e}" if abs(d) > 3 else f"{10.0**d:g}")
+            for d in decades[:: len(decades) // 5 + 1]
+        ]
+    values = [m * 10.0**d for d in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    ticks = [(math.log10(v), short_number(v)) for v in values if low <= math.log10(v) <= high]
+    if len(ticks) >= 2:
+        return ticks
+    return [(math.log10(v), text) for v, text in _linear_ticks(10.0**low, 10.0**high, count=3)]
