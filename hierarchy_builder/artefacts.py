@@ -1,0 +1,144 @@
+"""Files that are either whole or absent: temporary name, fsync, rename; and where each artefact of a build lives."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hierarchy_builder.errors import BuilderError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFolder:
+    """The folder of one build; every artefact has one place in it."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index.parquet"
+
+    @property
+    def class_map(self) -> Path:
+        return self.root / "class_map.json"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features.zarr"
+
+    @property
+    def regions(self) -> Path:
+        return self.root / "regions.zarr"
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.root / "vocabulary.npz"
+
+    @property
+    def shards(self) -> Path:
+        return self.root / "shards"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def ledger(self, stage: str) -> Path:
+        """Folder of the markers of one stage."""
+        return self.root / "ledger" / stage
+
+    def require(self) -> BuildFolder:
+        """Return self, or raise UsageError when this is not the folder of a build."""
+        if not self.manifest.is_file():
+            raise UsageError(
+                f"{self.root} is not a build: {self.manifest.name} is missing; "
+                f"start one with `hierarchy-builder build IMAGES --out {self.root}`"
+            )
+        return self
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the build for one writer; a second one raises BuilderError at once. Freed by the kernel on exit."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BuilderError(
+                    f"{self.root} is being written by another process: wait for it, or choose another --out"
+                ) from None
+            yield
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` for writing; on success it is fsynced and takes the name `path`.
+
+    On any exception the temporary file is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` under its final name, whole or not at all; an equal file is left untouched."""
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON (UTF-8, sorted keys, two spaces), whole or not at all."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises BuilderError naming the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BuilderError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BuilderError(f"{path} is damaged ({error}): remove it and run the same command again") from None
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 when it does not exist."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,144 @@
+"""What an output was made with, and which units of it are done: resume, or refuse.
+
+manifest.json holds, per stage, everything that decides the result and its hash. ledger/<stage>/NNNNNN.json marks
+one finished unit and carries that hash, so that a marker of another configuration never counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hierarchy_builder import __version__
+from hierarchy_builder.artefacts import BuildFolder, read_json, remove, write_json
+from hierarchy_builder.config import config_hash
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError
+from hierarchy_builder.records import FORMAT_VERSION
+
+STAGES = ("extract", "cluster", "vocabulary", "shard")
+"""In the order of the data; starting a stage afresh removes it and all stages after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Markers of one stage of one build."""
+
+    folder: Path
+    stage_hash: str
+
+    def marker(self, unit: int) -> Path:
+        return self.folder / f"{unit:06d}.json"
+
+    def is_done(self, unit: int) -> bool:
+        """Whether `unit` was finished under this configuration."""
+        path = self.marker(unit)
+        return path.is_file() and read_json(path).get("stage_hash") == self.stage_hash
+
+    def finish(self, unit: int, result: Mapping[str, Any]) -> None:
+        """Mark `unit` as finished; called after everything it wrote is on disk."""
+        write_json(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
+
+    def results(self, units: Iterable[int]) -> list[dict[str, Any]]:
+        """What the markers of `units` hold, in that order. Raises BuilderError when one is missing."""
+        found = [read_json(self.marker(unit)) for unit in units]
+        for unit, result in zip(units, found, strict=True):
+            if result.get("stage_hash") != self.stage_hash:
+                raise BuilderError(
+                    f"{self.marker(unit)} belongs to another configuration: run the stage again"
+                )
+        return found
+
+
+def read_manifest(folder: BuildFolder) -> dict[str, Any]:
+    """The manifest of a build, or an empty one. Raises BuilderError for a newer format version."""
+    if not folder.manifest.exists():
+        return {"format_version": FORMAT_VERSION, "stages": {}}
+    manifest = read_json(folder.manifest)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BuilderError(
+            f"{folder.manifest} has format version {version}, this release reads {FORMAT_VERSION}: "
+            "use the release that wrote it, or build again into another folder"
+        )
+    return manifest
+
+
+def stage_entry(folder: BuildFolder, stage: str) -> dict[str, Any]:
+    """What the manifest holds of `stage`. Raises BuilderError naming the command to run first."""
+    entry = read_manifest(folder)["stages"].get(stage)
+    if entry is None:
+        raise BuilderError(
+            f"{folder.root} has no {stage} stage yet: run `hierarchy-builder {stage} {folder.root}` first"
+        )
+    return entry
+
+
+def open_ledger(folder: BuildFolder, stage: str) -> Ledger:
+    """The ledger of a stage that is already in the manifest."""
+    return Ledger(folder.ledger(stage), stage_entry(folder, stage)["hash"])
+
+
+def begin_stage(
+    folder: BuildFolder, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any], *, fresh: bool
+) -> Ledger:
+    """Record what `stage` is made with before it starts, or check that it is what the output was made with.
+
+    inputs: everything that decides the result. facts: things worth keeping that do not.
+    fresh: remove this stage and those after it first.
+    Raises ConfigMismatchError listing the differing keys side by side.
+    """
+    manifest = read_manifest(folder)
+    if fresh:
+        _forget(folder, manifest, stage)
+    stored = manifest["stages"].get(stage)
+    if stored is not None and stored["inputs"] != dict(inputs):
+        raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
+    manifest["code_version"] = __version__ if stored is None else manifest.get("code_version", __version__)
+    stage_hash = config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
+    if stored is None:
+        manifest["stages"][stage] = {"inputs": dict(inputs), "hash": stage_hash, **facts}
+    write_json(folder.manifest, manifest)
+    return Ledger(folder.ledger(stage), stage_hash)
+
+
+def _forget(folder: BuildFolder, manifest: dict[str, Any], stage: str) -> None:
+    outputs = {
+        "extract": [folder.index, folder.class_map, folder.features],
+        "cluster": [folder.regions],
+        "vocabulary": [folder.vocabulary],
+        "shard": [folder.shards],
+    }
+    for later in STAGES[STAGES.index(stage) :]:
+        manifest["stages"].pop(later, None)
+        for path in [folder.ledger(later), *outputs[later]]:
+            remove(path)
+    write_json(folder.manifest, manifest)
+
+
+def _describe_mismatch(
+    folder: BuildFolder, stage: str, stored: Mapping[str, Any], asked: Mapping[str, Any]
+) -> str:
+    lines = [
+        f"  {name}: {before!r} there, {now!r} now"
+        for name, before, now in _differences(dict(stored), dict(asked))
+    ]
+    return (
+        f"{folder.root} was made with another {stage} configuration or input:\n"
+        + "\n".join(lines)
+        + "\nrepeat the command with the stored values, choose another --out, or start over with --fresh"
+    )
+
+
+def _differences(
+    stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    for name in sorted(stored.keys() | asked.keys()):
+        before, now = stored.get(name), asked.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += _differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            found.append((prefix + name, before, now))
+    return found

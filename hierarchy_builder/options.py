@@ -1,0 +1,99 @@
+"""What a command line of the builder can say, and how it becomes configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hierarchy_builder.config import VocabularyConfig, from_mapping, load_yaml
+from hierarchy_builder.errors import UsageError
+
+Images = Annotated[
+    str, typer.Argument(help="Folder of class folders, tar, CSV/parquet listing, or fsspec URL of one.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the build.")]
+Out = Annotated[Path, typer.Option(help="Folder of the build; the same command resumes there.")]
+Encoder = Annotated[str | None, typer.Option(help="See `hierarchy-builder encoders`.")]
+Weights = Annotated[str | None, typer.Option(help="Local weight file of the encoder.")]
+Precision = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images in one evaluation of the encoder.")]
+BlockRows = Annotated[int | None, typer.Option(help="Images in a unit of work.")]
+Order = Annotated[str | None, typer.Option(help="Order of rows: shuffled or listed.")]
+ClassMap = Annotated[
+    str | None, typer.Option(help="JSON of class name → id; without it ids follow the names.")
+]
+MaxBad = Annotated[
+    float | None, typer.Option(help="Share of unusable images above which the exit code is 3.")
+]
+InputSplit = Annotated[str | None, typer.Option("--split", help="Sub-folder of IMAGES to take.")]
+Cuts = Annotated[
+    str | None, typer.Option(help="Relative merge heights, coarse → fine, for example 0.65,0.35.")
+]
+SpatialWeight = Annotated[float | None, typer.Option(help="Weight of token distance beside cosine distance.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the 2-means start.")]
+Vocabulary = Annotated[
+    int | None, typer.Option(help="Also fit K dataset-wide prototypes and link every part.")
+]
+Backend = Annotated[
+    str | None, typer.Option(help="k-means engine of the vocabulary: auto, torch, faiss, cuml.")
+]
+Split = Annotated[str | None, typer.Option(help="First part of the shard names.")]
+SamplesPerShard = Annotated[int | None, typer.Option(help="Samples in a tar.")]
+ShardBytes = Annotated[int | None, typer.Option(help="Bytes a tar aims at, instead of a number of samples.")]
+WithImages = Annotated[bool | None, typer.Option("--images/--no-images", help="Store the crop as JPEG too.")]
+WithCanvases = Annotated[
+    bool | None, typer.Option("--canvases/--no-canvases", help="Store the canvases too.")
+]
+WorkerCount = Annotated[
+    int | None,
+    typer.Option("--workers", envvar="HIERARCHY_BUILDER_WORKERS", help="Processes; 0 works in this one."),
+]
+Address = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", envvar="HIERARCHY_BUILDER_CONFIG", help="YAML of sections of fields."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this stage made before, and start over.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no configuration on stderr.")]
+
+
+def resolve(
+    cls: type[Any],
+    section: str,
+    flags: Mapping[str, Any],
+    file: Path | None,
+    stored: Mapping[str, Any] | None = None,
+) -> Any:
+    """Flag > environment > config file > `stored` (a build that is taken up again) > default.
+
+    Flags that were not given are None. Raises UsageError for what does not fit `cls`.
+    """
+    in_file = load_yaml(str(file)).get(section) if file is not None else None
+    given = {name: value for name, value in flags.items() if value is not None}
+    return from_mapping(cls, {**(stored or {}), **(in_file or {}), **given}, section)
+
+
+def resolve_vocabulary(
+    size: int | None, backend: str | None, file: Path | None, stored: Mapping[str, Any] | None = None
+) -> VocabularyConfig | None:
+    """The vocabulary's configuration, or None when neither flag, file nor the stored build asks for one."""
+    asked = size is not None or bool(stored) or (file is not None and "vocabulary" in load_yaml(str(file)))
+    if not asked:
+        if backend is not None:
+            raise UsageError("--backend chooses the engine of --vocabulary K, which is not given")
+        return None
+    return resolve(VocabularyConfig, "vocabulary", {"num_prototypes": size, "backend": backend}, file, stored)
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """Numbers of a comma separated list; None stays None."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"--cuts is {text!r}, expected numbers such as 0.65,0.35") from None

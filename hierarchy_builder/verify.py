@@ -1,0 +1,149 @@
+"""Does a finished build hold what its manifest promises? Each check yields the problems it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hierarchy_builder import stores
+from hierarchy_builder.artefacts import BuildFolder, read_json, sha256_file
+from hierarchy_builder.build import finished_stage, stage_units
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.hierarchy import check_nesting
+from hierarchy_builder.index import read_index, status_name
+from hierarchy_builder.ledger import read_manifest
+from hierarchy_builder.publish import SUCCESS
+from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Sample, Status
+from hierarchy_builder.shards import read_shard, sidecar
+
+
+def find_problems(folder: BuildFolder) -> Iterator[str]:
+    """Check every artefact the manifest names, in the order of the data; yields one line per problem."""
+    stages = read_manifest(folder.require())["stages"]
+    for stage, check in {
+        "extract": _check_features,
+        "cluster": _check_regions,
+        "shard": _check_shards,
+    }.items():
+        if stage not in stages:
+            continue
+        try:
+            finished_stage(folder, stage)
+            yield from check(folder, stages)
+        except BuilderError as error:
+            yield f"{stage}: {error}"
+
+
+def _check_features(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:
+    table = read_index(folder.index)
+    keys, statuses = table.column("key").to_pylist(), table.column("status").to_pylist()
+    expected = stages["extract"]["inputs"]["num_images"]
+    if len(keys) != expected:
+        yield f"{folder.index}: {len(keys)} rows, the manifest has {expected}"
+    if len(set(keys)) != len(keys):
+        yield f"{folder.index}: {len(keys) - len(set(keys))} keys occur twice"
+    for block in stage_units(folder, "extract"):
+        try:
+            status = stores.read_block(folder.features, "status", block)
+            features = stores.read_block(folder.features, "features", block)
+        except BuilderError as error:
+            yield f"{folder.features}, block {block.number}: {error}"
+            continue
+        named = [status_name(Status(value)) for value in status.tolist()]
+        if named != statuses[block.start : block.stop]:
+            yield f"{folder.features}, block {block.number}: status differs from {folder.index.name}"
+        usable = features[status == Status.OK]
+        if not np.isfinite(usable).all():
+            yield f"{folder.features}, block {block.number}: values that are not finite"
+        if len(usable) and not usable.reshape(len(usable), -1).any(axis=1).all():
+            yield f"{folder.features}, block {block.number}: usable rows that hold only zeros"
+
+
+def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:
+    for block in stage_units(folder, "cluster"):
+        try:
+            usable = stores.read_block(folder.features, "status", block) == Status.OK
+            regions = stores.read_block(folder.regions, "regions", block)[usable]
+        except BuilderError as error:
+            yield f"{folder.regions}, block {block.number}: {error}"
+            continue
+        violations = np.asarray(check_nesting(regions))
+        if violations.any():
+            yield (
+                f"{folder.regions}, block {block.number}: {int((violations > 0).sum())} images whose ids are not"
+                " dense or not nested"
+            )
+
+
+def _check_shards(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:
+    shards = folder.shards
+    if not (shards / SUCCESS).is_file():
+        yield f"{shards / SUCCESS} is missing: the set was not finished"
+        return
+    index = read_json(shards / "index.json")
+    if index["config_hash"] != stages["shard"]["hash"]:
+        yield f"{shards / 'index.json'}: configuration {index['config_hash'][:12]} is not the manifest's"
+    listed = {entry["url"] for entry in index["shardlist"]}
+    for stray in sorted(path.name for path in shards.glob("*.tar") if path.name not in listed):
+        yield f"{shards / stray} is not in index.json"
+    seen: set[str] = set()
+    for entry in index["shardlist"]:
+        yield from _check_tar(shards / entry["url"], entry, index, seen)
+    table = read_index(folder.index)
+    usable = {
+        key
+        for key, status in zip(
+            table.column("key").to_pylist(), table.column("status").to_pylist(), strict=True
+        )
+        if status == status_name(Status.OK)
+    }
+    if seen != usable:
+        yield f"{shards}: {len(usable - seen)} images are in no tar, {len(seen - usable)} are not in the index"
+
+
+def _check_tar(
+    tar: Path, entry: Mapping[str, Any], index: Mapping[str, Any], seen: set[str]
+) -> Iterator[str]:
+    if not tar.is_file():
+        yield f"{tar} is missing"
+        return
+    digest = sha256_file(tar)
+    if digest != entry["sha256"]:
+        yield f"{tar}: sha256 {digest[:12]}…, expected {entry['sha256'][:12]}…"
+    if not sidecar(tar).is_file() or read_json(sidecar(tar)).get("sha256") != entry["sha256"]:
+        yield f"{sidecar(tar)} is missing or belongs to another tar"
+    count = 0
+    try:
+        for sample in read_shard(tar):
+            count += 1
+            if sample.key in seen:
+                yield f"{tar}: key {sample.key} occurs twice in the set"
+            seen.add(sample.key)
+            problem = _sample_problem(sample, index)
+            if problem:
+                yield f"{tar}: {sample.key}: {problem}"
+    except BuilderError as error:
+        yield str(error)
+    if count != entry["nsamples"]:
+        yield f"{tar}: {count} samples, index.json has {entry['nsamples']}"
+
+
+def _sample_problem(sample: Sample, index: Mapping[str, Any]) -> str | None:
+    height, width = index["grid"]
+    shapes = {
+        "features": (sample.features, (height, width, index["width"]), FEATURE_DTYPE),
+        "regions": (sample.regions, (index["num_levels"] - 1, height, width), REGION_DTYPE),
+    }
+    for name, (array, shape, dtype) in shapes.items():
+        if array.shape != shape or array.dtype != dtype:
+            return f"{name} are {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
+    if not 0 <= sample.label < index["num_classes"]:
+        return f"label {sample.label}, expected 0 to {index['num_classes'] - 1}"
+    if not np.isfinite(sample.features).all():
+        return "features are not finite"
+    if np.asarray(check_nesting(sample.regions[None])).any():
+        return "region ids are not dense or not nested"
+    return None

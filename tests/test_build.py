@@ -1,0 +1,261 @@
+"""Images → shards with real stores, tars and Ray: the same bytes however they are made, and every refusal."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import CLASSES, write_tree
+
+from hierarchy_builder import build as steps
+from hierarchy_builder import stores
+from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError
+from hierarchy_builder.index import read_index
+from hierarchy_builder.inspection import write_report
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.records import Block
+from hierarchy_builder.shards import read_shard
+from hierarchy_builder.verify import find_problems
+from hierarchy_builder.workers import Workers, map_units, shutdown
+
+PLAN = steps.BuildPlan(
+    extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),
+    hierarchy=HierarchyRecipe.paper(),
+    vocabulary=VocabularyConfig(num_prototypes=5, sampled_tokens=2000, iterations=4, backend="torch"),
+    shard=ShardConfig(samples_per_shard=5, images=True),
+)
+
+
+def session(workers: int = 0, fresh: bool = False) -> steps.Session:
+    return steps.Session(workers=Workers(count=workers), reporter=Reporter(quiet=True), fresh=fresh)
+
+
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("photos"), per_class=6)
+
+
+@pytest.fixture(scope="module")
+def built(photos, tmp_path_factory) -> BuildFolder:
+    folder = BuildFolder(tmp_path_factory.mktemp("in-process") / "build")
+    steps.build(folder, str(photos), PLAN, session())
+    return folder
+
+
+def test_every_artefact_is_there_and_in_order(built) -> None:
+    assert list(find_problems(built)) == []
+    names = {path.name for path in built.shards.iterdir()}
+    assert {f"train-{n:06d}.tar" for n in range(4)} <= names
+    assert {"index.json", "class_map.json", "statistics.npz", "README.md", "_SUCCESS"} <= names
+    table = read_index(built.index)
+    assert set(table.column("status").to_pylist()) == {"ok"}
+    assert set(table.column("width").to_pylist()) == {96}
+
+
+def test_samples_hold_what_the_stores_hold(built) -> None:
+    keys = read_index(built.index).column("key").to_pylist()
+    block = Block(number=0, start=0, stop=len(keys))
+    features = stores.read_block(built.features, "features", block)
+    regions = stores.read_block(built.regions, "regions", block)
+    samples = [sample for tar in sorted(built.shards.glob("*.tar")) for sample in read_shard(tar)]
+    assert [sample.key for sample in samples] == keys
+    for row, sample in enumerate(samples):
+        np.testing.assert_array_equal(sample.features, features[row])
+        np.testing.assert_array_equal(sample.regions, regions[row])
+        assert CLASSES[sample.label] == sample.metadata["class_name"] == sample.key.split("/")[0]
+        assert sample.image[:2] == b"\xff\xd8"
+        parts = int(sample.regions[1].max()) + 1
+        assert len(sample.metadata["part_prototypes"]) == parts
+        assert max(sample.metadata["part_prototypes"]) < 5
+
+
+def test_statistics_are_those_of_the_features(built) -> None:
+    features = stores.read_block(built.features, "features", Block(number=0, start=0, stop=18)).astype(
+        np.float64
+    )
+    with np.load(built.shards / "statistics.npz", allow_pickle=False) as stored:
+        np.testing.assert_allclose(stored["mean"], features.mean(axis=0), atol=1e-12)
+        np.testing.assert_allclose(stored["variance"], features.var(axis=0), atol=1e-10)
+        np.testing.assert_allclose(stored["channel_variance"], features.var(axis=(0, 1, 2)), atol=1e-10)
+
+
+def test_rerunning_changes_no_byte(built, photos) -> None:
+    before = digests(built.root)
+    summaries = steps.build(built, str(photos), PLAN, session())
+    assert [summary.new_images for summary in summaries] == [0, 0, 0, 0]
+    assert digests(built.root) == before
+
+
+@pytest.mark.timeout(180)
+def test_ray_makes_the_same_bytes(built, photos, tmp_path) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    try:
+        steps.build(folder, str(photos), PLAN, session(workers=2))
+    finally:
+        shutdown()
+    assert list(find_problems(folder)) == []
+    ours, theirs = digests(folder.shards), digests(built.shards)
+    ours.pop("index.json"), theirs.pop("index.json")  # the name of the folder stands in the index
+    assert {name: ours[name] for name in ours if name.endswith(".tar")} == {
+        name: theirs[name] for name in theirs if name.endswith(".tar")
+    }
+    assert ours["statistics.npz"] == theirs["statistics.npz"]
+    for name in ("index.parquet", "vocabulary.npz"):
+        assert (folder.root / name).read_bytes() == (built.root / name).read_bytes()
+
+
+class _Interrupted:
+    """Load the real stage, and die on one unit of it."""
+
+    def __init__(self, load, number: int) -> None:
+        self.load, self.number = load, number
+
+    def __call__(self):
+        stage, number = self.load(), self.number
+        run = stage.run
+
+        class Dying:
+            def run(self, unit: Block, threads: int):
+                if unit.number == number:
+                    raise KeyboardInterrupt
+                return run(unit, threads)
+
+        return Dying()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_interrupted_build_resumes_to_the_same_bytes(built, photos, tmp_path, monkeypatch, number) -> None:
+    folder = BuildFolder(tmp_path / "build")
+
+    def dying(load, *arguments, **options):
+        return map_units(_Interrupted(load, number), *arguments, **options)
+
+    for _ in range(4):  # every stage is interrupted once, then left to finish
+        with monkeypatch.context() as patched:
+            patched.setattr(steps, "map_units", dying)
+            with pytest.raises(KeyboardInterrupt):
+                steps.build(folder, str(photos), PLAN, session())
+        stage = next(row for row in steps.progress_of(folder) if row["state"] == "unfinished")["stage"]
+        if stage == "extract":
+            steps.extract(folder, str(photos), PLAN.extract, session())
+        elif stage == "cluster":
+            steps.cluster(folder, PLAN.hierarchy, session())
+        elif stage == "vocabulary":
+            steps.vocabulary(folder, PLAN.vocabulary, session())
+        else:
+            steps.build(folder, str(photos), PLAN, session())
+    for tar in sorted(built.shards.glob("*.tar")):
+        assert (folder.shards / tar.name).read_bytes() == tar.read_bytes()
+
+
+def test_another_configuration_is_refused_and_named(built, photos) -> None:
+    recipe = HierarchyRecipe(cuts=(0.5, 0.2))
+    with pytest.raises(
+        ConfigMismatchError, match=r"config\.cuts: \[0\.65, 0\.35\] there, \[0\.5, 0\.2\] now"
+    ):
+        steps.cluster(built, recipe, session())
+    with pytest.raises(ConfigMismatchError, match=r"samples_per_shard: 5 there, 7 now"):
+        steps.shard(built, ShardConfig(samples_per_shard=7, images=True), session())
+
+
+def test_changed_listing_is_refused(photos, tmp_path) -> None:
+    tree = write_tree(tmp_path / "photos", per_class=2)
+    folder = BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(tree), PLAN.extract, session())
+    (tree / CLASSES[0] / "000.png").unlink()
+    with pytest.raises(ConfigMismatchError, match=r"num_images: 6 there, 5 now"):
+        steps.extract(folder, str(tree), PLAN.extract, session())
+    steps.extract(folder, str(tree), PLAN.extract, session(fresh=True))
+    assert read_index(folder.index).num_rows == 5
+
+
+def test_bad_images_are_skipped_counted_and_capped(tmp_path) -> None:
+    tree = write_tree(tmp_path / "photos", per_class=4)
+    whole = (tree / CLASSES[0] / "000.png").read_bytes()
+    (tree / CLASSES[0] / "000.png").write_bytes(whole[: len(whole) // 2])
+    (tree / CLASSES[1] / "000.png").write_bytes(b"")
+    folder = BuildFolder(tmp_path / "build")
+    with pytest.raises(TooManySkippedError, match=r"2 of 12 images.*empty.*--max-bad-fraction") as caught:
+        steps.extract(folder, str(tree), PLAN.extract, session())
+    assert caught.value.exit_code == 3
+    lenient = ExtractConfig(encoder="dct", block_rows=8, batch_size=4, max_bad_fraction=0.5)
+    summaries = steps.build(
+        folder,
+        str(tree),
+        steps.BuildPlan(extract=lenient, hierarchy=PLAN.hierarchy, shard=PLAN.shard),
+        session(),
+    )
+    assert summaries[0].notes == {"ok": 10, "skipped": 2}
+    assert summaries[0].new_images == 0
+    assert sum(1 for tar in folder.shards.glob("*.tar") for _ in read_shard(tar)) == 10
+    assert list(find_problems(folder)) == []
+
+
+def test_stage_before_must_be_finished(tmp_path, photos) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(photos), PLAN.extract, session())
+    folder.ledger("extract").joinpath("000001.json").unlink()
+    with pytest.raises(BuilderError, match=r"extract has done 2 of 3 units: run `hierarchy-builder extract"):
+        steps.cluster(folder, PLAN.hierarchy, session())
+
+
+@pytest.mark.parametrize("cuts", [(), (0.5,), (0.8, 0.6, 0.4, 0.2)])
+def test_any_number_of_levels(tmp_path, photos, cuts) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    plan = steps.BuildPlan(
+        extract=PLAN.extract, hierarchy=HierarchyRecipe(cuts=cuts), shard=ShardConfig(canvases=True)
+    )
+    steps.build(folder, str(photos), plan, session())
+    index = json.loads((folder.shards / "index.json").read_text())
+    assert index["num_levels"] == len(cuts) + 2
+    sample = next(iter(read_shard(folder.shards / "train-000000.tar")))
+    assert sample.regions.shape == (len(cuts) + 1, 16, 16)
+    np.testing.assert_array_equal(
+        sample.canvases, level_canvases(sample.features[None], sample.regions[None])[0]
+    )
+    assert list(find_problems(folder)) == []
+
+
+def test_shard_bytes_decides_the_count(built, photos, tmp_path) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    plan = steps.BuildPlan(
+        extract=PLAN.extract, hierarchy=PLAN.hierarchy, shard=ShardConfig(shard_bytes=150_000)
+    )
+    steps.build(folder, str(photos), plan, session())
+    sizes = [tar.stat().st_size for tar in sorted(folder.shards.glob("*.tar"))]
+    assert len(sizes) > 2
+    assert max(sizes) <= 150_000 + 10_240
+
+
+def test_report_shows_photos_and_decoded_levels(built, tmp_path) -> None:
+    page = write_report(built, tmp_path / "report.html", limit=6).read_text()
+    assert page.count("data:image") >= 6 * 3
+    for class_name in CLASSES:
+        assert class_name in page
+
+
+def test_verify_finds_planted_damage(built, tmp_path) -> None:
+    import shutil
+
+    folder = BuildFolder(tmp_path / "copy")
+    shutil.copytree(built.root, folder.root)
+    tar = folder.shards / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 1
+    tar.write_bytes(content)
+    (folder.shards / "train-000002.tar").unlink()
+    chunk = next(path for path in (folder.regions / "regions" / "c").rglob("*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    problems = "\n".join(find_problems(folder))
+    assert "train-000001.tar: sha256" in problems
+    assert "train-000002.tar is missing" in problems
+    assert "regions.zarr, block" in problems

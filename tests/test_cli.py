@@ -1,0 +1,142 @@
+"""The command line as a user meets it: real processes, their exit codes and their last line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pictures import write_tree
+
+BUILDER = [sys.executable, "-m", "hierarchy_builder.cli"]
+
+
+def run(*words, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*BUILDER, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("photos"), per_class=2)
+
+
+@pytest.fixture(scope="module")
+def built(photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "build"
+    done = run("build", photos, "--out", out, "--encoder", "dct", "--workers", 0, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["stage"] for row in rows] == ["extract", "cluster", "shard"]
+    assert all(row["images"] == 6 for row in rows)
+    return out
+
+
+def test_status_verify_and_report(built) -> None:
+    rows = json.loads(run("status", built, "--json").stdout)
+    assert [(row["stage"], row["state"]) for row in rows] == [
+        ("extract", "done"),
+        ("cluster", "done"),
+        ("shard", "done"),
+    ]
+    verified = run("verify", built)
+    assert (verified.returncode, "everything is in order" in verified.stdout) == (0, True)
+    report = run("report", built, "--samples", 3)
+    assert report.returncode == 0, report.stderr
+    assert (built / "report.html").read_text().startswith("<!doctype html>") or "<html" in (
+        built / "report.html"
+    ).read_text()
+
+
+def test_steps_one_by_one_take_the_folder(photos, tmp_path) -> None:
+    out = tmp_path / "build"
+    for words in (
+        ("extract", photos, "--out", out, "--encoder", "dct"),
+        ("extract", out),
+        ("cluster", out, "--cuts", "0.6,0.4,0.2", "--vocabulary", 4, "--backend", "torch"),
+        ("cluster", out),
+        ("shard", out, "--split", "val", "--samples-per-shard", 4),
+        ("shard", out),
+    ):
+        done = run(*words, "--workers", 0, "--quiet")
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (out / "shards").glob("*.tar")) == [
+        "val-000000.tar",
+        "val-000001.tar",
+    ]
+
+
+def test_config_file_flag_and_environment(photos, tmp_path) -> None:
+    config = tmp_path / "build.yaml"
+    config.write_text("extract: {encoder: dct, block_rows: 4}\nhierarchy: {cuts: [0.5]}\n")
+    done = run(
+        "build", photos, "--out", tmp_path / "build", "--cuts", "0.4", "--json",
+        HIERARCHY_BUILDER_CONFIG=str(config), HIERARCHY_BUILDER_WORKERS="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "build" / "manifest.json").read_text())
+    assert manifest["stages"]["extract"]["inputs"]["config"]["block_rows"] == 4
+    assert manifest["stages"]["cluster"]["inputs"]["config"]["cuts"] == [0.4]
+    assert "block_rows: 4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("build", "{photos}", "--out", "{out}", "--encoder", "dcp"), 2, "did you mean dct"),
+        (("build", "{missing}", "--out", "{out}", "--encoder", "dct"), 2, "{missing}"),
+        (("build", "{empty}", "--out", "{out}", "--encoder", "dct"), 1, "no images"),
+        (("build", "{photos}", "--out", "{out}", "--encoder", "dct", "--cuts", "0.2,0.8"), 2, "falling heights"),
+        (("build", "{photos}", "--out", "{out}", "--encoder", "dct", "--cuts", "a"), 2, "expected numbers"),
+        (("build", "{photos}", "--out", "{out}", "--encoder", "dinov2-reg-base"), 1, "--weights"),
+        (("build", "{photos}", "--out", "{out}", "--config", "{config}"), 2, "did you mean 'block_rows'"),
+        (("build", "{photos}", "--out", "{built}", "--encoder", "dct", "--block-rows", "3"), 5, "block_rows: 32 there, 3 now"),
+        (("cluster", "{empty}"), 2, "is not a build"),
+        (("shard", "{built}", "--samples-per-shard", "3"), 5, "samples_per_shard: 1000 there, 3 now"),
+        (("report", "{built}", "--keys", "no/such"), 2, "no usable image no/such"),
+        (("build", "{photos}"), 2, "--out"),
+    ],
+)  # fmt: skip
+def test_bad_input_says_what_to_do(words, code, text, photos, built, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.yaml").write_text("extract: {block_row: 3}\n")
+    places = {
+        "photos": photos,
+        "built": built,
+        "missing": tmp_path / "missing",
+        "empty": tmp_path / "empty",
+        "out": tmp_path / "out",
+        "config": tmp_path / "config.yaml",
+    }
+    done = (
+        run(*(str(word).format(**places) for word in words), "--workers", 0)
+        if words[0] != "report"
+        else run(*(str(word).format(**places) for word in words))
+    )
+    assert done.returncode == code, done.stderr
+    assert text.format(**places) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_damage_ends_with_exit_code_4(built, tmp_path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    (copy / "shards" / "_SUCCESS").unlink()
+    done = run("verify", copy, "--json")
+    assert done.returncode == 4
+    assert "_SUCCESS is missing" in json.loads(done.stdout)["problems"][0]
+
+
+def test_encoders_lists_the_method_first() -> None:
+    names = [row["name"] for row in json.loads(run("encoders", "--json").stdout)]
+    assert names[0].startswith("dinov2-reg")
+    assert {"dinov2-reg-base", "dct"} <= set(names)

@@ -1,0 +1,89 @@
+"""Resume, or refuse: what a stage was made with decides, and the refusal shows the difference."""
+
+import pytest
+
+from hierarchy_builder.artefacts import BuildFolder, atomic_file, write_bytes
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
+from hierarchy_builder.ledger import Ledger, begin_stage, open_ledger, read_manifest, stage_entry
+
+
+@pytest.fixture
+def folder(tmp_path) -> BuildFolder:
+    return BuildFolder(tmp_path / "build")
+
+
+def test_units_stay_done_for_the_same_inputs(folder) -> None:
+    ledger = begin_stage(folder, "extract", {"a": 1}, {}, fresh=False)
+    assert not ledger.is_done(0)
+    ledger.finish(0, {"images": 3})
+    again = begin_stage(folder, "extract", {"a": 1}, {}, fresh=False)
+    assert again.is_done(0)
+    assert again.results([0])[0]["images"] == 3
+
+
+def test_other_inputs_are_refused_side_by_side(folder) -> None:
+    begin_stage(folder, "extract", {"config": {"encoder": "dct", "order": "listed"}}, {}, fresh=False)
+    with pytest.raises(ConfigMismatchError) as caught:
+        begin_stage(folder, "extract", {"config": {"encoder": "onnx:x", "order": "listed"}}, {}, fresh=False)
+    assert "config.encoder: 'dct' there, 'onnx:x' now" in str(caught.value)
+    assert "order" not in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+def test_fresh_removes_the_stage_and_all_after_it(folder) -> None:
+    for stage in ("extract", "cluster"):
+        begin_stage(folder, stage, {"a": 1}, {}, fresh=False).finish(0, {})
+    folder.regions.mkdir()
+    begin_stage(folder, "extract", {"a": 2}, {}, fresh=True)
+    assert list(read_manifest(folder)["stages"]) == ["extract"]
+    assert not folder.regions.exists()
+    assert not open_ledger(folder, "extract").is_done(0)
+    assert not folder.ledger("cluster").exists()
+
+
+def test_a_marker_of_another_configuration_does_not_count(folder) -> None:
+    Ledger(folder.ledger("extract"), "old").finish(0, {})
+    new = Ledger(folder.ledger("extract"), "new")
+    assert not new.is_done(0)
+    with pytest.raises(BuilderError, match="another configuration"):
+        new.results([0])
+
+
+def test_missing_stage_names_the_command(folder) -> None:
+    with pytest.raises(BuilderError, match="run `hierarchy-builder cluster"):
+        stage_entry(folder, "cluster")
+    with pytest.raises(UsageError, match="is not a build"):
+        folder.require()
+
+
+def test_newer_format_is_refused(folder) -> None:
+    write_bytes(folder.manifest, b'{"format_version": 99, "stages": {}}')
+    with pytest.raises(BuilderError, match="format version 99, this release reads 1"):
+        read_manifest(folder)
+
+
+def test_damaged_json_is_named(folder) -> None:
+    write_bytes(folder.manifest, b"{")
+    with pytest.raises(BuilderError, match=r"manifest\.json is damaged"):
+        read_manifest(folder)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
+        file.write(b"half of the n")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_second_writer_is_told(folder) -> None:
+    with (
+        folder.locked(),
+        pytest.raises(BuilderError, match="being written by another process"),
+        folder.locked(),
+    ):
+        raise AssertionError("both writers were let in")
+    with folder.locked():
+        assert (folder.root / ".lock").exists()

@@ -1,0 +1,69 @@
+"""Whole blocks in, the same blocks out; damage is an error and not a wrong number."""
+
+import numpy as np
+import pytest
+
+from hierarchy_builder import stores
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.records import Block, blocks_of
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "features.zarr"
+    stores.create_features(path, num_rows=21, block_rows=8, grid=(2, 3), width=4)
+    return path
+
+
+def test_blocks_cover_every_row_once() -> None:
+    blocks = blocks_of(21, 8)
+    assert [(block.start, block.stop) for block in blocks] == [(0, 8), (8, 16), (16, 21)]
+    assert blocks_of(0, 8) == []
+
+
+def test_round_trip_in_any_order(path) -> None:
+    values = np.random.default_rng(0).normal(size=(21, 2, 3, 4)).astype(np.float16)
+    for block in reversed(blocks_of(21, 8)):
+        stores.write_block(path, block, {"features": values[block.start : block.stop]})
+    for block in blocks_of(21, 8):
+        np.testing.assert_array_equal(
+            stores.read_block(path, "features", block), values[block.start : block.stop]
+        )
+
+
+def test_creating_again_keeps_what_is_there(path) -> None:
+    block = Block(number=0, start=0, stop=8)
+    stores.write_block(path, block, {"status": np.ones(8, np.uint8)})
+    stores.create_features(path, num_rows=21, block_rows=8, grid=(2, 3), width=4)
+    assert stores.read_block(path, "status", block).all()
+    with pytest.raises(BuilderError, match=r"shape \(21, 2, 3, 4\), expected \(20, 2, 3, 4\).*--fresh"):
+        stores.create_features(path, num_rows=20, block_rows=8, grid=(2, 3), width=4)
+
+
+def test_wrong_shape_is_refused(path) -> None:
+    with pytest.raises(BuilderError, match=r"block 1 has shape \(7,\), expected \(8,\)"):
+        stores.write_block(path, Block(number=1, start=8, stop=16), {"status": np.ones(7, np.uint8)})
+
+
+def test_every_flipped_byte_is_noticed(path) -> None:
+    block = Block(number=0, start=0, stop=8)
+    values = np.random.default_rng(1).normal(size=(8, 2, 3, 4)).astype(np.float16)
+    stores.write_block(path, block, {"features": values})
+    (chunk,) = (entry for entry in (path / "features" / "c").rglob("*") if entry.is_file())
+    whole = chunk.read_bytes()
+    for position in np.linspace(0, len(whole) - 1, 40).astype(int):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x10
+        chunk.write_bytes(damaged)
+        with pytest.raises(BuilderError, match="damaged"):
+            stores.read_block(path, "features", block)
+    chunk.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BuilderError, match="damaged"):
+        stores.read_block(path, "features", block)
+
+
+def test_missing_store_and_array_are_named(path, tmp_path) -> None:
+    with pytest.raises(BuilderError, match="nowhere.zarr is missing"):
+        stores.open_store(tmp_path / "nowhere.zarr")
+    with pytest.raises(BuilderError, match="no array 'regions', found"):
+        stores.read_block(path, "regions", Block(number=0, start=0, stop=8))
