@@ -31,14 +31,14 @@ class ExtractConfig:
 
     encoder: str = "dinov2-reg-base"
     """Name of an encoder (`hierarchy-builder encoders` lists them), `onnx:FILE` or `module:function`."""
-    weights: str | None = None
+    weights: str | None = field(default=None, metadata=EXECUTION)
     """Local weight file of the encoder; without it the weights come from the hub where the encoder has any."""
     split: str | None = None
     """Sub-folder of the input to take, for example `train`; without it the folder itself."""
     order: Literal["shuffled", "listed"] = "shuffled"
     """Order of rows: by a hash of the key, so that every block and shard mixes the classes, or as listed."""
-    block_rows: int = 1024
-    """Rows in a unit of work and in one shard of features.zarr."""
+    block_rows: int | None = None
+    """Rows in a unit of work and in one shard of features.zarr; without it 1,024, fewer for small sets."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the encoder; auto is bfloat16 on CUDA and float32 on a CPU."""
     max_pixels: int = 200_000_000
@@ -49,12 +49,23 @@ class ExtractConfig:
     """Images in one evaluation of the encoder."""
 
     def __post_init__(self) -> None:
-        _require(self.block_rows >= 1, f"block_rows is {self.block_rows}, expected 1 or more")
+        _require(
+            self.block_rows is None or self.block_rows >= 1,
+            f"block_rows is {self.block_rows}, expected 1 or more",
+        )
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
         _require(
             0 <= self.max_bad_fraction <= 1,
             f"max_bad_fraction is {self.max_bad_fraction}, expected a share from 0 to 1",
         )
+
+
+    def for_images(self, num_images: int) -> ExtractConfig:
+        """The same with block_rows settled: at least 16 blocks where the set is not tiny, whole chunks of 8 rows."""
+        if self.block_rows is not None:
+            return self
+        sixteenth = -(-num_images // (16 * 8)) * 8
+        return dataclasses.replace(self, block_rows=min(1024, max(32, sixteenth)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

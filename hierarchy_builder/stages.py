@@ -20,7 +20,6 @@ import pyarrow as pa
 import torch
 import zarr
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
 from hierarchy_builder import stores
 from hierarchy_builder.artefacts import BuildFolder
@@ -52,15 +51,14 @@ class Stage(Protocol):
 def perform(stage: Stage, ledger: Ledger, unit: Block, threads: int) -> dict[str, Any]:
     """Run one unit and mark it done once everything it wrote is on disk.
 
-    Sums inside BLAS and torch run on one thread: their last bits depend on how many there are, and the bytes of a
-    result must not depend on the machine. Images are what is spread over `threads`.
+    torch sums on one thread: its last bits depend on how many there are, and the bytes of a result must not depend
+    on the machine. Images are what is spread over `threads`.
     """
     started = time.perf_counter()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1, user_api="blas"):
-            result = stage.run(unit, threads)
+        result = stage.run(unit, threads)
     finally:
         torch.set_num_threads(before)
     result["seconds"] = round(time.perf_counter() - started, 3)
