@@ -1,0 +1,173 @@
+"""The authors' checkpoints: parity of every network output, and what is said about damaged or foreign files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.config import ModelConfig
+from trainer.ema import WeightAverages
+from trainer.errors import MismatchError, UsageError
+from trainer.model import Guidance, TrajectoryTransformer
+from trainer.official import load_checkpoint, official_config, official_name, read_config, save_checkpoint
+
+
+def golden_arrays(path: Path) -> dict[str, torch.Tensor]:
+    """The arrays of an npz, integers as int64."""
+    arrays = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
+    return {name: a.long() if a.dtype == torch.int32 else a for name, a in arrays.items()}
+
+
+def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    return float((found.detach() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(params=["tf_tiny", "tf_tiny_cfg"])
+def golden(request: pytest.FixtureRequest, shared: Path) -> Path:
+    return shared / "golden" / request.param
+
+
+def load(golden: Path, ema: int | None = None) -> TrajectoryTransformer:
+    return load_checkpoint(golden / "flax" / "checkpoint_1234", golden / "config.json", ema=ema)
+
+
+def forward_inputs(golden: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    arrays = golden_arrays(golden / "forward.npz")
+    inputs = {name: arrays[name] for name in ("t", "r", "level", "prev")} | {"label": arrays["y"]}
+    if golden.name.endswith("cfg"):
+        inputs["guidance"] = Guidance(arrays["omega"], arrays["t_min"], arrays["t_max"])
+    return arrays, inputs
+
+
+# Tolerances of 1e-4 leave room for other summation orders; on one machine the differences are below 1e-6.
+
+
+@torch.no_grad()
+def test_forward_matches_the_release(golden):
+    arrays, inputs = forward_inputs(golden)
+    prediction = load(golden)(arrays["x"], **inputs)
+    assert worst(prediction.u, arrays["u"]) < 1e-4
+    assert worst(prediction.v, arrays["v"]) < 1e-4
+    assert worst(prediction.x, arrays["x_pred"]) < 1e-4
+
+
+@torch.no_grad()
+def test_average_of_500_kimg_matches_the_release(golden):
+    arrays, inputs = forward_inputs(golden)
+    prediction = load(golden, ema=500)(arrays["x"], **inputs)
+    assert worst(prediction.u, arrays["u_ema500"]) < 1e-4
+    assert worst(prediction.x, arrays["x_pred_ema500"]) < 1e-4
+
+
+def test_derivative_along_the_trajectory_matches_the_release(golden):
+    arrays, inputs = forward_inputs(golden)
+    model = load(golden)
+    prediction, du_dt = model.forward_with_derivative(arrays["x"], arrays["v_c"], **inputs)
+    assert worst(du_dt, arrays["du_dt"]) < 1e-4
+    assert worst(prediction.u, arrays["u"]) < 1e-4
+    assert worst(prediction.v, arrays["v"]) < 1e-4
+
+
+@torch.no_grad()
+def test_tangent_velocity_matches_the_release(golden):
+    arrays, inputs = forward_inputs(golden)
+    inputs["r"] = inputs["t"]
+    if "guidance" in inputs:
+        inputs["guidance"] = inputs["guidance"]._replace(t_min=torch.zeros(5), t_max=torch.ones(5))
+    assert worst(load(golden)(arrays["x"], **inputs, heads="v").v, arrays["v_c"]) < 1e-4
+
+
+def test_parameter_names_and_shapes_are_those_of_the_release(golden):
+    shapes = json.loads((golden / "param_shapes.json").read_text())
+    ours = {
+        official_name(name): list(p.mT.shape if p.ndim == 2 else p.shape)
+        for name, p in load(golden).named_parameters()
+    }
+    assert ours == shapes
+
+
+def test_saved_checkpoint_reads_back_exactly(golden, tmp_path):
+    model = load(golden)
+    averages = WeightAverages(load(golden, ema=1000), (1000.0,))
+    save_checkpoint(model, tmp_path / "checkpoint_7", averages=averages.state_dict(), step=7)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_7"]
+    for ema, source in ((None, model), (1000, load(golden, ema=1000))):
+        again = load_checkpoint(tmp_path / "checkpoint_7", official_config(model.config), ema=ema)
+        for name, p in source.named_parameters():
+            assert torch.equal(again.get_parameter(name), p), name
+
+
+def test_large_arrays_are_chunked_and_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.official.CHUNK_BYTES", 1000)
+    model = TrajectoryTransformer(
+        ModelConfig(grid=(2, 2), in_channels=3, width=16, depth=2, head_depth=1, num_heads=2)
+    )
+    save_checkpoint(model, tmp_path / "c")
+    assert b"__msgpack_chunked_array__" in (tmp_path / "c").read_bytes()
+    again = load_checkpoint(tmp_path / "c", model.config, ema=None)
+    for name, p in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), p), name
+
+
+def test_missing_average_lists_those_there(golden):
+    with pytest.raises(MismatchError, match="no weight average 750; it holds: 500, 1000, 2000"):
+        load(golden, ema=750)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.999])
+def test_truncated_file_is_named(golden, tmp_path, keep):
+    whole = (golden / "flax" / "checkpoint_1234").read_bytes()
+    cut = tmp_path / "cut"
+    cut.write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(MismatchError, match="cut is truncated or not a checkpoint"):
+        load_checkpoint(cut, golden / "config.json", ema=2000)
+
+
+def test_other_files_are_refused(golden, tmp_path):
+    for content in (b"", b"not msgpack at all", b"\x81\xa4step\x07"):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(MismatchError, match="not a checkpoint of the release"):
+            load_checkpoint(tmp_path / "other", golden / "config.json", ema=None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_classes", 12, "the checkpoint has num_classes 10"),
+        ("num_levels", 5, "the checkpoint has num_levels 4"),
+        ("in_channels", 32, "the checkpoint has in_channels (24|16) and hidden_size 64"),
+        ("input_size", 7, r"net/pos_embed has shape \(1, (88|68), 64\), expected \(1, (73|81), 64\)"),
+        ("depth", 5, r"net/shared_blocks_2/.* is missing"),
+    ],
+)
+def test_wrong_configuration_says_what_the_file_holds(golden, field, value, message):
+    config = json.loads((golden / "config.json").read_text()) | {field: value}
+    with pytest.raises(MismatchError, match=message):
+        load_checkpoint(golden / "flax" / "checkpoint_1234", config)
+
+
+def test_configuration_sizes_follow_the_model_name():
+    config = read_config(
+        {
+            "model_str": "pmfDiT_L_16",
+            "input_size": 16,
+            "in_channels": 768,
+            "num_classes": 1000,
+            "num_levels": 4,
+        }
+    )
+    assert (config.width, config.depth, config.num_heads, config.head_depth) == (1024, 32, 16, 8)
+
+
+def test_incomplete_or_foreign_configuration_is_refused():
+    with pytest.raises(
+        UsageError, match="lacks depth, hidden_size, in_channels, num_classes, num_heads, num_levels"
+    ):
+        read_config({"input_size": 16})
+    with pytest.raises(UsageError, match="full_concat"):
+        read_config({"cond_token_mode": "full_concat"})
+    with pytest.raises(UsageError, match="use_prev_cond is false"):
+        read_config({"use_prev_cond": False})

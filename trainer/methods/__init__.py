@@ -1,0 +1,1 @@
+"""Training objectives: path, target and loss of each method; they know no attention."""

@@ -1,0 +1,279 @@
+"""Read and write the checkpoints of the authors' JAX release, without JAX.
+
+A checkpoint is one msgpack map: step, params, ema_params {"500", "1000", "2000"}, opt_state. Arrays are extension
+type 1 holding (shape, dtype name, bytes); larger ones are cut into chunks. Dense kernels lie [in, out] there and
+[out, in] here; every other array has the same shape on both sides. The file is streamed and only the weights
+asked for are decoded, so memory stays near the size of one network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+import torch
+from torch import Tensor
+
+from trainer.config import ModelConfig
+from trainer.errors import MismatchError, UsageError
+from trainer.model import TrajectoryTransformer
+
+NDARRAY_EXTENSION = 1
+CHUNKED = "__msgpack_chunked_array__"
+CHUNK_BYTES = 2**30
+"""Flax cuts arrays larger than this."""
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+SIZES = {"B": (768, 16, 12), "L": (1024, 32, 16), "H": (1280, 48, 16)}
+"""Width, depth and heads by the letter in `model_str`."""
+
+CONFIG_NAMES = {
+    "in_channels": "in_channels",
+    "num_classes": "num_classes",
+    "num_levels": "num_levels",
+    "width": "hidden_size",
+    "depth": "depth",
+    "head_depth": "aux_head_depth",
+    "num_heads": "num_heads",
+    "num_class_tokens": "num_class_tokens",
+    "num_time_tokens": "num_time_tokens",
+    "num_level_tokens": "num_level_tokens",
+    "guidance": "use_cfg",
+    "num_guidance_tokens": "num_cfg_tokens",
+    "num_interval_tokens": "num_interval_tokens",
+    "mlp_ratio": "mlp_ratio",
+    "rope_theta": "rope_theta",
+    "norm_eps": "norm_eps",
+}
+"""Fields of ModelConfig and the release's names for them."""
+
+RENAMES = [
+    (r"^(x|prev)_embedder\.", r"\1_embedder/proj/_flax_linear/"),
+    (r"^fusion\.", "cond_fuse_proj/_flax_linear/"),
+    (r"^class_table$", "y_embedder/embedding_table/embedding"),
+    (r"^level_table$", "level_embedder/embedding_table/embedding"),
+    (r"^positions$", "pos_embed"),
+    (r"^time_embedder\.", "h_embedder."),
+    (r"^t_min_embedder\.", "cfg_t_start_embedder."),
+    (r"^t_max_embedder\.", "cfg_t_end_embedder."),
+    (r"_embedder\.hidden\.", "_embedder/mlp/layers_0/_flax_linear/"),
+    (r"_embedder\.out\.", "_embedder/mlp/layers_2/_flax_linear/"),
+    (r"^shared_blocks\.(\d+)\.", r"shared_blocks_\1/"),
+    (r"^([uv])_blocks\.(\d+)\.", r"\1_heads_\2/"),
+    (r"^([uv])_norm\.", r"\1_final_layer/norm/"),
+    (r"^([uv])_out\.", r"\1_final_layer/linear/_flax_linear/"),
+    (r"/attention_gate$", "/attn_scale"),
+    (r"/mlp_gate$", "/mlp_scale"),
+    (r"/attention_norm\.", "/norm1/"),
+    (r"/mlp_norm\.", "/norm2/"),
+    (r"/attention\.([qkv])_norm\.", r"/attn/\1_norm/"),
+    (r"/attention\.(q|k|v|out)\.", r"/attn/\1_proj/_flax_linear/"),
+    (r"/mlp\.(w\d)\.", r"/mlp/\1/_flax_linear/"),
+    (r"weight$", "kernel"),
+]
+"""Our parameter names → the release's, applied in order."""
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    config: ModelConfig | Mapping[str, Any] | str | os.PathLike[str],
+    ema: int | None = 500,
+) -> TrajectoryTransformer:
+    """Read a checkpoint file of the release into a network, in evaluation mode.
+
+    config: the release's fields as a mapping or JSON file, or a ModelConfig. ema: half-life in kimg of the weight
+    average to take; None takes the raw weights.
+    Raises UsageError if the configuration is incomplete or asks what the network does not have, MismatchError
+    if the file is damaged, holds no such average, or its arrays do not fit the configuration.
+    """
+    model = TrajectoryTransformer(config if isinstance(config, ModelConfig) else read_config(config))
+    with open(path, "rb") as file:
+        arrays = _read_weights(file, path, ema)
+    _check_shapes(model, arrays, path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            array = arrays[official_name(name)]
+            parameter.copy_(array.mT if array.ndim == 2 else array)
+    return model.eval()
+
+
+def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConfig:
+    """The network that a configuration of the release describes; other fields of it are ignored.
+
+    Raises UsageError if a size is missing, or if the network would lack a part that ours always has.
+    """
+    given: Mapping[str, Any] = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    for switch in ("use_level_cond", "use_prev_cond", "use_token_embed"):
+        if not given.get(switch, True):
+            raise UsageError(f"{switch} is false; only networks with all conditioning inputs can be read")
+    if (mode := given.get("cond_token_mode", "fused")) != "fused":
+        raise UsageError(f"cond_token_mode is {mode!r}; only 'fused' checkpoints can be read")
+    fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in given}
+    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
+    if letter:
+        fields = dict(zip(("width", "depth", "num_heads"), SIZES[letter[1]], strict=True)) | fields
+    needed = {"input_size", *(CONFIG_NAMES[name] for name in ("in_channels", "num_classes", "num_levels"))}
+    missing = needed - given.keys()
+    missing |= {CONFIG_NAMES[name] for name in ("width", "depth", "num_heads") if name not in fields}
+    if missing:
+        raise UsageError(f"configuration of the checkpoint lacks {', '.join(sorted(missing))}")
+    return ModelConfig(grid=(given["input_size"], given["input_size"]), **fields)
+
+
+def save_checkpoint(
+    model: TrajectoryTransformer,
+    path: str | os.PathLike[str],
+    *,
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
+    step: int = 0,
+) -> None:
+    """Write weights, and averages such as `WeightAverages.state_dict()`, in the release's format.
+
+    The optimiser's state is not part of it. The file appears under its name only when complete.
+    """
+    weights = {"params": _to_official(dict(model.named_parameters()))}
+    ema = {halflife: _to_official(average) for halflife, average in (averages or {}).items()}
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    with open(partial, "wb") as file:
+        msgpack.pack({"step": step, **weights, "ema_params": ema}, file, default=_encode)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, target)
+
+
+def official_name(name: str) -> str:
+    """The release's path for one of our parameters, such as net/shared_blocks_0/attn/q_proj/_flax_linear/kernel."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return f"net/{name}"
+
+
+def official_config(config: ModelConfig) -> dict[str, Any]:
+    """The release's configuration fields for a network, as `load_checkpoint` reads them."""
+    if config.fusion != "fused" or config.grid[0] != config.grid[1]:
+        raise UsageError(
+            f"grid {config.grid}, fusion {config.fusion!r}: the release's format holds square, fused networks only"
+        )
+    fields = dataclasses.asdict(config)
+    return {"input_size": config.grid[0]} | {theirs: fields[ours] for ours, theirs in CONFIG_NAMES.items()}
+
+
+def _read_weights(file: BinaryIO, path: object, ema: int | None) -> dict[str, Tensor]:
+    """Every array of params, or of one average, by path; everything else in the file is stepped over."""
+    unpacker = msgpack.Unpacker(file, raw=False, max_buffer_size=0, strict_map_key=False)
+    try:
+        if _skip_to(unpacker, "params" if ema is None else "ema_params") is not None:
+            raise MismatchError(f"{path} is not a checkpoint of the release: it holds no weights")
+        if ema is not None and (passed := _skip_to(unpacker, str(ema))) is not None:
+            there = ", ".join(passed) or "none"
+            raise MismatchError(
+                f"{path} holds no weight average {ema}; it holds: {there} (ema=None takes the raw weights)"
+            )
+        return dict(_flatten(unpacker.unpack()))
+    except (RuntimeError, msgpack.UnpackException, ValueError) as error:
+        detail = str(error) or type(error).__name__
+        raise MismatchError(
+            f"{path} is truncated or not a checkpoint of the release ({detail}): copy it again"
+        ) from None
+
+
+def _skip_to(unpacker: msgpack.Unpacker, wanted: str) -> list[str] | None:
+    """Enter the map that comes next and stop before the value of `wanted`; else return the keys it has."""
+    passed = []
+    for _ in range(unpacker.read_map_header()):
+        key = str(unpacker.unpack())
+        if key == wanted:
+            return None
+        passed.append(key)
+        unpacker.skip()
+    return passed
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every array under its path, joined by slashes."""
+    if isinstance(tree, Mapping) and CHUNKED not in tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}/{key}" if prefix else str(key))
+    else:
+        yield prefix, _array(tree)
+
+
+def _array(value: Any) -> Tensor:
+    if isinstance(value, Mapping):
+        chunks = [_array(value["chunks"][str(i)]) for i in range(len(value["chunks"]))]
+        return torch.cat(chunks).reshape([value["shape"][str(i)] for i in range(len(value["shape"]))])
+    if not isinstance(value, msgpack.ExtType) or value.code != NDARRAY_EXTENSION:
+        raise ValueError(f"found {type(value).__name__} where an array belongs")
+    shape, dtype, data = msgpack.unpackb(value.data, raw=False)
+    if dtype not in DTYPES:
+        raise ValueError(f"array of type {dtype}, expected one of {', '.join(DTYPES)}")
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(shape)
+
+
+def _encode(tensor: Tensor) -> Any:
+    """A tensor as flax writes it."""
+    if tensor.nbytes > CHUNK_BYTES:
+        parts = tensor.flatten().split(CHUNK_BYTES // tensor.element_size())
+        return {CHUNKED: True, "shape": _numbered(tensor.shape), "chunks": _numbered(parts)}
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    content = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."), data)
+    return msgpack.ExtType(NDARRAY_EXTENSION, msgpack.packb(content))
+
+
+def _numbered(values: Iterable[Any]) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}
+
+
+def _to_official(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Nested maps of CPU tensors under the release's names."""
+    tree: dict[str, Any] = {}
+    for name, tensor in weights.items():
+        *folders, leaf = official_name(name).split("/")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+        tensor = tensor.detach().cpu()
+        branch[leaf] = tensor.mT if tensor.ndim == 2 else tensor
+    return tree
+
+
+def _check_shapes(model: TrajectoryTransformer, arrays: Mapping[str, Tensor], path: object) -> None:
+    """Raise MismatchError naming the first arrays that do not fit, and the configuration field behind them."""
+    expected = {
+        official_name(name): tuple(p.mT.shape if p.ndim == 2 else p.shape)
+        for name, p in model.named_parameters()
+    }
+    problems = [f"{name} is missing" for name in expected.keys() - arrays.keys()]
+    problems += [f"{name} has no place in this network" for name in arrays.keys() - expected.keys()]
+    for name in expected.keys() & arrays.keys():
+        shape = tuple(arrays[name].shape)
+        if shape != expected[name]:
+            problems.append(f"{name} has shape {shape}, expected {expected[name]}{_hint(name, shape)}")
+    if problems:
+        # Those with an explanation first: a wrong width makes hundreds.
+        problems.sort(key=lambda line: (";" not in line, line))
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise MismatchError(f"{path} does not fit the configuration: {' | '.join(problems[:3])}{more}")
+
+
+def _hint(name: str, shape: tuple[int, ...]) -> str:
+    """The field of the configuration that an array's shape tells."""
+    if name == "net/y_embedder/embedding_table/embedding" and len(shape) == 3:
+        return f"; the checkpoint has num_classes {shape[1] - 1}"
+    if name == "net/level_embedder/embedding_table/embedding" and len(shape) == 3:
+        return f"; the checkpoint has num_levels {shape[1] - 1}"
+    if name == "net/x_embedder/proj/_flax_linear/kernel" and len(shape) == 2:
+        return f"; the checkpoint has in_channels {shape[0]} and hidden_size {shape[1]}"
+    return ""

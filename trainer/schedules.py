@@ -1,0 +1,75 @@
+"""The laws that training draws from, and the decay of weight averages.
+
+t = 1 is noise, t = 0 is data. n numbers are drawn by inverting a distribution function, one uniform number
+each, so that equal generators give equal draws whatever the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def ema_beta(step: int, halflife_kimg: float, batch_size: int = 1024, ramp: float = 0.05) -> float:
+    """Share of the old average that survives optimiser step `step`, counted from 1, all of `batch_size`."""
+    return ema_decay(step * batch_size, halflife_kimg, batch_size, ramp)
+
+
+def ema_decay(images_seen: int, halflife_kimg: float, batch_size: int, ramp: float = 0.05) -> float:
+    """Share of the old average that survives an update by `batch_size` images, `images_seen` so far.
+
+    Source: Karras et al. (2022), the EMA half-life ramp-up of EDM.
+    """
+    halflife_images = min(halflife_kimg * 1000, images_seen * ramp)
+    return 0.5 ** (batch_size / max(halflife_images, 1e-8))
+
+
+def logit_normal(
+    n: int, mean: float, std: float, shift: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw t with logit(t) ~ N(mean + ln shift, std²): float32 [n] on [0, 1]; a larger shift is more noise."""
+    uniform = torch.rand(n, dtype=torch.float64, generator=generator)
+    return torch.sigmoid(mean + math.log(shift) + std * torch.special.ndtri(uniform)).float()
+
+
+def plateau_logit_normal(
+    n: int, mean: float, std: float, shift: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw t logit-normal up to the mode of that law and with constant density from there to 1.
+
+    logit(t) has mean `mean + ln shift` and deviation `std` below the mode. Returns float32 [n] on [0, 1].
+    """
+    centre = mean + math.log(shift)
+    mode = _mode(centre, std)
+    below = 0.5 * math.erfc(-(_logit(mode) - centre) / (std * math.sqrt(2)))
+    density = _density(mode, centre, std)
+    mass = torch.rand(n, dtype=torch.float64, generator=generator) * (below + density * (1 - mode))
+    rising = torch.sigmoid(centre + std * torch.special.ndtri(mass.clamp(max=below)))
+    flat = mode + (mass - below) / density
+    return torch.where(mass < below, rising, flat).float()
+
+
+def _mode(centre: float, std: float) -> float:
+    """Where the logit-normal density is largest: y = logit(t) solves y = centre + std²·tanh(y/2).
+
+    The iteration falls from above, and rises from below, to the outermost solutions; with std² ≤ 2 they agree.
+    """
+    candidates = []
+    for y in (centre + std**2, centre - std**2):
+        for _ in range(10_000):
+            y, last = centre + std**2 * math.tanh(y / 2), y
+            if abs(y - last) < 1e-14:
+                break
+        candidates.append(1 / (1 + math.exp(-y)))
+    return max(candidates, key=lambda t: _density(t, centre, std))
+
+
+def _density(t: float, centre: float, std: float) -> float:
+    z = (_logit(t) - centre) / std
+    return math.exp(-z * z / 2) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+
+
+def _logit(t: float) -> float:
+    return math.log(t / (1 - t))
