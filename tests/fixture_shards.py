@@ -1,0 +1,118 @@
+"""A tiny finished shard folder, written with plain tarfile: what the shard format looks like, byte by byte."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+GRID = (4, 4)
+WIDTH = 3
+NUM_LEVELS = 4
+CLASS_NAMES = ("ant", "bee", "cat")
+
+
+def make_sample(number: int, generator: np.random.Generator) -> tuple[str, int, np.ndarray, np.ndarray]:
+    """(key, label, features, regions): an object in the middle rows, split in two, then in four columns."""
+    label = number % len(CLASS_NAMES)
+    height, width = GRID
+    rows, columns = np.indices(GRID)
+    is_object = (rows >= 1) & (rows < height - 1)
+    regions = np.stack(
+        [is_object, is_object * (1 + columns // (width // 2)), is_object * (1 + columns)]
+    ).astype(np.uint8)
+    features = generator.normal(label - 1, 0.3, (height, width, WIDTH)) + 2.0 * is_object[..., None]
+    return f"{CLASS_NAMES[label]}/image{number:04d}", label, features.astype(np.float16), regions
+
+
+def write_shards(
+    folder: Path, num_samples: int = 24, per_shard: int = 7, seed: int = 0, int8: bool = False
+) -> Path:
+    """Write a finished shard folder of `num_samples` samples and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    samples = [make_sample(number, generator) for number in range(num_samples)]
+    entries = []
+    for shard, first in enumerate(range(0, num_samples, per_shard)):
+        rows = samples[first : first + per_shard]
+        name = f"train-{shard:06d}.tar"
+        (folder / name).write_bytes(_tar(rows, int8))
+        entries.append(_entry(folder / name, len(rows)))
+    index = {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "format_version": 1,
+        "name": "tiny",
+        "split": "train",
+        "shardlist": entries,
+        "num_samples": num_samples,
+        "num_levels": NUM_LEVELS,
+        "grid": list(GRID),
+        "width": WIDTH,
+        "num_classes": len(CLASS_NAMES),
+        "members": ["features.npy", "regions.npy", "cls", "json"],
+        "encoder": {
+            "name": "drawn",
+            "image_size_px": 32,
+            "grid": list(GRID),
+            "width": WIDTH,
+            "normalisation": "none",
+            "weights_hash": "",
+            "decoder": None,
+        },
+        "recipe": {"cuts": [0.65, 0.35]},
+        "config_hash": hashlib.sha256(f"{num_samples} {seed} {int8}".encode()).hexdigest(),
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "class_map.json").write_text(json.dumps({name: i for i, name in enumerate(CLASS_NAMES)}))
+    (folder / "_SUCCESS").write_text("")
+    return folder
+
+
+def reindex(folder: Path) -> None:
+    """Make index.json agree with the tars again after a test changed one."""
+    index = json.loads((folder / "index.json").read_text())
+    for number, old in enumerate(index["shardlist"]):
+        index["shardlist"][number] = _entry(folder / old["url"], old["nsamples"])
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def _entry(path: Path, num_samples: int) -> dict[str, object]:
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    return {"url": path.name, "nsamples": num_samples, "filesize": len(data), "sha256": digest}
+
+
+def _tar(rows: list[tuple[str, int, np.ndarray, np.ndarray]], int8: bool) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, label, features, regions in rows:
+            members = {"regions.npy": npy(regions), "cls": str(label).encode()}
+            members["json"] = json.dumps({"path": f"{key}.png", "class_name": CLASS_NAMES[label]}).encode()
+            if int8:
+                scale = np.abs(features.astype(np.float32)).max(-1, keepdims=True) / 127
+                members["scale.npy"] = npy(scale)
+                members["features.npy"] = npy(np.rint(features / scale).astype(np.int8))
+            else:
+                members["features.npy"] = npy(features)
+            for member, data in members.items():
+                add_member(tar, f"{key}.{member}", data)
+    return stream.getvalue()
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append one member."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def npy(array: np.ndarray) -> bytes:
+    """The array as the bytes of a .npy file."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, allow_pickle=False)
+    return stream.getvalue()

@@ -1,0 +1,99 @@
+"""Decoders: RAE's against its own numbers, the dct inverse from a description, and clear refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from hierarchy_builder.canvases.dct import DctBasis
+from trainer.decode import decoder_from_spec, load_rae_decoder, to_uint8
+from trainer.errors import MismatchError, TrainerError, UsageError
+
+
+@pytest.fixture
+def golden(shared: Path) -> Path:
+    return shared / "golden/rae_decoder_tiny"
+
+
+@pytest.fixture
+def canvases(golden: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(golden / "io.npz")["z"]).permute(0, 2, 3, 1)
+
+
+def test_rae_decoder_gives_the_release_numbers(golden: Path, canvases: torch.Tensor) -> None:
+    expected = np.load(golden / "io.npz")
+    decoder = load_rae_decoder(golden / "model.pt", golden / "config.json")
+    # Same float32 operations in another order: differences seen are below 1e-6.
+    assert np.abs(decoder.logits(canvases).numpy() - expected["logits"]).max() < 1e-5
+    assert np.abs(decoder(canvases).numpy() - expected["image"]).max() < 1e-5
+    assert not any(p.requires_grad for p in decoder.parameters())
+
+
+def test_safetensors_and_a_mapping_do_as_well(golden: Path, canvases: torch.Tensor, tmp_path: Path) -> None:
+    state = torch.load(golden / "model.pt", weights_only=True)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    config = json.loads((golden / "config.json").read_text())
+    ours = load_rae_decoder(tmp_path / "model.safetensors", config)(canvases.half())
+    assert torch.equal(ours, load_rae_decoder(golden / "model.pt", config)(canvases.half().float()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder_hidden_size": 64}, r"class_token is \[1, 1, 48\], expected \[1, 1, 64\]"),
+        ({"decoder_num_hidden_layers": 4}, r"blocks\.3\.norm1\.weight is missing.*and 13 more"),
+        ({"decoder_num_hidden_layers": 2}, r"blocks\.2\.query\.weight is unknown"),
+        ({"image_size": 64}, r"positions is \[1, 65, 48\], expected \[1, 257, 48\]"),
+        ({"hidden_size": 768}, r"embed\.weight is \[48, 24\], expected \[48, 768\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(golden: Path, change: dict[str, int], message: str) -> None:
+    config = json.loads((golden / "config.json").read_text()) | change
+    with pytest.raises(MismatchError, match=message):
+        load_rae_decoder(golden / "model.pt", config)
+
+
+def test_unusable_files_are_named(golden: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"patch_size.* missing"):
+        load_rae_decoder(golden / "model.pt", {"hidden_size": 24})
+    with pytest.raises(UsageError, match=r"nowhere\.json"):
+        load_rae_decoder(golden / "model.pt", tmp_path / "nowhere.json")
+    config = json.loads((golden / "config.json").read_text()) | {"hidden_act": "relu"}
+    with pytest.raises(UsageError, match="hidden_act is 'relu'"):
+        load_rae_decoder(golden / "model.pt", config)
+    with pytest.raises(TrainerError, match=r"nowhere\.pt not found"):
+        load_rae_decoder(tmp_path / "nowhere.pt", golden / "config.json")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(TrainerError, match="expected plain tensors"):
+        load_rae_decoder(tmp_path / "junk.pt", golden / "config.json")
+
+
+def test_canvases_of_another_shape_are_refused(golden: Path, canvases: torch.Tensor) -> None:
+    decoder = load_rae_decoder(golden / "model.pt", golden / "config.json")
+    with pytest.raises(MismatchError, match=r"\(2, 24, 8, 8\), the decoder expects .*\(8, 8, 24\)"):
+        decoder(canvases.permute(0, 3, 1, 2))
+    dct = decoder_from_spec(DctBasis.default().spec())
+    assert dct is not None
+    with pytest.raises(MismatchError, match=r"expects \[B, H, W, 48\]"):
+        dct(canvases)
+
+
+def test_the_dct_decoder_comes_from_its_description() -> None:
+    basis = DctBasis.default()
+    images = torch.full((2, 3, 32, 48), 0.25)
+    images[:, 0] = 0.6
+    decoder = decoder_from_spec(json.loads(json.dumps(basis.spec())))
+    assert decoder is not None
+    assert torch.allclose(decoder(basis(images).half()), images, atol=2e-3)
+    assert decoder_from_spec(None) is None
+    with pytest.raises(UsageError, match="decoder of the shards: not a description"):
+        decoder_from_spec({"kind": "vae"})
+
+
+def test_pixels_are_clamped_and_rounded() -> None:
+    images = torch.tensor([-0.5, 0.0, 0.501, 1.0, 7.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(images).dtype == torch.uint8

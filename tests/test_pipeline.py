@@ -1,0 +1,204 @@
+"""The public face: load, sample, decode, save; and the metrics that judge samples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import trainer
+from hierarchy_builder.canvases.dct import DctBasis
+from trainer import checkpoint as saved
+from trainer.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
+from trainer.ema import WeightAverages
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.metrics.class_mean import class_mean_accuracy, describe
+from trainer.metrics.flatness import two_region_share
+from trainer.model import TrajectoryTransformer
+from trainer.optim import MuonAdam
+from trainer.pipeline import Trajectory, TrajectoryPipeline
+
+CLASSES = ["ant", "bee", "emu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of a network that answers more than zero."""
+    out = tmp_path_factory.mktemp("run")
+    basis = DctBasis.default()
+    model_config = ModelConfig(
+        grid=(2, 2), in_channels=basis.width, num_classes=3, width=16, depth=2, head_depth=1, num_heads=2
+    )
+    torch.manual_seed(0)
+    model = TrajectoryTransformer(model_config)
+    for name, parameter in model.named_parameters():
+        if "gate" in name or name == "u_out.weight":  # both start at 0
+            torch.nn.init.normal_(parameter, std=0.3)
+    averages = WeightAverages(model, (0.5, 2.0))
+    for average in averages.averages.values():
+        average["u_out.bias"] += 1.0
+    encoder = {"name": "dct", "grid": [2, 2], "width": basis.width, "decoder": basis.spec()}
+    state = saved.RunState(
+        step=5,
+        images_seen=40,
+        config=to_mapping(TrainConfig(model=model_config, optim=OptimConfig(ema_halflives_kimg=(0.5, 2.0)))),
+        shards={"encoder": encoder, "class_names": CLASSES},
+    )
+    optimizer = MuonAdam(model.named_parameters(), OptimConfig())
+    saved.save_checkpoint(saved.checkpoint_folder(out, 5), state, model, averages.state_dict(), optimizer)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipe(run: Path) -> TrajectoryPipeline:
+    return TrajectoryPipeline.from_pretrained(run, device="cpu")
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, trainer; assert 'torch' not in sys.modules; trainer.TrajectoryPipeline; "
+        "loaded = {'ray', 'zarr'} & set(sys.modules); assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert trainer.TrajectoryPipeline is TrajectoryPipeline
+
+
+def test_one_label_gives_one_trajectory(pipe: TrajectoryPipeline) -> None:
+    trajectory = pipe(label="bee", seed=7)
+    assert trajectory.levels.shape == (4, 2, 2, 48)
+    assert (trajectory.label, trajectory.class_name, trajectory.seeds) == (1, "bee", (7, 7, 7, 7))
+    pictures = trajectory.decode()
+    assert pictures.shape == (4, 32, 32, 3)
+    assert pictures.dtype == np.uint8
+    assert pictures.std() > 0
+
+
+def test_image_depends_on_its_own_label_and_seed(pipe: TrajectoryPipeline) -> None:
+    together = pipe(label=["bee", 0, "bee"], seed=[7, 1, 8])
+    assert [t.label for t in together] == [1, 0, 1]
+    # Matrix products of another batch size may round differently.
+    torch.testing.assert_close(together[0].levels, pipe("bee", 7).levels, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0].levels, together[2].levels, atol=0.1)
+    alike = pipe(label=["bee", "emu"], seed=7)
+    assert not torch.equal(alike[0].levels, alike[1].levels)
+    many = pipe(label=0, seed=range(40))
+    torch.testing.assert_close(many[35].levels, pipe(0, 35).levels, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_change_the_sample(pipe: TrajectoryPipeline) -> None:
+    assert not torch.allclose(pipe(0, 0, num_steps=3).levels, pipe(0, 0).levels)
+
+
+@pytest.mark.parametrize("ema", [0.5, "2", "raw", None])
+def test_weights_can_be_chosen(run: Path, pipe: TrajectoryPipeline, ema: float | str | None) -> None:
+    chosen = TrajectoryPipeline.from_pretrained(run, ema=ema, device="cpu")
+    is_average = ema not in ("raw", None)
+    assert torch.equal(chosen.model.u_out.bias, pipe.model.u_out.bias - (0.0 if is_average else 1.0))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(3, "label 3, expected 0 to 2"), ("-1", "label -1"), ("bea", "unknown class 'bea', did you mean 'bee'")],
+)
+def test_unknown_label(pipe: TrajectoryPipeline, label: int | str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pipe(label=label)
+
+
+def test_lists_must_match(pipe: TrajectoryPipeline) -> None:
+    with pytest.raises(UsageError, match="2 labels, expected 1 or 3"):
+        pipe(label=[0, 1], seed=[0, 1, 2])
+
+
+def test_guidance_needs_a_guided_model(pipe: TrajectoryPipeline) -> None:
+    with pytest.raises(UsageError, match="guidance"):
+        pipe(label=0, guidance=2.0)
+
+
+def test_trajectory_survives_the_disk(pipe: TrajectoryPipeline, tmp_path: Path) -> None:
+    trajectory = pipe(label="emu", seed=3, num_steps=2)
+    trajectory.history.append({"edit": "features", "level": 1})
+    trajectory.save(tmp_path / "a.safetensors")
+    back = Trajectory.load(tmp_path / "a.safetensors")
+    assert torch.equal(back.levels, trajectory.levels)
+    for name in ("label", "class_name", "seeds", "num_steps", "guidance", "history"):
+        assert getattr(back, name) == getattr(trajectory, name), name
+    np.testing.assert_array_equal(back.decode(), trajectory.decode())
+
+
+def test_other_files_are_not_trajectories(tmp_path: Path) -> None:
+    save_file({"levels": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(TrainerError, match="is not a trajectory"):
+        Trajectory.load(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_text("text")
+    with pytest.raises(TrainerError, match="is not a trajectory"):
+        Trajectory.load(tmp_path / "b.safetensors")
+
+
+def test_newer_trajectory_is_refused(pipe: TrajectoryPipeline, tmp_path: Path) -> None:
+    pipe(0).save(tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data.replace(b'"format_version":"1"', b'"format_version":"2"'))
+    with pytest.raises(MismatchError, match="trajectory format 2"):
+        Trajectory.load(tmp_path / "a.safetensors")
+
+
+def test_features_without_decoder(run: Path, tmp_path: Path) -> None:
+    folder = saved.find_checkpoint(run)
+    copy = tmp_path / "step"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    state = json.loads((copy / "state.json").read_text())
+    state["shards"]["encoder"]["decoder"] = None
+    (copy / "state.json").write_text(json.dumps(state))
+    trajectory = TrajectoryPipeline.from_pretrained(copy, device="cpu")(0)
+    assert not trajectory.can_decode
+    with pytest.raises(TrainerError, match="'dct' have no decoder of their own; pass decoder=FOLDER"):
+        trajectory.decode()
+    with pytest.raises(TrainerError, match="found no RAE decoder"):
+        TrajectoryPipeline.from_pretrained(copy, decoder=tmp_path)
+
+
+def test_flatness_of_known_canvases() -> None:
+    generator = torch.Generator().manual_seed(0)
+    two_values = torch.randn(3, 1, 1, 5, generator=generator).expand(3, 4, 4, 5).clone()
+    two_values[:, 1:3, 1:3] += 2.0
+    torch.testing.assert_close(two_region_share(two_values), torch.ones(3))
+    torch.testing.assert_close(two_region_share(torch.ones(1, 4, 4, 5)), torch.ones(1))
+    line = torch.arange(16.0).view(1, 4, 4, 1)
+    # Cut in the middle: 1 − (variance of 0…7) / (variance of 0…15).
+    torch.testing.assert_close(two_region_share(line), torch.tensor([1 - 5.25 / 21.25]))
+    noise = torch.randn(8, 16, 16, 48, generator=generator)
+    assert two_region_share(noise).max() < 0.05
+
+
+def test_class_means_tell_classes_apart_and_noise_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    centres = torch.randn(4, 1, 1, 8, generator=generator)
+    real = centres[labels] + 0.3 * torch.randn(400, 4, 4, 8, generator=generator)
+    noise = torch.randn(400, 4, 4, 8, generator=generator)
+    order = torch.randperm(400, generator=generator)
+    pair = describe(real)[order], labels[order]
+    same = dict(class_mean_accuracy((describe(real), labels), pair, num_classes=4))
+    assert same["class_mean_accuracy"] > 0.99
+    assert same["class_mean_accuracy_real"] > 0.99
+    assert same["class_mean_chance"] == 0.25
+    other = dict(class_mean_accuracy((describe(noise), labels), pair, num_classes=4))
+    assert other["class_mean_accuracy"] < 0.4
+
+
+def test_class_without_images_is_never_answered() -> None:
+    descriptions = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
+    labels = torch.tensor([0, 0, 2, 2])
+    found = dict(class_mean_accuracy((torch.tensor([[0.4]]), torch.tensor([1])), (descriptions, labels), 3))
+    assert found["class_mean_accuracy"] == 0.0
+    assert found["class_mean_accuracy_real"] == 1.0

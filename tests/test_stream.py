@@ -1,0 +1,267 @@
+"""Order, levels and damage: the stream gives each sample once per epoch, alike on any number of ranks."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from fixture_shards import CLASS_NAMES, GRID, WIDTH, make_sample, npy, reindex, write_shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.shards import ShardReader, open_index
+from trainer.stream import BatchDataset, StreamPlan, batch_loader, epoch_order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def plan_of(sizes: tuple[int, ...] = (7, 7, 7, 3), batch_size: int = 6, **fields: object) -> StreamPlan:
+    return StreamPlan(shard_sizes=sizes, num_levels=4, batch_size=batch_size, **fields)
+
+
+def test_reads_what_was_written(folder: Path) -> None:
+    reader = ShardReader(open_index(str(folder)), max_open=2)
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        key, label, features, regions = make_sample(number, generator)
+        sample = reader.read(number, extras=True)
+        assert (sample.key, sample.label) == (key, label)
+        assert sample.metadata["class_name"] == CLASS_NAMES[label]
+        np.testing.assert_array_equal(sample.features, features)
+        np.testing.assert_array_equal(sample.regions, regions)
+
+
+def test_int8_features_are_scaled_back(tmp_path: Path, folder: Path) -> None:
+    exact = ShardReader(open_index(str(folder))).read(5).features.astype(np.float32)
+    coded = ShardReader(open_index(str(write_shards(tmp_path, int8=True)))).read(5).features
+    assert coded.dtype == np.float16
+    # Half a step of 127, and the rounding of float16.
+    bound = np.abs(exact).max(-1, keepdims=True) * (0.5 / 127 + 2**-10)
+    assert np.all(np.abs(coded - exact) <= bound)
+
+
+def test_build_folder_is_accepted(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    assert open_index(str(tmp_path)).num_samples == 24
+
+
+def test_remote_shards_are_downloaded_once(tmp_path: Path, folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/stream-test", recursive=True)
+    index = open_index("memory://stream-test")
+    first = ShardReader(index, cache=str(tmp_path)).read(0)
+    memory.rm("/stream-test", recursive=True)
+    again = ShardReader(index, cache=str(tmp_path)).read(0)
+    np.testing.assert_array_equal(first.features, again.features)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6).map(tuple),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+    window=st.integers(1, 7),
+)
+def test_epoch_visits_each_sample_once_window_by_window(
+    sizes: tuple[int, ...], seed: int, epoch: int, window: int
+) -> None:
+    order = epoch_order(sizes, seed, epoch, window)
+    np.testing.assert_array_equal(np.sort(order), np.arange(sum(sizes)))
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)[order]
+    first = {s: np.flatnonzero(shard_of == s).min() for s in range(len(sizes))}
+    last = {s: np.flatnonzero(shard_of == s).max() for s in range(len(sizes))}
+    overlapping = max(sum(first[s] <= place <= last[s] for s in first) for place in range(len(order)))
+    assert overlapping <= window
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple),
+    split=st.integers(1, 60),
+    level_per=st.sampled_from(["sample", "batch"]),
+)
+def test_places_do_not_depend_on_how_they_are_asked(
+    sizes: tuple[int, ...], split: int, level_per: str
+) -> None:
+    plan = plan_of(sizes, level_per=level_per)
+    samples, levels = plan.places(0, 60)
+    for whole, parts in zip(
+        (samples, levels), zip(plan.places(0, split), plan.places(split, 60), strict=True), strict=True
+    ):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = {tuple(epoch_order((20, 20), seed, epoch, 2)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("level_per", ["sample", "batch"])
+def test_ranks_share_the_same_global_batches(folder: Path, world_size: int, level_per: str) -> None:
+    index, plan = open_index(str(folder)), plan_of(level_per=level_per)
+    whole = BatchDataset(index, plan)
+    ranks = [BatchDataset(index, plan, rank, world_size) for rank in range(world_size)]
+    for number in range(6):  # across the border of an epoch (24 samples, 6 a batch)
+        expected, parts = whole[number], [dataset[number] for dataset in ranks]
+        assert expected.keys == list(itertools.chain.from_iterable(part.keys for part in parts))
+        assert torch.equal(expected.level, torch.cat([part.level for part in parts]))
+        assert torch.equal(expected.features, torch.cat([part.features for part in parts]))
+
+
+def test_worker_processes_give_the_same_batches(folder: Path) -> None:
+    dataset = BatchDataset(open_index(str(folder)), plan_of())
+    alone = [batch.keys for batch in batch_loader(dataset, range(1, 5))]
+    helped = [batch.keys for batch in batch_loader(dataset, range(1, 5), workers=2)]
+    assert alone == helped == [dataset[n].keys for n in range(1, 5)]
+
+
+def test_dataset_travels_to_a_spawned_process(folder: Path) -> None:
+    dataset = BatchDataset(open_index(str(folder)), plan_of())
+    keys = dataset[0].keys  # opens files, which must stay behind
+    assert pickle.loads(pickle.dumps(dataset))[0].keys == keys  # noqa: S301 (what multiprocessing does)
+
+
+def test_levels_are_uniform_and_every_sample_meets_all() -> None:
+    plan = plan_of((500, 500), batch_size=100)
+    counts = plan.level_counts(0, 40 * 1000)
+    assert counts.shape == (1000, 4)
+    assert np.all(counts.sum(axis=1) == 40)
+    # 40,000 draws over 4 levels: standard deviation 87.
+    assert np.all(np.abs(counts.sum(axis=0) - 10_000) < 450)
+    # A sample misses a given level in 40 epochs with probability 1e-5.
+    assert (counts == 0).sum() <= 2
+
+
+def test_level_per_batch_is_one_level_for_all_its_images() -> None:
+    _, levels = plan_of(level_per="batch").places(0, 600)
+    assert np.all(levels.reshape(100, 6) == levels.reshape(100, 6)[:, :1])
+    assert set(levels) == {0, 1, 2, 3}
+
+
+def test_targets_are_the_canvases_of_the_drawn_levels(folder: Path) -> None:
+    batch = BatchDataset(open_index(str(folder)), plan_of(batch_size=24))[0]
+    x, prev, regions = batch.targets()
+    assert x.dtype == prev.dtype == torch.float32
+    for row in range(len(batch)):
+        level = int(batch.level[row])
+        expected = mean_over_regions(batch, row, level)
+        torch.testing.assert_close(x[row], expected, atol=1e-5, rtol=1e-5)
+        before = mean_over_regions(batch, row, level - 1) if level else torch.zeros(*GRID, WIDTH)
+        torch.testing.assert_close(prev[row], before, atol=1e-5, rtol=1e-5)
+        assert torch.equal(regions[row], batch.regions[row, min(level, 2)])
+
+
+def mean_over_regions(batch: object, row: int, level: int) -> torch.Tensor:
+    features = batch.features[row].float()
+    if level == 3:
+        return features
+    canvas = torch.empty_like(features)
+    for region in batch.regions[row, level].unique():
+        here = batch.regions[row, level] == region
+        canvas[here] = features[here].mean(dim=0)
+    return canvas
+
+
+def test_unfinished_folder(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "_SUCCESS").unlink()
+    with pytest.raises(
+        TrainerError, match="is not a finished shard folder: run `hierarchy-builder shard DIR`"
+    ):
+        open_index(str(tmp_path))
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, "format_version": 2}))
+    with pytest.raises(MismatchError, match="format version 2, this program reads 1"):
+        open_index(str(tmp_path))
+
+
+def test_corrupt_shard_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    shard = tmp_path / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[512 + 300] ^= 1  # padding behind the first member: only the SHA-256 can tell
+    shard.write_bytes(data)
+    index = open_index(str(tmp_path))
+    with pytest.raises(TrainerError, match=r"train-000001\.tar: SHA-256 .* corrupt"):
+        ShardReader(index).read(8)
+    ShardReader(index, verifies=lambda shard: False).read(8)
+
+
+def test_truncated_shard_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    shard = tmp_path / "train-000002.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(TrainerError, match=r"train-000002\.tar: 3000 bytes, .* truncated"):
+        ShardReader(open_index(str(tmp_path))).read(15)
+    reindex(tmp_path)
+    with pytest.raises(TrainerError, match=r"train-000002\.tar: unexpected end of data"):
+        ShardReader(open_index(str(tmp_path))).read(15)
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "train-000000.tar").unlink()
+    with pytest.raises(TrainerError, match=r"train-000000\.tar is missing"):
+        ShardReader(open_index(str(tmp_path))).read(0)
+
+
+@pytest.mark.parametrize(
+    ("member", "data", "message"),
+    [
+        ("features.npy", npy(np.zeros((4, 4, 5), np.float16)), r"features is float16\[4, 4, 5\]"),
+        ("regions.npy", npy(np.zeros((2, 4, 4), np.uint8)), r"regions is uint8\[2, 4, 4\]"),
+        ("cls", b"3", "label 3, expected 0 to 2"),
+        ("features.npy", b"not numpy", "magic"),
+    ],
+)
+def test_wrong_sample_is_named(tmp_path: Path, member: str, data: bytes, message: str) -> None:
+    write_shards(tmp_path)
+    shard = tmp_path / "train-000000.tar"
+    rewritten = tmp_path / "rewritten.tar"
+    with tarfile.open(shard) as old, tarfile.open(rewritten, "w", format=tarfile.USTAR_FORMAT) as new:
+        for info in old:
+            content = old.extractfile(info)
+            if info.name == f"ant/image0003.{member}":
+                info.size, content = len(data), io.BytesIO(data)
+            new.addfile(info, content)
+    rewritten.replace(shard)
+    reindex(tmp_path)
+    with pytest.raises(TrainerError, match=rf"train-000000\.tar, sample ant/image0003: .*{message}"):
+        ShardReader(open_index(str(tmp_path))).read(3)
+
+
+def test_fewer_samples_than_a_batch(folder: Path) -> None:
+    with pytest.raises(TrainerError, match="24 samples, fewer than one batch of 30"):
+        BatchDataset(open_index(str(folder)), plan_of(batch_size=30))
+
+
+def test_batch_must_divide_by_ranks(folder: Path) -> None:
+    with pytest.raises(UsageError, match="batch_size 6 does not divide by 4 processes"):
+        BatchDataset(open_index(str(folder)), plan_of(), rank=0, world_size=4)
+
+
+def test_readers_share_the_check_of_a_shard(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    shard = tmp_path / "train-000003.tar"
+    data = bytearray(shard.read_bytes())
+    data[3 * 512 + 300] ^= 1  # in the padding behind a member: only the SHA-256 can tell
+    shard.write_bytes(data)
+    index, plan = open_index(str(tmp_path)), plan_of(batch_size=24)
+    assert BatchDataset(index, plan, rank=0, world_size=2)[0].keys
+    with pytest.raises(TrainerError, match=r"train-000003\.tar: SHA-256"):
+        BatchDataset(index, plan, rank=1, world_size=2)[0]

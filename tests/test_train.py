@@ -1,0 +1,317 @@
+"""The loop: the same run whether cut in two, split over ranks, or over micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fixture_shards import write_shards
+
+from trainer import checkpoint as saved
+from trainer import train as room
+from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.errors import InterruptedRunError, MismatchError, NonFiniteLossError, TrainerError, UsageError
+from trainer.log import read_metrics
+from trainer.stream import Batch
+
+TINY = TrainConfig(
+    preset="test",
+    model=ModelConfig(
+        width=16,
+        depth=2,
+        head_depth=1,
+        num_heads=2,
+        num_class_tokens=1,
+        num_time_tokens=1,
+        num_level_tokens=1,
+    ),
+    optim=OptimConfig(ema_halflives_kimg=(0.05, 1.0)),
+    total_images=64,
+    batch_size=8,
+    loader_workers=0,
+    checkpoint_images=32,
+    keep_checkpoints=9,
+    log_images=8,
+)
+
+
+def tiny(**fields: Any) -> TrainConfig:
+    return dataclasses.replace(TINY, **fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose by more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_shards(tmp_path_factory.mktemp("data") / "shards"))
+
+
+@pytest.fixture(scope="module")
+def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 8 steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    room.train(TINY, shards, str(out), quiet=True)
+    return out
+
+
+def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = saved.checkpoint_folder(run, step)
+    return {
+        f"{path.stem}/{name}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in saved.load_tensors(path).items()
+    }
+
+
+def assert_same_state(a: Path, b: Path, step: int) -> None:
+    mine, other = tensors_of(a, step), tensors_of(b, step)
+    assert mine.keys() == other.keys()
+    assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    clocks = ("time", "images_per_second")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in read_metrics(run)]
+
+
+def test_run_folder_holds_what_it_took(whole: Path, shards: str) -> None:
+    content = yaml.safe_load((whole / "config.yaml").read_text())
+    assert content["config"]["model"]["grid"] == [4, 4]
+    assert content["config"]["model"]["num_classes"] == 3
+    assert content["shards"]["class_names"] == ["ant", "bee", "cat"]
+    assert content["shards"]["encoder"]["name"] == "drawn"
+    rows = [row for row in read_metrics(whole) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["images"] for row in rows] == list(range(8, 65, 8))
+    assert all(row["loss"] == pytest.approx(row["loss_u"] + row["loss_v"] + row["region"]) for row in rows)
+    assert rows[-1]["raw_mse_u"] != rows[0]["raw_mse_u"]
+
+
+def test_first_step_does_not_rule_the_ones_after(shards: str, tmp_path: Path) -> None:
+    room.train(tiny(checkpoint_images=8), shards, str(tmp_path), quiet=True)
+    weights = [tensors_of(tmp_path, step)["model/u_out.weight"].flatten() for step in range(1, 9)]
+    steps = [after - before for before, after in itertools.pairwise(weights)]
+    assert torch.cosine_similarity(steps[0], steps[-1], dim=0) < 0.95
+    assert all(row["grad_norm"] < 1e4 for row in read_metrics(tmp_path) if "loss" in row)
+
+
+def test_coverage_audits_finished_epochs(whole: Path) -> None:
+    audits = [row for row in read_metrics(whole) if "coverage" in row]
+    assert [(row["epoch"], row["images"]) for row in audits] == [(1, 24), (2, 48)]
+    for row in audits:
+        assert sum(row["coverage"]["images_per_level"]) == 24 * row["epoch"]
+        assert sum(row["coverage"]["samples_by_levels_met"]) == 24
+        assert sum(row["coverage"]["samples_by_levels_met"][1 : row["epoch"] + 1]) == 24
+
+
+def test_resumed_run_equals_uninterrupted(
+    shards: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step = room._Run._take_step
+
+    def killed(self: Any, batch: Batch, time_is_up: bool) -> Any:
+        if self.step == 6:
+            raise RuntimeError("killed")
+        return take_step(self, batch, time_is_up)
+
+    monkeypatch.setattr(room._Run, "_take_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        room.train(TINY, shards, str(tmp_path), quiet=True)
+    monkeypatch.undo()
+    assert read_metrics(tmp_path)[-1]["step"] == 6  # beyond the checkpoint of step 4
+    room.train(TINY, shards, str(tmp_path), quiet=True)
+    assert_same_state(whole, tmp_path, 8)
+    assert timeless(tmp_path) == timeless(whole)
+
+
+def test_resume_in_the_middle_of_a_log_interval(shards: str, tmp_path: Path) -> None:
+    config = tiny(log_images=48, checkpoint_images=1000)
+    room.train(config, shards, str(tmp_path / "whole"), quiet=True)
+    cut = dataclasses.replace(config, max_seconds=1e-9)
+    for _ in range(7):  # every call takes one step, then stops at the wall clock
+        with pytest.raises(InterruptedRunError):
+            room.train(cut, shards, str(tmp_path / "cut"), quiet=True)
+    summary = room.train(cut, shards, str(tmp_path / "cut"), quiet=True)
+    assert summary.step == 8
+    assert_same_state(tmp_path / "whole", tmp_path / "cut", 8)
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+
+
+def test_finished_run_is_left_alone(shards: str, whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
+    summary = room.train(TINY, shards, str(whole), quiet=True)
+    assert (summary.step, summary.images_seen) == (8, 64)
+    assert summary.loss == pytest.approx(
+        next(r["loss"] for r in reversed(read_metrics(whole)) if "loss" in r)
+    )
+    assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
+
+
+def test_longer_run_goes_on(shards: str, whole: Path, tmp_path: Path) -> None:
+    room.train(tiny(total_images=32), shards, str(tmp_path), quiet=True)
+    room.train(TINY, shards, str(tmp_path), quiet=True)
+    assert_same_state(whole, tmp_path, 8)
+
+
+def test_resume_from_another_folder_and_back_to_an_earlier_step(
+    shards: str, whole: Path, tmp_path: Path
+) -> None:
+    origin = saved.checkpoint_folder(whole, 4)
+    room.train(TINY, shards, str(tmp_path), resume=str(origin), quiet=True)
+    assert_same_state(whole, tmp_path, 8)
+    earlier = tmp_path / "checkpoints" / "step-00000008"
+    room.train(tiny(total_images=72), shards, str(tmp_path), resume=str(earlier), quiet=True)
+    assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == [5, 6, 7, 8, 9]
+
+
+def test_resume_never_asks_for_a_fresh_folder(shards: str, whole: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds checkpoints up to step-00000008"):
+        room.train(TINY, shards, str(whole), resume="never", quiet=True)
+
+
+def test_other_configuration_is_refused_side_by_side(shards: str, whole: Path) -> None:
+    optim = dataclasses.replace(TINY.optim, lr=0.5)
+    with pytest.raises(MismatchError) as caught:
+        room.train(tiny(optim=optim, seed=3), shards, str(whole), quiet=True)
+    assert caught.value.exit_code == 5
+    assert "optim.lr: 0.01 there, 0.5 now" in str(caught.value)
+    assert "seed: 0 there, 3 now" in str(caught.value)
+
+
+def test_other_shards_are_refused(whole: Path, tmp_path: Path) -> None:
+    other = write_shards(tmp_path / "shards", num_samples=30)
+    with pytest.raises(MismatchError, match=r"shards\.num_samples: 24 there, 30 now"):
+        room.train(TINY, str(other), str(whole), quiet=True)
+
+
+def test_micro_batches_take_the_same_steps(shards: str, whole: Path, tmp_path: Path) -> None:
+    room.train(tiny(micro_batch_size=3), shards, str(tmp_path), quiet=True)
+    assert_close_traces(whole, tmp_path)
+
+
+def test_two_processes_take_the_same_steps(shards: str, whole: Path, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import json, sys\n"
+        "from trainer.config import from_mapping\n"
+        "from trainer.train import train\n"
+        "train(from_mapping(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], quiet=True)\n"
+    )
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    config = json.dumps(dataclasses.asdict(TINY))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, config, shards, str(out)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_close_traces(whole, out)
+
+
+def assert_close_traces(a: Path, b: Path) -> None:
+    for name in ("loss", "region", "raw_mse_u"):
+        traces = [[row[name] for row in read_metrics(run) if "loss" in row] for run in (a, b)]
+        # Sums in another order: float32 rounding, carried through 8 steps.
+        np.testing.assert_allclose(*traces, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_stops_after_a_checkpoint(
+    shards: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    signal_at(monkeypatch, number, step=2)
+    with pytest.raises(InterruptedRunError, match="the same command goes on") as caught:
+        room.train(TINY, shards, str(tmp_path), quiet=True)
+    assert caught.value.exit_code == 75
+    assert saved.latest_checkpoint(tmp_path) == saved.checkpoint_folder(tmp_path, 3)
+    monkeypatch.undo()
+    room.train(TINY, shards, str(tmp_path), quiet=True)
+    assert_same_state(whole, tmp_path, 8)
+
+
+def test_ctrl_c_stops_after_a_checkpoint(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal_at(monkeypatch, signal.SIGINT, step=2)
+    with pytest.raises(KeyboardInterrupt):
+        room.train(TINY, shards, str(tmp_path), quiet=True)
+    assert saved.latest_checkpoint(tmp_path) == saved.checkpoint_folder(tmp_path, 3)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int) -> None:
+    backward = room._Run._backward
+
+    def raising(self: Any, *arguments: Any) -> torch.Tensor:
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return backward(self, *arguments)
+
+    monkeypatch.setattr(room._Run, "_backward", raising)
+
+
+def test_nonfinite_sample_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path / "shards")
+    read = room.BatchDataset.__getitem__
+
+    def damaged(self: Any, number: int) -> Batch:
+        batch = read(self, number)
+        if number == 2:
+            batch.features[5, 0, 0, 0] = torch.inf
+            damaged.key = batch.keys[5]
+        return batch
+
+    monkeypatch.setattr(room.BatchDataset, "__getitem__", damaged)
+    with pytest.raises(NonFiniteLossError, match="step 2, seed 0") as caught:
+        room.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+    assert f"features not finite in {damaged.key}. " in str(caught.value)
+
+
+def test_bfloat16_run_learns(shards: str, whole: Path, tmp_path: Path) -> None:
+    room.train(tiny(precision="bfloat16", total_images=16), shards, str(tmp_path), quiet=True)
+    trace = [row["raw_mse_u"] for row in read_metrics(tmp_path) if "loss" in row]
+    exact = [row["raw_mse_u"] for row in read_metrics(whole) if "loss" in row][:2]
+    np.testing.assert_allclose(trace, exact, rtol=0.05)  # bfloat16 keeps 8 bits
+    assert trace != exact
+
+
+def test_guided_model_trains(shards: str, tmp_path: Path) -> None:
+    model = dataclasses.replace(TINY.model, guidance=True)
+    summary = room.train(tiny(model=model, total_images=16), shards, str(tmp_path), quiet=True)
+    assert summary.step == 2
+
+
+def test_damaged_shard_stops_the_run_from_a_worker_process(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards")
+    tar = shards / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(TrainerError, match=r"train-000001\.tar: .* truncated") as caught:
+        room.train(tiny(loader_workers=1), str(shards), str(tmp_path / "run"), quiet=True)
+    assert "Traceback" not in str(caught.value)

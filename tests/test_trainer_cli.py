@@ -1,0 +1,229 @@
+"""The command `trainer`: what it prints, what it writes, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fixture_shards import write_shards
+from PIL import Image
+
+from trainer import cli
+from trainer import train as room
+from trainer.config import known_fields
+from trainer.pipeline import Trajectory
+
+TINY = (
+    "model.width=16",
+    "model.depth=2",
+    "model.head_depth=1",
+    "model.num_heads=2",
+    "optim.ema_halflives_kimg=[0.05]",
+    "checkpoint_images=16",
+    "log_images=8",
+)
+SETTINGS = [part for setting in TINY for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_shards(tmp_path_factory.mktemp("data") / "shards"))
+
+
+@pytest.fixture(scope="module")
+def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert call("train", shards, *arguments(out), "--quiet") == 0
+    torch.set_num_threads(before)
+    return out
+
+
+def arguments(out: Path) -> list[str]:
+    return ["--out", str(out), "--preset", "tiny-cpu", *SETTINGS, "--batch-size", "8", "--total-images", "32"]
+
+
+def call(*words: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["trainer", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_train_prints_its_summary(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", shards, *arguments(tmp_path), "--json") == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert (summary["step"], summary["images_seen"]) == (4, 32)
+    assert (Path(summary["checkpoint"]) / "state.json").exists()
+    assert "preset: tiny-cpu" in printed.err
+    assert "step 4  32/32 images" in printed.err
+
+
+def test_dry_run_resolves_and_writes_nothing(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert call("train", shards, *arguments(out), "--set", "optim.lr=5e-3", "--dry-run", "--json") == 0
+    resolved = json.loads(capsys.readouterr().out)
+    assert resolved["optim"]["lr"] == 0.005
+    assert resolved["model"]["grid"] == [4, 4]
+    assert resolved["batch_size"] == 8
+    assert not out.exists()
+
+
+def test_flag_over_file_over_preset(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "more.yaml"
+    file.write_text(yaml.safe_dump({"seed": 7, "batch_size": 12, "model": {"width": 32}}))
+    words = ["--preset", "tiny-cpu", "--config", file, "--batch-size", 6, "--dry-run", "--json"]
+    assert call("train", shards, "--out", tmp_path / "run", *words) == 0
+    resolved = json.loads(capsys.readouterr().out)
+    assert (resolved["seed"], resolved["batch_size"], resolved["model"]["width"]) == (7, 6, 32)
+    assert resolved["model"]["depth"] == 4
+
+
+def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", shards, "--out", run, "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--set", "optim.lrr=1"], 2, "unknown field 'optim.lrr', did you mean 'optim.lr'?"),
+        (["--set", "lr"], 2, "--set lr: expected name=value"),
+        (["--set", "seed=many"], 2, "seed: "),
+        (["--preset", "tf-b"], 2, "unknown preset 'tf-b', did you mean 'TF-B'?"),
+        (["--config", "absent.yaml"], 2, "config file absent.yaml"),
+        (["--resume", "absent"], 2, "--resume absent: found no such folder"),
+        (["--batch-size", "30"], 1, "24 samples, fewer than one batch of 30"),
+    ],
+)
+def test_train_refuses(
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert call("train", shards, *arguments(tmp_path / "run"), *words, "--quiet") == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_other_configuration_is_exit_code_5(
+    run: Path, shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", shards, *arguments(run), "--seed", "9", "--quiet") == 5
+    assert "seed: 0 there, 9 now" in capsys.readouterr().err
+
+
+def test_unfinished_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", tmp_path, "--out", tmp_path / "run", "--preset", "tiny-cpu") == 1
+    assert "is not a finished shard folder: run `hierarchy-builder shard DIR`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_have_their_exit_codes(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    backward = room._Run._backward
+
+    def signalled(self: Any, *rest: Any) -> Any:
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        return backward(self, *rest)
+
+    monkeypatch.setattr(room._Run, "_backward", signalled)
+    assert call("train", shards, *arguments(tmp_path), "--quiet") == code
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_missing_option_is_a_usage_error(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", shards) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_sample_writes_grid_page_and_trajectories(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("sample", run, "--labels", "ant,2", "--seeds", "0-1,5", "--out", tmp_path, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["class"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("ant", "cat") for seed in (0, 1, 5)
+    ]
+    trajectory = Trajectory.load(rows[4]["file"])
+    assert (trajectory.class_name, trajectory.seeds) == ("cat", (1, 1, 1, 1))
+    assert min(Image.open(tmp_path / "grid.png").size) > 100
+    assert "ant" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--labels", "207"], "label 207, expected 0 to 2"),
+        (["--labels", "cta"], "did you mean 'cat'?"),
+        (["--labels", "ant", "--seeds", "a-b"], "seeds 'a-b', expected numbers and ranges"),
+        (["--labels", "ant", "--seeds", "5-2"], "name none"),
+        (["--labels", "ant", "--ema", "7"], "no weight average of half-life 7 kimg, there are 0.05"),
+    ],
+)
+def test_sample_refuses(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert call("sample", run, "--out", tmp_path / "samples", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()
+
+
+def test_sample_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("sample", tmp_path, "--labels", "0", "--out", tmp_path / "samples") == 1
+    assert "found no checkpoint" in capsys.readouterr().err
+
+
+def test_evaluate_then_report(run: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("evaluate", run, "--shards", shards, "--samples-per-class", 2, "--json") == 0
+    values = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
+    assert values["class_mean_chance"] == pytest.approx(1 / 3)
+    assert values["class_mean_accuracy_real"] > 0.9  # the drawn classes lie 3 deviations apart
+    assert values["flatness_real"] == pytest.approx(1, abs=1e-4)
+    assert values["flatness_noise"] < values["flatness_real"]
+    assert call("report", run, "--shards", shards) == 0
+    page = (run / "report.html").read_text()
+    assert "class_mean_accuracy" in page
+    assert "ant/image0000" in page
+
+
+def test_evaluate_refuses_shards_of_other_features(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "width": 9}))
+    assert call("evaluate", run, "--shards", folder) == 5
+    assert "the model was trained on" in capsys.readouterr().err
+
+
+def test_presets_list_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("presets", "--json") == 0
+    presets = json.loads(capsys.readouterr().out)
+    assert list(presets) == ["tiny-cpu", "TF-B", "TF-L", "TF-H"]
+    for name, fields in presets.items():
+        assert fields["preset"] == name
+        flat = {k for k, v in fields.items() if not isinstance(v, dict)}
+        flat |= {f"{k}.{inner}" for k, v in fields.items() if isinstance(v, dict) for inner in v}
+        assert flat == set(known_fields())
+    assert call("presets") == 0
+    assert "tiny-cpu" in capsys.readouterr().out

@@ -1,0 +1,234 @@
+"""A run's state on disk: `checkpoints/step-00001234/`, written under another name and renamed when whole.
+
+    model.safetensors       the raw weights
+    ema-500.safetensors     one file for each weight average, named by its half-life in thousands of images
+    optimizer.safetensors   tensors of the optimiser's state
+    state.json              step, images seen, configuration, encoder of the shards, sizes of the files above
+
+Everything random in a run is a function of (seed, step), so no generator state is kept. A checkpoint counts
+when state.json, written last, is there and the files have the sizes it lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from trainer.errors import MismatchError, TrainerError, UsageError
+
+STATE = "state.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+FORMAT_VERSION = 1
+"""Version of the checkpoint folder; readers refuse another."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """What a checkpoint knows besides tensors, as plain data."""
+
+    step: int
+    images_seen: int
+    config: dict[str, Any]
+    """The resolved TrainConfig."""
+    shards: dict[str, Any]
+    """Description of the shards: encoder, class names, grid, configuration hash."""
+    seconds: float = 0.0
+    """Time spent training so far."""
+    loss: float | None = None
+    """Loss in the last line of metrics.jsonl."""
+    log: dict[str, float] = field(default_factory=dict)
+    """Sums since the last line of metrics.jsonl."""
+    optimizer: list[dict[str, Any]] = field(default_factory=list)
+    """The optimiser's parameter groups without tensors."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of each other file."""
+    format_version: int = FORMAT_VERSION
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in a run folder."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    target: Path,
+    state: RunState,
+    model: torch.nn.Module,
+    averages: Mapping[str, Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write the checkpoint folder `target`; an unfinished one never bears that name.
+
+    averages: weights by half-life, for example {"500": {...}}.
+    """
+    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    partial.mkdir(parents=True)
+    tensors, state.optimizer = optimizer_tensors(optimizer)
+    files = {MODEL: dict(model.state_dict()), OPTIMIZER: tensors}
+    files.update({f"ema-{name}.safetensors": dict(weights) for name, weights in averages.items()})
+    for name, content in files.items():
+        data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
+        state.files[name] = len(data)
+        _write(partial / name, data)
+    _write(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _sync_folder(target.parent)
+
+
+def load_state(folder: Path) -> RunState:
+    """state.json of a checkpoint folder.
+
+    Raises TrainerError when it is missing, unreadable, or a file beside it has not the size it lists.
+    """
+    try:
+        content = json.loads((folder / STATE).read_text())
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise MismatchError(f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION}")
+        state = RunState(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainerError(f"{folder} is not a checkpoint: {error!r}") from None
+    for name, size in state.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise TrainerError(f"{path}: {found} bytes, {STATE} says {size}; use another checkpoint")
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU. Raises TrainerError when it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainerError(f"{path}: {error}") from None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Folders `checkpoints/step-*` of a run, oldest first."""
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted(f for f in folders if re.fullmatch(r"step-\d+", f.name))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None; damaged ones are passed over."""
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            load_state(folder)
+        except TrainerError:
+            continue
+        return folder
+    return None
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint folder meant by `folder`: itself, or the newest of a run folder.
+
+    Raises TrainerError when there is none.
+    """
+    path = Path(folder)
+    if (path / STATE).exists():
+        return path
+    found = latest_checkpoint(path)
+    if found is None:
+        raise TrainerError(
+            f"{path}: found no checkpoint; give a run folder of `trainer train` or one step of it"
+        )
+    return found
+
+
+def averages_of(folder: Path) -> list[str]:
+    """Half-lives of the weight averages in a checkpoint, as their files name them, shortest first."""
+    names = [p.stem.removeprefix("ema-") for p in folder.glob("ema-*.safetensors")]
+    return sorted(names, key=float)
+
+
+def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
+    """Weights of the average with half-life `ema`, or the raw ones for None.
+
+    Raises UsageError naming the averages there are.
+    """
+    if ema is None:
+        return load_tensors(folder / MODEL)
+    if ema not in averages_of(folder):
+        known = ", ".join(averages_of(folder)) or "none"
+        raise UsageError(
+            f"{folder}: no weight average of half-life {ema} kimg, there are {known}; or use raw"
+        )
+    return load_tensors(folder / f"ema-{ema}.safetensors")
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than `step`, damaged or of a course that was given up."""
+    for folder in list_checkpoints(run):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what interrupted writes left behind."""
+    for folder in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(folder)
+    for leftover in (run / "checkpoints").glob("step-*.tmp-*"):
+        shutil.rmtree(leftover)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """State of an optimiser over named parameters: tensors as `<slot>/<parameter>`, and its groups as plain data."""
+    state = optimizer.state_dict()
+    names = _parameter_names(state["param_groups"])
+    tensors = {
+        f"{slot}/{names[number]}": tensor
+        for number, slots in state["state"].items()
+        for slot, tensor in slots.items()
+    }
+    return tensors, [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """Put back what `optimizer_tensors` returned. Raises MismatchError for another set of parameters."""
+    own = optimizer.state_dict()["param_groups"]
+    if [group["param_names"] for group in own] != [group["param_names"] for group in groups]:
+        raise MismatchError("the checkpoint's optimiser holds other parameters than the model")
+    numbers = {name: number for number, name in _parameter_names(own).items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        slot, _, name = path.partition("/")
+        state.setdefault(numbers[name], {})[slot] = tensor
+    merged = [{**saved, "params": mine["params"]} for saved, mine in zip(groups, own, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
+    return {n: name for g in groups for n, name in zip(g["params"], g["param_names"], strict=True)}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

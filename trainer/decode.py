@@ -1,0 +1,244 @@
+"""Canvases → pixels: the RAE ViT decoder with the authors' weights, and the inverse of the `dct` encoder.
+
+B canvases, H×W grid of tokens, C channels of the encoder, D width, N = 1 + H·W tokens, P pixels per patch
+canvases [B, H, W, C] → pictures [B, 3, H·P, W·P], RGB, 0 black and 1 white
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hierarchy_builder.canvases.dct import DctBasis
+from trainer.errors import MismatchError, TrainerError, UsageError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Names inside a block of the checkpoint → names here.
+BLOCK_NAMES = {
+    "layernorm_before": "norm1",
+    "attention.attention.query": "query",
+    "attention.attention.key": "key",
+    "attention.attention.value": "value",
+    "attention.output.dense": "out",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "expand",
+    "output.dense": "contract",
+}
+NAMES = {
+    "decoder_embed": "embed",
+    "trainable_cls_token": "class_token",
+    "decoder_pos_embed": "positions",
+    "decoder_norm": "norm",
+    "decoder_pred": "predict",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaeDecoderConfig:
+    """Shape of a decoder, under the names of its config.json; keys that say nothing about shape are ignored."""
+
+    hidden_size: int
+    """C, channels of the encoder."""
+    patch_size: int
+    """P, pixels per side of a patch."""
+    image_size: int
+    """Pixels per side of the decoded picture."""
+    decoder_hidden_size: int
+    """D, width of the transformer."""
+    decoder_intermediate_size: int
+    """Hidden width of the MLP."""
+    decoder_num_attention_heads: int
+    """Attention heads."""
+    decoder_num_hidden_layers: int
+    """Blocks."""
+    layer_norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
+    qkv_bias: bool = True
+    """Whether query, key and value have biases."""
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side."""
+        return self.image_size // self.patch_size
+
+
+class DecoderBlock(nn.Module):
+    """Pre-LayerNorm attention and MLP (exact GELU)."""
+
+    def __init__(self, config: RaeDecoderConfig) -> None:
+        super().__init__()
+        width, hidden = config.decoder_hidden_size, config.decoder_intermediate_size
+        self.num_heads = config.decoder_num_attention_heads
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.query = nn.Linear(width, width, bias=config.qkv_bias)
+        self.key = nn.Linear(width, width, bias=config.qkv_bias)
+        self.value = nn.Linear(width, width, bias=config.qkv_bias)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        h = self.norm1(x_BND)
+        q, k, v = (
+            layer(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x_BND = x_BND + self.out(attended)
+        return x_BND + self.contract(F.gelu(self.expand(self.norm2(x_BND))))
+
+
+class RaeDecoder(nn.Module):
+    """The frozen ViT decoder of RAE (Zheng et al. 2025, "Diffusion Transformers with Representation Autoencoders")."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: RaeDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, config.grid**2 + 1, width))
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.predict = nn.Linear(width, config.patch_size**2 * 3)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Canvases [B, H, W, C] → normalised patches [B, H·W, P·P·3], each in rows, columns, channels."""
+        expected = (self.config.grid, self.config.grid, self.config.hidden_size)
+        if z.ndim != 4 or tuple(z.shape[1:]) != expected:
+            raise MismatchError(
+                f"canvases are {tuple(z.shape)}, the decoder expects [B, H, W, C] of {expected}"
+            )
+        tokens = self.embed(z.flatten(1, 2).to(self.embed.weight.dtype))
+        x_BND = torch.cat([self.class_token.expand(len(z), -1, -1), tokens], dim=1) + self.positions
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        return self.predict(self.norm(x_BND))[:, 1:]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Canvases [B, H, W, C] → RGB [B, 3, H·P, W·P], de-normalised and not clamped."""
+        grid, patch = self.config.grid, self.config.patch_size
+        patches = self.logits(z).unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, 3))
+        image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return image * self.std + self.mean
+
+
+class DctDecoder(nn.Module):
+    """Pixels out of features of the `dct` encoder."""
+
+    def __init__(self, basis: DctBasis) -> None:
+        super().__init__()
+        self.basis = basis
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Canvases [B, H, W, C] → RGB [B, 3, H·P, W·P] in [0, 1]."""
+        if z.ndim != 4 or z.shape[-1] != self.basis.width:
+            raise MismatchError(
+                f"canvases are {tuple(z.shape)}, the decoder expects [B, H, W, {self.basis.width}]"
+            )
+        return self.basis.inverse(z)
+
+
+def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path) -> RaeDecoder:
+    """Load RAE's decoder, frozen and in evaluation mode.
+
+    weights: the release's model.pt (a plain state dict) or the same tensors as .safetensors.
+    config: its config.json, as a mapping or a file.
+    Raises UsageError for an incomplete config, MismatchError when weights and config do not belong together.
+    """
+    decoder = RaeDecoder(_read_config(config))
+    state = {_rename(name): value for name, value in _read_weights(Path(weights)).items()}
+    expected = decoder.state_dict()
+    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{name} is unknown" for name in state if name not in expected]
+    wrong += [
+        f"{name} is {list(state[name].shape)}, expected {list(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise MismatchError(f"{weights} does not fit the decoder config: {'; '.join(wrong[:3])}{more}")
+    decoder.load_state_dict(state)
+    return decoder.eval().requires_grad_(False)
+
+
+def decoder_from_spec(spec: Mapping[str, Any] | None) -> DctDecoder | None:
+    """The decoder that an encoder declares in the index of its shards, or None where it declares none.
+
+    Raises UsageError for a description that is not understood.
+    """
+    if spec is None:
+        return None
+    try:
+        return DctDecoder(DctBasis.from_spec(dict(spec))).eval()
+    except ValueError as error:
+        raise UsageError(f"decoder of the shards: {error}") from None
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """RGB [B, 3, h, w], clamped to [0, 1] → uint8 [B, h, w, 3]."""
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _read_config(config: Mapping[str, Any] | str | Path) -> RaeDecoderConfig:
+    where = "decoder config" if isinstance(config, Mapping) else f"decoder config {config}"
+    try:
+        values: dict[str, Any] = dict(
+            config if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{where}: {error}") from None
+    fields = dataclasses.fields(RaeDecoderConfig)
+    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+        raise UsageError(f"{where}: {', '.join(missing)} missing")
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
+    read = RaeDecoderConfig(**{f.name: values[f.name] for f in fields if f.name in values})
+    if read.image_size % read.patch_size or read.decoder_hidden_size % read.decoder_num_attention_heads:
+        raise UsageError(
+            f"{where}: image_size {read.image_size} must be a multiple of patch_size {read.patch_size}, and "
+            f"decoder_hidden_size {read.decoder_hidden_size} of {read.decoder_num_attention_heads} heads"
+        )
+    return read
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise TrainerError(f"decoder weights {path} not found") from None
+    except Exception as error:  # each format has its own errors
+        reason = " ".join(str(error).split())[:200]
+        raise TrainerError(
+            f"decoder weights {path}: expected plain tensors, .pt or .safetensors: {reason}"
+        ) from None
+
+
+def _rename(name: str) -> str:
+    """A parameter's name in the checkpoint → here; an unknown one is returned as it is."""
+    head, _, rest = name.partition(".")
+    if head == "decoder_layers":
+        number, _, inner = rest.partition(".")
+        layer, _, kind = inner.rpartition(".")
+        return f"blocks.{number}.{BLOCK_NAMES.get(layer, layer)}.{kind}"
+    return ".".join([NAMES.get(head, head), *([rest] if rest else [])])

@@ -1,0 +1,106 @@
+"""Several processes that train one model: who they are, and the sums they take together.
+
+Gradients are added by hand: `torch.func.jvp` bypasses the hooks of DistributedDataParallel, so a wrapped
+model would train on unsynchronised gradients without a word. Ranks must then hold equal weights, which
+`assert_equal` checks now and then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import TrainerError
+
+BUCKET_ELEMENTS = 1 << 24
+"""Elements of gradients added in one call (64 MiB of float32)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """This process among all: rank 0 also writes files and prints."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace every gradient by its sum over all processes, in buckets; a missing gradient counts as 0."""
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        if self.size == 1:
+            return
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def add(self, values: Tensor) -> Tensor:
+        """Sum of `values` over all processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def assert_equal(self, value: Tensor, what: str) -> None:
+        """Raise TrainerError when the scalar `value` differs between processes."""
+        if self.size == 1:
+            return
+        values = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(values, value)
+        found = [float(v) for v in values]
+        if len(set(found)) > 1:
+            raise TrainerError(
+                f"{what} differs between processes: {found}; stop and resume from a checkpoint"
+            )
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    filled = 0
+    for gradient in gradients:
+        if bucket and filled + gradient.numel() > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(gradient)
+        filled += gradient.numel()
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
+    """This process's World: alone, or one of the ranks `torchrun` started (gloo on CPU, nccl on CUDA)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(device=device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    finally:
+        dist.destroy_process_group()

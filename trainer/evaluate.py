@@ -1,0 +1,73 @@
+"""Numbers for a trained model: samples of every class, measured beside real images and beside noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hierarchy_builder.canvases import level_canvases
+from trainer.errors import MismatchError
+from trainer.metrics.class_mean import class_mean_accuracy, describe
+from trainer.metrics.flatness import two_region_share
+from trainer.pipeline import TrajectoryPipeline
+from trainer.shards import ShardIndex, ShardReader
+
+FLATNESS_IMAGES = 256
+"""Real images whose canvases are measured for reference."""
+READ_TOGETHER = 64
+
+
+def evaluate(
+    pipe: TrajectoryPipeline,
+    index: ShardIndex,
+    samples_per_class: int = 8,
+    num_steps: int = 1,
+    max_real: int = 10_000,
+) -> Iterator[tuple[str, float]]:
+    """(name, value) of each metric: see `metrics.class_mean` and `metrics.flatness`.
+
+    Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
+    over the shards. Raises MismatchError if the shards do not fit the model.
+    """
+    config = pipe.model.config
+    found = (index.grid, index.width, index.num_levels, index.num_classes)
+    wanted = (config.grid, config.in_channels, config.num_levels, config.num_classes)
+    if found != wanted:
+        raise MismatchError(
+            f"{index.url} holds (grid, width, levels, classes) {found}, the model was trained on {wanted}"
+        )
+    labels = list(range(index.num_classes)) * samples_per_class
+    seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
+    trajectories = pipe(labels, seeds, num_steps)
+    final = describe(torch.stack([trajectory.levels[-1] for trajectory in trajectories]))
+    coarse = torch.stack([trajectory.levels[0] for trajectory in trajectories])
+    descriptions, real_labels, canvases = _real(index, max_real)
+    yield from class_mean_accuracy(
+        (final, torch.tensor(labels)), (descriptions, real_labels), index.num_classes
+    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(canvases), *canvases.shape[2:], generator=generator)
+    yield "flatness", float(two_region_share(coarse).mean())
+    yield "flatness_real", float(two_region_share(canvases[:, 0]).mean())
+    yield "flatness_real_tokens", float(two_region_share(canvases[:, -1]).mean())
+    yield "flatness_noise", float(two_region_share(noise).mean())
+
+
+def _real(index: ShardIndex, max_real: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Descriptions [N, F], labels [N] and, of the first few, canvases [M, L, H, W, C] of the shards."""
+    chosen = np.linspace(0, index.num_samples - 1, min(max_real, index.num_samples)).astype(int)
+    reader = ShardReader(index)
+    descriptions, labels, canvases = [], [], []
+    for start in range(0, len(chosen), READ_TOGETHER):
+        samples = [reader.read(int(number)) for number in chosen[start : start + READ_TOGETHER]]
+        features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
+        regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
+        descriptions.append(describe(features))
+        labels += [sample.label for sample in samples]
+        if start < FLATNESS_IMAGES:
+            canvases.append(level_canvases(features, regions))
+    reader.close()
+    return torch.cat(descriptions), torch.tensor(labels), torch.cat(canvases)[:FLATNESS_IMAGES]

@@ -1,0 +1,90 @@
+"""What a run says while it trains: one JSON object a line in metrics.jsonl, a bar or plain lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+
+
+def truncate_metrics(run: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, so that a resumed run writes no step twice."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(run) if row["step"] <= step]
+    partial = path.with_name(f"{METRICS}.tmp-{os.getpid()}")
+    partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    partial.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl in order; a last line cut off by a crash is left out."""
+    rows = []
+    for line in (run / METRICS).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class RunLog:
+    """Writes rows to metrics.jsonl and shows them: a bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, run: Path, total_images: int, images_seen: int, quiet: bool = False) -> None:
+        self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._total = total_images
+        self._quiet = quiet
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal and not quiet:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("images", total=total_images, completed=images_seen)
+            self._bar.start()
+
+    def advance(self, images_seen: int) -> None:
+        """Move the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=images_seen)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row and show it."""
+        self._file.write(f"{json.dumps(row)}\n")
+        self._file.flush()
+        if "loss" not in row:
+            return
+        text = f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, description=text)
+        elif not self._quiet:
+            seen = f"{row['images']}/{self._total} images"
+            print(f"step {row['step']}  {seen}  {text}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._file.close()

@@ -1,0 +1,1 @@
+"""Measures of samples and trajectories; each yields (name, value)."""

@@ -1,0 +1,109 @@
+"""From a run folder, shards and samples to what the pages of `trainer.report` show."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.canvases.gallery import Page
+from hierarchy_builder.canvases.views import HierarchyView
+from trainer import checkpoint as saved
+from trainer.decode import to_uint8
+from trainer.errors import TrainerError
+from trainer.log import METRICS, read_metrics
+from trainer.pipeline import Decoder, Trajectory, TrajectoryPipeline
+from trainer.report import TrajectoryView, training_page
+from trainer.run_folder import CONFIG
+from trainer.shards import ShardIndex, ShardReader
+
+EVALUATION = "evaluation.json"
+SHOWN_CLASSES = 12
+SHOWN_TEACHERS = 12
+
+
+def trajectory_views(trajectories: Sequence[Trajectory]) -> list[TrajectoryView]:
+    """Trajectories as a page shows them, decoded where their encoder or the pipeline has a decoder."""
+    return [
+        TrajectoryView(
+            label_name=trajectory.class_name,
+            seed=trajectory.seeds[-1],
+            canvases=trajectory.levels.numpy(),
+            decoded=trajectory.decode() if trajectory.can_decode else None,
+            notes={"steps per level": trajectory.num_steps},
+        )
+        for trajectory in trajectories
+    ]
+
+
+def teacher_views(index: ShardIndex, limit: int, decoder: Decoder | None = None) -> list[HierarchyView]:
+    """Samples of the shards spread evenly over them, with their regions and, where stored, photographs."""
+    reader = ShardReader(index)
+    chosen = np.unique(np.linspace(0, index.num_samples - 1, min(limit, index.num_samples)).astype(int))
+    views = []
+    for number in chosen:
+        sample = reader.read(int(number), extras=True)
+        canvases = level_canvases(sample.features.astype(np.float32)[None], sample.regions[None])[0]
+        views.append(
+            HierarchyView(
+                key=sample.key,
+                class_name=index.class_names[sample.label],
+                regions=sample.regions,
+                features=sample.features,
+                photo=None if sample.image is None else np.asarray(Image.open(io.BytesIO(sample.image))),
+                decoded=None if decoder is None else to_uint8(decoder(torch.from_numpy(canvases))).numpy(),
+            )
+        )
+    reader.close()
+    return views
+
+
+def run_page(
+    run: Path, pipe: TrajectoryPipeline, trajectories: Sequence[Trajectory], index: ShardIndex | None = None
+) -> Page:
+    """The page of a run: samples, curves, scores of `trainer evaluate`, and teachers where shards are given.
+
+    Raises TrainerError if `run` is not a run folder.
+    """
+    if not (run / CONFIG).exists() or not (run / METRICS).exists():
+        raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG} with {METRICS}")
+    content = yaml.safe_load((run / CONFIG).read_text())
+    state = saved.load_state(saved.find_checkpoint(run))
+    facts = {
+        "preset": content["config"]["preset"],
+        "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
+        "images seen": f"{state.images_seen:,}",
+        "steps": f"{state.step:,}",
+        "training time": f"{state.seconds / 60:.1f} min",
+        "encoder": content["shards"]["encoder"].get("name", "unknown"),
+        "training images": f"{content['shards']['num_samples']:,}",
+        "classes": len(content["shards"]["class_names"]),
+    }
+    return training_page(
+        title=f"Trajectory Forcing: {run.resolve().name}",
+        facts=facts,
+        trajectories=trajectory_views(trajectories),
+        teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder),
+        metrics=read_evaluation(run),
+        log=[row for row in read_metrics(run) if "loss" in row],
+        config=content["config"],
+    )
+
+
+def read_evaluation(run: Path) -> list[dict[str, Any]]:
+    """Rows name/value of the last `trainer evaluate`, empty before the first."""
+    path = run / EVALUATION
+    return json.loads(path.read_text())["metrics"] if path.exists() else []
+
+
+def shown_labels(num_classes: int) -> list[int]:
+    """Classes of a report, spread evenly."""
+    return np.unique(np.linspace(0, num_classes - 1, min(SHOWN_CLASSES, num_classes)).astype(int)).tolist()

@@ -1,0 +1,87 @@
+"""The run folder: what may be continued in it, and by what.
+
+config.yaml     resolved configuration, and a description of the shards
+checkpoints/    see `trainer.checkpoint`
+metrics.jsonl   see `trainer.log`
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer import checkpoint as saved
+from trainer.config import TrainConfig, from_mapping, identity, to_mapping
+from trainer.errors import MismatchError, UsageError
+from trainer.log import truncate_metrics
+from trainer.shards import ShardIndex
+
+CONFIG = "config.yaml"
+
+
+def find_origin(out: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start."""
+    own = saved.latest_checkpoint(out)
+    if resume == "auto":
+        return own
+    if resume == "never":
+        if own is not None:
+            raise UsageError(
+                f"{out} holds checkpoints up to {own.name}; choose another folder or --resume auto"
+            )
+        return None
+    if not Path(resume).exists():
+        raise UsageError(
+            f"--resume {resume}: found no such folder, expected auto, never or a run or checkpoint"
+        )
+    asked = saved.find_checkpoint(resume)
+    # A rerun of a command that once started from elsewhere goes on from its own checkpoints.
+    return own if own is not None and asked.parent.resolve() != own.parent.resolve() else asked
+
+
+def check_same_run(out: Path, origin: Path | None, config: TrainConfig, index: ShardIndex) -> None:
+    """Raise MismatchError, naming the differing keys, if `out` or `origin` were made with something else."""
+    wanted = _identity(config, index.describe())
+    if (out / CONFIG).exists():
+        _compare(str(out), yaml.safe_load((out / CONFIG).read_text()), wanted)
+    if origin is not None:
+        state = saved.load_state(origin)
+        _compare(str(origin), {"config": state.config, "shards": state.shards}, wanted)
+
+
+def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    before = _identity(from_mapping(found["config"], where), found["shards"])
+    rows = [
+        f"  {name}: {before.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in sorted(before.keys() | wanted.keys())
+        if before.get(name) != wanted.get(name)
+    ]
+    if rows:
+        differing = "\n".join(rows)
+        raise MismatchError(
+            f"{where} was made with another configuration; use the same one or another folder\n{differing}"
+        )
+
+
+def _identity(config: TrainConfig, shards: dict[str, Any]) -> dict[str, Any]:
+    named = {f"shards.{name}": shards[name] for name in ("config_hash", "num_samples", "split")}
+    return {**identity(config), **named}
+
+
+def prepare_folder(out: Path, config: TrainConfig, index: ShardIndex, step: int) -> None:
+    """Write config.yaml and take back what later steps than `step` left in the folder."""
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": to_mapping(config),
+        "shards": index.describe(),
+        "version": version("trajectory-hierarchies"),
+    }
+    partial = out / f"{CONFIG}.tmp-{os.getpid()}"
+    partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    partial.replace(out / CONFIG)
+    truncate_metrics(out, step)
+    saved.drop_after(out, step)
