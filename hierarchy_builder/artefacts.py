@@ -69,16 +69,54 @@ class BuildFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the build for one writer; a second one raises BuilderError at once. Freed by the kernel on exit."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".lock", "w") as file:
+        """Hold the build for one writer; a second one raises BuilderError at once. Freed by the kernel on exit.
+
+        Raises UsageError where no build can be: at a file, or among things of these names that are no build's.
+        A folder in which nothing was begun is taken away again.
+        """
+        is_new = not self.root.exists()
+        self._refuse_foreign()
+        lock = self.root / ".lock"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "w")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise UsageError(f"--out {self.root}: {error.strerror}, expected a folder to write to") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(file.fileno()).st_nlink:
+                    raise BlockingIOError  # its owner has just taken the folder away
             except BlockingIOError:
                 raise BuilderError(
                     f"{self.root} is being written by another process: wait for it, or choose another --out"
                 ) from None
-            yield
+            try:
+                yield
+            finally:
+                if is_new and os.listdir(self.root) == [lock.name]:
+                    remove(self.root)
+
+    def _refuse_foreign(self) -> None:
+        places = (self.index, self.class_map, self.features, self.regions, self.vocabulary, self.shards)
+        foreign = [place.name for place in places if place.exists()]
+        if foreign and not self.manifest.exists() and not (self.root / "ledger").exists():
+            raise UsageError(
+                f"--out {self.root} holds {', '.join(foreign)} but no build ({self.manifest.name} is missing): "
+                "choose an empty or new folder"
+            )
+
+    def check_apart(self, images: str) -> None:
+        """Raise UsageError when the build would lie among the local folder `images`, as one of its classes."""
+        root, place = self.root.resolve(), Path(images).resolve()
+        if not place.is_dir() or not root.is_relative_to(place):
+            return
+        inside = root.relative_to(place).parts
+        if not inside or not inside[0].startswith("."):
+            raise UsageError(
+                f"--out {self.root} lies inside the images {images}, where its folders would be taken for "
+                "classes: choose a folder outside"
+            )
 
 
 @contextlib.contextmanager
@@ -113,14 +151,17 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; raises BuilderError naming the file when it is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises BuilderError naming the file when it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"found {type(content).__name__}, expected an object")
     except FileNotFoundError:
         raise BuilderError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise BuilderError(f"{path} is damaged ({error}): remove it and run the same command again") from None
+    return content
 
 
 def sha256_file(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder, size_on_disk, write_json
+from hierarchy_builder.artefacts import BuildFolder, read_json, remove, size_on_disk, write_json
 from hierarchy_builder.config import (
     ExtractConfig,
     HierarchyRecipe,
@@ -31,7 +31,7 @@ from hierarchy_builder.ledger import STAGES, Ledger, begin_stage, open_ledger, r
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.publish import publish_shards
 from hierarchy_builder.records import Block, Status, blocks_of
-from hierarchy_builder.shards import sample_bytes
+from hierarchy_builder.shards import sample_bytes, shard_name, sidecar
 from hierarchy_builder.stages import (
     ClusterStage,
     ExtractStage,
@@ -115,6 +115,7 @@ def extract(
     """
     if source is None:
         source, class_map = stored_source(folder), str(folder.class_map)
+    folder.check_apart(os.path.join(source, config.split or ""))
     images = open_source(source, split=config.split, class_map=class_map)
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
@@ -231,6 +232,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     }
     ledger = begin_stage(folder, "shard", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
     units = blocks_of(len(usable_rows(folder)), _samples_per_shard(config, extracted, clustered))
+    _forget_lost_tars(folder, config, ledger, units)
     load = partial(
         ShardStage.load,
         folder,
@@ -345,6 +347,19 @@ def _usable_blocks(folder: BuildFolder, blocks: Sequence[Block]) -> Iterator[tup
         usable = stores.read_block(folder.features, "status", block) == Status.OK
         features = stores.read_block(folder.features, "features", block)[usable]
         yield features, stores.read_block(folder.regions, "regions", block)[usable]
+
+
+def _forget_lost_tars(
+    folder: BuildFolder, config: ShardConfig, ledger: Ledger, units: Sequence[Block]
+) -> None:
+    """Take back the markers of tars that are gone, cut short or without their sidecar."""
+    for unit in units:
+        tar = folder.shards / shard_name(config.split, unit.number)
+        if not ledger.is_done(unit.number):
+            continue
+        size = tar.stat().st_size if tar.is_file() else None
+        if size != read_json(ledger.marker(unit.number))["bytes"] or not sidecar(tar).is_file():
+            remove(ledger.marker(unit.number))
 
 
 def _samples_per_shard(

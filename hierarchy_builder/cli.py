@@ -299,6 +299,9 @@ def run(command: typer.Typer) -> NoReturn:
     except BuilderError as error:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(BuilderError.exit_code)
     except KeyboardInterrupt:
         stderr.print("stopped; the same command goes on from the last finished unit")
         sys.exit(130)

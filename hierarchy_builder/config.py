@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -54,11 +55,11 @@ class ExtractConfig:
             f"block_rows is {self.block_rows}, expected 1 or more",
         )
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
+        _require(self.max_pixels >= 1, f"max_pixels is {self.max_pixels}, expected 1 or more")
         _require(
             0 <= self.max_bad_fraction <= 1,
             f"max_bad_fraction is {self.max_bad_fraction}, expected a share from 0 to 1",
         )
-
 
     def for_images(self, num_images: int) -> ExtractConfig:
         """The same with block_rows settled: at least 16 blocks where the set is not tiny, whole chunks of 8 rows."""
@@ -92,7 +93,11 @@ class HierarchyRecipe:
             all(coarse > fine for coarse, fine in zip(self.cuts, self.cuts[1:], strict=False)),
             f"cuts are {self.cuts}, expected falling heights (coarse → fine), for example 0.65,0.35",
         )
-        _require(self.spatial_weight >= 0, f"spatial_weight is {self.spatial_weight}, expected 0 or more")
+        _require(
+            0 <= self.spatial_weight < math.inf,
+            f"spatial_weight is {self.spatial_weight}, expected 0 or more, and finite",
+        )
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
 
     @property
     def num_levels(self) -> int:
@@ -127,6 +132,9 @@ class VocabularyConfig:
             1 <= self.num_prototypes <= 65_535,
             f"num_prototypes is {self.num_prototypes}, expected 1 to 65535",
         )
+        _require(self.iterations >= 1, f"iterations is {self.iterations}, expected 1 or more")
+        _require(self.sampled_tokens >= 1, f"sampled_tokens is {self.sampled_tokens}, expected 1 or more")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

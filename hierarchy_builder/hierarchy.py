@@ -115,8 +115,8 @@ def check_nesting(regions: np.ndarray) -> np.ndarray:
     level, plus tokens that are background on this level but not on level 0 (or the reverse), plus tokens
     whose region has another parent than the region's last token.
     """
-    num_images, num_levels = regions.shape[:2]
-    ids = regions.reshape(num_images, num_levels, -1).astype(np.int64)
+    num_images, num_levels, height, width = regions.shape
+    ids = regions.reshape(num_images, num_levels, height * width).astype(np.int64)
     image = np.arange(num_images)[:, None]
     violations = np.zeros(num_images, dtype=np.int64)
     for level in range(num_levels):

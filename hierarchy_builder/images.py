@@ -124,6 +124,8 @@ def open_source(
     Raises UsageError for a source that is not understood, BuilderError when it holds no images.
     """
     source = str(source)
+    if not source.strip():
+        raise UsageError("the images are named by an empty text: expected a folder, a .tar or a listing")
     fs, place = _filesystem(source)
     reader: Reader
     if fs.isdir(place):

@@ -62,6 +62,8 @@ def read_manifest(folder: BuildFolder) -> dict[str, Any]:
             f"{folder.manifest} has format version {version}, this release reads {FORMAT_VERSION}: "
             "use the release that wrote it, or build again into another folder"
         )
+    if not isinstance(manifest.get("stages"), dict):
+        raise BuilderError(f"{folder.manifest} has no stages: remove it and run the same command again")
     return manifest
 
 
@@ -87,20 +89,35 @@ def begin_stage(
 
     inputs: everything that decides the result. facts: things worth keeping that do not.
     fresh: remove this stage and those after it first.
+    Units whose store was taken away are to do again; what was begun without a unit done may be begun anew.
     Raises ConfigMismatchError listing the differing keys side by side.
     """
     manifest = read_manifest(folder)
     if fresh:
         _forget(folder, manifest, stage)
+    if not all(path.exists() for path in _stores_of(folder, stage)):
+        remove(folder.ledger(stage))
     stored = manifest["stages"].get(stage)
     if stored is not None and stored["inputs"] != dict(inputs):
-        raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
+        if any(folder.ledger(stage).glob("*.json")):
+            raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
+        _forget(folder, manifest, stage)
+        stored = None
     manifest["code_version"] = __version__ if stored is None else manifest.get("code_version", __version__)
     stage_hash = config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
     if stored is None:
         manifest["stages"][stage] = {"inputs": dict(inputs), "hash": stage_hash, **facts}
     write_json(folder.manifest, manifest)
     return Ledger(folder.ledger(stage), stage_hash)
+
+
+def _stores_of(folder: BuildFolder, stage: str) -> list[Path]:
+    """What the units of a stage write into; the tars of `shard` are looked at one by one."""
+    return {
+        "extract": [folder.features],
+        "cluster": [folder.regions],
+        "vocabulary": [folder.vocabulary, folder.regions / "prototypes"],
+    }.get(stage, [])
 
 
 def _forget(folder: BuildFolder, manifest: dict[str, Any], stage: str) -> None:
@@ -124,10 +141,11 @@ def _describe_mismatch(
         f"  {name}: {before!r} there, {now!r} now"
         for name, before, now in _differences(dict(stored), dict(asked))
     ]
+    again = f"hierarchy-builder {stage} {folder.root} --fresh" if stage in ("cluster", "shard") else "--fresh"
     return (
         f"{folder.root} was made with another {stage} configuration or input:\n"
         + "\n".join(lines)
-        + "\nrepeat the command with the stored values, choose another --out, or start over with --fresh"
+        + f"\nrepeat the command with the stored values, choose another --out, or start over with {again}"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from hierarchy_builder import __version__, stores
@@ -47,7 +48,8 @@ def dataset_moments(folder: BuildFolder) -> Moments:
     counts, means, squares = (
         stores.array_of(group, name) for name in ("block_count", "block_mean", "block_m2")
     )
-    return merge_tree([Moments(int(counts[i]), means[i], squares[i]) for i in range(counts.shape[0])])
+    blocks = zip(np.asarray(counts[:]), np.asarray(means[:]), np.asarray(squares[:]), strict=True)
+    return merge_tree([Moments(int(count), mean, m2) for count, mean, m2 in blocks])
 
 
 def remove_strays(shards: Path, split: str, num_shards: int) -> None:
@@ -129,9 +131,10 @@ of its region; the last level is the features themselves.
 | `jpg` | optional: the crop the features came from |
 | `canvases.npy` | optional: float16 [{levels}, {height}, {width}, {index["width"]}] |
 
-Encoder weights: `{encoder["weights_hash"]}`. Recipe: `{dict(index["recipe"])}`. Configuration: `{index["config_hash"]}`.
-`statistics.npz` holds exact mean and variance per channel and per position. The licence of the source images applies
-to everything derived from them.
+Encoder weights: `{encoder["weights_hash"]}`. Recipe: `{dict(index["recipe"])}`.
+Configuration: `{index["config_hash"]}`. `statistics.npz` holds exact mean and variance per channel and per position.
+
+The licence of the source images applies to everything derived from them.
 """
 
 

@@ -26,7 +26,7 @@ from hierarchy_builder.artefacts import BuildFolder
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.decoding import ImageFacts, crop_square, decode_image
-from hierarchy_builder.encoders import Encoder, load_encoder
+from hierarchy_builder.encoders import Encoder, encode, load_encoder
 from hierarchy_builder.errors import ImageError
 from hierarchy_builder.hierarchy import build_hierarchy
 from hierarchy_builder.images import Reader, open_reader
@@ -88,12 +88,12 @@ class ExtractStage:
         status = np.full(len(unit), Status.SKIPPED, np.uint8)
         outcomes: list[dict[str, Any]] = [{} for _ in records]
         for rows, images in self._batches(records, outcomes, threads):
-            values = self.encoder.encode(images)
+            values = encode(self.encoder, images)
             with np.errstate(over="ignore"):
                 stored = values.astype(FEATURE_DTYPE)
             finite = np.isfinite(stored).all(axis=(1, 2, 3))
             status[rows] = np.where(finite, Status.OK, Status.NONFINITE)
-            features[rows] = np.where(finite[:, None, None, None], stored, 0)
+            features[rows] = np.where(finite.reshape(-1, 1, 1, 1), stored, 0)
         for outcome, value in zip(outcomes, status.tolist(), strict=True):
             outcome["status"] = status_name(Status(value))
             if value == Status.NONFINITE:
@@ -145,7 +145,7 @@ class ClusterStage:
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
         features = stores.read_block(self.folder.features, "features", unit)
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         hierarchy = build_hierarchy(features[usable], self.recipe)
         parts = {"regions": hierarchy.regions, "merges": hierarchy.merges, "flags": hierarchy.flags}
         stores.write_block(

@@ -7,7 +7,7 @@ workers. Source: Chan, Golub and LeVeque (1979), pairwise update of mean and M2.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,13 +52,22 @@ def merge(left: Moments, right: Moments) -> Moments:
     return Moments(count, mean, left.m2 + right.m2 + delta**2 * (left.count * right.count / count))
 
 
-def merge_tree(parts: Sequence[Moments]) -> Moments:
-    """Merge neighbours pair by pair until one is left; the tree depends on the number of parts only."""
-    level = list(parts)
-    while len(level) > 1:
-        pairs = [merge(a, b) for a, b in zip(level[::2], level[1::2], strict=False)]
-        level = pairs + level[len(pairs) * 2 :]
-    return level[0]
+def merge_tree(parts: Iterable[Moments]) -> Moments:
+    """Merge equal subtrees as they fill up, like a binary counter; at least one part.
+
+    The tree depends on the number of parts only, and no more than log2 of them are held at once.
+    """
+    waiting: list[tuple[int, Moments]] = []
+    for part in parts:
+        height = 0
+        while waiting and waiting[-1][0] == height:
+            part = merge(waiting.pop()[1], part)
+            height += 1
+        waiting.append((height, part))
+    _, total = waiting.pop()
+    while waiting:
+        total = merge(waiting.pop()[1], total)
+    return total
 
 
 def per_channel(position: Moments) -> Moments:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -86,8 +86,9 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> N
 def write_block_statistics(path: Path, block: Block, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
     """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`."""
     group = open_store(path, "r+")
-    for name, value in {"block_count": count, "block_mean": mean, "block_m2": m2}.items():
-        array_of(group, name)[block.number] = value
+    array_of(group, "block_count")[block.number] = count
+    array_of(group, "block_mean")[block.number] = mean
+    array_of(group, "block_m2")[block.number] = m2
 
 
 def read_block(path: Path, name: str, block: Block) -> np.ndarray:
@@ -106,11 +107,11 @@ def read_rows(group: zarr.Group, name: str, rows: slice | np.ndarray) -> np.ndar
         ) from None
 
 
-def open_store(path: Path, mode: str = "r") -> zarr.Group:
+def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """Open a store; raises BuilderError when it is missing or of another format version."""
     try:
         group = zarr.open_group(path, mode=mode)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise BuilderError(f"{path} is missing or not a zarr store: {error}") from None
     version = group.attrs.get("format_version")
     if version != FORMAT_VERSION:
@@ -125,6 +126,10 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array:
     except KeyError:
         raise BuilderError(
             f"{group.store_path} has no array {name!r}, found {sorted(group.keys())}"
+        ) from None
+    except ValueError as error:
+        raise BuilderError(
+            f"{group.store_path}/{name} is damaged ({error}): start its stage over with --fresh"
         ) from None
     assert isinstance(array, zarr.Array)
     return array
@@ -141,7 +146,10 @@ def _by_rows(num_rows: int, block_rows: int, row: tuple[int, ...], dtype: np.dty
 
 
 def _create(path: Path, arrays: Mapping[str, dict[str, Any]]) -> None:
-    group = zarr.open_group(path, mode="a", zarr_format=3)
+    try:
+        group = zarr.open_group(path, mode="a", zarr_format=3)
+    except (OSError, ValueError) as error:
+        raise BuilderError(f"{path} is no zarr store ({error}): start its stage over with --fresh") from None
     group.attrs["format_version"] = FORMAT_VERSION
     for name, layout in arrays.items():
         if name in group:

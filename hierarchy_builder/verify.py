@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ def _check_shards(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[st
         yield f"{shards / SUCCESS} is missing: the set was not finished"
         return
     index = read_json(shards / "index.json")
+    known = ("config_hash", "shardlist", "grid", "width", "num_levels", "num_classes", "num_samples")
+    if lacking := [name for name in known if name not in index]:
+        yield f"{shards / 'index.json'} has no {', '.join(lacking)}: it is damaged"
+        return
+    yield from _check_companions(folder, index)
     if index["config_hash"] != stages["shard"]["hash"]:
         yield f"{shards / 'index.json'}: configuration {index['config_hash'][:12]} is not the manifest's"
     listed = {entry["url"] for entry in index["shardlist"]}
@@ -102,6 +108,23 @@ def _check_shards(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[st
     }
     if seen != usable:
         yield f"{shards}: {len(usable - seen)} images are in no tar, {len(seen - usable)} are not in the index"
+
+
+def _check_companions(folder: BuildFolder, index: Mapping[str, Any]) -> Iterator[str]:
+    """index.json against its hash in the marker; class map and statistics against the build."""
+    shards = folder.shards
+    if read_json(shards / SUCCESS).get("index_sha256") != sha256_file(shards / "index.json"):
+        yield f"{shards / 'index.json'} was changed after the set was finished"
+    if read_json(shards / "class_map.json") != read_json(folder.class_map):
+        yield f"{shards / 'class_map.json'} is not the class map of the build"
+    try:
+        with np.load(shards / "statistics.npz", allow_pickle=False) as stored:
+            count = int(stored["count"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        yield f"{shards / 'statistics.npz'} is damaged: {error}"
+        return
+    if count != index["num_samples"]:
+        yield f"{shards / 'statistics.npz'}: statistics of {count} images, index.json has {index['num_samples']}"
 
 
 def _check_tar(

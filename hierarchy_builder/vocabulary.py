@@ -7,14 +7,15 @@ Works on blocks of arrays and knows no store; centroids live in the space of the
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from hierarchy_builder.artefacts import write_bytes
 from hierarchy_builder.canvases import region_means
 from hierarchy_builder.config import VocabularyConfig, from_mapping, to_mapping
 from hierarchy_builder.errors import BuilderError
@@ -77,23 +78,19 @@ def part_prototypes(
 
 def save_vocabulary(path: str | Path, prototypes: Prototypes, config: VocabularyConfig) -> None:
     """Write centroids, inertia and the configuration to one .npz (no pickle), under its name only when complete."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     described = {
         "format_version": FORMAT_VERSION,
         "backend": prototypes.backend,
         "config": to_mapping(config),
     }
-    with open(temporary, "wb") as file:
-        np.savez(
-            file,
-            centroids=prototypes.centroids,
-            inertia=np.asarray(prototypes.inertia, dtype=np.float64),
-            description=np.array(json.dumps(described, sort_keys=True)),
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        centroids=prototypes.centroids,
+        inertia=np.asarray(prototypes.inertia, dtype=np.float64),
+        description=np.array(json.dumps(described, sort_keys=True)),
+    )
+    write_bytes(Path(path), buffer.getvalue())
 
 
 def load_vocabulary(path: str | Path) -> tuple[Prototypes, VocabularyConfig]:

@@ -90,7 +90,7 @@ def _on_ray(
         )
     threads = max(1, cpus // count)
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=UNIT_RETRIES)(_Worker)
-    pool = [actor.remote(load, ledger, threads) for _ in range(count)]
+    pool: list[Any] = [actor.remote(load, ledger, threads) for _ in range(count)]
     try:
         yield from _drive(pool, units)
     finally:

@@ -96,7 +96,7 @@ def test_config_file_flag_and_environment(photos, tmp_path) -> None:
         (("build", "{photos}", "--out", "{out}", "--encoder", "dct", "--cuts", "a"), 2, "expected numbers"),
         (("build", "{photos}", "--out", "{out}", "--encoder", "dinov2-reg-base"), 1, "--weights"),
         (("build", "{photos}", "--out", "{out}", "--config", "{config}"), 2, "did you mean 'block_rows'"),
-        (("build", "{photos}", "--out", "{built}", "--encoder", "dct", "--block-rows", "3"), 5, "block_rows: 32 there, 3 now"),
+        (("build", "{photos}", "--out", "{built}", "--encoder", "dct", "--block-rows", "3"), 5, "32 there, 3 now"),
         (("cluster", "{empty}"), 2, "is not a build"),
         (("shard", "{built}", "--samples-per-shard", "3"), 5, "samples_per_shard: 1000 there, 3 now"),
         (("report", "{built}", "--keys", "no/such"), 2, "no usable image no/such"),

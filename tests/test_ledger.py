@@ -71,9 +71,14 @@ def test_damaged_json_is_named(folder) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
-        file.write(b"half of the n")
-        raise ZeroDivisionError
+
+    def fail_halfway() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half of the n")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

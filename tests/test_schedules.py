@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.schedules import ema_beta, logit_normal, plateau_logit_normal
+from trainer.schedules import ema_beta, learning_rate, logit_normal, plateau_logit_normal
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,10 @@ def test_decay_of_averages_matches_the_release(shared, halflife):
     golden = np.load(shared / "golden" / "schedules.npz")
     betas = [ema_beta(int(step), halflife) for step in golden["ema_steps"]]
     np.testing.assert_allclose(betas, golden[f"ema_beta_{halflife}"], atol=1e-6)
+
+
+def test_learning_rate_is_constant_and_then_falls_to_zero() -> None:
+    rates = [learning_rate(seen, 100, 0.02, 0.4) for seen in range(0, 101, 10)]
+    assert rates[:7] == [0.02] * 7
+    assert rates[6:] == pytest.approx([0.02, 0.015, 0.01, 0.005, 0.0])
+    assert learning_rate(99, 100, 0.02, 0.0) == 0.02

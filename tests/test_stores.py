@@ -63,7 +63,7 @@ def test_every_flipped_byte_is_noticed(path) -> None:
 
 
 def test_missing_store_and_array_are_named(path, tmp_path) -> None:
-    with pytest.raises(BuilderError, match="nowhere.zarr is missing"):
+    with pytest.raises(BuilderError, match=r"nowhere\.zarr is missing"):
         stores.open_store(tmp_path / "nowhere.zarr")
     with pytest.raises(BuilderError, match="no array 'regions', found"):
         stores.read_block(path, "regions", Block(number=0, start=0, stop=8))

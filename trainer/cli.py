@@ -166,6 +166,10 @@ def report(
         str | None, typer.Option(help="Shards whose teachers are shown beside samples.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of each class shown.")] = "0",
+    stages: Annotated[
+        Path | None,
+        typer.Option(help="JSON rows of a table to show, as `hierarchy-builder build --json` prints."),
+    ] = None,
     ema: Ema = "auto",
     decoder: DecoderFolder = None,
 ) -> None:
@@ -179,7 +183,8 @@ def report(
     pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
     pairs = [(label, seed) for label in shown_labels(pipe.model.config.num_classes) for seed in numbers]
     trajectories = pipe([label for label, _ in pairs], [seed for _, seed in pairs])
-    page = run_page(run, pipe, trajectories, open_index(shards) if shards else None)
+    rows = _load_rows(stages) if stages else []
+    page = run_page(run, pipe, trajectories, open_index(shards) if shards else None, rows)
     target = out or run / "report.html"
     write_page(page, target)
     print(target)
@@ -243,6 +248,16 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"config file {path}: found {type(content).__name__}, expected fields")
     return content
+
+
+def _load_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--stages {path}: {error}") from None
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise UsageError(f"--stages {path}: expected a list of rows, column to value")
+    return rows
 
 
 def _flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,9 @@ class OptimConfig:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     lr: float = 1e-2
-    """Learning rate of both, constant."""
+    """Learning rate of both, constant until the cooldown."""
+    cooldown_fraction: float = 0.0
+    """Share of the run, at its end, over which the learning rate falls linearly to 0; the release has none."""
     momentum: float = 0.95
     """Momentum of Muon."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -124,6 +126,13 @@ class OptimConfig:
     """Half-lives of the weight averages in thousands of images."""
     ema_ramp: float = 0.05
     """A half-life never exceeds this share of the images seen so far."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"lr is {self.lr}, expected above 0")
+        _require(
+            0 <= self.cooldown_fraction <= 1,
+            f"cooldown_fraction is {self.cooldown_fraction}, expected a share from 0 to 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

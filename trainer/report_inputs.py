@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,15 @@ def teacher_views(index: ShardIndex, limit: int, decoder: Decoder | None = None)
 
 
 def run_page(
-    run: Path, pipe: TrajectoryPipeline, trajectories: Sequence[Trajectory], index: ShardIndex | None = None
+    run: Path,
+    pipe: TrajectoryPipeline,
+    trajectories: Sequence[Trajectory],
+    index: ShardIndex | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
 ) -> Page:
     """The page of a run: samples, curves, scores of `trainer evaluate`, and teachers where shards are given.
+
+    stages: rows of a table of what led to the run, column → value.
 
     Raises TrainerError if `run` is not a run folder.
     """
@@ -94,6 +100,7 @@ def run_page(
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder),
         metrics=read_evaluation(run),
         log=[row for row in read_metrics(run) if "loss" in row],
+        stages=stages,
         config=content["config"],
     )
 

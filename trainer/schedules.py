@@ -26,6 +26,12 @@ def ema_decay(images_seen: int, halflife_kimg: float, batch_size: int, ramp: flo
     return 0.5 ** (batch_size / max(halflife_images, 1e-8))
 
 
+def learning_rate(images_seen: int, total_images: int, lr: float, cooldown_fraction: float) -> float:
+    """The rate of the update after `images_seen` images: `lr`, then a straight line to 0 at `total_images`."""
+    left = max(0, total_images - images_seen)
+    return lr * min(1.0, left / max(cooldown_fraction * total_images, 1e-8))
+
+
 def logit_normal(
     n: int, mean: float, std: float, shift: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:

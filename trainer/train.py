@@ -31,6 +31,7 @@ from trainer.methods import trajectory_forcing
 from trainer.model import TrajectoryTransformer
 from trainer.optim import MuonAdam
 from trainer.run_folder import check_same_run, find_origin, prepare_folder
+from trainer.schedules import learning_rate
 from trainer.shards import ShardIndex, open_index
 from trainer.stream import Batch, BatchDataset, StreamPlan, batch_loader
 
@@ -212,10 +213,17 @@ class _Run:
         )
         if not all(math.isfinite(value) for value in terms.values()):
             self._refuse(batch, terms)
+        self._set_learning_rate()
         self.optimizer.step()
         self.step += 1
         self.averages.update(self.model, self.images_seen, self.config.batch_size)
         return terms, CTRL_C if interrupted else OTHER_STOP if stopped else ""
+
+    def _set_learning_rate(self) -> None:
+        config, optim = self.config, self.config.optim
+        rate = learning_rate(self.images_seen, config.total_images, optim.lr, optim.cooldown_fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def _backward(self, batch: Batch, start: int, stop: int) -> Tensor:
         """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of TERMS."""

@@ -12,7 +12,6 @@ import hashlib
 import importlib.resources
 import io
 import numbers
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from hierarchy_builder.artefacts import write_bytes
 from hierarchy_builder.canvases.plots import Plot, draw
 
 LOSSLESS_PIXELS = 64
@@ -166,14 +166,8 @@ def render(page: Page) -> str:
 
 
 def write_page(page: Page, path: str | Path) -> None:
-    """Render the page to `path` (UTF-8), under a temporary name until it is complete."""
-    path, text = Path(path), render(page)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Render the page to `path` (UTF-8), whole or not at all."""
+    write_bytes(Path(path), render(page).encode())
 
 
 def data_uri(picture: np.ndarray) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -112,10 +113,18 @@ def load_encoder(
         return DctEncoder(device)
     if name.startswith("onnx:"):
         onnx = importlib.import_module("hierarchy_builder.encoders.onnx")
-        return onnx.load_onnx(name, device)
+        return _with_regions(onnx.load_onnx(name, device), name)
     if ":" in name:
-        return _load_own(name, weights)
+        return _with_regions(_load_own(name, weights), name)
     raise _unknown(name)
+
+
+def _with_regions(encoder: Encoder, origin: str) -> Encoder:
+    if encoder.grid[0] * encoder.grid[1] < 2:
+        raise UsageError(
+            f"encoder {origin!r} gives one token per picture, expected a grid of them: name an output of maps"
+        )
+    return encoder
 
 
 def _load_timm(name: str, weights: str | None, precision: str, device: torch.device) -> Encoder:
@@ -136,12 +145,12 @@ def _load_own(name: str, weights: str | None) -> Encoder:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise UsageError(
-            f"encoder {name!r}: {error}; expected module:function with the module on PYTHONPATH"
-        ) from None
     except AttributeError:
         raise UsageError(f"encoder {name!r}: module {module_name} has no {function_name!r}") from None
+    except Exception as error:  # whatever the module does when it is imported
+        raise UsageError(
+            f"encoder {name!r}: {error}; expected module:function with the module on PYTHONPATH"
+        ) from error
     try:
         encoder = function() if weights is None else function(weights=weights)
     except Exception as error:
@@ -162,12 +171,49 @@ def check_encoder(encoder: object, origin: str) -> None:
             f"encoder {origin!r} returned {type(encoder).__name__} without {', '.join(missing)}; "
             f"expected {', '.join(members)}"
         )
-    size = encoder.image_size_px
-    features = encoder.encode(np.full((1, size, size, 3), 128, np.uint8))
-    expected = (1, *encoder.grid, encoder.width)
+    grid, shape = encoder.grid, (encoder.image_size_px, encoder.width)
+    is_grid = isinstance(grid, tuple | list) and len(grid) == 2
+    if not is_grid or not all(isinstance(n, int | np.integer) and n >= 1 for n in (*grid, *shape)):
+        raise BuilderError(
+            f"encoder {origin!r} has image_size_px, width and grid {(*shape, grid)!r}, "
+            "expected positive integers and a tuple (rows, columns)"
+        )
+    _check_description(encoder, origin)
+    encode(encoder, np.full((1, shape[0], shape[0], 3), 128, np.uint8))
+
+
+def _check_description(encoder: Encoder, origin: str) -> None:
+    keys = {"name", "image_size_px", "grid", "width", "normalisation", "weights_hash", "decoder"}
+    found = encoder.describe()
+    try:
+        missing = keys - json.loads(json.dumps(found)).keys()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BuilderError(
+            f"encoder {origin!r}: describe() must give a mapping of plain JSON: {error}"
+        ) from None
+    if missing:
+        raise BuilderError(f"encoder {origin!r}: describe() has no {', '.join(sorted(missing))}")
+
+
+def encode(encoder: Encoder, images: np.ndarray) -> np.ndarray:
+    """`encoder.encode`, checked: RGB uint8 [B, S, S, 3] → float32 [B, H, W, C].
+
+    Raises BuilderError when it fails or gives another shape or dtype.
+    """
+    try:
+        features = encoder.encode(images)
+    except BuilderError:
+        raise
+    except Exception as error:  # theirs, or of the device
+        raise BuilderError(
+            f"encoder {encoder.name!r} failed on a batch of {len(images)} pictures: "
+            f"{type(error).__name__}: {error}; where memory ran out, lower --batch-size"
+        ) from error
+    expected = (len(images), *encoder.grid, encoder.width)
     found = (getattr(features, "shape", None), str(getattr(features, "dtype", type(features).__name__)))
     if found != (expected, "float32"):
         raise BuilderError(
-            f"encoder {origin!r} turned one {size} px picture into {found[0]} {found[1]}, "
-            f"expected {expected} float32 from its grid and width"
+            f"encoder {encoder.name!r} turned {len(images)} pictures of {images.shape[1]} px into "
+            f"{found[0]} {found[1]}, expected {expected} float32 from its grid and width"
         )
+    return features

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hierarchy_builder.encoders import Encoder
+from hierarchy_builder.encoders import Encoder, encode
 
 SIGNIFICANT_DIGITS = 5
 
@@ -22,7 +22,7 @@ def probe_value(encoder: Encoder) -> list[float]:
     """
     values: list[float] = []
     for picture in probe_pictures(encoder.image_size_px):
-        values += _summaries(encoder.encode(picture[None])[0].astype(np.float64))
+        values += _summaries(encode(encoder, picture[None])[0].astype(np.float64))
     return [float(f"{value:.{SIGNIFICANT_DIGITS - 1}e}") for value in values]
 
 
