@@ -167,6 +167,8 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     """features.zarr → regions.zarr."""
     extracted = finished_stage(folder, "extract")
     inputs = {"config": identity(recipe), "extract": extracted["hash"]}
+    if not len(usable_rows(folder)):
+        raise BuilderError(f"{folder.root}: no image could be used, {folder.index.name} says why")
     ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
     num_rows, block_rows, encoder = _layout(extracted)
     stores.create_regions(

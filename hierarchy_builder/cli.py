@@ -35,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 stdout, stderr = Console(), Console(stderr=True)
+CTRL_C = 130
+"""The exit code click makes of KeyboardInterrupt."""
 
 
 @app.command()
@@ -246,7 +248,9 @@ def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
             stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
     if problems:
         raise VerificationError(
-            f"{folder}: {len(problems)} problems found; remove the damaged stage with --fresh"
+            f"{folder}: found {len(problems)} problems, expected none; remove the markers "
+            f"{folder}/ledger/STAGE/NUMBER.json of what is damaged and repeat the command that made it, "
+            "or start its stage over with --fresh"
         )
     if not as_json:
         stdout.print(f"{folder}: everything is in order")
@@ -302,9 +306,10 @@ def run(command: typer.Typer) -> NoReturn:
     except OSError as error:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(BuilderError.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("stopped; the same command goes on from the last finished unit")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == CTRL_C:
+            stderr.print("stopped; the same command goes on from the last finished unit")
+        raise
     sys.exit(0)
 
 

@@ -204,7 +204,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"config file {path}: {error}") from None
     if not isinstance(content, dict):
         raise UsageError(f"config file {path}: found {type(content).__name__}, expected sections of fields")
@@ -212,6 +212,8 @@ def load_yaml(path: str) -> dict[str, Any]:
     for name in content:
         if name not in sections:
             raise UsageError(f"config file {path}: unknown section {name!r}{_nearest(str(name), sections)}")
+        if not isinstance(content[name], dict | None):
+            raise UsageError(f"config file {path}: section {name} is {content[name]!r}, expected fields")
     return content
 
 

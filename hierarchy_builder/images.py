@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from hierarchy_builder.decoding import ImageFacts, crop_square, decode_image
 from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.keys import assign_keys
-from hierarchy_builder.listings import TABLES, list_folder, list_table, list_tar, scan_tar
+from hierarchy_builder.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.records import ImageRecord
 
 __all__ = [
@@ -189,9 +189,14 @@ def _read_class_map(class_map: str | Mapping[str, int]) -> dict[str, int]:
                 content = json.load(file)
         except (OSError, ValueError) as error:
             raise UsageError(f"{where}: {error}") from None
-    valid = isinstance(content, Mapping) and all(type(n) is int and n >= 0 for n in content.values())
-    if not valid or not content:
-        raise UsageError(f'{where}: expected JSON of names and ids, for example {{"cat": 0, "dog": 1}}')
+    valid = isinstance(content, Mapping) and all(
+        type(n) is int and 0 <= n <= MAX_LABEL for n in content.values()
+    )
+    if not valid or not content or len(set(content.values())) < len(content):
+        raise UsageError(
+            f"{where}: expected JSON of names and ids from 0 to {MAX_LABEL}, each of one class, for example "
+            '{"cat": 0, "dog": 1}'
+        )
     return dict(content)
 
 

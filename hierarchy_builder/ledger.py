@@ -6,7 +6,7 @@ one finished unit and carries that hash, so that a marker of another configurati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,14 @@ def begin_stage(
     """
     manifest = read_manifest(folder)
     if fresh:
-        _forget(folder, manifest, stage)
+        _forget(folder, manifest, STAGES[STAGES.index(stage) :])
     if not all(path.exists() for path in _stores_of(folder, stage)):
         remove(folder.ledger(stage))
     stored = manifest["stages"].get(stage)
     if stored is not None and stored["inputs"] != dict(inputs):
         if any(folder.ledger(stage).glob("*.json")):
             raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
-        _forget(folder, manifest, stage)
+        _forget(folder, manifest, [stage])
         stored = None
     manifest["code_version"] = __version__ if stored is None else manifest.get("code_version", __version__)
     stage_hash = config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
@@ -120,16 +120,16 @@ def _stores_of(folder: BuildFolder, stage: str) -> list[Path]:
     }.get(stage, [])
 
 
-def _forget(folder: BuildFolder, manifest: dict[str, Any], stage: str) -> None:
+def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
     outputs = {
         "extract": [folder.index, folder.class_map, folder.features],
         "cluster": [folder.regions],
         "vocabulary": [folder.vocabulary],
         "shard": [folder.shards],
     }
-    for later in STAGES[STAGES.index(stage) :]:
-        manifest["stages"].pop(later, None)
-        for path in [folder.ledger(later), *outputs[later]]:
+    for stage in stages:
+        manifest["stages"].pop(stage, None)
+        for path in [folder.ledger(stage), *outputs[stage]]:
             remove(path)
     write_json(folder.manifest, manifest)
 

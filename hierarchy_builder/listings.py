@@ -30,6 +30,8 @@ TABLES = (".csv", ".tsv", ".parquet")
 COLUMNS = ("path", "class", "label", "split")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test"))
 STAT_THREADS = 16
+MAX_LABEL = 999_999
+"""Largest class id; a larger number in a column `label` is something else."""
 
 
 @dataclass(slots=True)
@@ -179,7 +181,7 @@ def list_table(
     wanted = ["path", "split"] if split else ["path"]
     if missing := [name for name in wanted if name not in columns]:
         raise UsageError(
-            f"{source}: no column {missing[0]!r}, found {', '.join(columns)}; expected a first line naming "
+            f"{source}: no column {missing[0]!r}, found {', '.join(columns) or 'none'}; expected a first line naming "
             "path and optionally class, label, split"
         )
     rows = [
@@ -209,6 +211,8 @@ def list_table(
 def _classes_of_rows(rows: list[tuple[str, ...]], found: Listing, source: str) -> dict[str, str]:
     """Path → class name; sets the classes of `found`, and their ids when column label holds numbers."""
     numbered = bool(rows) and all(re.fullmatch(r"[0-9]+", label) for _, _, label, _ in rows)
+    if not numbered and not any(name for _, name, _, _ in rows):
+        _refuse_half_numbers([label for _, _, label, _ in rows], source)
     classes: dict[str, str] = {}
     ids: dict[str, int] = {}
     for number, (path, name, label, _) in enumerate(rows, start=1):
@@ -221,6 +225,14 @@ def _classes_of_rows(rows: list[tuple[str, ...]], found: Listing, source: str) -
             raise UsageError(f"{source}: class {name!r} has labels {ids[name]} and {label}")
     found.classes = sorted(set(classes.values()))
     if numbered:
+        if max(ids.values()) > MAX_LABEL:
+            raise UsageError(f"{source}: label {max(ids.values())}, expected class ids from 0 to {MAX_LABEL}")
+        names = {label: name for name, label in ids.items()}
+        if shared := [name for name, label in ids.items() if names[label] != name]:
+            raise UsageError(
+                f"{source}: classes {shared[0]!r} and {names[ids[shared[0]]]!r} share label {ids[shared[0]]}, "
+                "expected one class per label"
+            )
         unnamed = not any(name for _, name, _, _ in rows)
         found.ids = {str(n): n for n in range(max(ids.values()) + 1)} if unnamed else ids
         if unnamed:
@@ -229,6 +241,15 @@ def _classes_of_rows(rows: list[tuple[str, ...]], found: Listing, source: str) -
     if len(classes) < len(rows):
         found.warnings.append(f"{len(rows) - len(classes)} images are listed more than once, taken once")
     return classes
+
+
+def _refuse_half_numbers(labels: list[str], source: str) -> None:
+    """Numbers such as -1 or 3.0, or numbers and gaps, would pass for names and be numbered anew."""
+    if any(labels) and all(re.fullmatch(r"(-?[0-9]+(\.[0-9]*)?)?", label) for label in labels):
+        number, label = next(
+            (n, label) for n, label in enumerate(labels, start=1) if not re.fullmatch(r"[0-9]+", label)
+        )
+        raise UsageError(f"{source}: row {number} has label {label!r}, expected class ids 0, 1, …, or names")
 
 
 def _read_table(fs: AbstractFileSystem, place: str, source: str) -> dict[str, list[str]]:

@@ -48,8 +48,10 @@ def dataset_moments(folder: BuildFolder) -> Moments:
     counts, means, squares = (
         stores.array_of(group, name) for name in ("block_count", "block_mean", "block_m2")
     )
-    blocks = zip(np.asarray(counts[:]), np.asarray(means[:]), np.asarray(squares[:]), strict=True)
-    return merge_tree([Moments(int(count), mean, m2) for count, mean, m2 in blocks])
+    return merge_tree(
+        Moments(int(np.asarray(counts[block])), np.asarray(means[block]), np.asarray(squares[block]))
+        for block in range(counts.shape[0])
+    )
 
 
 def remove_strays(shards: Path, split: str, num_shards: int) -> None:
@@ -73,7 +75,7 @@ def _index(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[s
         "wids_version": 1,
         "format_version": FORMAT_VERSION,
         "code_version": __version__,
-        "name": folder.root.resolve().name,
+        "name": f"teacher-hierarchies-{encoder['name']}",
         "split": config.split,
         "shardlist": [
             {

@@ -27,7 +27,7 @@ from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.decoding import ImageFacts, crop_square, decode_image
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
-from hierarchy_builder.errors import ImageError
+from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.hierarchy import build_hierarchy
 from hierarchy_builder.images import Reader, open_reader
 from hierarchy_builder.index import read_index, records_of, status_name
@@ -151,7 +151,7 @@ class ClusterStage:
         stores.write_block(
             self.folder.regions, unit, {name: _scatter(values, usable) for name, values in parts.items()}
         )
-        counts = hierarchy.regions.reshape(*hierarchy.regions.shape[:2], -1).max(axis=-1).astype(int) + 1
+        counts = hierarchy.regions.max(axis=(2, 3)).astype(int) + 1
         return {
             "images": int(usable.sum()),
             "regions": counts.sum(axis=0).tolist(),
@@ -260,7 +260,12 @@ class ShardStage:
         )
 
     def _jpeg(self, record: ImageRecord) -> bytes:
-        image, _ = decode_image(self._reader.read(record.path), max_pixels=self.max_pixels)
+        try:
+            image, _ = decode_image(self._reader.read(record.path), max_pixels=self.max_pixels)
+        except ImageError as error:
+            raise BuilderError(
+                f"{record.path} of {self.source}: {error}; bring it back, or shard with --no-images"
+            ) from None
         buffer = io.BytesIO()
         crop = Image.fromarray(crop_square(image, self.image_size_px))
         crop.save(buffer, "JPEG", quality=self.config.image_quality, subsampling=0)

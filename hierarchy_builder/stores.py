@@ -148,11 +148,12 @@ def _by_rows(num_rows: int, block_rows: int, row: tuple[int, ...], dtype: np.dty
 def _create(path: Path, arrays: Mapping[str, dict[str, Any]]) -> None:
     try:
         group = zarr.open_group(path, mode="a", zarr_format=3)
+        present = set(group.array_keys())
     except (OSError, ValueError) as error:
-        raise BuilderError(f"{path} is no zarr store ({error}): start its stage over with --fresh") from None
+        raise BuilderError(f"{path} is damaged ({error}): start its stage over with --fresh") from None
     group.attrs["format_version"] = FORMAT_VERSION
     for name, layout in arrays.items():
-        if name in group:
+        if name in present:
             if array_of(group, name).shape != layout["shape"]:
                 raise BuilderError(
                     f"{path}/{name} has shape {array_of(group, name).shape}, expected {layout['shape']}: "

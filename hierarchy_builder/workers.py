@@ -6,8 +6,12 @@ in-process path calls, so results depend neither on the number of workers nor on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +66,9 @@ def map_units(
         for unit in units:
             yield perform(stage, ledger, unit, os.cpu_count() or 1)
         return
-    yield from _on_ray(load, ledger, units, workers, uses_gpu)
+    # Ray tells of lost workers on stdout, which belongs to the results.
+    with contextlib.redirect_stdout(sys.stderr):
+        yield from _on_ray(load, ledger, units, workers, uses_gpu)
 
 
 def shutdown() -> None:
@@ -139,19 +145,22 @@ def _start_ray(workers: Workers) -> None:
     if ray.is_initialized():
         return
     address = workers.address or os.environ.get("RAY_ADDRESS")
+    handler = signal.getsignal(signal.SIGTERM)
     if address:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise BuilderError(f"no Ray cluster answers at {address!r}: {error}") from None
-        return
-    ray.init(
-        address="local",
-        num_cpus=max(workers.count or 0, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(workers.count or 0, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray put its own, which ends the process on the spot
 
 
 def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float) -> float:

@@ -103,12 +103,7 @@ def test_ray_makes_the_same_bytes(built, photos, tmp_path) -> None:
     finally:
         shutdown()
     assert list(find_problems(folder)) == []
-    ours, theirs = digests(folder.shards), digests(built.shards)
-    ours.pop("index.json"), theirs.pop("index.json")  # the name of the folder stands in the index
-    assert {name: ours[name] for name in ours if name.endswith(".tar")} == {
-        name: theirs[name] for name in theirs if name.endswith(".tar")
-    }
-    assert ours["statistics.npz"] == theirs["statistics.npz"]
+    assert digests(folder.shards) == digests(built.shards)
     for name in ("index.parquet", "vocabulary.npz"):
         assert (folder.root / name).read_bytes() == (built.root / name).read_bytes()
 
@@ -225,6 +220,20 @@ def test_any_number_of_levels(tmp_path, photos, cuts) -> None:
     assert list(find_problems(folder)) == []
 
 
+def test_dinov2_with_random_weights_runs_the_whole_path(tmp_path) -> None:
+    tree = write_tree(tmp_path / "photos", per_class=1)
+    folder = BuildFolder(tmp_path / "build")
+    extract = ExtractConfig(encoder="dinov2-reg-small", weights="random:0", batch_size=3)
+    plan = steps.BuildPlan(extract=extract, hierarchy=PLAN.hierarchy, shard=ShardConfig())
+    steps.build(folder, str(tree), plan, session())
+    assert list(find_problems(folder)) == []
+    samples = list(read_shard(folder.shards / "train-000000.tar"))
+    assert [sample.features.shape for sample in samples] == [(16, 16, 384)] * 3
+    tokens = samples[0].features.astype(np.float64)
+    np.testing.assert_allclose(tokens.mean(axis=-1), 0, atol=1e-3)  # the final norm has no affine
+    np.testing.assert_allclose(tokens.std(axis=-1), 1, atol=1e-2)
+
+
 def test_shard_bytes_decides_the_count(built, photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     plan = steps.BuildPlan(
@@ -241,6 +250,79 @@ def test_report_shows_photos_and_decoded_levels(built, tmp_path) -> None:
     assert page.count("data:image") >= 6 * 3
     for class_name in CLASSES:
         assert class_name in page
+
+
+def test_lost_tars_and_stores_are_made_again(built, photos, tmp_path) -> None:
+    import shutil
+
+    folder = BuildFolder(tmp_path / "build")
+    shutil.copytree(built.root, folder.root)
+    before = digests(folder.shards, "*.tar")
+    shutil.rmtree(folder.regions)
+    (folder.shards / "train-000001.tar").unlink()
+    (folder.shards / "train-000002.tar").write_bytes(b"cut")
+    steps.build(folder, str(photos), PLAN, session())
+    assert digests(folder.shards, "*.tar") == before
+    assert list(find_problems(folder)) == []
+
+
+def test_a_block_without_a_usable_image_is_passed_over(photos, tmp_path) -> None:
+    import shutil
+
+    source = shutil.copytree(photos, tmp_path / "photos")
+    for path in sorted((source / CLASSES[0]).iterdir()):
+        path.write_bytes(b"no picture")
+    folder = BuildFolder(tmp_path / "build")
+    extract = ExtractConfig(encoder="dct", block_rows=6, order="listed", max_bad_fraction=0.5)
+    plan = steps.BuildPlan(extract=extract, hierarchy=PLAN.hierarchy, shard=ShardConfig())
+    summaries = steps.build(folder, str(source), plan, session())
+    assert [summary.images for summary in summaries] == [18, 12, 12]
+    assert list(find_problems(folder)) == []
+
+
+def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(built, tmp_path) -> None:
+    import shutil
+
+    folder = BuildFolder(tmp_path / "build")
+    shutil.copytree(built.root, folder.root)
+    steps.cluster(folder, PLAN.hierarchy, session(fresh=True))
+    shards = steps.shard(folder, PLAN.shard, session())
+    with pytest.raises(BuilderError, match="lower num_prototypes"):
+        steps.vocabulary(folder, VocabularyConfig(num_prototypes=60_000, backend="torch"), session())
+    steps.vocabulary(folder, PLAN.vocabulary, session())
+    assert len(list(folder.shards.glob("*.tar"))) == shards.notes["shards"]
+    with pytest.raises(ConfigMismatchError, match=r"start over with hierarchy-builder shard .* --fresh"):
+        steps.shard(folder, PLAN.shard, session())
+
+
+def test_a_photograph_that_went_missing_is_named(photos, tmp_path) -> None:
+    import shutil
+
+    source = shutil.copytree(photos, tmp_path / "photos")
+    folder = BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(source), PLAN.extract, session())
+    steps.cluster(folder, PLAN.hierarchy, session())
+    (source / CLASSES[0] / "000.png").unlink()
+    with pytest.raises(BuilderError, match=r"circle/000\.png of .*missing.* or shard with --no-images"):
+        steps.shard(folder, PLAN.shard, session())
+    assert not list(folder.shards.glob("*.tmp-*"))
+
+
+def test_verify_compares_what_stands_beside_the_tars(built, tmp_path) -> None:
+    import shutil
+
+    folder = BuildFolder(tmp_path / "copy")
+    shutil.copytree(built.root, folder.root)
+    (folder.shards / "class_map.json").write_text('{"circle": 0}')
+    (folder.shards / "statistics.npz").write_bytes(b"junk")
+    with (folder.shards / "index.json").open("a") as file:
+        file.write(" ")
+    problems = "\n".join(find_problems(folder))
+    assert "class_map.json is not the class map of the build" in problems
+    assert "statistics.npz is damaged" in problems
+    assert "index.json was changed after the set was finished" in problems
+    (folder.shards / "index.json").write_text("{}")
+    assert "index.json has no config_hash, shardlist" in "\n".join(find_problems(folder))
 
 
 def test_verify_finds_planted_damage(built, tmp_path) -> None:

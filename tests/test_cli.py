@@ -101,11 +101,20 @@ def test_config_file_flag_and_environment(photos, tmp_path) -> None:
         (("shard", "{built}", "--samples-per-shard", "3"), 5, "samples_per_shard: 1000 there, 3 now"),
         (("report", "{built}", "--keys", "no/such"), 2, "no usable image no/such"),
         (("build", "{photos}"), 2, "--out"),
+        (("build", "{photos}", "--out", "{config}", "--encoder", "dct"), 2, "expected a folder to write to"),
+        (("build", "{photos}", "--out", "{photos}/build", "--encoder", "dct"), 2, "lies inside the images"),
+        (("build", "", "--out", "{out}", "--encoder", "dct"), 2, "empty text"),
+        (("build", "{photos}", "--out", "{out}", "--encoder", "dct", "--seed", "-1"), 2, "seed is -1"),
+        (("build", "{photos}", "--out", "{out}", "--config", "{number}"), 2, "section extract is 3, expected fields"),
+        (("build", "{photos}", "--out", "{out}", "--config", "{binary}"), 2, "config file {binary}"),
+        (("report", "{built}", "--out", "{config}/page.html"), 1, "{config}"),
     ],
 )  # fmt: skip
 def test_bad_input_says_what_to_do(words, code, text, photos, built, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "config.yaml").write_text("extract: {block_row: 3}\n")
+    (tmp_path / "number.yaml").write_text("extract: 3\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     places = {
         "photos": photos,
         "built": built,
@@ -113,6 +122,8 @@ def test_bad_input_says_what_to_do(words, code, text, photos, built, tmp_path) -
         "empty": tmp_path / "empty",
         "out": tmp_path / "out",
         "config": tmp_path / "config.yaml",
+        "number": tmp_path / "number.yaml",
+        "binary": tmp_path / "binary.yaml",
     }
     done = (
         run(*(str(word).format(**places) for word in words), "--workers", 0)

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper
 
 from hierarchy_builder.canvases.dct import DctBasis
-from hierarchy_builder.encoders import Encoder, check_encoder, list_encoders, load_encoder
+from hierarchy_builder.encoders import Encoder, check_encoder, encode, list_encoders, load_encoder
 from hierarchy_builder.encoders.probe import probe_pictures, probe_value
 from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
 from hierarchy_builder.errors import BuilderError, UsageError
@@ -259,7 +259,7 @@ def test_onnx_files_that_do_not_serve(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     with pytest.raises(BuilderError, match="is not a model onnxruntime can run"):
         load_encoder(f"onnx:{tmp_path}/junk.onnx")
-    with pytest.raises(BuilderError, match=r"file .*nowhere\.onnx not found"):
+    with pytest.raises(BuilderError, match=r"file '.*nowhere\.onnx' not found"):
         load_encoder(f"onnx:{tmp_path}/nowhere.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BuilderError, match=r"pip install 'trajectory-hierarchies\[onnx\]'"):
@@ -282,7 +282,15 @@ class MeanColour:
         return images.reshape(len(images), 4, 16, 4, 16, 3).mean((2, 4)).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "decoder": None}
+        return {
+            "name": self.name,
+            "image_size_px": self.image_size_px,
+            "grid": list(self.grid),
+            "width": self.width,
+            "normalisation": None,
+            "weights_hash": self.weights_hash,
+            "decoder": None,
+        }
 
 
 def own(**changes: Any) -> Callable[[], object]:
@@ -291,6 +299,10 @@ def own(**changes: Any) -> Callable[[], object]:
 
 def failing() -> object:
     raise RuntimeError("no such checkpoint")
+
+
+def one_token() -> object:
+    return own(grid=(1, 1), encode=lambda self, images: np.zeros((len(images), 1, 1, 3), np.float32))()
 
 
 def test_your_own_encoder_is_taken_by_name() -> None:
@@ -306,11 +318,23 @@ def test_your_own_encoder_is_taken_by_name() -> None:
         (own(width=7), r"into \(1, 4, 4, 3\) float32, expected \(1, 4, 4, 7\) float32"),
         (own(encode=lambda self, images: np.zeros((1, 4, 4, 3))), "float64, expected"),
         (own(encode=lambda self, images: [1]), r"into None list"),
+        (own(encode=lambda self, images: 1 / 0), "failed on a batch of 1 pictures: ZeroDivisionError"),
+        (own(image_size_px="64"), "expected positive integers and a tuple"),
+        (own(grid=16), "expected positive integers and a tuple"),
+        (own(describe=lambda self: None), "must give a mapping of plain JSON"),
+        (own(describe=lambda self: {"name": np.float32(1)}), "must give a mapping of plain JSON"),
+        (own(describe=lambda self: {"name": "mine"}), r"describe\(\) has no decoder, grid, image_size_px"),
     ],
 )
 def test_your_own_encoder_is_checked(make: Callable[[], object], message: str) -> None:
     with pytest.raises(BuilderError, match=message):
         check_encoder(make(), "mine:make")
+
+
+def test_an_encoder_that_loses_pictures_of_a_batch_is_refused() -> None:
+    make = own(encode=lambda self, images: MeanColour.encode(self, images[:1]))
+    with pytest.raises(BuilderError, match=r"turned 3 pictures of 64 px into \(1, 4, 4, 3\)"):
+        encode(make(), np.zeros((3, 64, 64, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +345,9 @@ def test_your_own_encoder_is_checked(make: Callable[[], object], message: str) -
         ("resnet", "known are dinov2-reg-small"),
         ("no_such_module:make", "No module named 'no_such_module'; expected module:function"),
         ("json:no_such_function", "module json has no 'no_such_function'"),
+        (":make", "Empty module name; expected module:function"),
+        (".relative:make", "expected module:function"),
+        (f"{__name__}:one_token", "gives one token per picture, expected a grid"),
         (f"{__name__}:failing", "calling it failed: RuntimeError: no such checkpoint"),
     ],
 )

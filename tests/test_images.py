@@ -130,9 +130,10 @@ def test_a_class_map_fixes_ids_whatever_is_present(tmp_path: Path) -> None:
         UsageError, match="1 classes are not in the class map, the first is 'dog'; near it is 'dogs'"
     ):
         open_source(str(tmp_path / "data"), class_map={"dogs": 0})
-    map_file.write_text('["cat"]')
-    with pytest.raises(UsageError, match="expected JSON of names and ids"):
-        open_source(str(tmp_path / "data"), class_map=str(map_file))
+    for content in ('["cat"]', '{"cat": 0, "dog": 0}', '{"dog": -1}', '{"dog": 1700000000}', "{}"):
+        map_file.write_text(content)
+        with pytest.raises(UsageError, match="expected JSON of names and ids"):
+            open_source(str(tmp_path / "data"), class_map=str(map_file))
 
 
 def test_the_listing_hash_sees_names_sizes_and_labels(tmp_path: Path) -> None:
@@ -221,6 +222,11 @@ def test_labels_of_a_listing_are_ids_where_they_are_numbers(tmp_path: Path) -> N
         ("path\n9.png\n8.png\n", "none of the 2 paths.*the first is '9.png'.*relative to the folder"),
         ("path,class\n,a\n", "row 1 has no path"),
         ("path\n", "no images in"),
+        ("path,label\n1.png,0\n2.png,-1\n", "row 2 has label '-1', expected class ids"),
+        ("path,label\n1.png,3.0\n2.png,5\n", "row 1 has label '3.0', expected class ids"),
+        ("path,label\n1.png,3\n2.png,\n", "row 2 has label '', expected class ids"),
+        ("path,label\n1.png,3\n2.png,1700000000\n", "label 1700000000, expected class ids from 0 to 999999"),
+        ("path,class,label\n1.png,a,1\n2.png,b,1\n", "classes 'a' and 'b' share label 1"),
     ],
 )
 def test_a_listing_that_cannot_be_used_says_why(tmp_path: Path, text: str, message: str) -> None:

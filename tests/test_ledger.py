@@ -14,6 +14,7 @@ def folder(tmp_path) -> BuildFolder:
 
 def test_units_stay_done_for_the_same_inputs(folder) -> None:
     ledger = begin_stage(folder, "extract", {"a": 1}, {}, fresh=False)
+    folder.features.mkdir()
     assert not ledger.is_done(0)
     ledger.finish(0, {"images": 3})
     again = begin_stage(folder, "extract", {"a": 1}, {}, fresh=False)
@@ -22,12 +23,29 @@ def test_units_stay_done_for_the_same_inputs(folder) -> None:
 
 
 def test_other_inputs_are_refused_side_by_side(folder) -> None:
-    begin_stage(folder, "extract", {"config": {"encoder": "dct", "order": "listed"}}, {}, fresh=False)
+    ledger = begin_stage(
+        folder, "extract", {"config": {"encoder": "dct", "order": "listed"}}, {}, fresh=False
+    )
+    folder.features.mkdir()
+    ledger.finish(0, {})
     with pytest.raises(ConfigMismatchError) as caught:
         begin_stage(folder, "extract", {"config": {"encoder": "onnx:x", "order": "listed"}}, {}, fresh=False)
     assert "config.encoder: 'dct' there, 'onnx:x' now" in str(caught.value)
     assert "order" not in str(caught.value)
     assert caught.value.exit_code == 5
+
+
+def test_units_are_to_do_again_when_their_store_is_gone(folder) -> None:
+    folder.features.mkdir(parents=True)
+    begin_stage(folder, "extract", {"a": 1}, {}, fresh=False).finish(0, {})
+    folder.features.rmdir()
+    assert not begin_stage(folder, "extract", {"a": 1}, {}, fresh=False).is_done(0)
+
+
+def test_what_was_begun_without_a_unit_done_may_be_begun_otherwise(folder) -> None:
+    begin_stage(folder, "extract", {"a": 1}, {}, fresh=False)
+    begin_stage(folder, "extract", {"a": 2}, {}, fresh=False)
+    assert stage_entry(folder, "extract")["inputs"] == {"a": 2}
 
 
 def test_fresh_removes_the_stage_and_all_after_it(folder) -> None:
@@ -62,9 +80,10 @@ def test_newer_format_is_refused(folder) -> None:
         read_manifest(folder)
 
 
-def test_damaged_json_is_named(folder) -> None:
-    write_bytes(folder.manifest, b"{")
-    with pytest.raises(BuilderError, match=r"manifest\.json is damaged"):
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"format_version": 1}'])
+def test_damaged_json_is_named(folder, content) -> None:
+    write_bytes(folder.manifest, content)
+    with pytest.raises(BuilderError, match=r"manifest\.json (is damaged|has no stages).*remove it"):
         read_manifest(folder)
 
 
@@ -92,3 +111,32 @@ def test_second_writer_is_told(folder) -> None:
         raise AssertionError("both writers were let in")
     with folder.locked():
         assert (folder.root / ".lock").exists()
+
+
+def test_a_folder_in_which_nothing_was_begun_is_taken_away(folder) -> None:
+    with folder.locked():
+        assert folder.root.exists()
+    assert not folder.root.exists()
+    with folder.locked():
+        folder.manifest.write_text("{}")
+    assert folder.manifest.exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(folder) -> None:
+    (folder.root / "shards").mkdir(parents=True)
+    (folder.root / "shards" / "mine.tar").write_bytes(b"precious")
+    with pytest.raises(UsageError, match=r"holds shards but no build"), folder.locked():
+        raise AssertionError("let in")
+    file = BuildFolder(folder.root / "shards" / "mine.tar")
+    for place in (file, BuildFolder(file.root / "below")):
+        with pytest.raises(UsageError, match="expected a folder to write to"), place.locked():
+            raise AssertionError("let in")
+
+
+def test_a_build_among_its_images_is_refused(tmp_path) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    for inside in ("photos", "photos/build", "photos/cat/build"):
+        with pytest.raises(UsageError, match="lies inside the images"):
+            BuildFolder(tmp_path / inside).check_apart(str(tmp_path / "photos"))
+    for apart in ("build", "photos/.build", "photos-build"):
+        BuildFolder(tmp_path / apart).check_apart(str(tmp_path / "photos"))

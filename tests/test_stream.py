@@ -57,6 +57,35 @@ def test_build_folder_is_accepted(tmp_path: Path) -> None:
     assert open_index(str(tmp_path)).num_samples == 24
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("index.json", "[]"),
+        ("index.json", "{"),
+        ("index.json", '{"format_version": 1}'),
+        ("index.json", '{"format_version": 1, "shardlist": 3}'),
+        ("class_map.json", "{"),
+        ("class_map.json", '{"ant": "x"}'),
+        ("class_map.json", '{"ant": 0, "bee": 0}'),
+        ("class_map.json", "{}"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (write_shards(tmp_path) / name).write_text(content)
+    with pytest.raises(TrainerError, match=name):
+        open_index(str(tmp_path))
+
+
+def test_labels_that_the_class_map_leaves_out_are_numbers(tmp_path: Path) -> None:
+    (write_shards(tmp_path) / "class_map.json").write_text('{"cat": 3, "ant": 0}')
+    assert open_index(str(tmp_path)).class_names == ("ant", "1", "2", "cat")
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(TrainerError, match="nosuch://x: Protocol not known"):
+        open_index("nosuch://x")
+
+
 def test_remote_shards_are_downloaded_once(tmp_path: Path, folder: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/stream-test", recursive=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.Capture
         (["--config", "absent.yaml"], 2, "config file absent.yaml"),
         (["--resume", "absent"], 2, "--resume absent: found no such folder"),
         (["--batch-size", "30"], 1, "24 samples, fewer than one batch of 30"),
+        (["--set", "optim.lr={"], 2, "'{' is no value of YAML"),
+        (["--set", "optim.lr=nan"], 2, "lr is nan, expected above 0"),
+        (["--set", "optim.adam_betas=[0.9, 1.0]"], 2, "hold 1.0, expected 0 up to below 1"),
+        (["--set", "method.region_weight=nan"], 2, "region_weight is nan"),
+        (["--set", "model.num_heads=0"], 2, "num_heads is 0, expected above 0"),
+        (["--set", "model.num_class_tokens=-1"], 2, "num_class_tokens is -1"),
     ],
 )
 def test_train_refuses(
@@ -121,6 +128,72 @@ def test_train_refuses(
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "config file"),
+        (b"1: 2", "expected fields by name"),
+        (b"optim: {1: 2}", "unknown field 'optim.1'"),
+    ],
+)
+def test_config_files_that_are_none(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "more.yaml").write_bytes(content)
+    words = ("--config", tmp_path / "more.yaml", "--quiet")
+    assert call("train", shards, *arguments(tmp_path / "run"), *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "a: 1", "config: 3\nshards: 4\n"])
+def test_a_folder_with_another_config_yaml_is_refused(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert call("train", shards, *arguments(tmp_path), "--quiet") == 5
+    assert f"error: {tmp_path / 'config.yaml'}" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [("shards", {}), ("shards", []), ("files", []), ("config", 3)],
+)
+def test_a_checkpoint_with_a_wrong_state_is_passed_over(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, content: object
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    newest = max((copy / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, part: content}))
+    assert call("sample", copy, "--labels", "ant", "--seeds", "0", "--out", tmp_path / "samples") == 0
+    assert call("sample", newest, "--labels", "ant", "--out", tmp_path / "samples") == 1
+    assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_weights_of_another_network_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    newest = max((copy / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text())
+    state["config"]["model"]["width"] = 32
+    (newest / "state.json").write_text(json.dumps(state))
+    assert call("sample", copy, "--labels", "ant", "--out", tmp_path / "samples") == 5
+    assert "the weights are not of the network" in capsys.readouterr().err
+
+
+def test_report_refuses_shards_of_other_features(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_shards(tmp_path / "shards")
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps({**index, "width": 48}))
+    assert call("report", run, "--shards", other, "--out", tmp_path / "report.html") == 5
+    assert "the model was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_other_configuration_is_exit_code_5(

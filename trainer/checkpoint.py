@@ -100,6 +100,10 @@ def load_state(folder: Path) -> RunState:
         if version != FORMAT_VERSION:
             raise MismatchError(f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION}")
         state = RunState(**content)
+        if not all(isinstance(part, dict) for part in (state.config, state.shards, state.files)):
+            raise TypeError("config, shards and files must be mappings")
+        if lacking := {"encoder", "class_names", "config_hash"} - state.shards.keys():
+            raise KeyError(*sorted(lacking))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainerError(f"{folder} is not a checkpoint: {error!r}") from None
     for name, size in state.files.items():
@@ -115,7 +119,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise TrainerError(f"{path}: {error}") from None
+        raise TrainerError(f"{path}: {error}; use another checkpoint, or remove this one") from None
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -175,16 +175,20 @@ def report(
 ) -> None:
     """Run folder → one HTML page of samples, curves, scores and configuration."""
     from hierarchy_builder.canvases.gallery import write_page
+    from trainer.evaluate import check_fits
     from trainer.pipeline import TrajectoryPipeline
     from trainer.report_inputs import run_page, shown_labels
     from trainer.shards import open_index
 
     numbers = parse_seeds(seeds)
     pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
+    index = open_index(shards) if shards else None
+    if index is not None:
+        check_fits(pipe, index)
     pairs = [(label, seed) for label in shown_labels(pipe.model.config.num_classes) for seed in numbers]
     trajectories = pipe([label for label, _ in pairs], [seed for _, seed in pairs])
     rows = _load_rows(stages) if stages else []
-    page = run_page(run, pipe, trajectories, open_index(shards) if shards else None, rows)
+    page = run_page(run, pipe, trajectories, index, rows)
     target = out or run / "report.html"
     write_page(page, target)
     print(target)
@@ -243,10 +247,10 @@ def _base(preset_name: str | None, config: Path | None, out: Path) -> TrainConfi
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"config file {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"config file {path}: found {type(content).__name__}, expected fields")
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"config file {path}: found {type(content).__name__}, expected fields by name")
     return content
 
 
@@ -276,7 +280,10 @@ def _assignments(settings: Sequence[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: expected name=value, for example {known_fields()[0]}=TF-B")
-        values[name.strip()] = yaml.safe_load(text)
+        try:
+            values[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting}: {text!r} is no value of YAML") from None
     return values
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -65,6 +66,13 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
 
     def __post_init__(self) -> None:
+        positive = ("in_channels", "num_classes", "width", "depth", "num_heads", "mlp_ratio", "rope_theta")
+        for name in positive:
+            _require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, expected above 0")
+        for name in ("class", "time", "level", "guidance", "interval"):
+            count = getattr(self, f"num_{name}_tokens")
+            _require(count >= 0, f"num_{name}_tokens is {count}, expected 0 or more")
+        _require(min(self.grid) >= 1, f"grid is {self.grid}, expected rows and columns of 1 or more")
         _require(
             0 < self.head_depth <= self.depth,
             f"head_depth {self.head_depth}, expected 1 to depth {self.depth}",
@@ -104,6 +112,10 @@ class MethodConfig:
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
         _require(self.time_shift > 0, f"time_shift is {self.time_shift}, expected above 0")
+        for name in ("time_std", "region_weight", "guidance_max"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more, and finite")
+        _require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +140,14 @@ class OptimConfig:
     """A half-life never exceeds this share of the images seen so far."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"lr is {self.lr}, expected above 0")
+        _require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
+        for decay in (self.momentum, *self.adam_betas):
+            _require(0 <= decay < 1, f"momentum and adam_betas hold {decay}, expected 0 up to below 1")
+        for halflife in self.ema_halflives_kimg:
+            _require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
+        _require(self.ema_ramp >= 0, f"ema_ramp is {self.ema_ramp}, expected 0 or more")
+        steps = self.newton_schulz_steps
+        _require(steps >= 1, f"newton_schulz_steps is {steps}, expected 1 or more")
         _require(
             0 <= self.cooldown_fraction <= 1,
             f"cooldown_fraction is {self.cooldown_fraction}, expected a share from 0 to 1",

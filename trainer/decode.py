@@ -212,6 +212,9 @@ def _read_config(config: Mapping[str, Any] | str | Path) -> RaeDecoderConfig:
     if values.get("hidden_act", "gelu") != "gelu":
         raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
     read = RaeDecoderConfig(**{f.name: values[f.name] for f in fields if f.name in values})
+    counts = [f.name for f in fields if f.default is dataclasses.MISSING]
+    if wrong := [name for name in counts if type(values[name]) is not int or values[name] < 1]:
+        raise UsageError(f"{where}: {wrong[0]} is {values[wrong[0]]!r}, expected a positive integer")
     if read.image_size % read.patch_size or read.decoder_hidden_size % read.decoder_num_attention_heads:
         raise UsageError(
             f"{where}: image_size {read.image_size} must be a multiple of patch_size {read.patch_size}, and "
@@ -228,7 +231,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise TrainerError(f"decoder weights {path} not found") from None
     except Exception as error:  # each format has its own errors
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).partition(". ")[0].split())[:200]
         raise TrainerError(
             f"decoder weights {path}: expected plain tensors, .pt or .safetensors: {reason}"
         ) from None

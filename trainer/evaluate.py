@@ -32,13 +32,7 @@ def evaluate(
     Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
     over the shards. Raises MismatchError if the shards do not fit the model.
     """
-    config = pipe.model.config
-    found = (index.grid, index.width, index.num_levels, index.num_classes)
-    wanted = (config.grid, config.in_channels, config.num_levels, config.num_classes)
-    if found != wanted:
-        raise MismatchError(
-            f"{index.url} holds (grid, width, levels, classes) {found}, the model was trained on {wanted}"
-        )
+    check_fits(pipe, index)
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
     trajectories = pipe(labels, seeds, num_steps)
@@ -54,6 +48,18 @@ def evaluate(
     yield "flatness_real", float(two_region_share(canvases[:, 0]).mean())
     yield "flatness_real_tokens", float(two_region_share(canvases[:, -1]).mean())
     yield "flatness_noise", float(two_region_share(noise).mean())
+
+
+def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
+    """Raise MismatchError unless grid, width, levels and classes of the shards are those of the model."""
+    config = pipe.model.config
+    found = (index.grid, index.width, index.num_levels, index.num_classes)
+    wanted = (config.grid, config.in_channels, config.num_levels, config.num_classes)
+    if found != wanted:
+        raise MismatchError(
+            f"{index.url} holds (grid, width, levels, classes) {found}, the model was trained on {wanted}: "
+            "give shards of the same encoder, recipe and classes"
+        )
 
 
 def _real(index: ShardIndex, max_real: int) -> tuple[Tensor, Tensor, Tensor]:

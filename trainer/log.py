@@ -28,13 +28,16 @@ def truncate_metrics(run: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl in order; a last line cut off by a crash is left out."""
+    """Rows of metrics.jsonl in order, up to a line that is cut off or no row."""
     rows = []
-    for line in (run / METRICS).read_text().splitlines():
+    for line in (run / METRICS).read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or "step" not in row:
+            break
+        rows.append(row)
     return rows
 
 

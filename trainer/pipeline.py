@@ -140,7 +140,12 @@ class TrajectoryPipeline:
             ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
         name = None if ema in (None, "raw") else str(ema) if isinstance(ema, str) else f"{ema:g}"
         model = TrajectoryTransformer(config.model)
-        model.load_state_dict(saved.load_weights(path, name))
+        try:
+            model.load_state_dict(saved.load_weights(path, name))
+        except RuntimeError:
+            raise MismatchError(
+                f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
+            ) from None
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder = state.shards["encoder"]

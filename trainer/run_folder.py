@@ -47,14 +47,27 @@ def check_same_run(out: Path, origin: Path | None, config: TrainConfig, index: S
     """Raise MismatchError, naming the differing keys, if `out` or `origin` were made with something else."""
     wanted = _identity(config, index.describe())
     if (out / CONFIG).exists():
-        _compare(str(out), yaml.safe_load((out / CONFIG).read_text()), wanted)
+        _compare(str(out / CONFIG), _load(out / CONFIG), wanted)
     if origin is not None:
         state = saved.load_state(origin)
         _compare(str(origin), {"config": state.config, "shards": state.shards}, wanted)
 
 
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        content = error
+    if not isinstance(content, dict) or not {"config", "shards"} <= content.keys():
+        raise MismatchError(f"{path} is not the configuration of a run: choose another --out, or remove it")
+    return content
+
+
 def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    before = _identity(from_mapping(found["config"], where), found["shards"])
+    try:
+        before = _identity(from_mapping(found["config"], where), found["shards"])
+    except (UsageError, KeyError, TypeError, ValueError) as error:
+        raise MismatchError(f"{where} holds no configuration of this release ({error})") from None
     rows = [
         f"  {name}: {before.get(name)!r} there, {wanted.get(name)!r} now"
         for name in sorted(before.keys() | wanted.keys())

@@ -103,12 +103,26 @@ def open_index(url: str) -> ShardIndex:
     url: local path or fsspec URL. Raises TrainerError when the folder is not finished or not of this format.
     """
     for folder in (url.rstrip("/"), f"{url.rstrip('/')}/shards"):
-        filesystem, path = fsspec.url_to_fs(folder)
+        try:
+            filesystem, path = fsspec.url_to_fs(folder)
+        except (ImportError, ValueError) as error:
+            raise TrainerError(f"{url}: {error}") from None
         if filesystem.exists(f"{path}/{MARKER}") and filesystem.exists(f"{path}/{INDEX}"):
-            index = json.loads(filesystem.cat_file(f"{path}/{INDEX}"))
-            class_map = json.loads(filesystem.cat_file(f"{path}/{CLASS_MAP}"))
+            index, class_map = (_read_json(filesystem, f"{path}/{name}") for name in (INDEX, CLASS_MAP))
             return _parse_index(folder, index, class_map)
     raise TrainerError(f"{url} is not a finished shard folder: run `hierarchy-builder shard DIR`")
+
+
+def _read_json(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(filesystem.cat_file(path))
+    except FileNotFoundError:
+        raise TrainerError(f"{path} is missing; copy or build the shards again") from None
+    except ValueError as error:
+        content = error
+    if not isinstance(content, dict):
+        raise TrainerError(f"{path} is damaged: expected a JSON object; copy or build the shards again")
+    return content
 
 
 def _parse_index(url: str, index: dict[str, Any], class_map: dict[str, int]) -> ShardIndex:
@@ -118,19 +132,21 @@ def _parse_index(url: str, index: dict[str, Any], class_map: dict[str, int]) -> 
             f"{url}/{INDEX}: format version {version}, this program reads {FORMAT_VERSION}; "
             "build the shards again or update the program"
         )
-    names = sorted(class_map, key=class_map.__getitem__)
-    if [class_map[name] for name in names] != list(range(len(names))):
-        raise TrainerError(f"{url}/{CLASS_MAP}: labels are not 0 to {len(names) - 1}, each once")
-    entries = (
-        ShardEntry(
-            name=entry["url"],
-            num_samples=int(entry["nsamples"]),
-            num_bytes=int(entry["filesize"]),
-            sha256=entry["sha256"],
-        )
-        for entry in index["shardlist"]
-    )
+    names = _class_names(class_map, f"{url}/{CLASS_MAP}")
     try:
+        entries = [
+            ShardEntry(
+                name=entry["url"],
+                num_samples=int(entry["nsamples"]),
+                num_bytes=int(entry["filesize"]),
+                sha256=entry["sha256"],
+            )
+            for entry in index["shardlist"]
+        ]
+        if int(index["num_levels"]) < 2 or min(*index["grid"], index["width"]) < 1:
+            raise ValueError("fewer than 2 levels, or no tokens")
+        if not isinstance(index["encoder"], dict):
+            raise TypeError("encoder is no description")
         return ShardIndex(
             url=url,
             name=index["name"],
@@ -145,6 +161,16 @@ def _parse_index(url: str, index: dict[str, Any], class_map: dict[str, int]) -> 
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TrainerError(f"{url}/{INDEX}: not a shard index ({error!r})") from None
+
+
+def _class_names(class_map: dict[str, int], where: str) -> tuple[str, ...]:
+    """Names by label; a label that the map leaves out is named by its number."""
+    names = {label: name for name, label in class_map.items()}
+    if not names or len(names) < len(class_map) or not all(type(n) is int and n >= 0 for n in names):
+        raise TrainerError(
+            f"{where}: expected labels from 0, each of one class; copy or build the shards again"
+        )
+    return tuple(names.get(label, str(label)) for label in range(max(names) + 1))
 
 
 def default_cache() -> str:

@@ -178,8 +178,8 @@ def check_encoder(encoder: object, origin: str) -> None:
             f"encoder {origin!r} has image_size_px, width and grid {(*shape, grid)!r}, "
             "expected positive integers and a tuple (rows, columns)"
         )
-    _check_description(encoder, origin)
     encode(encoder, np.full((1, shape[0], shape[0], 3), 128, np.uint8))
+    _check_description(encoder, origin)
 
 
 def _check_description(encoder: Encoder, origin: str) -> None:

@@ -157,7 +157,7 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
         model.pretrained_cfg.pop("state_dict", None)
         return model
     except Exception as error:  # foreign files fail in as many ways as there are formats
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).partition(". ")[0].split())[:300]
         raise BuilderError(
             f"encoder {name}: {path} does not hold the weights of {model_name}; expected .safetensors "
             f"or a .pth of plain tensors: {reason}"

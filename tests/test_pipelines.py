@@ -1,0 +1,143 @@
+"""The build as a cluster job: a real Ray of two nodes, and files a scheduler would take."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pictures import write_tree
+
+from hierarchy_builder import build as steps
+from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.workers import QUIET, Workers
+
+CLUSTER = Path(__file__).resolve().parents[1] / "pipelines" / "cluster"
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """Address of a local Ray of two nodes with one CPU each."""
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes(timeout=60)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.timeout(240)
+def test_job_on_two_nodes_makes_the_bytes_of_one_process(two_nodes, tmp_path) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=6)
+    config = tmp_path / "build.yaml"
+    config.write_text("extract: {block_rows: 8}\nshard: {samples_per_shard: 6}\n")
+    job = subprocess.run(
+        [
+            *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job", "--encoder", "dct"),
+            *("--config", config, "--address", two_nodes, "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    assert job.returncode == 0, job.stderr
+    assert [row["images"] for row in json.loads(job.stdout)] == [18, 18, 18]
+    alone = BuildFolder(tmp_path / "alone")
+    plan = steps.BuildPlan(
+        extract=ExtractConfig(encoder="dct", block_rows=8),
+        hierarchy=HierarchyRecipe.paper(),
+        shard=ShardConfig(samples_per_shard=6),
+    )
+    session = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
+    steps.build(alone, str(photos), plan, session)
+    tars = sorted(path.name for path in alone.shards.glob("*.tar"))
+    assert len(tars) == 3
+    for name in tars:
+        assert (tmp_path / "job" / "shards" / name).read_bytes() == (alone.shards / name).read_bytes()
+
+
+def test_no_cluster_at_the_address_is_said(tmp_path) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=1)
+    job = subprocess.run(
+        [
+            *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job", "--encoder", "dct"),
+            *("--address", "auto"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "NO_COLOR": "1", "RAY_ADDRESS": ""},
+    )
+    assert job.returncode == 1
+    assert "no Ray cluster answers at 'auto'" in job.stderr
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_cluster_files_name_the_job() -> None:
+    job = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert "pipelines.build" in job["spec"]["entrypoint"]
+    for group in (
+        job["spec"]["rayClusterSpec"]["headGroupSpec"],
+        *job["spec"]["rayClusterSpec"]["workerGroupSpecs"],
+    ):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            volume["name"] for volume in group["template"]["spec"]["volumes"]
+        }
+    cluster = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
+    assert cluster["provider"]["type"] == "local"
+    assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
+
+
+def test_slurm_script_is_valid_shell() -> None:
+    subprocess.run(["bash", "-n", CLUSTER / "slurm.sh"], check=True)
+
+
+def test_slurm_script_starts_ray_and_passes_the_exit_code(tmp_path) -> None:
+    """Run the script with stand-ins for Slurm's and Ray's commands, and look at what they were asked."""
+    calls = tmp_path / "calls"
+    stand_ins = {
+        "srun": 'echo "srun $*" >> "$CALLS"',
+        "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" = show ] && printf "a\\nb\\n" || true',
+        "sleep": "exit 0",
+        "python": 'echo "python $*" >> "$CALLS"; exit 75',
+        "ray": "exit 0",
+    }
+    for name, script in stand_ins.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "VENV": str(tmp_path),
+        "SLURM_JOB_NODELIST": "a,b",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "4",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    done = subprocess.run(
+        ["bash", CLUSTER / "slurm.sh", "/images", "/out", "--encoder", "dct"],
+        env=environment,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    said = calls.read_text()
+    assert done.returncode == 75, done.stderr
+    assert "-m pipelines.build /images --out /out --address a:20007 --encoder dct" in said
+    assert "srun --nodes=1 --ntasks=1 -w a" in said
+    assert "--exclude=a" in said
+    assert "scontrol requeue 7" in said
