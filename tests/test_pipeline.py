@@ -19,7 +19,7 @@ from trainer.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
 from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
-from trainer.metrics.flatness import two_region_share
+from trainer.metrics.flatness import two_region_share, two_region_variance
 from trainer.model import TrajectoryTransformer
 from trainer.optim import MuonAdam
 from trainer.pipeline import Trajectory, TrajectoryPipeline
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         step=5,
         images_seen=40,
         config=to_mapping(TrainConfig(model=model_config, optim=OptimConfig(ema_halflives_kimg=(0.5, 2.0)))),
-        shards={"encoder": encoder, "class_names": CLASSES},
+        shards={"encoder": encoder, "class_names": CLASSES, "config_hash": "0"},
     )
     optimizer = MuonAdam(model.named_parameters(), OptimConfig())
     saved.save_checkpoint(saved.checkpoint_folder(out, 5), state, model, averages.state_dict(), optimizer)
@@ -176,6 +176,7 @@ def test_flatness_of_known_canvases() -> None:
     line = torch.arange(16.0).view(1, 4, 4, 1)
     # Cut in the middle: 1 − (variance of 0…7) / (variance of 0…15).
     torch.testing.assert_close(two_region_share(line), torch.tensor([1 - 5.25 / 21.25]))
+    torch.testing.assert_close(two_region_variance(line), (torch.tensor([5.25]), torch.tensor([21.25])))
     noise = torch.randn(8, 16, 16, 48, generator=generator)
     assert two_region_share(noise).max() < 0.05
 

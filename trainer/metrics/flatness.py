@@ -13,24 +13,31 @@ ITERATIONS = 10
 
 
 def two_region_share(canvas: Tensor) -> Tensor:
-    """Share of each image's token variance that the best two regions explain, by 2-means.
+    """Share of each image's token variance that the best two regions explain.
 
     canvas: [B, H, W, C]. Returns float32 [B] in [0, 1]: 1 for a canvas of two values (and for a constant one).
+    """
+    within, total = two_region_variance(canvas)
+    return torch.where(total > 0, 1 - within / total.clamp(min=1e-30), 1.0).clamp(0.0, 1.0)
+
+
+def two_region_variance(canvas: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared distance of tokens to the mean of their region, and to the mean of the image, by 2-means.
+
+    canvas: [B, H, W, C]. Returns (within, total), float32 [B].
     2-means starts from the sign of the first principal component, so the result is deterministic.
     """
     tokens_BNC = canvas.flatten(1, 2).double()
     tokens_BNC = tokens_BNC - tokens_BNC.mean(dim=1, keepdim=True)
-    total = tokens_BNC.square().sum(dim=(1, 2))
+    total = tokens_BNC.square().sum(dim=2).mean(dim=1)
     gram_BNN = tokens_BNC @ tokens_BNC.transpose(1, 2)
     is_first_BN = torch.linalg.eigh(gram_BNN).eigenvectors[..., -1] > 0
     for _ in range(ITERATIONS):
-        means_B2C = _means(tokens_BNC, is_first_BN)
-        distance_BN2 = torch.cdist(tokens_BNC, means_B2C)
+        distance_BN2 = torch.cdist(tokens_BNC, _means(tokens_BNC, is_first_BN))
         is_first_BN = distance_BN2[..., 0] < distance_BN2[..., 1]
-    means_B2C = _means(tokens_BNC, is_first_BN)
-    count_B2 = torch.stack([is_first_BN.sum(dim=1), (~is_first_BN).sum(dim=1)], dim=1)
-    between = (count_B2 * means_B2C.square().sum(dim=2)).sum(dim=1)
-    return torch.where(total > 0, between / total.clamp(min=1e-30), 1.0).clamp(max=1.0).float()
+    share_B2 = torch.stack([is_first_BN, ~is_first_BN], dim=1).double().mean(dim=2)
+    between = (share_B2 * _means(tokens_BNC, is_first_BN).square().sum(dim=2)).sum(dim=1)
+    return (total - between).clamp(min=0).float(), total.float()
 
 
 def _means(tokens_BNC: Tensor, is_first_BN: Tensor) -> Tensor:
