@@ -94,7 +94,7 @@ def run_page(
         "classes": len(content["shards"]["class_names"]),
     }
     return training_page(
-        title=f"Trajectory Forcing: {run.resolve().name}",
+        title=f"Trajectory Forcing: {content['config']['preset']} on {content['shards']['num_samples']:,} images",
         facts=facts,
         trajectories=trajectory_views(trajectories),
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder),
