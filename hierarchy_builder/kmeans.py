@@ -298,7 +298,7 @@ def _plus_plus(rows_MC: torch.Tensor, num_clusters: int, random: np.random.Gener
         last = sample[starts[-1]]
         closest = torch.minimum(closest, (norms + norms[starts[-1]] - 2 * (sample @ last)).clamp(min=0))
         closest[starts[-1]] = 0
-        cumulative = closest.cumsum(0, dtype=torch.float64)
+        cumulative = closest.cpu().cumsum(0, dtype=torch.float64)  # on CUDA its bits change from run to run
         drawn = torch.searchsorted(cumulative, draw * cumulative[-1], right=True)
         starts.append(min(int(drawn), num_sampled - 1))
     return sample[torch.tensor(starts, device=sample.device)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 FORMAT_VERSION = 1
-"""Version of every artefact on disk; readers refuse a newer one."""
+"""Version of the artefacts on disk; readers refuse another one."""
 
 FEATURE_DTYPE = np.dtype("float16")
 SCALE_DTYPE = np.dtype("float32")

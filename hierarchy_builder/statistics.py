@@ -31,15 +31,17 @@ class Moments:
 
 
 def moments_of(values: np.ndarray) -> Moments:
-    """Moments over the first axis of `values` [n, ...]; n may be 0."""
+    """Moments over the first axis of `values` [n, m, ...]; n may be 0."""
     count = len(values)
+    mean, m2 = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
     if count == 0:
-        zeros = np.zeros(values.shape[1:])
-        return Moments(0, zeros, zeros.copy())
-    wide = values.astype(np.float64)
-    mean = wide.mean(axis=0)
-    wide -= mean
-    return Moments(count, mean, np.einsum("n...,n...->...", wide, wide))
+        return Moments(0, mean, m2)
+    for place in range(values.shape[1]):  # float64 of a whole block would take four times its memory
+        wide = values[:, place].astype(np.float64)
+        mean[place] = wide.mean(axis=0)
+        wide -= mean[place]
+        m2[place] = np.einsum("n...,n...->...", wide, wide)
+    return Moments(count, mean, m2)
 
 
 def merge(left: Moments, right: Moments) -> Moments:

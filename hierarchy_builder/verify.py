@@ -19,6 +19,7 @@ from hierarchy_builder.ledger import read_manifest
 from hierarchy_builder.publish import SUCCESS
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Sample, Status
 from hierarchy_builder.shards import read_shard, sidecar
+from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary
 
 
 def find_problems(folder: BuildFolder) -> Iterator[str]:
@@ -27,6 +28,7 @@ def find_problems(folder: BuildFolder) -> Iterator[str]:
     for stage, check in {
         "extract": _check_features,
         "cluster": _check_regions,
+        "vocabulary": _check_vocabulary,
         "shard": _check_shards,
     }.items():
         if stage not in stages:
@@ -68,6 +70,8 @@ def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[s
         try:
             usable = stores.read_block(folder.features, "status", block) == Status.OK
             regions = stores.read_block(folder.regions, "regions", block)[usable]
+            for name in ("merges", "flags"):  # their checksums
+                stores.read_block(folder.regions, name, block)
         except BuilderError as error:
             yield f"{folder.regions}, block {block.number}: {error}"
             continue
@@ -77,6 +81,18 @@ def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[s
                 f"{folder.regions}, block {block.number}: {int((violations > 0).sum())} images whose ids are not"
                 " dense or not nested"
             )
+
+
+def _check_vocabulary(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:
+    num_prototypes = len(load_vocabulary(folder.vocabulary)[0].centroids)
+    for block in stage_units(folder, "vocabulary"):
+        try:
+            prototypes = stores.read_block(folder.regions, "prototypes", block)
+        except BuilderError as error:
+            yield f"{folder.regions}, block {block.number}: {error}"
+            continue
+        if ((prototypes >= num_prototypes) & (prototypes != NO_REGION)).any():
+            yield f"{folder.regions}, block {block.number}: prototypes of {num_prototypes} or more"
 
 
 def _check_shards(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:

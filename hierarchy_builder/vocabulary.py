@@ -94,19 +94,20 @@ def save_vocabulary(path: str | Path, prototypes: Prototypes, config: Vocabulary
 
 
 def load_vocabulary(path: str | Path) -> tuple[Prototypes, VocabularyConfig]:
-    """Read what `save_vocabulary` wrote. Raises BuilderError for a missing, damaged or newer file."""
+    """Read what `save_vocabulary` wrote. Raises BuilderError for a missing or damaged file, or another version."""
     try:
         with np.load(path, allow_pickle=False) as content:
             centroids, inertia = content["centroids"], content["inertia"]
             description = json.loads(str(content["description"]))
+            version = description["format_version"]
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise BuilderError(
             f"vocabulary {path} cannot be read ({type(error).__name__}: {error}): fit it again"
         ) from None
-    if description["format_version"] > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise BuilderError(
-            f"vocabulary {path} has format version {description['format_version']}, this program reads up to "
-            f"{FORMAT_VERSION}: update the program"
+            f"vocabulary {path} has format version {version}, this program reads {FORMAT_VERSION}: fit it again, "
+            "or use the release that wrote it"
         )
     prototypes = Prototypes(
         centroids=centroids, inertia=tuple(inertia.tolist()), backend=description["backend"]

@@ -44,7 +44,7 @@ class Workers:
     address: str | None = None
     """Address of a Ray cluster (`auto` for the one this machine belongs to); without it a local Ray starts."""
     gpus_per_worker: float | None = None
-    """GPUs a worker reserves; None takes one when the cluster has any and the stage can use it."""
+    """GPUs a worker reserves in a stage that can use them; None takes one when the cluster has any."""
 
 
 def map_units(
@@ -61,7 +61,7 @@ def map_units(
     """
     if not units:
         return
-    if workers.count == 0 and workers.address is None:
+    if workers.count == 0:
         stage = load()
         for unit in units:
             yield perform(stage, ledger, unit, os.cpu_count() or 1)
@@ -88,7 +88,9 @@ def _on_ray(
     resources = ray.cluster_resources()
     cpus = int(resources.get("CPU", 0))
     gpus = _gpus_per_worker(workers, uses_gpu, resources.get("GPU", 0))
-    count = min(workers.count or cpus, len(units), cpus, int(resources["GPU"] / gpus) if gpus else cpus)
+    count = min(
+        workers.count or cpus, len(units), cpus, int(resources.get("GPU", 0) / gpus) if gpus else cpus
+    )
     if count < 1:
         raise BuilderError(
             f"the Ray cluster has {cpus} CPUs and {resources.get('GPU', 0):g} GPUs, a worker needs 1 CPU"
@@ -164,9 +166,11 @@ def _start_ray(workers: Workers) -> None:
 
 
 def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float) -> float:
+    if not uses_gpu:
+        return 0.0
     if workers.gpus_per_worker is not None:
         return workers.gpus_per_worker
-    return 1.0 if uses_gpu and available >= 1 else 0.0
+    return 1.0 if available >= 1 else 0.0
 
 
 class _Worker:

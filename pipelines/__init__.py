@@ -1,1 +1,1 @@
-"""Verbs of hierarchy_builder and trainer chained into jobs of a Ray cluster."""
+"""Verbs chained into one job of a Ray cluster."""

@@ -20,7 +20,7 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.shards import read_shard
 from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers, map_units, shutdown
+from hierarchy_builder.workers import Workers, _gpus_per_worker, map_units, shutdown
 
 PLAN = steps.BuildPlan(
     extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),
@@ -341,3 +341,40 @@ def test_verify_finds_planted_damage(built, tmp_path) -> None:
     assert "train-000001.tar: sha256" in problems
     assert "train-000002.tar is missing" in problems
     assert "regions.zarr, block" in problems
+
+
+def test_verify_reads_merge_trees_and_prototypes(built, tmp_path) -> None:
+    import shutil
+
+    folder = BuildFolder(tmp_path / "copy")
+    shutil.copytree(built.root, folder.root)
+    for chunk in (folder.regions / "merges" / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(chunk.read_bytes()[:-9])
+    second = Block(number=1, start=8, stop=16)
+    prototypes = stores.read_block(folder.regions, "prototypes", second)
+    stores.write_block(folder.regions, second, {"prototypes": np.full_like(prototypes, 5)})
+    problems = list(find_problems(folder))
+    assert len([line for line in problems if "merges" in line]) == 3
+    assert [line for line in problems if "block 1: prototypes of 5 or more" in line]
+    assert len(problems) == 4
+
+
+def test_no_workers_means_this_process_whatever_the_address(photos, tmp_path) -> None:
+    workers = Workers(count=0, address="127.0.0.1:1")
+    here = steps.Session(workers=workers, reporter=Reporter(quiet=True))
+    assert steps.extract(BuildFolder(tmp_path), str(photos), PLAN.extract, here).new_images == 18
+
+
+@pytest.mark.parametrize(
+    ("asked", "uses_gpu", "available", "reserved"),
+    [
+        (None, True, 2, 1.0),
+        (None, True, 0, 0.0),
+        (0.5, True, 1, 0.5),
+        (0.5, False, 1, 0.0),
+        (None, False, 2, 0.0),
+    ],
+)
+def test_only_stages_that_use_gpus_reserve_them(asked, uses_gpu, available, reserved) -> None:
+    assert _gpus_per_worker(Workers(gpus_per_worker=asked), uses_gpu, available) == reserved

@@ -94,6 +94,20 @@ def test_interrupted_write_is_not_a_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+def test_what_a_killed_process_of_the_same_id_left_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saved, "_write", killed)
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path, step=4)
+    save(tmp_path, step=4)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path, step=3)
     save(tmp_path, step=4)

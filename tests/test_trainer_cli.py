@@ -111,6 +111,8 @@ def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.Capture
         (["--set", "optim.lr=nan"], 2, "lr is nan, expected above 0"),
         (["--set", "optim.adam_betas=[0.9, 1.0]"], 2, "hold 1.0, expected 0 up to below 1"),
         (["--set", "method.region_weight=nan"], 2, "region_weight is nan"),
+        (["--set", "method.time_std=0"], 2, "time_std is 0.0, expected above 0"),
+        (["--set", "method.guidance_max=0.5"], 2, "guidance_max is 0.5, expected 1 or more"),
         (["--set", "model.num_heads=0"], 2, "num_heads is 0, expected above 0"),
         (["--set", "model.num_class_tokens=-1"], 2, "num_class_tokens is -1"),
     ],

@@ -1,4 +1,4 @@
-"""Trains, samples and edits the hierarchy-conditioned one-step flow model of Trajectory Forcing."""
+"""Trains and samples the hierarchy-conditioned one-step flow model of Trajectory Forcing."""
 
 from __future__ import annotations
 

@@ -74,6 +74,8 @@ def save_checkpoint(
     averages: weights by half-life, for example {"500": {...}}.
     """
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    if partial.exists():  # of a process that was killed; in containers ids come again
+        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     tensors, state.optimizer = optimizer_tensors(optimizer)
     files = {MODEL: dict(model.state_dict()), OPTIMIZER: tensors}

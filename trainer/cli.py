@@ -160,7 +160,7 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="Run folder of `trainer train`.")],
     out: Annotated[Path | None, typer.Option(help="HTML file to write. Default: RUN/report.html.")] = None,
     shards: Annotated[
         str | None, typer.Option(help="Shards whose teachers are shown beside samples.")

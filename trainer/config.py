@@ -111,10 +111,12 @@ class MethodConfig:
         for name in ("uniform_fraction", "data_fraction", "label_dropout"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
-        _require(self.time_shift > 0, f"time_shift is {self.time_shift}, expected above 0")
-        for name in ("time_std", "region_weight", "guidance_max"):
+        for name in ("time_std", "time_shift"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more, and finite")
+            _require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+        for name, least in (("region_weight", 0), ("guidance_max", 1)):
+            value = getattr(self, name)
+            _require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
         _require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
 
 
@@ -166,7 +168,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     total_images: int = field(default=102_400_000, metadata=EXECUTION)
-    """Images seen until the run ends (80 epochs of ImageNet)."""
+    """Images seen until the run ends (80 epochs of ImageNet); a cooldown begins at its share of them."""
     batch_size: int = 1024
     """Images in one optimiser step, over all ranks."""
     micro_batch_size: int | None = field(default=None, metadata=EXECUTION)

@@ -126,7 +126,7 @@ class RaeDecoder(nn.Module):
             raise MismatchError(
                 f"canvases are {tuple(z.shape)}, the decoder expects [B, H, W, C] of {expected}"
             )
-        tokens = self.embed(z.flatten(1, 2).to(self.embed.weight.dtype))
+        tokens = self.embed(z.flatten(1, 2).to(self.embed.weight))  # on its device, in its dtype
         x_BND = torch.cat([self.class_token.expand(len(z), -1, -1), tokens], dim=1) + self.positions
         for block in self.blocks:
             x_BND = block(x_BND)
@@ -153,7 +153,7 @@ class DctDecoder(nn.Module):
             raise MismatchError(
                 f"canvases are {tuple(z.shape)}, the decoder expects [B, H, W, {self.basis.width}]"
             )
-        return self.basis.inverse(z)
+        return self.basis.inverse(z.to(self.basis.offset))
 
 
 def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path) -> RaeDecoder:

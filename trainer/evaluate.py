@@ -11,8 +11,8 @@ from torch import Tensor
 from hierarchy_builder.canvases import level_canvases
 from trainer.errors import MismatchError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
-from trainer.metrics.flatness import two_region_share, two_region_variance
-from trainer.pipeline import TrajectoryPipeline
+from trainer.metrics.flatness import explained_share, two_region_variance
+from trainer.pipeline import SAMPLED_TOGETHER, TrajectoryPipeline
 from trainer.shards import ShardIndex, ShardReader
 
 FLATNESS_IMAGES = 256
@@ -37,20 +37,18 @@ def evaluate(
     check_fits(pipe, index)
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
-    trajectories = pipe(labels, seeds, num_steps)
-    final = describe(torch.stack([trajectory.levels[-1] for trajectory in trajectories]))
-    coarse = torch.stack([trajectory.levels[0] for trajectory in trajectories])
+    sampled, coarse = _sampled(pipe, labels, seeds, num_steps)
     descriptions, real_labels, canvases = _real(index, max_real)
     yield from class_mean_accuracy(
-        (final, torch.tensor(labels)), (descriptions, real_labels), index.num_classes
+        (sampled, torch.tensor(labels)), (descriptions, real_labels), index.num_classes
     )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(canvases), *canvases.shape[2:], generator=generator)
-    measured = {"": coarse, "_real": canvases[:, 0], "_real_tokens": canvases[:, -1], "_noise": noise}
-    _, spread = two_region_variance(canvases[:, -1])
-    for suffix, canvas in measured.items():
-        yield f"flatness{suffix}", float(two_region_share(canvas).mean())
-        within, _ = two_region_variance(canvas)
+    references = {"_real": canvases[:, 0], "_real_tokens": canvases[:, -1], "_noise": noise}
+    measured = {"": coarse} | {suffix: two_region_variance(canvas) for suffix, canvas in references.items()}
+    _, spread = measured["_real_tokens"]
+    for suffix, (within, total) in measured.items():
+        yield f"flatness{suffix}", float(explained_share(within, total).mean())
         yield f"roughness{suffix}", float((within.mean() / spread.mean()).sqrt())
 
 
@@ -64,6 +62,20 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
             f"{index.url} holds (grid, width, levels, classes) {found}, the model was trained on {wanted}: "
             "give shards of the same encoder, recipe and classes"
         )
+
+
+def _sampled(
+    pipe: TrajectoryPipeline, labels: list[int], seeds: list[int], num_steps: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Descriptions [N, F] of samples and the variances of their level-0 canvases; few trajectories at a time."""
+    descriptions, variances = [], []
+    for start in range(0, len(labels), SAMPLED_TOGETHER):
+        part = slice(start, start + SAMPLED_TOGETHER)
+        levels = torch.stack([each.levels for each in pipe(labels[part], seeds[part], num_steps)])
+        descriptions.append(describe(levels[:, -1]))
+        variances.append(torch.stack(two_region_variance(levels[:, 0])))
+    within, total = torch.cat(variances, dim=1)
+    return torch.cat(descriptions), (within, total)
 
 
 def _real(index: ShardIndex, max_real: int) -> tuple[Tensor, Tensor, Tensor]:

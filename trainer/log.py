@@ -73,7 +73,9 @@ class RunLog:
         if "loss" not in row:
             return
         # The adaptive loss stays near 2 by construction; the squared error of u is what falls.
-        text = f"loss {row['loss']:.4f}  mse u {row['raw_mse_u']:.4f}  {row['images_per_second']:.0f} images/s"
+        text = (
+            f"loss {row['loss']:.4f}  mse u {row['raw_mse_u']:.4f}  {row['images_per_second']:.0f} images/s"
+        )
         if self._bar:
             self._bar.update(self._task, description=text)
         elif not self._quiet:

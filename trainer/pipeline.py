@@ -24,13 +24,13 @@ from torch import Tensor
 
 from trainer import checkpoint as saved
 from trainer.config import from_mapping
-from trainer.decode import decoder_from_spec, load_rae_decoder, to_uint8
+from trainer.decode import RaeDecoder, decoder_from_spec, load_rae_decoder, to_uint8
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.model import TrajectoryTransformer
 from trainer.sample import level_noise, sample_levels
 
 Decoder = Callable[[Tensor], Tensor]
-"""[B, H, W, C] → RGB [B, 3, h, w] in [0, 1]."""
+"""[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""
 GuidanceLike = float | tuple[float, float, float] | None
 FORMAT_VERSION = "1"
 """Version of a trajectory file; readers refuse another."""
@@ -150,7 +150,7 @@ class TrajectoryPipeline:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder = state.shards["encoder"]
         if isinstance(decoder, str | Path):
-            decoder = _rae_decoder(Path(decoder))
+            decoder = _rae_decoder(Path(decoder)).to(device)
         elif decoder is None:
             decoder = decoder_from_spec(encoder.get("decoder"))
         return cls(model.to(device), state.shards["class_names"], encoder, decoder)
@@ -237,7 +237,7 @@ class TrajectoryPipeline:
         ]
 
 
-def _rae_decoder(folder: Path) -> Decoder:
+def _rae_decoder(folder: Path) -> RaeDecoder:
     weights = [folder / name for name in ("model.safetensors", "model.pt") if (folder / name).exists()]
     if not weights or not (folder / "config.json").exists():
         raise TrainerError(

@@ -59,7 +59,9 @@ def teacher_views(index: ShardIndex, limit: int, decoder: Decoder | None = None)
                 regions=sample.regions,
                 features=sample.features,
                 photo=None if sample.image is None else np.asarray(Image.open(io.BytesIO(sample.image))),
-                decoded=None if decoder is None else to_uint8(decoder(torch.from_numpy(canvases))).numpy(),
+                decoded=None
+                if decoder is None
+                else to_uint8(decoder(torch.from_numpy(canvases))).cpu().numpy(),
             )
         )
     reader.close()

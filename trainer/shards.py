@@ -318,10 +318,13 @@ def _local_path(url: str, entry: ShardEntry, cache: str) -> str:
         with open(f"{local}.lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait for it
             if not local.exists():
-                partial = f"{local}.tmp-{os.getpid()}"
-                filesystem.get_file(path, partial)
-                _check_sha256(partial, entry)
-                os.replace(partial, local)
+                partial = Path(f"{local}.tmp-{os.getpid()}")
+                try:
+                    filesystem.get_file(path, str(partial))
+                    _check_sha256(str(partial), entry)
+                    os.replace(partial, local)
+                finally:
+                    partial.unlink(missing_ok=True)
     return str(local)
 
 

@@ -326,7 +326,7 @@ class _Run:
         bad = ", ".join(f"{name} {value}" for name, value in terms.items() if not math.isfinite(value))
         raise NonFiniteLossError(
             f"step {self.step}, seed {self.config.seed}: {bad}; {what} {shown}. "
-            "Resume from the last checkpoint with a lower optim.lr, or remove the samples"
+            "Train into another folder with a lower optim.lr, or on shards without the samples"
         )
 
     def _save(self) -> Path:

@@ -198,10 +198,12 @@ def _check_description(encoder: Encoder, origin: str) -> None:
 def encode(encoder: Encoder, images: np.ndarray) -> np.ndarray:
     """`encoder.encode`, checked: RGB uint8 [B, S, S, 3] → float32 [B, H, W, C].
 
+    cuDNN would run float32 convolutions in TF32, with 10 bits of mantissa; here float32 means float32.
     Raises BuilderError when it fails or gives another shape or dtype.
     """
     try:
-        features = encoder.encode(images)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            features = encoder.encode(images)
     except BuilderError:
         raise
     except Exception as error:  # theirs, or of the device

@@ -17,7 +17,11 @@ def two_region_share(canvas: Tensor) -> Tensor:
 
     canvas: [B, H, W, C]. Returns float32 [B] in [0, 1]: 1 for a canvas of two values (and for a constant one).
     """
-    within, total = two_region_variance(canvas)
+    return explained_share(*two_region_variance(canvas))
+
+
+def explained_share(within: Tensor, total: Tensor) -> Tensor:
+    """The share 1 − within/total of what `two_region_variance` returns, float32 [B] in [0, 1]."""
     return torch.where(total > 0, 1 - within / total.clamp(min=1e-30), 1.0).clamp(0.0, 1.0)
 
 
