@@ -87,7 +87,7 @@ def begin_stage(
 ) -> Ledger:
     """Record what `stage` is made with before it starts, or check that it is what the output was made with.
 
-    inputs: everything that decides the result. facts: things worth keeping that do not.
+    inputs: everything that decides the result. facts: things worth keeping that do not, such as where the input lies now.
     fresh: remove this stage and those after it first.
     Units whose store was taken away are to do again; what was begun without a unit done may be begun anew.
     Raises ConfigMismatchError listing the differing keys side by side.
@@ -105,8 +105,7 @@ def begin_stage(
         stored = None
     manifest["code_version"] = __version__ if stored is None else manifest.get("code_version", __version__)
     stage_hash = config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
-    if stored is None:
-        manifest["stages"][stage] = {"inputs": dict(inputs), "hash": stage_hash, **facts}
+    manifest["stages"][stage] = {"inputs": dict(inputs), "hash": stage_hash, **facts}
     write_json(folder.manifest, manifest)
     return Ledger(folder.ledger(stage), stage_hash)
 

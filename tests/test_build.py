@@ -173,6 +173,18 @@ def test_changed_listing_is_refused(photos, tmp_path) -> None:
     assert read_index(folder.index).num_rows == 5
 
 
+def test_moved_images_are_found_where_they_were_named_last(tmp_path) -> None:
+    tree = write_tree(tmp_path / "photos", per_class=1)
+    folder = BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(tree), PLAN.extract, session())
+    tree.rename(tmp_path / "moved")
+    summary = steps.extract(folder, str(tmp_path / "moved"), PLAN.extract, session())
+    assert summary.new_images == 0
+    steps.cluster(folder, PLAN.hierarchy, session())
+    steps.shard(folder, ShardConfig(images=True), session())
+    assert next(iter(read_shard(folder.shards / "train-000000.tar"))).image
+
+
 def test_bad_images_are_skipped_counted_and_capped(tmp_path) -> None:
     tree = write_tree(tmp_path / "photos", per_class=4)
     whole = (tree / CLASSES[0] / "000.png").read_bytes()
