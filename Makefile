@@ -50,4 +50,4 @@ docs: .venv/.ready-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv runs site build *.egg-info
+	rm -rf .venv site build *.egg-info

@@ -41,7 +41,7 @@ from hierarchy_builder.stages import (
     usable_rows,
 )
 from hierarchy_builder.vocabulary import sample_tokens, save_vocabulary
-from hierarchy_builder.workers import Workers, map_units
+from hierarchy_builder.workers import Workers, has_gpu, map_units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,7 @@ def extract(
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
     records = in_build_order(images.records, config.order)
-    config = config.for_images(len(records))
+    config = _settled(folder, config.for_images(len(records)), session)
     assert config.block_rows is not None
     encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
     inputs = {
@@ -337,6 +337,16 @@ def _do(
         for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu):
             meter.advance(result["images"])
         return meter.done, meter.seconds
+
+
+def _settled(folder: BuildFolder, config: ExtractConfig, session: Session) -> ExtractConfig:
+    """The same with precision `auto` settled, so that a build is never continued in another arithmetic."""
+    if config.precision != "auto":
+        return config
+    began = {} if session.fresh else read_manifest(folder)["stages"].get("extract", {})
+    if began:
+        return replace(config, precision=began["inputs"]["config"]["precision"])
+    return replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
 
 
 def _layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:

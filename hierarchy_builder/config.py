@@ -41,9 +41,9 @@ class ExtractConfig:
     block_rows: int | None = None
     """Rows in a unit of work and in one shard of features.zarr; without it 1,024, fewer for small sets."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the encoder; auto is bfloat16 on CUDA and float32 on a CPU."""
-    max_pixels: int = 200_000_000
-    """Pixels (width × height) above which an image is skipped before it is decoded."""
+    """Arithmetic of the encoder; auto is what the build began with, at first bfloat16 where there is a GPU."""
+    max_pixels: int = 178_956_970
+    """Pixels (width × height) above which an image is skipped before it is decoded; Pillow itself takes no more."""
     max_bad_fraction: float = field(default=0.01, metadata=EXECUTION)
     """Share of skipped images above which the run ends with exit code 3."""
     batch_size: int = field(default=32, metadata=EXECUTION)

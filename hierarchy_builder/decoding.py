@@ -45,7 +45,7 @@ class ImageFacts:
     orientation: int
 
 
-def decode_image(data: bytes, max_pixels: int = 200_000_000) -> tuple[Image.Image, ImageFacts]:
+def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Image, ImageFacts]:
     """Decode the bytes of a file, whatever its name ends in, into an upright RGB picture.
 
     max_pixels: width × height above which nothing is decoded (Pillow itself stops at 178,956,970).

@@ -87,7 +87,8 @@ def begin_stage(
 ) -> Ledger:
     """Record what `stage` is made with before it starts, or check that it is what the output was made with.
 
-    inputs: everything that decides the result. facts: things worth keeping that do not, such as where the input lies now.
+    inputs: everything that decides the result. facts: things worth keeping that do not, such as where the input
+    lies now.
     fresh: remove this stage and those after it first.
     Units whose store was taken away are to do again; what was begun without a unit done may be begun anew.
     Raises ConfigMismatchError listing the differing keys side by side.

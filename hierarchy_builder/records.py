@@ -18,7 +18,6 @@ FORMAT_VERSION = 1
 """Version of the artefacts on disk; readers refuse another one."""
 
 FEATURE_DTYPE = np.dtype("float16")
-SCALE_DTYPE = np.dtype("float32")
 REGION_DTYPE = np.dtype("uint8")
 MAX_REGIONS = 256
 """Region ids of one image and level fit uint8: 0 is background, objects 1..255."""

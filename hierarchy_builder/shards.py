@@ -31,7 +31,6 @@ from hierarchy_builder.records import (
 )
 
 TAR_BLOCK = 512
-TAR_RECORD = 10_240
 JPEG_BYTES_PER_PIXEL = 0.35
 """Average of a quality-95 crop of a photograph; used only to aim at a shard size."""
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.ledger import Ledger
 from hierarchy_builder.records import Block
@@ -69,6 +71,16 @@ def map_units(
     # Ray tells of lost workers on stdout, which belongs to the results.
     with contextlib.redirect_stdout(sys.stderr):
         yield from _on_ray(load, ledger, units, workers, uses_gpu)
+
+
+def has_gpu(workers: Workers) -> bool:
+    """Whether the workers have a GPU to encode on; starts or joins Ray where they are its."""
+    if workers.count == 0:
+        return torch.cuda.is_available()
+    _start_ray(workers)
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def shutdown() -> None:

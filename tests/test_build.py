@@ -16,6 +16,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError
 from hierarchy_builder.index import read_index
 from hierarchy_builder.inspection import write_report
+from hierarchy_builder.ledger import stage_entry
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.shards import read_shard
@@ -160,6 +161,16 @@ def test_another_configuration_is_refused_and_named(built, photos) -> None:
         steps.cluster(built, recipe, session())
     with pytest.raises(ConfigMismatchError, match=r"samples_per_shard: 5 there, 7 now"):
         steps.shard(built, ShardConfig(samples_per_shard=7, images=True), session())
+
+
+def test_precision_is_settled_when_a_build_begins(photos, tmp_path, monkeypatch) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    for there_is_a_gpu in (True, False):  # the second run goes on without one, in the same arithmetic
+        monkeypatch.setattr(steps, "has_gpu", lambda workers, answer=there_is_a_gpu: answer)
+        steps.extract(folder, str(photos), PLAN.extract, session())
+        assert stage_entry(folder, "extract")["inputs"]["config"]["precision"] == "bfloat16"
+    steps.extract(folder, str(photos), PLAN.extract, session(fresh=True))
+    assert stage_entry(folder, "extract")["inputs"]["config"]["precision"] == "float32"
 
 
 def test_changed_listing_is_refused(photos, tmp_path) -> None:

@@ -96,6 +96,18 @@ def test_remote_shards_are_downloaded_once(tmp_path: Path, folder: Path) -> None
     np.testing.assert_array_equal(first.features, again.features)
 
 
+def test_a_corrupt_download_leaves_nothing_behind(tmp_path: Path, folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/corrupt-test", recursive=True)
+    index = open_index("memory://corrupt-test")
+    tar = f"/corrupt-test/{index.shards[0].name}"
+    memory.pipe_file(tar, memory.cat_file(tar)[:-1] + b"x")
+    with pytest.raises(TrainerError, match="the shard is corrupt"):
+        ShardReader(index, cache=str(tmp_path)).read(0)
+    memory.rm("/corrupt-test", recursive=True)
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
+
+
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6).map(tuple),
     seed=st.integers(0, 5),

@@ -180,7 +180,7 @@ class TrainConfig:
     level_per: Literal["sample", "batch"] = "sample"
     """Whether each sample draws its level or, as the release does, a batch shares one."""
     shuffle_shards: int = 64
-    """Shards whose samples are shuffled together."""
+    """Shards whose samples are shuffled together, at most 128: a reader keeps them open."""
     loader_workers: int = field(default=2, metadata=EXECUTION)
     """Processes that read shards, per rank; 0 reads in the training process."""
     checkpoint_images: int = field(default=1_280_000, metadata=EXECUTION)
@@ -198,6 +198,7 @@ class TrainConfig:
         counts = ("total_images", "batch_size", "checkpoint_images", "log_images", "keep_checkpoints")
         for name in (*counts, "shuffle_shards"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
+        _require(self.shuffle_shards <= 128, f"shuffle_shards is {self.shuffle_shards}, expected at most 128")
         _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
         _require(self.loader_workers >= 0, f"loader_workers is {self.loader_workers}, expected 0 or more")
         _require(

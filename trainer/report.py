@@ -37,7 +37,7 @@ TRAJECTORY_TEXT = (
 CURVES_TEXT = (
     "From metrics.jsonl. Long curves are means of equal runs of points; the band spans least to greatest."
 )
-LOSSES = ("loss", "loss_u", "loss_v", "region", "loss_region")
+LOSSES = ("loss", "loss_u", "loss_v", "region")
 LOSS_TITLE = "losses"
 PER_LEVEL = re.compile(r"(.+?)[_/](?:level_?)?(\d+)")
 NOT_PLOTTED = frozenset({"step", "images", "seed", "time", "epoch"})

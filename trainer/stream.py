@@ -190,7 +190,7 @@ class BatchDataset(Dataset[Batch]):
                 self._index,
                 verifies=lambda shard: self._verify and shard % readers == mine,
                 # Around the border of two windows both are in use.
-                max_open=min(2 * self._plan.shuffle_shards, 256),
+                max_open=2 * self._plan.shuffle_shards,
             )
         return self._reader
 
