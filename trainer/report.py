@@ -35,7 +35,8 @@ TRAJECTORY_TEXT = (
     "before it. The slider sweeps a canvas and its decoded picture together."
 )
 CURVES_TEXT = (
-    "From metrics.jsonl. Long curves are means of equal runs of points; the band spans least to greatest."
+    "From metrics.jsonl. The losses of u and v are divided by their own size and stay near 1; the squared errors "
+    "behind them are what falls. Long curves are means of equal runs of points; the band spans least to greatest."
 )
 LOSSES = ("loss", "loss_u", "loss_v", "region")
 LOSS_TITLE = "losses"
