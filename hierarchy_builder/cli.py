@@ -60,19 +60,10 @@ def extract(
     quiet: opt.Quiet = False,
 ) -> None:
     """Images → index.parquet and features.zarr."""
+    flags = opt.of_config(ExtractConfig, locals())
     from hierarchy_builder import build as steps
 
     folder, source = (BuildFolder(out), images) if out else (BuildFolder(Path(images)).require(), None)
-    flags = {
-        "encoder": encoder,
-        "weights": weights,
-        "split": split,
-        "precision": precision,
-        "batch_size": batch_size,
-        "block_rows": block_rows,
-        "order": order,
-        "max_bad_fraction": max_bad_fraction,
-    }
     stored = _stored(folder, "extract", fresh=False) if source is None else None
     resolved = opt.resolve(ExtractConfig, "extract", flags, config, stored)
     _show({"extract": to_mapping(resolved)}, quiet)
@@ -97,10 +88,11 @@ def cluster(
     quiet: opt.Quiet = False,
 ) -> None:
     """features.zarr → regions.zarr; with --vocabulary K also prototypes of the whole dataset."""
+    flags = opt.of_config(HierarchyRecipe, locals())
     from hierarchy_builder import build as steps
 
     build_folder = BuildFolder(folder).require()
-    flags = {"cuts": opt.numbers(cuts), "spatial_weight": spatial_weight, "seed": seed}
+    flags["cuts"] = opt.numbers(cuts)
     recipe = opt.resolve(HierarchyRecipe, "hierarchy", flags, config, _stored(build_folder, "cluster", fresh))
     words = opt.resolve_vocabulary(vocabulary, backend, config, _stored(build_folder, "vocabulary", fresh))
     _show({"hierarchy": to_mapping(recipe), **({"vocabulary": to_mapping(words)} if words else {})}, quiet)
@@ -128,16 +120,10 @@ def shard(
     quiet: opt.Quiet = False,
 ) -> None:
     """Stores → webdataset tars."""
+    flags = opt.of_config(ShardConfig, locals())
     from hierarchy_builder import build as steps
 
     build_folder = BuildFolder(folder).require()
-    flags = {
-        "split": split,
-        "samples_per_shard": samples_per_shard,
-        "shard_bytes": shard_bytes,
-        "images": images,
-        "canvases": canvases,
-    }
     resolved = opt.resolve(ShardConfig, "shard", flags, config, _stored(build_folder, "shard", fresh))
     _show({"shard": to_mapping(resolved)}, quiet)
     session = _session(workers, address, fresh, quiet)
@@ -177,28 +163,14 @@ def build(
     quiet: opt.Quiet = False,
 ) -> None:
     """extract, cluster and shard in one go; the same command resumes."""
+    arguments = locals()
     from hierarchy_builder import build as steps
 
     folder = BuildFolder(out)
     input_split = split if split and os.path.isdir(os.path.join(images, split)) else None
-    extract_flags = {
-        "encoder": encoder,
-        "weights": weights,
-        "split": input_split,
-        "precision": precision,
-        "batch_size": batch_size,
-        "block_rows": block_rows,
-        "order": order,
-        "max_bad_fraction": max_bad_fraction,
-    }
-    shard_flags = {
-        "split": split,
-        "samples_per_shard": samples_per_shard,
-        "shard_bytes": shard_bytes,
-        "images": with_images,
-        "canvases": canvases,
-    }
-    recipe_flags = {"cuts": opt.numbers(cuts), "spatial_weight": spatial_weight, "seed": seed}
+    extract_flags = {**opt.of_config(ExtractConfig, arguments), "split": input_split}
+    recipe_flags = {**opt.of_config(HierarchyRecipe, arguments), "cuts": opt.numbers(cuts)}
+    shard_flags = {**opt.of_config(ShardConfig, arguments), "images": with_images}
     plan = steps.BuildPlan(
         extract=opt.resolve(ExtractConfig, "extract", extract_flags, config),
         hierarchy=opt.resolve(HierarchyRecipe, "hierarchy", recipe_flags, config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +60,11 @@ ConfigFile = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this stage made before, and start over.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no configuration on stderr.")]
+
+
+def of_config(cls: type[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of a command that are fields of a config: the flags have the names of the fields."""
+    return {field.name: arguments[field.name] for field in dataclasses.fields(cls) if field.name in arguments}
 
 
 def resolve(
