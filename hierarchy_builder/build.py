@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,17 +26,24 @@ from hierarchy_builder.errors import BuilderError, TooManySkippedError
 from hierarchy_builder.images import open_source
 from hierarchy_builder.index import in_build_order, read_index, status_name, write_index
 from hierarchy_builder.kmeans import fit_prototypes
-from hierarchy_builder.ledger import STAGES, Ledger, begin_stage, open_ledger, read_manifest, stage_entry
+from hierarchy_builder.ledger import Ledger, begin_stage, read_manifest, stage_entry
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.publish import publish_shards
 from hierarchy_builder.records import Block, Status, blocks_of
-from hierarchy_builder.shards import sample_bytes, shard_name, sidecar
+from hierarchy_builder.shards import shard_name, sidecar
 from hierarchy_builder.stages import (
     ClusterStage,
     ExtractStage,
     ShardStage,
     Stage,
     VocabularyStage,
+)
+from hierarchy_builder.units import (
+    finished_stage,
+    relative_source,
+    samples_per_shard,
+    store_layout,
+    stored_source,
     usable_rows,
 )
 from hierarchy_builder.vocabulary import sample_tokens, save_vocabulary
@@ -170,7 +176,7 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     if not len(usable_rows(folder)):
         raise BuilderError(f"{folder.root}: no image could be used, {folder.index.name} says why")
     ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
-    num_rows, block_rows, encoder = _layout(extracted)
+    num_rows, block_rows, encoder = store_layout(extracted)
     stores.create_regions(
         folder.regions,
         num_rows=num_rows,
@@ -201,7 +207,7 @@ def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) 
     clustered = finished_stage(folder, "cluster")
     inputs = {"config": identity(config), "cluster": clustered["hash"]}
     ledger = begin_stage(folder, "vocabulary", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
-    num_rows, block_rows, _ = _layout(stage_entry(folder, "extract"))
+    num_rows, block_rows, _ = store_layout(stage_entry(folder, "extract"))
     blocks = blocks_of(num_rows, block_rows)
     notes: dict[str, Any] = {}
     if not folder.vocabulary.exists():
@@ -233,7 +239,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
         "vocabulary": finished_stage(folder, "vocabulary")["hash"] if has_vocabulary else None,
     }
     ledger = begin_stage(folder, "shard", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
-    units = blocks_of(len(usable_rows(folder)), _samples_per_shard(config, extracted, clustered))
+    units = blocks_of(len(usable_rows(folder)), samples_per_shard(config, extracted, clustered))
     _forget_lost_tars(folder, config, ledger, units)
     load = partial(
         ShardStage.load,
@@ -255,70 +261,6 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
         num_bytes=sum(result["bytes"] for result in results),
         notes={"shards": len(units)},
     )
-
-
-def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
-    """The manifest's entry of a stage all of whose units are done. Raises BuilderError naming what to run."""
-    entry = stage_entry(folder, stage)
-    ledger = open_ledger(folder, stage)
-    units = stage_units(folder, stage)
-    missing = [unit.number for unit in units if not ledger.is_done(unit.number)]
-    if missing:
-        raise BuilderError(
-            f"{folder.root}: {stage} has done {len(units) - len(missing)} of {len(units)} units: "
-            f"run `hierarchy-builder {stage} {folder.root}` again to finish it"
-        )
-    return entry
-
-
-def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
-    """Every unit of a stage that is in the manifest, done or not."""
-    extracted = stage_entry(folder, "extract")
-    num_rows, block_rows, _ = _layout(extracted)
-    if stage != "shard":
-        return blocks_of(num_rows, block_rows)
-    config = ShardConfig(**stage_entry(folder, "shard")["inputs"]["config"])
-    return blocks_of(
-        len(usable_rows(folder)), _samples_per_shard(config, extracted, stage_entry(folder, "cluster"))
-    )
-
-
-def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
-    """Per stage in the manifest: units done and in all, images, summed seconds of the units, bytes on disk, state."""
-    outputs = {
-        "extract": folder.features,
-        "cluster": folder.regions,
-        "vocabulary": folder.vocabulary,
-        "shard": folder.shards,
-    }
-    rows = []
-    for stage in (name for name in STAGES if name in read_manifest(folder)["stages"]):
-        ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-        done = [unit.number for unit in units if ledger.is_done(unit.number)]
-        results = ledger.results(done)
-        rows.append(
-            {
-                "stage": stage,
-                "units": len(units),
-                "units_done": len(done),
-                "images": sum(result["images"] for result in results),
-                "seconds": round(sum(result["seconds"] for result in results), 3),
-                "bytes": size_on_disk(outputs[stage]),
-                "state": "done" if len(done) == len(units) else "unfinished",
-            }
-        )
-    return rows
-
-
-def stored_source(folder: BuildFolder) -> str:
-    """Where the images of a build come from; a local path is kept relative to the build folder."""
-    source = stage_entry(folder, "extract")["source"]
-    return source if "://" in source else os.path.normpath(folder.root / source)
-
-
-def relative_source(folder: BuildFolder, source: str) -> str:
-    """How `source` is written into the manifest: URLs as they are, local paths relative to the build folder."""
-    return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
 
 
 def _do(
@@ -349,11 +291,6 @@ def _settled(folder: BuildFolder, config: ExtractConfig, session: Session) -> Ex
     return replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
 
 
-def _layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:
-    inputs = extracted["inputs"]
-    return inputs["num_images"], inputs["config"]["block_rows"], inputs["encoder"]
-
-
 def _usable_blocks(folder: BuildFolder, blocks: Sequence[Block]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for block in blocks:
         usable = stores.read_block(folder.features, "status", block) == Status.OK
@@ -372,22 +309,6 @@ def _forget_lost_tars(
         size = tar.stat().st_size if tar.is_file() else None
         if size != read_json(ledger.marker(unit.number))["bytes"] or not sidecar(tar).is_file():
             remove(ledger.marker(unit.number))
-
-
-def _samples_per_shard(
-    config: ShardConfig, extracted: Mapping[str, Any], clustered: Mapping[str, Any]
-) -> int:
-    if config.shard_bytes is None:
-        return config.samples_per_shard
-    encoder = extracted["inputs"]["encoder"]
-    size = sample_bytes(
-        grid=tuple(encoder["grid"]),
-        width=encoder["width"],
-        num_levels=len(clustered["inputs"]["config"]["cuts"]) + 2,
-        canvases=config.canvases,
-        image_size_px=encoder["image_size_px"] if config.images else None,
-    )
-    return max(1, config.shard_bytes // size)
 
 
 def _count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:

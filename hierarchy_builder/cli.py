@@ -186,9 +186,9 @@ def build(
 @app.command()
 def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
     """What is done, stage by stage, read from the markers."""
-    from hierarchy_builder import build as steps
+    from hierarchy_builder.units import progress_of
 
-    rows = steps.progress_of(BuildFolder(folder).require())
+    rows = progress_of(BuildFolder(folder).require())
     if as_json:
         _print_json(rows)
         return

@@ -12,7 +12,6 @@ import torch
 
 from hierarchy_builder import stores
 from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.build import finished_stage, progress_of, stored_source
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.canvases.gallery import write_page
@@ -25,7 +24,7 @@ from hierarchy_builder.index import read_index, records_of
 from hierarchy_builder.ledger import read_manifest
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.report import hierarchy_page
-from hierarchy_builder.stages import usable_rows
+from hierarchy_builder.units import finished_stage, progress_of, stored_source, usable_rows
 
 
 def write_report(

@@ -20,6 +20,9 @@ from hierarchy_builder.records import FORMAT_VERSION
 STAGES = ("extract", "cluster", "vocabulary", "shard")
 """In the order of the data; starting a stage afresh removes it and all stages after it."""
 
+VERBS = {"extract": "extract", "cluster": "cluster", "vocabulary": "cluster", "shard": "shard"}
+"""The command that does a stage; `cluster DIR` also takes up the vocabulary a build was asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
@@ -72,7 +75,7 @@ def stage_entry(folder: BuildFolder, stage: str) -> dict[str, Any]:
     entry = read_manifest(folder)["stages"].get(stage)
     if entry is None:
         raise BuilderError(
-            f"{folder.root} has no {stage} stage yet: run `hierarchy-builder {stage} {folder.root}` first"
+            f"{folder.root} has no {stage} stage yet: run `hierarchy-builder {VERBS[stage]} {folder.root}` first"
         )
     return entry
 

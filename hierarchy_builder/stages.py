@@ -35,6 +35,7 @@ from hierarchy_builder.ledger import Ledger
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
 from hierarchy_builder.shards import shard_name, write_shard
 from hierarchy_builder.statistics import moments_of
+from hierarchy_builder.units import usable_rows
 from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary, part_prototypes
 
 PART_LEVEL = 1
@@ -274,12 +275,6 @@ class ShardStage:
     @cached_property
     def _reader(self) -> Reader:
         return open_reader(self.source)
-
-
-def usable_rows(folder: BuildFolder) -> np.ndarray:
-    """int64 rows of the index whose features are usable, rising."""
-    status = stores.read_rows(stores.open_store(folder.features), "status", slice(None))
-    return np.flatnonzero(status == Status.OK)
 
 
 def _region_arrays(group: zarr.Group) -> list[str]:

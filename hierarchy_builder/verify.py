@@ -11,7 +11,6 @@ import numpy as np
 
 from hierarchy_builder import stores
 from hierarchy_builder.artefacts import BuildFolder, read_json, sha256_file
-from hierarchy_builder.build import finished_stage, stage_units
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.hierarchy import check_nesting
 from hierarchy_builder.index import read_index, status_name
@@ -19,6 +18,7 @@ from hierarchy_builder.ledger import read_manifest
 from hierarchy_builder.publish import SUCCESS
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Sample, Status
 from hierarchy_builder.shards import read_shard, sidecar
+from hierarchy_builder.units import finished_stage, stage_units
 from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary
 
 

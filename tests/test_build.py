@@ -20,6 +20,7 @@ from hierarchy_builder.ledger import stage_entry
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.shards import read_shard
+from hierarchy_builder.units import progress_of
 from hierarchy_builder.verify import find_problems
 from hierarchy_builder.workers import Workers, _gpus_per_worker, map_units, shutdown
 
@@ -140,7 +141,7 @@ def test_interrupted_build_resumes_to_the_same_bytes(built, photos, tmp_path, mo
             patched.setattr(steps, "map_units", dying)
             with pytest.raises(KeyboardInterrupt):
                 steps.build(folder, str(photos), PLAN, session())
-        stage = next(row for row in steps.progress_of(folder) if row["state"] == "unfinished")["stage"]
+        stage = next(row for row in progress_of(folder) if row["state"] == "unfinished")["stage"]
         if stage == "extract":
             steps.extract(folder, str(photos), PLAN.extract, session())
         elif stage == "cluster":

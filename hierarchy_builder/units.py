@@ -1,0 +1,109 @@
+"""What a build consists of and how far it is, read from manifest and markers alone; nothing is changed here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hierarchy_builder import stores
+from hierarchy_builder.artefacts import BuildFolder, size_on_disk
+from hierarchy_builder.config import ShardConfig
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.ledger import STAGES, VERBS, open_ledger, read_manifest, stage_entry
+from hierarchy_builder.records import Block, Status, blocks_of
+from hierarchy_builder.shards import sample_bytes
+
+
+def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
+    """The manifest's entry of a stage all of whose units are done. Raises BuilderError naming what to run."""
+    entry = stage_entry(folder, stage)
+    ledger = open_ledger(folder, stage)
+    units = stage_units(folder, stage)
+    missing = [unit.number for unit in units if not ledger.is_done(unit.number)]
+    if missing:
+        raise BuilderError(
+            f"{folder.root}: {stage} has done {len(units) - len(missing)} of {len(units)} units: "
+            f"run `hierarchy-builder {VERBS[stage]} {folder.root}` again to finish it"
+        )
+    return entry
+
+
+def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
+    """Every unit of a stage that is in the manifest, done or not."""
+    extracted = stage_entry(folder, "extract")
+    num_rows, block_rows, _ = store_layout(extracted)
+    if stage != "shard":
+        return blocks_of(num_rows, block_rows)
+    config = ShardConfig(**stage_entry(folder, "shard")["inputs"]["config"])
+    return blocks_of(
+        len(usable_rows(folder)), samples_per_shard(config, extracted, stage_entry(folder, "cluster"))
+    )
+
+
+def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
+    """Per stage in the manifest: units done and in all, images, summed seconds of the units, bytes on disk, state."""
+    outputs = {
+        "extract": folder.features,
+        "cluster": folder.regions,
+        "vocabulary": folder.vocabulary,
+        "shard": folder.shards,
+    }
+    rows = []
+    for stage in (name for name in STAGES if name in read_manifest(folder)["stages"]):
+        ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
+        done = [unit.number for unit in units if ledger.is_done(unit.number)]
+        results = ledger.results(done)
+        rows.append(
+            {
+                "stage": stage,
+                "units": len(units),
+                "units_done": len(done),
+                "images": sum(result["images"] for result in results),
+                "seconds": round(sum(result["seconds"] for result in results), 3),
+                "bytes": size_on_disk(outputs[stage]),
+                "state": "done" if len(done) == len(units) else "unfinished",
+            }
+        )
+    return rows
+
+
+def stored_source(folder: BuildFolder) -> str:
+    """Where the images of a build come from; a local path is kept relative to the build folder."""
+    source = stage_entry(folder, "extract")["source"]
+    return source if "://" in source else os.path.normpath(folder.root / source)
+
+
+def relative_source(folder: BuildFolder, source: str) -> str:
+    """How `source` is written into the manifest: URLs as they are, local paths relative to the build folder."""
+    return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
+
+
+def usable_rows(folder: BuildFolder) -> np.ndarray:
+    """int64 rows of the index whose features are usable, rising."""
+    status = stores.read_rows(stores.open_store(folder.features), "status", slice(None))
+    return np.flatnonzero(status == Status.OK)
+
+
+def store_layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:
+    """(rows, rows of a block, description of the encoder) of the stores, from the manifest's extract entry."""
+    inputs = extracted["inputs"]
+    return inputs["num_images"], inputs["config"]["block_rows"], inputs["encoder"]
+
+
+def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], clustered: Mapping[str, Any]) -> int:
+    """Samples in every tar but the last, from the number asked for or from the bytes a tar aims at."""
+    if config.shard_bytes is None:
+        return config.samples_per_shard
+    encoder = extracted["inputs"]["encoder"]
+    size = sample_bytes(
+        grid=tuple(encoder["grid"]),
+        width=encoder["width"],
+        num_levels=len(clustered["inputs"]["config"]["cuts"]) + 2,
+        canvases=config.canvases,
+        image_size_px=encoder["image_size_px"] if config.images else None,
+    )
+    return max(1, config.shard_bytes // size)
