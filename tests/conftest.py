@@ -1,11 +1,19 @@
 """Fixtures shared by the tests: reference data beside the checkout, quiet libraries, few threads."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+if (
+    "RAY_TMPDIR" not in os.environ
+):  # a Ray of its own, whatever else runs on the machine; sockets want a short path
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+    atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 import pytest
 
