@@ -22,9 +22,9 @@ from threadpoolctl import ThreadpoolController
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.kmeans import two_means
 from hierarchy_builder.linkage import average_linkage, cut_merges
 from hierarchy_builder.records import MAX_REGIONS, REGION_DTYPE
+from hierarchy_builder.two_means import two_means
 
 GRAM_BYTES = 16 * 2**20
 """Memory of the Gram matrices worked on at once, 32 images of a 16×16 grid."""

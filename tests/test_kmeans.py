@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from hierarchy_builder import kmeans
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.kmeans import choose_backend, fit_prototypes, nearest_prototype, two_means
+from hierarchy_builder.kmeans import choose_backend, fit_prototypes, nearest_prototype
 
 BACKENDS = [
     "torch",
@@ -30,21 +30,6 @@ def blobs(
     centres = 4 * random.normal(size=(num_clusters, num_channels))
     member = random.integers(num_clusters, size=num_tokens)
     return (centres[member] + random.normal(size=(num_tokens, num_channels))).astype(np.float32), member
-
-
-@pytest.mark.parametrize("seed", [0, 1, 17])
-@pytest.mark.parametrize(("num_tokens", "num_channels"), [(256, 64), (30, 5), (7, 3), (2, 2)])
-def test_two_means_replays_scikit_learn(seed: int, num_tokens: int, num_channels: int) -> None:
-    random = np.random.default_rng(num_tokens)
-    tokens = random.normal(size=(20, num_tokens, num_channels)) + random.normal(size=num_channels)
-    tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)
-    expected = [KMeans(2, n_init=1, random_state=seed).fit_predict(image) for image in tokens]
-    labels = two_means(tokens @ tokens.swapaxes(1, 2), seed, num_channels)
-    np.testing.assert_array_equal(labels, expected)
-
-
-def test_two_means_of_equal_tokens_is_one_cluster() -> None:
-    assert not two_means(np.full((1, 9, 9), 0.5), 0, 4).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
