@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -76,16 +77,12 @@ def main() -> None:
 
 
 def _ours(threads: int) -> Callable[[np.ndarray], object]:
-    import numba
     import torch
-    from threadpoolctl import threadpool_limits
 
     from hierarchy_builder.hierarchy import build_hierarchy
 
-    numba.set_num_threads(threads)
-    torch.set_num_threads(threads)
-    threadpool_limits(threads)
-    return build_hierarchy
+    torch.set_num_threads(1)
+    return partial(build_hierarchy, threads=threads)
 
 
 def _report(ms_per_image: np.ndarray, arguments: argparse.Namespace) -> None:

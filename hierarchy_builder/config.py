@@ -1,7 +1,7 @@
 """What a build is asked to do: frozen, checked, hashable, YAML in and out.
 
-Fields marked `execution` change how fast a result comes, never the result: they stay out of the hash
-that decides whether an existing output may be continued.
+Fields marked `execution` change how fast a result comes or what is summed up beside it, never the result:
+they stay out of the hash that decides whether an existing output may be continued.
 """
 
 from __future__ import annotations
@@ -79,10 +79,24 @@ class HierarchyRecipe:
     """Relative merge heights at which the object is cut, coarse → fine (falling); levels = cuts + 2."""
     spatial_weight: float = 0.2
     """Weight of the distance of two tokens on the unit square, added to their cosine distance."""
-    start: Literal["single"] = "single"
-    """How 2-means starts: `single` replays one k-means++ draw of scikit-learn with `seed`."""
+    start: Literal["single", "several", "cut"] = "single"
+    """How tokens fall in two: 2-means from one k-means++ draw of scikit-learn with `seed` (`single`), the best of 8
+    such draws by inertia (`several`), or the normalised cut of their similarity graph, which draws nothing (`cut`)."""
     seed: int = 0
     """Seed of the k-means++ draws."""
+    object_choice: Literal["centre", "border"] = "centre"
+    """Which half is the object: its tokens lie nearer to the image centre on average (`centre`), or a smaller share
+    of them lies on the border of the grid (`border`)."""
+    connected: bool = False
+    """Whether only clusters that touch (4 neighbours) merge, so that each region below level 0 is in one piece."""
+    divide_background: bool = False
+    """Whether the background is divided as the object is, at the same heights, or stays one region on every level."""
+    min_spread: float = 0.0
+    """Mean squared distance of L2-normalised tokens to their mean up to which an image is one region on every level."""
+    masks: str | None = field(default=None, metadata=EXECUTION)
+    """Folder of label maps `<stem>.png` (0 is background) that give one level; `start` decides for photos without."""
+    masks_level: int = 0
+    """Level the label maps give: 0 takes them as object or not, a finer level as they are; the others follow."""
 
     def __post_init__(self) -> None:
         _require(
@@ -97,7 +111,16 @@ class HierarchyRecipe:
             0 <= self.spatial_weight < math.inf,
             f"spatial_weight is {self.spatial_weight}, expected 0 or more, and finite",
         )
+        _require(
+            self.spatial_weight <= 3 or not (self.connected or self.masks_level),
+            f"spatial_weight is {self.spatial_weight}, expected 3 or less with connected or masks_level",
+        )
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
+        _require(0 <= self.min_spread <= 1, f"min_spread is {self.min_spread}, expected 0 to 1")
+        _require(
+            0 <= self.masks_level <= len(self.cuts),
+            f"masks_level is {self.masks_level}, expected 0 to {len(self.cuts)}: these levels have regions",
+        )
 
     @property
     def num_levels(self) -> int:
@@ -109,6 +132,19 @@ class HierarchyRecipe:
         """The recipe of the Trajectory Forcing release: single start, cuts 0.65 and 0.35, spatial weight 0.2."""
         return cls()
 
+    @classmethod
+    def stable(cls) -> HierarchyRecipe:
+        """Nothing drawn by chance, connected regions, a divided background: docs/results.md compares it to `paper`."""
+        return cls(
+            cuts=(0.7, 0.5),
+            spatial_weight=0.0,
+            start="cut",
+            object_choice="border",
+            connected=True,
+            divide_background=True,
+            min_spread=1e-3,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocabularyConfig:
@@ -116,25 +152,35 @@ class VocabularyConfig:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
-    num_prototypes: int = 256
-    """K, number of centroids."""
-    sampled_tokens: int = 262_144
-    """Tokens drawn evenly from all images to fit the centroids."""
+    sizes: tuple[int, ...] = (256,)
+    """Prototypes of each level, coarse → fine (rising); those of a level are grouped into those before it."""
+    sampled_tokens: int | None = 262_144
+    """Tokens drawn evenly from all images to fit the finest level; without a number all tokens."""
     iterations: int = 20
-    """Lloyd iterations."""
+    """Most Lloyd iterations of the finest level; fewer where it converges."""
     seed: int = 0
     """Seed of the token sample and of k-means++."""
-    backend: Literal["auto", "torch", "faiss", "cuml"] = "auto"
-    """k-means engine; auto is cuml, then faiss, then torch, by what is installed and whether CUDA is there."""
+    backend: Literal["torch", "faiss", "cuml"] = "torch"
+    """k-means engine: torch on all workers, on GPUs where they have any; faiss and cuml in one process."""
 
     def __post_init__(self) -> None:
+        rising = all(coarse < fine for coarse, fine in zip(self.sizes, self.sizes[1:], strict=False))
         _require(
-            1 <= self.num_prototypes <= 65_535,
-            f"num_prototypes is {self.num_prototypes}, expected 1 to 65535",
+            bool(self.sizes) and rising and self.sizes[0] >= 1 and self.sizes[-1] <= 65_535,
+            f"sizes are {self.sizes}, expected rising numbers (coarse → fine) from 1 to 65535, for example"
+            " 64,512,4096",
         )
         _require(self.iterations >= 1, f"iterations is {self.iterations}, expected 1 or more")
-        _require(self.sampled_tokens >= 1, f"sampled_tokens is {self.sampled_tokens}, expected 1 or more")
+        _require(
+            self.sampled_tokens is None or self.sampled_tokens >= 1,
+            f"sampled_tokens is {self.sampled_tokens}, expected 1 or more",
+        )
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
+
+    @property
+    def num_prototypes(self) -> int:
+        """K, prototypes of the finest level."""
+        return self.sizes[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,12 +195,16 @@ class ShardConfig:
     """Samples in each tar but the last; ignored when shard_bytes is given."""
     shard_bytes: int | None = None
     """Size in bytes a tar aims at; the samples per tar follow from the size of one sample."""
+    feature_dtype: Literal["float16", "int8"] = "float16"
+    """How features are stored: float16, or int8 with one float32 scale per token, in half the bytes."""
     images: bool = False
     """Also store the crop the features came from, as JPEG."""
     image_quality: int = 95
     """JPEG quality of the stored crop, 1 to 100."""
     canvases: bool = False
     """Also store the level canvases (float16), for readers that cannot build them."""
+    covariance: bool = field(default=False, metadata=EXECUTION)
+    """Also compute the covariance of the channels, for statistics.npz; the tars are the same without it."""
 
     def __post_init__(self) -> None:
         _require(self.samples_per_shard >= 1, f"samples_per_shard is {self.samples_per_shard}, expected ≥ 1")

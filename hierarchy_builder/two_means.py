@@ -12,38 +12,77 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from hierarchy_builder.similarity import NO_SPREAD
+
 MAX_ITERATIONS = 300
 RELATIVE_TOLERANCE = 1e-4
 NUM_CANDIDATES = 2
 """Defaults of scikit-learn's KMeans; 2 + int(log 2) candidates for the second start."""
 
-NO_SPREAD = 1e-12
-"""Mean squared distance to the mean token (unit vectors) up to which an image counts as constant."""
 
-
-def two_means(gram: np.ndarray, seed: int, num_channels: int) -> np.ndarray:
+def two_means(gram: np.ndarray, seed: int, num_channels: int, num_starts: int = 1) -> np.ndarray:
     """Split each image's tokens in two clusters, as scikit-learn's KMeans(2, n_init=1, random_state=seed).
 
     gram: float64 [N, T, T], symmetric, inner products of L2-normalised tokens. num_channels: C, which
     scales scikit-learn's tolerance (mean variance per column; the recipe appends two columns of zeros).
+    num_starts: draws of two first centres; of several the one that ends with the least inertia is kept (the
+    first on a tie), and the first of them is the only one of `num_starts=1`.
     Returns uint8 [N, T] of 0 and 1. An image whose tokens are all alike has one cluster, all 0, which is
     what scikit-learn returns for it.
     """
     num_images, num_tokens, _ = gram.shape
     labels = np.zeros((num_images, num_tokens), dtype=np.uint8)
     random = np.random.RandomState(seed)
-    first = int(random.choice(num_tokens, p=np.full(num_tokens, 1 / num_tokens)))
-    draws = random.uniform(size=NUM_CANDIDATES)
-    _split_images(gram, first, draws, num_channels + 2, labels)
+    firsts, draws = np.empty(num_starts, dtype=np.int64), np.empty((num_starts, NUM_CANDIDATES))
+    for start in range(num_starts):
+        firsts[start] = random.choice(num_tokens, p=np.full(num_tokens, 1 / num_tokens))
+        draws[start] = random.uniform(size=NUM_CANDIDATES)
+    _split_images(gram, firsts, draws, num_channels + 2, labels)
     return labels
 
 
-@numba.njit(cache=True, parallel=True)
+def inertia(gram: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sum of squared distances of each image's tokens to the mean of their cluster, [N].
+
+    gram: float64 [N, T, T]. labels: uint8 [N, T] of 0 and 1.
+    """
+    found = np.empty(len(gram))
+    _inertia_of_images(gram, labels, found)
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _inertia_of_images(gram: np.ndarray, labels: np.ndarray, found: np.ndarray) -> None:
+    for n in range(gram.shape[0]):
+        found[n] = _inertia_of(gram[n], labels[n])
+
+
+@numba.njit(cache=True, nogil=True)
 def _split_images(
-    gram: np.ndarray, first: int, draws: np.ndarray, num_columns: int, labels: np.ndarray
+    gram: np.ndarray, firsts: np.ndarray, draws: np.ndarray, num_columns: int, labels: np.ndarray
 ) -> None:
-    for n in numba.prange(gram.shape[0]):
-        _lloyd(gram[n], first, draws, num_columns, labels[n])
+    for n in range(gram.shape[0]):
+        _lloyd(gram[n], firsts[0], draws[0], num_columns, labels[n])
+        least = _inertia_of(gram[n], labels[n]) if firsts.size > 1 else 0.0
+        for start in range(1, firsts.size):
+            other = np.zeros_like(labels[n])
+            _lloyd(gram[n], firsts[start], draws[start], num_columns, other)
+            inertia = _inertia_of(gram[n], other)
+            if inertia < least:
+                least = inertia
+                labels[n] = other
+
+
+@numba.njit(cache=True)
+def _inertia_of(gram: np.ndarray, labels: np.ndarray) -> float:
+    """Sum of squared distances of the tokens to the mean of their cluster."""
+    sums, counts = np.zeros(2), np.zeros(2)
+    for i in range(labels.size):
+        counts[labels[i]] += 1
+        for j in range(labels.size):
+            if labels[i] == labels[j]:
+                sums[labels[i]] += gram[i, j]
+    return np.trace(gram) - (sums / np.maximum(counts, 1.0)).sum()
 
 
 @numba.njit(cache=True)

@@ -124,6 +124,41 @@ def test_hierarchy_colours_are_one_per_region(seed: int) -> None:
             assert np.array_equal(colours[level][regions[level] == 0][0], region_colours(np.uint8(0)))
 
 
+def divided_background(seed: int, count: int, side: int = 8) -> np.ndarray:
+    """The hierarchy of `nested_regions` whose background is cut in `count` on level 1, and each in two on level 2."""
+    regions = nested_regions(seed, side).astype(int)
+    behind = regions[0] == 0
+    rank = np.cumsum(behind).reshape(behind.shape) - 1
+    for level, pieces in ((1, count), (2, 2 * count)):
+        piece = rank * pieces // behind.sum()
+        ids = np.where(piece == 0, 0, regions[level].max() + piece)
+        regions[level] = np.where(behind, ids, regions[level])
+    return regions.astype(np.uint8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4))
+def test_a_divided_background_is_in_greys_that_can_be_told_apart(seed: int, count: int) -> None:
+    regions = divided_background(seed, count, side=12)
+    behind = regions[0] == 0
+    plain, colours = hierarchy_colours(nested_regions(seed, side=12)), hierarchy_colours(regions)
+    assert np.array_equal(colours[:3][:, ~behind], plain[:3][:, ~behind])
+    for level, pieces in ((0, 1), (1, count), (2, 2 * count)):
+        greys = np.unique(colours[level][behind], axis=0).astype(int)
+        assert len(greys) == pieces
+        assert np.ptp(greys, axis=1).max() <= 8
+        assert greys.max() < 128
+        if pieces > 1:
+            assert distances(greys).min() > 12
+
+
+def test_a_background_divided_once_keeps_its_greys() -> None:
+    regions = divided_background(0, 3)
+    regions[2] = regions[1]
+    colours = hierarchy_colours(regions)
+    assert np.array_equal(colours[1], colours[2])
+
+
 def test_undivided_regions_keep_their_colour() -> None:
     regions = np.zeros((3, 4, 4), dtype=np.uint8)
     regions[0, :, 1:] = 1

@@ -31,7 +31,13 @@ from hierarchy_builder.canvases.gallery import (
     write_page,
 )
 from hierarchy_builder.canvases.plots import Plot, Series, draw, short_number
-from hierarchy_builder.canvases.views import HierarchyView, hierarchy_viewers, level_names, shared_palette
+from hierarchy_builder.canvases.views import (
+    HierarchyView,
+    hierarchy_viewers,
+    level_names,
+    region_captions,
+    shared_palette,
+)
 from hierarchy_builder.report import hierarchy_page
 from trainer.report import TrajectoryView, page_palette, training_page, training_plots, trajectory_grid_png
 
@@ -178,9 +184,24 @@ def test_canvases_of_a_diverged_model_are_black_and_the_page_still_opens() -> No
     assert render(page).startswith("<!doctype html>")
 
 
-def test_level_names_follow_the_method_for_four_levels() -> None:
+def test_level_names_follow_the_method() -> None:
     assert level_names(4) == ("object/background", "parts", "subparts", "tokens")
-    assert level_names(3) == ("level 0", "level 1", "level 2")
+    assert level_names(2) == ("object/background", "tokens")
+    assert level_names(3) == ("object/background", "parts", "tokens")
+    assert level_names(5) == ("object/background", "parts 1", "parts 2", "parts 3", "tokens")
+
+
+def test_captions_count_a_divided_background_apart() -> None:
+    regions = np.zeros((3, 2, 4), dtype=np.uint8)
+    regions[:, :, 2:] = 1
+    regions[1, 0, 0] = 2  # a second region of the background
+    regions[2] = [[0, 4, 1, 2], [5, 5, 1, 3]]
+    assert region_captions(regions) == (
+        "1 region",
+        "1 region, background 2",
+        "3 regions, background 3",
+        "2 × 4",
+    )
 
 
 def test_views_of_another_number_of_levels_are_refused() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -156,14 +155,8 @@ def test_an_image_alone_equals_the_image_in_a_batch(seed: int, row: int) -> None
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    features = smooth_features(5, 16, 16, 384, 0.5)
-    everything = build_hierarchy(features)
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        single = build_hierarchy(features)
-    finally:
-        numba.set_num_threads(threads)
+    features = smooth_features(35, 16, 16, 384, 0.5)
+    everything, single = build_hierarchy(features, threads=3), build_hierarchy(features, threads=1)
     np.testing.assert_array_equal(single.merges, everything.merges)
     np.testing.assert_array_equal(single.regions, everything.regions)
 
@@ -258,11 +251,21 @@ def test_no_images_and_no_cuts() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nonfinite_features_name_their_rows(bad: float) -> None:
+@pytest.mark.parametrize("recipe", [HierarchyRecipe.paper(), HierarchyRecipe.stable()])
+def test_nonfinite_features_are_flagged_and_the_others_go_on(bad: float, recipe: HierarchyRecipe) -> None:
     features = smooth_features(40, 6, 6, 8, 0.5)
+    sound = build_hierarchy(features, recipe)
     features[[7, 38], 2, 3, 1] = bad
-    with pytest.raises(BuilderError, match=r"image rows 7, 38 hold NaN or infinity"):
-        build_hierarchy(features)
+    hierarchy = build_hierarchy(features, recipe)
+    others = np.setdiff1d(np.arange(40), [7, 38])
+    assert hierarchy.flags[[7, 38]].tolist() == [Flag.NONFINITE] * 2
+    assert (hierarchy.regions[[7, 38]] == 1).all()
+    assert (hierarchy.merges[[7, 38]] == -1).all()
+    assert (hierarchy.scores[[7, 38]] == 0).all()
+    for name in ("regions", "merges", "flags", "scores"):
+        np.testing.assert_array_equal(getattr(hierarchy, name)[others], getattr(sound, name)[others])
+    again = cut_levels(hierarchy.regions[:, 0], hierarchy.merges, recipe.cuts)
+    np.testing.assert_array_equal(again, hierarchy.regions)
 
 
 def test_values_beyond_float32_products_are_fine() -> None:
@@ -289,6 +292,11 @@ def test_trees_of_other_objects_are_refused() -> None:
         cut_levels(mask, hierarchy.merges, (0.5,))
     with pytest.raises(BuilderError, match=r"expected \(3, 35, 3\)"):
         cut_levels(mask, hierarchy.merges[:, :4], (0.5,))
+
+
+def test_no_tree_leaves_a_side_whole() -> None:
+    mask = np.ones((1, 2, 2), dtype=np.uint8)
+    assert (cut_levels(mask, np.full((1, 3, 3), -1, dtype=np.float32), (0.7, 0.3)) == 1).all()
 
 
 def test_check_nesting_counts_each_kind_of_violation() -> None:

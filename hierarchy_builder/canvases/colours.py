@@ -8,13 +8,17 @@ of hue and lightness look equal; evenly spaced HSV hues crowd the greens and los
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 BACKGROUND_LCH = (0.36, 0.006, 280.0)
-"""Lightness, chroma and hue of region 0: a neutral dark grey, far from every region colour."""
+"""Lightness, chroma and hue of the background: a neutral dark grey, far from every region colour."""
+GREYS = (0.18, 0.54)
+"""Lightnesses shared by the regions of a divided background, around that of the whole."""
 
 FIT_TOKENS = 16_384
 """Tokens the principal axes are fitted on; more change no colour by a visible step."""
@@ -89,7 +93,7 @@ def region_colours(regions: np.ndarray) -> np.ndarray:
     """Colour region ids on their own: uint8 [..., H, W] → uint8 [..., H, W, 3], the same id always the same.
 
     Id 0 is the background grey; hues of neighbouring ids lie a golden angle apart. For nested levels of one
-    image take `hierarchy_colours`.
+    image, or a divided background, take `hierarchy_colours`.
     """
     return _region_table()[np.asarray(regions)]
 
@@ -97,17 +101,18 @@ def region_colours(regions: np.ndarray) -> np.ndarray:
 def hierarchy_colours(regions: np.ndarray) -> np.ndarray:
     """Colour all levels of one image so that children resemble their parent.
 
-    regions: uint8 [L−1, H, W], nested, 0 background. Returns uint8 [L, H, W, 3]; the last level is the tokens,
-    each a shade of the finest region it lies in. A region owns an arc of the hue circle and its children share
-    that arc; a region that is not divided keeps its colour from one level to the next.
+    regions: uint8 [L−1, H, W], nested, 0 the background on level 0. Returns uint8 [L, H, W, 3]; the last level is
+    the tokens, each a shade of the finest region it lies in. A region of the object owns an arc of the hue circle, one
+    of the background a range of greys, and its children share it; a region that is not divided keeps its colour from
+    one level to the next.
     """
     regions = np.asarray(regions)
-    arcs = {0: (FIRST_HUE, FIRST_HUE + 360.0, LIGHTNESSES[0])}
-    parents = np.zeros(regions.shape[1:], dtype=regions.dtype)
+    spans = {0: _Span(*GREYS), 1: _Span(FIRST_HUE, FIRST_HUE + 360.0, LIGHTNESSES[0])}
+    parents = regions[0] > 0
     painted = []
     for level_HW in regions:
-        arcs = _divide_arcs(level_HW, parents, arcs)
-        painted.append(_paint(level_HW, arcs))
+        spans = _divide_spans(level_HW, parents, spans)
+        painted.append(_paint(level_HW, spans))
         parents = level_HW
     return np.stack([_to_srgb(lch) for lch in (*painted, _shade_tokens(painted[-1]))])
 
@@ -136,29 +141,49 @@ def _region_table() -> np.ndarray:
     return _to_srgb(np.concatenate([[BACKGROUND_LCH], lch]))
 
 
-def _divide_arcs(level_HW: np.ndarray, parents_HW: np.ndarray, arcs: dict) -> dict:
-    """Arc of hue and lightness of every region, cut from its parent's (the parent under its first token)."""
+class _Span(NamedTuple):
+    """What a region hands on to its children: hues at some lightness, or without one, lightnesses of grey."""
+
+    start: float
+    stop: float
+    lightness: float | None = None
+
+    def divide(self, count: int) -> list[_Span]:
+        """Spans of `count` children in order, told apart from their neighbours also where there are many."""
+        width = (self.stop - self.start) / count
+        spans = []
+        for i in range(count):
+            # Neighbours among greys lie half the range apart, those among hues also differ in lightness.
+            slot = i if self.lightness else i // 2 + (i % 2) * ((count + 1) // 2)
+            own = self.lightness if count == 1 or not self.lightness else LIGHTNESSES[i % len(LIGHTNESSES)]
+            spans.append(_Span(self.start + slot * width, self.start + (slot + 1) * width, own))
+        return spans
+
+    def colour(self) -> tuple[float, float, float]:
+        """Lightness, chroma and hue of the region itself."""
+        middle = (self.start + self.stop) / 2
+        return (self.lightness, CHROMA, middle) if self.lightness else (middle, *BACKGROUND_LCH[1:])
+
+
+def _divide_spans(
+    level_HW: np.ndarray, parents_HW: np.ndarray, spans: Mapping[int, _Span]
+) -> dict[int, _Span]:
+    """Span of every region, cut from its parent's (the parent under its first token)."""
     children: dict[int, list[int]] = {}
-    for region in np.unique(level_HW[level_HW > 0]):
+    for region in np.unique(level_HW):
         parent = int(parents_HW[level_HW == region][0])
         children.setdefault(parent, []).append(int(region))
-    divided = {0: arcs[0]}
-    for parent, regions in children.items():
-        start, stop, lightness = arcs[parent]
-        width = (stop - start) / len(regions)
-        for i, region in enumerate(regions):
-            # Siblings also differ in lightness: deep levels have arcs too narrow to tell apart by hue alone.
-            own = lightness if len(regions) == 1 else LIGHTNESSES[i % len(LIGHTNESSES)]
-            divided[region] = (start + i * width, start + (i + 1) * width, own)
-    return divided
+    return {
+        region: span
+        for parent, regions in children.items()
+        for region, span in zip(regions, spans[parent].divide(len(regions)), strict=True)
+    }
 
 
-def _paint(level_HW: np.ndarray, arcs: dict) -> np.ndarray:
+def _paint(level_HW: np.ndarray, spans: Mapping[int, _Span]) -> np.ndarray:
     lch = np.empty((*level_HW.shape, 3))
-    for region in np.unique(level_HW):
-        start, stop, lightness = arcs[int(region)]
-        colour = (lightness, CHROMA, (start + stop) / 2) if region else BACKGROUND_LCH
-        lch[level_HW == region] = colour
+    for region, span in spans.items():
+        lch[level_HW == region] = span.colour()
     return lch
 
 

@@ -131,7 +131,32 @@ class Plots:
     plots: Sequence[Plot]
 
 
-Block = Gallery | Facts | Table | Plots | Code
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strip:
+    """Pictures that belong together, side by side: uint8 [h, w, 3] each, with a caption each."""
+
+    title: str
+    pictures: Sequence[np.ndarray]
+    captions: Sequence[str]
+    subtitle: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.captions) != len(self.pictures):
+            raise ValueError(
+                f"strip {self.title!r}: {len(self.captions)} captions, expected {len(self.pictures)}, one a picture"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strips:
+    """Strips below one another."""
+
+    kind: ClassVar[str] = "strips"
+
+    strips: Sequence[Strip]
+
+
+Block = Gallery | Facts | Table | Plots | Code | Strips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,8 +47,8 @@ def region_means(features: ArrayT, regions: np.ndarray | torch.Tensor) -> tuple[
     """Mean feature of every region of one level.
 
     features: float [N, H, W, C], numpy or torch. regions: integer [N, H, W], ids from 0.
-    Returns means float32 [N, K, C], row k of region k (background is region 0; zeros where an image has no
-    region k), and counts int64 [N, K], tokens of each region; of the features' kind and device.
+    Returns means float32 [N, K, C], row k of region k (zeros where an image has no region k), and counts
+    int64 [N, K], tokens of each region; of the features' kind and device.
     Raises BuilderError if the shapes do not fit.
     """
     tokens, ids = _as_tensors(features, regions)

@@ -58,10 +58,10 @@ class HierarchyView:
 
 
 def level_names(num_levels: int) -> tuple[str, ...]:
-    """What the levels are called, coarse → fine: the method's words for its four, else level 0, level 1, …"""
-    if num_levels == 4:
-        return ("object/background", "parts", "subparts", "tokens")
-    return tuple(f"level {level}" for level in range(num_levels))
+    """What the levels are called, coarse → fine, in the method's words; more than two cuts are numbered."""
+    cuts = num_levels - 2
+    parts = ("parts", "subparts")[:cuts] if cuts <= 2 else tuple(f"parts {i + 1}" for i in range(cuts))
+    return ("object/background", *parts, "tokens")
 
 
 def shared_palette(feature_maps: Iterable[np.ndarray | None], max_tokens: int = FIT_TOKENS) -> Palette | None:
@@ -87,10 +87,10 @@ def hierarchy_viewers(views: Sequence[HierarchyView], palette: Palette | None) -
 
 
 def region_captions(regions: np.ndarray) -> tuple[str, ...]:
-    """Regions of each level without the background, and the size of the token grid; regions uint8 [L−1, H, W]."""
-    counts = [len(np.unique(level_HW[level_HW > 0])) for level_HW in regions]
+    """Regions of the object on each level, those of a divided background, and the grid; regions uint8 [L−1, H, W]."""
+    is_object = regions[0] > 0
     height, width = regions.shape[1:]
-    return (*(f"{count} region{'' if count == 1 else 's'}" for count in counts), f"{height} × {width}")
+    return (*(_count_regions(level_HW, is_object) for level_HW in regions), f"{height} × {width}")
 
 
 def latent_views(
@@ -107,6 +107,11 @@ def latent_views(
     if decoded is not None:
         views.append(View(name=DECODED, layers=decoded))
     return views
+
+
+def _count_regions(level_HW: np.ndarray, is_object: np.ndarray) -> str:
+    count, behind = len(np.unique(level_HW[is_object])), len(np.unique(level_HW[~is_object]))
+    return f"{count} region{'' if count == 1 else 's'}{f', background {behind}' if behind > 1 else ''}"
 
 
 def _hierarchy_viewer(view: HierarchyView, palette: Palette | None) -> LevelViewer:

@@ -1,0 +1,87 @@
+"""Cosine similarities of each image's tokens: the only thing a hierarchy computes from the channels.
+
+On a CPU products are summed in float32, which is half the time of the whole; images with hardly any contrast
+are done again in float64.
+
+    N images, H×W grid, T = H·W tokens, C channels
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import numba
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+
+SINGLE_PRECISION_SPREAD = 1e-2
+"""Spread above which float32 products, exact to 1e-7, do."""
+NO_SPREAD = 1e-12
+"""Spread up to which all tokens of an image count as alike."""
+NORM_EPSILON = 1e-8
+
+
+def similarities(features: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Cosine similarities of all pairs of tokens, float64 [N, T, T], each matrix exactly symmetric.
+
+    features: float16 or float32 [N, H, W, C], numpy or torch. Images with NaN or infinity have NaN in theirs.
+    """
+    tokens = _as_tensor(features).flatten(1, 2)
+    if tokens.device.type != "cpu":
+        return _cosines(tokens, torch.float64)
+    gram = _cosines(tokens, torch.float32)
+    close = ~(spread(gram) > SINGLE_PRECISION_SPREAD)
+    if close.any():
+        gram[close] = _cosines(tokens[torch.from_numpy(close)], torch.float64)
+    return gram
+
+
+def spread(gram: np.ndarray) -> np.ndarray:
+    """Mean squared distance of the tokens to their mean, [N]; gram: [N, T, T]."""
+    return np.trace(gram, axis1=1, axis2=2) / gram.shape[1] - gram.mean(axis=(1, 2))
+
+
+def single_threaded_blas() -> contextlib.AbstractContextManager[object]:
+    """A product divided among BLAS threads differs in its last bits with their number; and they would only get in
+    the way of threads that each work on images of their own."""
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _as_tensor(features: np.ndarray | torch.Tensor) -> torch.Tensor:
+    if isinstance(features, torch.Tensor):
+        return features.detach()
+    return torch.from_numpy(np.require(features, requirements=["C", "W"]))  # torch warns of read-only memory
+
+
+def _cosines(tokens_NTC: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Inner products in `dtype`, then scaled by 1 / ((‖z_i‖ + 1e-8)(‖z_j‖ + 1e-8)): float64 [N, T, T]."""
+    wide = tokens_NTC.to(dtype)
+    if wide.device.type == "cpu":
+        rows = wide.numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are found by their spread
+            products = np.matmul(rows, rows.swapaxes(1, 2))  # syrk: half the work, and symmetric
+    else:
+        products = torch.bmm(wide, wide.mT)
+        products = ((products + products.mT) / 2).cpu().numpy()
+    cosines = np.empty(products.shape)
+    _scale(products, cosines)
+    return cosines
+
+
+@numba.njit(cache=True, nogil=True)
+def _scale(products: np.ndarray, cosines: np.ndarray) -> None:
+    num_images, num_tokens, _ = products.shape
+    inverse = np.empty(num_tokens)
+    for n in range(num_images):
+        for i in range(num_tokens):
+            inverse[i] = 1.0 / (np.sqrt(np.float64(products[n, i, i])) + NORM_EPSILON)
+        for i in range(num_tokens):
+            for j in range(num_tokens):
+                cosines[n, i, j] = products[n, i, j] * (inverse[i] * inverse[j])
