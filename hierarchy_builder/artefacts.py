@@ -43,8 +43,22 @@ class BuildFolder:
         return self.root / "regions.zarr"
 
     @property
+    def recut(self) -> Path:
+        """Where the levels of other cuts are made; gone once they are in regions.zarr."""
+        return self.root / "regions.zarr.recut"
+
+    @property
     def vocabulary(self) -> Path:
         return self.root / "vocabulary.npz"
+
+    @property
+    def vocabulary_work(self) -> Path:
+        """Where a vocabulary is being fitted; gone once it is."""
+        return self.root / "vocabulary"
+
+    @property
+    def vocabulary_page(self) -> Path:
+        return self.root / "vocabulary.html"
 
     @property
     def shards(self) -> Path:
@@ -53,6 +67,14 @@ class BuildFolder:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+    @property
+    def quality(self) -> Path:
+        return self.root / "quality.json"
+
+    @property
+    def quality_page(self) -> Path:
+        return self.root / "quality.html"
 
     def ledger(self, stage: str) -> Path:
         """Folder of the markers of one stage."""

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hierarchy_builder import options as opt
@@ -75,9 +76,18 @@ def extract(
 @app.command()
 def cluster(
     folder: opt.Folder,
+    recipe: opt.Recipe = None,
     cuts: opt.Cuts = None,
     spatial_weight: opt.SpatialWeight = None,
+    start: opt.Start = None,
     seed: opt.Seed = None,
+    object_choice: opt.ObjectChoice = None,
+    connected: opt.Connected = None,
+    divide_background: opt.DivideBackground = None,
+    min_spread: opt.MinSpread = None,
+    masks: opt.Masks = None,
+    masks_level: opt.MasksLevel = None,
+    recut: opt.Recut = None,
     vocabulary: opt.Vocabulary = None,
     backend: opt.Backend = None,
     workers: opt.WorkerCount = None,
@@ -87,20 +97,23 @@ def cluster(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """features.zarr → regions.zarr; with --vocabulary K also prototypes of the whole dataset."""
-    flags = opt.of_config(HierarchyRecipe, locals())
+    """features.zarr → regions.zarr; with --vocabulary also prototypes of the whole dataset."""
+    arguments = locals()
     from hierarchy_builder import build as steps
 
     build_folder = BuildFolder(folder).require()
-    flags["cuts"] = opt.numbers(cuts)
-    recipe = opt.resolve(HierarchyRecipe, "hierarchy", flags, config, _stored(build_folder, "cluster", fresh))
+    if recut is not None:
+        _recut(build_folder, arguments)
+        return
+    resolved = opt.resolve_recipe(arguments, config, _stored(build_folder, "cluster", fresh))
     words = opt.resolve_vocabulary(vocabulary, backend, config, _stored(build_folder, "vocabulary", fresh))
-    _show({"hierarchy": to_mapping(recipe), **({"vocabulary": to_mapping(words)} if words else {})}, quiet)
+    _show({"hierarchy": to_mapping(resolved), **({"vocabulary": to_mapping(words)} if words else {})}, quiet)
     session = _session(workers, address, fresh, quiet)
     with build_folder.locked():
-        summaries = [steps.cluster(build_folder, recipe, session)]
+        summaries = [steps.vocabulary(build_folder, words, session)] if words else []
+        summaries.append(steps.cluster(build_folder, resolved, session))
         if words:
-            summaries.append(steps.vocabulary(build_folder, words, session))
+            summaries.append(steps.link(build_folder, session))
         print_stages(summaries, as_json)
 
 
@@ -110,8 +123,10 @@ def shard(
     split: opt.Split = None,
     samples_per_shard: opt.SamplesPerShard = None,
     shard_bytes: opt.ShardBytes = None,
+    feature_dtype: opt.FeatureDtype = None,
     images: opt.WithImages = None,
     canvases: opt.WithCanvases = None,
+    covariance: opt.WithCovariance = None,
     workers: opt.WorkerCount = None,
     address: opt.Address = None,
     config: opt.ConfigFile = None,
@@ -146,15 +161,25 @@ def build(
     block_rows: opt.BlockRows = None,
     order: opt.Order = None,
     max_bad_fraction: opt.MaxBad = None,
+    recipe: opt.Recipe = None,
     cuts: opt.Cuts = None,
     spatial_weight: opt.SpatialWeight = None,
+    start: opt.Start = None,
     seed: opt.Seed = None,
+    object_choice: opt.ObjectChoice = None,
+    connected: opt.Connected = None,
+    divide_background: opt.DivideBackground = None,
+    min_spread: opt.MinSpread = None,
+    masks: opt.Masks = None,
+    masks_level: opt.MasksLevel = None,
     vocabulary: opt.Vocabulary = None,
     backend: opt.Backend = None,
     samples_per_shard: opt.SamplesPerShard = None,
     shard_bytes: opt.ShardBytes = None,
+    feature_dtype: opt.FeatureDtype = None,
     with_images: opt.WithImages = None,
     canvases: opt.WithCanvases = None,
+    covariance: opt.WithCovariance = None,
     workers: opt.WorkerCount = None,
     address: opt.Address = None,
     config: opt.ConfigFile = None,
@@ -169,11 +194,10 @@ def build(
     folder = BuildFolder(out)
     input_split = split if split and os.path.isdir(os.path.join(images, split)) else None
     extract_flags = {**opt.of_config(ExtractConfig, arguments), "split": input_split}
-    recipe_flags = {**opt.of_config(HierarchyRecipe, arguments), "cuts": opt.numbers(cuts)}
     shard_flags = {**opt.of_config(ShardConfig, arguments), "images": with_images}
     plan = steps.BuildPlan(
         extract=opt.resolve(ExtractConfig, "extract", extract_flags, config),
-        hierarchy=opt.resolve(HierarchyRecipe, "hierarchy", recipe_flags, config),
+        hierarchy=opt.resolve_recipe(arguments, config),
         vocabulary=opt.resolve_vocabulary(vocabulary, backend, config),
         shard=opt.resolve(ShardConfig, "shard", shard_flags, config),
     )
@@ -231,20 +255,73 @@ def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
 @app.command()
 def report(
     folder: opt.Folder,
-    out: Annotated[Path | None, typer.Option(help="The page; by default DIR/report.html.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page; by default DIR/report.html, quality.html or vocabulary.html."),
+    ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Images on the page, spread evenly over the classes.")
-    ] = 48,
-    keys: Annotated[str | None, typer.Option(help="Keys of the images to show, comma separated.")] = None,
+        int | None,
+        typer.Option(
+            min=1, help="Images, spread evenly over the classes: 48 on the page, with --quality 200 scored."
+        ),
+    ] = None,
+    keys: Annotated[str | None, typer.Option(help="Keys of the images instead, comma separated.")] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Score the regions and their stability; also DIR/quality.json.")
+    ] = False,
+    masks: Annotated[
+        Path | None, typer.Option(help="With --quality: folder of label maps <stem>_<k>.png to agree with.")
+    ] = None,
+    vocabulary: Annotated[
+        bool, typer.Option("--vocabulary", help="Show the prototypes by the parts nearest to them instead.")
+    ] = False,
+    prototypes: Annotated[int, typer.Option(min=1, help="With --vocabulary: prototypes on the page.")] = 64,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """A self-contained page: photo, region maps, PCA colours, decoded levels, with a slider coarse → fine."""
-    from hierarchy_builder.inspection import write_report
+    build_folder, chosen = BuildFolder(folder).require(), keys.split(",") if keys else None
+    if quality and vocabulary:
+        raise UsageError("--quality and --vocabulary are two pages: ask for one at a time")
+    if quality:
+        _report_quality(build_folder, out, samples or 200, chosen, masks, as_json, quiet)
+        return
+    if masks is not None or as_json:
+        raise UsageError("--masks and --json belong to --quality, which is not given")
+    if vocabulary:
+        from hierarchy_builder.vocabulary_page import write_vocabulary_page
 
-    build_folder = BuildFolder(folder).require()
-    page = write_report(
-        build_folder, out or build_folder.report, limit=samples, keys=keys.split(",") if keys else None
-    )
+        page = write_vocabulary_page(build_folder, out or build_folder.vocabulary_page, limit=prototypes)
+    else:
+        from hierarchy_builder.inspection import write_report
+
+        page = write_report(build_folder, out or build_folder.report, limit=samples or 48, keys=chosen)
     stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a build.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another build of the same images.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Also write a page of the images that changed most.")
+    ] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """How far the regions of two builds differ: agreement per level, counts, the images that changed most."""
+    from hierarchy_builder.comparison import compare_builds, comparison_tables, write_comparison
+
+    folders = BuildFolder(a).require(), BuildFolder(b).require()
+    found = compare_builds(*folders)
+    if out is not None:
+        write_comparison(*folders, found, out)
+    if as_json:
+        _print_json(found.as_json())
+        return
+    for title, rows in comparison_tables(*folders, found).items():
+        _print_table(title, rows)
+    if out is not None:
+        stdout.print(str(out), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -297,8 +374,8 @@ def _stored(folder: BuildFolder, stage: str, fresh: bool) -> dict[str, Any]:
 
 
 def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool) -> Any:
-    from hierarchy_builder.build import Session
     from hierarchy_builder.progress import Reporter
+    from hierarchy_builder.session import Session
     from hierarchy_builder.workers import Workers
 
     if workers is not None and workers < 0:
@@ -308,6 +385,25 @@ def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool)
         reporter=Reporter(quiet=quiet, console=stderr),
         fresh=fresh,
     )
+
+
+def _recut(folder: BuildFolder, arguments: Mapping[str, Any]) -> None:
+    """Other levels of a build; what its parts are linked to is found anew, its shards are left as they are."""
+    from hierarchy_builder import clustering as steps
+
+    others = [*(name.name for name in dataclasses.fields(HierarchyRecipe)), "recipe", "vocabulary", "backend"]
+    if given := [name for name in others if arguments[name] is not None]:
+        raise UsageError(
+            f"--recut keeps the stored trees and takes no --{given[0].replace('_', '-')}: "
+            "cluster with --fresh for another recipe"
+        )
+    cuts = opt.numbers(arguments["recut"], "--recut") or []
+    session = _session(arguments["workers"], arguments["address"], False, arguments["quiet"])
+    with folder.locked():
+        summaries = [steps.recut(folder, cuts, session)]
+        if folder.vocabulary.exists():
+            summaries.append(steps.link(folder, session))
+        print_stages(summaries, arguments["as_json"])
 
 
 def _show(config: dict[str, Any], quiet: bool) -> None:
@@ -335,6 +431,40 @@ def print_stages(summaries: Sequence[Any], as_json: bool) -> None:
             f"{row['num_bytes']:,}",
             notes,
         )
+    stdout.print(table)
+
+
+def _report_quality(
+    folder: BuildFolder,
+    out: Path | None,
+    samples: int,
+    keys: Sequence[str] | None,
+    masks: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from hierarchy_builder.assessment import assess_build
+    from hierarchy_builder.progress import Reporter
+    from hierarchy_builder.quality_page import score_tables, summary, write_quality
+
+    reporter = Reporter(quiet=quiet, console=stderr)
+    found = assess_build(folder, limit=samples, keys=keys, masks=masks, reporter=reporter)
+    page = write_quality(folder, found, out or folder.quality_page)
+    if as_json:
+        _print_json(found.as_json())
+        return
+    _print_table("Summary", [{"name": name, "value": value} for name, value in summary(found).items()])
+    for title, rows in score_tables(found).items():
+        _print_table(title, rows)
+    stdout.print(f"{folder.quality}\n{page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from hierarchy_builder.canvases.gallery import show_value
+
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(escape(show_value(value)) for value in row.values()))
     stdout.print(table)
 
 

@@ -68,10 +68,13 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Imag
     return rgb, facts
 
 
-def crop_square(image: Image.Image, size_px: int) -> np.ndarray:
+def crop_square(
+    image: Image.Image, size_px: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     """Short side → `size_px` (bicubic, antialiased), then the centre square: uint8 [S, S, 3].
 
     As the release's preprocessing: the long side is rounded down, the crop's corner to the nearest pixel.
+    resampling: NEAREST cuts a label map as its photo, [S, S] of whatever type its labels have.
     """
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
@@ -82,7 +85,7 @@ def crop_square(image: Image.Image, size_px: int) -> np.ndarray:
     short = min(width, height)
     width, height = size_px * width // short, size_px * height // short
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), resampling)
     left, top = round((width - size_px) / 2), round((height - size_px) / 2)
     return np.array(image.crop((left, top, left + size_px, top + size_px)))
 

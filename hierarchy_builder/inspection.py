@@ -37,7 +37,7 @@ def write_report(
     """
     entry = finished_stage(folder, "cluster")
     records = records_of(read_index(folder.index))
-    rows = _rows_of_keys(folder, records, keys) if keys else _rows_over_classes(folder, records, limit)
+    rows = choose_rows(folder, records, limit, keys)
     stages = read_manifest(folder)["stages"]
     encoder = stages["extract"]["inputs"]["encoder"]
     views = hierarchy_views(folder, records, rows, encoder)
@@ -63,7 +63,7 @@ def hierarchy_views(
     """What a report shows of the given rows; photographs that cannot be read any more are left out."""
     features, regions = stores.open_store(folder.features), stores.open_store(folder.regions)
     basis = DctBasis.from_spec(encoder["decoder"]) if encoder["decoder"] else None
-    reader = _reader(folder)
+    reader = photo_reader(folder)
     views = []
     for row in rows:
         one = slice(row, row + 1)
@@ -76,12 +76,22 @@ def hierarchy_views(
                 class_name=records[row].class_name,
                 regions=ids[0],
                 features=tokens[0],
-                photo=_photo(reader, records[row], encoder["image_size_px"]),
+                photo=read_photo(reader, records[row], encoder["image_size_px"]),
                 decoded=None if basis is None else _decode(basis, level_canvases(tokens, ids)[0]),
                 notes={"flags": ", ".join(flag.name.lower() for flag in flags if flag.name)} if flags else {},
             )
         )
     return views
+
+
+def choose_rows(
+    folder: BuildFolder, records: Sequence[ImageRecord], limit: int, keys: Sequence[str] | None = None
+) -> list[int]:
+    """Up to `limit` usable rows, taken in turn from every class; or those of `keys`.
+
+    Raises UsageError for a key that is not in the build.
+    """
+    return _rows_of_keys(folder, records, keys) if keys else _rows_over_classes(folder, records, limit)
 
 
 def _rows_over_classes(folder: BuildFolder, records: Sequence[ImageRecord], limit: int) -> list[int]:
@@ -103,14 +113,16 @@ def _rows_of_keys(folder: BuildFolder, records: Sequence[ImageRecord], keys: Seq
     return [rows[key] for key in keys]
 
 
-def _reader(folder: BuildFolder) -> Reader | None:
+def photo_reader(folder: BuildFolder) -> Reader | None:
+    """Where the photographs of a build are read, or None where they are gone."""
     try:
         return open_reader(stored_source(folder))
     except (BuilderError, OSError):
         return None
 
 
-def _photo(reader: Reader | None, record: ImageRecord, size_px: int) -> np.ndarray | None:
+def read_photo(reader: Reader | None, record: ImageRecord, size_px: int) -> np.ndarray | None:
+    """The crop the features came from, uint8 [S, S, 3], or None where it cannot be read any more."""
     if reader is None:
         return None
     try:

@@ -1,4 +1,7 @@
-"""k-means of a data set's tokens: prototypes from one of three engines behind one function.
+"""k-means of a data set's tokens: Lloyd's iterations as sums that can be formed anywhere, and library engines.
+
+One iteration assigns tokens to their nearest centroid and sums each cluster. `sum_clusters` does this for some of the
+tokens, `lloyd` adds such sums in a fixed order and moves the centroids, wherever and by whomever they were formed.
 
 M tokens of a data set, K prototypes, C channels
 """
@@ -6,85 +9,254 @@ M tokens of a data set, K prototypes, C channels
 from __future__ import annotations
 
 import importlib
-import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, UsageError
+
+SLAB_TOKENS = 8192
+"""Tokens summed at once: float64 sums of up to 8,192 float16 are exact, whatever the order (2¹³ · 2¹⁶ = 2⁵³ · 2⁻²⁴)."""
+CACHED_TOKENS = 1024
+"""Tokens assigned at once on a CPU: 1,024 × 768 stay in its cache, where summing takes a tenth of the time."""
+FARTHEST_TOKENS = 32
+"""Tokens kept for empty clusters: more than these are refilled over several iterations."""
+START_TOKENS = 131_072
+"""Most tokens k-means++ chooses from, and 32 per prototype where that is fewer."""
+CANDIDATES = 256
+"""Most candidates k-means++ measures at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prototypes:
     """Centroids of a data set's tokens.
 
-    centroids: float32 [K, C]. inertia: sum of squared distances after each iteration the engine reports
-    (cuML reports the last one only). backend: the engine that found them.
+    centroids: float32 [K, C]. counts: int64 [K], tokens nearest to each. inertia: sum of squared distances of the
+    tokens to their nearest centroid, as a library engine reports it, or after 0, 1, 2, … moves of Lloyd's; the
+    last value is that of `centroids`.
     """
 
     centroids: np.ndarray
+    counts: np.ndarray
     inertia: tuple[float, ...]
-    backend: str
 
 
-def fit_prototypes(tokens: np.ndarray, config: VocabularyConfig) -> Prototypes:
-    """Find `config.num_prototypes` centroids of `tokens` by k-means, the same ones for the same seed.
+@dataclass(kw_only=True, slots=True, eq=False)
+class ClusterSums:
+    """What some tokens contribute to one iteration.
 
-    tokens: float32 [M, C]. torch and faiss repeat bit for bit on the same machine; cuML promises less.
-    Raises UsageError if there are fewer tokens than prototypes, BuilderError for tokens that are not finite
-    and where the library of the chosen engine is missing.
+    sums: float64 [K, C]. counts: int64 [K]. inertia: sum of squared distances. far_tokens: float32 [F, C] and
+    far_distances: float32 [F], those farthest from their centroid, falling; F ≤ FARTHEST_TOKENS.
     """
-    tokens = np.ascontiguousarray(tokens, dtype=np.float32)
-    if len(tokens) < config.num_prototypes:
-        raise UsageError(
-            f"num_prototypes is {config.num_prototypes}, but there are only {len(tokens)} tokens to fit them to: "
-            "lower num_prototypes or sample more tokens"
+
+    sums: np.ndarray
+    counts: np.ndarray
+    inertia: float
+    far_tokens: np.ndarray
+    far_distances: np.ndarray
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, ...]) -> ClusterSums:
+        """What no tokens contribute, for centroids of `shape` [K, C]."""
+        return cls(
+            sums=np.zeros(shape),
+            counts=np.zeros(shape[0], np.int64),
+            inertia=0.0,
+            far_tokens=np.zeros((0, shape[1]), np.float32),
+            far_distances=np.zeros(0, np.float32),
         )
-    if not np.isfinite(tokens).all():
-        raise BuilderError("tokens hold NaN or infinity, expected finite numbers: leave those images out")
-    backend = choose_backend() if config.backend == "auto" else config.backend
-    centroids, inertia = _ENGINES[backend](tokens, config)
-    return Prototypes(
-        centroids=np.ascontiguousarray(centroids, dtype=np.float32), inertia=tuple(inertia), backend=backend
+
+    def add(self, other: ClusterSums) -> None:
+        """Take in the contribution of further tokens."""
+        self.sums += other.sums
+        self.counts += other.counts
+        self.inertia += other.inertia
+        distances = np.concatenate([self.far_distances, other.far_distances])
+        farthest = np.argsort(-distances, kind="stable")[:FARTHEST_TOKENS]
+        self.far_distances = distances[farthest]
+        self.far_tokens = np.concatenate([self.far_tokens, other.far_tokens])[farthest]
+
+    def moved(self, centroids: np.ndarray) -> np.ndarray:
+        """The mean of each cluster, float32 [K, C].
+
+        An empty cluster takes the token farthest from its own centroid, several take the farthest ones in turn,
+        and their former clusters give them up in the next iteration. Where no token is away from its centroid, or
+        there are more empty clusters than FARTHEST_TOKENS, they stay where they are.
+        """
+        means = (self.sums / np.maximum(self.counts, 1)[:, None]).astype(np.float32)
+        empty = np.flatnonzero(self.counts == 0)
+        tokens = self.far_tokens[self.far_distances > 0][: len(empty)]
+        means[empty] = centroids[empty]
+        means[empty[: len(tokens)]] = tokens
+        return means
+
+
+def sum_clusters(
+    tokens: np.ndarray, centroids: np.ndarray, *, weights: np.ndarray | None = None, threads: int = 1
+) -> ClusterSums:
+    """Assign tokens to their nearest centroid (the first on a tie) and sum each cluster; on CUDA where there is any.
+
+    tokens: float16 or float32 [M, C]. centroids: float32 [K, C]. weights: int64 [M], how often each token counts.
+    Distances are float32, sums float64. The result depends neither on `threads` nor, for float16 tokens, on the
+    order in which a GPU adds.
+    """
+    table = _tensor(centroids).to(_device())
+    rows, shares = _tensor(tokens), np.ones(len(tokens), np.int64) if weights is None else weights
+    sums = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
+    counts = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+    distances = []
+    with ThreadPoolExecutor(1 if table.is_cuda else threads) as pool:
+        slabs = rows.split(SLAB_TOKENS), _tensor(shares).split(SLAB_TOKENS)
+        for slab_sums, slab_counts, slab_distances in pool.map(partial(_sum_slab, table), *slabs):
+            sums += slab_sums
+            counts += slab_counts
+            distances.append(slab_distances.cpu().numpy())
+    distance = np.concatenate(distances)
+    farthest = np.argsort(-distance * (shares > 0), kind="stable")[:FARTHEST_TOKENS]
+    return ClusterSums(
+        sums=sums.cpu().numpy(),
+        counts=counts.cpu().numpy().astype(np.int64),
+        inertia=float((distance.astype(np.float64) * shares).sum()),
+        far_tokens=tokens[farthest].astype(np.float32),
+        far_distances=distance[farthest] * (shares[farthest] > 0),
     )
 
 
-def nearest_prototype(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Index of the centroid nearest to each vector (squared Euclidean distance; the first on a tie).
+def lloyd(
+    assess: Callable[[np.ndarray], Iterable[ClusterSums]],
+    start: np.ndarray,
+    iterations: int,
+    *,
+    inertia: Iterable[float] = (),
+    after_move: Callable[[np.ndarray, list[float]], None] | None = None,
+) -> Prototypes:
+    """Move centroids to the means of their clusters, `iterations` times or until none moves.
 
-    vectors: float [M, C]. centroids: float32 [K, C]. Returns int64 [M]. Distances are float64, so that the
-    answer does not depend on which vectors are asked about together.
+    assess: centroids float32 [K, C] → the sums of all tokens in parts; they are added in the order they come.
+    start: float32 [K, C], after `len(inertia)` moves of an earlier run. after_move: told of centroids and inertia
+    after each move, enough to go on from.
+    Raises BuilderError when a distance is not finite. Source: Lloyd (1982).
     """
-    table = torch.from_numpy(np.asarray(centroids, dtype=np.float64))
-    rows = torch.from_numpy(np.asarray(vectors, dtype=np.float64))
-    labels, _ = _assign_tokens(rows, table)
-    return labels.numpy()
+    centroids, history = start, list(inertia)
+    while True:
+        total = ClusterSums.nothing(centroids.shape)
+        for part in assess(centroids):
+            total.add(part)
+        if not math.isfinite(total.inertia):
+            raise BuilderError("tokens hold NaN or infinity, expected finite numbers: leave those images out")
+        history.append(total.inertia)
+        moved = total.moved(centroids)
+        if len(history) > iterations or np.array_equal(moved, centroids):
+            return Prototypes(centroids=centroids, counts=total.counts, inertia=tuple(history))
+        centroids = moved
+        if after_move is not None:
+            after_move(centroids, history)
 
 
-def choose_backend() -> str:
-    """What `auto` stands for here: with CUDA cuML, else FAISS with GPUs, else torch; without CUDA FAISS, else torch."""
-    has_faiss = importlib.util.find_spec("faiss") is not None
-    if not torch.cuda.is_available():
-        return "faiss" if has_faiss else "torch"
-    if importlib.util.find_spec("cuml") is not None:
-        return "cuml"
-    return "faiss" if has_faiss and _library("faiss").get_num_gpus() > 0 else "torch"
+def fit_prototypes(tokens: np.ndarray, config: VocabularyConfig, threads: int = 1) -> Prototypes:
+    """Find `config.num_prototypes` centroids of tokens in memory, the same ones for the same seed.
+
+    tokens: float16 or float32 [M, C]; library engines make a float32 copy. torch and faiss repeat bit for bit on
+    the same machine; cuML promises less. threads: those engine torch takes.
+    Raises UsageError if there are fewer tokens than prototypes, BuilderError for tokens that are not finite
+    and where the library of the chosen engine is missing.
+    """
+    check_tokens(len(tokens), config)
+    if not np.isfinite(tokens).all():
+        raise BuilderError("tokens hold NaN or infinity, expected finite numbers: leave those images out")
+    if config.backend == "torch":
+        start = first_centroids(tokens[start_rows(len(tokens), config)], config)
+        return lloyd(
+            lambda centroids: [sum_clusters(tokens, centroids, threads=threads)], start, config.iterations
+        )
+    centroids, inertia = _LIBRARIES[config.backend](np.ascontiguousarray(tokens, dtype=np.float32), config)
+    total = sum_clusters(tokens, centroids)
+    return Prototypes(centroids=centroids, counts=total.counts, inertia=(*inertia, total.inertia))
 
 
-def _library(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        extra = {"faiss": "faiss", "cuml": "gpu"}[name]
-        raise BuilderError(
-            f"k-means backend {name!r} cannot be loaded ({error}): "
-            f"pip install 'trajectory-hierarchies[{extra}]', or choose backend torch"
-        ) from None
+def check_tokens(num_tokens: int, config: VocabularyConfig) -> None:
+    """Raise UsageError where there are fewer tokens than prototypes."""
+    if num_tokens < config.num_prototypes:
+        raise UsageError(
+            f"sizes ask for {config.num_prototypes} prototypes, but there are only {num_tokens} tokens to fit them"
+            " to: lower sizes, or raise sampled_tokens where there are more images"
+        )
+
+
+def num_start_tokens(num_tokens: int, config: VocabularyConfig) -> int:
+    """How many of `num_tokens` tokens k-means++ chooses from."""
+    return min(num_tokens, max(config.num_prototypes, min(32 * config.num_prototypes, START_TOKENS)))
+
+
+def start_rows(num_tokens: int, config: VocabularyConfig) -> np.ndarray:
+    """Which of `num_tokens` tokens k-means++ chooses from: int64, rising, evenly drawn."""
+    random = np.random.default_rng((config.seed, 0))
+    return np.sort(random.choice(num_tokens, num_start_tokens(num_tokens, config), replace=False))
+
+
+def first_centroids(tokens: np.ndarray, config: VocabularyConfig) -> np.ndarray:
+    """Where Lloyd's iterations begin: k-means++ on some tokens, float32 [K, C]."""
+    return plus_plus(tokens, config.num_prototypes, np.random.default_rng((config.seed, 1)))
+
+
+def plus_plus(
+    tokens: np.ndarray, num_clusters: int, random: np.random.Generator, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Choose tokens, each in proportion to its squared distance from those before it; float32 [num_clusters, C].
+
+    tokens: float [M, C]. weights: int64 [M], how often each counts. Where all tokens coincide with chosen ones, the
+    first is repeated.
+    Source: Arthur and Vassilvitskii (2007), k-means++. Candidates are drawn many at a time from the distances as
+    they were and kept with probability distance now / distance then, which leaves the law as it is; one matrix
+    product instead of many passes over the tokens takes a quarter of the time for 4,096 clusters.
+    """
+    rows = _tensor(tokens).to(_device()).float()
+    shares = torch.ones(len(rows)) if weights is None else _tensor(weights)
+    shares, norms = shares.to(rows.device), rows.square().sum(dim=1)
+
+    def draw(mass: torch.Tensor, count: int) -> torch.Tensor:
+        heap = mass.double().cpu().cumsum(0)  # on CUDA its bits change from run to run
+        found = torch.searchsorted(heap, torch.from_numpy(random.random(count)) * heap[-1], right=True)
+        return found.clamp(max=len(rows) - 1).to(rows.device)
+
+    def distances(token: torch.Tensor) -> torch.Tensor:
+        return (norms[token, None] + norms - 2 * (rows[token] @ rows.T)).clamp(min=0)
+
+    first = draw(shares, 1)
+    chosen, closest = first.tolist(), distances(first)[0]
+    closest[first] = 0
+    while len(chosen) < num_clusters:
+        if not (closest * shares).any():
+            chosen += chosen[:1] * (num_clusters - len(chosen))
+            break
+        candidates = draw(closest * shares, min(CANDIDATES, 1 + len(chosen) // 4))
+        then, now = closest[candidates].tolist(), distances(candidates)
+        for row, (token, before) in enumerate(zip(candidates.tolist(), then, strict=True)):
+            if random.random() * before < float(closest[token]) and len(chosen) < num_clusters:
+                chosen.append(token)
+                torch.minimum(closest, now[row], out=closest)
+                closest[token] = 0
+    return rows[torch.tensor(chosen, device=rows.device)].cpu().numpy()
+
+
+def nearest_prototype(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the centroid nearest to each vector (the first on a tie), and the squared Euclidean distance to it.
+
+    vectors: float [M, C]. centroids: float32 [K, C]. Returns int64 [M] and float64 [M]. Distances are float64, so
+    that the answer does not depend on which vectors are asked about together.
+    """
+    table = _tensor(np.asarray(centroids, dtype=np.float64))
+    chunks = _tensor(vectors).split(max(256, 2**22 // len(centroids)))
+    found = [_assign(chunk.double(), table) for chunk in chunks]
+    labels, distances = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    return labels, distances
 
 
 def _fit_faiss(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray, list[float]]:
@@ -118,88 +290,52 @@ def _fit_cuml(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray,
         output_type="numpy",
     )
     kmeans.fit(tokens)
-    return np.asarray(kmeans.cluster_centers_), [float(kmeans.inertia_)]
+    return np.asarray(kmeans.cluster_centers_, dtype=np.float32), []
 
 
-def _fit_torch(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray, list[float]]:
-    """Lloyd's iterations from a k-means++ start on a sample of the tokens.
-
-    An empty cluster takes the token farthest from its own centroid (several: the farthest ones in turn); its
-    former cluster gives it up in the next iteration. Ends early when no token changes cluster.
-    """
-    rows = torch.from_numpy(tokens)
-    if torch.cuda.is_available():
-        rows = rows.cuda()
-    centroids = _plus_plus(rows, config.num_prototypes, np.random.default_rng(config.seed))
-    inertia: list[float] = []
-    previous = None
-    for _ in range(config.iterations):
-        labels, distances = _assign_tokens(rows, centroids)
-        inertia.append(float(distances.sum(dtype=torch.float64)))
-        if previous is not None and torch.equal(labels, previous):
-            break
-        previous = labels
-        centroids = _cluster_means(rows, labels, distances, centroids)
-    return centroids.cpu().numpy(), inertia
-
-
-_ENGINES: dict[str, Callable[[np.ndarray, VocabularyConfig], tuple[np.ndarray, list[float]]]] = {
-    "torch": _fit_torch,
+_LIBRARIES: dict[str, Callable[[np.ndarray, VocabularyConfig], tuple[np.ndarray, list[float]]]] = {
     "faiss": _fit_faiss,
     "cuml": _fit_cuml,
 }
 
 
-def _plus_plus(rows_MC: torch.Tensor, num_clusters: int, random: np.random.Generator) -> torch.Tensor:
-    """k-means++ on a sample of 64 tokens per cluster (Arthur and Vassilvitskii 2007), float32 [K, C]."""
-    num_sampled = min(len(rows_MC), 64 * num_clusters)
-    chosen = np.sort(random.choice(len(rows_MC), num_sampled, replace=False))
-    sample = rows_MC[torch.from_numpy(chosen).to(rows_MC.device)]
-    norms = sample.square().sum(dim=1)
-    starts = [int(random.integers(num_sampled))]
-    closest = torch.full_like(norms, torch.inf)
-    for draw in random.random(num_clusters - 1):
-        last = sample[starts[-1]]
-        closest = torch.minimum(closest, (norms + norms[starts[-1]] - 2 * (sample @ last)).clamp(min=0))
-        closest[starts[-1]] = 0
-        cumulative = closest.cpu().cumsum(0, dtype=torch.float64)  # on CUDA its bits change from run to run
-        drawn = torch.searchsorted(cumulative, draw * cumulative[-1], right=True)
-        starts.append(min(int(drawn), num_sampled - 1))
-    return sample[torch.tensor(starts, device=sample.device)]
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        extra = {"faiss": "faiss", "cuml": "gpu"}[name]
+        raise BuilderError(
+            f"k-means backend {name!r} cannot be loaded ({error}): "
+            f"pip install 'trajectory-hierarchies[{extra}]', or choose backend torch"
+        ) from None
 
 
-def _assign_tokens(rows_MC: torch.Tensor, centroids_KC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest centroid of each row, int64 [M], and the squared distance to it, [M]; memory is bounded."""
-    half_squares = 0.5 * centroids_KC.square().sum(dim=1)
-    labels, distances = [], []
-    for chunk in rows_MC.split(_chunk_rows(len(centroids_KC))):
-        closeness, label = torch.addmm(-half_squares, chunk, centroids_KC.T).max(dim=1)
-        labels.append(label)
-        distances.append((chunk.square().sum(dim=1) - 2 * closeness).clamp(min=0))
-    if not labels:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0)
-    return torch.cat(labels), torch.cat(distances)
+def _sum_slab(
+    table: torch.Tensor, slab: torch.Tensor, shares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums and counts of each cluster over one slab, float64, and each token's squared distance, float32."""
+    sums = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
+    counts = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+    distances = []
+    step = SLAB_TOKENS if table.is_cuda else CACHED_TOKENS
+    for some, share in zip(slab.split(step), shares.split(step), strict=True):
+        rows, weight = some.to(table.device).float(), share.to(table.device, torch.float64)
+        label, distance = _assign(rows, table)
+        sums.index_add_(0, label, rows.double().mul_(weight[:, None]))
+        counts.index_add_(0, label, weight)
+        distances.append(distance)
+    return sums, counts, torch.cat(distances)
 
 
-def _cluster_means(
-    rows_MC: torch.Tensor, labels: torch.Tensor, distances: torch.Tensor, centroids_KC: torch.Tensor
-) -> torch.Tensor:
-    num_clusters, num_channels = centroids_KC.shape
-    sums = torch.zeros(num_clusters, num_channels, dtype=torch.float64, device=rows_MC.device)
-    size = _chunk_rows(num_clusters)
-    for chunk, label in zip(rows_MC.split(size), labels.split(size), strict=True):
-        if sums.is_cuda:  # index_add_ would use atomics there, whose order changes from run to run
-            sums += F.one_hot(label, num_clusters).double().T @ chunk.double()
-        else:
-            sums.index_add_(0, label, chunk.double())
-    counts = torch.bincount(labels, minlength=num_clusters)
-    means = (sums / counts.clamp(min=1)[:, None]).float()
-    empty = torch.nonzero(counts == 0).flatten()
-    if len(empty):
-        farthest, token = distances.topk(min(len(empty), len(rows_MC)))
-        means[empty] = torch.where(farthest[:, None] > 0, rows_MC[token], centroids_KC[empty])
-    return means
+def _assign(rows_MC: torch.Tensor, table_KC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest centroid of each row, int64 [M], and the squared distance to it, [M]."""
+    closeness, label = torch.addmm(-0.5 * table_KC.square().sum(dim=1), rows_MC, table_KC.T).max(dim=1)
+    return label, (rows_MC.square().sum(dim=1) - 2 * closeness).clamp(min=0)
 
 
-def _chunk_rows(num_clusters: int) -> int:
-    return min(8192, max(256, 2**24 // num_clusters))
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch warns of read-only memory
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

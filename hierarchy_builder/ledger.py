@@ -17,10 +17,16 @@ from hierarchy_builder.config import config_hash
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.records import FORMAT_VERSION
 
-STAGES = ("extract", "cluster", "vocabulary", "shard")
+STAGES = ("extract", "vocabulary", "cluster", "link", "shard")
 """In the order of the data; starting a stage afresh removes it and all stages after it."""
 
-VERBS = {"extract": "extract", "cluster": "cluster", "vocabulary": "cluster", "shard": "shard"}
+VERBS = {
+    "extract": "extract",
+    "vocabulary": "cluster",
+    "cluster": "cluster",
+    "link": "cluster",
+    "shard": "shard",
+}
 """The command that does a stage; `cluster DIR` also takes up the vocabulary a build was asked for."""
 
 
@@ -108,7 +114,32 @@ def begin_stage(
         _forget(folder, manifest, [stage])
         stored = None
     manifest["code_version"] = __version__ if stored is None else manifest.get("code_version", __version__)
-    stage_hash = config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
+    return _record(folder, manifest, stage, inputs, facts)
+
+
+def hash_of(stage: str, inputs: Mapping[str, Any]) -> str:
+    """What the markers of a stage made with these inputs carry."""
+    return config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
+
+
+def replace_regions(folder: BuildFolder, inputs: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Record other inputs of `cluster` whose result lies ready, and forget which prototypes its parts had.
+
+    Shards of the former regions stay; their stage is refused until it is started afresh.
+    """
+    manifest = read_manifest(folder)
+    _forget(folder, manifest, ["link"])
+    _record(folder, manifest, "cluster", inputs, facts)
+
+
+def _record(
+    folder: BuildFolder,
+    manifest: dict[str, Any],
+    stage: str,
+    inputs: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> Ledger:
+    stage_hash = hash_of(stage, inputs)
     manifest["stages"][stage] = {"inputs": dict(inputs), "hash": stage_hash, **facts}
     write_json(folder.manifest, manifest)
     return Ledger(folder.ledger(stage), stage_hash)
@@ -118,16 +149,22 @@ def _stores_of(folder: BuildFolder, stage: str) -> list[Path]:
     """What the units of a stage write into; the tars of `shard` are looked at one by one."""
     return {
         "extract": [folder.features],
+        "vocabulary": [folder.vocabulary],
         "cluster": [folder.regions],
-        "vocabulary": [folder.vocabulary, folder.regions / "prototypes"],
+        "link": _links_of(folder),
     }.get(stage, [])
+
+
+def _links_of(folder: BuildFolder) -> list[Path]:
+    return [folder.regions / "prototypes", folder.regions / "prototype_distances"]
 
 
 def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
     outputs = {
         "extract": [folder.index, folder.class_map, folder.features],
-        "cluster": [folder.regions],
-        "vocabulary": [folder.vocabulary],
+        "vocabulary": [folder.vocabulary, folder.vocabulary_work],
+        "cluster": [folder.regions, folder.recut, folder.ledger("recut")],
+        "link": _links_of(folder),
         "shard": [folder.shards],
     }
     for stage in stages:
@@ -142,9 +179,10 @@ def _describe_mismatch(
 ) -> str:
     lines = [
         f"  {name}: {before!r} there, {now!r} now"
-        for name, before, now in _differences(dict(stored), dict(asked))
+        for name, before, now in differences(dict(stored), dict(asked))
     ]
-    again = f"hierarchy-builder {stage} {folder.root} --fresh" if stage in ("cluster", "shard") else "--fresh"
+    flags = {"extract": "--fresh", "vocabulary": "--vocabulary SIZES --fresh"}.get(stage, "--fresh")
+    again = flags if stage == "extract" else f"hierarchy-builder {VERBS[stage]} {folder.root} {flags}"
     return (
         f"{folder.root} was made with another {stage} configuration or input:\n"
         + "\n".join(lines)
@@ -152,14 +190,14 @@ def _describe_mismatch(
     )
 
 
-def _differences(
+def differences(
     stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
     for name in sorted(stored.keys() | asked.keys()):
         before, now = stored.get(name), asked.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += _differences(before, now, f"{prefix}{name}.")
+            found += differences(before, now, f"{prefix}{name}.")
         elif before != now:
             found.append((prefix + name, before, now))
     return found

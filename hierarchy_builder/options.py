@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hierarchy_builder.config import VocabularyConfig, from_mapping, load_yaml
+from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig, from_mapping, load_yaml, to_mapping
 from hierarchy_builder.errors import UsageError
 
 Images = Annotated[
@@ -34,19 +34,48 @@ Cuts = Annotated[
     str | None, typer.Option(help="Relative merge heights, coarse → fine, for example 0.65,0.35.")
 ]
 SpatialWeight = Annotated[float | None, typer.Option(help="Weight of token distance beside cosine distance.")]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", help="What the flags start from: paper (default) or stable.")
+]
+Recut = Annotated[
+    str | None,
+    typer.Option(help="Make other levels from the stored trees, for example 0.7,0.5,0.3; reads no features."),
+]
+Start = Annotated[str | None, typer.Option(help="How tokens fall in two: single, several or cut.")]
+ObjectChoice = Annotated[str | None, typer.Option(help="Which half is the object: centre or border.")]
+Connected = Annotated[
+    bool | None, typer.Option("--connected/--scattered", help="Only clusters that touch merge.")
+]
+DivideBackground = Annotated[
+    bool | None,
+    typer.Option("--divide-background/--whole-background", help="Divide the background as the object."),
+]
+MinSpread = Annotated[
+    float | None, typer.Option(help="Contrast of tokens up to which an image is one region on every level.")
+]
+Masks = Annotated[
+    str | None, typer.Option(help="Folder of label maps <stem>.png that give one level; 0 is background.")
+]
+MasksLevel = Annotated[int | None, typer.Option(help="Level that --masks gives.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the 2-means start.")]
 Vocabulary = Annotated[
-    int | None, typer.Option(help="Also fit K dataset-wide prototypes and link every part.")
+    str | None,
+    typer.Option(help="Also fit dataset-wide prototypes and link every part: 256, or nested 64,512,4096."),
 ]
-Backend = Annotated[
-    str | None, typer.Option(help="k-means engine of the vocabulary: auto, torch, faiss, cuml.")
-]
+Backend = Annotated[str | None, typer.Option(help="k-means engine of the vocabulary: torch, faiss, cuml.")]
 Split = Annotated[str | None, typer.Option(help="First part of the shard names.")]
 SamplesPerShard = Annotated[int | None, typer.Option(help="Samples in a tar.")]
 ShardBytes = Annotated[int | None, typer.Option(help="Bytes a tar aims at, instead of a number of samples.")]
+FeatureDtype = Annotated[
+    str | None, typer.Option(help="float16, or int8 with one scale per token in half the bytes.")
+]
 WithImages = Annotated[bool | None, typer.Option("--images/--no-images", help="Store the crop as JPEG too.")]
 WithCanvases = Annotated[
     bool | None, typer.Option("--canvases/--no-canvases", help="Store the canvases too.")
+]
+WithCovariance = Annotated[
+    bool | None,
+    typer.Option("--covariance/--no-covariance", help="Covariance of the channels in statistics.npz."),
 ]
 WorkerCount = Annotated[
     int | None,
@@ -60,6 +89,9 @@ ConfigFile = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this stage made before, and start over.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no configuration on stderr.")]
+
+
+RECIPES = {"paper": HierarchyRecipe.paper, "stable": HierarchyRecipe.stable}
 
 
 def of_config(cls: type[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,23 +115,46 @@ def resolve(
     return from_mapping(cls, {**(stored or {}), **(in_file or {}), **given}, section)
 
 
+def resolve_recipe(
+    arguments: Mapping[str, Any], file: Path | None, stored: Mapping[str, Any] | None = None
+) -> HierarchyRecipe:
+    """The recipe of a command's arguments; `recipe` among them names what everything else changes."""
+    named = arguments["recipe"]
+    if named not in (None, *RECIPES):
+        raise UsageError(f"--recipe is {named!r}, expected {' or '.join(RECIPES)}")
+    flags = {**of_config(HierarchyRecipe, arguments), "cuts": numbers(arguments["cuts"])}
+    base = stored if named is None else to_mapping(RECIPES[named]())
+    return resolve(HierarchyRecipe, "hierarchy", flags, file, base)
+
+
 def resolve_vocabulary(
-    size: int | None, backend: str | None, file: Path | None, stored: Mapping[str, Any] | None = None
+    sizes: str | None, backend: str | None, file: Path | None, stored: Mapping[str, Any] | None = None
 ) -> VocabularyConfig | None:
     """The vocabulary's configuration, or None when neither flag, file nor the stored build asks for one."""
-    asked = size is not None or bool(stored) or (file is not None and "vocabulary" in load_yaml(str(file)))
+    asked = sizes is not None or bool(stored) or (file is not None and "vocabulary" in load_yaml(str(file)))
     if not asked:
         if backend is not None:
-            raise UsageError("--backend chooses the engine of --vocabulary K, which is not given")
+            raise UsageError("--backend chooses the engine of --vocabulary, which is not given")
         return None
-    return resolve(VocabularyConfig, "vocabulary", {"num_prototypes": size, "backend": backend}, file, stored)
+    flags = {"sizes": whole_numbers(sizes), "backend": backend}
+    return resolve(VocabularyConfig, "vocabulary", flags, file, stored)
 
 
-def numbers(text: str | None) -> list[float] | None:
+def numbers(text: str | None, flag: str = "--cuts") -> list[float] | None:
     """Numbers of a comma separated list; None stays None."""
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UsageError(f"--cuts is {text!r}, expected numbers such as 0.65,0.35") from None
+        raise UsageError(f"{flag} is {text!r}, expected numbers such as 0.65,0.35") from None
+
+
+def whole_numbers(text: str | None) -> list[int] | None:
+    """Whole numbers of a comma separated list; None stays None."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"--vocabulary is {text!r}, expected sizes such as 256 or 64,512,4096") from None

@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 FEATURE_DTYPE = np.dtype("float16")
 REGION_DTYPE = np.dtype("uint8")
 MAX_REGIONS = 256
-"""Region ids of one image and level fit uint8: 0 is background, objects 1..255."""
+"""Region ids of one image and level fit uint8."""
 
 FEATURES_MEMBER = "features.npy"
 SCALE_MEMBER = "scale.npy"

@@ -12,7 +12,7 @@ from hierarchy_builder.canvases.views import HierarchyView, hierarchy_viewers, s
 
 GALLERY_TEXT = (
     "From object and background to single tokens. Region colours are each image's own: children share the hues of "
-    "their parent, and a region that is not divided keeps its colour; the background is grey and is not counted. "
+    "their parent, and a region that is not divided keeps its colour; the background is grey and is counted apart. "
     "Latent colours are the three main directions of all features shown here, so equal colours mean similar "
     "features on every card; each region has the mean of its tokens."
 )

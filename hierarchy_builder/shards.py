@@ -77,6 +77,11 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         label, metadata = int(members[LABEL_MEMBER]), json.loads(members[METADATA_MEMBER])
     except ValueError as error:
         raise BuilderError(f"sample {key} is damaged: {error}") from None
+    if (arrays[FEATURES_MEMBER].dtype == np.int8) != (SCALE_MEMBER in arrays):
+        raise BuilderError(
+            f"sample {key} has {FEATURES_MEMBER} of {arrays[FEATURES_MEMBER].dtype} "
+            f"{'with' if SCALE_MEMBER in arrays else 'without'} {SCALE_MEMBER}: it belongs to int8 and only there"
+        )
     return Sample(
         key=key,
         label=label,
@@ -135,11 +140,20 @@ def read_shard(tar: Path) -> Iterator[Sample]:
 
 
 def sample_bytes(
-    *, grid: tuple[int, int], width: int, num_levels: int, canvases: bool, image_size_px: int | None
+    *,
+    grid: tuple[int, int],
+    width: int,
+    num_levels: int,
+    canvases: bool,
+    image_size_px: int | None,
+    feature_dtype: str = "float16",
 ) -> int:
     """Bytes one sample takes in a tar: members with their headers, padded; pictures by an average."""
     tokens = grid[0] * grid[1]
-    members = [128 + tokens * width * 2, 128 + tokens * (num_levels - 1), 4, 512]
+    feature_bytes = tokens * width * np.dtype(feature_dtype).itemsize
+    members = [128 + feature_bytes, 128 + tokens * (num_levels - 1), 4, 512]
+    if feature_dtype == "int8":
+        members.append(128 + tokens * 4)
     if canvases:
         members.append(128 + num_levels * tokens * width * 2)
     if image_size_px is not None:

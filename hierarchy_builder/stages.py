@@ -1,4 +1,4 @@
-"""extract, cluster, vocabulary and shard as functions of one unit of work.
+"""extract, cluster, link, covariance and shard as functions of one unit of work.
 
 A stage is loaded once per worker and then called with units. `run(unit)` reads what the stage before it wrote,
 writes its own rows, and returns what the marker keeps. It knows neither Ray nor the other units.
@@ -6,15 +6,16 @@ writes its own rows, and returns what the marker keeps. It knows neither Ray nor
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
-import numba
 import numpy as np
 import pyarrow as pa
 import torch
@@ -27,14 +28,17 @@ from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.decoding import ImageFacts, crop_square, decode_image
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
+from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, ImageError
-from hierarchy_builder.hierarchy import build_hierarchy
+from hierarchy_builder.hierarchy import Flag, build_hierarchy
 from hierarchy_builder.images import Reader, open_reader
-from hierarchy_builder.index import read_index, records_of, status_name
-from hierarchy_builder.ledger import Ledger
+from hierarchy_builder.index import OUTCOME_COLUMNS, read_index, records_of, status_name
+from hierarchy_builder.ledger import Ledger, stage_entry
+from hierarchy_builder.masks import open_masks
+from hierarchy_builder.quantisation import dequantise, quantise
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
 from hierarchy_builder.shards import shard_name, write_shard
-from hierarchy_builder.statistics import moments_of
+from hierarchy_builder.statistics import moments_of, per_channel, scatter_of
 from hierarchy_builder.units import usable_rows
 from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary, part_prototypes
 
@@ -49,19 +53,25 @@ class Stage(Protocol):
         """Do one unit on up to `threads` threads and write it; returns what its marker keeps, at least `images`."""
 
 
-def perform(stage: Stage, ledger: Ledger, unit: Block, threads: int) -> dict[str, Any]:
-    """Run one unit and mark it done once everything it wrote is on disk.
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch sum on one thread meanwhile.
 
-    torch sums on one thread: its last bits depend on how many there are, and the bytes of a result must not depend
-    on the machine. Images are what is spread over `threads`.
+    Its last bits depend on how many there are, and the bytes of a result must not depend on the machine; so units,
+    images and tokens are what is spread.
     """
-    started = time.perf_counter()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = stage.run(unit, threads)
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+def perform(stage: Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str, Any]:
+    """Run one unit and mark it done once everything it wrote is on disk."""
+    started = time.perf_counter()
+    result = stage.run(unit, threads)
     result["seconds"] = round(time.perf_counter() - started, 3)
     ledger.finish(unit.number, result)
     return result
@@ -69,25 +79,32 @@ def perform(stage: Stage, ledger: Ledger, unit: Block, threads: int) -> dict[str
 
 @dataclass(slots=True)
 class ExtractStage:
-    """A block of images → features, status and statistics of features.zarr; outcomes go into the marker."""
+    """A block of images → features, status and statistics of features.zarr; outcomes go into the marker.
+
+    keep_usable: rows that are ok in the index keep their features and outcome, only the others are done.
+    """
 
     folder: BuildFolder
     source: str
     config: ExtractConfig
+    keep_usable: bool
     encoder: Encoder
     reader: Reader
     index: pa.Table
 
     @classmethod
-    def load(cls, folder: BuildFolder, source: str, config: ExtractConfig) -> ExtractStage:
+    def load(
+        cls, folder: BuildFolder, source: str, config: ExtractConfig, keep_usable: bool = False
+    ) -> ExtractStage:
+        """Raises ConfigMismatchError where the encoder sees here what it did not see when the stage began."""
         encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
-        return cls(folder, source, config, encoder, open_reader(source), read_index(folder.index))
+        check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
+        reader, index = open_reader(source), read_index(folder.index)
+        return cls(folder, source, config, keep_usable, encoder, reader, index)
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         records = records_of(self.index.slice(unit.start, len(unit)))
-        features = np.zeros((len(unit), *self.encoder.grid, self.encoder.width), FEATURE_DTYPE)
-        status = np.full(len(unit), Status.SKIPPED, np.uint8)
-        outcomes: list[dict[str, Any]] = [{} for _ in records]
+        features, status, outcomes = self._kept(unit)
         for rows, images in self._batches(records, outcomes, threads):
             values = encode(self.encoder, images)
             with np.errstate(over="ignore"):
@@ -100,18 +117,33 @@ class ExtractStage:
             if value == Status.NONFINITE:
                 outcome["reason"] = "features are not finite in float16"
         stores.write_block(self.folder.features, unit, {"features": features, "status": status})
-        moments = moments_of(features[status == Status.OK])
-        stores.write_block_statistics(self.folder.features, unit, moments.count, moments.mean, moments.m2)
+        stores.write_block_moments(self.folder.features, unit, moments_of(features[status == Status.OK]))
         return {"images": len(unit), "outcomes": outcomes}
+
+    def _kept(self, unit: Block) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Features, status and outcomes of the block before anything is done; an outcome to come is empty."""
+        features = np.zeros((len(unit), *self.encoder.grid, self.encoder.width), FEATURE_DTYPE)
+        status = np.full(len(unit), Status.SKIPPED, np.uint8)
+        outcomes: list[dict[str, Any]] = [{} for _ in range(len(unit))]
+        if self.keep_usable:
+            features = stores.read_block(self.folder.features, "features", unit)
+            told = self.index.slice(unit.start, len(unit)).select(OUTCOME_COLUMNS).to_pylist()
+            for row, outcome in enumerate(told):
+                if outcome["status"] == status_name(Status.OK):
+                    status[row] = Status.OK
+                    outcomes[row] = {name: value for name, value in outcome.items() if value is not None}
+        return features, status, outcomes
 
     def _batches(
         self, records: list[ImageRecord], outcomes: list[dict[str, Any]], threads: int
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Decode in threads, ahead of the encoder; yields (rows, uint8 [b,S,S,3]) of the images that decode."""
+        """Decode what has no outcome yet in threads, ahead of the encoder; yields (rows, uint8 [b,S,S,3])."""
         rows: list[int] = []
         crops: list[np.ndarray] = []
+        todo = [row for row, outcome in enumerate(outcomes) if not outcome]
         with ThreadPoolExecutor(threads) as pool:
-            for row, (crop, outcome) in enumerate(pool.map(self._load, records)):
+            loaded = pool.map(self._load, (records[row] for row in todo))
+            for row, (crop, outcome) in zip(todo, loaded, strict=True):
                 outcomes[row] = outcome
                 if crop is not None:
                     rows.append(row)
@@ -134,52 +166,81 @@ class ExtractStage:
 
 @dataclass(slots=True)
 class ClusterStage:
-    """A block of features → regions, merges and flags of regions.zarr."""
+    """A block of features → regions, merges, flags and scores of regions.zarr."""
 
     folder: BuildFolder
     recipe: HierarchyRecipe
+    image_size_px: int
 
     @classmethod
-    def load(cls, folder: BuildFolder, recipe: HierarchyRecipe) -> ClusterStage:
-        return cls(folder, recipe)
+    def load(cls, folder: BuildFolder, recipe: HierarchyRecipe, image_size_px: int) -> ClusterStage:
+        return cls(folder, recipe, image_size_px)
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
         features = stores.read_block(self.folder.features, "features", unit)
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        hierarchy = build_hierarchy(features[usable], self.recipe)
-        parts = {"regions": hierarchy.regions, "merges": hierarchy.merges, "flags": hierarchy.flags}
+        masks = self._masks(unit, features.shape[1:3])
+        drawn = None if masks is None else masks[usable]
+        hierarchy = build_hierarchy(features[usable], self.recipe, drawn, threads=threads)
+        parts = {name: getattr(hierarchy, name) for name in ("regions", "merges", "flags", "scores")}
         stores.write_block(
-            self.folder.regions, unit, {name: _scatter(values, usable) for name, values in parts.items()}
+            self.folder.regions, unit, {name: scatter_rows(values, usable) for name, values in parts.items()}
         )
-        counts = hierarchy.regions.max(axis=(2, 3)).astype(int) + 1
-        return {
-            "images": int(usable.sum()),
-            "regions": counts.sum(axis=0).tolist(),
-            "degenerate": int((hierarchy.flags != 0).sum()),
-        }
+        return count_regions(hierarchy.regions, hierarchy.flags)
+
+    def _masks(self, unit: Block, grid: tuple[int, int]) -> np.ndarray | None:
+        """Label maps of a block's photos on their tokens, or None where the recipe asks for none."""
+        if self.recipe.masks is None:
+            return None
+        rows = read_index(self.folder.index).slice(unit.start, len(unit))
+        photos = rows.select(["path", "width", "height"]).to_pylist()
+        maps = open_masks(Path(self.recipe.masks))
+        return np.stack(
+            [maps.tokens(**photo, image_size_px=self.image_size_px, grid=grid) for photo in photos]
+        )
 
 
 @dataclass(slots=True)
-class VocabularyStage:
+class LinkStage:
     """A block of parts → the dataset-wide prototype nearest to each, `prototypes` of regions.zarr."""
 
     folder: BuildFolder
+    level: int
     centroids: np.ndarray
 
     @classmethod
-    def load(cls, folder: BuildFolder) -> VocabularyStage:
-        return cls(folder, load_vocabulary(folder.vocabulary)[0].centroids)
+    def load(cls, folder: BuildFolder, level: int) -> LinkStage:
+        return cls(folder, level, load_vocabulary(folder.vocabulary)[0].centroids[-1])
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
         features = stores.read_block(self.folder.features, "features", unit)[usable]
         regions = stores.read_block(self.folder.regions, "regions", unit)[usable]
-        level = min(PART_LEVEL, regions.shape[1] - 1)
-        found = part_prototypes(features, regions, self.centroids, level=level)
-        prototypes = _scatter(found, usable, fill=NO_REGION)
-        stores.write_block(self.folder.regions, unit, {"prototypes": prototypes})
+        found, distances = part_prototypes(features, regions, self.centroids, level=self.level)
+        rows = {
+            "prototypes": scatter_rows(found, usable, fill=NO_REGION),
+            "prototype_distances": scatter_rows(distances, usable, fill=np.nan),
+        }
+        stores.write_block(self.folder.regions, unit, rows)
         return {"images": int(usable.sum())}
+
+
+@dataclass(slots=True)
+class CovarianceStage:
+    """A block of features → the scatter matrix of its tokens, `block_scatter` of features.zarr."""
+
+    folder: BuildFolder
+
+    @classmethod
+    def load(cls, folder: BuildFolder) -> CovarianceStage:
+        return cls(folder)
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
+        features = stores.read_block(self.folder.features, "features", unit)[usable]
+        mean = per_channel(stores.read_block_moments(self.folder.features, unit)).mean
+        stores.write_block_scatter(self.folder.features, unit, scatter_of(features, mean, threads))
+        return {"images": len(unit)}
 
 
 @dataclass
@@ -249,11 +310,17 @@ class ShardStage:
         if "prototypes" in row:
             level = min(PART_LEVEL, len(regions) - 1)
             metadata["part_prototypes"] = row["prototypes"][: counts[level]].tolist()
-        canvases = level_canvases(row["features"][None], regions[None])[0] if self.config.canvases else None
+        features, scale = row["features"], None
+        if self.config.feature_dtype == "int8":
+            features, scale = quantise(features)
+        # Of the stored values, as a reader of the shard would build them.
+        values = features if scale is None else dequantise(features, scale).astype(FEATURE_DTYPE)
+        canvases = level_canvases(values[None], regions[None])[0] if self.config.canvases else None
         return Sample(
             key=record.key,
             label=record.label,
-            features=row["features"],
+            features=features,
+            scale=scale,
             regions=regions,
             metadata=metadata,
             canvases=canvases,
@@ -281,7 +348,17 @@ def _region_arrays(group: zarr.Group) -> list[str]:
     return [name for name in ("regions", "flags", "prototypes") if name in group]
 
 
-def _scatter(values: np.ndarray, usable: np.ndarray, fill: int = 0) -> np.ndarray:
+def count_regions(regions: np.ndarray, flags: np.ndarray) -> dict[str, Any]:
+    """What the marker of a block of hierarchies keeps: images, region ids of each level, images of each flag."""
+    counts = regions.max(axis=(2, 3), initial=0).astype(int) + 1
+    return {
+        "images": len(regions),
+        "regions": counts.sum(axis=0).tolist(),
+        "flags": {flag.name.lower(): int(((flags & flag) != 0).sum()) for flag in Flag if flag.name},
+    }
+
+
+def scatter_rows(values: np.ndarray, usable: np.ndarray, fill: float = 0) -> np.ndarray:
     """Rows of the usable images back at their places in the block; `fill` elsewhere."""
     block = np.full((len(usable), *values.shape[1:]), fill, values.dtype)
     block[usable] = values

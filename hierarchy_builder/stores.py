@@ -18,6 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
+from hierarchy_builder.statistics import Moments
 
 ROWS_PER_CHUNK = 8
 """Rows read together at random access; a block is a whole number of chunks or a single short one."""
@@ -34,40 +35,59 @@ def create_features(path: Path, *, num_rows: int, block_rows: int, grid: tuple[i
     arrays = {
         "features": _by_rows(num_rows, block_rows, token_shape, FEATURE_DTYPE),
         "status": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
-        "block_count": {"shape": (num_blocks,), "chunks": (1,), "dtype": np.dtype("int64")},
-        "block_mean": {
-            "shape": (num_blocks, *token_shape),
-            "chunks": (1, *token_shape),
-            "dtype": np.dtype("float64"),
-        },
-        "block_m2": {
-            "shape": (num_blocks, *token_shape),
-            "chunks": (1, *token_shape),
-            "dtype": np.dtype("float64"),
-        },
+        "block_count": _by_blocks(num_blocks, (), np.dtype("int64")),
+        "block_mean": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
+        "block_m2": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
     }
     _create(path, arrays)
+
+
+def has_scatter(path: Path) -> bool:
+    """Whether `create_scatter` was called on features.zarr."""
+    return "block_scatter" in open_store(path)
+
+
+def create_scatter(path: Path) -> None:
+    """Add `block_scatter` float64 [blocks,C,C] to features.zarr: scatter matrix of the tokens of each block."""
+    num_blocks, *_, width = array_of(open_store(path), "block_mean").shape
+    _create(path, {"block_scatter": _by_blocks(num_blocks, (width, width), np.dtype("float64"))})
 
 
 def create_regions(
     path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
 ) -> None:
-    """Create regions.zarr: `regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N].
+    """Create regions.zarr: `regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N] and `scores`
+    float32 [N,2] (see `hierarchy.Hierarchy`).
 
     An existing store of the same shape is kept.
     """
-    num_merges = max(grid[0] * grid[1] - 1, 1)
+    create_levels(path, num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=num_levels)
     arrays = {
-        "regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE),
-        "merges": _by_rows(num_rows, block_rows, (num_merges, 3), np.dtype("float32")),
+        "merges": _by_rows(num_rows, block_rows, (grid[0] * grid[1] - 1, 3), np.dtype("float32")),
         "flags": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
+        "scores": _by_rows(num_rows, block_rows, (2,), np.dtype("float32")),
     }
     _create(path, arrays)
 
 
+def create_levels(
+    path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
+) -> None:
+    """Create a store of `regions` alone, or add them to one."""
+    _create(path, {"regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE)})
+
+
 def create_prototypes(path: Path, *, num_rows: int, block_rows: int) -> None:
-    """Add `prototypes` uint16 [N,256] to regions.zarr: nearest dataset-wide prototype of each part, by region id."""
-    _create(path, {"prototypes": _by_rows(num_rows, block_rows, (MAX_REGIONS,), np.dtype("uint16"))})
+    """Add `prototypes` uint16 [N,256] to regions.zarr, nearest dataset-wide prototype of each part, by region id.
+
+    `prototype_distances` float32 [N,256] holds the squared distances to them.
+    """
+    row = (MAX_REGIONS,)
+    arrays = {
+        "prototypes": _by_rows(num_rows, block_rows, row, np.dtype("uint16")),
+        "prototype_distances": _by_rows(num_rows, block_rows, row, np.dtype("float32")),
+    }
+    _create(path, arrays)
 
 
 def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> None:
@@ -83,12 +103,29 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> N
         target[block.start : block.stop] = values
 
 
-def write_block_statistics(path: Path, block: Block, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
+def write_block_moments(path: Path, block: Block, moments: Moments) -> None:
     """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`."""
     group = open_store(path, "r+")
-    array_of(group, "block_count")[block.number] = count
-    array_of(group, "block_mean")[block.number] = mean
-    array_of(group, "block_m2")[block.number] = m2
+    array_of(group, "block_count")[block.number] = moments.count
+    array_of(group, "block_mean")[block.number] = moments.mean
+    array_of(group, "block_m2")[block.number] = moments.m2
+
+
+def write_block_scatter(path: Path, block: Block, scatter: np.ndarray) -> None:
+    """Write the scatter matrix (float64 [C,C]) of the usable tokens of `block`, about their mean."""
+    array_of(open_store(path, "r+"), "block_scatter")[block.number] = scatter
+
+
+def read_block_moments(path: Path, block: Block) -> Moments:
+    """What `write_block_moments` wrote."""
+    group, row = open_store(path), slice(block.number, block.number + 1)
+    count, mean, m2 = (read_rows(group, name, row)[0] for name in ("block_count", "block_mean", "block_m2"))
+    return Moments(int(count), mean, m2)
+
+
+def read_block_scatter(path: Path, block: Block) -> np.ndarray:
+    """What `write_block_scatter` wrote."""
+    return read_rows(open_store(path), "block_scatter", slice(block.number, block.number + 1))[0]
 
 
 def read_block(path: Path, name: str, block: Block) -> np.ndarray:
@@ -143,6 +180,10 @@ def _by_rows(num_rows: int, block_rows: int, row: tuple[int, ...], dtype: np.dty
         "chunks": (chunk, *row),
         "dtype": dtype,
     }
+
+
+def _by_blocks(num_blocks: int, value: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    return {"shape": (num_blocks, *value), "chunks": (1, *value), "dtype": dtype}
 
 
 def _create(path: Path, arrays: Mapping[str, dict[str, Any]]) -> None:

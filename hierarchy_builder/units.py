@@ -36,6 +36,8 @@ def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
     """Every unit of a stage that is in the manifest, done or not."""
     extracted = stage_entry(folder, "extract")
     num_rows, block_rows, _ = store_layout(extracted)
+    if stage == "vocabulary":
+        return [Block(number=0, start=0, stop=num_rows)]
     if stage != "shard":
         return blocks_of(num_rows, block_rows)
     config = ShardConfig(**stage_entry(folder, "shard")["inputs"]["config"])
@@ -48,8 +50,9 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
     """Per stage in the manifest: units done and in all, images, summed seconds of the units, bytes on disk, state."""
     outputs = {
         "extract": folder.features,
-        "cluster": folder.regions,
         "vocabulary": folder.vocabulary,
+        "cluster": folder.regions,
+        "link": folder.regions / "prototypes",
         "shard": folder.shards,
     }
     rows = []
@@ -65,10 +68,19 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
                 "images": sum(result["images"] for result in results),
                 "seconds": round(sum(result["seconds"] for result in results), 3),
                 "bytes": size_on_disk(outputs[stage]),
-                "state": "done" if len(done) == len(units) else "unfinished",
+                "state": state_of(folder, stage, len(units) - len(done)),
             }
         )
     return rows
+
+
+def state_of(folder: BuildFolder, stage: str, num_missing: int) -> str:
+    """`done`, `unfinished`, or `out of date` where what the stage was made from has been made anew since."""
+    stages = read_manifest(folder)["stages"]
+    made_from = {name: value for name, value in stages[stage]["inputs"].items() if name in STAGES and value}
+    if any(name not in stages or stages[name]["hash"] != value for name, value in made_from.items()):
+        return "out of date"
+    return "unfinished" if num_missing else "done"
 
 
 def stored_source(folder: BuildFolder) -> str:
@@ -105,5 +117,6 @@ def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], cluster
         num_levels=len(clustered["inputs"]["config"]["cuts"]) + 2,
         canvases=config.canvases,
         image_size_px=encoder["image_size_px"] if config.images else None,
+        feature_dtype=config.feature_dtype,
     )
     return max(1, config.shard_bytes // size)

@@ -14,11 +14,11 @@ from hierarchy_builder.artefacts import BuildFolder, read_json, sha256_file
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.hierarchy import check_nesting
 from hierarchy_builder.index import read_index, status_name
-from hierarchy_builder.ledger import read_manifest
+from hierarchy_builder.ledger import VERBS, read_manifest
 from hierarchy_builder.publish import SUCCESS
-from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Sample, Status
+from hierarchy_builder.records import REGION_DTYPE, Sample, Status
 from hierarchy_builder.shards import read_shard, sidecar
-from hierarchy_builder.units import finished_stage, stage_units
+from hierarchy_builder.units import finished_stage, stage_units, state_of
 from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary
 
 
@@ -27,11 +27,16 @@ def find_problems(folder: BuildFolder) -> Iterator[str]:
     stages = read_manifest(folder.require())["stages"]
     for stage, check in {
         "extract": _check_features,
-        "cluster": _check_regions,
         "vocabulary": _check_vocabulary,
+        "cluster": _check_regions,
+        "link": _check_links,
         "shard": _check_shards,
     }.items():
         if stage not in stages:
+            continue
+        if state_of(folder, stage, 0) == "out of date":
+            again = f"hierarchy-builder {VERBS[stage]} {folder.root} --fresh"
+            yield f"{stage} is out of date, what it was made from has changed since: run `{again}`"
             continue
         try:
             finished_stage(folder, stage)
@@ -84,15 +89,35 @@ def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[s
 
 
 def _check_vocabulary(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:
-    num_prototypes = len(load_vocabulary(folder.vocabulary)[0].centroids)
-    for block in stage_units(folder, "vocabulary"):
+    vocabulary, config, config_hash = load_vocabulary(folder.vocabulary)
+    width = stages["extract"]["inputs"]["encoder"]["width"]
+    if config_hash != stages["vocabulary"]["hash"]:
+        yield f"{folder.vocabulary}: configuration {config_hash[:12]} is not the manifest's"
+    shapes = [level.shape for level in vocabulary.centroids]
+    if shapes != [(size, width) for size in config.sizes]:
+        yield f"{folder.vocabulary}: prototypes of shape {shapes}, expected sizes {config.sizes} of width {width}"
+    if not all(np.isfinite(level).all() for level in vocabulary.centroids):
+        yield f"{folder.vocabulary}: prototypes that are not finite"
+    for coarse, fine, parents in zip(
+        vocabulary.counts, vocabulary.counts[1:], vocabulary.parents, strict=False
+    ):
+        if not np.array_equal(np.bincount(parents, fine, len(coarse)), coarse):
+            yield f"{folder.vocabulary}: prototypes do not have the tokens of those below them"
+
+
+def _check_links(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:
+    num_prototypes = stages["vocabulary"]["inputs"]["config"]["sizes"][-1]
+    for block in stage_units(folder, "link"):
         try:
             prototypes = stores.read_block(folder.regions, "prototypes", block)
+            distances = stores.read_block(folder.regions, "prototype_distances", block)
         except BuilderError as error:
             yield f"{folder.regions}, block {block.number}: {error}"
             continue
         if ((prototypes >= num_prototypes) & (prototypes != NO_REGION)).any():
             yield f"{folder.regions}, block {block.number}: prototypes of {num_prototypes} or more"
+        if not np.array_equal(np.isfinite(distances), prototypes != NO_REGION):
+            yield f"{folder.regions}, block {block.number}: prototypes without a distance, or the reverse"
 
 
 def _check_shards(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[str]:
@@ -101,7 +126,8 @@ def _check_shards(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[st
         yield f"{shards / SUCCESS} is missing: the set was not finished"
         return
     index = read_json(shards / "index.json")
-    known = ("config_hash", "shardlist", "grid", "width", "num_levels", "num_classes", "num_samples")
+    sizes = ("grid", "width", "num_levels", "num_classes", "num_samples")
+    known = ("config_hash", "shardlist", "feature_dtype", *sizes)
     if lacking := [name for name in known if name not in index]:
         yield f"{shards / 'index.json'} has no {', '.join(lacking)}: it is damaged"
         return
@@ -133,6 +159,10 @@ def _check_companions(folder: BuildFolder, index: Mapping[str, Any]) -> Iterator
         yield f"{shards / 'index.json'} was changed after the set was finished"
     if read_json(shards / "class_map.json") != read_json(folder.class_map):
         yield f"{shards / 'class_map.json'} is not the class map of the build"
+    if index.get("vocabulary"):
+        copy, made = shards / folder.vocabulary.name, folder.vocabulary
+        if not (copy.is_file() and made.is_file() and sha256_file(copy) == sha256_file(made)):
+            yield f"{copy} is not the vocabulary of the build"
     try:
         with np.load(shards / "statistics.npz", allow_pickle=False) as stored:
             count = int(stored["count"])
@@ -173,9 +203,11 @@ def _check_tar(
 def _sample_problem(sample: Sample, index: Mapping[str, Any]) -> str | None:
     height, width = index["grid"]
     shapes = {
-        "features": (sample.features, (height, width, index["width"]), FEATURE_DTYPE),
+        "features": (sample.features, (height, width, index["width"]), np.dtype(index["feature_dtype"])),
         "regions": (sample.regions, (index["num_levels"] - 1, height, width), REGION_DTYPE),
     }
+    if sample.scale is not None:
+        shapes["scale"] = (sample.scale, (height, width, 1), np.dtype("float32"))
     for name, (array, shape, dtype) in shapes.items():
         if array.shape != shape or array.dtype != dtype:
             return f"{name} are {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
@@ -183,6 +215,8 @@ def _sample_problem(sample: Sample, index: Mapping[str, Any]) -> str | None:
         return f"label {sample.label}, expected 0 to {index['num_classes'] - 1}"
     if not np.isfinite(sample.features).all():
         return "features are not finite"
+    if sample.scale is not None and not (np.isfinite(sample.scale) & (sample.scale >= 0)).all():
+        return "scales are not finite or below 0"
     if np.asarray(check_nesting(sample.regions[None])).any():
         return "region ids are not dense or not nested"
     return None

@@ -1,7 +1,7 @@
-"""Map a stage over units: in this process, or on Ray. The only file of this package that imports ray.
+"""Workers that load a thing once and call functions of it: in this process, or on Ray. Only this file imports ray.
 
-A stage is described by a picklable function that loads it; a worker loads it once and calls the same `perform` the
-in-process path calls, so results depend neither on the number of workers nor on restarts.
+What is loaded is described by a picklable function; the workers call the same functions the in-process path calls,
+one unit at a time, so results depend neither on the number of workers nor on restarts.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.ledger import Ledger
 from hierarchy_builder.records import Block
-from hierarchy_builder.stages import Stage, perform
+from hierarchy_builder.stages import Stage, one_thread, perform
+
+ResultT = TypeVar("ResultT")
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,6 +39,9 @@ SILENCE_S = 300
 UNIT_RETRIES = 5
 """Times a unit is tried again after its worker or node died."""
 
+UNITS_AHEAD = 4
+"""Units per worker that may be done or running while an earlier one is not: what the driver has to hold."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
@@ -49,6 +55,38 @@ class Workers:
     """GPUs a worker reserves in a stage that can use them; None takes one when the cluster has any."""
 
 
+class Pool(Protocol):
+    """Workers that have loaded one thing each."""
+
+    def map(
+        self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
+    ) -> Iterator[ResultT]:
+        """`function(loaded, unit, threads, *shared)` of each unit, in the order of `units`.
+
+        Each call may use `threads` threads of its own; torch has one. Raises what a call raises.
+        """
+
+
+@contextlib.contextmanager
+def open_pool(
+    load: Callable[[], Any], workers: Workers, num_units: int, *, uses_gpu: bool = False
+) -> Iterator[Pool]:
+    """Start workers, at most `num_units`, that call `load` once; they end with the block.
+
+    Raises BuilderError where the cluster has no room for a worker.
+    """
+    if workers.count == 0:
+        yield _InProcess(load())
+        return
+    # Ray tells of lost workers on stdout, which belongs to the results.
+    with contextlib.redirect_stdout(sys.stderr):
+        actors = _start_actors(load, workers, num_units, uses_gpu)
+        try:
+            yield _OnRay(actors)
+        finally:
+            _kill(actors)
+
+
 def map_units(
     load: Callable[[], Stage],
     ledger: Ledger,
@@ -57,20 +95,13 @@ def map_units(
     *,
     uses_gpu: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Do all `units` and mark each; yields what the markers keep, in the order of completion.
+    """Do all `units` and mark each; yields what the markers keep, in order.
 
     Raises what a unit raises; finished units stay finished.
     """
-    if not units:
-        return
-    if workers.count == 0:
-        stage = load()
-        for unit in units:
-            yield perform(stage, ledger, unit, os.cpu_count() or 1)
-        return
-    # Ray tells of lost workers on stdout, which belongs to the results.
-    with contextlib.redirect_stdout(sys.stderr):
-        yield from _on_ray(load, ledger, units, workers, uses_gpu)
+    if units:
+        with open_pool(load, workers, len(units), uses_gpu=uses_gpu) as pool:
+            yield from pool.map(perform, units, ledger)
 
 
 def has_gpu(workers: Workers) -> bool:
@@ -91,18 +122,66 @@ def shutdown() -> None:
         ray.shutdown()
 
 
-def _on_ray(
-    load: Callable[[], Stage], ledger: Ledger, units: Sequence[Block], workers: Workers, uses_gpu: bool
-) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _InProcess:
+    loaded: Any
+
+    def map(
+        self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
+    ) -> Iterator[ResultT]:
+        for unit in units:
+            with one_thread():
+                result = function(self.loaded, unit, os.cpu_count() or 1, *shared)
+            yield result
+
+
+@dataclass(frozen=True, slots=True)
+class _OnRay:
+    actors: Sequence[Any]
+
+    def map(
+        self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
+    ) -> Iterator[ResultT]:
+        """Keep two units at every worker, so that none waits for the driver."""
+        import ray
+
+        stored = [ray.put(value) for value in shared]
+        free, running = deque([*self.actors, *self.actors]), dict[Any, tuple[int, Any]]()
+        done = dict[int, ResultT]()
+        given = taken = 0
+        while taken < len(units):
+            while free and given < min(len(units), taken + UNITS_AHEAD * len(self.actors)):
+                actor = free.popleft()
+                running[actor.call.remote(function, units[given], *stored)] = (given, actor)
+                given += 1
+            for reference in _wait(running):
+                number, actor = running.pop(reference)
+                done[number] = _result(reference)
+                free.append(actor)
+            while taken in done:
+                yield done.pop(taken)
+                taken += 1
+
+
+class _Worker:
+    """A Ray actor: loads once, then does units."""
+
+    def __init__(self, load: Callable[[], Any], threads: int) -> None:
+        self.loaded, self.threads = load(), threads
+
+    def call(self, function: Callable[..., Any], unit: Block, *shared: Any) -> Any:
+        with one_thread():
+            return function(self.loaded, unit, self.threads, *shared)
+
+
+def _start_actors(load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool) -> list[Any]:
     _start_ray(workers)
     import ray
 
     resources = ray.cluster_resources()
     cpus = int(resources.get("CPU", 0))
     gpus = _gpus_per_worker(workers, uses_gpu, resources.get("GPU", 0))
-    count = min(
-        workers.count or cpus, len(units), cpus, int(resources.get("GPU", 0) / gpus) if gpus else cpus
-    )
+    count = min(workers.count or cpus, num_units, cpus, int(resources.get("GPU", 0) / gpus) if gpus else cpus)
     if count < 1:
         raise BuilderError(
             f"the Ray cluster has {cpus} CPUs and {resources.get('GPU', 0):g} GPUs, a worker needs 1 CPU"
@@ -110,45 +189,40 @@ def _on_ray(
         )
     threads = max(1, cpus // count)
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=UNIT_RETRIES)(_Worker)
-    pool: list[Any] = [actor.remote(load, ledger, threads) for _ in range(count)]
-    try:
-        yield from _drive(pool, units)
-    finally:
-        for worker in pool:
-            ray.kill(worker)
+    return [actor.remote(load, threads) for _ in range(count)]
 
 
-def _drive(pool: list[Any], units: Sequence[Block]) -> Iterator[dict[str, Any]]:
-    """Keep two units at every worker, so that none waits for the driver; yield results as they come."""
+def _kill(actors: Sequence[Any]) -> None:
     import ray
 
-    waiting = list(reversed(units))
-    running: dict[Any, Any] = {}
-    for worker in pool * 2:
-        if waiting:
-            running[worker.run.remote(waiting.pop())] = worker
-    while running:
-        done, _ = ray.wait(list(running), timeout=SILENCE_S)
-        if not done:
-            logging.getLogger(__name__).warning(
-                "no unit ended in %d s; %d wait, resources free: %s",
-                SILENCE_S,
-                len(running),
-                ray.available_resources(),
-            )
-        for reference in done:
-            worker = running.pop(reference)
-            try:
-                result = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except ray.exceptions.RayActorError as error:
-                raise BuilderError(
-                    f"a worker was lost for good: {error}; run the same command again"
-                ) from None
-            if waiting:
-                running[worker.run.remote(waiting.pop())] = worker
-            yield result
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _wait(running: dict[Any, tuple[int, Any]]) -> list[Any]:
+    """References of calls that ended; says so when none does for long."""
+    import ray
+
+    ended, _ = ray.wait(list(running), timeout=SILENCE_S)
+    if not ended:
+        logging.getLogger(__name__).warning(
+            "no unit ended in %d s; %d wait, resources free: %s",
+            SILENCE_S,
+            len(running),
+            ray.available_resources(),
+        )
+    return ended
+
+
+def _result(reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayActorError as error:
+        raise BuilderError(f"a worker was lost for good: {error}; run the same command again") from None
 
 
 def _start_ray(workers: Workers) -> None:
@@ -183,13 +257,3 @@ def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float) -> floa
     if workers.gpus_per_worker is not None:
         return workers.gpus_per_worker
     return 1.0 if available >= 1 else 0.0
-
-
-class _Worker:
-    """A Ray actor: loads the stage once, then does units."""
-
-    def __init__(self, load: Callable[[], Stage], ledger: Ledger, threads: int) -> None:
-        self.stage, self.ledger, self.threads = load(), ledger, threads
-
-    def run(self, unit: Block) -> dict[str, Any]:
-        return perform(self.stage, self.ledger, unit, self.threads)

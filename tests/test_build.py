@@ -9,9 +9,10 @@ import pytest
 from pictures import CLASSES, write_tree
 
 from hierarchy_builder import build as steps
-from hierarchy_builder import stores
+from hierarchy_builder import extraction, stores
 from hierarchy_builder.artefacts import BuildFolder
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.clustering import recut
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError
 from hierarchy_builder.index import read_index
@@ -27,8 +28,8 @@ from hierarchy_builder.workers import Workers, _gpus_per_worker, map_units, shut
 PLAN = steps.BuildPlan(
     extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),
     hierarchy=HierarchyRecipe.paper(),
-    vocabulary=VocabularyConfig(num_prototypes=5, sampled_tokens=2000, iterations=4, backend="torch"),
-    shard=ShardConfig(samples_per_shard=5, images=True),
+    vocabulary=VocabularyConfig(sizes=(2, 5), sampled_tokens=2000, iterations=4),
+    shard=ShardConfig(samples_per_shard=5, images=True, covariance=True),
 )
 
 
@@ -93,7 +94,7 @@ def test_statistics_are_those_of_the_features(built) -> None:
 def test_rerunning_changes_no_byte(built, photos) -> None:
     before = digests(built.root)
     summaries = steps.build(built, str(photos), PLAN, session())
-    assert [summary.new_images for summary in summaries] == [0, 0, 0, 0]
+    assert [summary.new_images for summary in summaries] == [0, 0, 0, 0, 0]
     assert digests(built.root) == before
 
 
@@ -138,7 +139,7 @@ def test_interrupted_build_resumes_to_the_same_bytes(built, photos, tmp_path, mo
 
     for _ in range(4):  # every stage is interrupted once, then left to finish
         with monkeypatch.context() as patched:
-            patched.setattr(steps, "map_units", dying)
+            patched.setattr("hierarchy_builder.session.map_units", dying)
             with pytest.raises(KeyboardInterrupt):
                 steps.build(folder, str(photos), PLAN, session())
         stage = next(row for row in progress_of(folder) if row["state"] == "unfinished")["stage"]
@@ -146,8 +147,8 @@ def test_interrupted_build_resumes_to_the_same_bytes(built, photos, tmp_path, mo
             steps.extract(folder, str(photos), PLAN.extract, session())
         elif stage == "cluster":
             steps.cluster(folder, PLAN.hierarchy, session())
-        elif stage == "vocabulary":
-            steps.vocabulary(folder, PLAN.vocabulary, session())
+        elif stage == "link":
+            steps.link(folder, session())
         else:
             steps.build(folder, str(photos), PLAN, session())
     for tar in sorted(built.shards.glob("*.tar")):
@@ -167,7 +168,7 @@ def test_another_configuration_is_refused_and_named(built, photos) -> None:
 def test_precision_is_settled_when_a_build_begins(photos, tmp_path, monkeypatch) -> None:
     folder = BuildFolder(tmp_path / "build")
     for there_is_a_gpu in (True, False):  # the second run goes on without one, in the same arithmetic
-        monkeypatch.setattr(steps, "has_gpu", lambda workers, answer=there_is_a_gpu: answer)
+        monkeypatch.setattr(extraction, "has_gpu", lambda workers, answer=there_is_a_gpu: answer)
         steps.extract(folder, str(photos), PLAN.extract, session())
         assert stage_entry(folder, "extract")["inputs"]["config"]["precision"] == "bfloat16"
     steps.extract(folder, str(photos), PLAN.extract, session(fresh=True))
@@ -304,16 +305,18 @@ def test_a_block_without_a_usable_image_is_passed_over(photos, tmp_path) -> None
     assert list(find_problems(folder)) == []
 
 
-def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(built, tmp_path) -> None:
+def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(built, photos, tmp_path) -> None:
     import shutil
 
     folder = BuildFolder(tmp_path / "build")
     shutil.copytree(built.root, folder.root)
-    steps.cluster(folder, PLAN.hierarchy, session(fresh=True))
+    steps.extract(folder, str(photos), PLAN.extract, session(fresh=True))
+    steps.cluster(folder, PLAN.hierarchy, session())
     shards = steps.shard(folder, PLAN.shard, session())
-    with pytest.raises(BuilderError, match="lower num_prototypes"):
-        steps.vocabulary(folder, VocabularyConfig(num_prototypes=60_000, backend="torch"), session())
+    with pytest.raises(BuilderError, match="lower sizes"):
+        steps.vocabulary(folder, VocabularyConfig(sizes=(60_000,)), session())
     steps.vocabulary(folder, PLAN.vocabulary, session())
+    steps.link(folder, session())
     assert len(list(folder.shards.glob("*.tar"))) == shards.notes["shards"]
     with pytest.raises(ConfigMismatchError, match=r"start over with hierarchy-builder shard .* --fresh"):
         steps.shard(folder, PLAN.shard, session())
@@ -381,7 +384,8 @@ def test_verify_reads_merge_trees_and_prototypes(built, tmp_path) -> None:
     problems = list(find_problems(folder))
     assert len([line for line in problems if "merges" in line]) == 3
     assert [line for line in problems if "block 1: prototypes of 5 or more" in line]
-    assert len(problems) == 4
+    assert [line for line in problems if "block 1: prototypes without a distance" in line]
+    assert len(problems) == 5
 
 
 def test_no_workers_means_this_process_whatever_the_address(photos, tmp_path) -> None:
@@ -402,3 +406,52 @@ def test_no_workers_means_this_process_whatever_the_address(photos, tmp_path) ->
 )
 def test_only_stages_that_use_gpus_reserve_them(asked, uses_gpu, available, reserved) -> None:
     assert _gpus_per_worker(Workers(gpus_per_worker=asked), uses_gpu, available) == reserved
+
+
+class TokenEncoder:
+    """Mean colour of the cells of any grid."""
+
+    name, image_size_px, width, weights_hash = "cells", 30, 3, "none"
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self.grid = grid
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        height, width = self.grid
+        cells = images.reshape(len(images), height, 30 // height, width, 30 // width, 3)
+        return cells.mean(axis=(2, 4)).astype(np.float32)
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "image_size_px": 30,
+            "grid": list(self.grid),
+            "width": 3,
+            "weights_hash": "none",
+            "normalisation": None,
+            "decoder": None,
+        }
+
+
+def wide() -> TokenEncoder:
+    return TokenEncoder((3, 10))
+
+
+def row() -> TokenEncoder:
+    return TokenEncoder((1, 6))
+
+
+@pytest.mark.parametrize(("maker", "grid"), [("row", (1, 6)), ("wide", (3, 10))])
+@pytest.mark.parametrize("recipe", [HierarchyRecipe.paper(), HierarchyRecipe.stable()])
+def test_odd_grids_go_all_the_way(photos, tmp_path, maker, grid, recipe) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    plan = steps.BuildPlan(
+        extract=ExtractConfig(encoder=f"test_build:{maker}"), hierarchy=recipe, shard=ShardConfig()
+    )
+    steps.build(folder, str(photos), plan, session())
+    assert list(find_problems(folder)) == []
+    recut(folder, (0.9, 0.6, 0.1), session())
+    steps.shard(folder, ShardConfig(), session(fresh=True))
+    samples = [sample for tar in sorted(folder.shards.glob("*.tar")) for sample in read_shard(tar)]
+    assert {sample.regions.shape for sample in samples} == {(4, *grid)}
+    write_report(folder, tmp_path / "report.html")

@@ -59,7 +59,7 @@ def test_steps_one_by_one_take_the_folder(photos, tmp_path) -> None:
     for words in (
         ("extract", photos, "--out", out, "--encoder", "dct"),
         ("extract", out),
-        ("cluster", out, "--cuts", "0.6,0.4,0.2", "--vocabulary", 4, "--backend", "torch"),
+        ("cluster", out, "--cuts", "0.6,0.4,0.2", "--vocabulary", "2,4", "--backend", "torch"),
         ("cluster", out),
         ("shard", out, "--split", "val", "--samples-per-shard", 4),
         ("shard", out),
@@ -70,6 +70,9 @@ def test_steps_one_by_one_take_the_folder(photos, tmp_path) -> None:
         "val-000000.tar",
         "val-000001.tar",
     ]
+    page = run("report", out, "--vocabulary", "--prototypes", 3)
+    assert page.stdout.strip() == str(out / "vocabulary.html"), page.stderr
+    assert (out / "vocabulary.html").read_text().count('class="strip"') == 3
 
 
 def test_config_file_flag_and_environment(photos, tmp_path) -> None:
@@ -100,6 +103,10 @@ def test_config_file_flag_and_environment(photos, tmp_path) -> None:
         (("cluster", "{empty}"), 2, "is not a build"),
         (("shard", "{built}", "--samples-per-shard", "3"), 5, "samples_per_shard: 1000 there, 3 now"),
         (("report", "{built}", "--keys", "no/such"), 2, "no usable image no/such"),
+        (("cluster", "{built}", "--vocabulary", "8,4"), 2, "expected rising numbers (coarse → fine)"),
+        (("cluster", "{built}", "--vocabulary", "many"), 2, "expected sizes such as 256 or 64,512,4096"),
+        (("cluster", "{built}", "--vocabulary", "8,70000"), 2, "from 1 to 65535"),
+        (("report", "{built}", "--vocabulary"), 1, "--vocabulary 256` first"),
         (("build", "{photos}"), 2, "--out"),
         (("build", "{photos}", "--out", "{config}", "--encoder", "dct"), 2, "expected a folder to write to"),
         (("build", "{photos}", "--out", "{photos}/build", "--encoder", "dct"), 2, "lies inside the images"),

@@ -1,4 +1,4 @@
-"""Token samples that do not depend on blocks, part prototypes, and the stored vocabulary."""
+"""Token draws that do not depend on blocks, nested prototypes, parts linked to them, and the stored vocabulary."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.kmeans import Prototypes, fit_prototypes, nearest_prototype
+from hierarchy_builder.kmeans import fit_prototypes, nearest_prototype
 from hierarchy_builder.vocabulary import (
     NO_REGION,
+    Vocabulary,
+    draw_tokens,
     load_vocabulary,
+    nest_prototypes,
     part_prototypes,
-    sample_tokens,
     save_vocabulary,
+    token_shares,
 )
+
+CONFIG = VocabularyConfig(sizes=(3, 10, 40), iterations=8, seed=3)
 
 
 def features_and_regions(num_images: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -28,44 +33,107 @@ def features_and_regions(num_images: int = 20) -> tuple[np.ndarray, np.ndarray]:
     return features, random.integers(0, 3, size=(num_images, 2, 4, 5)).astype(np.uint8)
 
 
-def blocks(features: np.ndarray, regions: np.ndarray, size: int):
-    return ((features[i : i + size], regions[i : i + size]) for i in range(0, len(features), size))
+@pytest.fixture(scope="module")
+def fitted() -> Vocabulary:
+    tokens = np.random.default_rng(0).normal(size=(2000, 6)).astype(np.float16)
+    return nest_prototypes(fit_prototypes(tokens, CONFIG), CONFIG)
 
 
-@settings(max_examples=20, deadline=None)
-@given(size=st.integers(1, 25), wanted=st.integers(1, 500), seed=st.integers(0, 99))
-def test_sample_is_even_and_independent_of_blocks(size: int, wanted: int, seed: int) -> None:
-    arrays = features_and_regions()
-    config = VocabularyConfig(sampled_tokens=wanted, seed=seed)
-    sample = sample_tokens(blocks(*arrays, size), 20, config)
-    assert sample.dtype == np.float32
-    assert len(sample) == min(wanted, 400)
-    per_image = np.bincount(sample[:, 0].astype(int), minlength=20)
-    assert per_image.max() - per_image.min() <= 1
-    assert len(np.unique(sample, axis=0)) == len(sample)  # no token twice
-    np.testing.assert_array_equal(sample, sample_tokens(blocks(*arrays, 20), 20, config))
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 25), wanted=st.integers(1, 400), seed=st.integers(0, 99))
+def test_draw_is_even_and_independent_of_blocks(size: int, wanted: int, seed: int) -> None:
+    features, _ = features_and_regions()
+    shares = token_shares(20, wanted)
+    assert shares.sum() == wanted
+    whole = draw_tokens(features, range(20), shares, seed)
+    assert whole.dtype == np.float16
+    np.testing.assert_array_equal(np.bincount(whole[:, 0].astype(int), minlength=20), shares)
+    assert shares.max() - shares.min() <= 1
+    assert len(np.unique(whole, axis=0)) == wanted  # no token twice
+    blocks = [slice(start, start + size) for start in range(0, 20, size)]
+    parts = [draw_tokens(features[some], range(20)[some], shares[some], seed) for some in blocks]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_sample_refuses_another_number_of_images() -> None:
-    with pytest.raises(BuilderError, match="blocks hold 20 images, expected 21"):
-        sample_tokens(blocks(*features_and_regions(), 8), 21, VocabularyConfig())
+def test_nothing_is_drawn_from_images_without_a_share() -> None:
+    features, _ = features_and_regions(3)
+    assert draw_tokens(features, range(3), [0, 0, 0], 0).shape == (0, 3)
+    assert token_shares(0, 0).shape == (0,)
+
+
+def test_levels_nest(fitted: Vocabulary) -> None:
+    assert fitted.sizes == (3, 10, 40)
+    assert fitted.counts[-1].sum() == 2000
+    for level, parents in enumerate(fitted.parents):
+        coarse, fine = fitted.centroids[level : level + 2]
+        assert parents.dtype == np.uint16
+        np.testing.assert_array_equal(parents, nearest_prototype(fine, coarse)[0])
+        assert len(np.unique(parents)) == len(coarse)
+        weights = fitted.counts[level + 1]
+        np.testing.assert_array_equal(np.bincount(parents, weights, len(coarse)), fitted.counts[level])
+        for prototype, centroid in enumerate(coarse):  # converged: the mean of the children, by their tokens
+            mine = parents == prototype
+            np.testing.assert_allclose(
+                centroid, np.average(fine[mine], axis=0, weights=weights[mine]), atol=1e-5
+            )
+
+
+def test_coarse_prototypes_are_about_as_good_as_ones_fitted_to_tokens(fitted: Vocabulary) -> None:
+    """Sums of squares split: tokens about the coarse mean = about the fine one + between them."""
+    tokens = np.random.default_rng(0).normal(size=(2000, 6)).astype(np.float16)
+    direct = fit_prototypes(tokens, VocabularyConfig(sizes=(10,), iterations=8)).inertia[-1]
+    assert nearest_prototype(tokens, fitted.centroids[1])[1].sum() < 1.1 * direct
+
+
+def test_ids_climb_to_their_ancestors(fitted: Vocabulary) -> None:
+    ids = np.array([[0, 39], [17, NO_REGION]], dtype=np.uint16)
+    np.testing.assert_array_equal(fitted.climb(ids, 2), ids)
+    up = fitted.parents[1]
+    np.testing.assert_array_equal(fitted.climb(ids, 1), [[up[0], up[39]], [up[17], NO_REGION]])
+    top = fitted.parents[0][up]
+    np.testing.assert_array_equal(fitted.climb(ids, 0), [[top[0], top[39]], [top[17], NO_REGION]])
+
+
+def test_one_level_has_no_parents() -> None:
+    config = VocabularyConfig(sizes=(4,), iterations=3)
+    tokens = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float16)
+    vocabulary = nest_prototypes(fit_prototypes(tokens, config), config)
+    assert (vocabulary.sizes, vocabulary.parents) == ((4,), ())
+    assert vocabulary.climb(np.array([3]), 0).tolist() == [3]
+
+
+def test_equal_tokens_can_be_nested() -> None:
+    config = VocabularyConfig(sizes=(2, 3, 5))
+    tokens = np.ones((9, 2), dtype=np.float16)
+    vocabulary = nest_prototypes(fit_prototypes(tokens, config), config)
+    assert [int(counts.sum()) for counts in vocabulary.counts] == [9, 9, 9]
+    assert all((level == 1).all() for level in vocabulary.centroids)
 
 
 def test_part_prototypes_are_nearest_to_region_means() -> None:
     features, regions = features_and_regions()
     centroids = np.random.default_rng(2).normal(size=(7, 3)).astype(np.float32) * 8
     regions[0, 1] = 2
-    prototypes = part_prototypes(features, regions, centroids, level=1)
-    assert prototypes.shape == (20, 256)
-    assert prototypes.dtype == np.uint16
+    prototypes, distances = part_prototypes(features, regions, centroids, level=1)
+    assert prototypes.shape == distances.shape == (20, 256)
+    assert (prototypes.dtype, distances.dtype) == (np.uint16, np.float32)
     for image in range(20):
         for region in range(256):
             inside = regions[image, 1] == region
-            expected = NO_REGION
-            if inside.any():
-                mean = features[image][inside].mean(axis=0, dtype=np.float32)
-                expected = nearest_prototype(mean[None], centroids)[0]
-            assert prototypes[image, region] == expected
+            if not inside.any():
+                assert prototypes[image, region] == NO_REGION
+                assert np.isnan(distances[image, region])
+                continue
+            mean = features[image][inside].mean(axis=0, dtype=np.float32)
+            squares = ((mean - centroids.astype(np.float64)) ** 2).sum(axis=1)
+            assert prototypes[image, region] == squares.argmin()
+            np.testing.assert_allclose(distances[image, region], squares.min(), rtol=1e-5)
+
+
+def test_a_block_without_images_has_no_parts() -> None:
+    features, regions = features_and_regions()
+    prototypes, distances = part_prototypes(features[:0], regions[:0], np.zeros((2, 3), np.float32))
+    assert prototypes.shape == distances.shape == (0, 256)
 
 
 def test_part_prototypes_refuse_other_channels_and_levels() -> None:
@@ -76,24 +144,25 @@ def test_part_prototypes_refuse_other_channels_and_levels() -> None:
         part_prototypes(features, regions, np.zeros((2, 3), dtype=np.float32), level=2)
 
 
-def test_write_then_read_is_identity(tmp_path: Path) -> None:
-    config = VocabularyConfig(num_prototypes=5, iterations=4, backend="torch", seed=3)
-    arrays = features_and_regions()
-    fitted = fit_prototypes(sample_tokens(blocks(*arrays, 6), 20, config), config)
-    save_vocabulary(tmp_path / "vocabulary.npz", fitted, config)
+def test_write_then_read_is_identity(fitted: Vocabulary, tmp_path: Path) -> None:
+    save_vocabulary(tmp_path / "vocabulary.npz", fitted, CONFIG, config_hash="ab")
     assert [path.name for path in tmp_path.iterdir()] == ["vocabulary.npz"]
-    read, read_config = load_vocabulary(tmp_path / "vocabulary.npz")
-    np.testing.assert_array_equal(read.centroids, fitted.centroids)
-    assert (read.inertia, read.backend, read_config) == (fitted.inertia, fitted.backend, config)
+    read, config, config_hash = load_vocabulary(tmp_path / "vocabulary.npz")
+    for name in ("centroids", "counts", "parents"):
+        for before, after in zip(getattr(fitted, name), getattr(read, name), strict=True):
+            np.testing.assert_array_equal(after, before)
+            assert after.dtype == before.dtype
+    assert (read.inertia, config, config_hash) == (fitted.inertia, CONFIG, "ab")
 
 
-def test_damaged_missing_and_newer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_missing_and_newer_files(
+    fitted: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "vocabulary.npz"
     with pytest.raises(BuilderError, match=r"vocabulary .*vocabulary\.npz cannot be read"):
         load_vocabulary(path)
-    prototypes = Prototypes(centroids=np.zeros((2, 3), dtype=np.float32), inertia=(1.0,), backend="torch")
     monkeypatch.setattr("hierarchy_builder.vocabulary.FORMAT_VERSION", 99)
-    save_vocabulary(path, prototypes, VocabularyConfig())
+    save_vocabulary(path, fitted, CONFIG)
     monkeypatch.undo()
     with pytest.raises(BuilderError, match="has format version 99"):
         load_vocabulary(path)
