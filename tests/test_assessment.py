@@ -1,0 +1,249 @@
+"""Quality of a real build: views of photos, what is left out and why, quality.json, page and command."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patch_means import PatchMeans
+from pictures import draw_picture, write_tree
+from PIL import Image
+from typer.testing import CliRunner
+
+from hierarchy_builder import build as steps
+from hierarchy_builder import stores
+from hierarchy_builder.artefacts import BuildFolder, read_json, write_json
+from hierarchy_builder.assessment import Views, assess_build, encode_views, seed_scores, view_scores
+from hierarchy_builder.cli import app
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
+from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.hierarchy import build_hierarchy
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.quality_page import score_tables, summary, write_quality
+from hierarchy_builder.workers import Workers
+
+RECIPE = HierarchyRecipe(cuts=(0.5,))
+SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("photos") / "photos", per_class=3)
+
+
+@pytest.fixture(scope="module")
+def built(photos, tmp_path_factory) -> BuildFolder:
+    folder = BuildFolder(tmp_path_factory.mktemp("assessed") / "build")
+    steps.extract(folder, str(photos), ExtractConfig(encoder="dct"), SESSION)
+    steps.cluster(folder, RECIPE, SESSION)
+    return folder
+
+
+@pytest.fixture
+def copied(photos, built, tmp_path) -> BuildFolder:
+    """The build and its photos at a place of their own."""
+    shutil.copytree(photos, tmp_path / "photos" / "photos")
+    shutil.copytree(built.root, tmp_path / "assessed" / "build")
+    folder = BuildFolder(tmp_path / "assessed" / "build")
+    manifest = read_json(folder.manifest)
+    manifest["stages"]["extract"]["source"] = "../../photos/photos"
+    write_json(folder.manifest, manifest)
+    return folder
+
+
+@pytest.fixture
+def masks(tmp_path) -> Path:
+    """Two people's maps of one circle, one of another photo that has the wrong size; folders as of the photos."""
+    folder = tmp_path / "masks" / "circle"
+    folder.mkdir(parents=True)
+    thirds = np.repeat(np.arange(1, 4), 32)[None].repeat(80, axis=0).astype(np.uint8)
+    Image.fromarray(thirds).save(folder / "000_0.png")
+    Image.fromarray(thirds.clip(max=2)).save(folder / "000_1.png")
+    Image.fromarray(thirds[:, :50]).save(folder / "001.png")
+    return tmp_path / "masks"
+
+
+def test_views_are_the_photo_moved_and_mirrored() -> None:
+    pictures = [draw_picture("circle", seed, (200, 150)) for seed in range(3)]
+    views = encode_views(PatchMeans(), pictures)
+    np.testing.assert_allclose(views.mirrored, views.plain[:, :, ::-1], atol=1e-6)
+    np.testing.assert_array_equal(views.upper_left[:, 1:, 1:], views.lower_right[:, :-1, :-1])
+    assert not np.array_equal(views.upper_left, views.lower_right)
+
+
+def test_view_scores_compare_the_same_places() -> None:
+    """A scene of two materials that is divided alike however it is seen."""
+    random = np.random.default_rng(0)
+    scene = np.zeros((4, 9, 9, 4), np.float32)
+    inside = np.hypot(*(np.indices((9, 9)) - 4)) < 3
+    scene[:, inside, 0], scene[:, ~inside, 1] = 1, 1
+    scene += 0.02 * random.normal(size=scene.shape).astype(np.float32)
+    views = Views(
+        plain=scene[:, :8, :8],
+        mirrored=scene[:, :8, :8][:, :, ::-1],
+        upper_left=scene[:, :8, :8],
+        lower_right=scene[:, 1:, 1:],
+    )
+    recipe = HierarchyRecipe(cuts=())
+    regions = build_hierarchy(views.plain.astype(np.float16), recipe).regions
+    assert {name: values.tolist() for name, values in view_scores(views, regions, recipe).items()} == {
+        name: [[1.0]] * 4 for name in ("flip", "shift", "float16", "bfloat16")
+    }
+
+
+def test_seed_scores_are_the_mean_over_other_seeds() -> None:
+    features = np.random.default_rng(1).normal(size=(6, 8, 8, 4)).astype(np.float16)
+    regions = build_hierarchy(features, RECIPE).regions
+    one, two = (seed_scores(features, regions, RECIPE, num_seeds=n) for n in (1, 2))
+    next_seed = HierarchyRecipe(cuts=RECIPE.cuts, seed=1)
+    other = seed_scores(features, regions, next_seed)  # against seed 2
+    np.testing.assert_allclose(two, (one + other) / 2)
+    assert (one < 1).any()
+
+
+def test_assessment_of_a_build(built) -> None:
+    found = assess_build(built)
+    scores = found.quality.scores
+    assert all(values.shape == (9, 2) and np.isfinite(values).all() for values in scores.values())
+    assert not found.quality.violations.any()
+    assert (scores["regions"][:, 0] == 2).all()
+    assert (scores["float16"] > 0.9).all()
+    assert (scores["flip"] < 1).any()
+    assert set(scores) == {
+        "regions", "smallest", "median", "largest", "within", "between", "connected",
+        "seed", "flip", "shift", "float16", "bfloat16",
+    }  # fmt: skip
+    assert found.facts["photos"] == {"read": 9, "unreadable": {}, "why_not": ""}
+    assert (found.facts["num_images"], found.facts["num_sampled"], found.facts["masks"]) == (9, 9, None)
+    assert found.quality.by_level() == assess_build(built).quality.by_level()
+
+
+def test_limit_and_keys_choose_the_images(built) -> None:
+    limited = assess_build(built, limit=3)
+    assert sorted(key.split("/")[0] for key in limited.keys) == ["circle", "square", "stripes"]
+    chosen = assess_build(built, keys=["square/002", "circle/001"])
+    assert sorted(chosen.keys) == ["circle/001", "square/002"]
+    everything = assess_build(built)
+    for n, key in enumerate(chosen.keys):
+        whole = everything.quality.of_image(everything.keys.index(key))
+        for score in ("within", "flip", "seed"):
+            assert chosen.quality.of_image(n)[score] == pytest.approx(whole[score])
+    with pytest.raises(UsageError, match="no usable image no/such"):
+        assess_build(built, keys=["no/such"])
+
+
+def test_people_are_agreed_with_where_they_drew(built, masks) -> None:
+    found = assess_build(built, masks=masks)
+    drawn = np.isfinite(found.quality.scores["covering"][:, 0])
+    assert [key for key, has in zip(found.keys, drawn, strict=True) if has] == ["circle/000"]
+    assert found.facts["masks"] == {
+        "images": 1,
+        "maps": 2,
+        "refused": ["wrong_size: 001.png has 50×80 pixels, expected 96×80 of its photo"],
+    }
+    assert "Agreement with people" in score_tables(found)
+    assert found.baselines["grid"].by_level()[0]["covering"] > 0
+
+
+def test_a_photo_that_is_gone_is_counted_and_left_out(copied) -> None:
+    (copied.root.parent.parent / "photos" / "photos" / "circle" / "001.png").unlink()
+    found = assess_build(copied)
+    gone = found.keys.index("circle/001")
+    assert found.facts["photos"] == {"read": 8, "unreadable": {"missing": 1}, "why_not": ""}
+    assert np.isnan(found.quality.scores["flip"]).all(axis=1).nonzero()[0].tolist() == [gone]
+    assert np.isfinite(found.quality.scores["within"]).all()
+    assert summary(found)["photos not readable"] == {"missing": 1}
+
+
+def test_without_encoder_the_rest_is_scored(copied) -> None:
+    manifest = read_json(copied.manifest)
+    manifest["stages"]["extract"]["request"]["encoder"] = "onnx:gone.onnx"
+    write_json(copied.manifest, manifest)
+    found = assess_build(copied)
+    assert "gone.onnx" in summary(found)["photos not seen again"]
+    assert np.isnan(found.quality.scores["shift"]).all()
+    assert [row["score"] for row in score_tables(found)["Stability"]] == ["other seeds"]
+
+
+def test_other_weights_are_not_taken_for_the_same(copied) -> None:
+    manifest = read_json(copied.manifest)
+    manifest["stages"]["extract"]["inputs"]["encoder"]["weights_hash"] = "other"
+    write_json(copied.manifest, manifest)
+    assert "other weights" in assess_build(copied).facts["photos"]["why_not"]
+
+
+def test_broken_nesting_is_counted(copied) -> None:
+    group = stores.open_store(copied.regions, "r+")
+    regions = np.asarray(stores.array_of(group, "regions")[:])
+    regions[0, 1, 0, 0] = 9
+    stores.array_of(group, "regions")[:] = regions
+    assert assess_build(copied).as_json()["violations"] > 0
+
+
+def test_clustering_comes_first(photos, tmp_path) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(photos), ExtractConfig(encoder="dct"), SESSION)
+    with pytest.raises(BuilderError, match="hierarchy-builder cluster"):
+        assess_build(folder)
+
+
+def test_page_shows_tables_plots_and_the_least_stable(built, masks, tmp_path) -> None:
+    found = assess_build(built, masks=masks)
+    page = write_quality(built, found, tmp_path / "page.html").read_text()
+    for text in (
+        "Stability",
+        "Agreement with people",
+        "Least stable",
+        "Furthest from people",
+        "covering",
+        "wrong_size",
+    ):
+        assert text in page
+    assert page.count("<svg") == 6
+    stored = read_json(built.quality)
+    assert stored["levels"][0]["regions"] == 2
+    assert [image["key"] for image in stored["per_image"]] == found.keys
+    assert stored == json.loads(json.dumps(found.as_json()))
+
+
+def test_command(built, masks, tmp_path) -> None:
+    runner = CliRunner()
+    words = [
+        "report",
+        str(built.root),
+        "--quality",
+        "--samples",
+        "4",
+        "--quiet",
+        "--out",
+        str(tmp_path / "page.html"),
+    ]
+    told = runner.invoke(app, [*words, "--masks", str(masks)])
+    assert told.exit_code == 0, told.output
+    assert "boundary F" in told.stdout
+    assert str(tmp_path / "page.html") in told.stdout
+    printed = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
+    assert printed["num_sampled"] == 4
+    assert printed["cluster"] == read_json(built.manifest)["stages"]["cluster"]["hash"]
+    alone = runner.invoke(app, ["report", str(built.root), "--masks", str(masks)])
+    assert isinstance(alone.exception, UsageError)
+    assert "belong to --quality" in str(alone.exception)
+
+
+def test_benchmark_of_recipes_runs(photos, masks) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "recipes.py"
+    words = [str(photos), "--masks", str(masks), "--recipes", "paper", "--limit", "3"]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in table[2::3]] == [
+        "paper",
+        "grid as paper",
+        "random as paper",
+    ]
+    scores = json.loads(last)
+    assert scores["grid as paper"][2]["regions"] == scores["paper"][2]["regions"]
+    assert "left out: wrong_size: 001.png" in done.stderr
