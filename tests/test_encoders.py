@@ -380,7 +380,7 @@ def load_name(name: str) -> str:
 def test_the_probe_sees_weights_and_not_batches() -> None:
     encoder = load_encoder("dct", device="cpu")
     value = probe_value(encoder)
-    assert len(value) == 8
+    assert len(value) == 12
     assert value == probe_value(encoder)
     assert all(np.isfinite(value))
     assert value == [float(f"{number:.4e}") for number in value]
@@ -391,8 +391,9 @@ def test_the_probe_sees_weights_and_not_batches() -> None:
 
 
 def test_probe_pictures_never_change() -> None:
-    ramp, board = probe_pictures(256)
-    assert ramp.shape == board.shape == (256, 256, 3)
-    assert ramp[255, 128].tolist() == [254, 127, 190]
-    assert board[200, 100].tolist() == [25 * 37 % 256, 25 * 91 % 256, 25 * 53 % 256]
+    ramp, board, noise = probe_pictures()
+    assert ramp.shape == board.shape == noise.shape == (375, 500, 3)
+    assert ramp[374, 128].tolist() == [254, 65, 146]
+    assert board[200, 100].tolist() == [14 * 37 % 256, 14 * 91 % 256, 14 * 53 % 256]
     assert len(np.unique(board.reshape(-1, 3), axis=0)) > 20
+    assert len(np.unique(noise.reshape(-1, 3), axis=0)) > 180_000
