@@ -30,12 +30,21 @@ def make_sample(number: int, generator: np.random.Generator) -> tuple[str, int, 
 
 
 def write_shards(
-    folder: Path, num_samples: int = 24, per_shard: int = 7, seed: int = 0, int8: bool = False
+    folder: Path,
+    num_samples: int = 24,
+    per_shard: int = 7,
+    seed: int = 0,
+    int8: bool = False,
+    offset: float = 0.0,
 ) -> Path:
-    """Write a finished shard folder of `num_samples` samples and return it."""
+    """Write a finished shard folder of `num_samples` samples, features moved by `offset`, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
-    samples = [make_sample(number, generator) for number in range(num_samples)]
+    drawn = (make_sample(number, generator) for number in range(num_samples))
+    samples = [
+        (key, label, (features + offset).astype(np.float16), regions)
+        for key, label, features, regions in drawn
+    ]
     entries = []
     for shard, first in enumerate(range(0, num_samples, per_shard)):
         rows = samples[first : first + per_shard]
@@ -69,6 +78,14 @@ def write_shards(
     }
     (folder / "index.json").write_text(json.dumps(index))
     (folder / "class_map.json").write_text(json.dumps({name: i for i, name in enumerate(CLASS_NAMES)}))
+    features = np.stack([sample[2] for sample in samples]).astype(np.float64)
+    np.savez(
+        folder / "statistics.npz",
+        mean=features.mean(axis=0),
+        variance=features.var(axis=0),
+        channel_mean=features.mean(axis=(0, 1, 2)),
+        channel_variance=features.var(axis=(0, 1, 2)),
+    )
     (folder / "_SUCCESS").write_text("")
     return folder
 

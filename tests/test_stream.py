@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import pickle
 import tarfile
+import threading
 from pathlib import Path
 
 import fsspec
@@ -17,9 +17,11 @@ from fixture_shards import CLASS_NAMES, GRID, WIDTH, make_sample, npy, reindex, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer import stream
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.shards import ShardReader, open_index
-from trainer.stream import BatchDataset, StreamPlan, batch_loader, epoch_order
+from trainer.reader import ShardReader
+from trainer.shards import open_index
+from trainer.stream import BatchDataset, StreamPlan, batch_loader, coverage, epoch_order
 
 
 @pytest.fixture(scope="module")
@@ -160,28 +162,69 @@ def test_ranks_share_the_same_global_batches(folder: Path, world_size: int, leve
         assert torch.equal(expected.features, torch.cat([part.features for part in parts]))
 
 
-def test_worker_processes_give_the_same_batches(folder: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_threads_give_the_same_batches(folder: Path, workers: int) -> None:
     dataset = BatchDataset(open_index(str(folder)), plan_of())
-    alone = [batch.keys for batch in batch_loader(dataset, range(1, 5))]
-    helped = [batch.keys for batch in batch_loader(dataset, range(1, 5), workers=2)]
-    assert alone == helped == [dataset[n].keys for n in range(1, 5)]
+    alone = list(batch_loader(dataset, range(1, 7)))
+    helped = list(batch_loader(dataset, range(1, 7), workers=workers))
+    assert [batch.keys for batch in alone] == [batch.keys for batch in helped]
+    for one, other in zip(alone, helped, strict=True):
+        assert torch.equal(one.features, other.features)
 
 
-def test_dataset_travels_to_a_spawned_process(folder: Path) -> None:
+def test_a_loader_that_is_left_early_ends_its_threads(folder: Path) -> None:
+    before = threading.active_count()
+    loader = batch_loader(BatchDataset(open_index(str(folder)), plan_of()), range(100), workers=2)
+    next(loader)
+    assert threading.active_count() > before
+    loader.close()
+    assert threading.active_count() == before
+
+
+def test_reading_ahead_is_bounded_by_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = BatchDataset(open_index(str(folder)), plan_of())
-    keys = dataset[0].keys  # opens files, which must stay behind
-    assert pickle.loads(pickle.dumps(dataset))[0].keys == keys  # noqa: S301 (what multiprocessing does)
+    asked: list[int] = []
+    monkeypatch.setattr(BatchDataset, "read", lambda self, number, pin_memory: asked.append(number) or number)
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 3 * dataset.num_bytes)
+    loader = batch_loader(dataset, range(20), workers=2)
+    assert next(loader) == 0
+    assert len(asked) <= 3
+    assert [*loader] == [*range(1, 20)]
 
 
-def test_levels_are_uniform_and_every_sample_meets_all() -> None:
-    plan = plan_of((500, 500), batch_size=100)
-    counts = plan.level_counts(0, 40 * 1000)
-    assert counts.shape == (1000, 4)
-    assert np.all(counts.sum(axis=1) == 40)
-    # 40,000 draws over 4 levels: standard deviation 87.
-    assert np.all(np.abs(counts.sum(axis=0) - 10_000) < 450)
-    # A sample misses a given level in 40 epochs with probability 1e-5.
-    assert (counts == 0).sum() <= 2
+@given(num_levels=st.integers(2, 5), seed=st.integers(0, 5), first=st.integers(0, 3), size=st.integers(1, 30))
+def test_every_sample_meets_every_level_once_in_as_many_epochs(
+    num_levels: int, seed: int, first: int, size: int
+) -> None:
+    plan = StreamPlan(shard_sizes=(size,), num_levels=num_levels, batch_size=1, seed=seed)
+    epochs = num_levels * size
+    counts = plan.level_counts(first * epochs, (first + 1) * epochs)
+    np.testing.assert_array_equal(counts, np.ones((size, num_levels)))
+
+
+def test_levels_of_one_epoch_are_uniform_and_differ_between_samples() -> None:
+    plan = plan_of((5000, 5000), batch_size=100)
+    by_epoch = []
+    for epoch in range(6):
+        counts = plan.level_counts(epoch * 10_000, (epoch + 1) * 10_000)
+        # 10,000 draws over 4 levels: standard deviation 43.
+        assert np.all(np.abs(counts.sum(axis=0) - 2500) < 220)
+        by_epoch.append(counts.argmax(axis=1))
+    # Epochs 3 and 4 belong to two orders, drawn independently: a quarter agrees, standard deviation 43.
+    assert abs(np.sum(by_epoch[3] == by_epoch[4]) - 2500) < 220
+    assert not np.any(by_epoch[2] == by_epoch[3])
+
+
+def test_audit_counts_pairs_of_sample_and_level() -> None:
+    plan = plan_of((10, 6), batch_size=4)
+    half, whole = plan.level_counts(0, 2 * 16), plan.level_counts(0, 4 * 16)
+    assert coverage(half)["samples_by_levels_met"] == [0, 0, 16, 0, 0]
+    assert coverage(half)["pairs_by_times_met"] == [32, 32]
+    assert coverage(whole) == {
+        "images_per_level": [16, 16, 16, 16],
+        "samples_by_levels_met": [0, 0, 0, 0, 16],
+        "pairs_by_times_met": [0, 64],
+    }
 
 
 def test_level_per_batch_is_one_level_for_all_its_images() -> None:
@@ -201,6 +244,17 @@ def test_targets_are_the_canvases_of_the_drawn_levels(folder: Path) -> None:
         before = mean_over_regions(batch, row, level - 1) if level else torch.zeros(*GRID, WIDTH)
         torch.testing.assert_close(prev[row], before, atol=1e-5, rtol=1e-5)
         assert torch.equal(regions[row], batch.regions[row, min(level, 2)])
+
+
+def test_int8_features_reach_the_device_as_they_are(tmp_path: Path, folder: Path) -> None:
+    plan = plan_of(batch_size=24)
+    exact = BatchDataset(open_index(str(folder)), plan)[0]
+    coded = BatchDataset(open_index(str(write_shards(tmp_path, int8=True))), plan)[0].rows(3, 20)
+    assert (coded.features.dtype, coded.scale.dtype) == (torch.int8, torch.float32)
+    moved = coded.to(torch.device("cpu"))
+    for found, expected in zip(moved.targets()[:2], exact.rows(3, 20).targets()[:2], strict=True):
+        # Half a step of the largest value in 127 steps; means over regions only lower it.
+        assert (found - expected).abs().max() <= exact.features.abs().max() * 0.51 / 127
 
 
 def mean_over_regions(batch: object, row: int, level: int) -> torch.Tensor:

@@ -279,16 +279,16 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int
 
 def test_nonfinite_sample_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = write_shards(tmp_path / "shards")
-    read = room.BatchDataset.__getitem__
+    read = room.BatchDataset.read
 
-    def damaged(self: Any, number: int) -> Batch:
-        batch = read(self, number)
+    def damaged(self: Any, number: int, pin_memory: bool = False) -> Batch:
+        batch = read(self, number, pin_memory)
         if number == 2:
             batch.features[5, 0, 0, 0] = torch.inf
             damaged.key = batch.keys[5]
         return batch
 
-    monkeypatch.setattr(room.BatchDataset, "__getitem__", damaged)
+    monkeypatch.setattr(room.BatchDataset, "read", damaged)
     with pytest.raises(NonFiniteLossError, match="step 2, seed 0") as caught:
         room.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
     assert f"features not finite in {damaged.key}. " in str(caught.value)
@@ -308,7 +308,7 @@ def test_guided_model_trains(shards: str, tmp_path: Path) -> None:
     assert summary.step == 2
 
 
-def test_damaged_shard_stops_the_run_from_a_worker_process(tmp_path: Path) -> None:
+def test_damaged_shard_stops_the_run_from_a_loader_thread(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     tar = shards / "train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])

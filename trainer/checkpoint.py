@@ -3,6 +3,7 @@
     model.safetensors       the raw weights
     ema-500.safetensors     one file for each weight average, named by its half-life in thousands of images
     optimizer.safetensors   tensors of the optimiser's state
+    normaliser.safetensors  mean and spread of the features, so that sampling needs no shards
     state.json              step, images seen, configuration, encoder of the shards, sizes of the files above
 
 Everything random in a run is a function of (seed, step), so no generator state is kept. A checkpoint counts
@@ -26,10 +27,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.normalisation import RAW, Normaliser
 
 STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+NORMALISER = "normaliser.safetensors"
 FORMAT_VERSION = 1
 """Version of the checkpoint folder; readers refuse another."""
 
@@ -68,6 +71,7 @@ def save_checkpoint(
     model: torch.nn.Module,
     averages: Mapping[str, Mapping[str, Tensor]],
     optimizer: torch.optim.Optimizer,
+    normaliser: Normaliser = RAW,
 ) -> None:
     """Write the checkpoint folder `target`; an unfinished one never bears that name.
 
@@ -78,7 +82,11 @@ def save_checkpoint(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     tensors, state.optimizer = optimizer_tensors(optimizer)
-    files = {MODEL: dict(model.state_dict()), OPTIMIZER: tensors}
+    files = {
+        MODEL: dict(model.state_dict()),
+        OPTIMIZER: tensors,
+        NORMALISER: {"mean": normaliser.mean, "std": normaliser.std},
+    }
     files.update({f"ema-{name}.safetensors": dict(weights) for name, weights in averages.items()})
     for name, content in files.items():
         data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
@@ -157,6 +165,11 @@ def find_checkpoint(folder: str | Path) -> Path:
     return found
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder belongs to; one that lies elsewhere is its own."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
 def averages_of(folder: Path) -> list[str]:
     """Half-lives of the weight averages in a checkpoint, as their files name them, shortest first."""
     names = [p.stem.removeprefix("ema-") for p in folder.glob("ema-*.safetensors")]
@@ -176,6 +189,12 @@ def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
             f"{folder}: no weight average of half-life {ema} kimg, there are {known}; or use raw"
         )
     return load_tensors(folder / f"ema-{ema}.safetensors")
+
+
+def load_normaliser(folder: Path) -> Normaliser:
+    """The normaliser of a checkpoint; one of earlier releases holds none and has raw features."""
+    path = folder / NORMALISER
+    return Normaliser(**load_tensors(path)) if path.exists() else RAW
 
 
 def drop_after(run: Path, step: int) -> None:

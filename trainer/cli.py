@@ -74,8 +74,9 @@ def train(
 
     flags = {"total_images": total_images, "batch_size": batch_size, "seed": seed, "max_seconds": max_seconds}
     given = {name: value for name, value in flags.items() if value is not None}
-    asked = with_settings(_base(preset_name, config, out), {**_assignments(settings or []), **given})
-    resolved = room.fit_to_shards(asked, open_index(shards))
+    in_file = _flattened(_load_yaml(config)) if config else {}
+    asked = {**in_file, **_assignments(settings or []), **given}
+    resolved = room.fit_to_shards(with_settings(_base(preset_name, out), asked), open_index(shards), asked)
     if dry_run:
         _print(to_mapping(resolved), as_json)
         return
@@ -234,14 +235,12 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _base(preset_name: str | None, config: Path | None, out: Path) -> TrainConfig:
-    """The configuration before flags: the preset or what the run folder holds, then the file over it."""
+def _base(preset_name: str | None, out: Path) -> TrainConfig:
+    """The configuration before file and flags: the preset, or else what the run folder holds."""
     stored = out / "config.yaml"
     if preset_name is None and stored.exists():
-        base = from_mapping(_load_yaml(stored).get("config", {}), str(stored))
-    else:
-        base = preset(preset_name or "TF-B")
-    return with_settings(base, _flattened(_load_yaml(config))) if config else base
+        return from_mapping(_load_yaml(stored).get("config", {}), str(stored))
+    return preset(preset_name or "TF-B")
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:

@@ -12,19 +12,24 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
 from trainer.errors import UsageError
 
+Config = TypeVar("Config")
+Normalisation = Literal["none", "channel", "position"]
 STRICT = pydantic.ConfigDict(extra="forbid")
 EXECUTION = {"execution": True}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The network; stored in every checkpoint, enough to rebuild it. Defaults are TF-B on DINOv2-B features."""
+    """The network; stored in every checkpoint, enough to rebuild it. Defaults are TF-B on DINOv2-B features.
+
+    The first four fields are those of the shards a run trains on.
+    """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
@@ -106,6 +111,8 @@ class MethodConfig:
     """Largest guidance scale omega drawn in training, with guidance."""
     label_dropout: float = 0.1
     """Probability that the label is replaced by the null class, with guidance."""
+    prev_noise: float = 0.0
+    """Noise on the canvas of the previous level: σ·N(0, 1), σ uniform up to this, in the network's units; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("uniform_fraction", "data_fraction", "label_dropout"):
@@ -114,7 +121,7 @@ class MethodConfig:
         for name in ("time_std", "time_shift"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
-        for name, least in (("region_weight", 0), ("guidance_max", 1)):
+        for name, least in (("region_weight", 0), ("prev_noise", 0), ("guidance_max", 1)):
             value = getattr(self, name)
             _require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
         _require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
@@ -177,20 +184,35 @@ class TrainConfig:
     """Seed of initial weights, data order, levels, times and noise."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic inside the network; weights and losses stay float32."""
+    compile: bool = field(default=False, metadata=EXECUTION)
+    """Whether the objective is compiled; equal up to rounding, after minutes of compiling."""
+    activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
+    """Whether blocks keep only their input and run again in the backward pass: less memory, more time; exact."""
+    normalise: Normalisation = "none"
+    """Units of the network's features: raw as in the release, or of mean 0 and spread 1 per channel or per position
+    and channel, by statistics.npz; samples are raw always."""
     level_per: Literal["sample", "batch"] = "sample"
     """Whether each sample draws its level or, as the release does, a batch shares one."""
     shuffle_shards: int = 64
-    """Shards whose samples are shuffled together, at most 128: a reader keeps them open."""
+    """Shards whose samples are shuffled together, at most 128: a rank keeps them open."""
     loader_workers: int = field(default=2, metadata=EXECUTION)
-    """Processes that read shards, per rank; 0 reads in the training process."""
+    """Threads that read shards ahead, per rank; 0 reads between the steps."""
     checkpoint_images: int = field(default=1_280_000, metadata=EXECUTION)
     """Images between two checkpoints."""
     keep_checkpoints: int = field(default=2, metadata=EXECUTION)
     """Latest checkpoints kept."""
     log_images: int = field(default=10_240, metadata=EXECUTION)
     """Images between two lines of metrics.jsonl."""
+    sample_images: int | None = field(default=1_280_000, metadata=EXECUTION)
+    """Images between two sheets of samples in RUN/samples; none without it."""
+    tensorboard: bool = field(default=True, metadata=EXECUTION)
+    """Whether numbers and sheets also go to RUN/tensorboard."""
+    wandb_project: str | None = field(default=None, metadata=EXECUTION)
+    """Project of Weights & Biases that numbers and sheets also go to."""
     verify_shards: bool = field(default=True, metadata=EXECUTION)
     """Whether each shard's SHA-256 is checked when it is first read."""
+    max_damaged_shards: int = field(default=0, metadata=EXECUTION)
+    """Damaged shards that a run goes on without, reading samples of the next in their place; 0 stops at the first."""
     max_seconds: float | None = field(default=None, metadata=EXECUTION)
     """Wall clock after which the run writes a checkpoint and ends with exit code 75, to be resumed."""
 
@@ -200,10 +222,14 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
         _require(self.shuffle_shards <= 128, f"shuffle_shards is {self.shuffle_shards}, expected at most 128")
         _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
-        _require(self.loader_workers >= 0, f"loader_workers is {self.loader_workers}, expected 0 or more")
+        for name in ("loader_workers", "max_damaged_shards"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("micro_batch_size", "sample_images"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}, expected 1 or more")
         _require(
-            self.micro_batch_size is None or self.micro_batch_size >= 1,
-            f"micro_batch_size is {self.micro_batch_size}, expected 1 or more",
+            not (self.compile and self.activation_checkpointing),
+            "compile and activation_checkpointing: expected one of them, compiled code chooses itself what it keeps",
         )
         _require(
             self.max_seconds is None or self.max_seconds > 0,
@@ -212,14 +238,19 @@ class TrainConfig:
 
 
 def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
-    """Build a checked TrainConfig from plain nested data.
+    """Build a checked TrainConfig from plain nested data; see `checked`."""
+    return checked(TrainConfig, mapping, where)
+
+
+def checked(kind: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
+    """Build a configuration of one kind from plain nested data.
 
     Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name.
     """
     try:
-        return pydantic.TypeAdapter(TrainConfig).validate_python(dict(mapping))
+        return pydantic.TypeAdapter(kind).validate_python(dict(mapping))
     except pydantic.ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
+        lines = [_explain(dict(problem), kind) for problem in error.errors()]
         raise UsageError(f"{where}: " + "; ".join(lines)) from None
 
 
@@ -228,7 +259,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
+def identity(config: Any) -> dict[str, Any]:
     """The fields that decide the course of a run, by dotted name: everything not marked `execution`."""
     execution = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
     flat: dict[str, Any] = {}
@@ -240,37 +271,40 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
-def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """The config with fields replaced by dotted name, for example `{"optim.lr": 0.005}`.
 
     Raises UsageError for an unknown field, naming the nearest, and for a value the field does not take.
     """
-    mapping = to_mapping(config)
+    mapping, kind = to_mapping(config), type(config)
     for name, value in settings.items():
         room, _, field_name = name.rpartition(".")
-        if name not in known_fields():
-            raise UsageError(f"unknown field {name!r}{_nearest(name)}; `trainer presets --json` lists all")
+        if name not in known_fields(kind):
+            raise UsageError(f"unknown field {name!r}{_nearest(name, kind)}; --dry-run lists all")
         (mapping[room] if room else mapping)[field_name] = value
-    return from_mapping(mapping, "settings")
+    return checked(kind, mapping, "settings")
 
 
-def known_fields() -> list[str]:
-    """Every settable field by its dotted name."""
-    nested = {"model": ModelConfig, "method": MethodConfig, "optim": OptimConfig}
-    names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in nested]
+def known_fields(kind: Any = TrainConfig) -> list[str]:
+    """Every settable field of a kind of configuration by its dotted name."""
+    fields = dataclasses.fields(kind)
+    nested: dict[str, Any] = {
+        f.name: f.default_factory for f in fields if dataclasses.is_dataclass(f.default_factory)
+    }
+    names = [f.name for f in fields if f.name not in nested]
     return names + [f"{room}.{f.name}" for room, cls in nested.items() for f in dataclasses.fields(cls)]
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], kind: type) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown field {name!r}{_nearest(name)}"
+        return f"unknown field {name!r}{_nearest(name, kind)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name}: {message}" if name else message
 
 
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name, known_fields(), n=1, cutoff=0.4)
+def _nearest(name: str, kind: type) -> str:
+    close = difflib.get_close_matches(name, known_fields(kind), n=1, cutoff=0.4)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

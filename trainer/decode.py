@@ -25,6 +25,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Names inside a block of the checkpoint → names here.
+RUN_DECODER = "decoder"
+"""Folder of a run in which its decoder is looked for: config.json and the weights."""
+WEIGHTS = ("model.safetensors", "model.pt")
+CONFIG = "config.json"
+SIZES = {
+    "tiny": (4, 192, 3, 768),
+    "B": (12, 768, 12, 3072),
+    "L": (24, 1024, 16, 4096),
+    "XL": (28, 1152, 16, 4096),
+}
+"""Blocks, width, heads and hidden width of the MLP; B, L and XL are the release's."""
+
 BLOCK_NAMES = {
     "layernorm_before": "norm1",
     "attention.attention.query": "query",
@@ -42,6 +54,8 @@ NAMES = {
     "decoder_norm": "norm",
     "decoder_pred": "predict",
 }
+RELEASE_BLOCK_NAMES = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
+RELEASE_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +80,22 @@ class RaeDecoderConfig:
     """Epsilon of every LayerNorm."""
     qkv_bias: bool = True
     """Whether query, key and value have biases."""
+
+    @classmethod
+    def of_size(cls, size: str, channels: int, grid: int, patch_size: int) -> RaeDecoderConfig:
+        """The decoder called `size` for `channels` × `grid`² tokens. Raises UsageError naming the sizes."""
+        if size not in SIZES:
+            raise UsageError(f"decoder size {size!r}, known are {', '.join(SIZES)}")
+        depth, width, heads, hidden = SIZES[size]
+        return cls(
+            hidden_size=channels,
+            patch_size=patch_size,
+            image_size=grid * patch_size,
+            decoder_hidden_size=width,
+            decoder_intermediate_size=hidden,
+            decoder_num_attention_heads=heads,
+            decoder_num_hidden_layers=depth,
+        )
 
     @property
     def grid(self) -> int:
@@ -101,7 +131,10 @@ class DecoderBlock(nn.Module):
 
 
 class RaeDecoder(nn.Module):
-    """The frozen ViT decoder of RAE (Zheng et al. 2025, "Diffusion Transformers with Representation Autoencoders")."""
+    """The ViT decoder of RAE (Zheng et al. 2025, "Diffusion Transformers with Representation Autoencoders").
+
+    Freshly built it is ready to be trained: weights N(0, 0.02²) from torch's global generator, biases 0.
+    """
 
     mean: Tensor
     std: Tensor
@@ -112,12 +145,17 @@ class RaeDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.embed = nn.Linear(config.hidden_size, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(torch.zeros(1, config.grid**2 + 1, width))
+        self.positions = nn.Parameter(grid_positions(config.grid, width)[None], requires_grad=False)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.predict = nn.Linear(width, config.patch_size**2 * 3)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def logits(self, z: Tensor) -> Tensor:
         """Canvases [B, H, W, C] → normalised patches [B, H·W, P·P·3], each in rows, columns, channels."""
@@ -138,6 +176,18 @@ class RaeDecoder(nn.Module):
         patches = self.logits(z).unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, 3))
         image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return image * self.std + self.mean
+
+
+def grid_positions(grid: int, width: int) -> Tensor:
+    """Fixed position of the class token (zeros) and of grid² tokens, row-major: float32 [1 + grid², width].
+
+    Half of the channels tell the column, half the row, each by sines and cosines at 10,000^(−4i/width).
+    """
+    frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    along = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    tokens = torch.cat([along.repeat(grid, 1), along.repeat_interleave(grid, dim=0)], dim=-1)
+    return F.pad(tokens, (0, 0, 1, 0)).float()
 
 
 class DctDecoder(nn.Module):
@@ -164,7 +214,7 @@ def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path
     Raises UsageError for an incomplete config, MismatchError when weights and config do not belong together.
     """
     decoder = RaeDecoder(_read_config(config))
-    state = {_rename(name): value for name, value in _read_weights(Path(weights)).items()}
+    state = {_rename(name): value for name, value in read_weights(Path(weights)).items()}
     expected = decoder.state_dict()
     wrong = [f"{name} is missing" for name in expected if name not in state]
     wrong += [f"{name} is unknown" for name in state if name not in expected]
@@ -178,6 +228,47 @@ def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path
         raise MismatchError(f"{weights} does not fit the decoder config: {'; '.join(wrong[:3])}{more}")
     decoder.load_state_dict(state)
     return decoder.eval().requires_grad_(False)
+
+
+def rae_state(decoder: RaeDecoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a decoder under the release's names; `weights` stand in for its parameters where given."""
+    state = {**decoder.state_dict(), **(weights or {})}
+    return {_release_name(name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+
+
+def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeDecoder:
+    """The RAE decoder of a folder that holds config.json and its weights.
+
+    encoder: description of the encoder whose features are to be decoded; a decoder trained here knows its own.
+    Raises TrainerError when a file is missing, MismatchError when it was trained for another encoder.
+    """
+    weights = [folder / name for name in WEIGHTS if (folder / name).exists()]
+    if not weights or not (folder / CONFIG).exists():
+        raise TrainerError(
+            f"{folder}: found no RAE decoder, expected {CONFIG} beside model.pt or model.safetensors"
+        )
+    decoder = load_rae_decoder(weights[0], folder / CONFIG)
+    own = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("encoder")
+    if own and encoder:
+        differing = [
+            f"{name} {own[name]!r} there, {encoder[name]!r} here"
+            for name in ("name", "weights_hash", "width", "grid")
+            if name in own and name in encoder and own[name] != encoder[name]
+        ]
+        if differing:
+            raise MismatchError(
+                f"{folder} decodes features of another encoder: {'; '.join(differing)}; "
+                "train one with `trainer train-decoder`"
+            )
+    return decoder
+
+
+def find_decoder(run: Path, encoder: Mapping[str, Any]) -> RaeDecoder | DctDecoder | None:
+    """The decoder in the folder `decoder` of a run, else the one its encoder declares, else None."""
+    folder = run / RUN_DECODER
+    if (folder / CONFIG).exists():
+        return load_decoder(folder, encoder)
+    return decoder_from_spec(encoder.get("decoder"))
 
 
 def decoder_from_spec(spec: Mapping[str, Any] | None) -> DctDecoder | None:
@@ -223,7 +314,7 @@ def _read_config(config: Mapping[str, Any] | str | Path) -> RaeDecoderConfig:
     return read
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -245,3 +336,12 @@ def _rename(name: str) -> str:
         layer, _, kind = inner.rpartition(".")
         return f"blocks.{number}.{BLOCK_NAMES.get(layer, layer)}.{kind}"
     return ".".join([NAMES.get(head, head), *([rest] if rest else [])])
+
+
+def _release_name(name: str) -> str:
+    """The inverse of `_rename` for a name of ours."""
+    head, _, rest = name.partition(".")
+    if head == "blocks":
+        number, layer, kind = rest.split(".")
+        return f"decoder_layers.{number}.{RELEASE_BLOCK_NAMES[layer]}.{kind}"
+    return ".".join([RELEASE_NAMES.get(head, head), *([rest] if rest else [])])

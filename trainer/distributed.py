@@ -1,8 +1,8 @@
 """Several processes that train one model: who they are, and the sums they take together.
 
 Gradients are added by hand: `torch.func.jvp` bypasses the hooks of DistributedDataParallel, so a wrapped
-model would train on unsynchronised gradients without a word. Ranks must then hold equal weights, which
-`assert_equal` checks now and then.
+model would train on unsynchronised gradients without a word. The norm of the sum must then be the same on all
+ranks, and that of the weights too: `check_equal`.
 """
 
 from __future__ import annotations
@@ -56,23 +56,21 @@ class World:
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def add(self, values: Tensor) -> Tensor:
-        """Sum of `values` over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def assert_equal(self, value: Tensor, what: str) -> None:
-        """Raise TrainerError when the scalar `value` differs between processes."""
+    def gather(self, values: Tensor) -> Tensor:
+        """`values` [n] of every process, in order of rank: [size, n]."""
         if self.size == 1:
-            return
-        values = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(values, value)
-        found = [float(v) for v in values]
-        if len(set(found)) > 1:
-            raise TrainerError(
-                f"{what} differs between processes: {found}; stop and resume from a checkpoint"
-            )
+            return values[None]
+        rows = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)
+
+
+def check_equal(values: Tensor, what: str) -> None:
+    """Raise TrainerError when the numbers of all processes, [size], are not one and the same."""
+    if not torch.equal(values, values[:1].expand_as(values)):
+        raise TrainerError(
+            f"{what} differs between processes: {values.tolist()}; stop and resume from a checkpoint"
+        )
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -97,6 +95,9 @@ def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
+        return
+    if dist.is_initialized():  # by whoever started this process, Ray Train for one
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,19 @@ class WeightAverages:
         average = self.averages[float(halflife)]
         for name, p in model.named_parameters():
             p.copy_(average[name])
+
+    @contextmanager
+    def lent_to(self, model: nn.Module, halflife: float) -> Iterator[None]:
+        """Let `model` hold the average of `halflife` for a while; nothing is copied."""
+        average = self.averages[halflife]
+        own = {name: p.data for name, p in model.named_parameters()}
+        try:
+            for name, p in model.named_parameters():
+                p.data = average[name]
+            yield
+        finally:
+            for name, p in model.named_parameters():
+                p.data = own[name]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The averages by half-life ("500") and parameter name, not copied."""

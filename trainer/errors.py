@@ -19,6 +19,10 @@ class MismatchError(TrainerError):
     exit_code = 5
 
 
+class DamagedShardError(TrainerError):
+    """A shard is missing, truncated or corrupt; a run may be told to go on without a few of them."""
+
+
 class InterruptedRunError(TrainerError):
     """Training was stopped by a signal or the wall clock after a checkpoint; the same command resumes. 75."""
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hierarchy_builder.canvases import level_canvases
 from trainer.errors import MismatchError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
+from trainer.normalisation import Normaliser
 from trainer.pipeline import SAMPLED_TOGETHER, TrajectoryPipeline
-from trainer.shards import ShardIndex, ShardReader
+from trainer.reader import ShardReader
+from trainer.shards import ShardIndex
 
 FLATNESS_IMAGES = 256
 """Real images whose canvases are measured for reference."""
@@ -38,7 +39,7 @@ def evaluate(
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
     sampled, coarse = _sampled(pipe, labels, seeds, num_steps)
-    descriptions, real_labels, canvases = _real(index, max_real)
+    descriptions, real_labels, canvases = _real(index, max_real, pipe.normaliser.to("cpu"))
     yield from class_mean_accuracy(
         (sampled, torch.tensor(labels)), (descriptions, real_labels), index.num_classes
     )
@@ -78,7 +79,7 @@ def _sampled(
     return torch.cat(descriptions), (within, total)
 
 
-def _real(index: ShardIndex, max_real: int) -> tuple[Tensor, Tensor, Tensor]:
+def _real(index: ShardIndex, max_real: int, normaliser: Normaliser) -> tuple[Tensor, Tensor, Tensor]:
     """Descriptions [N, F], labels [N] and, of the first few, canvases [M, L, H, W, C] of the shards."""
     chosen = np.linspace(0, index.num_samples - 1, min(max_real, index.num_samples)).astype(int)
     reader = ShardReader(index)
@@ -90,6 +91,6 @@ def _real(index: ShardIndex, max_real: int) -> tuple[Tensor, Tensor, Tensor]:
         descriptions.append(describe(features))
         labels += [sample.label for sample in samples]
         if start < FLATNESS_IMAGES:
-            canvases.append(level_canvases(features, regions))
+            canvases.append(normaliser.teacher_canvases(features, regions))
     reader.close()
     return torch.cat(descriptions), torch.tensor(labels), torch.cat(canvases)[:FLATNESS_IMAGES]

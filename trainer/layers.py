@@ -11,6 +11,7 @@ its gradient anyway, and keeping no graph for it saves memory in a training step
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -119,6 +120,44 @@ class Block(nn.Module):
         return detach_tangent(x)
 
 
+class _Recomputed(torch.autograd.Function):
+    """Stands for a block in the graph: holds its input only, and runs it again when gradients are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: nn.Module, out: Tensor, x: Tensor, rotations: Tensor, *weights: Tensor
+    ) -> Tensor:
+        ctx.block, ctx.weights = block, weights
+        ctx.autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
+        ctx.save_for_backward(x, rotations)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, rotations = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
+            out = ctx.block(x, rotations)
+        found = torch.autograd.grad(out, [x, *ctx.weights], gradients)
+        return (None, None, found[0], None, *found[1:])
+
+
+def recomputed(block: nn.Module, x: Tensor, rotations: Tensor) -> Tensor:
+    """`block(x, rotations)` that keeps only x for reverse mode: exact, for one more forward pass of values.
+
+    Activation checkpointing of torch itself cannot do this: what it saves in a pass with tangents it does not find
+    again in the pass without that reverse mode needs.
+    """
+    if not torch.is_grad_enabled():
+        return block(x, rotations)
+    with torch.no_grad():
+        out, tangent = forward_ad.unpack_dual(block(x, rotations))
+    x = forward_ad.unpack_dual(x).primal
+    out = _Recomputed.apply(block, out, x, rotations, *block.parameters())
+    return out if tangent is None else forward_ad.make_dual(out, tangent)
+
+
 def linear(fan_in: int, fan_out: int, scale: float = 1.0, *, bias: bool = True) -> Linear:
     """A linear layer with weights N(0, scale²/fan_in) and zero bias."""
     layer = Linear(fan_in, fan_out, bias=bias)
@@ -163,7 +202,12 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Multiply adjacent channel pairs of x [B, N, H, d], float32, as complex numbers by rotations [N, 1, d/2]."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor writes no code for complex numbers
+        a, b = pairs.unbind(-1)
+        cos, sin = torch.view_as_real(rotations).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    pairs = torch.view_as_complex(pairs)
     return torch.view_as_real(pairs * rotations).flatten(-2)
 
 

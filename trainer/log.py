@@ -1,19 +1,24 @@
-"""What a run says while it trains: one JSON object a line in metrics.jsonl, a bar or plain lines on stderr."""
+"""What a run says while it trains: lines of metrics.jsonl, sheets of samples, a bar or plain lines on stderr."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.tracking import Tracker
+
 METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+"""Sheets of samples, in the run folder."""
 
 
 def truncate_metrics(run: Path, step: int) -> None:
@@ -42,9 +47,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes rows to metrics.jsonl and shows them: a bar on a terminal, plain lines otherwise."""
+    """Writes rows to metrics.jsonl and shows them: to trackers, and in a bar on a terminal or plain lines."""
 
-    def __init__(self, run: Path, total_images: int, images_seen: int, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        run: Path,
+        total_images: int,
+        images_seen: int,
+        quiet: bool = False,
+        trackers: Sequence[Tracker] = (),
+        shown: Sequence[str] = ("loss", "raw_mse_u"),
+    ) -> None:
+        self._run, self._trackers, self._shown = run, trackers, shown
         self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self._total = total_images
         self._quiet = quiet
@@ -72,15 +86,23 @@ class RunLog:
         self._file.flush()
         if "loss" not in row:
             return
-        # The adaptive loss stays near 2 by construction; the squared error of u is what falls.
-        text = (
-            f"loss {row['loss']:.4f}  mse u {row['raw_mse_u']:.4f}  {row['images_per_second']:.0f} images/s"
-        )
+        for tracker in self._trackers:
+            tracker.scalars({k: v for k, v in row.items() if k not in ("images", "time")}, row["images"])
+        numbers = "  ".join(f"{name} {row[name]:.4f}" for name in self._shown if name in row)
+        text = f"{numbers}  {row['images_per_second']:.0f} images/s"
         if self._bar:
             self._bar.update(self._task, description=text)
         elif not self._quiet:
             seen = f"{row['images']}/{self._total} images"
             print(f"step {row['step']}  {seen}  {text}", file=sys.stderr, flush=True)
+
+    def show_samples(self, sheet: Image.Image, step: int, images_seen: int) -> None:
+        """Keep a sheet as RUN/samples/step-NNNNNNNN.png."""
+        folder = self._run / SAMPLES
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"step-{step:08d}.png")
+        for tracker in self._trackers:
+            tracker.picture(SAMPLES, sheet, images_seen)
 
     def __enter__(self) -> RunLog:
         return self
@@ -94,3 +116,5 @@ class RunLog:
         if self._bar:
             self._bar.stop()
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()

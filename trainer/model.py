@@ -31,6 +31,7 @@ from trainer.layers import (
     detach_tangent,
     grid_rotations,
     linear,
+    recomputed,
 )
 
 TIME_FLOOR = 0.05
@@ -79,6 +80,8 @@ class TrajectoryTransformer(nn.Module):
     """The network of `ModelConfig`, float32, freshly initialised from torch's global generator."""
 
     rotations: Tensor
+    recompute: bool = False
+    """Whether blocks keep only their input for reverse mode and run again in it: less memory, more time."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -176,9 +179,7 @@ class TrajectoryTransformer(nn.Module):
         image = self._fuse(z.flatten(1, 2), prev.flatten(1, 2))
         x = torch.cat([*self._conditioning(t, r, label, level, guidance), image], dim=1) + self.positions
         rotations = torch.view_as_complex(at_least_float32(self.rotations))
-        for block in self.shared_blocks:
-            x = block(x, rotations)
-        return detach_tangent(x), rotations
+        return detach_tangent(self._pass(self.shared_blocks, x, rotations)), rotations
 
     def _fuse(self, z_BNC: Tensor, prev_BNC: Tensor) -> Tensor:
         z, prev = self.x_embedder(z_BNC), self.prev_embedder(prev_BNC)
@@ -205,14 +206,17 @@ class TrajectoryTransformer(nn.Module):
         return tokens
 
     def _u_head(self, x: Tensor, rotations: Tensor) -> Tensor:
-        for block in self.u_blocks:
-            x = block(x, rotations)
+        x = self._pass(self.u_blocks, x, rotations)
         return self._canvas(self.u_out(self.u_norm(self._image(x))))
 
     def _v_head(self, x: Tensor, rotations: Tensor) -> Tensor:
-        for block in self.v_blocks:
-            x = block(x, rotations)
+        x = self._pass(self.v_blocks, x, rotations)
         return self._canvas(self.v_out(self.v_norm(self._image(x))))
+
+    def _pass(self, blocks: nn.ModuleList, x: Tensor, rotations: Tensor) -> Tensor:
+        for block in blocks:
+            x = recomputed(block, x, rotations) if self.recompute else block(x, rotations)
+        return x
 
     def _image(self, x: Tensor) -> Tensor:
         rows, columns = self.config.grid

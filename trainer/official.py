@@ -140,7 +140,9 @@ def save_checkpoint(
 ) -> None:
     """Write weights, and averages such as `WeightAverages.state_dict()`, in the release's format.
 
-    The optimiser's state is not part of it. The file appears under its name only when complete.
+    The optimiser's state is not part of it, and there is no place for a normaliser: of a run with
+    `normalise` other than none, keep the run's normaliser.safetensors beside the file and pass it to
+    `sample_levels`. The file appears under its name only when complete.
     """
     weights = {"params": _to_official(dict(model.named_parameters()))}
     ema = {halflife: _to_official(average) for halflife, average in (averages or {}).items()}

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from trainer import checkpoint as saved
 from trainer.config import from_mapping
-from trainer.decode import RaeDecoder, decoder_from_spec, load_rae_decoder, to_uint8
+from trainer.decode import RaeDecoder, decoder_from_spec, find_decoder, load_decoder, to_uint8
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.model import TrajectoryTransformer
+from trainer.normalisation import RAW, Normaliser
 from trainer.sample import level_noise, sample_levels
 
 Decoder = Callable[[Tensor], Tensor]
@@ -43,7 +44,7 @@ class Trajectory:
     """One image from noise to raw tokens: the canvas of every level, and what it was made from."""
 
     levels: Tensor
-    """float32 [L, H, W, C] on the CPU, coarse → fine."""
+    """float32 [L, H, W, C] on the CPU, coarse → fine, in units of the encoder's features."""
     label: int
     class_name: str
     seeds: tuple[int, ...]
@@ -113,11 +114,13 @@ class TrajectoryPipeline:
         class_names: Sequence[str] = (),
         encoder: dict[str, Any] | None = None,
         decoder: Decoder | None = None,
+        normaliser: Normaliser = RAW,
     ) -> None:
         self.model = model.eval()
         self.class_names = list(class_names)
         self.encoder = encoder or {}
         self.decoder = decoder
+        self.normaliser = normaliser
 
     @classmethod
     def from_pretrained(
@@ -150,10 +153,12 @@ class TrajectoryPipeline:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder = state.shards["encoder"]
         if isinstance(decoder, str | Path):
-            decoder = _rae_decoder(Path(decoder)).to(device)
+            decoder = load_decoder(Path(decoder), encoder).to(device)
         elif decoder is None:
-            decoder = decoder_from_spec(encoder.get("decoder"))
-        return cls(model.to(device), state.shards["class_names"], encoder, decoder)
+            decoder = find_decoder(saved.run_of(path), encoder)
+            decoder = decoder.to(device) if isinstance(decoder, RaeDecoder) else decoder
+        normaliser = saved.load_normaliser(path).to(device)
+        return cls(model.to(device), state.shards["class_names"], encoder, decoder, normaliser)
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is also a sequence of str
@@ -220,7 +225,12 @@ class TrajectoryPipeline:
         device = next(self.model.parameters()).device
         noise = level_noise(seeds, config.num_levels, config.grid, config.in_channels)
         levels = sample_levels(
-            self.model, torch.tensor(ids, device=device), noise.to(device), num_steps, guidance=guidance
+            self.model,
+            torch.tensor(ids, device=device),
+            noise.to(device),
+            num_steps,
+            guidance=guidance,
+            normaliser=self.normaliser,
         )
         return [
             Trajectory(
@@ -235,15 +245,6 @@ class TrajectoryPipeline:
             )
             for canvases, label, seed in zip(levels.cpu(), ids, seeds, strict=True)
         ]
-
-
-def _rae_decoder(folder: Path) -> RaeDecoder:
-    weights = [folder / name for name in ("model.safetensors", "model.pt") if (folder / name).exists()]
-    if not weights or not (folder / "config.json").exists():
-        raise TrainerError(
-            f"{folder}: found no RAE decoder, expected config.json beside model.pt or model.safetensors"
-        )
-    return load_rae_decoder(weights[0], folder / "config.json")
 
 
 def _listed(value: Any) -> list[Any]:

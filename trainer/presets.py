@@ -33,6 +33,7 @@ def tiny_cpu() -> TrainConfig:
         batch_size=16,
         loader_workers=0,
         checkpoint_images=4_500,
+        sample_images=4_500,
         log_images=480,
     )
 

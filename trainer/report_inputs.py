@@ -13,17 +13,18 @@ import torch
 import yaml
 from PIL import Image
 
-from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.canvases.gallery import Page
 from hierarchy_builder.canvases.views import HierarchyView
 from trainer import checkpoint as saved
 from trainer.decode import to_uint8
 from trainer.errors import TrainerError
 from trainer.log import METRICS, read_metrics
+from trainer.normalisation import RAW, Normaliser
 from trainer.pipeline import Decoder, Trajectory, TrajectoryPipeline
+from trainer.reader import ShardReader
 from trainer.report import TrajectoryView, training_page
 from trainer.run_folder import CONFIG
-from trainer.shards import ShardIndex, ShardReader
+from trainer.shards import ShardIndex
 
 EVALUATION = "evaluation.json"
 SHOWN_CLASSES = 12
@@ -44,24 +45,28 @@ def trajectory_views(trajectories: Sequence[Trajectory]) -> list[TrajectoryView]
     ]
 
 
-def teacher_views(index: ShardIndex, limit: int, decoder: Decoder | None = None) -> list[HierarchyView]:
-    """Samples of the shards spread evenly over them, with their regions and, where stored, photographs."""
+def teacher_views(
+    index: ShardIndex, limit: int, decoder: Decoder | None = None, normaliser: Normaliser = RAW
+) -> list[HierarchyView]:
+    """Samples of the shards spread evenly over them, with their regions and, where stored, photographs.
+
+    normaliser: that of the run whose teachers they are.
+    """
     reader = ShardReader(index)
     chosen = np.unique(np.linspace(0, index.num_samples - 1, min(limit, index.num_samples)).astype(int))
     views = []
     for number in chosen:
         sample = reader.read(int(number), extras=True)
-        canvases = level_canvases(sample.features.astype(np.float32)[None], sample.regions[None])[0]
+        features = torch.from_numpy(sample.features[None]).float()
+        canvases = normaliser.teacher_canvases(features, torch.from_numpy(sample.regions[None]))[0]
         views.append(
             HierarchyView(
                 key=sample.key,
                 class_name=index.class_names[sample.label],
                 regions=sample.regions,
-                features=sample.features,
+                canvases=canvases.numpy(),
                 photo=None if sample.image is None else np.asarray(Image.open(io.BytesIO(sample.image))),
-                decoded=None
-                if decoder is None
-                else to_uint8(decoder(torch.from_numpy(canvases))).cpu().numpy(),
+                decoded=None if decoder is None else to_uint8(decoder(canvases)).cpu().numpy(),
             )
         )
     reader.close()
@@ -85,6 +90,7 @@ def run_page(
         raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG} with {METRICS}")
     content = yaml.safe_load((run / CONFIG).read_text())
     state = saved.load_state(saved.find_checkpoint(run))
+    normaliser = pipe.normaliser.to("cpu")
     facts = {
         "preset": content["config"]["preset"],
         "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
@@ -99,7 +105,7 @@ def run_page(
         title=f"Trajectory Forcing: {content['config']['preset']} on {content['shards']['num_samples']:,} images",
         facts=facts,
         trajectories=trajectory_views(trajectories),
-        teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder),
+        teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder, normaliser),
         metrics=read_evaluation(run),
         log=[row for row in read_metrics(run) if "loss" in row],
         stages=stages,

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from trainer import checkpoint as saved
-from trainer.config import TrainConfig, from_mapping, identity, to_mapping
+from trainer.config import checked, identity, to_mapping
 from trainer.errors import MismatchError, UsageError
 from trainer.log import truncate_metrics
 from trainer.shards import ShardIndex
@@ -43,14 +43,15 @@ def find_origin(out: Path, resume: str) -> Path | None:
     return own if own is not None and asked.parent.resolve() != own.parent.resolve() else asked
 
 
-def check_same_run(out: Path, origin: Path | None, config: TrainConfig, index: ShardIndex) -> None:
+def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardIndex) -> None:
     """Raise MismatchError, naming the differing keys, if `out` or `origin` were made with something else."""
     wanted = _identity(config, index.describe())
     if (out / CONFIG).exists():
-        _compare(str(out / CONFIG), _load(out / CONFIG), wanted)
+        _compare(str(out / CONFIG), _load(out / CONFIG), wanted, type(config))
     if origin is not None:
         state = saved.load_state(origin)
-        _compare(str(origin), {"config": state.config, "shards": state.shards}, wanted)
+        found = {"config": state.config, "shards": state.shards}
+        _compare(str(origin), found, wanted, type(config))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -63,9 +64,9 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any], kind: type) -> None:
     try:
-        before = _identity(from_mapping(found["config"], where), found["shards"])
+        before = _identity(checked(kind, found["config"], where), found["shards"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise MismatchError(f"{where} holds no configuration of this release ({error})") from None
     rows = [
@@ -80,12 +81,12 @@ def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         )
 
 
-def _identity(config: TrainConfig, shards: dict[str, Any]) -> dict[str, Any]:
+def _identity(config: Any, shards: dict[str, Any]) -> dict[str, Any]:
     named = {f"shards.{name}": shards[name] for name in ("config_hash", "num_samples", "split")}
     return {**identity(config), **named}
 
 
-def prepare_folder(out: Path, config: TrainConfig, index: ShardIndex, step: int) -> None:
+def prepare_folder(out: Path, config: Any, index: ShardIndex, step: int) -> None:
     """Write config.yaml and take back what later steps than `step` left in the folder."""
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     content = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.errors import UsageError
 from trainer.model import Guidance, TrajectoryTransformer
+from trainer.normalisation import RAW, Normaliser
 
 TIME_WARP = 10.0
 """Several steps follow t' = w·t/(1 + (w−1)·t) of an even grid: most of them near noise."""
@@ -34,16 +35,18 @@ def sample_levels(
     guidance: Guidance | Mapping[str, object] | Sequence[object] | None = None,
     weak_model: TrajectoryTransformer | None = None,
     weak_scale: float = 0.0,
+    normaliser: Normaliser = RAW,
 ) -> Tensor:
     """Sample canvases of levels `start_level` … L−1: float32 [B, L − start_level, H, W, C].
 
     label: int64 [B]. noise: float32 [L, B, H, W, C], all levels' also when resuming. num_steps: network evaluations
     per level. previous: [B, H, W, C], the canvas of level start_level − 1 to resume from. guidance: for networks
     trained with it. weak_model, weak_scale: autoguidance, u + weak_scale·(u − u_weak) with an early checkpoint.
+    normaliser: that of the run; `previous` and the result are raw features, noise is in the network's own units.
     Raises UsageError if labels, noise, steps or start do not fit.
     """
     _check(model, label, noise, num_steps, start_level, previous)
-    canvas = torch.zeros_like(noise[0]) if previous is None else previous
+    canvas = torch.zeros_like(noise[0]) if previous is None else normaliser.apply(previous)
     levels = []
     for number in range(start_level, len(noise)):
         level = torch.full_like(label, number)
@@ -56,7 +59,7 @@ def sample_levels(
                 u = u + weak_scale * (u - _average_velocity(weak_model, canvas, t=t, r=r, **inputs))
             canvas = canvas - (t_now - t_next) * u
         levels.append(canvas)
-    return torch.stack(levels, dim=1)
+    return normaliser.undo(torch.stack(levels, dim=1))
 
 
 def level_noise(seeds: Sequence[int], num_levels: int, grid: tuple[int, int], channels: int) -> Tensor:

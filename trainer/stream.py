@@ -1,29 +1,34 @@
-"""Shards → batches: an order that is a pure function of (seed, epoch), read by any number of processes.
+"""Shards → batches: an order that is a pure function of (seed, epoch), read by any number of ranks and threads.
 
 Shards are permuted, taken in windows of `shuffle_shards`, and samples are shuffled within each window. The
 run is one endless line of images: epoch 0 in its order, then epoch 1 in its own, and global batch b is places
-b·B to (b+1)·B of that line. So a batch depends neither on the number of ranks nor of reading processes, and
-the number of images seen is all a checkpoint has to keep. The level a sample is trained at is a hash of (seed,
-epoch, sample); `level_counts` audits that every sample meets every level.
+b·B to (b+1)·B of that line. So a batch depends neither on the number of ranks nor of reading threads, and
+the number of images seen is all a checkpoint has to keep. The level a sample is trained at is a function of (seed,
+epoch, sample): in each run of L epochs it meets all L levels, in a random order of its own. `level_counts` audits that.
 
     B images in a global batch, b images of one rank in it, H×W grid, C channels, L levels
 """
 
 from __future__ import annotations
 
-import signal
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hierarchy_builder.canvases import level_canvases
 from trainer.errors import TrainerError, UsageError
-from trainer.shards import ShardIndex, ShardReader
+from trainer.normalisation import RAW, Normaliser
+from trainer.reader import ShardReader
+from trainer.shards import ShardIndex
+
+AHEAD_BYTES = 2**32
+"""Memory that batches read ahead may take, per rank."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,7 +36,7 @@ class Batch:
     """One rank's share of a global batch. Level l asks for canvas l, given canvas l−1."""
 
     features: Tensor
-    """float16 [b, H, W, C]"""
+    """float16 [b, H, W, C], or int8 with `scale`"""
     regions: Tensor
     """uint8 [b, L−1, H, W]"""
     label: Tensor
@@ -39,6 +44,8 @@ class Batch:
     level: Tensor
     """int64 [b]"""
     keys: list[str]
+    scale: Tensor | None = None
+    """float32 [b, H, W, 1], where features are int8: a feature is the product of the two."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -51,17 +58,16 @@ class Batch:
         """The same batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
 
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by the loader)."""
-        return self._map(Tensor.pin_memory, self.keys)
-
-    def targets(self) -> tuple[Tensor, Tensor, Tensor]:
+    def targets(self, normaliser: Normaliser = RAW) -> tuple[Tensor, Tensor, Tensor]:
         """(x, prev, regions) of each row's level: its canvas, the one before, and the level's region ids.
 
+        Canvases are the means of normalised features, made where the batch lies.
         x, prev: float32 [b, H, W, C], prev zeros at level 0. regions: uint8 [b, H, W]; the last level, which has
         none, repeats those of the level before.
         """
-        canvases = level_canvases(self.features.float(), self.regions)
+        features = self.features.float() if self.scale is None else self.features * self.scale
+        features = normaliser.apply(features)
+        canvases = level_canvases(features, self.regions)
         row = torch.arange(len(self), device=self.level.device)
         prev = canvases[row, (self.level - 1).clamp(min=0)]
         is_first = (self.level == 0)[:, None, None, None]
@@ -75,6 +81,7 @@ class Batch:
             label=change(self.label),
             level=change(self.level),
             keys=keys,
+            scale=None if self.scale is None else change(self.scale),
         )
 
 
@@ -90,7 +97,7 @@ class StreamPlan:
     seed: int = 0
     shuffle_shards: int = 64
     level_per: str = "sample"
-    """`sample` draws a level for each sample and epoch, `batch` one for each global batch."""
+    """`sample` gives each sample a level of its own in each epoch, `batch` one to each global batch."""
 
     @property
     def num_samples(self) -> int:
@@ -108,11 +115,19 @@ class StreamPlan:
             sample[here] = order[slot[here]]
         if self.level_per == "batch":
             drawn = _hash(self.seed, place // self.batch_size, np.zeros_like(place))
-        else:
-            drawn = _hash(self.seed, epoch, sample)
-        return sample, ((drawn >> np.uint64(32)) * np.uint64(self.num_levels) >> np.uint64(32)).astype(
-            np.int64
-        )
+            scaled = (drawn >> np.uint64(32)) * np.uint64(self.num_levels) >> np.uint64(32)
+            return sample, scaled.astype(np.int64)
+        return sample, self._levels(epoch, sample)
+
+    def _levels(self, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        """Entry `epoch` modulo L of a random order of the levels, drawn anew by each sample for every L epochs.
+
+        Uniform in each epoch, as a draw of each epoch's own would be; but after 8 of those, 38 % of the samples
+        would still lack one of 4 levels.
+        """
+        L = self.num_levels
+        keys = [_hash(self.seed, epoch // L * L + turn, sample) for turn in range(L)]
+        return np.argsort(np.stack(keys, axis=1), axis=1)[np.arange(len(sample)), epoch % L]
 
     def level_counts(self, start: int, stop: int) -> np.ndarray:
         """How often each sample meets each level between two places: int64 [num_samples, L]."""
@@ -121,6 +136,17 @@ class StreamPlan:
             sample, level = self.places(begin, min(begin + self.num_samples, stop))
             counts += np.bincount(sample * self.num_levels + level, minlength=counts.size)
         return counts.reshape(self.num_samples, self.num_levels)
+
+
+def coverage(counts: np.ndarray) -> dict[str, list[int]]:
+    """The audit of `level_counts` [N, L]: images per level, samples by the number of levels they met, and pairs of
+    sample and level by how often they occurred."""
+    met = np.bincount((counts > 0).sum(axis=1), minlength=counts.shape[1] + 1)
+    return {
+        "images_per_level": counts.sum(axis=0).tolist(),
+        "samples_by_levels_met": met.tolist(),
+        "pairs_by_times_met": np.bincount(counts.ravel()).tolist(),
+    }
 
 
 @lru_cache(maxsize=4)
@@ -149,11 +175,21 @@ def _hash(seed: int, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
     return state
 
 
-class BatchDataset(Dataset[Batch]):
-    """Item n is rank `rank`'s share of global batch n; plain fields, so any process can be handed it."""
+class BatchDataset:
+    """Item n is rank `rank`'s share of global batch n; several threads may ask at once.
+
+    verify: check the SHA-256 of each shard when it is first read. max_damaged: damaged shards that are gone without,
+    see `ShardReader`; `damaged_shards` names them.
+    """
 
     def __init__(
-        self, index: ShardIndex, plan: StreamPlan, rank: int = 0, world_size: int = 1, verify: bool = True
+        self,
+        index: ShardIndex,
+        plan: StreamPlan,
+        rank: int = 0,
+        world_size: int = 1,
+        verify: bool = True,
+        max_damaged: int = 0,
     ) -> None:
         if plan.num_samples < plan.batch_size:
             raise TrainerError(
@@ -162,75 +198,67 @@ class BatchDataset(Dataset[Batch]):
             )
         if plan.batch_size % world_size:
             raise UsageError(f"batch_size {plan.batch_size} does not divide by {world_size} processes")
-        self._index, self._plan, self._verify = index, plan, verify
+        self._index, self._plan = index, plan
         self._share = plan.batch_size // world_size
-        self._rank, self._world_size = rank, world_size
-        self._reader: ShardReader | None = None
-
-    def __getitem__(self, number: int) -> Batch:
-        start = number * self._plan.batch_size + self._rank * self._share
-        numbers, levels = self._plan.places(start, start + self._share)
-        reader = self._open()
-        samples = [reader.read(int(n)) for n in numbers]
-        return Batch(
-            features=torch.from_numpy(np.stack([sample.features for sample in samples])),
-            regions=torch.from_numpy(np.stack([sample.regions for sample in samples])),
-            label=torch.tensor([sample.label for sample in samples]),
-            level=torch.from_numpy(levels),
-            keys=[sample.key for sample in samples],
+        self._rank = rank
+        # Ranks share the checks of SHA-256; but to leave a shard out, all have to know that it is damaged.
+        checked_by = 1 if max_damaged else world_size
+        self._reader = ShardReader(
+            index,
+            verifies=lambda shard: verify and shard % checked_by == rank % checked_by,
+            max_open=2 * plan.shuffle_shards,  # around the border of two windows both are in use
+            max_damaged=max_damaged,
         )
 
-    def _open(self) -> ShardReader:
-        if self._reader is None:
-            worker = get_worker_info()
-            workers = worker.num_workers if worker else 1
-            mine = self._rank * workers + (worker.id if worker else 0)
-            readers = self._world_size * workers
-            self._reader = ShardReader(
-                self._index,
-                verifies=lambda shard: self._verify and shard % readers == mine,
-                # Around the border of two windows both are in use.
-                max_open=2 * self._plan.shuffle_shards,
-            )
-        return self._reader
+    def __getitem__(self, number: int) -> Batch:
+        return self.read(number)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_reader": None}
+    def read(self, number: int, pin_memory: bool = False) -> Batch:
+        """Item `number`, read into page-locked memory if that is asked for."""
+        start = number * self._plan.batch_size + self._rank * self._share
+        numbers, levels = self._plan.places(start, start + self._share)
+        rows = self._reader.read_rows(numbers.tolist(), pin_memory)
+        return Batch(
+            features=rows.features,
+            scale=rows.scale,
+            regions=rows.regions,
+            label=rows.label,
+            level=torch.from_numpy(levels),
+            keys=rows.keys,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of an item, about."""
+        height, width = self._index.grid
+        return self._share * height * width * (2 * self._index.width + self._index.num_levels)
+
+    def damaged_shards(self) -> list[str]:
+        """Names of the shards that this rank found damaged and went on without."""
+        return self._reader.damaged_shards()
 
 
 def batch_loader(
     dataset: BatchDataset, batches: range, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """The global batches `batches`, in order, each already this rank's share, read by `workers` processes."""
-    loader = DataLoader(
-        _Caught(dataset),
-        batch_size=None,
-        sampler=batches,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_signals if workers else None,
-    )
-    for batch in loader:
-        if isinstance(batch, TrainerError):
-            raise batch
-        yield batch
+    """The global batches `batches`, in order, each already this rank's share.
 
-
-class _Caught(Dataset["Batch | TrainerError"]):
-    """Hands an error over as an item: raised in a worker it would come back wrapped in a foreign traceback."""
-
-    def __init__(self, dataset: BatchDataset) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, number: int) -> Batch | TrainerError:
-        try:
-            return self._dataset[number]
-        except TrainerError as error:
-            return error
-
-
-def _ignore_signals(worker: int) -> None:
-    """A stop reaches the whole process group; only the trainer acts on it, and then ends its readers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    `workers` threads read ahead, two batches each or as many as fit AHEAD_BYTES. Threads, because a batch then lies
+    where it was read, in page-locked memory if asked for. From other processes it would come through shared memory,
+    whose pages took four times as long to fill as reading takes; and reading seldom holds the interpreter's lock.
+    """
+    if not workers:
+        yield from (dataset.read(number, pin_memory) for number in batches)
+        return
+    depth = max(workers, min(2 * workers, AHEAD_BYTES // dataset.num_bytes))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+    ahead: deque[Future[Batch]] = deque()
+    try:
+        for number in batches:
+            if len(ahead) == depth:
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(dataset.read, number, pin_memory))
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -233,6 +233,13 @@ class Draws(NamedTuple):
     noise: Tensor
     guidance: Guidance
     drop_label: Tensor
+    prev_noise: Tensor | None
+
+    def noisy(self, prev: Tensor, level: Tensor) -> Tensor:
+        """The canvases of the previous level [B, H, W, C] with the noise drawn for them; level 0 has none."""
+        if self.prev_noise is None:
+            return prev
+        return prev + self.prev_noise * _per_sample(level > 0)
 
 
 def draw_batch(
@@ -250,19 +257,24 @@ def draw_batch(
     A row's draws depend on (seed, step, row) alone, so any split of the batch over ranks trains the same run.
     Scalars are drawn for the whole batch on the CPU; noise per row on `device`, whose type it depends on.
     drop_label: bool, replace the label by the null class; meant, like `guidance`, for networks with guidance.
+    prev_noise: None unless the configuration asks for noise on the previous level.
     """
     generator = torch.Generator().manual_seed(_row_seed(seed, step))
     t, r = draw_times(global_batch_size, config, generator)
     guidance = draw_guidance(global_batch_size, config, generator)
     drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
+    # Drawn after all else, here and in each row, so that the other draws do not depend on it.
+    sigma = config.prev_noise * torch.rand(global_batch_size, generator=generator)
     on_device = torch.Generator(device)
-    noise = [
-        torch.randn(shape, generator=on_device.manual_seed(_row_seed(seed, step, row)), device=device)
-        for row in range(global_batch_size)[rows]
-    ]
-    chosen = (values[rows].to(device) for values in (t, r, *guidance, drop))
-    t, r, omega, t_min, t_max, drop = chosen
-    return Draws(t, r, torch.stack(noise), Guidance(omega, t_min, t_max), drop)
+    drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for row in range(global_batch_size)[rows]:
+        on_device.manual_seed(_row_seed(seed, step, row))
+        for noises in drawn[: 2 if config.prev_noise else 1]:
+            noises.append(torch.randn(shape, generator=on_device, device=device))
+    chosen = (values[rows].to(device) for values in (t, r, *guidance, drop, sigma))
+    t, r, omega, t_min, t_max, drop, sigma = chosen
+    prev_noise = _per_sample(sigma) * torch.stack(drawn[1]) if drawn[1] else None
+    return Draws(t, r, torch.stack(drawn[0]), Guidance(omega, t_min, t_max), drop, prev_noise)
 
 
 def draw_times(n: int, config: MethodConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,127 @@
+"""The discriminator that a decoder can be trained against: small heads on the features of a frozen ViT.
+
+B pictures, h×w pixels, N tokens, D width of the ViT
+
+Source: RAE (Zheng et al. 2025), after StyleGAN-T (Sauer et al. 2023): frozen DINO ViT-S/8 and convolutional heads
+over tokens with spectral and batch normalisation, hinge losses, differentiable augmentation. Deviation: heads
+stand on blocks 3, 6, 9 and 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from trainer.decode import IMAGENET_MEAN, IMAGENET_STD, read_weights
+from trainer.errors import MismatchError
+
+BACKBONE = "vit_small_patch8_224"
+BLOCKS = (2, 5, 8, 11)
+KERNEL = 9
+LARGEST_WEIGHT = 1e4
+SHIFT = 0.125
+"""Largest translation of the augmentation, as a share of the side."""
+
+
+class Discriminator(nn.Module):
+    """Logits of a picture being real, one per head and token.
+
+    The backbone is frozen, and no part of the state that is saved.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: VisionTransformer, blocks: Sequence[int] = BLOCKS) -> None:
+        super().__init__()
+        self._held = [backbone.eval().requires_grad_(False)]
+        self._blocks = list(blocks)
+        self.heads = nn.ModuleList(_head(backbone.embed_dim) for _ in blocks)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """RGB pictures [B, 3, h, w] in [0, 1] → logits [B, heads · N]."""
+        backbone = self._held[0].to(pictures.device)
+        size = backbone.patch_embed.img_size
+        x = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
+        features = backbone.get_intermediate_layers((x - self.mean) / self.std, self._blocks)
+        logits = [head(f.transpose(1, 2)) for head, f in zip(self.heads, features, strict=True)]
+        return torch.cat([each.flatten(1) for each in logits], dim=1)
+
+
+class _Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) + x) / 2**0.5
+
+
+def _head(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        _convolved(width, 1), _Residual(_convolved(width, KERNEL)), spectral_norm(nn.Conv1d(width, 1, 1))
+    )
+
+
+def _convolved(width: int, kernel: int) -> nn.Sequential:
+    convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, padding_mode="circular")
+    return nn.Sequential(spectral_norm(convolution), nn.BatchNorm1d(width), nn.LeakyReLU(0.2))
+
+
+def load_discriminator(weights: str | Path) -> Discriminator:
+    """A fresh discriminator on DINO's ViT-S/8. Raises MismatchError when the weights are of another network."""
+    backbone = timm.create_model(BACKBONE, pretrained=False, num_classes=0)
+    assert isinstance(backbone, VisionTransformer)
+    try:
+        backbone.load_state_dict(read_weights(Path(weights)))
+    except RuntimeError as error:
+        raise MismatchError(f"{weights} does not hold {BACKBONE} of DINO: {str(error)[:200]}") from None
+    return Discriminator(backbone)
+
+
+def hinge_for_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean hinge loss of logits of real and decoded pictures."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def balanced_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+    """Ratio of the gradients of two losses at the last layer, at most 1e4: what makes them pull alike.
+
+    Source: Esser et al. (2021), VQGAN, eq. 7.
+    """
+    a, b = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reconstruction, adversarial))
+    return (a.norm() / (b.norm() + 1e-6)).clamp(max=LARGEST_WEIGHT).detach()
+
+
+def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Random brightness, saturation, contrast and translation of each picture [B, 3, h, w], differentiable.
+
+    Source: Zhao et al. (2020), DiffAugment, without cutout.
+    """
+    B, _, height, width = pictures.shape
+    device = pictures.device
+    light, colour, contrast = torch.rand(3, B, 1, 1, 1, generator=generator, device=device)
+    x = pictures + (light - 0.5)
+    grey = x.mean(dim=1, keepdim=True)
+    x = (x - grey) * (2 * colour) + grey
+    middle = x.mean(dim=(1, 2, 3), keepdim=True)
+    x = (x - middle) * (contrast + 0.5) + middle
+    reach = torch.tensor([int(SHIFT * height + 0.5), int(SHIFT * width + 0.5)], device=device)
+    shift = (torch.rand(B, 2, generator=generator, device=device) * (2 * reach + 1)).floor().long() - reach
+    rows = torch.arange(height, device=device) + shift[:, :1]
+    columns = torch.arange(width, device=device) + shift[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
+        :, None, None, :
+    ]
+    batch = torch.arange(B, device=device)[:, None, None]
+    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+    return x.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2) * inside

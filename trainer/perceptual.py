@@ -1,0 +1,95 @@
+"""LPIPS: a distance of pictures in the features of VGG16, by weights that are brought along.
+
+B pictures, C channels, h×w pixels
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import vgg16
+
+from trainer.decode import read_weights
+from trainer.errors import MismatchError, TrainerError
+
+LAYER_ENDS = (4, 9, 16, 23, 30)
+"""Each compared layer ends at the last ReLU before a pooling of VGG16's features."""
+WIDTHS = (64, 128, 256, 512, 512)
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+"""Of the network's input, for pictures in [−1, 1]."""
+EPS = 1e-10
+SUFFIXES = (".safetensors", ".pt", ".pth")
+BACKBONE, HEADS = "vgg16", "lpips"
+
+
+class Lpips(nn.Module):
+    """Learned perceptual distance; frozen. Source: Zhang et al. (2018), LPIPS v0.1 with VGG16."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        features = list(vgg16(weights=None).features)
+        starts = (0, *LAYER_ENDS[:-1])
+        self.layers = nn.ModuleList(
+            nn.Sequential(*features[a:b]) for a, b in zip(starts, LAYER_ENDS, strict=True)
+        )
+        self.heads = nn.ParameterList(torch.ones(width) for width in WIDTHS)
+        self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
+        """Distance of each pair of RGB pictures [B, 3, h, w] in [0, 1]: float [B]."""
+        a, b = ((2 * x - 1 - self.shift) / self.scale for x in (pictures, others))
+        total = pictures.new_zeros(len(pictures))
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            a, b = layer(a), layer(b)
+            squares = (_unit(a) - _unit(b)).square().mean(dim=(2, 3))
+            total = total + squares @ head.to(squares.dtype)
+        return total
+
+
+def _unit(features_BChw: Tensor) -> Tensor:
+    return features_BChw / (torch.linalg.vector_norm(features_BChw, dim=1, keepdim=True) + EPS)
+
+
+def load_lpips(folder: str | Path) -> Lpips:
+    """LPIPS by the weights in a folder: `vgg16` as torchvision names them and `lpips`, the heads of version 0.1.
+
+    Each file is .safetensors, .pt or .pth. Raises TrainerError when one is missing, MismatchError when it holds other
+    tensors.
+    """
+    backbone, heads = (_read(Path(folder), name) for name in (BACKBONE, HEADS))
+    lpips = Lpips()
+    wanted: dict[str, tuple[Tensor, Tensor | None]] = {}
+    number = 0
+    for layer in lpips.layers:
+        for module in layer.children():
+            for kind, own in module.named_parameters():
+                wanted[f"features.{number}.{kind}"] = own, backbone.get(f"features.{number}.{kind}")
+            number += 1
+    for i, own in enumerate(lpips.heads):
+        found = heads.get(f"lin{i}.model.1.weight")
+        wanted[f"lin{i}.model.1.weight"] = own, None if found is None else found.flatten()
+    for name, (own, tensor) in wanted.items():
+        if tensor is None or tensor.shape != own.shape:
+            shape = "missing" if tensor is None else list(tensor.shape)
+            raise MismatchError(
+                f"{folder}: {name} is {shape}, expected {list(own.shape)} (VGG16, LPIPS v0.1)"
+            )
+        own.copy_(tensor)
+    return lpips
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").exists()]
+    if not found:
+        raise TrainerError(
+            f"{folder}: found no {name} with one of {', '.join(SUFFIXES)}; LPIPS needs {BACKBONE} (torchvision's "
+            f"weights) and {HEADS} (the heads), or train without lpips"
+        )
+    return read_weights(found[0])
