@@ -10,99 +10,30 @@ L levels (coarse → fine), H×W grid of tokens, C channels, h×w pixels
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hierarchy_builder.hierarchy import build_hierarchy
 from trainer import checkpoint as saved
 from trainer.config import from_mapping
-from trainer.decode import RaeDecoder, decoder_from_spec, find_decoder, load_decoder, to_uint8
-from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.decode import RaeDecoder, find_decoder, load_decoder
+from trainer.errors import MismatchError, UsageError
 from trainer.model import TrajectoryTransformer
 from trainer.normalisation import RAW, Normaliser
 from trainer.sample import level_noise, sample_levels
+from trainer.trajectory import Decoder, Trajectory
 
-Decoder = Callable[[Tensor], Tensor]
-"""[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""
+__all__ = ["Decoder", "Trajectory", "TrajectoryPipeline"]
+
 GuidanceLike = float | tuple[float, float, float] | None
-FORMAT_VERSION = "1"
-"""Version of a trajectory file; readers refuse another."""
 SAMPLED_TOGETHER = 32
 """Images that pass the network at once."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Trajectory:
-    """One image from noise to raw tokens: the canvas of every level, and what it was made from."""
-
-    levels: Tensor
-    """float32 [L, H, W, C] on the CPU, coarse → fine, in units of the encoder's features."""
-    label: int
-    class_name: str
-    seeds: tuple[int, ...]
-    """Noise seed of each level; level l takes slice l of the noise of its seed."""
-    num_steps: int = 1
-    """Network evaluations per level."""
-    guidance: tuple[float, float, float] | None = None
-    """Guidance scale omega and the interval of t it acts in."""
-    encoder: dict[str, Any] = field(default_factory=dict)
-    """Description of the encoder whose features the levels are."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """Edits in order, as plain data; empty for a fresh sample."""
-    decoder: Decoder | None = None
-    """Turns canvases into pixels; not saved."""
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether `decode` has a decoder."""
-        return self.decoder is not None or bool(self.encoder.get("decoder"))
-
-    @torch.no_grad()
-    def decode(self) -> np.ndarray:
-        """Every level as a picture: uint8 [L, h, w, 3]. Raises TrainerError without a decoder."""
-        decoder = self.decoder or decoder_from_spec(self.encoder.get("decoder"))
-        if decoder is None:
-            raise TrainerError(
-                f"features of encoder {self.encoder.get('name', 'unknown')!r} have no decoder of their own; "
-                "pass decoder=FOLDER (an RAE decoder) to from_pretrained, or --decoder FOLDER"
-            )
-        return to_uint8(decoder(self.levels)).cpu().numpy()
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file: levels and seeds as tensors, the rest as JSON in its metadata."""
-        entries = ("label", "class_name", "num_steps", "guidance", "encoder", "history")
-        metadata = {name: json.dumps(getattr(self, name)) for name in entries}
-        tensors = {"levels": self.levels.contiguous(), "seeds": torch.tensor(self.seeds)}
-        save_file(tensors, path, {"format_version": FORMAT_VERSION, **metadata})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote. Raises TrainerError if it is not a trajectory, MismatchError for its version."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                levels, seeds = file.get_tensor("levels"), file.get_tensor("seeds")
-            found = metadata.pop("format_version")
-            entries = {name: json.loads(value) for name, value in metadata.items()}
-            if found != FORMAT_VERSION:
-                raise MismatchError(f"{path}: trajectory format {found}, this program reads {FORMAT_VERSION}")
-            guidance = entries.pop("guidance")
-            return cls(
-                levels=levels,
-                seeds=tuple(seeds.tolist()),
-                guidance=None if guidance is None else tuple(guidance),
-                **entries,
-            )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise TrainerError(f"{path} is not a trajectory: {error}") from None
 
 
 class TrajectoryPipeline:
@@ -115,12 +46,15 @@ class TrajectoryPipeline:
         encoder: dict[str, Any] | None = None,
         decoder: Decoder | None = None,
         normaliser: Normaliser = RAW,
+        weights: dict[str, str] | None = None,
     ) -> None:
+        """weights: checkpoint folder and average the model was loaded from, noted in its trajectories."""
         self.model = model.eval()
         self.class_names = list(class_names)
         self.encoder = encoder or {}
         self.decoder = decoder
         self.normaliser = normaliser
+        self.weights = weights or {}
 
     @classmethod
     def from_pretrained(
@@ -158,7 +92,8 @@ class TrajectoryPipeline:
             decoder = find_decoder(saved.run_of(path), encoder)
             decoder = decoder.to(device) if isinstance(decoder, RaeDecoder) else decoder
         normaliser = saved.load_normaliser(path).to(device)
-        return cls(model.to(device), state.shards["class_names"], encoder, decoder, normaliser)
+        weights = {"folder": str(path.resolve()), "ema": name or "raw"}
+        return cls(model.to(device), state.shards["class_names"], encoder, decoder, normaliser, weights)
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is also a sequence of str
@@ -218,6 +153,77 @@ class TrajectoryPipeline:
             raise UsageError(f"label {number}, expected 0 to {last}")
         return number
 
+    def from_features(
+        self,
+        features: np.ndarray | Tensor,
+        regions: np.ndarray | Tensor | None = None,
+        *,
+        label: int | str,
+        seed: int = 0,
+        origin: dict[str, Any] | None = None,
+    ) -> Trajectory:
+        """A trajectory that starts from a photograph: its hierarchy in place of sampled levels, to edit and resume.
+
+        features: float [H, W, C] of the model's encoder. regions: integer [L−1, H, W]; None finds them by the recipe
+        of the paper. label, seed: class and noise that levels drawn later get. origin: where it comes from, plain data.
+        Raises MismatchError if features or regions do not fit the model, UsageError for an unknown label.
+        """
+        config, label_id = self.model.config, self.label_id(label)
+        tokens = torch.as_tensor(features).float()
+        if tuple(tokens.shape) != (expected := (*config.grid, config.in_channels)):
+            raise MismatchError(
+                f"features have shape {tuple(tokens.shape)}, the model was trained on {expected}: "
+                f"encode the photograph with {self.encoder.get('name', 'its encoder')!r}"
+            )
+        found = build_hierarchy(tokens[None]).regions[0] if regions is None else regions
+        ids = torch.as_tensor(found)
+        if tuple(ids.shape) != (config.num_levels - 1, *config.grid):
+            raise MismatchError(
+                f"regions have shape {tuple(ids.shape)}, the model has levels {(config.num_levels - 1, *config.grid)}: "
+                "pass regions of the recipe it was trained with"
+            )
+        levels = self.normaliser.to("cpu").teacher_canvases(tokens[None], ids[None])[0]
+        return self._trajectory(levels, label_id, seed, 1, None, origin or {"source": "features"})
+
+    def adopt(self, trajectory: Trajectory) -> Trajectory:
+        """A trajectory from a file, with this pipeline's model to resume with and its decoder.
+
+        Raises MismatchError if its levels are not the model's, or other weights drew them.
+        """
+        config = self.model.config
+        expected = (config.num_levels, *config.grid, config.in_channels)
+        if tuple(trajectory.levels.shape) != expected:
+            raise MismatchError(
+                f"levels have shape {tuple(trajectory.levels.shape)}, the model draws {expected}"
+            )
+        drawn = {name: Path(value).name for name, value in trajectory.model.items()}
+        here = {name: Path(value).name for name, value in self.weights.items()}
+        if drawn and here and drawn != here:
+            raise MismatchError(
+                f"the trajectory was drawn by {_weights_text(drawn)}, this is {_weights_text(here)}: load those, or "
+                "draw it again"
+            )
+        return replace(trajectory, decoder=self.decoder or trajectory.decoder, sampler=self._after)
+
+    def _after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
+        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""
+        config = self.model.config
+        if level + 1 == config.num_levels:
+            return trajectory.levels[:0]
+        device = next(self.model.parameters()).device
+        noise = level_noise(seeds, config.num_levels, config.grid, config.in_channels)
+        own = noise[torch.arange(config.num_levels), torch.arange(config.num_levels)]
+        return sample_levels(
+            self.model,
+            torch.tensor([trajectory.label], device=device),
+            own[:, None].to(device),
+            trajectory.num_steps,
+            start_level=level + 1,
+            previous=trajectory.levels[level : level + 1].to(device),
+            guidance=trajectory.guidance,
+            normaliser=self.normaliser,
+        )[0].cpu()
+
     def _sample(
         self, ids: list[int], seeds: list[int], num_steps: int, guidance: tuple[float, float, float] | None
     ) -> list[Trajectory]:
@@ -233,18 +239,32 @@ class TrajectoryPipeline:
             normaliser=self.normaliser,
         )
         return [
-            Trajectory(
-                levels=canvases,
-                label=label,
-                class_name=self.class_names[label] if label < len(self.class_names) else str(label),
-                seeds=(seed,) * config.num_levels,
-                num_steps=num_steps,
-                guidance=guidance,
-                encoder=self.encoder,
-                decoder=self.decoder,
-            )
+            self._trajectory(canvases, label, seed, num_steps, guidance)
             for canvases, label, seed in zip(levels.cpu(), ids, seeds, strict=True)
         ]
+
+    def _trajectory(
+        self,
+        levels: Tensor,
+        label: int,
+        seed: int,
+        num_steps: int,
+        guidance: tuple[float, float, float] | None,
+        origin: dict[str, Any] | None = None,
+    ) -> Trajectory:
+        return Trajectory(
+            levels=levels,
+            label=label,
+            class_name=self.class_names[label] if label < len(self.class_names) else str(label),
+            seeds=(seed,) * len(levels),
+            num_steps=num_steps,
+            guidance=guidance,
+            encoder=self.encoder,
+            origin=origin or {},
+            model=self.weights,
+            decoder=self.decoder,
+            sampler=self._after,
+        )
 
 
 def _listed(value: Any) -> list[Any]:
@@ -255,3 +275,7 @@ def _repeated(values: list[Any], count: int, what: str) -> list[Any]:
     if len(values) not in (1, count):
         raise UsageError(f"{len(values)} {what}, expected 1 or {count}")
     return values * count if len(values) == 1 else values
+
+
+def _weights_text(weights: dict[str, str]) -> str:
+    return f"{weights.get('folder', 'other weights')} (ema {weights.get('ema', 'unknown')})"

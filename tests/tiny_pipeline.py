@@ -1,0 +1,28 @@
+"""A pipeline of a small network with random weights that answer more than zero; features are those of `dct`."""
+
+from __future__ import annotations
+
+import torch
+
+from hierarchy_builder.canvases.dct import DctBasis
+from trainer.config import ModelConfig
+from trainer.model import TrajectoryTransformer
+from trainer.normalisation import RAW, Normaliser
+from trainer.pipeline import TrajectoryPipeline
+
+GRID = (6, 5)
+
+
+def tiny_pipeline(seed: int = 0, normaliser: Normaliser = RAW) -> TrajectoryPipeline:
+    """Grid 6×5, 48 channels, 4 levels, classes ant, bee and emu."""
+    basis = DctBasis.default()
+    config = ModelConfig(
+        grid=GRID, in_channels=basis.width, num_classes=3, width=16, depth=2, head_depth=1, num_heads=2
+    )
+    torch.manual_seed(seed)
+    model = TrajectoryTransformer(config)
+    for name, parameter in model.named_parameters():
+        if "gate" in name or name == "u_out.weight":  # both start at 0
+            torch.nn.init.normal_(parameter, std=0.3)
+    encoder = {"name": "dct", "grid": list(GRID), "width": basis.width, "decoder": basis.spec()}
+    return TrajectoryPipeline(model, ["ant", "bee", "emu"], encoder, normaliser=normaliser)

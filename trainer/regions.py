@@ -1,0 +1,88 @@
+"""Regions of generated canvases: a network makes features, not ids, so its regions have to be found.
+
+    L levels (coarse → fine), H×W grid, N = H·W tokens, C channels
+
+Level ℓ < L−1 is divided by Ward's linkage of its own tokens, cut at `CUT` of the tree's greatest height but into at
+most 2·4^ℓ regions (2, 8, 32). On canvases of teachers this finds the teacher's regions: tokens of one region are
+equal there and merge at height 0. On blurred canvases, where no cut is right, the most stands in for it. Every level
+is divided without a look at the others, so that whether levels nest is something that can be measured.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import Tensor
+
+from hierarchy_builder.records import MAX_REGIONS
+from trainer.errors import UsageError
+
+CUT = 0.02
+"""On 32 teachers of photographs (`dct`): adjusted Rand index 1.00, 0.999 and 1.00 on levels 0 to 2 at 0.005 to 0.02,
+0.965 on level 2 at 0.05."""
+SAME = 1e-6
+"""Spread of tokens, relative to their size, below which they all count as equal."""
+
+
+def extract_regions(levels: Tensor) -> Tensor:
+    """Region ids of all levels but the last: float [L, H, W, C] → uint8 [L−1, H, W].
+
+    Ids are dense. Level 0: 1 is the object, the region whose tokens are nearer to the centre on average, 0 the rest.
+    Finer levels: 0 is the region with most tokens of the background, others count from 1 in order of first token
+    (row-major). A canvas whose tokens are all equal is one region.
+    Raises UsageError for another shape, or a canvas that is not finite.
+    """
+    if levels.ndim != 4 or len(levels) < 2:
+        raise UsageError(
+            f"levels have shape {tuple(levels.shape)}, expected [L, H, W, C] with L of 2 or more"
+        )
+    if not torch.isfinite(levels).all():
+        raise UsageError("levels hold NaN or infinity, which belong to no region")
+    canvases = levels.detach().cpu().double().numpy()
+    found = [_object(_clusters(canvases[0], 2))]
+    for level, canvas in enumerate(canvases[1:-1], start=1):
+        found.append(_numbered(_clusters(canvas, max_regions(level)), found[0] == 0))
+    return torch.from_numpy(np.stack(found).astype(np.uint8))
+
+
+def max_regions(level: int) -> int:
+    """Most regions level `level` is divided into: 2, 8, 32, …, as many as ids allow."""
+    return min(2 * 4**level, MAX_REGIONS)
+
+
+def _clusters(canvas_HWC: np.ndarray, most: int) -> np.ndarray:
+    """Cluster of each token, int [H, W] from 0."""
+    tokens_NC = canvas_HWC.reshape(-1, canvas_HWC.shape[-1])
+    centred = tokens_NC - tokens_NC.mean(axis=0)
+    if np.abs(centred).max() <= SAME * np.abs(tokens_NC).max():
+        return np.zeros(canvas_HWC.shape[:2], dtype=np.int64)
+    tree = linkage(centred, method="ward")
+    count = min(most, 1 + int((tree[:, 2] > CUT * tree[-1, 2]).sum()))
+    return fcluster(tree, count, criterion="maxclust").reshape(canvas_HWC.shape[:2]) - 1
+
+
+def _object(clusters: np.ndarray) -> np.ndarray:
+    """1 where the cluster nearer to the centre is, else 0; all 1 where there is one cluster."""
+    height, width = clusters.shape
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    away = np.hypot(y, x).ravel()
+    mean = np.bincount(clusters.ravel(), weights=away) / np.bincount(clusters.ravel())
+    return (clusters == mean.argmin()).astype(np.int64)
+
+
+def _numbered(clusters: np.ndarray, is_background: np.ndarray) -> np.ndarray:
+    """Ids by the rule of `extract_regions`."""
+    flat = clusters.ravel()
+    _, first, flat = np.unique(flat, return_index=True, return_inverse=True)
+    order = [int(cluster) for cluster in np.argsort(first)]
+    if is_background.any():
+        behind = int(np.bincount(flat[is_background.ravel()], minlength=len(order)).argmax())
+        order.remove(behind)
+        order.insert(0, behind)
+        start = 0
+    else:
+        start = 1
+    ids = np.empty(len(order), dtype=np.int64)
+    ids[order] = np.arange(start, start + len(order))
+    return ids[flat].reshape(clusters.shape)

@@ -1,0 +1,188 @@
+"""Which tokens of which level: what an edit acts on.
+
+    H×W grid of tokens, C channels
+
+Canvases of different levels share a grid, so tokens chosen on one level would silently fit another. A selection
+therefore remembers its level, and whatever joins or applies it at another level refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Selection:
+    """Tokens of one level; joined by `|`, `&`, `-`, inverted by `~`."""
+
+    mask: Tensor
+    """bool [H, W] on the CPU."""
+    level: int
+
+    def __post_init__(self) -> None:
+        if self.mask.ndim != 2 or self.mask.dtype != torch.bool:
+            raise UsageError(
+                f"mask is {self.mask.dtype} {tuple(self.mask.shape)}, expected bool [H, W]; a painted picture "
+                "enters by Selection.from_painting"
+            )
+        if self.level < 0:
+            raise UsageError(f"level {self.level}, expected 0 or more")
+
+    @classmethod
+    def from_coordinates(
+        cls, coordinates: Iterable[Sequence[int]], *, grid: tuple[int, int], level: int
+    ) -> Selection:
+        """Tokens at (row, column) pairs, counted from 0 at the top left. Raises UsageError outside the grid."""
+        mask = torch.zeros(grid, dtype=torch.bool)
+        for row, column in coordinates:
+            if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+                raise UsageError(
+                    f"token ({row}, {column}) lies outside the grid of {grid[0]} rows and {grid[1]} columns, from 0"
+                )
+            mask[row, column] = True
+        return cls(mask=mask, level=level)
+
+    @classmethod
+    def from_painting(
+        cls, painting: np.ndarray | Tensor, *, grid: tuple[int, int], level: int, share: float = 0.5
+    ) -> Selection:
+        """Tokens of which at least `share` is painted.
+
+        painting: [h, w] of any size, painted where not 0; or [h, w, 4], painted where alpha is not 0. The whole
+        painting is laid over the whole grid.
+        """
+        painted = torch.as_tensor(np.asarray(painting))
+        if painted.ndim == 3 and painted.shape[2] == 4:
+            painted = painted[..., 3]
+        if painted.ndim != 2 or 0 in painted.shape:
+            raise UsageError(f"painting has shape {tuple(painted.shape)}, expected [h, w] or RGBA [h, w, 4]")
+        covered = F.adaptive_avg_pool2d((painted != 0).double()[None, None], grid)[0, 0]
+        return cls(mask=(covered >= share) & (covered > 0), level=level)
+
+    @classmethod
+    def from_region(cls, regions: Tensor, region: int | Sequence[int], *, level: int) -> Selection:
+        """Tokens of one region, or of several. regions: integer [H, W], ids of that level.
+
+        Raises UsageError naming the ids there are.
+        """
+        wanted = [region] if isinstance(region, int) else list(region)
+        there = regions.unique().tolist()
+        for each in wanted:
+            if each not in there:
+                raise UsageError(f"level {level} has no region {each}, only {_ranges(there)}")
+        return cls(mask=torch.isin(regions.cpu(), torch.tensor(wanted)), level=level)
+
+    @classmethod
+    def from_neighbours(
+        cls, canvas: Tensor, token: Sequence[int], *, level: int, cosine: float = 0.9, connected: bool = False
+    ) -> Selection:
+        """Tokens whose feature has a cosine of at least `cosine` with that of the token at (row, column).
+
+        canvas: float [H, W, C] of that level. connected: only those that reach the token over others (4 neighbours).
+        """
+        start = cls.from_coordinates([token], grid=(canvas.shape[0], canvas.shape[1]), level=level)
+        features = F.normalize(canvas.cpu().double(), dim=-1)
+        alike = cls(mask=((features @ features[start.mask][0]) >= cosine) | start.mask, level=level)
+        if not connected:
+            return alike
+        reached = start
+        while (wider := reached.grow() & alike).count > reached.count:
+            reached = wider
+        return reached
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+    @property
+    def count(self) -> int:
+        """Tokens selected."""
+        return int(self.mask.sum())
+
+    @property
+    def tokens(self) -> list[int]:
+        """Row-major numbers of the selected tokens, rising."""
+        return self.mask.flatten().nonzero()[:, 0].tolist()
+
+    def __or__(self, other: Selection) -> Selection:
+        return Selection(mask=self.mask | self._fitting(other), level=self.level)
+
+    def __and__(self, other: Selection) -> Selection:
+        return Selection(mask=self.mask & self._fitting(other), level=self.level)
+
+    def __sub__(self, other: Selection) -> Selection:
+        return Selection(mask=self.mask & ~self._fitting(other), level=self.level)
+
+    def __invert__(self) -> Selection:
+        return Selection(mask=~self.mask, level=self.level)
+
+    def grow(self, steps: int = 1) -> Selection:
+        """With the tokens that touch it by a side, `steps` times."""
+        mask = self.mask
+        for _ in range(steps):
+            padded = F.pad(mask, (1, 1, 1, 1))
+            mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+        return Selection(mask=mask, level=self.level)
+
+    def shrink(self, steps: int = 1) -> Selection:
+        """Without the tokens that touch others by a side, `steps` times; the edge of the grid is no border."""
+        return ~(~self).grow(steps)
+
+    def at(self, level: int) -> Selection:
+        """The same tokens of another level, on purpose."""
+        return Selection(mask=self.mask, level=level)
+
+    def require(self, grid: tuple[int, int], level: int) -> None:
+        """Raise UsageError unless there are tokens, of this grid and level."""
+        if self.level != level:
+            raise UsageError(
+                f"the selection is of level {self.level}, the edit of level {level}: select there, or take the same "
+                f"tokens with selection.at({level})"
+            )
+        if self.grid != grid:
+            raise UsageError(f"the selection has a grid of {self.grid}, the canvas of {grid}")
+        if not self.count:
+            raise UsageError(
+                f"nothing is selected on level {level}: click a token, paint, or name a region, then edit"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: `from_json` reads it back."""
+        return {"level": self.level, "grid": list(self.grid), "tokens": self.tokens}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Selection:
+        """What `to_json` wrote. Raises UsageError."""
+        try:
+            height, width = content["grid"]
+            mask = torch.zeros(height * width, dtype=torch.bool)
+            mask[torch.tensor(content["tokens"], dtype=torch.int64)] = True
+            return cls(mask=mask.view(height, width), level=int(content["level"]))
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise UsageError(f"not a selection, expected level, grid and tokens: {error!r}") from None
+
+    def _fitting(self, other: Selection) -> Tensor:
+        if other.level != self.level:
+            raise UsageError(
+                f"selections of levels {self.level} and {other.level} cannot be joined: select on one level, or take "
+                f"the same tokens with selection.at({self.level})"
+            )
+        if other.grid != self.grid:
+            raise UsageError(f"selections of grids {self.grid} and {other.grid} cannot be joined")
+        return other.mask
+
+
+def _ranges(ids: list[int]) -> str:
+    """Rising ids as text: 0 to 5, or 0, 2, 7."""
+    is_dense = len(ids) > 2 and ids[-1] - ids[0] == len(ids) - 1
+    return f"{ids[0]} to {ids[-1]}" if is_dense else ", ".join(map(str, ids))

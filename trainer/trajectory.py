@@ -1,0 +1,285 @@
+"""One image from noise to raw tokens, every level in between, and what was done to it since.
+
+    L levels (coarse → fine), H×W grid of tokens, C channels, h×w pixels
+
+A trajectory is never changed in place: edits, resuming and undoing return another one. Level ℓ depends on level ℓ−1
+alone, so levels before an edited one keep their bits, and those after it show the edit once they are drawn again
+(`resume`). What a step replaced is kept with the trajectory, so undoing is exact and needs no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.decode import decoder_from_spec, to_uint8
+from trainer.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.regions import extract_regions
+from trainer.selection import Selection
+
+Decoder = Callable[[Tensor], Tensor]
+"""[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""
+Seeds = int | Sequence[int] | Mapping[int, int] | None
+"""Of levels to draw again: None their own, a number for all of them, one each, or some by level."""
+FORMAT_VERSION = "1"
+"""Version of a trajectory file; readers refuse another."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Trajectory:
+    """The canvas of every level of one image, and what they were made from."""
+
+    levels: Tensor
+    """float32 [L, H, W, C] on the CPU, coarse → fine, in units of the encoder's features."""
+    label: int
+    class_name: str
+    seeds: tuple[int, ...]
+    """Noise seed of each level; level l takes slice l of the noise of its seed."""
+    num_steps: int = 1
+    """Network evaluations per level."""
+    guidance: tuple[float, float, float] | None = None
+    """Guidance scale omega and the interval of t it acts in."""
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """Description of the encoder whose features the levels are."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What it started from: empty for noise, else the photograph."""
+    model: dict[str, str] = field(default_factory=dict)
+    """Checkpoint folder and weight average that draw its levels; in a file the folder is relative to it."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What was done, in order, as plain data; empty for a fresh sample."""
+    replaced: list[Tensor] = field(default_factory=list)
+    """Levels that each entry of `history` replaced, as they were before it: float32 [l, H, W, C]."""
+    decoder: Decoder | None = None
+    """Turns canvases into pixels; not saved."""
+    sampler: Callable[[Trajectory, int, tuple[int, ...]], Tensor] | None = None
+    """(trajectory, level, seeds of all levels) → canvases after that level; of the pipeline, not saved."""
+
+    @property
+    def num_levels(self) -> int:
+        """L."""
+        return len(self.levels)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.levels.shape[1], self.levels.shape[2]
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether `decode` has a decoder."""
+        return self.decoder is not None or bool(self.encoder.get("decoder"))
+
+    @torch.no_grad()
+    def decode(self) -> np.ndarray:
+        """Every level as a picture: uint8 [L, h, w, 3]. Raises TrainerError without a decoder."""
+        decoder = self.decoder or decoder_from_spec(self.encoder.get("decoder"))
+        if decoder is None:
+            raise TrainerError(
+                f"features of encoder {self.encoder.get('name', 'unknown')!r} have no decoder of their own; "
+                "pass decoder=FOLDER (an RAE decoder) to from_pretrained, or --decoder FOLDER"
+            )
+        return to_uint8(decoder(self.levels)).cpu().numpy()
+
+    def regions(self) -> Tensor:
+        """Region ids found in the canvases, uint8 [L, H, W]; the last level repeats those before it.
+
+        See `trainer.regions.extract_regions`; tokens of the last level are no regions of their own.
+        """
+        found = extract_regions(self.levels)
+        return torch.cat([found, found[-1:]])
+
+    def region(self, region: int | Sequence[int], *, level: int) -> Selection:
+        """The tokens of a region of `regions()`, or of several. Raises UsageError naming those there are."""
+        return Selection.from_region(self.regions()[self._level(level)], region, level=level)
+
+    def neighbours(
+        self, token: Sequence[int], *, level: int, cosine: float = 0.9, connected: bool = False
+    ) -> Selection:
+        """Tokens of a level that resemble the one at (row, column), see `Selection.from_neighbours`."""
+        canvas = self.levels[self._level(level)]
+        return Selection.from_neighbours(canvas, token, level=level, cosine=cosine, connected=connected)
+
+    def mean_of(self, selection: Selection) -> Source:
+        """The mean of tokens of this trajectory, as a source for edits of any trajectory."""
+        return mean_of(self.levels[self._level(selection.level)], selection)
+
+    def tokens_of(self, selection: Selection) -> Source:
+        """Tokens of this trajectory one by one, as a source for edits of any trajectory."""
+        return tokens_of(self.levels[self._level(selection.level)], selection)
+
+    def edit_features(
+        self,
+        selection: Selection,
+        source: Source | Tensor,
+        strength: float = 1.0,
+        *,
+        level: int | None = None,
+    ) -> Trajectory:
+        """Replace the features of the selected tokens, on their level; `resume` then draws those after it.
+
+        source: of `mean_of` or `tokens_of` of any trajectory, `trainer.edit.prototype`, or features [C], one for each
+        token [n, C], or a canvas [H, W, C]. strength: 0 none, 1 the source itself. level: where the edit is meant to
+        act; a selection of another level is refused.
+        Raises UsageError for a selection that is empty or of another level or grid, or a source that does not fit.
+        """
+        at = self._require(selection, level)
+        source = as_source(source, selection)
+        canvas = replace_features(self.levels[at], selection, source, strength)
+        note = {
+            "edit": "features",
+            "level": at,
+            "tokens": selection.tokens,
+            "strength": strength,
+            "from": dict(source.note),
+        }
+        return self._stepped(at, canvas[None], note)
+
+    def edit_shape(
+        self, selection: Selection, region: int | None = None, *, level: int | None = None
+    ) -> Trajectory:
+        """Move the selected tokens to a region of their level, whose mean they take; `resume` draws those after it.
+
+        region: an id of `regions()` on that level; None moves each token to the neighbouring region. Arguments and
+        errors otherwise as for `edit_features`, see also `trainer.edit.move_tokens`.
+        """
+        at = self._require(selection, level)
+        canvas, _ = move_tokens(self.levels[at], self.regions()[at], selection, region)
+        note = {"edit": "shape", "level": at, "tokens": selection.tokens, "region": region}
+        return self._stepped(at, canvas[None], note)
+
+    def grow_region(self, region: int, *, level: int, steps: int = 1) -> Trajectory:
+        """Give a region the tokens around it, `steps` deep. Raises as `edit_shape`."""
+        inside = self.region(region, level=level)
+        return self.edit_shape(inside.grow(steps) - inside, region)
+
+    def shrink_region(self, region: int, *, level: int, steps: int = 1) -> Trajectory:
+        """Give a region's outermost tokens, `steps` deep, to the regions beside them. Raises as `edit_shape`."""
+        inside = self.region(region, level=level)
+        return self.edit_shape(inside - inside.shrink(steps))
+
+    def resume(self, from_level: int, seeds: Seeds = None) -> Trajectory:
+        """Keep levels 0 … from_level bit for bit and draw the ones after it again.
+
+        seeds: None draws them from the noise they had; a number, one for each of them, or a mapping level → seed
+        takes other noise. Raises UsageError for another level or seeds that do not fit, TrainerError without a model.
+        """
+        at = self._level(from_level)
+        chosen = self._seeds(at, seeds)
+        if self.sampler is None:
+            raise TrainerError(
+                "no model to resume with: take the trajectory from a pipeline, or pipe.adopt it"
+            )
+        note = {"edit": "resume", "level": at, "seeds": list(chosen)}
+        return self._stepped(at + 1, self.sampler(self, at, chosen), note, chosen)
+
+    def undo(self) -> Trajectory:
+        """As it was before the last edit or resume, bit for bit. Raises UsageError where there is none to undo."""
+        if not self.replaced:
+            raise UsageError("nothing to undo: the trajectory is as it was first made")
+        number = max(n for n, entry in enumerate(self.history) if "first_level" in entry)
+        last, before = self.history[number], self.replaced[-1]
+        start = last["first_level"]
+        levels = torch.cat([self.levels[:start], before, self.levels[start + len(before) :]])
+        return dataclasses.replace(
+            self,
+            levels=levels,
+            seeds=tuple(last["seeds_before"]),
+            history=self.history[:number],
+            replaced=self.replaced[:-1],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: levels, seeds and what edits replaced as tensors, the rest as JSON beside them."""
+        path = Path(path)
+        entries = {name: getattr(self, name) for name in ENTRIES}
+        if folder := self.model.get("folder"):
+            entries["model"] = {**self.model, "folder": os.path.relpath(folder, path.resolve().parent)}
+        metadata = {name: json.dumps(value) for name, value in entries.items()}
+        replaced = {f"replaced.{number}": tensor.contiguous() for number, tensor in enumerate(self.replaced)}
+        tensors = {"levels": self.levels.contiguous(), "seeds": torch.tensor(self.seeds), **replaced}
+        partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        save_file(tensors, partial, {"format_version": FORMAT_VERSION, **metadata})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectory:
+        """Read what `save` wrote. Raises TrainerError if it is not a trajectory, MismatchError for its version."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = metadata.pop("format_version")
+            entries = {name: json.loads(value) for name, value in metadata.items()}
+            if found != FORMAT_VERSION:
+                raise MismatchError(f"{path}: trajectory format {found}, this program reads {FORMAT_VERSION}")
+            guidance = entries.pop("guidance")
+            if folder := entries.get("model", {}).get("folder"):
+                entries["model"]["folder"] = str((Path(path).resolve().parent / folder).resolve())
+            return cls(
+                levels=tensors["levels"],
+                seeds=tuple(tensors["seeds"].tolist()),
+                guidance=None if guidance is None else tuple(guidance),
+                replaced=[tensors[f"replaced.{number}"] for number in range(len(tensors) - 2)],
+                **entries,
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise TrainerError(f"{path} is not a trajectory: {error}") from None
+
+    def _level(self, level: int) -> int:
+        if not 0 <= level < self.num_levels:
+            raise UsageError(f"level {level}, expected 0 to {self.num_levels - 1}")
+        return level
+
+    def _require(self, selection: Selection, level: int | None) -> int:
+        at = self._level(selection.level if level is None else level)
+        selection.require(self.grid, at)
+        return at
+
+    def _seeds(self, level: int, seeds: Seeds) -> tuple[int, ...]:
+        """Seeds of all levels, new ones after `level`."""
+        after = range(level + 1, self.num_levels)
+        if seeds is None:
+            chosen: Mapping[int, int] = {}
+        elif isinstance(seeds, int):
+            chosen = dict.fromkeys(after, seeds)
+        elif isinstance(seeds, Mapping):
+            chosen = seeds
+        elif len(seeds) == len(after):
+            chosen = dict(zip(after, seeds, strict=True))
+        else:
+            raise UsageError(
+                f"{len(seeds)} seeds for {len(after)} levels after level {level}, expected one each"
+            )
+        if wrong := sorted(set(chosen) - set(after)):
+            raise UsageError(f"a seed for level {wrong[0]}, which is kept: levels after {level} are drawn")
+        return tuple(chosen.get(number, seed) for number, seed in enumerate(self.seeds))
+
+    def _stepped(
+        self, start: int, levels: Tensor, note: dict[str, Any], seeds: tuple[int, ...] | None = None
+    ) -> Trajectory:
+        """With `levels` from level `start` on, and one more entry in the history."""
+        stop = start + len(levels)
+        entry = {**note, "first_level": start, "seeds_before": list(self.seeds)}
+        return dataclasses.replace(
+            self,
+            levels=torch.cat([self.levels[:start], levels, self.levels[stop:]]),
+            seeds=self.seeds if seeds is None else seeds,
+            history=[*self.history, entry],
+            replaced=[*self.replaced, self.levels[start:stop]],
+        )
+
+
+ENTRIES = ("label", "class_name", "num_steps", "guidance", "encoder", "origin", "model", "history")
+"""Fields that a file holds as JSON."""
