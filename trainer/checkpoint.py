@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,6 @@ def save_checkpoint(
 
     averages: weights by half-life, for example {"500": {...}}.
     """
-    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    if partial.exists():  # of a process that was killed; in containers ids come again
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     tensors, state.optimizer = optimizer_tensors(optimizer)
     files = {
         MODEL: dict(model.state_dict()),
@@ -88,7 +84,16 @@ def save_checkpoint(
         NORMALISER: {"mean": normaliser.mean, "std": normaliser.std},
     }
     files.update({f"ema-{name}.safetensors": dict(weights) for name, weights in averages.items()})
-    for name, content in files.items():
+    write_folder(target, state, files.items())
+
+
+def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
+    """Write the checkpoint folder `target` from tensors by file name, one file in memory at a time."""
+    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    if partial.exists():  # of a process that was killed; in containers ids come again
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    for name, content in files:
         data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
         state.files[name] = len(data)
         _write(partial / name, data)

@@ -196,6 +196,37 @@ def report(
 
 
 @app.command()
+def import_official(
+    file: Annotated[Path, typer.Argument(help="Checkpoint file of the authors' release.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write; sample from it, or train on in it.")],
+    ema: Annotated[str | None, typer.Option(help="Half-life in kimg of the average to sample from.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Its config.json. Default: beside FILE or in the folder above.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Encoder whose features it was trained on.")
+    ] = "dinov2-reg-base",
+    as_json: AsJson = False,
+) -> None:
+    """Checkpoint of the release → run folder, with all averages and the optimiser."""
+    from trainer.exchange import import_official as convert
+
+    _print(convert(file, out, config, ema, encoder), as_json)
+
+
+@app.command()
+def export_official(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder of checkpoint_<step> and config.json.")],
+    as_json: AsJson = False,
+) -> None:
+    """Run folder → checkpoint of the release; what was imported comes out equal."""
+    from trainer.exchange import export_official as convert
+
+    _print(convert(run, out), as_json)
+
+
+@app.command()
 def presets(as_json: AsJson = False) -> None:
     """Named configurations; with --json every field of each."""
     if as_json:

@@ -3,7 +3,7 @@
 A checkpoint is one msgpack map: step, params, ema_params {"500", "1000", "2000"}, opt_state. Arrays are extension
 type 1 holding (shape, dtype name, bytes); larger ones are cut into chunks. Dense kernels lie [in, out] there and
 [out, in] here; every other array has the same shape on both sides. The file is streamed and only the weights
-asked for are decoded, so memory stays near the size of one network.
+asked for are decoded, and written one array after the other, so memory stays near the size of one network.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,12 +20,14 @@ import msgpack
 import torch
 from torch import Tensor
 
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, checked
 from trainer.errors import MismatchError, UsageError
 from trainer.model import TrajectoryTransformer
 
 NDARRAY_EXTENSION = 1
 CHUNKED = "__msgpack_chunked_array__"
+AVERAGE = "ema_params/"
+"""What the names of weight averages begin with."""
 CHUNK_BYTES = 2**30
 """Flax cuts arrays larger than this."""
 DTYPES = {
@@ -33,6 +35,7 @@ DTYPES = {
     "float64": torch.float64,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
 }
 
 SIZES = {"B": (768, 16, 12), "L": (1024, 32, 16), "H": (1280, 48, 16)}
@@ -98,14 +101,22 @@ def load_checkpoint(
     if the file is damaged, holds no such average, or its arrays do not fit the configuration.
     """
     model = TrajectoryTransformer(config if isinstance(config, ModelConfig) else read_config(config))
-    with open(path, "rb") as file:
-        arrays = _read_weights(file, path, ema)
+    names = []
+    for name, arrays in read_parts(path, part_name(ema).__eq__):
+        if arrays is not None:
+            model.load_state_dict(from_official(model, arrays, path))
+            return model.eval()
+        names.append(name)
+    raise missing_weights(names, path, ema)
+
+
+def from_official(
+    model: TrajectoryTransformer, arrays: Mapping[str, Tensor], path: object
+) -> dict[str, Tensor]:
+    """Weights under our names from arrays by the release's paths. Raises MismatchError unless they fit the model."""
     _check_shapes(model, arrays, path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            array = arrays[official_name(name)]
-            parameter.copy_(array.mT if array.ndim == 2 else array)
-    return model.eval()
+    found = {name: arrays[official_name(name)] for name, _ in model.named_parameters()}
+    return {name: array.mT if array.ndim == 2 else array for name, array in found.items()}
 
 
 def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConfig:
@@ -113,7 +124,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConf
 
     Raises UsageError if a size is missing, or if the network would lack a part that ours always has.
     """
-    given: Mapping[str, Any] = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    given = config if isinstance(config, Mapping) else read_json(Path(config))
     for switch in ("use_level_cond", "use_prev_cond", "use_token_embed"):
         if not given.get(switch, True):
             raise UsageError(f"{switch} is false; only networks with all conditioning inputs can be read")
@@ -128,7 +139,20 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConf
     missing |= {CONFIG_NAMES[name] for name in ("width", "depth", "num_heads") if name not in fields}
     if missing:
         raise UsageError(f"configuration of the checkpoint lacks {', '.join(sorted(missing))}")
-    return ModelConfig(grid=(given["input_size"], given["input_size"]), **fields)
+    fields["grid"] = (given["input_size"], given["input_size"])
+    where = "configuration of the checkpoint" if isinstance(config, Mapping) else str(config)
+    return checked(ModelConfig, fields, where)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a configuration file of the release. Raises UsageError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"configuration {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"configuration {path}: found {type(content).__name__}, expected fields by name")
+    return content
 
 
 def save_checkpoint(
@@ -144,15 +168,32 @@ def save_checkpoint(
     `normalise` other than none, keep the run's normaliser.safetensors beside the file and pass it to
     `sample_levels`. The file appears under its name only when complete.
     """
-    weights = {"params": _to_official(dict(model.named_parameters()))}
-    ema = {halflife: _to_official(average) for halflife, average in (averages or {}).items()}
+    write_checkpoint(
+        path,
+        {
+            "step": step,
+            "params": to_official(dict(model.named_parameters())),
+            "ema_params": {halflife: to_official(average) for halflife, average in (averages or {}).items()},
+        },
+    )
+
+
+def write_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
+    """Write a checkpoint file of the release from its parts, nested maps of tensors and plain values.
+
+    A function among them is called for what stands there when its turn comes, so that only one part need be in
+    memory. The file appears under its name only when complete.
+    """
     target = Path(path)
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    with open(partial, "wb") as file:
-        msgpack.pack({"step": step, **weights, "ema_params": ema}, file, default=_encode)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
+    try:
+        with open(partial, "wb") as file:
+            _pack(file, parts, msgpack.Packer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def official_name(name: str) -> str:
@@ -172,35 +213,57 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
     return {"input_size": config.grid[0]} | {theirs: fields[ours] for ours, theirs in CONFIG_NAMES.items()}
 
 
-def _read_weights(file: BinaryIO, path: object, ema: int | None) -> dict[str, Tensor]:
-    """Every array of params, or of one average, by path; everything else in the file is stepped over."""
-    unpacker = msgpack.Unpacker(file, raw=False, max_buffer_size=0, strict_map_key=False)
-    try:
-        if _skip_to(unpacker, "params" if ema is None else "ema_params") is not None:
-            raise MismatchError(f"{path} is not a checkpoint of the release: it holds no weights")
-        if ema is not None and (passed := _skip_to(unpacker, str(ema))) is not None:
-            there = ", ".join(passed) or "none"
+def read_parts(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Any]]:
+    """Name and content of each part of a checkpoint file, in its order: `step`, `params`, `ema_params/500`, …
+
+    Arrays come as tensors by their path in the part. Parts that are not `wanted` are stepped over: None.
+    Raises MismatchError if the file is damaged or not a checkpoint of the release.
+    """
+    with open(path, "rb") as file:
+        try:
+            yield from _parts(file, wanted)
+        except (RuntimeError, msgpack.UnpackException, ValueError) as error:
+            detail = str(error) or type(error).__name__
             raise MismatchError(
-                f"{path} holds no weight average {ema}; it holds: {there} (ema=None takes the raw weights)"
-            )
-        return dict(_flatten(unpacker.unpack()))
-    except (RuntimeError, msgpack.UnpackException, ValueError) as error:
-        detail = str(error) or type(error).__name__
-        raise MismatchError(
-            f"{path} is truncated or not a checkpoint of the release ({detail}): copy it again"
-        ) from None
+                f"{path} is truncated or not a checkpoint of the release ({detail}): copy it again"
+            ) from None
 
 
-def _skip_to(unpacker: msgpack.Unpacker, wanted: str) -> list[str] | None:
-    """Enter the map that comes next and stop before the value of `wanted`; else return the keys it has."""
-    passed = []
+def part_name(ema: int | str | None) -> str:
+    """The part that holds one weight average, or the raw weights for None."""
+    return "params" if ema is None else f"{AVERAGE}{ema}"
+
+
+def missing_weights(names: Iterable[str], path: object, ema: int | str | None) -> MismatchError:
+    """What to raise for a file of parts `names` that lacks the weights asked for: lists those there."""
+    there = [name.removeprefix(AVERAGE) for name in names if name.startswith(AVERAGE)]
+    if ema is None or not (there or "params" in names):
+        return MismatchError(f"{path} is not a checkpoint of the release: it holds no weights")
+    return MismatchError(
+        f"{path} holds no weight average {ema}; it holds: {', '.join(there) or 'none'} "
+        "(ema=None takes the raw weights)"
+    )
+
+
+def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
+    unpacker = msgpack.Unpacker(file, raw=False, max_buffer_size=0, strict_map_key=False)
+    for part in _keys(unpacker):
+        names = (f"{AVERAGE}{halflife}" for halflife in _keys(unpacker)) if part == "ema_params" else [part]
+        for name in names:
+            if wanted(name):
+                content = unpacker.unpack()
+                yield name, content if name == "step" else dict(_flatten({} if content is None else content))
+            else:
+                unpacker.skip()
+                yield name, None
+
+
+def _keys(unpacker: msgpack.Unpacker) -> Iterator[str]:
+    """Keys of the map that comes next; whoever takes one reads its value before the next."""
     for _ in range(unpacker.read_map_header()):
-        key = str(unpacker.unpack())
-        if key == wanted:
-            return None
-        passed.append(key)
-        unpacker.skip()
-    return passed
+        yield str(unpacker.unpack())
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -224,8 +287,23 @@ def _array(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(shape)
 
 
+def _pack(file: BinaryIO, content: Any, packer: msgpack.Packer) -> None:
+    """Write nested maps array by array."""
+    if callable(content):
+        content = content()
+    if isinstance(content, Tensor):
+        content = _encode(content)
+    if isinstance(content, Mapping):
+        file.write(packer.pack_map_header(len(content)))
+        for key, value in content.items():
+            file.write(packer.pack(key))
+            _pack(file, value, packer)
+    else:
+        file.write(packer.pack(content))
+
+
 def _encode(tensor: Tensor) -> Any:
-    """A tensor as flax writes it."""
+    """A tensor as flax writes it; a large one as the map of its chunks."""
     if tensor.nbytes > CHUNK_BYTES:
         parts = tensor.flatten().split(CHUNK_BYTES // tensor.element_size())
         return {CHUNKED: True, "shape": _numbered(tensor.shape), "chunks": _numbered(parts)}
@@ -238,16 +316,18 @@ def _numbered(values: Iterable[Any]) -> dict[str, Any]:
     return {str(i): value for i, value in enumerate(values)}
 
 
-def _to_official(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Nested maps of CPU tensors under the release's names."""
+def to_official(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested maps of CPU tensors under the release's names; what is no tensor stays as it is."""
     tree: dict[str, Any] = {}
     for name, tensor in weights.items():
         *folders, leaf = official_name(name).split("/")
         branch = tree
         for folder in folders:
             branch = branch.setdefault(folder, {})
-        tensor = tensor.detach().cpu()
-        branch[leaf] = tensor.mT if tensor.ndim == 2 else tensor
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach().cpu()
+            tensor = tensor.mT if tensor.ndim == 2 else tensor
+        branch[leaf] = tensor
     return tree
 
 

@@ -72,13 +72,18 @@ def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any], kind: ty
     rows = [
         f"  {name}: {before.get(name)!r} there, {wanted.get(name)!r} now"
         for name in sorted(before.keys() | wanted.keys())
-        if before.get(name) != wanted.get(name)
+        if before.get(name) != wanted.get(name) and not _is_unknown(name, before)
     ]
     if rows:
         differing = "\n".join(rows)
         raise MismatchError(
             f"{where} was made with another configuration; use the same one or another folder\n{differing}"
         )
+
+
+def _is_unknown(name: str, before: dict[str, Any]) -> bool:
+    """Whether a checkpoint that was imported says nothing about this property of its shards."""
+    return name.startswith("shards.") and before.get(name) is None
 
 
 def _identity(config: Any, shards: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class OpenTar:
 
     def read_into(self, buffers: list[np.ndarray], offset: int) -> int:
         """Fill one uint8 buffer after the other from `offset`; returns the number of bytes there were."""
-        return os.preadv(self._file.fileno(), buffers, offset)
+        return os.preadv(self._file.fileno(), [buffer.data for buffer in buffers], offset)
 
 
 def local_path(url: str, entry: ShardEntry, cache: str) -> str:

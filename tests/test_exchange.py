@@ -1,0 +1,175 @@
+"""Checkpoints of the release become run folders that sample and train on, and become equal files again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
+from test_official import golden  # noqa: F401
+from test_trainer_cli import SETTINGS, call
+
+from trainer import checkpoint as saved
+from trainer.config import ModelConfig
+from trainer.exchange import export_official, import_official
+from trainer.model import TrajectoryTransformer
+from trainer.official import load_checkpoint, official_config, save_checkpoint
+from trainer.pipeline import TrajectoryPipeline
+from trainer.sample import level_noise, sample_levels
+
+
+def content(file: Path) -> Any:
+    return msgpack.unpackb(file.read_bytes(), raw=False, strict_map_key=False)
+
+
+def official_file(folder: Path, **fields: Any) -> Path:
+    """A checkpoint file of the release for the shards of the tests, with its configuration beside it."""
+    shape: dict[str, Any] = {
+        "grid": GRID,
+        "in_channels": WIDTH,
+        "num_classes": len(CLASS_NAMES),
+        "num_levels": NUM_LEVELS,
+    }
+    config = ModelConfig(**shape, width=16, depth=2, head_depth=1, num_heads=2, **fields)
+    torch.manual_seed(0)
+    model = TrajectoryTransformer(config)
+    average = {name: p + 1 for name, p in model.named_parameters()}
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(model, folder / "checkpoint_5", averages={"500": average, "1000": average}, step=5)
+    (folder / "config.json").write_text(json.dumps(official_config(config)))
+    return folder / "checkpoint_5"
+
+
+def test_a_round_trip_is_exact(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+    file = golden / "flax" / "checkpoint_1234"
+    held = import_official(file, tmp_path / "run", ema="1000")
+    assert (held["step"], held["images_seen"], held["averages"]) == (
+        1234,
+        1234 * 1024,
+        ["1000", "500", "2000"],
+    )
+    written = export_official(tmp_path / "run", tmp_path / "back")
+    assert content(Path(written["file"])) == content(file)  # weights, averages, optimiser and step
+    given, back = (json.loads((f / "config.json").read_text()) for f in (golden, tmp_path / "back"))
+    assert {name: back[name] for name in back} == {name: given[name] for name in back}
+
+
+def test_an_imported_folder_samples_with_the_average_asked_for(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+    file = golden / "flax" / "checkpoint_1234"
+    import_official(file, tmp_path / "run", ema="2000")
+    pipe = TrajectoryPipeline.from_pretrained(tmp_path / "run", device="cpu")
+    model = load_checkpoint(file, golden / "config.json", ema=2000)
+    c = model.config
+    noise = level_noise([3], c.num_levels, c.grid, c.in_channels)
+    assert torch.equal(pipe(7, 3).levels, sample_levels(model, torch.tensor([7]), noise)[0])
+
+
+def test_training_goes_on_with_the_optimiser_of_the_file(
+    golden: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
+    folder = saved.find_checkpoint(tmp_path / "run")
+    tensors, state = saved.load_tensors(folder / saved.OPTIMIZER), saved.load_state(folder)
+    opt = content(golden / "flax" / "checkpoint_1234")["opt_state"]["inner_states"]
+    stored = opt["muon"]["inner_state"]["0"]["mu"]["net"]["u_final_layer"]["linear"]["_flax_linear"]["kernel"]
+    shape, _, data = msgpack.unpackb(stored.data, raw=False)
+    expected = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape)
+    assert torch.equal(tensors["momentum/u_out.weight"], expected.mT)
+    assert {name.partition("/")[0] for name in tensors} == {"momentum", "square"}
+    assert [group["step"] for group in state.optimizer] == [0, 0]  # as its counters stand in the file
+
+
+def test_a_run_goes_on_in_the_imported_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, run = official_file(tmp_path / "theirs"), tmp_path / "run"
+    shards = write_shards(tmp_path / "shards", num_samples=1024, per_shard=512)  # one batch of the release
+    assert call("import-official", file, "--out", run, "--ema", "500", "--encoder", "drawn", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["averages"] == ["500", "1000"]
+    more = ["--total-images", 6 * 1024, "--set", "micro_batch_size=256", "--quiet", "--json"]
+    assert call("train", shards, "--out", run, *more) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 6
+    assert call("sample", run, "--labels", "ant", "--seeds", "0", "--out", tmp_path / "samples") == 0
+    # From now on the run has shards of its own.
+    other = write_shards(tmp_path / "other", num_samples=1025, per_shard=513)
+    assert call("train", other, "--out", run, *more) == 5
+    assert "shards.num_samples: 1024 there, 1025 now" in capsys.readouterr().err
+
+
+def test_a_trained_run_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, shards = tmp_path / "run", write_shards(tmp_path / "shards")
+    words = ["--preset", "tiny-cpu", *SETTINGS, "--batch-size", "8", "--total-images", "16", "--quiet"]
+    assert call("train", shards, "--out", run, *words) == 0
+    capsys.readouterr()
+    assert call("export-official", run, "--out", tmp_path / "theirs", "--json") == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["file"] == str(tmp_path / "theirs" / "checkpoint_2")
+    model = load_checkpoint(written["file"], tmp_path / "theirs" / "config.json", ema=None)
+    weights = saved.load_weights(saved.find_checkpoint(run), None)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert call("import-official", written["file"], "--out", tmp_path / "again") == 0
+    first, second = (saved.find_checkpoint(folder) for folder in (run, tmp_path / "again"))
+    for name in (saved.OPTIMIZER, saved.MODEL, "ema-0.05.safetensors"):
+        before, after = saved.load_tensors(first / name), saved.load_tensors(second / name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+
+
+def test_normalised_features_have_no_place_in_the_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = tmp_path / "run", write_shards(tmp_path / "shards")
+    words = ["--preset", "tiny-cpu", *SETTINGS, "--batch-size", "8", "--total-images", "8", "--quiet"]
+    assert call("train", shards, "--out", run, *words, "--set", "normalise=channel") == 0
+    assert call("export-official", run, "--out", tmp_path / "theirs") == 5
+    assert "trained with normalise=channel" in capsys.readouterr().err
+    assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--ema", "750"], 5, "holds no weight average 750; it holds: 500, 1000"),
+        (["--config", "absent.json"], 2, "configuration absent.json"),
+    ],
+)
+def test_import_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    file = official_file(tmp_path / "theirs")
+    assert call("import-official", file, "--out", tmp_path / "run", *words) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_import_refuses_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, run = official_file(tmp_path / "theirs"), tmp_path / "run"
+    config = json.loads((file.parent / "config.json").read_text())
+    for fields, code, message in (
+        ({"hidden_size": 32}, 5, "in_channels 3 and hidden_size 16"),
+        ({"num_classes": 9}, 5, "the checkpoint has num_classes 3"),
+        ({"num_levels": 6}, 5, "the checkpoint has num_levels 4"),
+        ({"num_heads": "many"}, 2, "num_heads"),
+    ):
+        (file.parent / "config.json").write_text(json.dumps(config | fields))
+        assert call("import-official", file, "--out", run) == code
+        assert message in capsys.readouterr().err
+        assert saved.latest_checkpoint(run) is None
+    (file.parent / "config.json").unlink()
+    assert call("import-official", file, "--out", run) == 2
+    assert "found no config.json beside it or in the folder above" in capsys.readouterr().err
+    (file.parent / "config.json").write_text(json.dumps(config))
+    shutil.copy(file, tmp_path / "cut")
+    with open(tmp_path / "cut", "r+b") as cut:
+        cut.truncate(file.stat().st_size - 100)
+    assert (
+        call("import-official", tmp_path / "cut", "--out", run, "--config", file.parent / "config.json") == 5
+    )
+    assert "cut is truncated or not a checkpoint" in capsys.readouterr().err
+    assert call("import-official", file, "--out", run) == 0
+    assert call("import-official", file, "--out", run) == 2
+    assert "holds checkpoints; import into another folder" in capsys.readouterr().err

@@ -1,0 +1,244 @@
+"""Checkpoints of the authors' release ↔ run folders, both ways without loss.
+
+A file of the release becomes a run folder with one checkpoint: raw weights, every weight average, the optimiser and
+the step, so that it can be sampled from and trained on; and such a checkpoint becomes a file again. Parts pass one
+by one, so memory stays near the size of two networks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from trainer import checkpoint as saved
+from trainer import official
+from trainer.config import MethodConfig, ModelConfig, TrainConfig, checked, from_mapping, to_mapping
+from trainer.errors import MismatchError, UsageError
+from trainer.model import TrajectoryTransformer
+from trainer.normalisation import RAW
+from trainer.optim import NEWTON_SCHULZ, MuonAdam
+from trainer.presets import preset
+from trainer.run_folder import CONFIG
+
+CONFIG_FILE = "config.json"
+METHOD_NAMES = {
+    "time_mean": "P_mean",
+    "time_std": "P_std",
+    "time_shift": "time_dist_shift",
+    "uniform_fraction": "tr_uniform_prob",
+    "data_fraction": "data_proportion",
+    "region_weight": "region_var_weight",
+}
+"""Fields of MethodConfig and the release's names for them."""
+STATE = "inner_states/{rule}/inner_state/0"
+"""Where the release's optimiser state keeps what each rule needs."""
+SLOTS = {"muon": {"momentum": "mu"}, "adam": {"momentum": "mu", "square": "nu"}}
+"""Moments by rule: our name and the release's."""
+
+
+def import_official(
+    file: Path,
+    out: Path,
+    config: Path | None = None,
+    ema: str | None = None,
+    encoder: str = "dinov2-reg-base",
+) -> dict[str, Any]:
+    """Write the run folder `out` from a checkpoint file of the release; returns what it holds.
+
+    config: its configuration; else config.json beside the file or in the folder above. ema: half-life in kimg of the
+    weight average that sampling takes; else the first. encoder: name of the encoder whose features it was trained on.
+    Raises UsageError if the configuration is missing or `out` holds checkpoints, MismatchError if the file is damaged,
+    does not fit it, or lacks the average.
+    """
+    given = official.read_json(config or _find_config(file))
+    model_config = official.read_config(given)
+    names = [name for name, _ in official.read_parts(file, lambda name: False)]
+    if official.part_name(ema) not in names:
+        raise official.missing_weights(names, file, ema)
+    halflives = [name.removeprefix(official.AVERAGE) for name in names if name.startswith(official.AVERAGE)]
+    halflives.sort(key=lambda name: name != ema)
+    train_config = _train_config(model_config, given, halflives)
+    if saved.list_checkpoints(out):
+        raise UsageError(f"{out} holds checkpoints; import into another folder")
+    state = saved.RunState(
+        step=0, images_seen=0, config=to_mapping(train_config), shards=_unknown_shards(model_config, encoder)
+    )
+    state.step = next(int(step) for name, step in official.read_parts(file, "step".__eq__) if name == "step")
+    state.images_seen = state.step * train_config.batch_size
+    target = saved.checkpoint_folder(out, state.step)
+    saved.write_folder(target, state, _converted(file, train_config, state))
+    _write_text(
+        out / CONFIG,
+        yaml.safe_dump(
+            {"config": state.config, "shards": state.shards, "version": version("trajectory-hierarchies")},
+            sort_keys=False,
+            allow_unicode=True,
+        ),
+    )
+    return {
+        "run": str(out),
+        "step": state.step,
+        "images_seen": state.images_seen,
+        "averages": halflives,
+        "optimizer_step": max((group["step"] for group in state.optimizer), default=0),
+    }
+
+
+def export_official(run: Path, out: Path) -> dict[str, Any]:
+    """Write the newest checkpoint of a run as `out`/checkpoint_<step> and `out`/config.json.
+
+    Raises MismatchError for a run on normalised features, which the release's format cannot tell, and UsageError for
+    a network it cannot hold.
+    """
+    folder = saved.find_checkpoint(run)
+    state = saved.load_state(folder)
+    config = from_mapping(state.config, str(folder))
+    normaliser = saved.load_normaliser(folder)
+    if bool(normaliser.mean.any()) or bool((normaliser.std != 1).any()):
+        raise MismatchError(
+            f"{folder}: trained with normalise={config.normalise}; the release's format has no place for that"
+        )
+    fields = official.official_config(config.model) | {
+        theirs: getattr(config.method, ours) for ours, theirs in METHOD_NAMES.items()
+    }
+    halflives = saved.averages_of(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"checkpoint_{state.step}"
+    official.write_checkpoint(
+        file,
+        {
+            "step": state.step,
+            "params": lambda: official.to_official(saved.load_weights(folder, None)),
+            "opt_state": lambda: _official_optimizer(folder, state, config),
+            "ema_params": {
+                name: lambda name=name: official.to_official(saved.load_weights(folder, name))
+                for name in halflives
+            },
+        },
+    )
+    _write_text(out / CONFIG_FILE, json.dumps(fields | {"ckpt_step": state.step}, indent=1))
+    return {"file": str(file), "step": state.step, "averages": halflives}
+
+
+def _find_config(file: Path) -> Path:
+    places = [folder / CONFIG_FILE for folder in file.resolve().parents[:2]]
+    for place in places:
+        if place.exists():
+            return place
+    raise UsageError(
+        f"{file}: found no {CONFIG_FILE} beside it or in the folder above; give --config FILE with the "
+        "architecture of the checkpoint"
+    )
+
+
+def _train_config(model: ModelConfig, given: Mapping[str, Any], halflives: list[str]) -> TrainConfig:
+    """The configuration of the release that trained the file: a preset, with what its own configuration says."""
+    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
+    base = preset(f"TF-{letter[1]}" if letter else "TF-B")
+    method: dict[str, Any] = {ours: given[theirs] for ours, theirs in METHOD_NAMES.items() if theirs in given}
+    if not given.get("time_shift", True):
+        method["time_shift"] = 1.0
+    if not given.get("tr_uniform", True):
+        method["uniform_fraction"] = 0.0
+    return dataclasses.replace(
+        base,
+        model=model,
+        method=checked(MethodConfig, to_mapping(base.method) | method, "configuration of the checkpoint"),
+        optim=dataclasses.replace(base.optim, ema_halflives_kimg=tuple(map(float, halflives))),
+    )
+
+
+def _unknown_shards(model: ModelConfig, encoder: str) -> dict[str, Any]:
+    """Description of shards of which only the encoder and the sizes are known; those of a run may take their place."""
+    grid = list(model.grid)
+    return {
+        "name": "",
+        "split": None,
+        "num_samples": None,
+        "num_levels": model.num_levels,
+        "grid": grid,
+        "width": model.in_channels,
+        "config_hash": None,
+        "encoder": {"name": encoder, "grid": grid, "width": model.in_channels},
+        "class_names": [str(label) for label in range(model.num_classes)],
+    }
+
+
+def _converted(
+    file: Path, config: TrainConfig, state: saved.RunState
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The files of the checkpoint folder, in the order of the parts; fills in the optimiser's groups of `state`."""
+    with torch.device("meta"):
+        model = TrajectoryTransformer(config.model)
+    optimizer = MuonAdam(model.named_parameters(), config.optim)
+    _, state.optimizer = saved.optimizer_tensors(optimizer)
+    moments: dict[str, Tensor] = {}
+    for name, content in official.read_parts(file):
+        if name == "params":
+            yield saved.MODEL, official.from_official(model, content, file)
+        elif name.startswith(official.AVERAGE):
+            halflife = float(name.removeprefix(official.AVERAGE))
+            yield f"ema-{halflife:g}.safetensors", official.from_official(model, content, file)
+        elif name == "opt_state":
+            moments = _moments(content, state.optimizer, file)
+    yield saved.OPTIMIZER, moments
+    yield saved.NORMALISER, {"mean": RAW.mean, "std": RAW.std}
+
+
+def _moments(content: Mapping[str, Tensor], groups: list[dict[str, Any]], file: Path) -> dict[str, Tensor]:
+    """The optimiser's tensors as checkpoints name them; sets the number of updates in `groups`.
+
+    A state without moments means a fresh optimiser; one of another optimiser is refused.
+    """
+    found: dict[str, Tensor] = {}
+    if not content:
+        return found
+    try:
+        for group in groups:
+            rule = group["rule"]
+            inner = STATE.format(rule=rule)
+            group["step"] = int(content[f"{inner}/count"])
+            for slot, theirs in SLOTS[rule].items():
+                for name in group["param_names"]:
+                    tensor = content[f"{inner}/{theirs}/{official.official_name(name)}"]
+                    found[f"{slot}/{name}"] = tensor.mT if tensor.ndim == 2 else tensor
+    except KeyError as error:
+        raise MismatchError(f"{file}: opt_state is not that of Muon with Adam, it lacks {error}") from None
+    return found
+
+
+def _official_optimizer(folder: Path, state: saved.RunState, config: TrainConfig) -> dict[str, Any]:
+    """The optimiser's state as the release nests it: parameters of the other rule are empty maps."""
+    tensors = saved.load_tensors(folder / saved.OPTIMIZER)
+    if not tensors:
+        return {}
+    names = [name for group in state.optimizer for name in group["param_names"]]
+    rules: dict[str, Any] = {}
+    for group in state.optimizer:
+        rule, own = group["rule"], set(group["param_names"])
+        inner: dict[str, Any] = {"count": torch.tensor(group["step"], dtype=torch.int32)}
+        if rule == "muon":
+            inner["ns_coeffs"] = torch.tensor(NEWTON_SCHULZ)
+        for slot, theirs in SLOTS[rule].items():
+            moments: dict[str, Any] = {
+                name: tensors[f"{slot}/{name}"] if name in own else {} for name in names
+            }
+            inner[theirs] = official.to_official(moments)
+        rules[rule] = {"inner_state": {"0": inner, "1": {}, "2": {}}}
+    return {"inner_states": rules}
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
