@@ -141,7 +141,12 @@ def main() -> None:
         rows[name] = mean_quality([score_recipe(views, recipe, humans, objects) for recipe in recipes])
         if len(recipes) > 1 or name not in RECIPES:
             continue
-        blind = baselines(views.plain, rows[name].scores["regions"], humans)
+        counts = rows[name].scores["regions"]
+        blind = baselines(views.plain, counts, humans)
+        if objects is not None:
+            seen = baselines(views.plain, counts, objects)
+            for kind, quality in blind.items():
+                quality.scores["object_iou"] = seen[kind].scores["object_iou"]
         rows |= {f"{kind} as {name}": quality for kind, quality in blind.items()}
     print(table(rows))
     seconds = {"encode": encoded - started, "score": time.perf_counter() - encoded}

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import inspect
 import os
-import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from hierarchy_builder import options as opt
@@ -26,7 +20,8 @@ from hierarchy_builder.config import (
     ShardConfig,
     to_mapping,
 )
-from hierarchy_builder.errors import BuilderError, InterruptedRunError, UsageError, VerificationError
+from hierarchy_builder.console import print_json, print_stages, print_table, run, show_config, stderr, stdout
+from hierarchy_builder.errors import UsageError, VerificationError
 
 app = typer.Typer(
     name="hierarchy-builder",
@@ -35,9 +30,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )
-stdout, stderr = Console(), Console(stderr=True)
-CTRL_C = 130
-"""The exit code click makes of KeyboardInterrupt."""
 
 
 @app.command()
@@ -57,6 +49,8 @@ def extract(
     address: opt.Address = None,
     config: opt.ConfigFile = None,
     fresh: opt.Fresh = False,
+    retry_failed: opt.RetryFailed = False,
+    force: opt.Force = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -67,10 +61,13 @@ def extract(
     folder, source = (BuildFolder(out), images) if out else (BuildFolder(Path(images)).require(), None)
     stored = _stored(folder, "extract", fresh=False) if source is None else None
     resolved = opt.resolve(ExtractConfig, "extract", flags, config, stored)
-    _show({"extract": to_mapping(resolved)}, quiet)
-    session = _session(workers, address, fresh, quiet)
+    show_config({"extract": to_mapping(resolved)}, quiet)
+    session = _session(workers, address, fresh, quiet, force)
     with folder.locked():
-        print_stages([steps.extract(folder, source, resolved, session, class_map=class_map)], as_json)
+        summary = steps.extract(
+            folder, source, resolved, session, class_map=class_map, retry_failed=retry_failed
+        )
+        print_stages([summary], as_json)
 
 
 @app.command()
@@ -107,7 +104,9 @@ def cluster(
         return
     resolved = opt.resolve_recipe(arguments, config, _stored(build_folder, "cluster", fresh))
     words = opt.resolve_vocabulary(vocabulary, backend, config, _stored(build_folder, "vocabulary", fresh))
-    _show({"hierarchy": to_mapping(resolved), **({"vocabulary": to_mapping(words)} if words else {})}, quiet)
+    show_config(
+        {"hierarchy": to_mapping(resolved), **({"vocabulary": to_mapping(words)} if words else {})}, quiet
+    )
     session = _session(workers, address, fresh, quiet)
     with build_folder.locked():
         summaries = [steps.vocabulary(build_folder, words, session)] if words else []
@@ -140,7 +139,7 @@ def shard(
 
     build_folder = BuildFolder(folder).require()
     resolved = opt.resolve(ShardConfig, "shard", flags, config, _stored(build_folder, "shard", fresh))
-    _show({"shard": to_mapping(resolved)}, quiet)
+    show_config({"shard": to_mapping(resolved)}, quiet)
     session = _session(workers, address, fresh, quiet)
     with build_folder.locked():
         print_stages([steps.shard(build_folder, resolved, session)], as_json)
@@ -184,6 +183,8 @@ def build(
     address: opt.Address = None,
     config: opt.ConfigFile = None,
     fresh: opt.Fresh = False,
+    retry_failed: opt.RetryFailed = False,
+    force: opt.Force = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -191,20 +192,47 @@ def build(
     arguments = locals()
     from hierarchy_builder import build as steps
 
-    folder = BuildFolder(out)
-    input_split = split if split and os.path.isdir(os.path.join(images, split)) else None
-    extract_flags = {**opt.of_config(ExtractConfig, arguments), "split": input_split}
-    shard_flags = {**opt.of_config(ShardConfig, arguments), "images": with_images}
-    plan = steps.BuildPlan(
-        extract=opt.resolve(ExtractConfig, "extract", extract_flags, config),
-        hierarchy=opt.resolve_recipe(arguments, config),
-        vocabulary=opt.resolve_vocabulary(vocabulary, backend, config),
-        shard=opt.resolve(ShardConfig, "shard", shard_flags, config),
-    )
-    _show(plan.as_mapping(), quiet)
-    session = _session(workers, address, fresh, quiet)
+    folder, plan = BuildFolder(out), _build_plan(arguments)
+    show_config(plan.as_mapping(), quiet)
+    session = _session(workers, address, fresh, quiet, force)
     with folder.locked():
-        print_stages(steps.build(folder, images, plan, session, class_map=class_map), as_json)
+        summaries = steps.build(folder, images, plan, session, class_map=class_map, retry_failed=retry_failed)
+        print_stages(summaries, as_json)
+
+
+def _takes_arguments_of(
+    command: Callable[..., None], *, without: Sequence[str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Declare the parameters of another command, so that the same words mean the same to both."""
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        kept = [given for given in signature.parameters.values() if given.name not in without]
+        function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+@app.command()
+@_takes_arguments_of(build, without=["retry_failed"])
+def plan(**arguments: Any) -> None:
+    """What build would make of the same words: images, bytes, seconds, shards, what is done; tries some of them."""
+    from hierarchy_builder.plan import make_plan, plan_tables
+
+    folder, quiet = BuildFolder(arguments["out"]), arguments["quiet"]
+    config = _build_plan(arguments)
+    show_config(config.as_mapping(), quiet)
+    session = _session(
+        arguments["workers"], arguments["address"], arguments["fresh"], quiet, arguments["force"]
+    )
+    found = make_plan(folder, arguments["images"], config, session, class_map=arguments["class_map"])
+    if arguments["as_json"]:
+        print_json(found.as_json())
+    else:
+        for title, rows in plan_tables(found).items():
+            print_table(title, rows)
+    found.check(folder, force=arguments["force"])
 
 
 @app.command()
@@ -214,7 +242,7 @@ def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
 
     rows = progress_of(BuildFolder(folder).require())
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table("stage", "units", "images", "unit seconds", "bytes", "state")
     for row in rows:
@@ -238,7 +266,7 @@ def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
     build_folder = BuildFolder(folder).require()
     problems = list(find_problems(build_folder))
     if as_json:
-        _print_json({"problems": problems})
+        print_json({"problems": problems})
     else:
         for problem in problems:
             stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
@@ -316,22 +344,34 @@ def compare(
     if out is not None:
         write_comparison(*folders, found, out)
     if as_json:
-        _print_json(found.as_json())
+        print_json(found.as_json())
         return
     for title, rows in comparison_tables(*folders, found).items():
-        _print_table(title, rows)
+        print_table(title, rows)
     if out is not None:
         stdout.print(str(out), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
-def encoders(as_json: opt.AsJson = False) -> None:
+def encoders(
+    probe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What this encoder sees of the probe pictures instead.")
+    ] = None,
+    weights: opt.Weights = None,
+    as_json: opt.AsJson = False,
+) -> None:
     """The encoders that can be named with --encoder."""
     from hierarchy_builder.encoders import list_encoders
+    from hierarchy_builder.encoders.probe import probe_report
 
-    rows = [dataclasses.asdict(row) for row in list_encoders()]
+    if weights is not None and probe is None:
+        raise UsageError("--weights are those of --probe NAME, which is not given")
+    if probe is None:
+        rows = [dataclasses.asdict(row) for row in list_encoders()]
+    else:
+        rows = [probe_report(probe, weights)]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table(*rows[0])
     for row in rows:
@@ -344,28 +384,6 @@ def main() -> NoReturn:
     run(app)
 
 
-def run(command: typer.Typer) -> NoReturn:
-    """Run a command line of this package and leave with the exit code of what happened."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        command()
-    except BuilderError as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(BuilderError.exit_code)
-    except SystemExit as end:
-        if end.code == CTRL_C:
-            stderr.print("stopped; the same command goes on from the last finished unit")
-        raise
-    sys.exit(0)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise InterruptedRunError("stopped by SIGTERM; the same command goes on from the last finished unit")
-
-
 def _stored(folder: BuildFolder, stage: str, fresh: bool) -> dict[str, Any]:
     """What a stage was asked for when it began, so that `DIR` alone takes it up again."""
     from hierarchy_builder.ledger import read_manifest
@@ -373,7 +391,23 @@ def _stored(folder: BuildFolder, stage: str, fresh: bool) -> dict[str, Any]:
     return {} if fresh else read_manifest(folder)["stages"].get(stage, {}).get("request", {})
 
 
-def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool) -> Any:
+def _build_plan(arguments: Mapping[str, Any]) -> Any:
+    """The configuration of every step from the arguments of `build`."""
+    from hierarchy_builder.build import BuildPlan
+
+    config, split = arguments["config"], arguments["split"]
+    input_split = split if split and os.path.isdir(os.path.join(arguments["images"], split)) else None
+    extract_flags = {**opt.of_config(ExtractConfig, arguments), "split": input_split}
+    shard_flags = {**opt.of_config(ShardConfig, arguments), "images": arguments["with_images"]}
+    return BuildPlan(
+        extract=opt.resolve(ExtractConfig, "extract", extract_flags, config),
+        hierarchy=opt.resolve_recipe(arguments, config),
+        vocabulary=opt.resolve_vocabulary(arguments["vocabulary"], arguments["backend"], config),
+        shard=opt.resolve(ShardConfig, "shard", shard_flags, config),
+    )
+
+
+def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool, force: bool = False) -> Any:
     from hierarchy_builder.progress import Reporter
     from hierarchy_builder.session import Session
     from hierarchy_builder.workers import Workers
@@ -384,6 +418,7 @@ def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool)
         workers=Workers(count=workers, address=address),
         reporter=Reporter(quiet=quiet, console=stderr),
         fresh=fresh,
+        force=force,
     )
 
 
@@ -406,34 +441,6 @@ def _recut(folder: BuildFolder, arguments: Mapping[str, Any]) -> None:
         print_stages(summaries, arguments["as_json"])
 
 
-def _show(config: dict[str, Any], quiet: bool) -> None:
-    if not quiet:
-        stderr.print(
-            yaml.safe_dump(config, sort_keys=False).rstrip(), markup=False, highlight=False, style="dim"
-        )
-
-
-def print_stages(summaries: Sequence[Any], as_json: bool) -> None:
-    rows = [summary.as_row() for summary in summaries]
-    if as_json:
-        _print_json(rows)
-        return
-    table = Table("stage", "images", "new", "seconds", "images/s", "bytes", "notes")
-    for row in rows:
-        notes = ", ".join(f"{name} {value}" for name, value in row["notes"].items())
-        rate = f"{row['images_per_second']:.1f}" if row["new_images"] else "-"
-        table.add_row(
-            row["stage"],
-            f"{row['images']:,}",
-            f"{row['new_images']:,}",
-            f"{row['seconds']:.1f}",
-            rate,
-            f"{row['num_bytes']:,}",
-            notes,
-        )
-    stdout.print(table)
-
-
 def _report_quality(
     folder: BuildFolder,
     out: Path | None,
@@ -451,25 +458,12 @@ def _report_quality(
     found = assess_build(folder, limit=samples, keys=keys, masks=masks, reporter=reporter)
     page = write_quality(folder, found, out or folder.quality_page)
     if as_json:
-        _print_json(found.as_json())
+        print_json(found.as_json())
         return
-    _print_table("Summary", [{"name": name, "value": value} for name, value in summary(found).items()])
+    print_table("Summary", [{"name": name, "value": value} for name, value in summary(found).items()])
     for title, rows in score_tables(found).items():
-        _print_table(title, rows)
+        print_table(title, rows)
     stdout.print(f"{folder.quality}\n{page}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    from hierarchy_builder.canvases.gallery import show_value
-
-    table = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(escape(show_value(value)) for value in row.values()))
-    stdout.print(table)
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

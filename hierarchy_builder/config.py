@@ -136,7 +136,7 @@ class HierarchyRecipe:
     def stable(cls) -> HierarchyRecipe:
         """Nothing drawn by chance, connected regions, a divided background: docs/results.md compares it to `paper`."""
         return cls(
-            cuts=(0.7, 0.5),
+            cuts=(0.7, 0.52),
             spatial_weight=0.0,
             start="cut",
             object_choice="border",

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from hierarchy_builder import build as steps
-from hierarchy_builder import cli
+from hierarchy_builder import console
 from hierarchy_builder import options as opt
 from hierarchy_builder.artefacts import BuildFolder
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
@@ -57,8 +57,8 @@ def build(
     )
     folder = BuildFolder(Path(out))
     with folder.locked():
-        cli.print_stages(steps.build(folder, images, plan, session, class_map=class_map), as_json)
+        console.print_stages(steps.build(folder, images, plan, session, class_map=class_map), as_json)
 
 
 if __name__ == "__main__":
-    cli.run(app)
+    console.run(app)

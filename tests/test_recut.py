@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from pictures import write_tree
 from PIL import Image
+from typer.testing import CliRunner
 
 from hierarchy_builder import build as steps
 from hierarchy_builder import recut as recutting
 from hierarchy_builder import stores
 from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.cli import app
 from hierarchy_builder.clustering import recut
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
@@ -166,3 +168,28 @@ def test_a_recut_without_the_given_level_is_refused(images: Path, tmp_path: Path
     folder = built(images, tmp_path / "out", HierarchyRecipe(masks=str(maps), masks_level=2))
     with pytest.raises(UsageError, match="masks_level is 2, expected 0 to 1"):
         recut(folder, (0.5,), SESSION)
+
+
+def test_the_command_line_cuts_anew_and_says_what_it_cannot(images: Path, tmp_path: Path) -> None:
+    runner, out = CliRunner(), tmp_path / "build"
+    quiet = ["--workers", "0", "--quiet"]
+    words = ["build", str(images), "--out", str(out), "--encoder", "dct", "--recipe", "stable", *quiet]
+    assert runner.invoke(app, words).exit_code == 0
+    cut = runner.invoke(app, ["cluster", str(out), "--recut", "0.7,0.5,0.3", *quiet, "--json"])
+    (row,) = json.loads(cut.stdout)
+    assert (row["stage"], row["new_images"], len(row["notes"]["regions_per_image"])) == ("cluster", 21, 4)
+    assert levels(BuildFolder(out)).shape[1] == 4
+    with pytest.raises(UsageError, match="--recut keeps the stored trees and takes no --seed"):
+        runner.invoke(
+            app, ["cluster", str(out), "--recut", "0.5", "--seed", "1", *quiet], catch_exceptions=False
+        )
+    with pytest.raises(UsageError, match=r"--recut is 'a', expected numbers such as 0\.65,0\.35"):
+        runner.invoke(app, ["cluster", str(out), "--recut", "a", *quiet], catch_exceptions=False)
+    with pytest.raises(ConfigMismatchError, match=r"start over with .* shard .* --fresh"):
+        runner.invoke(app, ["shard", str(out), *quiet], catch_exceptions=False)
+    assert runner.invoke(app, ["shard", str(out), "--fresh", *quiet]).exit_code == 0
+    assert list(find_problems(BuildFolder(out))) == []
+    with pytest.raises(UsageError, match="--recipe is 'best', expected paper or stable"):
+        runner.invoke(
+            app, ["cluster", str(out), "--recipe", "best", "--fresh", *quiet], catch_exceptions=False
+        )
