@@ -1,4 +1,5 @@
-"""Colours that mean the same everywhere on a page: features by a shared PCA palette, regions by a stable table.
+"""Colours that mean the same everywhere on a page: features by a shared PCA palette, regions by their place in the
+hierarchy.
 
     H×W grid of tokens, C channels, L levels (coarse → fine)
 
@@ -10,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-BACKGROUND_LCH = (0.36, 0.006, 280.0)
-"""Lightness, chroma and hue of the background: a neutral dark grey, far from every region colour."""
 GREYS = (0.18, 0.54)
-"""Lightnesses shared by the regions of a divided background, around that of the whole."""
+"""Lightnesses shared by the regions of a divided background; one that is whole has the middle, 0.36."""
+GREY_CHROMA_AND_HUE = (0.006, 280.0)
+"""Nearly neutral, far from every colour of the object."""
 
 FIT_TOKENS = 16_384
 """Tokens the principal axes are fitted on; more change no colour by a visible step."""
@@ -26,7 +26,6 @@ FIT_TOKENS = 16_384
 CHROMA = 0.125
 LIGHTNESSES = (0.74, 0.62, 0.84)
 FIRST_HUE = 40.0
-GOLDEN_ANGLE = 137.507764
 TOKEN_STEP = 0.028
 
 
@@ -89,15 +88,6 @@ def spread_rows(num_rows: int, limit: int, seed: int = 0) -> np.ndarray:
     return np.minimum(drawn.astype(np.int64), num_rows - 1)
 
 
-def region_colours(regions: np.ndarray) -> np.ndarray:
-    """Colour region ids on their own: uint8 [..., H, W] → uint8 [..., H, W, 3], the same id always the same.
-
-    Id 0 is the background grey; hues of neighbouring ids lie a golden angle apart. For nested levels of one
-    image, or a divided background, take `hierarchy_colours`.
-    """
-    return _region_table()[np.asarray(regions)]
-
-
 def hierarchy_colours(regions: np.ndarray) -> np.ndarray:
     """Colour all levels of one image so that children resemble their parent.
 
@@ -127,20 +117,6 @@ def _principal_axes(centred_MC: np.ndarray) -> np.ndarray:
     return axes
 
 
-@lru_cache(maxsize=1)
-def _region_table() -> np.ndarray:
-    ids = np.arange(255)
-    lch = np.stack(
-        [
-            np.take(LIGHTNESSES, ids % len(LIGHTNESSES)),
-            np.full(255, CHROMA),
-            FIRST_HUE + ids * GOLDEN_ANGLE,
-        ],
-        axis=-1,
-    )
-    return _to_srgb(np.concatenate([[BACKGROUND_LCH], lch]))
-
-
 class _Span(NamedTuple):
     """What a region hands on to its children: hues at some lightness, or without one, lightnesses of grey."""
 
@@ -162,7 +138,7 @@ class _Span(NamedTuple):
     def colour(self) -> tuple[float, float, float]:
         """Lightness, chroma and hue of the region itself."""
         middle = (self.start + self.stop) / 2
-        return (self.lightness, CHROMA, middle) if self.lightness else (middle, *BACKGROUND_LCH[1:])
+        return (self.lightness, CHROMA, middle) if self.lightness else (middle, *GREY_CHROMA_AND_HUE)
 
 
 def _divide_spans(
