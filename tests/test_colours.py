@@ -112,7 +112,8 @@ def test_hierarchy_colours_are_one_per_region(seed: int) -> None:
         assert len(np.unique(pairs, axis=0)) == ids == len(np.unique(colours[level].reshape(-1, 3), axis=0))
         if (regions[level] == 0).any():
             background = colours[level][regions[level] == 0][0]
-            assert background.max() < 80 and np.ptp(background.astype(int)) <= 8
+            assert background.max() < 80
+            assert np.ptp(background.astype(int)) <= 8
 
 
 def divided_background(seed: int, count: int, side: int = 8) -> np.ndarray:
