@@ -27,6 +27,16 @@ class BuildFolder:
         return self.root / "manifest.json"
 
     @property
+    def manifest_copy(self) -> Path:
+        """The manifest again, for the day it is damaged."""
+        return self.root / "ledger" / "manifest.json"
+
+    @property
+    def listing(self) -> Path:
+        """The images as listed, in the order of rows: index.parquet before anything was done."""
+        return self.root / "ledger" / "listing.parquet"
+
+    @property
     def index(self) -> Path:
         return self.root / "index.parquet"
 
@@ -80,9 +90,12 @@ class BuildFolder:
         """Folder of the markers of one stage."""
         return self.root / "ledger" / stage
 
-    def require(self) -> BuildFolder:
-        """Return self, or raise UsageError when this is not the folder of a build."""
-        if not self.manifest.is_file():
+    def require(self, *, damaged: bool = False) -> BuildFolder:
+        """Return self, or raise UsageError when this is not the folder of a build.
+
+        damaged: be content with the copy of the manifest.
+        """
+        if not self.manifest.is_file() and not (damaged and self.manifest_copy.is_file()):
             raise UsageError(
                 f"{self.root} is not a build: {self.manifest.name} is missing; "
                 f"start one with `hierarchy-builder build IMAGES --out {self.root}`"
@@ -169,8 +182,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON (UTF-8, sorted keys, two spaces), whole or not at all."""
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, json_text(content))
+
+
+def json_text(content: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,7 +199,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BuilderError(f"{path} is missing") from None
     except ValueError as error:
-        raise BuilderError(f"{path} is damaged ({error}): remove it and run the same command again") from None
+        raise BuilderError(
+            f"{path} is damaged ({error}): run `hierarchy-builder repair`, or remove it and run the same command again"
+        ) from None
     return content
 
 

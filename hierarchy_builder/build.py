@@ -30,6 +30,7 @@ from hierarchy_builder.publish import publish_shards
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.session import Session, StageSummary, do_units
 from hierarchy_builder.shards import shard_name, sidecar
+from hierarchy_builder.space import later_bytes
 from hierarchy_builder.stages import (
     CovarianceStage,
     ShardStage,
@@ -67,8 +68,17 @@ def build(
     retry_failed: bool = False,
 ) -> list[StageSummary]:
     """Every step in order; `session.fresh` starts over from the first, `retry_failed` tries failed images again."""
+    later = partial(later_bytes, plan.hierarchy, plan.vocabulary, plan.shard)
     summaries = [
-        extract(folder, source, plan.extract, session, class_map=class_map, retry_failed=retry_failed)
+        extract(
+            folder,
+            source,
+            plan.extract,
+            session,
+            class_map=class_map,
+            retry_failed=retry_failed,
+            later=later,
+        )
     ]
     session = replace(session, fresh=False)
     if plan.vocabulary is not None:

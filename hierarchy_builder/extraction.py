@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from hierarchy_builder.ledger import begin_stage, read_manifest
 from hierarchy_builder.records import Status, blocks_of
 from hierarchy_builder.retry import reopen_failed
 from hierarchy_builder.session import Session, StageSummary, do_units
+from hierarchy_builder.space import check_space, extract_bytes
 from hierarchy_builder.stages import ExtractStage
 from hierarchy_builder.units import relative_source, stored_source
 from hierarchy_builder.workers import has_gpu
@@ -47,13 +48,15 @@ def extract(
     *,
     class_map: str | None = None,
     retry_failed: bool = False,
+    later: Callable[[int, Mapping[str, Any]], Mapping[str, int]] | None = None,
 ) -> StageSummary:
     """Images → index.parquet and features.zarr. Without `source` the one in the manifest is taken up again.
 
     retry_failed: of a finished stage do the images again that could not be used; see `retry.py`.
+    later: from the number of images and the description of the encoder, the bytes of what shall follow (`space.py`).
     Raises ConfigMismatchError when the folder holds another configuration, encoder or listing, or when the encoder
     does not see the probe pictures as it should, TooManySkippedError when more images than allowed could not be
-    used.
+    used, BuilderError when the disk has no room for it and what follows.
     """
     if retry_failed and session.fresh:
         raise UsageError("--retry-failed goes on with what --fresh removes: give one of them")
@@ -65,16 +68,21 @@ def extract(
     assert config.block_rows is not None
     encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
     inputs = extract_inputs(images, config, encoder)
+    needed = extract_bytes(len(records), encoder.describe(), config.block_rows)
+    following = {} if later is None else later(len(records), encoder.describe())
+    check_space(folder, {**needed, **following}, force=session.force)
     facts = {
         "source": relative_source(folder, images.location),
         "probe": _probe(folder, encoder, config, session),
         "request": to_mapping(config),
+        "class_map": images.class_map,
     }
     if retry_failed:
         again = reopen_failed(folder, records, images, inputs)
         session.reporter.say(f"{again} images that could not be used are tried again")
     ledger = begin_stage(folder, "extract", inputs, facts, fresh=session.fresh)
     write_json(folder.class_map, images.class_map)
+    write_index(folder.listing, records)
     blocks = blocks_of(len(records), config.block_rows)
     if not folder.index.exists():
         write_index(folder.index, records)

@@ -86,9 +86,13 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", envvar="HIERARCHY_BUILDER_CONFIG", help="YAML of sections of fields."),
 ]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Do images again that could not be used and now can.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Begin also where the disk has too little room.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this stage made before, and start over.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no configuration on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no configuration on stderr.")]
 
 
 RECIPES = {"paper": HierarchyRecipe.paper, "stable": HierarchyRecipe.stable}

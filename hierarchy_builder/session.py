@@ -40,6 +40,8 @@ class Session:
     workers: Workers = field(default_factory=Workers)
     reporter: Reporter = field(default_factory=Reporter)
     fresh: bool = False
+    force: bool = False
+    """Begin also what will not fit on the disk."""
 
 
 def do_units(

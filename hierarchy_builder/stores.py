@@ -8,38 +8,55 @@ since a flipped byte passes unnoticed otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
+from hierarchy_builder.artefacts import remove
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
 from hierarchy_builder.statistics import Moments
 
+NOT_STORED = 2**64 - 1
+"""Length in the index of a shard of a chunk that holds only zeros."""
 ROWS_PER_CHUNK = 8
 """Rows read together at random access; a block is a whole number of chunks or a single short one."""
 
 
+MOMENTS = ("block_count", "block_mean", "block_m2")
+"""Arrays of features.zarr with one value per block."""
+
+Layout = dict[str, dict[str, Any]]
+"""Arrays of a store by name: shape, shards, chunks and dtype."""
+
+
 def create_features(path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> None:
-    """Create features.zarr: `features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
+    """Create features.zarr, see `features_layout`. An existing store of the same shape is kept."""
+    create(path, features_layout(num_rows=num_rows, block_rows=block_rows, grid=grid, width=width))
+
+
+def features_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> Layout:
+    """`features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
 
     `block_count` int64 [blocks], `block_mean` and `block_m2` float64 [blocks,H,W,C] hold count, mean and sum of
-    squared deviations of a block's usable rows. An existing store of the same shape is kept.
+    squared deviations of a block's usable rows.
     """
     token_shape = (*grid, width)
     num_blocks = -(-num_rows // block_rows)
-    arrays = {
+    return {
         "features": _by_rows(num_rows, block_rows, token_shape, FEATURE_DTYPE),
         "status": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
         "block_count": _by_blocks(num_blocks, (), np.dtype("int64")),
         "block_mean": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
         "block_m2": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
     }
-    _create(path, arrays)
 
 
 def has_scatter(path: Path) -> bool:
@@ -50,49 +67,121 @@ def has_scatter(path: Path) -> bool:
 def create_scatter(path: Path) -> None:
     """Add `block_scatter` float64 [blocks,C,C] to features.zarr: scatter matrix of the tokens of each block."""
     num_blocks, *_, width = array_of(open_store(path), "block_mean").shape
-    _create(path, {"block_scatter": _by_blocks(num_blocks, (width, width), np.dtype("float64"))})
+    create(path, scatter_layout(num_blocks=num_blocks, width=width))
+
+
+def scatter_layout(*, num_blocks: int, width: int) -> Layout:
+    """`block_scatter` float64 [blocks,C,C]."""
+    return {"block_scatter": _by_blocks(num_blocks, (width, width), np.dtype("float64"))}
 
 
 def create_regions(
     path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
 ) -> None:
-    """Create regions.zarr: `regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N] and `scores`
-    float32 [N,2] (see `hierarchy.Hierarchy`).
+    """Create regions.zarr, see `regions_layout`. An existing store of the same shape is kept."""
+    create(
+        path, regions_layout(num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=num_levels)
+    )
 
-    An existing store of the same shape is kept.
+
+def regions_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int) -> Layout:
+    """`regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N] and `scores` float32 [N,2].
+
+    See `hierarchy.Hierarchy` for what they hold.
     """
-    create_levels(path, num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=num_levels)
-    arrays = {
+    return {
+        "regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE),
         "merges": _by_rows(num_rows, block_rows, (grid[0] * grid[1] - 1, 3), np.dtype("float32")),
         "flags": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
         "scores": _by_rows(num_rows, block_rows, (2,), np.dtype("float32")),
     }
-    _create(path, arrays)
 
 
 def create_levels(
     path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
 ) -> None:
-    """Create a store of `regions` alone, or add them to one."""
-    _create(path, {"regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE)})
+    """Create a store of `regions` alone."""
+    create(path, {"regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE)})
 
 
 def create_prototypes(path: Path, *, num_rows: int, block_rows: int) -> None:
-    """Add `prototypes` uint16 [N,256] to regions.zarr, nearest dataset-wide prototype of each part, by region id.
+    """Add to regions.zarr what `prototypes_layout` says."""
+    create(path, prototypes_layout(num_rows=num_rows, block_rows=block_rows))
+
+
+def prototypes_layout(*, num_rows: int, block_rows: int) -> Layout:
+    """`prototypes` uint16 [N,256], nearest dataset-wide prototype of each part, by region id.
 
     `prototype_distances` float32 [N,256] holds the squared distances to them.
     """
     row = (MAX_REGIONS,)
-    arrays = {
+    return {
         "prototypes": _by_rows(num_rows, block_rows, row, np.dtype("uint16")),
         "prototype_distances": _by_rows(num_rows, block_rows, row, np.dtype("float32")),
     }
-    _create(path, arrays)
 
 
-def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write rows of `block` into each named array. Raises BuilderError on a wrong shape."""
+def create(path: Path, layout: Layout) -> None:
+    """Create the arrays of `layout` in the store `path`; those there are kept.
+
+    Raises BuilderError where one there has another shape or the store is damaged.
+    """
+    try:
+        group = zarr.open_group(path, mode="a", zarr_format=3)
+    except (OSError, ValueError, KeyError) as error:
+        raise BuilderError(
+            f"{path} is damaged ({error}): run `hierarchy-builder repair`, or start its stage over with --fresh"
+        ) from None
+    if group.attrs.get("format_version") != FORMAT_VERSION:
+        group.attrs["format_version"] = FORMAT_VERSION
+    for name, array in layout.items():
+        if (path / name / "zarr.json").exists():
+            if array_of(group, name).shape != array["shape"]:
+                raise BuilderError(
+                    f"{path}/{name} has shape {array_of(group, name).shape}, expected {array['shape']}: "
+                    "start the stage over with --fresh"
+                )
+            continue
+        _create_array(group, name, array)
+
+
+def damaged_layout(path: Path, layout: Layout) -> list[str]:
+    """Which of the descriptions `zarr.json` are not those `create` writes: names of arrays, "." for the store."""
+    expected = zarr.create_group(MemoryStore(), zarr_format=3)
+    damaged = [] if is_store(path) else ["."]
+    for name, array in layout.items():
+        try:
+            found = zarr.open_array(path / name, mode="r").metadata
+        except (OSError, ValueError, KeyError, TypeError):
+            damaged.append(name)
+            continue
+        if found != _create_array(expected, name, array).metadata:
+            damaged.append(name)
+    return damaged
+
+
+def mend_layout(path: Path, layout: Layout) -> None:
+    """Write the damaged descriptions of a store anew; the chunks stay as they are."""
+    for name in damaged_layout(path, layout):
+        remove(path / name / "zarr.json")
+    create(path, layout)
+
+
+def grow(path: Path, *, num_rows: int, num_blocks: int) -> None:
+    """Make room in all arrays of a store for more rows; what is there stays."""
     group = open_store(path, "r+")
+    for name, array in group.arrays():
+        first = num_blocks if name.startswith("block_") else num_rows
+        if array.shape[0] < first:
+            array.resize((first, *array.shape[1:]))
+
+
+def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Write rows of `block` into each named array; returns the SHA-256 of each.
+
+    Raises BuilderError on a wrong shape.
+    """
+    group, digests = open_store(path, "r+"), {}
     for name, values in arrays.items():
         target = array_of(group, name)
         expected = (len(block), *target.shape[1:])
@@ -101,19 +190,30 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> N
                 f"{path}/{name}: block {block.number} has shape {values.shape}, expected {expected}"
             )
         target[block.start : block.stop] = values
+        digests[name] = _digest(values, target.dtype)
+    return digests
 
 
-def write_block_moments(path: Path, block: Block, moments: Moments) -> None:
-    """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`."""
-    group = open_store(path, "r+")
-    array_of(group, "block_count")[block.number] = moments.count
-    array_of(group, "block_mean")[block.number] = moments.mean
-    array_of(group, "block_m2")[block.number] = moments.m2
+def write_block_moments(path: Path, block: Block, moments: Moments) -> dict[str, str]:
+    """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`; returns the SHA-256 of each."""
+    values = zip(MOMENTS, (moments.count, moments.mean, moments.m2), strict=True)
+    return _write_of_block(path, block, {name: np.asarray(value) for name, value in values})
 
 
-def write_block_scatter(path: Path, block: Block, scatter: np.ndarray) -> None:
-    """Write the scatter matrix (float64 [C,C]) of the usable tokens of `block`, about their mean."""
-    array_of(open_store(path, "r+"), "block_scatter")[block.number] = scatter
+def write_block_scatter(path: Path, block: Block, scatter: np.ndarray) -> dict[str, str]:
+    """Write the scatter matrix (float64 [C,C]) of the usable tokens of `block`; returns its SHA-256."""
+    return _write_of_block(path, block, {"block_scatter": scatter})
+
+
+def digests_of(path: Path, block: Block, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of what each named array holds of `block` now. Raises BuilderError when stored bytes are damaged."""
+    group, found = open_store(path), {}
+    for name in names:
+        of_block = name.startswith("block_")
+        rows = slice(block.number, block.number + 1) if of_block else slice(block.start, block.stop)
+        values = read_rows(group, name, rows)
+        found[name] = _digest(values, values.dtype)
+    return found
 
 
 def read_block_moments(path: Path, block: Block) -> Moments:
@@ -144,6 +244,30 @@ def read_rows(group: zarr.Group, name: str, rows: slice | np.ndarray) -> np.ndar
         ) from None
 
 
+def chunk_bytes(path: Path, name: str) -> np.ndarray:
+    """Bytes each chunk of an array takes on disk, int64 in the order of rows; 0 where all values are 0.
+
+    A file of a shard ends in an index: offset and length of each of its chunks, and 4 bytes of checksum.
+    """
+    array = array_of(open_store(path), name)
+    assert array.shards is not None
+    per_shard = array.shards[0] // array.chunks[0]
+    sizes = np.zeros((-(-array.shape[0] // array.shards[0]), per_shard), np.int64)
+    for number, row in enumerate(sizes):
+        file = path.joinpath(name, "c", str(number), *"0" * (len(array.shape) - 1))
+        if file.is_file():
+            with file.open("rb") as content:
+                content.seek(-shard_index_bytes(per_shard), os.SEEK_END)
+                found = np.frombuffer(content.read(16 * per_shard), "<u8").reshape(per_shard, 2)[:, 1]
+            row[:] = np.where(found == NOT_STORED, 0, found)
+    return sizes.ravel()[: -(-array.shape[0] // array.chunks[0])]
+
+
+def shard_index_bytes(num_chunks: int) -> int:
+    """Bytes of the index at the end of a shard of so many chunks."""
+    return 16 * num_chunks + 4
+
+
 def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """Open a store; raises BuilderError when it is missing or of another format version."""
     try:
@@ -154,6 +278,15 @@ def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     if version != FORMAT_VERSION:
         raise BuilderError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
     return group
+
+
+def is_store(path: Path) -> bool:
+    """Whether `open_store` opens it."""
+    try:
+        open_store(path)
+    except BuilderError:
+        return False
+    return True
 
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array:
@@ -186,21 +319,20 @@ def _by_blocks(num_blocks: int, value: tuple[int, ...], dtype: np.dtype) -> dict
     return {"shape": (num_blocks, *value), "chunks": (1, *value), "dtype": dtype}
 
 
-def _create(path: Path, arrays: Mapping[str, dict[str, Any]]) -> None:
-    try:
-        group = zarr.open_group(path, mode="a", zarr_format=3)
-        present = set(group.array_keys())
-    except (OSError, ValueError) as error:
-        raise BuilderError(f"{path} is damaged ({error}): start its stage over with --fresh") from None
-    group.attrs["format_version"] = FORMAT_VERSION
-    for name, layout in arrays.items():
-        if name in present:
-            if array_of(group, name).shape != layout["shape"]:
-                raise BuilderError(
-                    f"{path}/{name} has shape {array_of(group, name).shape}, expected {layout['shape']}: "
-                    "start the stage over with --fresh"
-                )
-            continue
-        group.create_array(
-            name, fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=False, **layout
-        )
+def _create_array(group: zarr.Group, name: str, layout: dict[str, Any]) -> zarr.Array:
+    return group.create_array(
+        name, fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=False, **layout
+    )
+
+
+def _write_of_block(path: Path, block: Block, values: Mapping[str, np.ndarray]) -> dict[str, str]:
+    group, digests = open_store(path, "r+"), {}
+    for name, value in values.items():
+        target = array_of(group, name)
+        target[block.number] = value
+        digests[name] = _digest(value, target.dtype)
+    return digests
+
+
+def _digest(values: np.ndarray, dtype: np.dtype) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype)).hexdigest()

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hierarchy_builder.decoding import crop_square
-from hierarchy_builder.encoders import Encoder, encode
+from hierarchy_builder.encoders import Encoder, encode, load_encoder
 from hierarchy_builder.encoders.references import REFERENCES
 from hierarchy_builder.errors import ConfigMismatchError
 
@@ -68,6 +68,26 @@ def check_probe(
     if reference is not None:
         return "reference"
     return "new" if recorded is None else "recorded"
+
+
+def probe_report(name: str, weights: str | None = None) -> dict[str, Any]:
+    """An encoder's hash and probe value in float32 on the CPU, as `references.py` holds them, and how they compare.
+
+    verdict: `agrees` or `DIFFERS` with the reference, or `unknown weights`.
+    """
+    encoder = load_encoder(name, weights=weights, precision="float32", device="cpu")
+    description, value = encoder.describe(), probe_value(encoder)
+    reference = reference_of(description)
+    verdict = "unknown weights"
+    if reference is not None:
+        verdict = "agrees" if agrees(value, reference, "float32") else "DIFFERS"
+    return {
+        "name": encoder.name,
+        "weights_hash": encoder.weights_hash,
+        "output": description.get("output", ""),
+        "value": value,
+        "verdict": verdict,
+    }
 
 
 def reference_of(description: dict[str, Any]) -> tuple[float, ...] | None:

@@ -1,8 +1,8 @@
 """Probe values of known encoders, by (hash of the weights, output of an ONNX model or "").
 
-Each line was computed in float32 on a CPU by `hierarchy-builder encoders --probe NAME [--weights FILE]`, which
-prints it ready to be put here. Weights that are not listed are recorded in the manifest of the first run instead,
-and compared from then on.
+`hierarchy-builder encoders --probe NAME [--weights FILE] --json` computes them, in float32 on a CPU. Only `dct` is
+listed: of trained weights no value has been computed yet. What is not listed is recorded in the manifest of the first
+run instead, and compared from then on.
 """
 
 from __future__ import annotations
