@@ -20,6 +20,7 @@ from trainer.errors import UsageError
 
 Config = TypeVar("Config")
 Normalisation = Literal["none", "channel", "position"]
+DecoderSize = Literal["tiny", "B", "L", "XL"]
 STRICT = pydantic.ConfigDict(extra="forbid")
 EXECUTION = {"execution": True}
 
@@ -73,20 +74,20 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive = ("in_channels", "num_classes", "width", "depth", "num_heads", "mlp_ratio", "rope_theta")
         for name in positive:
-            _require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, expected above 0")
+            require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, expected above 0")
         for name in ("class", "time", "level", "guidance", "interval"):
             count = getattr(self, f"num_{name}_tokens")
-            _require(count >= 0, f"num_{name}_tokens is {count}, expected 0 or more")
-        _require(min(self.grid) >= 1, f"grid is {self.grid}, expected rows and columns of 1 or more")
-        _require(
+            require(count >= 0, f"num_{name}_tokens is {count}, expected 0 or more")
+        require(min(self.grid) >= 1, f"grid is {self.grid}, expected rows and columns of 1 or more")
+        require(
             0 < self.head_depth <= self.depth,
             f"head_depth {self.head_depth}, expected 1 to depth {self.depth}",
         )
-        _require(
+        require(
             self.width % (4 * self.num_heads) == 0,
             f"width {self.width}, expected a multiple of 4 × num_heads = {4 * self.num_heads} (rotary pairs)",
         )
-        _require(self.num_levels >= 2, f"num_levels is {self.num_levels}, expected 2 or more")
+        require(self.num_levels >= 2, f"num_levels is {self.num_levels}, expected 2 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,14 +118,14 @@ class MethodConfig:
     def __post_init__(self) -> None:
         for name in ("uniform_fraction", "data_fraction", "label_dropout"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
         for name in ("time_std", "time_shift"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
         for name, least in (("region_weight", 0), ("prev_noise", 0), ("guidance_max", 1)):
             value = getattr(self, name)
-            _require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
-        _require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
+            require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
+        require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,31 +150,26 @@ class OptimConfig:
     """A half-life never exceeds this share of the images seen so far."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
+        require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
         for decay in (self.momentum, *self.adam_betas):
-            _require(0 <= decay < 1, f"momentum and adam_betas hold {decay}, expected 0 up to below 1")
+            require(0 <= decay < 1, f"momentum and adam_betas hold {decay}, expected 0 up to below 1")
         for halflife in self.ema_halflives_kimg:
-            _require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
-        _require(self.ema_ramp >= 0, f"ema_ramp is {self.ema_ramp}, expected 0 or more")
+            require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
+        require(self.ema_ramp >= 0, f"ema_ramp is {self.ema_ramp}, expected 0 or more")
         steps = self.newton_schulz_steps
-        _require(steps >= 1, f"newton_schulz_steps is {steps}, expected 1 or more")
-        _require(
+        require(steps >= 1, f"newton_schulz_steps is {steps}, expected 1 or more")
+        require(
             0 <= self.cooldown_fraction <= 1,
             f"cooldown_fraction is {self.cooldown_fraction}, expected a share from 0 to 1",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """One run."""
+class RunConfig:
+    """What every training run has: its length, batches and seed, and how it is carried out and watched."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
-    preset: str = "TF-B"
-    """Name of the preset the run started from."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     total_images: int = field(default=102_400_000, metadata=EXECUTION)
     """Images seen until the run ends (80 epochs of ImageNet); a cooldown begins at its share of them."""
     batch_size: int = 1024
@@ -181,18 +177,9 @@ class TrainConfig:
     micro_batch_size: int | None = field(default=None, metadata=EXECUTION)
     """Images in one backward pass on one rank; without it the rank's whole share of the batch."""
     seed: int = 0
-    """Seed of initial weights, data order, levels, times and noise."""
+    """Seed of all that is random: initial weights, order of the data, noise."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic inside the network; weights and losses stay float32."""
-    compile: bool = field(default=False, metadata=EXECUTION)
-    """Whether the objective is compiled; equal up to rounding, after minutes of compiling."""
-    activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
-    """Whether blocks keep only their input and run again in the backward pass: less memory, more time; exact."""
-    normalise: Normalisation = "none"
-    """Units of the network's features: raw as in the release, or of mean 0 and spread 1 per channel or per position
-    and channel, by statistics.npz; samples are raw always."""
-    level_per: Literal["sample", "batch"] = "sample"
-    """Whether each sample draws its level or, as the release does, a batch shares one."""
     shuffle_shards: int = 64
     """Shards whose samples are shuffled together, at most 128: a rank keeps them open."""
     loader_workers: int = field(default=2, metadata=EXECUTION)
@@ -219,22 +206,102 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("total_images", "batch_size", "checkpoint_images", "log_images", "keep_checkpoints")
         for name in (*counts, "shuffle_shards"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
-        _require(self.shuffle_shards <= 128, f"shuffle_shards is {self.shuffle_shards}, expected at most 128")
-        _require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
+        require(self.shuffle_shards <= 128, f"shuffle_shards is {self.shuffle_shards}, expected at most 128")
+        require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
         for name in ("loader_workers", "max_damaged_shards"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("micro_batch_size", "sample_images"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}, expected 1 or more")
-        _require(
-            not (self.compile and self.activation_checkpointing),
-            "compile and activation_checkpointing: expected one of them, compiled code chooses itself what it keeps",
-        )
-        _require(
+            require(value is None or value >= 1, f"{name} is {value}, expected 1 or more")
+        require(
             self.max_seconds is None or self.max_seconds > 0,
             f"max_seconds is {self.max_seconds}, expected above 0",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(RunConfig):
+    """One run of Trajectory Forcing."""
+
+    preset: str = "TF-B"
+    """Name of the preset the run started from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    compile: bool = field(default=False, metadata=EXECUTION)
+    """Whether the objective is compiled; equal up to rounding, after minutes of compiling."""
+    activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
+    """Whether blocks keep only their input and run again in the backward pass: less memory, more time; exact."""
+    normalise: Normalisation = "none"
+    """Units of the network's features: raw as in the release, or of mean 0 and spread 1 per channel or per position
+    and channel, by statistics.npz; samples are raw always."""
+    level_per: Literal["sample", "batch"] = "sample"
+    """Whether each sample draws its level or, as the release does, a batch shares one."""
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)  # super() does not find the class that slots make
+        require(
+            not (self.compile and self.activation_checkpointing),
+            "compile and activation_checkpointing: expected one of them, compiled code chooses itself what it keeps",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig(RunConfig):
+    """One training of a decoder. Defaults are RAE's, for features of ImageNet.
+
+    Source: RAE (Zheng et al. 2025), first stage, as its code has it.
+    """
+
+    size: DecoderSize = "XL"
+    """Shape of the decoder; B, L and XL are RAE's, tiny is made for a CPU."""
+    total_images: int = field(default=20_480_000, metadata=EXECUTION)
+    """Images seen until the run ends (16 epochs of ImageNet); the shares below are of them."""
+    batch_size: int = 512
+    """Images in one optimiser step, over all ranks."""
+    patch_size: int = 16
+    """Pixels per side that one token is decoded to; pictures are resized to grid × patch_size."""
+    noise: float = 0.8
+    """Noise on tokens in training: σ·N(0, 1), σ uniform up to this, in units of the features' root mean square."""
+    lr: float = 2e-4
+    """Learning rate of Adam after the warm-up; it falls along a cosine to a tenth at the end."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's first and second moments."""
+    warmup_fraction: float = 1 / 16
+    """Share of the run, at its start, over which the learning rate rises from 0."""
+    ema_halflife_kimg: float = 161.0
+    """Half-life of the weight average that decodes, in thousands of images (RAE: 0.9978 a step of 512)."""
+    held_out_shards: int = 0
+    """Shards, the last ones, that are not trained on but measured at the end of each epoch."""
+    lpips_weights: str | None = None
+    """Folder with `vgg16` and `lpips` weights for the perceptual loss; none without it."""
+    lpips_weight: float = 1.0
+    """Weight of the perceptual loss."""
+    gan_weights: str | None = None
+    """Weights of DINO's ViT-S/8 for the adversarial loss; none without it."""
+    gan_weight: float = 0.75
+    """Weight of the adversarial loss, on top of its balance with the others."""
+    discriminator_start: float = 6 / 16
+    """Share of the run after which the discriminator trains."""
+    gan_start: float = 8 / 16
+    """Share of the run after which the decoder trains against it."""
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        require(self.patch_size >= 1, f"patch_size is {self.patch_size}, expected 1 or more")
+        require(self.held_out_shards >= 0, f"held_out_shards is {self.held_out_shards}, expected 0 or more")
+        for name in ("noise", "lpips_weight", "gan_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more, and finite")
+        for name in ("lr", "ema_halflife_kimg"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+        for name in ("warmup_fraction", "discriminator_start", "gan_start"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+        for decay in self.adam_betas:
+            require(0 <= decay < 1, f"adam_betas hold {decay}, expected 0 up to below 1")
 
 
 def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
@@ -308,6 +375,7 @@ def _nearest(name: str, kind: type) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Refuse a value of a configuration; `checked` names the field and the file."""
     if not condition:
         raise ValueError(message)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.canvases.dct import DctBasis
 from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.layers import grid_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -145,7 +146,8 @@ class RaeDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.embed = nn.Linear(config.hidden_size, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(grid_positions(config.grid, width)[None], requires_grad=False)
+        positions = F.pad(grid_positions(config.grid, config.grid, width), (0, 0, 1, 0))  # the class token: 0
+        self.positions = nn.Parameter(positions[None], requires_grad=False)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.predict = nn.Linear(width, config.patch_size**2 * 3)
@@ -176,18 +178,6 @@ class RaeDecoder(nn.Module):
         patches = self.logits(z).unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, 3))
         image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return image * self.std + self.mean
-
-
-def grid_positions(grid: int, width: int) -> Tensor:
-    """Fixed position of the class token (zeros) and of grid² tokens, row-major: float32 [1 + grid², width].
-
-    Half of the channels tell the column, half the row, each by sines and cosines at 10,000^(−4i/width).
-    """
-    frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    along = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    tokens = torch.cat([along.repeat(grid, 1), along.repeat_interleave(grid, dim=0)], dim=-1)
-    return F.pad(tokens, (0, 0, 1, 0)).float()
 
 
 class DctDecoder(nn.Module):

@@ -76,10 +76,10 @@ class ScalarEmbedding(nn.Module):
 class Attention(nn.Module):
     """Self-attention with normalised queries and keys, rotated by `rotations` (complex64 [N, 1, d/2])."""
 
-    def __init__(self, width: int, num_heads: int, norm_eps: float) -> None:
+    def __init__(self, width: int, num_heads: int, norm_eps: float, *, bias: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v, self.out = (linear(width, width, BLOCK_INIT, bias=False) for _ in range(4))
+        self.q, self.k, self.v, self.out = (linear(width, width, BLOCK_INIT, bias=bias) for _ in range(4))
         self.q_norm = RMSNorm(width // num_heads, norm_eps)
         self.k_norm = RMSNorm(width // num_heads, norm_eps)
 
@@ -91,12 +91,12 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) · w3 x), without biases."""
+    """w2(silu(w1 x) · w3 x)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.w1, self.w3 = (linear(width, hidden, BLOCK_INIT, bias=False) for _ in range(2))
-        self.w2 = linear(hidden, width, BLOCK_INIT, bias=False)
+        self.w1, self.w3 = (linear(width, hidden, BLOCK_INIT, bias=bias) for _ in range(2))
+        self.w2 = linear(hidden, width, BLOCK_INIT, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -222,3 +222,15 @@ def grid_rotations(rows: int, columns: int, head_width: int, theta: float) -> Te
     along_columns = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies
     angles = torch.cat([along_rows.repeat_interleave(columns, dim=0), along_columns.repeat(rows, 1)], dim=-1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def grid_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed positions of a grid in row-major order: float32 [rows·columns, width], width a multiple of 4.
+
+    Half of the channels tell the column, half the row, each by sines and cosines at 10,000^(−4i/width).
+    """
+    frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequencies
+    along = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    column, row = along[:columns].repeat(rows, 1), along[:rows].repeat_interleave(columns, dim=0)
+    return torch.cat([column, row], dim=-1).float()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trainer.config import ModelConfig, checked
 from trainer.errors import MismatchError, UsageError
+from trainer.latent_official import load_latent_forcing as load_latent_forcing
 from trainer.model import TrajectoryTransformer
 
 NDARRAY_EXTENSION = 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,22 @@ def learning_rate(images_seen: int, total_images: int, lr: float, cooldown_fract
     """The rate of the update after `images_seen` images: `lr`, then a straight line to 0 at `total_images`."""
     left = max(0, total_images - images_seen)
     return lr * min(1.0, left / max(cooldown_fraction * total_images, 1e-8))
+
+
+def warmup_cosine(images_seen: int, total_images: int, lr: float, warmup_fraction: float) -> float:
+    """The rate of the update that makes `images_seen` the total: a straight line up to `lr`, then a cosine down to
+    lr/10 at `total_images`.
+    """
+    share = min(1.0, images_seen / total_images)
+    if share < warmup_fraction:
+        return lr * share / warmup_fraction
+    falling = (share - warmup_fraction) / max(1 - warmup_fraction, 1e-8)
+    return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * falling)))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def logit_normal(

@@ -1,0 +1,474 @@
+"""Latent Forcing: the release's numbers, the laws of its clocks, and what must hold whatever the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.clocks import draw_clocks, sampling_grid, shifted
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.latent_config import LatentMethodConfig, LatentModelConfig
+from trainer.latent_official import save_latent_forcing
+from trainer.latent_sample import ClockGuidance, sample_pixels
+from trainer.methods import latent_forcing
+from trainer.official import load_latent_forcing
+from trainer.pixel_latent import PixelLatentTransformer
+
+TINY = LatentModelConfig(
+    grid=(2, 4),
+    patch_px=4,
+    in_channels=5,
+    num_classes=3,
+    width=16,
+    depth=2,
+    num_heads=2,
+    pixel_bottleneck=6,
+    latent_bottleneck=4,
+    num_class_tokens=2,
+    class_tokens_at=1,
+    expert_depth=1,
+    expert_width=24,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(shared: Path) -> Path:
+    return shared / "golden" / "latent_forcing_tiny"
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> PixelLatentTransformer:
+    return load_latent_forcing(folder)
+
+
+def vectors(path: Path) -> dict[str, Tensor]:
+    """Arrays of a reference file, channels-last, times turned round."""
+    with np.load(path, allow_pickle=False) as stored:
+        found = {name: torch.from_numpy(stored[name]) for name in stored}
+    found = {name: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for name, x in found.items()}
+    return {name: 1 - x if name.startswith("t_") else x for name, x in found.items()}
+
+
+def filled(config: LatentModelConfig, seed: int = 0) -> PixelLatentTransformer:
+    """A network in which every weight counts."""
+    torch.manual_seed(seed)
+    network = PixelLatentTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return network
+
+
+def inputs(config: LatentModelConfig, batch: int = 3) -> dict[str, Any]:
+    torch.manual_seed(1)
+    return {
+        "pixels": torch.randn(batch, *config.image_px, 3),
+        "latents": torch.randn(batch, *config.grid, config.latent_channels),
+        "t_pixels": torch.rand(batch),
+        "t_latents": torch.rand(batch, config.num_canvases),
+        "label": torch.arange(batch) % (config.num_classes + 1),
+    }
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# The release's numbers
+
+
+@torch.no_grad()
+def test_forward_agrees_with_the_release(network: PixelLatentTransformer, folder: Path) -> None:
+    given = vectors(folder / "forward_loss.npz")
+    z = [
+        latent_forcing.mixed(given[name], given[f"noise_{name}"], given[f"t_{name}"])
+        for name in ("pixels", "latents")
+    ]
+    pixels, latents = network(*z, t_pixels=given["t_pixels"], t_latents=given["t_latents"], label=given["y"])
+    torch.testing.assert_close(pixels, given["pred_pixels"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(latents, given["pred_latents"], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_loss_agrees_with_the_release(network: PixelLatentTransformer, folder: Path) -> None:
+    given = vectors(folder / "forward_loss.npz")
+    names = [f"{what}_{name}" for what in ("t", "noise", "weight") for name in ("pixels", "latents")]
+    found = latent_forcing.loss(
+        network,
+        given["pixels"],
+        given["latents"],
+        label=given["y"],
+        latent_weight=0.333,
+        **{name: given[name] for name in names},
+    )
+    for name, value in found.items():
+        assert float(value) == pytest.approx(float(given[name]), rel=1e-6), name
+
+
+CFG = {
+    "pixel_guidance": ClockGuidance(scale=2.9),
+    "latent_guidance": ClockGuidance(scale=2.9, high=0.94),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "guidance"),
+    [
+        ("cascaded_unguided", sampling_grid("cascaded", 6), {}),
+        ("cascaded_cfg", sampling_grid("cascaded", 6, latent_warp=1 / 0.575), CFG),
+        ("shifted_unguided", sampling_grid("shifted", 6, shift=9.0), {}),
+    ],
+)
+def test_samples_agree_with_the_release(
+    network: PixelLatentTransformer,
+    folder: Path,
+    name: str,
+    grid: tuple[Tensor, Tensor],
+    guidance: dict[str, ClockGuidance],
+) -> None:
+    given = vectors(folder / f"sample_{name}.npz")
+    torch.testing.assert_close(grid[0], given["t_pixels"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(grid[1][:, 0], given["t_latents"], rtol=0, atol=1e-6)
+    found = sample_pixels(
+        network, given["y"], given["noise_pixels"], given["noise_latents"], grid, **guidance
+    )
+    assert relative(found[0], given["pixels"]) < 1e-5
+    assert relative(found[1], given["latents"]) < 1e-5
+
+
+def test_a_written_folder_is_that_of_the_release(
+    network: PixelLatentTransformer, folder: Path, tmp_path: Path
+) -> None:
+    save_latent_forcing(network, tmp_path)
+    written, given = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert written.keys() == given.keys()
+    for name in given:
+        tolerance = 1e-6 if name == "pos_embed" else 0
+        torch.testing.assert_close(written[name], given[name], rtol=0, atol=tolerance)
+    configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path, folder)]
+    assert configs[0] == configs[1]
+
+
+def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["blocks.1.attn.qkv.bias"]
+    weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:-2]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(MismatchError, match=r"embedding_table.*\(9, 64\).*qkv.bias is missing"):
+        load_latent_forcing(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(TrainerError, match=r"model.safetensors"):
+        load_latent_forcing(tmp_path)
+    (tmp_path / "config.json").write_text('{"patch_size": 16}')
+    with pytest.raises(UsageError, match="no configuration of Latent Forcing"):
+        load_latent_forcing(tmp_path)
+
+
+def test_the_paper_size_has_the_paper_count() -> None:
+    """LM with two experts of two blocks: 465 million parameters."""
+    with torch.device("meta"):
+        network = PixelLatentTransformer(LatentModelConfig())
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 465
+
+
+# The network
+
+
+def test_a_fresh_network_predicts_zero() -> None:
+    pixels, latents = PixelLatentTransformer(TINY)(**inputs(TINY))
+    assert pixels.shape == (3, 8, 16, 3)
+    assert latents.shape == (3, 2, 4, 5)
+    assert not pixels.any()
+    assert not latents.any()
+
+
+@pytest.mark.parametrize("changes", [{"expert_depth": 0}, {"num_class_tokens": 0}, {"num_canvases": 3}])
+@torch.no_grad()
+def test_every_input_counts_in_every_variant(changes: dict[str, int]) -> None:
+    config = dataclasses.replace(TINY, **changes)
+    network, given = filled(config), inputs(config)
+    before = torch.cat([part.flatten() for part in network(**given)])
+    for name, value in given.items():
+        moved = {**given, name: (value + 1) % 4 if name == "label" else value + 0.1}
+        after = torch.cat([part.flatten() for part in network(**moved)])
+        assert (after - before).abs().max() > 1e-4, name
+
+
+@torch.no_grad()
+def test_one_clock_is_shared_by_all_canvases() -> None:
+    config = dataclasses.replace(TINY, num_canvases=3)
+    network, given = filled(config), inputs(config)
+    t = given["t_latents"][:, 0]
+    shared = network(**{**given, "t_latents": t})
+    torch.testing.assert_close(shared, network(**{**given, "t_latents": t[:, None].expand(-1, 3)}))
+
+
+def test_a_patch_of_pixels_is_one_token() -> None:
+    """Patches and back is the identity, also off the square."""
+    network = PixelLatentTransformer(TINY)
+    pixels = inputs(TINY)["pixels"]
+    patches = network._patches(pixels)
+    torch.testing.assert_close(patches[0, 5].view(4, 4, 3), pixels[0, 4:8, 4:8])
+    torch.testing.assert_close(network._picture(patches), pixels)
+
+
+def test_recomputed_blocks_give_the_same_gradients() -> None:
+    gradients = []
+    for recompute in (False, True):
+        network = filled(TINY)
+        network.recompute = recompute
+        pixels, latents = network(**inputs(TINY))
+        (pixels.square().sum() + latents.square().sum()).backward()
+        gradients.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["pixels", "latents"])
+def test_wrong_shapes_are_named(name: str) -> None:
+    given = inputs(TINY)
+    with pytest.raises(MismatchError, match=f"{name} have shape"):
+        PixelLatentTransformer(TINY)(**{**given, name: given[name][:, 1:]})
+
+
+# The clocks
+
+
+def clocks(schedule: str, n: int = 40_000, num_canvases: int = 1, **fields: Any) -> Any:
+    config = LatentMethodConfig(schedule=schedule, **fields)  # type: ignore[arg-type]
+    return draw_clocks(n, config, torch.Generator().manual_seed(0), num_canvases)
+
+
+def test_cascaded_trains_one_modality_given_the_other() -> None:
+    found = clocks("cascaded-noised")
+    t_latents, latent = found.t_latents[:, 0], found.weight_latents[:, 0] == 1
+    torch.testing.assert_close(found.weight_pixels, 1 - found.weight_latents[:, 0])
+    assert latent.float().mean() == pytest.approx(0.4, abs=0.01)
+    assert (found.t_pixels[latent] == 1).all()
+    given = t_latents[~latent]
+    assert 0 <= given.min() < given.max() <= 0.25
+    assert given.mean() == pytest.approx(0.125, abs=0.003)
+    assert (clocks("cascaded").t_latents[~latent] == 0).all()
+    # Medians of the paper's laws on its own clock: 0.232 of the latents, 0.401 of the pixels but for the uniform ones.
+    assert 1 - t_latents[latent].median() == pytest.approx(0.232, abs=0.01)
+    whole = clocks("cascaded", pixel_uniform_share=0.0)
+    assert 1 - whole.t_pixels[~latent].median() == pytest.approx(0.401, abs=0.01)
+
+
+def test_uniform_pixel_times_are_noisy_ones() -> None:
+    found = clocks("cascaded", pixel_uniform_share=1.0, latent_share=0.0)
+    assert found.t_pixels.min() >= 0.5
+    assert found.t_pixels.mean() == pytest.approx(0.75, abs=0.005)
+
+
+def test_several_canvases_are_one_cascade() -> None:
+    found = clocks("cascaded-noised", num_canvases=3, latent_share=0.6)
+    stage = torch.cat([found.weight_latents, found.weight_pixels[:, None]], dim=1)
+    assert (stage.sum(dim=1) == 1).all()
+    assert stage.mean(dim=0).tolist() == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=0.01)
+    for k in range(4):
+        times = found.t_latents[stage[:, k] == 1]
+        assert (times[:, k + 1 :] == 1).all()
+        assert (times[:, :k] <= 0.25).all()
+
+
+@pytest.mark.parametrize("schedule", ["shifted", "offset"])
+def test_training_times_lie_on_the_sampling_path(schedule: str) -> None:
+    found = clocks(schedule, n=2_000)
+    t_pixels, t_latents = sampling_grid(schedule, 4_000)  # type: ignore[arg-type]
+    distance = torch.cdist(
+        torch.stack([found.t_pixels, found.t_latents[:, 0]], dim=1),
+        torch.cat([t_pixels[:, None], t_latents], dim=1),
+    )
+    assert distance.min(dim=1).values.max() < 2e-3
+    assert (found.t_latents[:, 0] <= found.t_pixels).all()
+    assert (found.weight_latents[:, 0] + found.weight_pixels == 1).all()
+
+
+def test_independent_times_lean_to_noise_and_train_both() -> None:
+    found = clocks("independent")
+    assert found.weight_pixels.all()
+    assert found.weight_latents.all()
+    for t in (found.t_pixels, found.t_latents[:, 0]):
+        # f(u) = 2u/(1 + u) of uniform u has mean 2 − 2 ln 2.
+        assert t.mean() == pytest.approx(2 - 2 * math.log(2), abs=0.005)
+    assert np.corrcoef(found.t_pixels, found.t_latents[:, 0])[0, 1] == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize(("schedule", "held"), [("latents-only", "t_pixels"), ("pixels-only", "t_latents")])
+def test_controls_hold_the_other_modality_at_noise(schedule: str, held: str) -> None:
+    found = clocks(schedule)
+    assert (getattr(found, held) == 1).all()
+    assert (getattr(found, held.replace("t_", "weight_")) == 0).all()
+    times = dict(zip(("t_pixels", "t_latents"), sampling_grid(schedule, 5), strict=True))  # type: ignore[arg-type]
+    assert (times[held] == 1).all()
+
+
+def test_a_shift_is_a_rescaling_of_the_data() -> None:
+    """At f_w(t) data w times smaller have the signal-to-noise ratio that whole data have at t."""
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    ratio = (1 - t) / t
+    later = shifted(t, 3.0)
+    torch.testing.assert_close((1 - later) / later * 3.0, ratio)
+    torch.testing.assert_close(shifted(later, 1 / 3.0), t)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shift", "order"), [("shifted", 9.0, -1), ("shifted", 1.0, 0), ("independent", 1 / 9, 1)]
+)
+def test_shift_decides_what_comes_first(schedule: str, shift: float, order: int) -> None:
+    t_pixels, t_latents = sampling_grid(schedule, 10, shift=shift)  # type: ignore[arg-type]
+    ahead = t_latents[1:-1, 0] - t_pixels[1:-1]
+    assert (ahead.sign() == order).all() if order else ahead.abs().max() < 1e-6
+    for t in (t_pixels, t_latents[:, 0]):
+        assert (t[0], t[-1]) == (1, 0)
+        assert (t.diff() < 0).all()
+
+
+def test_a_cascade_of_canvases_spends_its_steps_evenly() -> None:
+    t_pixels, t_latents = sampling_grid("cascaded", 9, num_canvases=3)
+    moving = torch.cat([t_latents, t_pixels[:, None]], dim=1).diff(dim=0) < 0
+    assert (moving.sum(dim=1) == 1).all()
+    assert moving.sum(dim=0).tolist() == [2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "canvases"), [("cascaded", 2, 2), ("shifted", 0, 1), ("shifted", 4, 2)]
+)
+def test_impossible_grids_are_refused(schedule: str, steps: int, canvases: int) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        sampling_grid(schedule, steps, num_canvases=canvases)  # type: ignore[arg-type]
+
+
+# Objective and sampler
+
+
+class Oracle:
+    """Knows that data are Gaussian of deviation s: x̂ = z·(1−t)s²/((1−t)²s² + t²)."""
+
+    def __init__(self, s: float) -> None:
+        self.s = s
+
+    def __call__(
+        self, pixels: Tensor, latents: Tensor, *, t_pixels: Tensor, t_latents: Tensor, label: Tensor
+    ) -> Any:
+        return self._clean(pixels, t_pixels), self._clean(latents, t_latents)
+
+    def _clean(self, z: Tensor, t: Tensor) -> Tensor:
+        t = latent_forcing.per_channel(t, z).double()
+        return (z * (1 - t) * self.s**2 / ((1 - t) ** 2 * self.s**2 + t**2)).to(z.dtype)
+
+
+@pytest.mark.parametrize("schedule", ["cascaded", "shifted", "offset"])
+def test_heun_beats_euler_to_the_exact_flow(schedule: str) -> None:
+    """The flow of Gaussian data multiplies the noise by s; both solvers get there, Heun's sooner."""
+    s, noise = 0.5, torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    errors = {}
+    for solver in ("heun", "euler"):
+        grid = tuple(t.double() for t in sampling_grid(schedule, 64))  # type: ignore[arg-type]
+        found = sample_pixels(Oracle(s), torch.zeros(2).long(), noise, noise, grid, solver=solver)  # type: ignore[arg-type]
+        errors[solver] = max(relative(part, s * noise) for part in found)
+    assert errors["heun"] < 0.6 * errors["euler"] < 0.1
+
+
+def test_the_loss_of_a_perfect_network_is_zero_and_of_the_mean_known() -> None:
+    torch.manual_seed(0)
+    pixels, latents = torch.randn(4, 8, 8, 3), torch.randn(4, 2, 2, 6)
+    given: dict[str, Any] = {
+        "label": torch.zeros(4).long(),
+        "t_pixels": torch.tensor([0.5, 0.5, 0.01, 1.0]),
+        "t_latents": torch.full((4, 2), 0.5),
+        "noise_pixels": torch.randn(4, 8, 8, 3),
+        "noise_latents": torch.randn(4, 2, 2, 6),
+        "weight_pixels": torch.tensor([1.0, 0.0, 1.0, 0.0]),
+        "weight_latents": torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]),
+    }
+    perfect = latent_forcing.loss(lambda *_, **__: (pixels, latents), pixels, latents, **given)
+    assert not any(perfect.values())
+    zero = latent_forcing.loss(lambda p, q, **_: (0 * p, 0 * q), pixels, latents, **given, latent_weight=0.5)
+    expected = (pixels[0].square().mean() / 0.25 + pixels[2].square().mean() / 0.0025) / 4
+    assert float(zero["loss_pixels"]) == pytest.approx(float(expected), rel=1e-5)
+    expected = (latents[1, ..., :3].square().mean() + latents[3, ..., 3:].square().mean()) / 0.25 / 4
+    assert float(zero["loss_latents"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(zero["loss"]) == pytest.approx(float(zero["loss_pixels"] + 0.5 * zero["loss_latents"]))
+
+
+def test_draws_of_a_row_do_not_depend_on_the_split() -> None:
+    config = LatentMethodConfig()
+    whole = latent_forcing.draw_batch(6, (4, 4, 3), (2, 2, 5), config, seed=3, step=7)
+    part = latent_forcing.draw_batch(6, (4, 4, 3), (2, 2, 5), config, seed=3, step=7, rows=slice(2, 5))
+    torch.testing.assert_close(part.noise_pixels, whole.noise_pixels[2:5])
+    torch.testing.assert_close(part.noise_latents, whole.noise_latents[2:5])
+    torch.testing.assert_close(part.drop_label, whole.drop_label[2:5])
+    for mine, all_of_them in zip(part.clocks, whole.clocks, strict=True):
+        torch.testing.assert_close(mine, all_of_them[2:5])
+
+
+def test_given_latents_stay_as_they_are() -> None:
+    network, given = filled(TINY), inputs(TINY)
+    t_pixels = torch.linspace(1, 0, 4)
+    clean = given["latents"]
+    _, latents = sample_pixels(
+        network, given["label"], given["pixels"], clean, (t_pixels, torch.zeros(4, 1)), solver="euler"
+    )
+    torch.testing.assert_close(latents, clean, rtol=0, atol=0)
+
+
+def test_what_guides_is_the_weak_network_from_its_time_on() -> None:
+    given = inputs(TINY)
+    strong, weak = filled(TINY), filled(TINY, seed=5)
+    grid = sampling_grid("cascaded", 4)
+    guidance = {name: ClockGuidance(scale=2.0) for name in ("pixel_guidance", "latent_guidance")}
+
+    def sampled(**fields: Any) -> tuple[Tensor, Tensor]:
+        noise = given["pixels"], given["latents"]
+        return sample_pixels(strong, given["label"], *noise, grid, **guidance, **fields)
+
+    own, always, late = sampled(), sampled(weak_network=weak), sampled(weak_network=weak, weak_from=0.001)
+    # The last evaluation of the latent stage already lies at clean latents, as in the release.
+    assert relative(always[1], own[1]) > 1e-3
+    assert relative(late[0], own[0]) > 1e-3
+    with_itself = sampled(weak_network=strong)
+    torch.testing.assert_close(with_itself, own)
+    null = torch.full_like(given["label"], TINY.num_classes)
+    unguided = sample_pixels(strong, null, given["pixels"], given["latents"], grid)
+    same = sample_pixels(strong, null, given["pixels"], given["latents"], grid, **guidance)
+    torch.testing.assert_close(same, unguided, rtol=1e-3, atol=1e-4)
+
+
+def test_rising_times_are_refused() -> None:
+    given = inputs(TINY)
+    with pytest.raises(UsageError, match="times that fall"):
+        sample_pixels(
+            filled(TINY),
+            given["label"],
+            given["pixels"],
+            given["latents"],
+            (torch.tensor([0.0, 1.0]), torch.ones(2, 1)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (LatentModelConfig, {"width": 30, "num_heads": 4}, "multiple of 4 × num_heads"),
+        (LatentModelConfig, {"expert_width": 1000}, "expert_width 1000"),
+        (LatentModelConfig, {"class_tokens_at": 20}, "class_tokens_at"),
+        (LatentMethodConfig, {"latent_share": 1.5}, "latent_share"),
+        (LatentMethodConfig, {"offset": 1.0}, "offset"),
+        (LatentMethodConfig, {"shift": 0.0}, "shift"),
+    ],
+)
+def test_impossible_fields_are_refused(kind: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**fields)
