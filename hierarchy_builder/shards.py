@@ -6,16 +6,16 @@ gid are 0, members are sorted, so equal samples give equal bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import webdataset
 
 from hierarchy_builder.artefacts import atomic_file, write_json
 from hierarchy_builder.errors import BuilderError
@@ -99,21 +99,13 @@ def write_shard(tar: Path, samples: Iterable[Sample], *, config_hash: str) -> di
 
     Raises BuilderError when two samples share a key.
     """
-    keys: set[str] = set()
     with atomic_file(tar) as file:
-        hashing = _HashingFile(file)
-        with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="", mode=0o444) as writer:
-            for sample in samples:
-                if sample.key in keys:
-                    raise BuilderError(f"{tar.name}: key {sample.key} occurs twice")
-                keys.add(sample.key)
-                writer.write({"__key__": sample.key, **encode_sample(sample)})
-    facts = {
-        "count": len(keys),
-        "bytes": hashing.num_bytes,
-        "sha256": hashing.digest.hexdigest(),
-        "config_hash": config_hash,
-    }
+        writer = TarWriter(file)
+        for sample in samples:
+            if sample.key in writer.keys:
+                raise BuilderError(f"{tar.name}: key {sample.key} occurs twice")
+            writer.add(sample.key, encode_sample(sample))
+        facts = {**writer.close(), "config_hash": config_hash}
     write_json(sidecar(tar), facts)
     return facts
 
@@ -162,26 +154,55 @@ def sample_bytes(
 
 
 def _npy(array: np.ndarray) -> bytes:
+    """The bytes numpy.save writes, in one copy of the values."""
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return b"".join((_npy_header(array.dtype, array.shape), array.view(np.uint8).data))
+
+
+@functools.lru_cache(maxsize=64)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
     return buffer.getvalue()
 
 
-class _HashingFile:
-    """A file that is only written to, and that knows the SHA-256 and length of what went through it."""
+class TarWriter:
+    """Writes a tar member by member, in few large pieces; knows its SHA-256 and the length of every sample."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.digest = hashlib.sha256()
-        self.num_bytes = 0
+        self._digest = hashlib.sha256()
+        self.keys: set[str] = set()
+        self.sizes: list[int] = []
 
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.num_bytes += len(data)
-        return self._file.write(data)
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """One sample; its members in the order of their names."""
+        self.keys.add(key)
+        size = 0
+        for name in sorted(members):
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size, info.mode = len(members[name]), 0o444
+            padding = bytes(-info.size % TAR_BLOCK)
+            for piece in (info.tobuf(tarfile.PAX_FORMAT), members[name], padding):
+                self._write(piece)
+                size += len(piece)
+        self.sizes.append(size)
 
-    def tell(self) -> int:
-        return self.num_bytes
+    def copy(self, samples: bytes, sizes: Sequence[int]) -> None:
+        """Samples as they lie in another tar."""
+        self._write(samples)
+        self.sizes += sizes
 
-    def flush(self) -> None:
-        self._file.flush()
+    def close(self) -> dict[str, Any]:
+        """Write the end of the tar; returns `count`, `bytes` and `sha256` of the whole."""
+        length = sum(self.sizes)
+        end = 2 * TAR_BLOCK
+        end += -(length + end) % tarfile.RECORDSIZE
+        self._write(bytes(end))
+        return {"count": len(self.sizes), "bytes": length + end, "sha256": self._digest.hexdigest()}
+
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)

@@ -1,5 +1,6 @@
 """Sample → tar → sample is identity, equal samples give equal bytes, and other readers agree."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import Sample
 from hierarchy_builder.shards import (
+    TarWriter,
     decode_sample,
     encode_sample,
     read_shard,
@@ -130,3 +132,18 @@ def test_predicted_size_of_a_sample_is_the_size_in_the_tar(tmp_path) -> None:
     facts = write_shard(tmp_path / "train-000000.tar", samples, config_hash="")
     predicted = sample_bytes(grid=(4, 4), width=8, num_levels=4, canvases=False, image_size_px=None)
     assert abs(facts["bytes"] - 40 * predicted) <= 0.02 * facts["bytes"] + 10_240
+
+
+@given(names=st.lists(st.text("aé/中_", min_size=1, max_size=140), min_size=1, max_size=4, unique=True))
+def test_tars_have_the_bytes_webdataset_writes(names: list[str]) -> None:
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    writer = TarWriter(ours)
+    with webdataset.TarWriter(theirs, encoder=False, mtime=0, user="", group="", mode=0o444) as reference:
+        for number, key in enumerate(names):
+            members = {"npy": bytes(700 * number), "cls": b"3", "json": b"{}"}
+            writer.add(key, members)
+            reference.write({"__key__": key, **members})
+    facts = writer.close()
+    assert ours.getvalue() == theirs.getvalue()
+    assert facts["bytes"] == len(ours.getvalue())
+    assert facts["sha256"] == hashlib.sha256(ours.getvalue()).hexdigest()
