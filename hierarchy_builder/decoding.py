@@ -146,7 +146,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (ValueError, OSError) as error:
         raise ImageError("unsupported_mode", f"{image.mode}: {error}") from None
 
