@@ -1,0 +1,41 @@
+"""Arguments and options that several commands share, and how lists of seeds are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.errors import UsageError
+
+Run = Annotated[Path, typer.Argument(help="Run folder of `trainer train`, or one of its checkpoints.")]
+Ema = Annotated[
+    str, typer.Option(help="Half-life in kimg of the weight average; auto: the first; raw: none.")
+]
+DecoderFolder = Annotated[Path | None, typer.Option("--decoder", help="Folder of an RAE decoder.")]
+Steps = Annotated[int, typer.Option(min=1, help="Network evaluations per level.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option("--guidance", help="Guidance scale, for models trained with it.")
+]
+Weak = Annotated[
+    Path | None, typer.Option("--weak", help="Autoguidance: run or checkpoint to move away from.")
+]
+WeakScale = Annotated[
+    float | None, typer.Option(help="Strength of autoguidance. Default: 1 with --weak, else 0.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no configuration on stderr.")]
+
+
+def parse_seeds(text: str, what: str = "seeds") -> list[int]:
+    """Numbers of a list such as `0-7` or `0,3,9-11`. Raises UsageError."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"{what} {text!r}, expected numbers and ranges such as 0-7 or 0,3,9")
+        numbers += range(int(first), int(last or first) + 1)
+    if not numbers:
+        raise UsageError(f"{what} {text!r} name none, expected a rising range such as 0-7")
+    return numbers

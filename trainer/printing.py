@@ -1,0 +1,58 @@
+"""What commands print: results on stdout, as a table or JSON; everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+stdout, stderr = Console(), Console(stderr=True)
+
+
+def print_result(content: Any, as_json: bool) -> None:
+    """Print rows (a list of mappings of equal names) or one mapping; NaN is null in JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
+    elif isinstance(content, list):
+        table = Table(*(content[0] if content else ()))
+        for row in content:
+            table.add_row(*(_text(value) for value in row.values()))
+        stdout.print(table)
+    else:
+        table = Table("name", "value")
+        for name, value in flattened(content).items():
+            table.add_row(name, _text(value))
+        stdout.print(table)
+
+
+def without_nan(content: Any) -> Any:
+    """Plain data with None for NaN, which JSON has no word for."""
+    if isinstance(content, float):
+        return None if math.isnan(content) else content
+    if isinstance(content, Mapping):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return content
+
+
+def flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings inside become dotted names, one level deep."""
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
