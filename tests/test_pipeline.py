@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,36 @@ def test_lists_must_match(pipe: TrajectoryPipeline) -> None:
 def test_guidance_needs_a_guided_model(pipe: TrajectoryPipeline) -> None:
     with pytest.raises(UsageError, match="guidance"):
         pipe(label=0, guidance=2.0)
+
+
+def test_autoguidance_moves_away_from_the_weak_model(run: Path) -> None:
+    guided = TrajectoryPipeline.from_pretrained(run, device="cpu", weak=run)
+    guided.weak = TrajectoryPipeline.from_pretrained(run, ema="raw", device="cpu").model
+    plain, weak = guided(1, 3).levels, TrajectoryPipeline(guided.weak)(1, 3).levels
+    strong = guided(1, 3, weak_scale=0.5)
+    torch.testing.assert_close(strong.levels[0], plain[0] + 0.5 * (plain[0] - weak[0]), atol=1e-4, rtol=1e-4)
+    assert strong.weak_scale == 0.5
+    torch.testing.assert_close(strong.resume(0).levels, strong.levels, atol=1e-5, rtol=1e-5)
+
+
+def test_autoguidance_needs_a_weak_model_that_fits(
+    run: Path, pipe: TrajectoryPipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"autoguidance of strength 0\.5 needs a weak model"):
+        pipe(0, weak_scale=0.5)
+    other = copied(run, tmp_path / "step")
+    state = json.loads((other / "state.json").read_text())
+    state["config"]["model"]["num_levels"] = 5
+    model = TrajectoryTransformer(ModelConfig(**{**state["config"]["model"], "grid": (2, 2)}))
+    save_file({name: p.detach() for name, p in model.named_parameters()}, other / "model.safetensors")
+    state["files"]["model.safetensors"] = (other / "model.safetensors").stat().st_size
+    (other / "state.json").write_text(json.dumps(state))
+    with pytest.raises(MismatchError, match=r"weak model .*: model.num_levels is 5, that of .* is 4"):
+        TrajectoryPipeline.from_pretrained(run, ema="raw", weak=other)
+
+
+def copied(run: Path, target: Path) -> Path:
+    return Path(shutil.copytree(saved.find_checkpoint(run), target))
 
 
 def test_trajectory_survives_the_disk(pipe: TrajectoryPipeline, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,9 +13,10 @@ from trainer.errors import MismatchError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.normalisation import Normaliser
-from trainer.pipeline import SAMPLED_TOGETHER, TrajectoryPipeline
+from trainer.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
 from trainer.reader import ShardReader
 from trainer.shards import ShardIndex
+from trainer.trajectory import Trajectory
 
 FLATNESS_IMAGES = 256
 """Real images whose canvases are measured for reference."""
@@ -27,18 +29,21 @@ def evaluate(
     samples_per_class: int = 8,
     num_steps: int = 1,
     max_real: int = 10_000,
+    guidance: GuidanceLike = None,
+    weak_scale: float = 0.0,
 ) -> Iterator[tuple[str, float]]:
     """(name, value) of each metric: see `metrics.class_mean` and `metrics.flatness`.
 
     flatness is the share of a level-0 canvas that two regions explain, roughness the rest as a distance in units of
     the spread of real tokens; both also of real canvases, of their raw tokens, and of noise.
     Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
-    over the shards. Raises MismatchError if the shards do not fit the model.
+    over the shards. num_steps, guidance, weak_scale: as for the pipeline.
+    Raises MismatchError if the shards do not fit the model.
     """
     check_fits(pipe, index)
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
-    sampled, coarse = _sampled(pipe, labels, seeds, num_steps)
+    sampled, coarse = _sampled(pipe.stream(labels, seeds, num_steps, guidance, weak_scale))
     descriptions, real_labels, canvases = _real(index, max_real, pipe.normaliser.to("cpu"))
     yield from class_mean_accuracy(
         (sampled, torch.tensor(labels)), (descriptions, real_labels), index.num_classes
@@ -54,7 +59,14 @@ def evaluate(
 
 
 def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
-    """Raise MismatchError unless grid, width, levels and classes of the shards are those of the model."""
+    """Raise MismatchError unless encoder, grid, width, levels and classes of the shards are those of the model."""
+    for name in ("name", "weights_hash"):
+        trained, given = pipe.encoder.get(name), index.encoder.get(name)
+        if None not in (trained, given) and trained != given:
+            raise MismatchError(
+                f"{index.url} holds features of encoder {name} {given!r}, the model was trained on {trained!r}: "
+                "give shards of the same encoder"
+            )
     config = pipe.model.config
     found = (index.grid, index.width, index.num_levels, index.num_classes)
     wanted = (config.grid, config.in_channels, config.num_levels, config.num_classes)
@@ -65,14 +77,11 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
         )
 
 
-def _sampled(
-    pipe: TrajectoryPipeline, labels: list[int], seeds: list[int], num_steps: int
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _sampled(trajectories: Iterator[Trajectory]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Descriptions [N, F] of samples and the variances of their level-0 canvases; few trajectories at a time."""
     descriptions, variances = [], []
-    for start in range(0, len(labels), SAMPLED_TOGETHER):
-        part = slice(start, start + SAMPLED_TOGETHER)
-        levels = torch.stack([each.levels for each in pipe(labels[part], seeds[part], num_steps)])
+    while part := list(itertools.islice(trajectories, SAMPLED_TOGETHER)):
+        levels = torch.stack([trajectory.levels for trajectory in part])
         descriptions.append(describe(levels[:, -1]))
         variances.append(torch.stack(two_region_variance(levels[:, 0])))
     within, total = torch.cat(variances, dim=1)

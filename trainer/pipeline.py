@@ -10,7 +10,7 @@ L levels (coarse → fine), H×W grid of tokens, C channels, h×w pixels
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -47,14 +47,19 @@ class TrajectoryPipeline:
         decoder: Decoder | None = None,
         normaliser: Normaliser = RAW,
         weights: dict[str, str] | None = None,
+        weak: TrajectoryTransformer | None = None,
     ) -> None:
-        """weights: checkpoint folder and average the model was loaded from, noted in its trajectories."""
+        """weights: checkpoint folder and average the model was loaded from, noted in its trajectories.
+
+        weak: a worse model of the same levels, such as an early checkpoint, that autoguidance moves away from.
+        """
         self.model = model.eval()
         self.class_names = list(class_names)
         self.encoder = encoder or {}
         self.decoder = decoder
         self.normaliser = normaliser
         self.weights = weights or {}
+        self.weak = weak if weak is None else weak.eval()
 
     @classmethod
     def from_pretrained(
@@ -63,26 +68,19 @@ class TrajectoryPipeline:
         ema: float | str | None = "auto",
         decoder: Decoder | str | Path | None = None,
         device: str | torch.device | None = None,
+        weak: str | Path | None = None,
     ) -> TrajectoryPipeline:
         """Load a run folder (its newest checkpoint) or one checkpoint folder.
 
         ema: half-life in thousands of images, `auto` for the first one trained, None or `raw` for the raw weights.
         decoder: a function, or a folder with the weights and config.json of an RAE decoder; without it the
-        encoder's own, where it has one. Raises TrainerError or UsageError when a part is not there.
+        encoder's own, where it has one. weak: a run or checkpoint folder for autoguidance, see `__call__`.
+        Raises TrainerError or UsageError when a part is not there, MismatchError for weights that do not fit.
         """
         path = saved.find_checkpoint(folder)
         state = saved.load_state(path)
-        config = from_mapping(state.config, str(path))
-        if ema == "auto":
-            ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
-        name = None if ema in (None, "raw") else str(ema) if isinstance(ema, str) else f"{ema:g}"
-        model = TrajectoryTransformer(config.model)
-        try:
-            model.load_state_dict(saved.load_weights(path, name))
-        except RuntimeError:
-            raise MismatchError(
-                f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
-            ) from None
+        model, name = _load_model(path, state, ema)
+        weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), path, model, ema)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder = state.shards["encoder"]
@@ -93,11 +91,19 @@ class TrajectoryPipeline:
             decoder = decoder.to(device) if isinstance(decoder, RaeDecoder) else decoder
         normaliser = saved.load_normaliser(path).to(device)
         weights = {"folder": str(path.resolve()), "ema": name or "raw"}
-        return cls(model.to(device), state.shards["class_names"], encoder, decoder, normaliser, weights)
+        weaker = weaker if weaker is None else weaker.to(device)
+        return cls(
+            model.to(device), state.shards["class_names"], encoder, decoder, normaliser, weights, weaker
+        )
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is also a sequence of str
-        self, label: int | str, seed: int = 0, num_steps: int = 1, guidance: GuidanceLike = None
+        self,
+        label: int | str,
+        seed: int = 0,
+        num_steps: int = 1,
+        guidance: GuidanceLike = None,
+        weak_scale: float = 0.0,
     ) -> Trajectory: ...
 
     @overload
@@ -107,11 +113,17 @@ class TrajectoryPipeline:
         seed: int | Sequence[int] = 0,
         num_steps: int = 1,
         guidance: GuidanceLike = None,
+        weak_scale: float = 0.0,
     ) -> list[Trajectory]: ...
 
     @overload
     def __call__(
-        self, label: int | str, seed: Sequence[int], num_steps: int = 1, guidance: GuidanceLike = None
+        self,
+        label: int | str,
+        seed: Sequence[int],
+        num_steps: int = 1,
+        guidance: GuidanceLike = None,
+        weak_scale: float = 0.0,
     ) -> list[Trajectory]: ...
 
     def __call__(
@@ -120,23 +132,36 @@ class TrajectoryPipeline:
         seed: int | Sequence[int] = 0,
         num_steps: int = 1,
         guidance: GuidanceLike = None,
+        weak_scale: float = 0.0,
     ) -> Trajectory | list[Trajectory]:
         """Sample one Trajectory, or a list of them when label or seed is a list (the other is repeated).
 
         label: id or class name. An image depends on its own label and seed only. guidance: scale omega, or
-        (omega, t_min, t_max), for models trained with it. Raises UsageError for an unknown label.
+        (omega, t_min, t_max), for models trained with it. weak_scale: strength of autoguidance, for pipelines with a
+        weak model. Raises UsageError for an unknown label, or guidance that the pipeline has no model for.
         """
-        labels, seeds = _listed(label), _listed(seed)
         is_single = np.ndim(label) == np.ndim(seed) == 0
+        found = list(self.stream(label, seed, num_steps, guidance, weak_scale))
+        return found[0] if is_single else found
+
+    def stream(
+        self,
+        label: int | str | Sequence[int | str],
+        seed: int | Sequence[int] = 0,
+        num_steps: int = 1,
+        guidance: GuidanceLike = None,
+        weak_scale: float = 0.0,
+    ) -> Iterator[Trajectory]:
+        """The same trajectories one after the other, with only a few of them in memory at a time."""
+        labels, seeds = _listed(label), _listed(seed)
         count = max(len(labels), len(seeds))
         labels, seeds = _repeated(labels, count, "labels"), _repeated(seeds, count, "seeds")
         ids = [self.label_id(each) for each in labels]
         scale = (float(guidance), 0.0, 1.0) if isinstance(guidance, int | float) else guidance
-        found: list[Trajectory] = []
+        how = {"num_steps": num_steps, "guidance": scale, "weak_scale": weak_scale}
         for start in range(0, count, SAMPLED_TOGETHER):
             part = slice(start, start + SAMPLED_TOGETHER)
-            found += self._sample(ids[part], seeds[part], num_steps, scale)
-        return found[0] if is_single else found
+            yield from self._sample(ids[part], seeds[part], how)
 
     def label_id(self, label: int | str) -> int:
         """The id of a class given by id or name. Raises UsageError naming the nearest class."""
@@ -183,7 +208,7 @@ class TrajectoryPipeline:
                 "pass regions of the recipe it was trained with"
             )
         levels = self.normaliser.to("cpu").teacher_canvases(tokens[None], ids[None])[0]
-        return self._trajectory(levels, label_id, seed, 1, None, origin or {"source": "features"})
+        return self._trajectory(levels, label_id, seed, origin=origin or {"source": "features"})
 
     def adopt(self, trajectory: Trajectory) -> Trajectory:
         """A trajectory from a file, with this pipeline's model to resume with and its decoder.
@@ -221,12 +246,21 @@ class TrajectoryPipeline:
             start_level=level + 1,
             previous=trajectory.levels[level : level + 1].to(device),
             guidance=trajectory.guidance,
+            weak_model=self._weak_for(trajectory.weak_scale),
+            weak_scale=trajectory.weak_scale,
             normaliser=self.normaliser,
         )[0].cpu()
 
-    def _sample(
-        self, ids: list[int], seeds: list[int], num_steps: int, guidance: tuple[float, float, float] | None
-    ) -> list[Trajectory]:
+    def _weak_for(self, weak_scale: float) -> TrajectoryTransformer | None:
+        if weak_scale and self.weak is None:
+            raise UsageError(
+                f"autoguidance of strength {weak_scale:g} needs a weak model: pass weak=FOLDER to from_pretrained, "
+                "or --weak FOLDER, for example an early checkpoint"
+            )
+        return self.weak if weak_scale else None
+
+    def _sample(self, ids: list[int], seeds: list[int], how: dict[str, Any]) -> list[Trajectory]:
+        """how: num_steps, guidance and weak_scale."""
         config = self.model.config
         device = next(self.model.parameters()).device
         noise = level_noise(seeds, config.num_levels, config.grid, config.in_channels)
@@ -234,37 +268,60 @@ class TrajectoryPipeline:
             self.model,
             torch.tensor(ids, device=device),
             noise.to(device),
-            num_steps,
-            guidance=guidance,
+            weak_model=self._weak_for(how["weak_scale"]),
             normaliser=self.normaliser,
+            **how,
         )
         return [
-            self._trajectory(canvases, label, seed, num_steps, guidance)
+            self._trajectory(canvases, label, seed, **how)
             for canvases, label, seed in zip(levels.cpu(), ids, seeds, strict=True)
         ]
 
-    def _trajectory(
-        self,
-        levels: Tensor,
-        label: int,
-        seed: int,
-        num_steps: int,
-        guidance: tuple[float, float, float] | None,
-        origin: dict[str, Any] | None = None,
-    ) -> Trajectory:
+    def _trajectory(self, levels: Tensor, label: int, seed: int, **fields: Any) -> Trajectory:
         return Trajectory(
             levels=levels,
             label=label,
             class_name=self.class_names[label] if label < len(self.class_names) else str(label),
             seeds=(seed,) * len(levels),
-            num_steps=num_steps,
-            guidance=guidance,
             encoder=self.encoder,
-            origin=origin or {},
             model=self.weights,
             decoder=self.decoder,
             sampler=self._after,
+            **fields,
         )
+
+
+def _load_model(
+    path: Path, state: saved.RunState, ema: float | str | None
+) -> tuple[TrajectoryTransformer, str | None]:
+    """The network of a checkpoint with the weights asked for, and the name of their average."""
+    config = from_mapping(state.config, str(path))
+    if ema == "auto":
+        ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
+    name = None if ema in (None, "raw") else str(ema) if isinstance(ema, str) else f"{ema:g}"
+    model = TrajectoryTransformer(config.model)
+    try:
+        model.load_state_dict(saved.load_weights(path, name))
+    except RuntimeError:
+        raise MismatchError(
+            f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
+        ) from None
+    return model, name
+
+
+def _load_weak(
+    path: Path, strong: Path, model: TrajectoryTransformer, ema: float | str | None
+) -> TrajectoryTransformer:
+    """A weak model for autoguidance; any width and depth, but it has to see and draw what the strong one does."""
+    weak, _ = _load_model(path, saved.load_state(path), ema)
+    for name in ("grid", "in_channels", "num_levels", "num_classes", "guidance"):
+        here, there = getattr(weak.config, name), getattr(model.config, name)
+        if here != there:
+            raise MismatchError(f"weak model {path}: model.{name} is {here}, that of {strong} is {there}")
+    ours, theirs = saved.load_normaliser(path), saved.load_normaliser(strong)
+    if not (torch.equal(ours.mean, theirs.mean) and torch.equal(ours.std, theirs.std)):
+        raise MismatchError(f"weak model {path}: it sees features normalised otherwise than {strong}")
+    return weak
 
 
 def _listed(value: Any) -> list[Any]:

@@ -73,15 +73,17 @@ def training_page(
     stages: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
     intro: str = "",
+    palette: Palette | None = None,
 ) -> Page:
     """The report of a run; parts that are empty are left out.
 
     facts: name → value. metrics, stages: rows of column → value. log: the rows of metrics.jsonl (`images`, or else
     `step`, is the x axis; every other number is a curve). config: plain data, shown as YAML.
-    The palette is fitted on the teachers' tokens where there are any, since early samples may lie anywhere.
+    palette: where it is not given, it is fitted on the teachers' tokens if there are any, since early samples may lie
+    anywhere.
     Write it with `canvases.gallery.write_page`.
     """
-    palette = page_palette(trajectories, teachers)
+    palette = palette or page_palette(trajectories, teachers)
     teacher_gallery = Gallery(viewers=hierarchy_viewers(teachers, palette), start=1)
     sample_gallery = Gallery(viewers=[_viewer(trajectory, palette) for trajectory in trajectories], start=-1)
     configuration = yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True)

@@ -33,16 +33,7 @@ SHOWN_TEACHERS = 12
 
 def trajectory_views(trajectories: Sequence[Trajectory]) -> list[TrajectoryView]:
     """Trajectories as a page shows them, decoded where their encoder or the pipeline has a decoder."""
-    return [
-        TrajectoryView(
-            label_name=trajectory.class_name,
-            seed=trajectory.seeds[-1],
-            canvases=trajectory.levels.numpy(),
-            decoded=trajectory.decode() if trajectory.can_decode else None,
-            notes={"steps per level": trajectory.num_steps},
-        )
-        for trajectory in trajectories
-    ]
+    return [trajectory.view() for trajectory in trajectories]
 
 
 def teacher_views(

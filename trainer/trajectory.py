@@ -23,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hierarchy_builder.canvases.gallery import render, write_page
 from trainer.decode import decoder_from_spec, to_uint8
 from trainer.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.regions import extract_regions
+from trainer.report import TrajectoryView, training_page
 from trainer.selection import Selection
 
 Decoder = Callable[[Tensor], Tensor]
@@ -51,6 +53,8 @@ class Trajectory:
     """Network evaluations per level."""
     guidance: tuple[float, float, float] | None = None
     """Guidance scale omega and the interval of t it acts in."""
+    weak_scale: float = 0.0
+    """Strength of autoguidance, away from a weaker model."""
     encoder: dict[str, Any] = field(default_factory=dict)
     """Description of the encoder whose features the levels are."""
     origin: dict[str, Any] = field(default_factory=dict)
@@ -82,15 +86,35 @@ class Trajectory:
         return self.decoder is not None or bool(self.encoder.get("decoder"))
 
     @torch.no_grad()
-    def decode(self) -> np.ndarray:
-        """Every level as a picture: uint8 [L, h, w, 3]. Raises TrainerError without a decoder."""
+    def decode(self, level: int | None = None) -> np.ndarray:
+        """Every level as a picture: uint8 [L, h, w, 3]; or one, [h, w, 3]. Raises TrainerError without a decoder."""
         decoder = self.decoder or decoder_from_spec(self.encoder.get("decoder"))
         if decoder is None:
             raise TrainerError(
                 f"features of encoder {self.encoder.get('name', 'unknown')!r} have no decoder of their own; "
                 "pass decoder=FOLDER (an RAE decoder) to from_pretrained, or --decoder FOLDER"
             )
-        return to_uint8(decoder(self.levels)).cpu().numpy()
+        if level is None:
+            return to_uint8(decoder(self.levels)).cpu().numpy()
+        return to_uint8(decoder(self.levels[self._level(level)][None]))[0].cpu().numpy()
+
+    def view(self) -> TrajectoryView:
+        """What pages and sheets show of it: canvases, and pictures where there is a decoder."""
+        return TrajectoryView(
+            label_name=self.class_name,
+            seed=self.seeds[-1],
+            canvases=self.levels.numpy(),
+            decoded=self.decode() if self.can_decode else None,
+            notes={"steps per level": self.num_steps},
+        )
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One self-contained page of all levels, as text; written to `path` where that is given."""
+        facts = {"class": self.class_name, "seeds": ", ".join(map(str, self.seeds))}
+        page = training_page(title=self.class_name, facts=facts, trajectories=[self.view()])
+        if path is not None:
+            write_page(page, path)
+        return render(page)
 
     def regions(self) -> Tensor:
         """Region ids found in the canvases, uint8 [L, H, W]; the last level repeats those before it.
@@ -281,5 +305,15 @@ class Trajectory:
         )
 
 
-ENTRIES = ("label", "class_name", "num_steps", "guidance", "encoder", "origin", "model", "history")
+ENTRIES = (
+    "label",
+    "class_name",
+    "num_steps",
+    "guidance",
+    "weak_scale",
+    "encoder",
+    "origin",
+    "model",
+    "history",
+)
 """Fields that a file holds as JSON."""
