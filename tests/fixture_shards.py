@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 GRID = (4, 4)
 WIDTH = 3
@@ -36,8 +37,12 @@ def write_shards(
     seed: int = 0,
     int8: bool = False,
     offset: float = 0.0,
+    pictures: bool = False,
 ) -> Path:
-    """Write a finished shard folder of `num_samples` samples, features moved by `offset`, and return it."""
+    """Write a finished shard folder of `num_samples` samples, features moved by `offset`, and return it.
+
+    pictures: with the JPEG that `picture_of` draws for each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     drawn = (make_sample(number, generator) for number in range(num_samples))
@@ -49,7 +54,7 @@ def write_shards(
     for shard, first in enumerate(range(0, num_samples, per_shard)):
         rows = samples[first : first + per_shard]
         name = f"train-{shard:06d}.tar"
-        (folder / name).write_bytes(_tar(rows, int8))
+        (folder / name).write_bytes(_tar(rows, int8, pictures))
         entries.append(_entry(folder / name, len(rows)))
     index = {
         "__kind__": "wids-shard-index-v1",
@@ -104,12 +109,22 @@ def _entry(path: Path, num_samples: int) -> dict[str, object]:
     return {"url": path.name, "nsamples": num_samples, "filesize": len(data), "sha256": digest}
 
 
-def _tar(rows: list[tuple[str, int, np.ndarray, np.ndarray]], int8: bool) -> bytes:
+def picture_of(features: np.ndarray) -> Image.Image:
+    """A picture that follows from features [H, W, 3]: 8×8 pixels a token, its channels as colours."""
+    colours = (255 / (1 + np.exp(-features.astype(np.float32)))).astype(np.uint8)
+    return Image.fromarray(colours.repeat(8, axis=0).repeat(8, axis=1))
+
+
+def _tar(rows: list[tuple[str, int, np.ndarray, np.ndarray]], int8: bool, pictures: bool) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, label, features, regions in rows:
             members = {"regions.npy": npy(regions), "cls": str(label).encode()}
             members["json"] = json.dumps({"path": f"{key}.png", "class_name": CLASS_NAMES[label]}).encode()
+            if pictures:
+                jpeg = io.BytesIO()
+                picture_of(features).save(jpeg, "JPEG", quality=95)
+                members["jpg"] = jpeg.getvalue()
             if int8:
                 scale = np.abs(features.astype(np.float32)).max(-1, keepdims=True) / 127
                 members["scale.npy"] = npy(scale)

@@ -61,7 +61,8 @@ class Loop(ABC):
     """What `_backward` returns, each a mean over the global batch; one is `loss`."""
     shown: tuple[str, ...] = ("loss", "raw_mse_u")
     """Numbers shown on stderr. The adaptive loss stays near 2 by construction; the squared error of u falls."""
-    advice = "Train into another folder with a lower optim.lr, or on shards without the samples"
+    rate_field: str = "optim.lr"
+    """Name of the learning rate in the configuration."""
     plan: StreamPlan
     dataset: Any
     model: nn.Module
@@ -159,7 +160,7 @@ class Loop(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, share, micro):
             sums[: len(self.terms)] += self._backward(batch, start, min(start + micro, share))
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         world.add_gradients(parameters)
         # The wish to stop travels with the losses, so that all ranks stop at the same step.
         sums[-3] = self.stop.signal == signal.SIGINT
@@ -223,7 +224,7 @@ class Loop(ABC):
         bad = ", ".join(f"{name} {value}" for name, value in terms.items() if not math.isfinite(value))
         raise NonFiniteLossError(
             f"step {self.step}, seed {self.config.seed}: {bad}; {what} {shown}. "
-            "Train into another folder with a lower optim.lr, or on shards without the samples"
+            f"Train into another folder with a lower {self.rate_field}, or on shards without the samples"
         )
 
     def _save(self) -> Path:

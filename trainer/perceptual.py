@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 from trainer.decode import read_weights
 from trainer.errors import MismatchError, TrainerError
 
-LAYER_ENDS = (4, 9, 16, 23, 30)
-"""Each compared layer ends at the last ReLU before a pooling of VGG16's features."""
-WIDTHS = (64, 128, 256, 512, 512)
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+"""Width and number of the 3×3 convolutions between two poolings of VGG16; the last of each is compared."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Of the network's input, for pictures in [−1, 1]."""
 EPS = 1e-10
@@ -32,12 +30,12 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        features = list(vgg16(weights=None).features)
-        starts = (0, *LAYER_ENDS[:-1])
+        widths = (3, *(width for width, _ in STAGES))
         self.layers = nn.ModuleList(
-            nn.Sequential(*features[a:b]) for a, b in zip(starts, LAYER_ENDS, strict=True)
+            _stage(before, *stage, pooled=number > 0)
+            for number, (before, stage) in enumerate(zip(widths, STAGES, strict=False))
         )
-        self.heads = nn.ParameterList(torch.ones(width) for width in WIDTHS)
+        self.heads = nn.ParameterList(torch.ones(width) for width, _ in STAGES)
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
@@ -51,6 +49,13 @@ class Lpips(nn.Module):
             squares = (_unit(a) - _unit(b)).square().mean(dim=(2, 3))
             total = total + squares @ head.to(squares.dtype)
         return total
+
+
+def _stage(width_before: int, width: int, count: int, *, pooled: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.MaxPool2d(2)] if pooled else []
+    for number in range(count):
+        layers += [nn.Conv2d(width if number else width_before, width, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def _unit(features_BChw: Tensor) -> Tensor:
@@ -69,12 +74,12 @@ def load_lpips(folder: str | Path) -> Lpips:
     number = 0
     for layer in lpips.layers:
         for module in layer.children():
-            for kind, own in module.named_parameters():
-                wanted[f"features.{number}.{kind}"] = own, backbone.get(f"features.{number}.{kind}")
+            for kind, parameter in module.named_parameters():
+                wanted[f"features.{number}.{kind}"] = parameter, backbone.get(f"features.{number}.{kind}")
             number += 1
-    for i, own in enumerate(lpips.heads):
+    for i, head in enumerate(lpips.heads):
         found = heads.get(f"lin{i}.model.1.weight")
-        wanted[f"lin{i}.model.1.weight"] = own, None if found is None else found.flatten()
+        wanted[f"lin{i}.model.1.weight"] = head, None if found is None else found.flatten()
     for name, (own, tensor) in wanted.items():
         if tensor is None or tensor.shape != own.shape:
             shape = "missing" if tensor is None else list(tensor.shape)

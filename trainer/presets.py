@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from typing import get_args
 
-from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.config import DecoderConfig, DecoderSize, ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import UsageError
 
 
@@ -83,3 +84,26 @@ def preset(name: str) -> TrainConfig:
         hint = f"did you mean {by_fold[close[0]]!r}?" if close else f"known are {', '.join(PRESETS)}"
         raise UsageError(f"unknown preset {name!r}, {hint}")
     return PRESETS[name]()
+
+
+def decoder_preset(size: str) -> DecoderConfig:
+    """The training of a decoder of one size: RAE's for B, L and XL, minutes on two CPU cores for tiny.
+
+    Raises UsageError naming the sizes.
+    """
+    if size not in get_args(DecoderSize):
+        raise UsageError(f"decoder size {size!r}, known are {', '.join(get_args(DecoderSize))}")
+    if size != "tiny":
+        return DecoderConfig(size=size, micro_batch_size=16)  # type: ignore[arg-type]
+    return DecoderConfig(
+        size="tiny",
+        total_images=9_600,
+        batch_size=16,
+        lr=1e-3,
+        noise=0.2,
+        ema_halflife_kimg=0.5,
+        loader_workers=1,
+        checkpoint_images=4_800,
+        sample_images=2_400,
+        log_images=480,
+    )

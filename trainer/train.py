@@ -35,7 +35,7 @@ from trainer.run_folder import check_same_run, find_origin
 from trainer.schedules import learning_rate
 from trainer.shards import ShardIndex, open_index
 from trainer.stopping import StopRequest, stop_signals
-from trainer.stream import Batch, BatchDataset, StreamPlan
+from trainer.stream import Batch, BatchDataset, StreamPlan, coverage
 
 TERMS = ("loss", "region", "loss_u", "loss_v", "raw_mse_u", "raw_mse_v")
 """What a step reports: the loss and its parts, each a mean over the global batch."""
@@ -83,6 +83,7 @@ class _Run(Loop):
     """One run of Trajectory Forcing in one process."""
 
     terms = TERMS
+    model: TrajectoryTransformer
 
     def __init__(
         self,
@@ -103,7 +104,9 @@ class _Run(Loop):
             shuffle_shards=config.shuffle_shards,
             level_per=config.level_per,
         )
-        self.dataset = BatchDataset(index, self.plan, world.rank, world.size, config.verify_shards)
+        self.dataset = BatchDataset(
+            index, self.plan, world.rank, world.size, config.verify_shards, config.max_damaged_shards
+        )
         origin = find_origin(out, resume)
         check_same_run(out, origin, config, index)
         normaliser = saved.load_normaliser(origin) if origin else normaliser_of(config.normalise, index)
@@ -169,7 +172,8 @@ class _Run(Loop):
         return max(1, int((levels < self.config.model.num_levels - 1).sum()))
 
     def _audit(self) -> dict[str, Any]:
-        return {"coverage": self._coverage()}
+        damaged = self.dataset.damaged_shards()
+        return {"coverage": self._coverage(), **({"damaged_shards": damaged} if damaged else {})}
 
     def _sheet(self) -> Image.Image:
         """Samples of the model as it is, with its first weight average where there is one."""
@@ -187,11 +191,7 @@ class _Run(Loop):
             self.counts, self.counted = self.plan.level_counts(0, boundary), boundary
         self.counts += self.plan.level_counts(self.counted, boundary)
         self.counted = boundary
-        met = (self.counts > 0).sum(axis=1)
-        return {
-            "images_per_level": self.counts.sum(axis=0).tolist(),
-            "samples_by_levels_met": np.bincount(met, minlength=self.plan.num_levels + 1).tolist(),
-        }
+        return coverage(self.counts)
 
 
 def _fresh_model(config: TrainConfig) -> TrajectoryTransformer:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from trainer.config import MethodConfig, ModelConfig
 from trainer.model import Guidance, Prediction, as_guidance, velocity
-from trainer.schedules import plateau_logit_normal
+from trainer.schedules import mixed_seed, plateau_logit_normal
 
 ADAPTIVE_FLOOR = 0.01
 SHORTEST = 0.1
@@ -259,7 +258,7 @@ def draw_batch(
     drop_label: bool, replace the label by the null class; meant, like `guidance`, for networks with guidance.
     prev_noise: None unless the configuration asks for noise on the previous level.
     """
-    generator = torch.Generator().manual_seed(_row_seed(seed, step))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
     t, r = draw_times(global_batch_size, config, generator)
     guidance = draw_guidance(global_batch_size, config, generator)
     drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
@@ -268,7 +267,7 @@ def draw_batch(
     on_device = torch.Generator(device)
     drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
     for row in range(global_batch_size)[rows]:
-        on_device.manual_seed(_row_seed(seed, step, row))
+        on_device.manual_seed(mixed_seed(seed, step, row))
         for noises in drawn[: 2 if config.prev_noise else 1]:
             noises.append(torch.randn(shape, generator=on_device, device=device))
     chosen = (values[rows].to(device) for values in (t, r, *guidance, drop, sigma))
@@ -296,7 +295,3 @@ def draw_guidance(n: int, config: MethodConfig, generator: torch.Generator) -> G
     u = torch.rand(3, n, generator=generator)
     return Guidance(torch.exp(u[0] * math.log(config.guidance_max)), 0.5 * u[1], 0.5 + 0.5 * u[2])
 
-
-def _row_seed(*numbers: int) -> int:
-    """One seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
