@@ -146,6 +146,15 @@ class TrajectoryTransformer(nn.Module):
         v = velocity(z, self._v_head(x, rotations), t) if "v" in heads else None
         return Prediction(x_u, u, v)  # type: ignore[arg-type]
 
+    def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
+        """The instantaneous velocity [B, H, W, C] at z, and the tokens [B, N, D] it is read from.
+
+        inputs: label, level and prev as for `forward`.
+        """
+        x, rotations = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
+        hidden = self.v_norm(self._image(self._pass(self.v_blocks, x, rotations)))
+        return velocity(at_least_float32(z), self._canvas(self.v_out(hidden)), t), hidden
+
     def forward_with_derivative(
         self, z: Tensor, direction: Tensor, *, t: Tensor, **inputs: object
     ) -> tuple[Prediction, Tensor]:

@@ -1,0 +1,439 @@
+"""Known answers of Normalizing Trajectory Models: chains, transporter, likelihood, score and guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given as with_values
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainer import chains
+from trainer.config import ModelConfig
+from trainer.errors import MismatchError, UsageError
+from trainer.methods import normalizing_trajectory as method
+from trainer.model import TrajectoryTransformer
+from trainer.normalizing_config import NormalizingMethodConfig, NormalizingModelConfig
+from trainer.normalizing_model import FlowPredictor, Gaussian, Given, NormalizingNetwork
+from trainer.normalizing_sample import HowToSample, draw_states, num_noises, sample_canvases
+
+GRID, C = (2, 3), 4
+TINY = NormalizingModelConfig(
+    grid=GRID,
+    in_channels=C,
+    num_classes=3,
+    width=16,
+    depth=2,
+    num_heads=2,
+    num_class_tokens=2,
+    flow_width=16,
+    flow_depth=2,
+    flow_heads=2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose by more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def awake(config: NormalizingModelConfig = TINY, seed: int = 0, size: float = 0.3) -> NormalizingNetwork:
+    """A network in float64 none of whose weights are 0."""
+    torch.manual_seed(seed)
+    network = NormalizingNetwork(config).double()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(size * torch.randn_like(p))
+    return network
+
+
+def given(batch: int, config: NormalizingModelConfig = TINY, seed: int = 3) -> Given:
+    generator = torch.Generator().manual_seed(seed)
+    prev = torch.randn(batch, *config.grid, config.in_channels, generator=generator, dtype=torch.float64)
+    return Given(torch.arange(batch) % config.num_classes, torch.arange(batch) % config.num_levels, prev)
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def chain_of(batch: int, num_steps: int, t_min: float = 0.03, seed: int = 1) -> tuple[Tensor, Tensor]:
+    times = chains.noise_times(torch.full((batch,), t_min, dtype=torch.float64), num_steps, 6)
+    noise = normal(batch, num_steps + 1, *GRID, C, seed=seed)
+    return chains.noise_chain(normal(batch, *GRID, C, seed=seed + 1), times, noise), times
+
+
+# Chains
+
+
+@settings(max_examples=200, deadline=None)
+@with_values(st.floats(1e-3, 0.98), st.floats(1e-3, 1.0))
+def test_posterior_leaves_the_marginals_of_the_chain(s: float, gap: float) -> None:
+    t = torch.tensor(s + gap * (1 - s), dtype=torch.float64)
+    s_ = torch.tensor(s, dtype=torch.float64)
+    a, b, c = chains.posterior(t, s_)
+    assert float(a * (1 - t) + b) == pytest.approx(1 - s, abs=1e-12)
+    assert float(a.square() * t.square() + c.square()) == pytest.approx(s * s, rel=1e-9)
+
+
+def test_posterior_of_the_papers_grid() -> None:
+    times = torch.tensor([1.000, 0.754, 0.509, 0.263, 0.020], dtype=torch.float64)
+    found = torch.stack(chains.posterior(times[:-1], times[1:]), dim=1)
+    expected = torch.tensor(
+        [
+            [0.0, 0.2460, 0.7540],
+            [0.2283, 0.4348, 0.4790],
+            [0.1779, 0.6497, 0.2469],
+            [0.0043, 0.9768, 0.0200],
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(found, expected, atol=6e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_steps", "expected"),
+    [
+        (256, 4, [0.3547, 0.6225, 0.8318, 1.0]),
+        (256, 8, [0.1906, 0.3547, 0.4973, 0.6225, 0.7332, 0.8318, 0.9203, 1.0]),
+        (1024, 4, [0.3849, 0.6525, 0.8492, 1.0]),
+        (4096, 4, [0.5128, 0.7595, 0.9045, 1.0]),
+    ],
+)
+def test_step_times(num_tokens: int, num_steps: int, expected: list[float]) -> None:
+    assert chains.step_times(num_steps, num_tokens).tolist() == pytest.approx(expected, abs=5e-5)
+
+
+def test_t_min_above_the_first_step_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"t_min is 0\.5.*below it"):
+        chains.noise_times(torch.tensor([0.01, 0.5]), 4, 256)
+
+
+def test_chain_has_the_covariance_of_proposition_3() -> None:
+    times = chains.noise_times(torch.tensor([0.2], dtype=torch.float64), 4, 6).expand(60_000, -1)
+    x = torch.full((60_000, 1, 1, 1), 0.7, dtype=torch.float64)
+    states = chains.noise_chain(x, times, normal(60_000, 5, 1, 1, 1))[..., 0, 0, 0]
+    torch.testing.assert_close(states.mean(dim=0), 0.7 * (1 - times[0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(states[:, :4].T.cov(), chains.noise_covariance(times[0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(states[:, 4].var(), torch.ones((), dtype=torch.float64), atol=0.02, rtol=0)
+
+
+# Transporter
+
+
+def test_a_fresh_transporter_is_the_identity() -> None:
+    torch.manual_seed(0)
+    network = NormalizingNetwork(TINY).double()
+    x, t = normal(3, *GRID, C), torch.full((3,), 0.3, dtype=torch.float64)
+    u, log_det = network.transport(x, t, torch.zeros(3, dtype=torch.int64), 4)
+    assert torch.equal(u, x)
+    assert torch.count_nonzero(log_det) == 0
+
+
+@pytest.mark.parametrize("flow_blocks", [1, 2, 3])
+def test_transporter_is_inverted_with_cached_keys(flow_blocks: int) -> None:
+    network = awake(dataclasses.replace(TINY, flow_blocks=flow_blocks)).float()
+    x, t = normal(5, *GRID, C).float(), torch.linspace(0.05, 0.9, 5)
+    level = torch.zeros(5, dtype=torch.int64)
+    with torch.no_grad():
+        u, _ = network.transport(x, t, level, 4)
+    assert float((u - x).abs().mean()) > 0.1
+    torch.testing.assert_close(network.untransport(u, t, level, 4), x, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_inverse_equals_the_slow_one() -> None:
+    network = awake()
+    block = network.transporter.blocks[1]
+    u, condition = normal(2, 6, C), normal(2, 16)
+    x = torch.zeros_like(u)
+    for _ in range(6):  # each pass of the parallel map puts one more token right
+        affine = block._affine(x.flip(1), condition)
+        x = (u.flip(1) * affine.log_scale.exp() + affine.mean).flip(1)
+    with torch.no_grad():
+        torch.testing.assert_close(block.inverse(u, condition), x, atol=1e-12, rtol=1e-12)
+
+
+def test_log_determinant_is_that_of_the_jacobian() -> None:
+    network = awake()
+    x, t = normal(1, *GRID, C), torch.tensor([0.4], dtype=torch.float64)
+    level = torch.zeros(1, dtype=torch.int64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: network.transport(x, t, level, 4)[0], x)
+    found = network.transport(x, t, level, 4)[1].sum()
+    size = x.numel()
+    torch.testing.assert_close(found, torch.linalg.slogdet(jacobian.reshape(size, size)).logabsdet)
+
+
+def test_likelihood_of_a_transition_integrates_to_one() -> None:
+    """By importance sampling: E_q[p/q] = 1 for q wider than p; the error of the mean is about 0.01."""
+    config = dataclasses.replace(TINY, grid=(1, 2), in_channels=1)
+    network = awake(config, size=0.1)
+    count = 20_000
+    x, last = 2.5 * normal(count, 1, 1, 2, 1), normal(1, 1, 1, 2, 1).expand(count, -1, -1, -1, -1)
+    times = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(count, -1)
+    here = Given(torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), x[:, 0])
+    with torch.no_grad():
+        nats = (
+            method.transitions(network, torch.cat([x, last], dim=1), times, here, 4).nats().sum(dim=(1, 2, 3))
+        )
+    log_q = (-0.5 * (x / 2.5).square() - math.log(2.5) - 0.5 * math.log(2 * math.pi)).sum(dim=(1, 2, 3, 4))
+    assert float((-nats - log_q).exp().mean()) == pytest.approx(1.0, abs=0.05)
+
+
+# Likelihood
+
+
+def test_likelihood_does_not_depend_on_the_batch() -> None:
+    network = awake()
+    states, times = chain_of(4, 4)
+    who = given(4)
+    together = method.transitions(network, states, times, who, 4).nats()
+    alone = [
+        method.transitions(
+            network, states[i : i + 1], times[i : i + 1], Given(*(p[i : i + 1] for p in who)), 4
+        )
+        for i in range(4)
+    ]
+    torch.testing.assert_close(together, torch.cat([part.nats() for part in alone]), rtol=1e-10, atol=1e-10)
+
+
+def test_pairs_add_up_to_the_trajectory() -> None:
+    network = awake()
+    states, times = chain_of(4, 4)
+    whole = method.loss(network, states, times, given(4), num_steps=4)
+    pairs = [
+        method.loss(network, states, times, given(4), num_steps=4, pair=torch.full((4,), k)) for k in range(4)
+    ]
+    for name in ("loss", "fit", "log_sigma", "log_det"):
+        torch.testing.assert_close(sum(p[name] for p in pairs) / 4, whole[name], rtol=1e-9, atol=1e-9)
+
+
+class Linear:
+    """A model without network: identity transporter, and the exact law of the chain for data N(0, s²)."""
+
+    def __init__(self, data_std: float) -> None:
+        self.variance = data_std**2
+
+    def transport(self, x: Tensor, t: Tensor, level: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros_like(x[..., 0])
+
+    def predict(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
+        t, s = t[:, None, None, None], s[:, None, None, None]
+        at_t, at_s = (v * v + (1 - v) ** 2 * self.variance for v in (t, s))
+        between = (1 - t) / (1 - s) * at_s  # covariance of x_s and x_t
+        variance = at_s - between.square() / at_t
+        return Gaussian(between / at_t * u, (0.5 * variance.log()).expand_as(u))
+
+
+def test_gaussian_data_reach_the_entropy_of_the_trajectory() -> None:
+    """Entropy of states 0 … T−1 given state T, from the covariance of the whole chain."""
+    s, count = 1.7, 4_000
+    times = chains.noise_times(torch.full((count,), 0.03, dtype=torch.float64), 4, 6)
+    x = s * normal(count, *GRID, C, seed=5)
+    states = chains.noise_chain(x, times, normal(count, 5, *GRID, C, seed=6))
+    nats = method.transitions(Linear(s), states, times, given(count), 4).nats().sum(dim=(1, 2, 3)) / (6 * C)
+    scale = 1 - times[0, :-1]
+    covariance = chains.noise_covariance(times[0]) + s * s * torch.outer(scale, scale)
+    entropy = 0.5 * torch.logdet(2 * math.pi * math.e * covariance)
+    assert float(nats.mean()) == pytest.approx(float(entropy), abs=0.02)
+    assert float(method.loss(Linear(s), states, times, given(count), num_steps=4)["loss"]) == pytest.approx(
+        float(nats.mean()), rel=1e-9
+    )
+
+
+def test_a_trained_network_comes_near_the_entropy_of_gaussian_data() -> None:
+    torch.manual_seed(0)
+    network = NormalizingNetwork(
+        dataclasses.replace(TINY, grid=(1, 2), in_channels=1, depth=1, flow_depth=1, num_class_tokens=0)
+    )
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    s, history = 2.0, []
+    for step in range(80):
+        times = chains.noise_times(torch.full((128,), 0.05), 4, 256)
+        generator = torch.Generator().manual_seed(step)
+        x = s * torch.randn(128, 1, 2, 1, generator=generator)
+        states = chains.noise_chain(x, times, torch.randn(128, 5, 1, 2, 1, generator=generator))
+        who = Given(torch.zeros(128, dtype=torch.int64), torch.zeros(128, dtype=torch.int64), x)
+        terms = method.loss(network, states, times, who, num_steps=4)
+        optimiser.zero_grad()
+        terms["loss"].backward()
+        optimiser.step()
+        history.append(float(terms["loss"].detach()))
+    scale = (1 - times[0, :-1]).double()
+    covariance = chains.noise_covariance(times[0].double()) + s * s * torch.outer(scale, scale)
+    entropy = float(0.5 * torch.logdet(2 * math.pi * math.e * covariance))
+    assert sum(history[-20:]) / 20 == pytest.approx(entropy, abs=0.12)
+    assert history[0] > entropy + 0.5
+
+
+# Score, guidance, flow matching
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 8])
+def test_the_score_returns_the_posterior_mean_at_every_state(num_steps: int) -> None:
+    s, T = 1.7, num_steps
+    states, times = chain_of(3, T, t_min=0.04)
+    covariance = chains.noise_covariance(times)
+    found = method.denoised(Linear(s), states, times, given(3), T, covariance, 1 - times[:, :-1])
+    t = times[:, :1, None, None, None]
+    expected = (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * states[:, :1]
+    torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-7, atol=1e-9)
+
+
+def test_clipped_scores_move_states_less() -> None:
+    states, times = chain_of(3, 4)
+    covariance, scale = chains.noise_covariance(times), 1 - times[:, :-1]
+    full, cut = (
+        method.denoised(Linear(1.7), states, times, given(3), 4, covariance, scale, clip)
+        for clip in (1.0, 0.0)
+    )
+    whole = method.denoised(Linear(1.7), states, times, given(3), 4, covariance, scale)
+    assert torch.equal(full, whole)
+    kept = states[:, :-1] / scale[..., None, None, None]
+    assert float((cut - kept).abs().max()) < float((whole - kept).abs().max())
+
+
+def test_guidance_is_the_normalised_product_of_gaussians() -> None:
+    law = Gaussian(torch.tensor([0.3, -1.0]).double(), torch.tensor([-0.7, -0.2]).double())
+    null = Gaussian(torch.tensor([0.1, 0.4]).double(), torch.tensor([0.1, 0.0]).double())
+    w = 1.5
+    found = method.guided(law, null, w)
+    precision = (1 + w) * torch.exp(-2 * law.log_sigma) - w * torch.exp(-2 * null.log_sigma)
+    mean = (
+        (1 + w) * law.mean * torch.exp(-2 * law.log_sigma) - w * null.mean * torch.exp(-2 * null.log_sigma)
+    ) / precision
+    torch.testing.assert_close(found.mean, mean)
+    torch.testing.assert_close(found.log_sigma, -0.5 * precision.log())
+    wide = method.guided(null, law, w)  # the share is clipped, so the deviation never grows
+    assert bool((wide.log_sigma <= null.log_sigma + 1e-12).all())
+
+
+def flow_config() -> NormalizingModelConfig:
+    backbone = ModelConfig(
+        grid=GRID,
+        in_channels=C,
+        num_classes=3,
+        width=16,
+        depth=2,
+        head_depth=1,
+        num_heads=2,
+        num_class_tokens=1,
+        num_time_tokens=1,
+        num_level_tokens=1,
+    )
+    return dataclasses.replace(TINY, trajectory="canvases", backbone=backbone)
+
+
+def test_a_flow_matching_network_starts_as_its_posterior_sampler() -> None:
+    torch.manual_seed(0)
+    config = flow_config()
+    network = NormalizingNetwork(config)
+    flow = network.predictor.backbone
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    states, times = chain_of(3, 4)
+    states, times, who = states.float(), times.float(), given(3, config)
+    who = who._replace(prev=who.prev.float())
+    t, s = times[:, 2], times[:, 1]
+    with torch.no_grad():
+        law = network.predict(states[:, 2], t, s, who, 4)
+        v = flow(states[:, 2], t=t, r=t, heads="v", **who._asdict()).v
+    a, b, c = (value[:, None, None, None] for value in chains.posterior(t, s))
+    clean = states[:, 2] - t[:, None, None, None] * v
+    torch.testing.assert_close(law.mean, a * states[:, 2] + b * clean)
+    torch.testing.assert_close(law.log_sigma.exp(), c.expand_as(law.mean))
+    assert float(v.abs().mean()) > 0.1
+    assert isinstance(flow, TrajectoryTransformer)
+
+
+def test_the_pull_of_the_flow_is_nothing_before_training() -> None:
+    network = NormalizingNetwork(flow_config())
+    states, times = (part.float() for part in chain_of(3, 4))
+    who = given(3, flow_config())
+    who = who._replace(prev=who.prev.float())
+    flow = network.predictor
+    assert isinstance(flow, FlowPredictor)
+    terms = method.loss(network, states, times, who, num_steps=4, flow=flow, flow_weight=2.5)
+    assert float(terms["flow"]) == pytest.approx(0.0, abs=1e-10)
+    with torch.no_grad():
+        network.transporter.blocks[0].out.bias += 0.5
+    moved = method.loss(network, states, times, who, num_steps=4, flow=flow, flow_weight=2.5)
+    assert float(moved["flow"]) > 1e-4
+    assert float(moved["loss"] - moved["bits"] * math.log(2)) == pytest.approx(
+        2.5 * float(moved["flow"]), rel=1e-3
+    )
+
+
+# Sampling
+
+
+def test_samples_of_the_exact_law_have_the_spread_of_the_data() -> None:
+    """Ancestral sampling of Gaussian data ends at N(0, (1−t)²s² + t²)."""
+    count, s = 4_000, 1.7
+    times = chains.noise_times(torch.full((count,), 0.02, dtype=torch.float64), 4, 6)
+    states = draw_states(Linear(s), times, given(count), normal(5, count, *GRID, C), HowToSample(num_steps=4))
+    expected = math.sqrt((0.98 * s) ** 2 + 0.02**2)
+    assert float(states[:, 0].std()) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("trajectory", ["tokens", "canvases", "levels"])
+@pytest.mark.parametrize("ending", ["inverse", "score", "denoiser"])
+def test_sampling_with_every_ending(trajectory: str, ending: str) -> None:
+    config = dataclasses.replace(TINY, trajectory=trajectory, denoiser_depth=1, num_steps=(4,), num_levels=4)
+    network, how = awake(config, size=0.1).float(), HowToSample(num_steps=4, ending=ending, guidance=1.0)
+    label = torch.tensor([0, 2])
+    noise = normal(num_noises(network, 4), 2, *GRID, C).float()
+    found = sample_canvases(network, NormalizingMethodConfig(), label, noise, how)
+    assert found.shape == (2, 4, *GRID, C)
+    assert bool(found.isfinite().all())
+    if trajectory != "tokens":
+        resumed = sample_canvases(
+            network, NormalizingMethodConfig(), label, noise, how, start_level=2, previous=found[:, 1]
+        )
+        assert torch.equal(resumed, found[:, 2:])
+
+
+def test_guidance_without_label_dropout_is_refused() -> None:
+    network = NormalizingNetwork(TINY)
+    how = HowToSample(num_steps=4, guidance=1.0)
+    with pytest.raises(UsageError, match="without label dropout"):
+        sample_canvases(
+            network,
+            NormalizingMethodConfig(label_dropout=0.0),
+            torch.tensor([0]),
+            normal(5, 1, *GRID, C).float(),
+            how,
+        )
+
+
+def test_other_numbers_of_transitions_are_refused() -> None:
+    network = NormalizingNetwork(dataclasses.replace(TINY, num_steps=(4, 8)))
+    with pytest.raises(MismatchError, match=r"16 transitions.*4 or 8"):
+        sample_canvases(
+            network,
+            NormalizingMethodConfig(),
+            torch.tensor([0]),
+            normal(17, 1, *GRID, C).float(),
+            HowToSample(num_steps=16),
+        )
+
+
+def test_draws_do_not_depend_on_the_split_of_the_batch() -> None:
+    arguments = {"num_steps": (4, 8), "seed": 3, "step": 9}
+    config = NormalizingMethodConfig(pairs="one")
+    whole = method.draw_batch(6, (2, 2, 1), config, **arguments)
+    halves = [
+        method.draw_batch(6, (2, 2, 1), config, rows=rows, **arguments) for rows in (slice(0, 3), slice(3, 6))
+    ]
+    assert {half.num_steps for half in halves} == {whole.num_steps}
+    for name in ("t_min", "noise", "pair", "drop_label"):
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))

@@ -1,0 +1,181 @@
+"""Noise → canvases along a trajectory: T network evaluations in u-space, then one of three ways back to features.
+
+    B images, T transitions, L levels, H×W grid, C channels
+
+    inverse     the transporter's inverse, token by token; the noise of the cleanest state stays in
+    score       the inverse of all states, then their noise removed by the trajectory's own score
+    denoiser    the learned denoiser: no inverse and no gradient
+
+Levels are drawn one after the other, each from the clean canvas before it: later levels are a function of that canvas
+and of their own noise alone, which is what editing and resuming rest on.
+
+Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, Algorithm 2; a hierarchy as the trajectory is our own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.chains import level_times, noise_covariance, noise_times
+from trainer.errors import UsageError
+from trainer.methods.normalizing_trajectory import denoised, guided
+from trainer.normalisation import RAW, Normaliser
+from trainer.normalizing_config import NormalizingMethodConfig
+from trainer.normalizing_model import Gaussian, Given, NormalizingNetwork
+
+Ending = Literal["inverse", "score", "denoiser"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HowToSample:
+    """How trajectories are drawn and ended."""
+
+    num_steps: int
+    """T; one of those the network was trained on."""
+    ending: Ending = "score"
+    """How the cleanest states become canvases."""
+    guidance: float = 0.0
+    """w of guidance on means and deviations; 0 is none."""
+    clip: float | None = None
+    """Share of the scores of an image that is not cut to the largest of them; None cuts none."""
+    temperature: float = 1.0
+    """Factor of the deviations of all transitions."""
+
+
+def num_noises(network: NormalizingNetwork, num_steps: int) -> int:
+    """Canvases of noise that one image takes: T + 1, for each level where canvases are modelled; 2·L for levels."""
+    config = network.config
+    if config.trajectory == "levels":
+        return 2 * config.num_levels
+    return (num_steps + 1) * (config.num_levels if config.knows_levels else 1)
+
+
+@torch.no_grad()
+def sample_canvases(
+    network: NormalizingNetwork,
+    method: NormalizingMethodConfig,
+    label: Tensor,
+    noise: Tensor,
+    how: HowToSample,
+    *,
+    start_level: int = 0,
+    previous: Tensor | None = None,
+    normaliser: Normaliser = RAW,
+) -> Tensor:
+    """Sample canvases: float32 [B, L − start_level, H, W, C], or [B, T, H, W, C] where tokens alone are modelled.
+
+    For tokens the canvases are what the trajectory says about the clean tokens at each of its states, noisy → clean:
+    by `score` denoised, else the states divided by 1 − t, of which the last is brought to the end as asked.
+    label: int64 [B]. noise: float32 [num_noises, B, H, W, C]. previous: canvas of level start_level − 1, to resume.
+    normaliser: that of the run; canvases are raw features. Raises UsageError if guidance is not for the network.
+    """
+    if how.guidance and not method.label_dropout:
+        raise UsageError(
+            "guidance was asked of a model trained without label dropout: leave it out, or train with "
+            "method.label_dropout=0.1"
+        )
+    network.check(noise[0], how.num_steps)
+    prev = torch.zeros_like(noise[0]) if previous is None else normaliser.apply(previous)
+    if network.config.trajectory == "tokens":
+        given = Given(label, torch.zeros_like(label), prev)
+        return normaliser.undo(_noise_trajectory(network, method, given, noise, how, all_states=True))
+    canvases = []
+    each = num_noises(network, how.num_steps) // network.config.num_levels
+    for level in range(start_level, network.config.num_levels):
+        given = Given(label, torch.full_like(label, level), prev)
+        own = noise[level * each : (level + 1) * each]
+        if network.config.trajectory == "levels":
+            prev = _next_level(network, method, given, own, how)
+        else:
+            prev = _noise_trajectory(network, method, given, own, how)[:, 0]
+        canvases.append(prev)
+    return normaliser.undo(torch.stack(canvases, dim=1))
+
+
+def predicted(
+    network: NormalizingNetwork, u: Tensor, t: Tensor, s: Tensor, given: Given, how: HowToSample
+) -> Gaussian:
+    """Law of the next state in u-space, with guidance and temperature."""
+    law = network.predict(u, t, s, given, how.num_steps)
+    if how.guidance:
+        null = given._replace(label=torch.full_like(given.label, network.config.num_classes))
+        law = guided(law, network.predict(u, t, s, null, how.num_steps), how.guidance)
+    return law._replace(log_sigma=law.log_sigma + torch.tensor(how.temperature).log())
+
+
+def draw_states(
+    network: NormalizingNetwork, times: Tensor, given: Given, noise: Tensor, how: HowToSample
+) -> Tensor:
+    """States in u-space [B, T+1, H, W, C], the cleanest first. times: [B, T+1]; noise: [T+1, B, H, W, C], the first of
+    which is the state at t = 1."""
+    states = [noise[0]]
+    for k in range(how.num_steps, 0, -1):
+        law = predicted(network, states[-1], times[:, k], times[:, k - 1], given, how)
+        states.append(law.mean + law.log_sigma.exp() * noise[how.num_steps - k + 1])
+    return torch.stack(states[::-1], dim=1)
+
+
+def _noise_trajectory(
+    network: NormalizingNetwork,
+    method: NormalizingMethodConfig,
+    given: Given,
+    noise: Tensor,
+    how: HowToSample,
+    all_states: bool = False,
+) -> Tensor:
+    """Clean canvases that a trajectory ends in, [B, 1, H, W, C], or what each of its states says, noisy → clean."""
+    T, H, W = how.num_steps, *network.config.grid
+    t_min = noise.new_full((noise.shape[1],), method.sampling_t_min)
+    times = noise_times(t_min, T, H * W)
+    u = draw_states(network, times, given, noise, how)
+    scale = 1 - times[:, :-1]
+    if how.ending == "score":
+        states = torch.cat([_inverse(network, u[:, :-1], times[:, :-1], given, T), u[:, -1:]], dim=1)
+        clean = denoised(network, states, times, given, T, noise_covariance(times), scale, how.clip)
+        return clean.flip(1) if all_states else clean[:, :1]
+    if how.ending == "inverse":
+        first = _inverse(network, u[:, :1], times[:, :1], given, T) / scale[:, :1, None, None, None]
+    else:
+        first = network.denoise(u[:, 0], times[:, 0], given, T)[:, None]
+    rest = u[:, 1:-1] / scale[:, 1:, None, None, None]
+    return torch.cat([rest.flip(1), first], dim=1) if all_states else first
+
+
+def _next_level(
+    network: NormalizingNetwork,
+    method: NormalizingMethodConfig,
+    given: Given,
+    noise: Tensor,
+    how: HowToSample,
+) -> Tensor:
+    """The clean canvas of a level [B, H, W, C] from the one before it. noise: [2, B, H, W, C], for state and draw."""
+    L, sigma = network.config.num_levels, method.level_noise
+    k = L - 1 - int(given.level[0])
+    s, t = level_times(L, len(noise[0]), noise)[:, k : k + 2].unbind(1)
+    if k == L - 1:
+        before = u_t = torch.zeros_like(noise[0])
+    else:
+        before = given.prev + sigma * noise[0]
+        u_t, _ = network.transport(before, t, given.level, how.num_steps)
+    law = predicted(network, u_t, t, s, given, how)
+    u = law.mean + law.log_sigma.exp() * noise[1]
+    if how.ending == "denoiser":
+        return network.denoise(u, s, given, how.num_steps)
+    x = network.untransport(u, s, given.level, how.num_steps)
+    if how.ending == "inverse":
+        return x
+    states, times = torch.stack([x, before], dim=1), torch.stack([s, t], dim=1)
+    scale = torch.ones_like(times[:, :1])
+    covariance = (sigma**2 * scale)[..., None]
+    return denoised(network, states, times, given, how.num_steps, covariance, scale, how.clip)[:, 0]
+
+
+def _inverse(network: NormalizingNetwork, u: Tensor, times: Tensor, given: Given, num_steps: int) -> Tensor:
+    """x of states u [B, K, H, W, C] at times [B, K]: states do not depend on each other here and go as one batch."""
+    B, K = u.shape[:2]
+    level = given.level.repeat_interleave(K)
+    return network.untransport(u.flatten(0, 1), times.flatten(), level, num_steps).unflatten(0, (B, K))
