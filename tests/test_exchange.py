@@ -91,6 +91,9 @@ def test_a_run_goes_on_in_the_imported_folder(tmp_path: Path, capsys: pytest.Cap
     assert call("import-official", file, "--out", run, "--ema", "500", "--encoder", "drawn", "--json") == 0
     assert json.loads(capsys.readouterr().out)["averages"] == ["500", "1000"]
     more = ["--total-images", 6 * 1024, "--set", "micro_batch_size=256", "--quiet", "--json"]
+    assert call("import-official", file, "--out", tmp_path / "foreign") == 0  # of the release's encoder
+    assert call("train", shards, "--out", tmp_path / "foreign", *more) == 5
+    assert "shards.encoder: 'dinov2-reg-base' there, 'drawn' now" in capsys.readouterr().err
     assert call("train", shards, "--out", run, *more) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 6
     assert call("sample", run, "--labels", "ant", "--seeds", "0", "--out", tmp_path / "samples") == 0

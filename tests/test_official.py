@@ -11,7 +11,15 @@ from trainer.config import ModelConfig
 from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, UsageError
 from trainer.model import Guidance, TrajectoryTransformer
-from trainer.official import load_checkpoint, official_config, official_name, read_config, save_checkpoint
+from trainer.official import (
+    load_checkpoint,
+    official_config,
+    official_name,
+    read_config,
+    read_parts,
+    save_checkpoint,
+    write_checkpoint,
+)
 
 
 def golden_arrays(path: Path) -> dict[str, torch.Tensor]:
@@ -110,6 +118,71 @@ def test_large_arrays_are_chunked_and_joined(tmp_path, monkeypatch):
     again = load_checkpoint(tmp_path / "c", model.config, ema=None)
     for name, p in model.named_parameters():
         assert torch.equal(again.get_parameter(name), p), name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grid": (1, 1), "in_channels": 1, "width": 4, "depth": 1, "head_depth": 1, "num_heads": 1},
+        {"grid": (5, 5), "width": 24, "depth": 4, "head_depth": 1, "num_heads": 3, "num_levels": 2},
+        {
+            "grid": (3, 3),
+            "num_class_tokens": 0,
+            "num_time_tokens": 1,
+            "num_level_tokens": 3,
+            "guidance": True,
+        },
+        {
+            "grid": (2, 2),
+            "guidance": True,
+            "num_guidance_tokens": 2,
+            "num_interval_tokens": 1,
+            "mlp_ratio": 4.0,
+        },
+    ],
+)
+def test_any_size_is_written_and_read(fields, tmp_path):
+    sizes = {"in_channels": 3, "num_classes": 5, "width": 16, "depth": 3, "head_depth": 2, "num_heads": 2}
+    model = TrajectoryTransformer(ModelConfig(**sizes | fields))
+    average = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    save_checkpoint(model, tmp_path / "c", averages={"500": average})
+    (tmp_path / "config.json").write_text(json.dumps(official_config(model.config)))
+    again = load_checkpoint(tmp_path / "c", tmp_path / "config.json", ema=500)
+    assert again.config == model.config
+    for name, p in again.named_parameters():
+        assert torch.equal(p, average[name]), name
+
+
+def test_one_part_is_in_memory_at_a_time(tmp_path):
+    asked = []
+
+    def part(value):
+        asked.append(value)
+        return {"net": {"a": torch.full((2,), value)}}
+
+    averages = {"500": lambda: part(1.0), "1000": lambda: part(2.0)}
+    write_checkpoint(tmp_path / "c", {"step": 3, "params": lambda: part(0.0), "ema_params": averages})
+    assert asked == [0.0, 1.0, 2.0]
+    names = []
+    for name, content in read_parts(tmp_path / "c", "ema_params/1000".__eq__):
+        names.append(name)
+        assert (content is not None) == (name == "ema_params/1000")
+    assert names == ["step", "params", "ema_params/500", "ema_params/1000"]
+
+
+def test_a_configuration_that_is_none_is_refused(tmp_path):
+    for text, message in (
+        ("[1]", "found list, expected fields by name"),
+        ("{", "Expecting"),
+        (None, "No such file"),
+    ):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            read_config(tmp_path / ("config.json" if text is not None else "absent.json"))
+    sizes = {"input_size": 4, "in_channels": 3, "num_classes": 2, "num_levels": 4}
+    with pytest.raises(UsageError, match="num_heads"):
+        read_config({**sizes, "hidden_size": 16, "depth": 2, "num_heads": "many"})
 
 
 def test_missing_average_lists_those_there(golden):

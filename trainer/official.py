@@ -285,7 +285,12 @@ def _array(value: Any) -> Tensor:
     shape, dtype, data = msgpack.unpackb(value.data, raw=False)
     if dtype not in DTYPES:
         raise ValueError(f"array of type {dtype}, expected one of {', '.join(DTYPES)}")
-    return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(shape)
+    flat = (
+        torch.frombuffer(bytearray(data), dtype=DTYPES[dtype])
+        if data
+        else torch.empty(0, dtype=DTYPES[dtype])
+    )
+    return flat.reshape(shape)
 
 
 def _pack(file: BinaryIO, content: Any, packer: msgpack.Packer) -> None:

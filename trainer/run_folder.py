@@ -88,6 +88,7 @@ def _is_unknown(name: str, before: dict[str, Any]) -> bool:
 
 def _identity(config: Any, shards: dict[str, Any]) -> dict[str, Any]:
     named = {f"shards.{name}": shards[name] for name in ("config_hash", "num_samples", "split")}
+    named["shards.encoder"] = dict(shards["encoder"]).get("name")
     return {**identity(config), **named}
 
 
