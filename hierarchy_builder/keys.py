@@ -9,7 +9,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
+from hierarchy_builder.errors import BuilderError
+
 CLASS_CHARS, NAME_CHARS, HASH_CHARS = 40, 60, 8
+SAFE_KEY = re.compile(r"[^./\\\x00-\x1f]+(/[^./\\\x00-\x1f]+)*")
+"""Names below one folder whatever unpacks them, which end where the name of a member begins: without dots."""
 
 
 def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
@@ -31,6 +35,15 @@ def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
             taken.add(key)
         keys.append(key)
     return keys
+
+
+def check_key(key: str, where: str) -> str:
+    """Return `key`, or raise BuilderError where a file of that name could come to lie outside its folder."""
+    if not SAFE_KEY.fullmatch(key):
+        raise BuilderError(
+            f"{where}: key {key!r}, expected <class>/<name> without dots, as `keys.py` gives them"
+        )
+    return key
 
 
 def _stem(path: str, class_name: str) -> str:

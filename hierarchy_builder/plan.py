@@ -8,11 +8,12 @@ Sizes and times come from a rehearsal with some of the images (`rehearsal.py`) a
 from __future__ import annotations
 
 import math
+import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.extraction import extract_inputs, list_images, settle
 from hierarchy_builder.images import ImageSource
 from hierarchy_builder.index import in_build_order, status_name, write_index
+from hierarchy_builder.kmeans import sum_clusters
 from hierarchy_builder.ledger import Ledger, differences, hash_of, read_manifest
 from hierarchy_builder.masks import open_masks
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
@@ -34,12 +36,15 @@ from hierarchy_builder.samples import PART_LEVEL
 from hierarchy_builder.session import Session
 from hierarchy_builder.shards import shard_name
 from hierarchy_builder.space import fitting_bytes, free_bytes
+from hierarchy_builder.stages import one_thread
 from hierarchy_builder.units import samples_per_shard, usable_rows
 
 REHEARSAL_S = 60.0
-"""Seconds after which no further round of a rehearsal begins."""
+"""Seconds a rehearsal goes on after its first round, where sizes need it."""
 TAR_RECORD, TAR_END = 10_240, 1_024
 """A tar ends in two empty blocks and is filled up to whole records."""
+TRIED_TOKENS = 4_096
+"""Tokens that are clustered to see how fast a vocabulary is fitted."""
 NAMED_IMAGES = 20
 """Unreadable images named at most."""
 
@@ -373,7 +378,8 @@ def _stages(
         todo = [unit for unit in units if session.fresh or not ledger.is_done(unit.number)]
         seconds = _seconds(found.paces[stage], todo, session)
         if stage == "vocabulary" and todo and plan.vocabulary is not None:
-            seconds = _fitting_seconds(found, plan.vocabulary, usable * math.prod(grid), usable)
+            width = inputs["extract"]["encoder"]["width"]
+            seconds += _fitting_seconds(plan.vocabulary, usable * math.prod(grid), width, session)
         stages.append(
             StagePlan(
                 stage=stage,
@@ -402,21 +408,26 @@ def _seconds(pace: Pace, todo: Sequence[Block], session: Session) -> float:
     """Time for the units of `todo`, as many at once as there are workers."""
     if not todo:
         return 0.0
-    workers = 1 if session.workers.count == 0 else session.workers.count or cpu_count() or 1
-    if session.workers.address:  # of a cluster, what was seen
-        workers = pace.units
+    workers = _num_workers(session) or pace.units
     more = max(1.0, min(workers, len(todo)) / min(workers, pace.units))
     return pace.startup + sum(map(len, todo)) * pace.per_image / (pace.at_once * more)
 
 
-def _fitting_seconds(found: Findings, config: VocabularyConfig, num_tokens: int, usable: int) -> float:
-    """Time of the fit: that of the rehearsal's by the ratio of tokens times prototypes times iterations."""
-    assert found.vocabulary is not None
-    pace = found.paces["vocabulary"]
+def _num_workers(session: Session) -> int | None:
+    """Processes that do units; None on a cluster, which is not asked."""
+    if session.workers.address:
+        return None
+    return 1 if session.workers.count == 0 else session.workers.count or os.cpu_count() or 1
 
-    def work(config: VocabularyConfig, num_images: int) -> int:
-        available = num_images * num_tokens // usable
-        return min(config.sampled_tokens or available, available) * config.num_prototypes * config.iterations
 
-    ratio = work(config, usable) / max(1, work(found.vocabulary, pace.images))
-    return pace.startup + pace.per_image * pace.images * ratio
+def _fitting_seconds(config: VocabularyConfig, num_tokens: int, width: int, session: Session) -> float:
+    """Time of all iterations, from one over a few tokens here; k-means++ takes about as long as one of them."""
+    tokens = np.random.default_rng(0).standard_normal((TRIED_TOKENS, width), np.float32)
+    centroids = tokens[: min(config.num_prototypes, TRIED_TOKENS)]
+    with one_thread():
+        started = time.perf_counter()
+        sum_clusters(tokens, centroids, threads=1)
+        spent = time.perf_counter() - started
+    products = min(config.sampled_tokens or num_tokens, num_tokens) * config.num_prototypes
+    each = spent * products / (len(tokens) * len(centroids))
+    return (config.iterations + 1) * each / (_num_workers(session) or 1)

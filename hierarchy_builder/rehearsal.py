@@ -1,7 +1,8 @@
 """A build of some of the images, thrown away again: what an image costs here in bytes and in seconds.
 
-Images are drawn at random and go through the steps of the real build, on the same workers and the same disk. Rounds
-follow until the size of every store is known to TARGET_ERROR, the time is up, or no image is left.
+Images are drawn at random and go through the steps of the real build on the same disk. The first round is done by the
+workers of the build and tells how fast they are; further rounds, in this process, follow until the size of every store
+is known to TARGET_ERROR, the time is up, or no image is left.
 
     n images tried of N, C channels
 """
@@ -32,6 +33,7 @@ from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.session import Session, StageSummary
 from hierarchy_builder.shards import TAR_BLOCK
 from hierarchy_builder.space import nearest_folder
+from hierarchy_builder.workers import Workers
 
 FIRST_ROUND, SHORTEST_ROUND, LONGEST_ROUND = 128, 64, 1024
 """Images of a round; the longest takes 0.8 GB of disk with 768 channels."""
@@ -47,13 +49,12 @@ VOCABULARY_SIZE = 256
 class Pace:
     """How long a stage takes: seconds until its first unit begins, seconds of a worker per image, units at once.
 
-    images, units: of the round this was seen in.
+    units: all there were.
     """
 
     startup: float
     per_image: float
     at_once: float
-    images: int
     units: int
 
 
@@ -65,8 +66,8 @@ class Findings:
     arrays by rows together. once_per_block: store → everything else that grows, of all `num_blocks` blocks.
     metadata: store → its zarr.json files. arrays: store → arrays by rows. samples: each sample as it lies in a tar.
     files: everything else of the build folder by path. markers: stage → a marker, without the outcomes of its rows,
-    which are `outcome_bytes`. index: the last index.json. paces: stage → how fast the longest round was, and how
-    long the first took to start. vocabulary: what was fitted, smaller than what is asked for.
+    which are `outcome_bytes`. index: the last index.json. paces: stage → how fast the first round was. vocabulary:
+    what was fitted, smaller than what is asked for.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -131,11 +132,12 @@ def rehearse(
 ) -> Findings:
     """Build some of `images` beside `folder` and measure; nothing is left of it.
 
-    records: all images in build order; all are tried where they are few. seconds: after which no round begins.
+    records: all images in build order; all are tried where they are few. seconds: of further rounds after the first.
     Raises what the build itself would raise at once: no usable image, an encoder that sees other than it should.
     """
     found, started = Findings(), time.perf_counter()
     quiet = replace(session, reporter=Reporter(quiet=True), fresh=False)
+    alone = replace(quiet, workers=Workers(count=0))
     order = np.random.default_rng(0).permutation(len(records))
     while found.num_images < len(records):
         spent = time.perf_counter() - started
@@ -146,7 +148,10 @@ def rehearse(
         chosen = [records[row] for row in np.sort(order[found.num_images : found.num_images + count])]
         with tempfile.TemporaryDirectory(prefix=".plan-", dir=nearest_folder(folder.root)) as place:
             trial, short = BuildFolder(Path(place) / "build"), _shorten(plan, chosen, images)
-            summaries = build(trial, replace(images, records=chosen), short, quiet)
+            some = replace(images, records=chosen)
+            summaries = build(trial, some, short, alone if found.outcomes else quiet)
+            if not found.outcomes:  # what comes from here on takes no start-up of workers
+                started = time.perf_counter()
             _measure(trial, summaries, found)
             found.vocabulary = short.vocabulary
     return found
@@ -158,7 +163,7 @@ def _next_round(found: Findings, num_rows: int, spent: float, seconds: float) ->
     if not found.num_images:
         return min(FIRST_ROUND, left)
     missing = found.images_wanted(num_rows) - found.num_images
-    affordable = int((seconds - spent) * found.num_images / spent)
+    affordable = int((seconds - spent) / sum(pace.per_image for pace in found.paces.values()))
     if missing <= 0 or affordable < SHORTEST_ROUND:
         return 0
     count = min(max(missing, SHORTEST_ROUND), affordable, LONGEST_ROUND)
@@ -211,11 +216,8 @@ def _measure(trial: BuildFolder, summaries: Sequence[StageSummary], found: Findi
     }
     for stage in sorted(path.name for path in ledger.iterdir() if path.is_dir()):
         _measure_markers(trial, stage, found)
-    for summary in summaries:
-        pace = _pace(trial, summary)
-        before = found.paces.get(summary.stage, pace)
-        if pace.images >= before.images:
-            found.paces[summary.stage] = replace(pace, startup=before.startup)
+    if not found.paces:
+        found.paces = {summary.stage: _pace(trial, summary) for summary in summaries}
 
 
 def _measure_store(path: Path, found: Findings) -> None:
@@ -253,7 +255,9 @@ def _measure_markers(trial: BuildFolder, stage: str, found: Findings) -> None:
 
 
 def _pace(trial: BuildFolder, summary: StageSummary) -> Pace:
-    """From the markers of a stage: when units ended, and how long each took."""
+    """From the markers of a stage: when units ended, and how long each took. A small vocabulary is all start-up."""
+    if summary.stage == "vocabulary":
+        return Pace(startup=summary.seconds, per_image=0.0, at_once=1.0, units=1)
     markers = sorted(trial.ledger(summary.stage).glob("*.json"))
     ends = [marker.stat().st_mtime for marker in markers]
     seconds = [float(read_json(marker)["seconds"]) for marker in markers]
@@ -262,7 +266,6 @@ def _pace(trial: BuildFolder, summary: StageSummary) -> Pace:
         startup=max(0.0, summary.seconds - window),
         per_image=sum(seconds) / max(summary.images, 1),
         at_once=max(1.0, sum(seconds) / max(window, 1e-9)),
-        images=summary.images,
         units=len(markers),
     )
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from hierarchy_builder.artefacts import atomic_file, write_json
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.keys import check_key
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,
@@ -111,7 +112,10 @@ def write_shard(tar: Path, samples: Iterable[Sample], *, config_hash: str) -> di
 
 
 def read_shard(tar: Path) -> Iterator[Sample]:
-    """Samples of a tar in order. Raises BuilderError naming the tar, and the key when it is known."""
+    """Samples of a tar in order; nothing is unpacked, and no link followed.
+
+    Raises BuilderError naming the tar, and the key when it is known.
+    """
     try:
         with tarfile.open(tar, "r:") as archive:
             key, members = "", dict[str, bytes]()
@@ -120,8 +124,8 @@ def read_shard(tar: Path) -> Iterator[Sample]:
                 if members and found != key:
                     yield decode_sample(key, members)
                     members = {}
-                key = found
-                content = archive.extractfile(info)
+                key = check_key(found, f"{tar.name}, member {info.name}")
+                content = archive.extractfile(info) if info.isreg() else None
                 if content is None:
                     raise BuilderError(f"{tar.name}: member {info.name} is not a file")
                 members[member] = content.read()
@@ -178,8 +182,8 @@ class TarWriter:
         self.sizes: list[int] = []
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """One sample; its members in the order of their names."""
-        self.keys.add(key)
+        """One sample; its members in the order of their names. Raises BuilderError for an unsafe key."""
+        self.keys.add(check_key(key, "sample"))
         size = 0
         for name in sorted(members):
             info = tarfile.TarInfo(f"{key}.{name}")

@@ -197,7 +197,7 @@ def _first_centroids(source: TokenSource) -> np.ndarray:
 
 def _write_state(path: Path, centroids: np.ndarray, inertia: list[float]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, centroids=centroids, inertia=np.asarray(inertia))
+    np.savez(buffer, allow_pickle=False, centroids=centroids, inertia=np.asarray(inertia))
     write_bytes(path, buffer.getvalue())
 
 

@@ -134,7 +134,10 @@ def test_predicted_size_of_a_sample_is_the_size_in_the_tar(tmp_path) -> None:
     assert abs(facts["bytes"] - 40 * predicted) <= 0.02 * facts["bytes"] + 10_240
 
 
-@given(names=st.lists(st.text("aé/中_", min_size=1, max_size=140), min_size=1, max_size=4, unique=True))
+KEYS = st.lists(st.text("aé中_", min_size=1, max_size=70), min_size=1, max_size=2).map("/".join)
+
+
+@given(names=st.lists(KEYS, min_size=1, max_size=4, unique=True))
 def test_tars_have_the_bytes_webdataset_writes(names: list[str]) -> None:
     ours, theirs = io.BytesIO(), io.BytesIO()
     writer = TarWriter(ours)
