@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from hierarchy_builder.canvases.dct import DctBasis
-from trainer.config import ModelConfig
+from trainer import checkpoint as saved
+from trainer.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
+from trainer.ema import WeightAverages
 from trainer.model import TrajectoryTransformer
 from trainer.normalisation import RAW, Normaliser
+from trainer.optim import MuonAdam
 from trainer.pipeline import TrajectoryPipeline
 
 GRID = (6, 5)
@@ -26,3 +31,21 @@ def tiny_pipeline(seed: int = 0, normaliser: Normaliser = RAW) -> TrajectoryPipe
             torch.nn.init.normal_(parameter, std=0.3)
     encoder = {"name": "dct", "grid": list(GRID), "width": basis.width, "decoder": basis.spec()}
     return TrajectoryPipeline(model, ["ant", "bee", "emu"], encoder, normaliser=normaliser)
+
+
+def tiny_run(out: Path, seed: int = 0) -> Path:
+    """A run folder with one checkpoint of that network, its raw weights and one average."""
+    pipe = tiny_pipeline(seed)
+    average = WeightAverages(pipe.model, (0.5,))
+    config = TrainConfig(model=pipe.model.config, optim=OptimConfig(ema_halflives_kimg=(0.5,)))
+    state = saved.RunState(
+        step=5,
+        images_seen=40,
+        config=to_mapping(config),
+        shards={"encoder": pipe.encoder, "class_names": pipe.class_names, "config_hash": "0"},
+    )
+    optimizer = MuonAdam(pipe.model.named_parameters(), config.optim)
+    saved.save_checkpoint(
+        saved.checkpoint_folder(out, 5), state, pipe.model, average.state_dict(), optimizer, pipe.normaliser
+    )
+    return out

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +30,16 @@ def print_result(content: Any, as_json: bool) -> None:
         for name, value in flattened(content).items():
             table.add_row(name, _text(value))
         stdout.print(table)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain data to a file that is whole or absent; its folder is made, NaN is null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    partial.write_text(
+        json.dumps(without_nan(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    partial.replace(path)
 
 
 def without_nan(content: Any) -> Any:

@@ -35,7 +35,7 @@ from hierarchy_builder.records import (
     SCALE_MEMBER,
     Sample,
 )
-from trainer.errors import DamagedShardError, TrainerError
+from trainer.errors import DamagedShardError, TrainerError, UsageError
 from trainer.shards import INDEX, ShardIndex
 from trainer.tars import Members, OpenTar, check_sha256, check_size, local_path
 
@@ -136,6 +136,15 @@ class ShardReader:
             rows.keys.append(key)
         rows.label = torch.tensor(labels)
         return rows
+
+    def number_of(self, key: str) -> int:
+        """The number of the sample of that key. Raises UsageError if there is none; reads tars until it is found."""
+        for shard in range(len(self.index.shards)):
+            tar = self._open.get(shard) or self._opened(shard)
+            keys = [] if tar is None else [found for found, _ in tar.samples]
+            if key in keys:
+                return int(self._starts[shard]) + keys.index(key)
+        raise UsageError(f"{self.index.url}: no sample has the key {key!r}; keys are like {keys[:1]}")
 
     def damaged_shards(self) -> list[str]:
         """Names of the shards found damaged so far, in order."""
