@@ -13,8 +13,10 @@ import torch
 from fixture_shards import WIDTH, add_member, npy, reindex, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
+from test_trainer_cli import SETTINGS, call
 
 from trainer.errors import DamagedShardError, TrainerError
+from trainer.log import read_metrics
 from trainer.reader import ShardReader
 from trainer.shards import open_index
 from trainer.stream import BatchDataset, StreamPlan, batch_loader
@@ -69,6 +71,19 @@ def test_one_damaged_shard_too_many_stops(damaged: Path) -> None:
         match=r"train-000002\.tar is missing.*; 2 damaged shards, max_damaged_shards is 1",
     ):
         reader.read(7)
+
+
+def test_a_run_goes_on_without_damaged_shards_and_counts_them(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", damaged, "--preset", "tiny-cpu", *SETTINGS, "--batch-size", "8", "--total-images", "24"]
+    assert call(*words, "--out", tmp_path / "stopped", "--quiet") == 1
+    assert "copy or build it again" in capsys.readouterr().err
+    out = tmp_path / "run"
+    assert call(*words, "--out", out, "--set", "max_damaged_shards=2", "--quiet") == 0
+    audits = [row for row in read_metrics(out) if "coverage" in row]
+    assert [row["damaged_shards"] for row in audits] == [["train-000001.tar", "train-000002.tar"]]
+    assert sum(audits[0]["coverage"]["images_per_level"]) == 24
 
 
 def test_without_any_whole_shard_there_is_nothing_to_read(damaged: Path) -> None:
