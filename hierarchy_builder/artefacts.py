@@ -75,6 +75,19 @@ class BuildFolder:
         return self.root / "shards"
 
     @property
+    def live(self) -> Path:
+        """What the run that works on the build tells of its stage; gone when it is not at one."""
+        return self.root / ".progress.json"
+
+    def part(self, number: int) -> Path:
+        """What one unit of a build in one pass leaves until its rows are in shards."""
+        return self.root / "parts" / f"{number:06d}.tar"
+
+    def part_moments(self, number: int) -> Path:
+        """Statistics of the same rows; they stay."""
+        return self.part(number).with_suffix(".npz")
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -131,6 +144,17 @@ class BuildFolder:
             finally:
                 if is_new and os.listdir(self.root) == [lock.name]:
                     remove(self.root)
+
+    def is_locked(self) -> bool:
+        """Whether a writer holds the build now."""
+        try:
+            with open(self.root / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def _refuse_foreign(self) -> None:
         places = (self.index, self.class_map, self.features, self.regions, self.vocabulary, self.shards)

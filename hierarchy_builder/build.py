@@ -18,7 +18,9 @@ from hierarchy_builder.config import (
     identity,
     to_mapping,
 )
+from hierarchy_builder.errors import UsageError
 from hierarchy_builder.extraction import extract
+from hierarchy_builder.fused import fuse
 from hierarchy_builder.images import ImageSource
 from hierarchy_builder.ledger import (
     Ledger,
@@ -66,8 +68,20 @@ def build(
     *,
     class_map: str | None = None,
     retry_failed: bool = False,
+    fused: bool = False,
 ) -> list[StageSummary]:
-    """Every step in order; `session.fresh` starts over from the first, `retry_failed` tries failed images again."""
+    """Every step in order; `session.fresh` starts over from the first, `retry_failed` tries failed images again.
+
+    fused: in one pass, without stores of features and regions; see `fused.py`.
+    """
+    if fused:
+        if retry_failed or plan.vocabulary is not None:
+            flag = "--retry-failed" if retry_failed else "--vocabulary"
+            raise UsageError(
+                f"{flag} reads the stored features, which --fused does not keep: leave one of them out"
+            )
+        sections = (plan.extract, plan.hierarchy, plan.shard)
+        return [fuse(folder, source, *sections, session, class_map=class_map)]
     later = partial(later_bytes, plan.hierarchy, plan.vocabulary, plan.shard)
     summaries = [
         extract(
@@ -115,7 +129,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     done, seconds = do_units(load, ledger, units, session, "shard")
     results = ledger.results(range(len(units)))
     if config.covariance:
-        _sum_covariance(folder, extracted["hash"], session)
+        sum_covariance(folder, extracted["hash"], session)
     publish_shards(folder, config, results)
     return StageSummary(
         stage="shard",
@@ -127,7 +141,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     )
 
 
-def _sum_covariance(folder: BuildFolder, features_hash: str, session: Session) -> None:
+def sum_covariance(folder: BuildFolder, features_hash: str, session: Session) -> None:
     """The scatter matrix of each block of features.zarr, where it is not there yet."""
     ledger = Ledger(folder.ledger("covariance"), features_hash)
     if not stores.has_scatter(folder.features):  # the features were made anew

@@ -126,6 +126,7 @@ def shard(
     images: opt.WithImages = None,
     canvases: opt.WithCanvases = None,
     covariance: opt.WithCovariance = None,
+    publish: opt.PublishTo = None,
     workers: opt.WorkerCount = None,
     address: opt.Address = None,
     config: opt.ConfigFile = None,
@@ -142,7 +143,8 @@ def shard(
     show_config({"shard": to_mapping(resolved)}, quiet)
     session = _session(workers, address, fresh, quiet)
     with build_folder.locked():
-        print_stages([steps.shard(build_folder, resolved, session)], as_json)
+        summaries = [steps.shard(build_folder, resolved, session)]
+        print_stages(summaries + _publish(build_folder, publish, session), as_json)
 
 
 @app.command()
@@ -182,6 +184,8 @@ def build(
     workers: opt.WorkerCount = None,
     address: opt.Address = None,
     config: opt.ConfigFile = None,
+    fused: opt.Fused = False,
+    publish: opt.PublishTo = None,
     fresh: opt.Fresh = False,
     retry_failed: opt.RetryFailed = False,
     force: opt.Force = False,
@@ -196,8 +200,9 @@ def build(
     show_config(plan.as_mapping(), quiet)
     session = _session(workers, address, fresh, quiet, force)
     with folder.locked():
-        summaries = steps.build(folder, images, plan, session, class_map=class_map, retry_failed=retry_failed)
-        print_stages(summaries, as_json)
+        once = {"retry_failed": retry_failed, "fused": fused}
+        summaries = steps.build(folder, images, plan, session, class_map=class_map, **once)
+        print_stages(summaries + _publish(folder, publish, session), as_json)
 
 
 def _takes_arguments_of(
@@ -215,7 +220,7 @@ def _takes_arguments_of(
 
 
 @app.command()
-@_takes_arguments_of(build, without=["retry_failed"])
+@_takes_arguments_of(build, without=["retry_failed", "fused", "publish"])
 def plan(**arguments: Any) -> None:
     """What build would make of the same words: images, bytes, seconds, shards, what is done; tries some of them."""
     from hierarchy_builder.plan import make_plan, plan_tables
@@ -235,14 +240,30 @@ def plan(**arguments: Any) -> None:
     found.check(folder, force=arguments["force"])
 
 
+@app.command("publish")
+def publish_shards(
+    folder: opt.Folder,
+    url: Annotated[str, typer.Argument(help="Where to, as fsspec names it, for example s3://bucket/set.")],
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Copy finished shards to another file system; the same command sends what is missing."""
+    build_folder = BuildFolder(folder).require()
+    with build_folder.locked():
+        print_stages(_publish(build_folder, url, _session(0, None, False, quiet)), as_json)
+
+
 @app.command()
 def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
-    """What is done, stage by stage, read from the markers."""
+    """What is done, stage by stage, read from the markers; and how the run goes that works on it now."""
+    from hierarchy_builder.progress import as_duration, running_stage
     from hierarchy_builder.units import progress_of
 
-    rows = progress_of(BuildFolder(folder).require())
+    build_folder = BuildFolder(folder).require()
+    rows, running = progress_of(build_folder), running_stage(build_folder)
     if as_json:
-        print_json(rows)
+        of_stage = running["stage"] if running else None
+        print_json([{**row, "running": running if row["stage"] == of_stage else None} for row in rows])
         return
     table = Table("stage", "units", "images", "unit seconds", "bytes", "state")
     for row in rows:
@@ -256,15 +277,22 @@ def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
             row["state"],
         )
     stdout.print(table)
+    if running:
+        left = running["remaining_s"]
+        stdout.print(
+            f"running: {running['stage']}, {running['images_done']}/{running['images']} images, "
+            f"{running['images_per_second']:.1f} images/s, {running['failed']} could not be used, "
+            f"{'?' if left is None else as_duration(left)} left",
+            highlight=False,
+        )
 
 
 @app.command()
 def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
-    """Counts, keys, shapes, id ranges, nesting and sha256 of everything; exit code 4 when something is wrong."""
+    """Read everything and check it against what was written; exit code 4 when something is wrong."""
     from hierarchy_builder.verify import find_problems
 
-    build_folder = BuildFolder(folder).require()
-    problems = list(find_problems(build_folder))
+    problems = list(find_problems(BuildFolder(folder)))
     if as_json:
         print_json({"problems": problems})
     else:
@@ -272,12 +300,32 @@ def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
             stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
     if problems:
         raise VerificationError(
-            f"{folder}: found {len(problems)} problems, expected none; remove the markers "
-            f"{folder}/ledger/STAGE/NUMBER.json of what is damaged and repeat the command that made it, "
-            "or start its stage over with --fresh"
+            f"{folder}: found {len(problems)} problems, expected none; run `hierarchy-builder repair {folder}`, "
+            "or start what is damaged over with --fresh"
         )
     if not as_json:
         stdout.print(f"{folder}: everything is in order")
+
+
+@app.command()
+def repair(
+    folder: opt.Folder,
+    workers: opt.WorkerCount = None,
+    address: opt.Address = None,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Do again what verify finds damaged, and only that; exit code 4 when something could not be mended."""
+    from hierarchy_builder.repair import repair as mend
+
+    build_folder = BuildFolder(folder).require(damaged=True)
+    session = _session(workers, address, False, quiet)
+    with build_folder.locked():
+        mended = mend(build_folder, session)
+    if as_json:
+        print_json({"mended": [dataclasses.asdict(damage) for damage in mended]})
+    else:
+        stdout.print(f"{folder}: {len(mended)} problems mended", highlight=False)
 
 
 @app.command()
@@ -420,6 +468,12 @@ def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool,
         fresh=fresh,
         force=force,
     )
+
+
+def _publish(folder: BuildFolder, url: str | None, session: Any) -> list[Any]:
+    from hierarchy_builder.remote import publish_to
+
+    return [publish_to(folder, url, session.reporter)] if url else []
 
 
 def _recut(folder: BuildFolder, arguments: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder, remove, size_on_disk
+from hierarchy_builder.artefacts import BuildFolder, remove, sha256_file, size_on_disk
 from hierarchy_builder.config import (
     HierarchyRecipe,
     VocabularyConfig,
@@ -29,9 +29,9 @@ from hierarchy_builder.ledger import (
 from hierarchy_builder.masks import open_masks
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.recut import RecutStage, settle_recut
+from hierarchy_builder.samples import PART_LEVEL
 from hierarchy_builder.session import Session, StageSummary, do_units
 from hierarchy_builder.stages import (
-    PART_LEVEL,
     ClusterStage,
     LinkStage,
 )
@@ -124,7 +124,11 @@ def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) 
         save_vocabulary(folder.vocabulary, fitted, config, config_hash=ledger.stage_hash)
         remove(folder.vocabulary_work)
         seconds = round(time.perf_counter() - started, 3)
-        facts = {"tokens": int(fitted.counts[-1].sum()), "inertia": fitted.inertia[-1]}
+        facts = {
+            "tokens": int(fitted.counts[-1].sum()),
+            "inertia": fitted.inertia[-1],
+            "sha256": sha256_file(folder.vocabulary),
+        }
         ledger.finish(0, {"images": images, "seconds": seconds, **facts})
     (result,) = ledger.results([0])
     return StageSummary(

@@ -27,7 +27,7 @@ def run(command: typer.Typer) -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         command()
-    except BuilderError as error:
+    except (BuilderError, InterruptedRunError) as error:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:

@@ -35,8 +35,11 @@ class ConfigMismatchError(BuilderError):
     exit_code = 5
 
 
-class InterruptedRunError(BuilderError):
-    """The run was stopped between two units; the same command goes on. Exit code 75 (EX_TEMPFAIL)."""
+class InterruptedRunError(BaseException):
+    """The run was asked to stop; the same command goes on. Exit code 75 (EX_TEMPFAIL).
+
+    Like KeyboardInterrupt it comes at any moment, so nothing that mends other errors may catch it.
+    """
 
     exit_code = 75
 

@@ -17,7 +17,7 @@ from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError
 from hierarchy_builder.images import ImageSource, open_source
 from hierarchy_builder.index import in_build_order, read_index, status_name, write_index
-from hierarchy_builder.ledger import begin_stage, read_manifest
+from hierarchy_builder.ledger import begin_stage, known_entry
 from hierarchy_builder.records import Status, blocks_of
 from hierarchy_builder.retry import reopen_failed
 from hierarchy_builder.session import Session, StageSummary, do_units
@@ -73,7 +73,7 @@ def extract(
     check_space(folder, {**needed, **following}, force=session.force)
     facts = {
         "source": relative_source(folder, images.location),
-        "probe": _probe(folder, encoder, config, session),
+        "probe": probe_of(folder, encoder, config, session),
         "request": to_mapping(config),
         "class_map": images.class_map,
     }
@@ -98,14 +98,14 @@ def extract(
     done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True)
     outcomes = [row for result in ledger.results(range(len(blocks))) for row in result["outcomes"]]
     write_index(folder.index, records, outcomes)
-    _check_skipped(folder, outcomes, config.max_bad_fraction, session)
+    check_skipped(folder, outcomes, config.max_bad_fraction, session)
     return StageSummary(
         stage="extract",
         images=len(records),
         new_images=done,
         seconds=seconds,
         num_bytes=size_on_disk(folder.features),
-        notes=_count_statuses(outcomes),
+        notes=count_statuses(outcomes),
     )
 
 
@@ -124,18 +124,19 @@ def settle(folder: BuildFolder, config: ExtractConfig, session: Session) -> Extr
     """The same with precision `auto` settled, so that a build is never continued in another arithmetic."""
     if config.precision != "auto":
         return config
-    began = {} if session.fresh else read_manifest(folder)["stages"].get("extract", {})
+    began = None if session.fresh else known_entry(folder, "extract")
     if began:
         return replace(config, precision=began["inputs"]["config"]["precision"])
     return replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
 
 
-def _probe(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, session: Session) -> list[float]:
+def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, session: Session) -> list[float]:
     """Probe value of the encoder, checked; a build keeps the one it began with."""
-    began = {} if session.fresh else read_manifest(folder)["stages"].get("extract", {})
+    began = None if session.fresh else known_entry(folder, "extract")
     # Of another encoder or without a unit done, the ledger decides whether the build may go on at all.
     same = began and began["inputs"]["encoder"] == encoder.describe()
-    recorded = began["probe"] if same and any(folder.ledger("extract").glob("*.json")) else None
+    markers = [*folder.ledger("extract").glob("*.json"), *folder.ledger("fuse").glob("*.json")]
+    recorded = began["probe"] if began and same and markers else None
     value = probe_value(encoder)
     if check_probe(encoder, value, config.precision, recorded) == "new":
         session.reporter.say(
@@ -145,11 +146,11 @@ def _probe(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, session
     return value if recorded is None else recorded
 
 
-def _count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return dict(sorted(Counter(outcome["status"] for outcome in outcomes).items()))
 
 
-def _check_skipped(
+def check_skipped(
     folder: BuildFolder, outcomes: Sequence[Mapping[str, Any]], allowed: float, session: Session
 ) -> None:
     """Say how many images could not be used and why; raises TooManySkippedError above the allowed share."""

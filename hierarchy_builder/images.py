@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -155,7 +155,7 @@ def open_source(
     return ImageSource(
         records=records,
         class_map=ids,
-        listing_hash=_listing_hash(records),
+        listing_hash=listing_hash(records),
         location=source,
         reader=reader,
         warnings=tuple(found.warnings),
@@ -220,9 +220,10 @@ def _records(images: list[tuple[str, str, int]], ids: Mapping[str, int]) -> list
     ]
 
 
-def _listing_hash(records: list[ImageRecord]) -> str:
+def listing_hash(records: Iterable[ImageRecord]) -> str:
+    """SHA-256 over keys, paths, sizes and labels, whatever the order of the rows."""
     digest = hashlib.sha256()
-    for record in records:
+    for record in sorted(records, key=lambda record: record.path):
         line = json.dumps([record.key, record.path, record.num_bytes, record.label])
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()

@@ -17,8 +17,11 @@ from hierarchy_builder.config import config_hash
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.records import FORMAT_VERSION
 
-STAGES = ("extract", "vocabulary", "cluster", "link", "shard")
-"""In the order of the data; starting a stage afresh removes it and all stages after it."""
+STAGES = ("extract", "vocabulary", "cluster", "link", "shard", "fuse")
+"""In the order of the data; starting a stage afresh removes it and all stages after it.
+
+`fuse` is extract, cluster and shard in one pass (`fused.py`); its inputs are those of the three, by name.
+"""
 
 VERBS = {
     "extract": "extract",
@@ -26,6 +29,7 @@ VERBS = {
     "cluster": "cluster",
     "link": "cluster",
     "shard": "shard",
+    "fuse": "build IMAGES --fused --out",
 }
 """The command that does a stage; `cluster DIR` also takes up the vocabulary a build was asked for."""
 
@@ -41,9 +45,11 @@ class Ledger:
         return self.folder / f"{unit:06d}.json"
 
     def is_done(self, unit: int) -> bool:
-        """Whether `unit` was finished under this configuration."""
-        path = self.marker(unit)
-        return path.is_file() and read_json(path).get("stage_hash") == self.stage_hash
+        """Whether `unit` was finished under this configuration; a damaged marker counts for nothing."""
+        try:
+            return read_json(self.marker(unit)).get("stage_hash") == self.stage_hash
+        except BuilderError:
+            return False
 
     def finish(self, unit: int, result: Mapping[str, Any]) -> None:
         """Mark `unit` as finished; called after everything it wrote is on disk."""
@@ -64,26 +70,54 @@ def read_manifest(folder: BuildFolder) -> dict[str, Any]:
     """The manifest of a build, or an empty one. Raises BuilderError for a newer format version."""
     if not folder.manifest.exists():
         return {"format_version": FORMAT_VERSION, "stages": {}}
-    manifest = read_json(folder.manifest)
+    return check_manifest(folder.manifest)
+
+
+def check_manifest(path: Path) -> dict[str, Any]:
+    """What a manifest (or its copy) holds. Raises BuilderError where it is missing, damaged or newer."""
+    manifest = read_json(path)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise BuilderError(
-            f"{folder.manifest} has format version {version}, this release reads {FORMAT_VERSION}: "
+            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
             "use the release that wrote it, or build again into another folder"
         )
     if not isinstance(manifest.get("stages"), dict):
-        raise BuilderError(f"{folder.manifest} has no stages: remove it and run the same command again")
+        raise BuilderError(
+            f"{path} has no stages: run `hierarchy-builder repair`, or remove it and begin again"
+        )
     return manifest
+
+
+def write_manifest(folder: BuildFolder, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest and its copy."""
+    write_json(folder.manifest, manifest)
+    write_json(folder.manifest_copy, manifest)
 
 
 def stage_entry(folder: BuildFolder, stage: str) -> dict[str, Any]:
     """What the manifest holds of `stage`. Raises BuilderError naming the command to run first."""
-    entry = read_manifest(folder)["stages"].get(stage)
+    entry = known_entry(folder, stage)
     if entry is None:
         raise BuilderError(
             f"{folder.root} has no {stage} stage yet: run `hierarchy-builder {VERBS[stage]} {folder.root}` first"
         )
     return entry
+
+
+def known_entry(folder: BuildFolder, stage: str) -> dict[str, Any] | None:
+    """What the manifest holds of `stage`, if anything; of a build in one pass what the stage would have by itself."""
+    stages = read_manifest(folder)["stages"]
+    fused = stages.get("fuse", {"inputs": {}})
+    if stage in stages or stage not in fused["inputs"]:
+        return stages.get(stage)
+    inputs = fused["inputs"][stage]
+    return {**fused, "inputs": inputs, "hash": hash_of(stage, inputs), "request": fused["request"][stage]}
+
+
+def is_fused(folder: BuildFolder) -> bool:
+    """Whether the shards were made in one pass, without stores."""
+    return "fuse" in read_manifest(folder)["stages"]
 
 
 def open_ledger(folder: BuildFolder, stage: str) -> Ledger:
@@ -103,8 +137,16 @@ def begin_stage(
     Raises ConfigMismatchError listing the differing keys side by side.
     """
     manifest = read_manifest(folder)
-    if fresh:
-        _forget(folder, manifest, STAGES[STAGES.index(stage) :])
+    if fresh and stage in ("extract", "fuse"):
+        _forget(folder, manifest, STAGES)
+    elif ("fuse" in manifest["stages"]) != (stage == "fuse") and manifest["stages"]:
+        made, now = ("by stages", "in one pass") if stage == "fuse" else ("in one pass", "by stages")
+        raise ConfigMismatchError(
+            f"{folder.root} was made {made} and is asked for {now}: repeat the command that made it, choose another "
+            "--out, or start over with --fresh"
+        )
+    elif fresh:
+        _forget(folder, manifest, STAGES[STAGES.index(stage) : STAGES.index("fuse")])
     if not all(path.exists() for path in _stores_of(folder, stage)):
         remove(folder.ledger(stage))
     stored = manifest["stages"].get(stage)
@@ -113,8 +155,8 @@ def begin_stage(
             raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
         _forget(folder, manifest, [stage])
         stored = None
-    manifest["code_version"] = __version__ if stored is None else manifest.get("code_version", __version__)
-    return _record(folder, manifest, stage, inputs, facts)
+    code_version = __version__ if stored is None else stored.get("code_version", __version__)
+    return _record(folder, manifest, stage, inputs, {**facts, "code_version": code_version})
 
 
 def hash_of(stage: str, inputs: Mapping[str, Any]) -> str:
@@ -129,7 +171,7 @@ def replace_regions(folder: BuildFolder, inputs: Mapping[str, Any], facts: Mappi
     """
     manifest = read_manifest(folder)
     _forget(folder, manifest, ["link"])
-    _record(folder, manifest, "cluster", inputs, facts)
+    _record(folder, manifest, "cluster", inputs, {**facts, "code_version": __version__})
 
 
 def _record(
@@ -141,7 +183,7 @@ def _record(
 ) -> Ledger:
     stage_hash = hash_of(stage, inputs)
     manifest["stages"][stage] = {"inputs": dict(inputs), "hash": stage_hash, **facts}
-    write_json(folder.manifest, manifest)
+    write_manifest(folder, manifest)
     return Ledger(folder.ledger(stage), stage_hash)
 
 
@@ -161,17 +203,21 @@ def _links_of(folder: BuildFolder) -> list[Path]:
 
 def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
     outputs = {
-        "extract": [folder.index, folder.class_map, folder.features],
+        "extract": [folder.listing, folder.index, folder.class_map, folder.features],
         "vocabulary": [folder.vocabulary, folder.vocabulary_work],
         "cluster": [folder.regions, folder.recut, folder.ledger("recut")],
         "link": _links_of(folder),
         "shard": [folder.shards],
+        "fuse": [
+            *(folder.listing, folder.index, folder.class_map, folder.shards, folder.part(0).parent),
+            folder.ledger("shard"),
+        ],
     }
     for stage in stages:
         manifest["stages"].pop(stage, None)
         for path in [folder.ledger(stage), *outputs[stage]]:
             remove(path)
-    write_json(folder.manifest, manifest)
+    write_manifest(folder, manifest)
 
 
 def _describe_mismatch(
@@ -182,7 +228,9 @@ def _describe_mismatch(
         for name, before, now in differences(dict(stored), dict(asked))
     ]
     flags = {"extract": "--fresh", "vocabulary": "--vocabulary SIZES --fresh"}.get(stage, "--fresh")
-    again = flags if stage == "extract" else f"hierarchy-builder {VERBS[stage]} {folder.root} {flags}"
+    again = (
+        flags if stage in ("extract", "fuse") else f"hierarchy-builder {VERBS[stage]} {folder.root} {flags}"
+    )
     return (
         f"{folder.root} was made with another {stage} configuration or input:\n"
         + "\n".join(lines)

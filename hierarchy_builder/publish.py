@@ -12,7 +12,8 @@ import yaml
 from hierarchy_builder import __version__, stores
 from hierarchy_builder.artefacts import BuildFolder, read_json, remove, write_bytes, write_json
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig, from_mapping
-from hierarchy_builder.ledger import read_manifest, stage_entry
+from hierarchy_builder.ledger import is_fused, read_manifest, stage_entry
+from hierarchy_builder.parts import read_part_moments, read_part_scatter
 from hierarchy_builder.quantisation import measure_quantisation
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
@@ -36,7 +37,9 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
     """Write the files of the whole set once every tar is there. `results` are the markers of the tars, in order."""
     shards = folder.shards
     remove_strays(shards, config.split, len(results))
-    index = _index(folder, config, results)
+    index = index_of(folder, config, results)
+    if config.feature_dtype == "int8":
+        index["quantisation"] = _quantisation(folder, index["recipe"])
     write_json(shards / "index.json", index)
     write_json(shards / "class_map.json", read_json(folder.class_map))
     joint = dataset_joint_moments(folder) if config.covariance else None
@@ -45,7 +48,7 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
         write_bytes(shards / folder.vocabulary.name, folder.vocabulary.read_bytes())
     else:
         remove(shards / folder.vocabulary.name)
-    write_bytes(shards / "README.md", _card(index).encode())
+    write_bytes(shards / "README.md", card_of(index).encode())
     digest = hashlib.sha256((shards / "index.json").read_bytes()).hexdigest()
     write_json(shards / SUCCESS, {"count": index["num_samples"], "index_sha256": digest})
 
@@ -53,7 +56,7 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
 def dataset_moments(folder: BuildFolder) -> Moments:
     """Moments of all usable features per position and channel, merged over a fixed tree of blocks."""
     blocks = stage_units(folder, "extract")
-    return merge_tree(stores.read_block_moments(folder.features, block) for block in blocks)
+    return merge_tree(_moments(folder, block) for block in blocks)
 
 
 def dataset_joint_moments(folder: BuildFolder) -> Moments:
@@ -65,8 +68,16 @@ def dataset_joint_moments(folder: BuildFolder) -> Moments:
 
 
 def _joint_moments(folder: BuildFolder, block: Block) -> Moments:
-    channel = per_channel(stores.read_block_moments(folder.features, block))
+    channel = per_channel(_moments(folder, block))
+    if is_fused(folder):
+        return Moments(channel.count, channel.mean, read_part_scatter(folder, block.number))
     return Moments(channel.count, channel.mean, stores.read_block_scatter(folder.features, block))
+
+
+def _moments(folder: BuildFolder, block: Block) -> Moments:
+    if is_fused(folder):
+        return read_part_moments(folder, block.number)
+    return stores.read_block_moments(folder.features, block)
 
 
 def remove_strays(shards: Path, split: str, num_shards: int) -> None:
@@ -80,7 +91,10 @@ def remove_strays(shards: Path, split: str, num_shards: int) -> None:
         remove(temporary)
 
 
-def _index(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def index_of(
+    folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of index.json, without what has to be measured."""
     extracted, clustered = stage_entry(folder, "extract")["inputs"], stage_entry(folder, "cluster")["inputs"]
     encoder, recipe = extracted["encoder"], clustered["config"]
     members = [FEATURES_MEMBER, REGIONS_MEMBER, LABEL_MEMBER, METADATA_MEMBER]
@@ -109,7 +123,7 @@ def _index(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[s
         "num_classes": extracted["num_classes"],
         "members": sorted(members),
         "feature_dtype": config.feature_dtype,
-        "quantisation": _quantisation(folder, recipe) if is_int8 else None,
+        "quantisation": None,
         "encoder": encoder,
         "recipe": recipe,
         "vocabulary": _vocabulary_sizes(folder),
@@ -128,7 +142,8 @@ def _vocabulary_sizes(folder: BuildFolder) -> list[int] | None:
     return stages["vocabulary"]["inputs"]["config"]["sizes"] if "link" in stages else None
 
 
-def _card(index: Mapping[str, Any]) -> str:
+def card_of(index: Mapping[str, Any]) -> str:
+    """The dataset card, from index.json alone."""
     encoder, levels = index["encoder"], index["num_levels"]
     height, width = index["grid"]
     total = sum(entry["filesize"] for entry in index["shardlist"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder, remove
+from hierarchy_builder.artefacts import BuildFolder, read_json, remove
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.hierarchy import cut_levels, given_levels
 from hierarchy_builder.ledger import Ledger, stage_entry
@@ -39,8 +39,8 @@ class RecutStage:
             for name in ("regions", "merges", "flags")
         )
         regions = cut_levels(objects[:, 0], merges, self.recipe.cuts, given_levels(flags, self.recipe))
-        stores.write_block(self.folder.recut, unit, {"regions": scatter_rows(regions, usable)})
-        return count_regions(regions, flags)
+        digests = stores.write_block(self.folder.recut, unit, {"regions": scatter_rows(regions, usable)})
+        return {**count_regions(regions, flags), "digests": digests}
 
 
 def settle_recut(folder: BuildFolder) -> None:
@@ -54,6 +54,7 @@ def settle_recut(folder: BuildFolder) -> None:
         os.replace(folder.recut / "regions", folder.regions / "regions")
     clustered = Ledger(folder.ledger("cluster"), stage_hash)
     for unit, result in zip(units, done.results([unit.number for unit in units]), strict=True):
-        clustered.finish(unit.number, result)
+        kept = read_json(clustered.marker(unit.number)).get("digests", {})
+        clustered.finish(unit.number, {**result, "digests": {**kept, **result["digests"]}})
     remove(folder.recut)
     remove(done.folder)

@@ -21,7 +21,7 @@ from hierarchy_builder.decoding import decode_image
 from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.images import ImageSource
 from hierarchy_builder.index import read_index, records_of, status_name
-from hierarchy_builder.ledger import STAGES, Ledger, hash_of, read_manifest
+from hierarchy_builder.ledger import STAGES, Ledger, hash_of, read_manifest, write_manifest
 from hierarchy_builder.publish import SUCCESS
 from hierarchy_builder.records import ImageRecord, Status
 from hierarchy_builder.units import finished_stage
@@ -112,7 +112,7 @@ def _carry_over(folder: BuildFolder, inputs: Mapping[str, Any], blocks: Collecti
         )
         renamed[stage] = (entry["hash"], hash_of(stage, new))
         entry.update(inputs=new, hash=renamed[stage][1])
-    write_json(folder.manifest, {**read_manifest(folder), "stages": stages})
+    write_manifest(folder, {**read_manifest(folder), "stages": stages})
     for name in BY_BLOCK:
         if name in renamed:
             _rename_markers(folder, name, *renamed[name])

@@ -7,9 +7,8 @@ writes its own rows, and returns what the marker keeps. It knows neither Ray nor
 from __future__ import annotations
 
 import contextlib
-import io
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,30 +19,26 @@ import numpy as np
 import pyarrow as pa
 import torch
 import zarr
-from PIL import Image
 
 from hierarchy_builder import stores
 from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.decoding import ImageFacts, crop_square, decode_image
-from hierarchy_builder.encoders import Encoder, encode, load_encoder
+from hierarchy_builder.decoding import crop_square, decode_image
+from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
+from hierarchy_builder.encoding import ImageEncoder
 from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.hierarchy import Flag, build_hierarchy
 from hierarchy_builder.images import Reader, open_reader
 from hierarchy_builder.index import OUTCOME_COLUMNS, read_index, records_of, status_name
 from hierarchy_builder.ledger import Ledger, stage_entry
 from hierarchy_builder.masks import open_masks
-from hierarchy_builder.quantisation import dequantise, quantise
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
+from hierarchy_builder.samples import FACTS, jpeg_of, make_sample
 from hierarchy_builder.shards import shard_name, write_shard
 from hierarchy_builder.statistics import moments_of, per_channel, scatter_of
 from hierarchy_builder.units import usable_rows
 from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary, part_prototypes
-
-PART_LEVEL = 1
-"""The level whose regions are linked to prototypes."""
 
 
 class Stage(Protocol):
@@ -88,8 +83,7 @@ class ExtractStage:
     source: str
     config: ExtractConfig
     keep_usable: bool
-    encoder: Encoder
-    reader: Reader
+    images: ImageEncoder
     index: pa.Table
 
     @classmethod
@@ -99,30 +93,27 @@ class ExtractStage:
         """Raises ConfigMismatchError where the encoder sees here what it did not see when the stage began."""
         encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
         check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
-        reader, index = open_reader(source), read_index(folder.index)
-        return cls(folder, source, config, keep_usable, encoder, reader, index)
+        images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
+        return cls(folder, source, config, keep_usable, images, read_index(folder.index))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         records = records_of(self.index.slice(unit.start, len(unit)))
         features, status, outcomes = self._kept(unit)
-        for rows, images in self._batches(records, outcomes, threads):
-            values = encode(self.encoder, images)
-            with np.errstate(over="ignore"):
-                stored = values.astype(FEATURE_DTYPE)
-            finite = np.isfinite(stored).all(axis=(1, 2, 3))
-            status[rows] = np.where(finite, Status.OK, Status.NONFINITE)
-            features[rows] = np.where(finite.reshape(-1, 1, 1, 1), stored, 0)
-        for outcome, value in zip(outcomes, status.tolist(), strict=True):
-            outcome["status"] = status_name(Status(value))
-            if value == Status.NONFINITE:
-                outcome["reason"] = "features are not finite in float16"
-        stores.write_block(self.folder.features, unit, {"features": features, "status": status})
-        stores.write_block_moments(self.folder.features, unit, moments_of(features[status == Status.OK]))
-        return {"images": len(unit), "outcomes": outcomes}
+        with ThreadPoolExecutor(threads) as pool:
+            for batch in self.images.batches(records, outcomes, pool):
+                features[batch.rows] = batch.features
+                status[batch.rows] = np.where(batch.finite, Status.OK, Status.NONFINITE)
+        tell_status(outcomes, status)
+        digests = stores.write_block(self.folder.features, unit, {"features": features, "status": status})
+        moments = moments_of(features[status == Status.OK])
+        digests |= stores.write_block_moments(self.folder.features, unit, moments)
+        batch_size = self.images.batch_size
+        return {"images": len(unit), "outcomes": outcomes, "digests": digests, "batch_size": batch_size}
 
     def _kept(self, unit: Block) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Features, status and outcomes of the block before anything is done; an outcome to come is empty."""
-        features = np.zeros((len(unit), *self.encoder.grid, self.encoder.width), FEATURE_DTYPE)
+        encoder = self.images.encoder
+        features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)
         status = np.full(len(unit), Status.SKIPPED, np.uint8)
         outcomes: list[dict[str, Any]] = [{} for _ in range(len(unit))]
         if self.keep_usable:
@@ -133,35 +124,6 @@ class ExtractStage:
                     status[row] = Status.OK
                     outcomes[row] = {name: value for name, value in outcome.items() if value is not None}
         return features, status, outcomes
-
-    def _batches(
-        self, records: list[ImageRecord], outcomes: list[dict[str, Any]], threads: int
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Decode what has no outcome yet in threads, ahead of the encoder; yields (rows, uint8 [b,S,S,3])."""
-        rows: list[int] = []
-        crops: list[np.ndarray] = []
-        todo = [row for row, outcome in enumerate(outcomes) if not outcome]
-        with ThreadPoolExecutor(threads) as pool:
-            loaded = pool.map(self._load, (records[row] for row in todo))
-            for row, (crop, outcome) in zip(todo, loaded, strict=True):
-                outcomes[row] = outcome
-                if crop is not None:
-                    rows.append(row)
-                    crops.append(crop)
-                if len(rows) == self.config.batch_size:
-                    yield rows, np.stack(crops)
-                    rows, crops = [], []
-        if rows:
-            yield rows, np.stack(crops)
-
-    def _load(self, record: ImageRecord) -> tuple[np.ndarray | None, dict[str, Any]]:
-        try:
-            image, facts = decode_image(self.reader.read(record.path), max_pixels=self.config.max_pixels)
-            return crop_square(image, self.encoder.image_size_px), _facts(facts)
-        except ImageError as error:
-            return None, {"reason": str(error)}
-        except OSError as error:
-            return None, {"reason": f"unreadable: {error.strerror or error}"}
 
 
 @dataclass(slots=True)
@@ -183,10 +145,9 @@ class ClusterStage:
         drawn = None if masks is None else masks[usable]
         hierarchy = build_hierarchy(features[usable], self.recipe, drawn, threads=threads)
         parts = {name: getattr(hierarchy, name) for name in ("regions", "merges", "flags", "scores")}
-        stores.write_block(
-            self.folder.regions, unit, {name: scatter_rows(values, usable) for name, values in parts.items()}
-        )
-        return count_regions(hierarchy.regions, hierarchy.flags)
+        rows = {name: scatter_rows(values, usable) for name, values in parts.items()}
+        digests = stores.write_block(self.folder.regions, unit, rows)
+        return {**count_regions(hierarchy.regions, hierarchy.flags), "digests": digests}
 
     def _masks(self, unit: Block, grid: tuple[int, int]) -> np.ndarray | None:
         """Label maps of a block's photos on their tokens, or None where the recipe asks for none."""
@@ -221,8 +182,8 @@ class LinkStage:
             "prototypes": scatter_rows(found, usable, fill=NO_REGION),
             "prototype_distances": scatter_rows(distances, usable, fill=np.nan),
         }
-        stores.write_block(self.folder.regions, unit, rows)
-        return {"images": int(usable.sum())}
+        digests = stores.write_block(self.folder.regions, unit, rows)
+        return {"images": int(usable.sum()), "digests": digests}
 
 
 @dataclass(slots=True)
@@ -239,8 +200,9 @@ class CovarianceStage:
         usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
         features = stores.read_block(self.folder.features, "features", unit)[usable]
         mean = per_channel(stores.read_block_moments(self.folder.features, unit)).mean
-        stores.write_block_scatter(self.folder.features, unit, scatter_of(features, mean, threads))
-        return {"images": len(unit)}
+        scatter = scatter_of(features, mean, threads)
+        digests = stores.write_block_scatter(self.folder.features, unit, scatter)
+        return {"images": len(unit), "digests": digests}
 
 
 @dataclass
@@ -292,40 +254,11 @@ class ShardStage:
                 **{name: stores.read_rows(regions, name, span) for name in _region_arrays(regions)},
             }
             records = records_of(table)
-            outcomes = table.select(["width", "height", "orientation"]).to_pylist()
+            outcomes = table.select(FACTS).to_pylist()
             for offset in (some - span.start).tolist():
                 row = {name: values[offset] for name, values in arrays.items()}
-                yield self._sample(records[offset], outcomes[offset], row)
-
-    def _sample(self, record: ImageRecord, facts: dict[str, Any], row: Mapping[str, np.ndarray]) -> Sample:
-        regions = row["regions"]
-        counts = [int(level.max()) + 1 for level in regions]
-        metadata = {
-            "path": record.path,
-            "class_name": record.class_name,
-            **facts,
-            "regions_per_level": counts,
-            "flags": int(row["flags"]),
-        }
-        if "prototypes" in row:
-            level = min(PART_LEVEL, len(regions) - 1)
-            metadata["part_prototypes"] = row["prototypes"][: counts[level]].tolist()
-        features, scale = row["features"], None
-        if self.config.feature_dtype == "int8":
-            features, scale = quantise(features)
-        # Of the stored values, as a reader of the shard would build them.
-        values = features if scale is None else dequantise(features, scale).astype(FEATURE_DTYPE)
-        canvases = level_canvases(values[None], regions[None])[0] if self.config.canvases else None
-        return Sample(
-            key=record.key,
-            label=record.label,
-            features=features,
-            scale=scale,
-            regions=regions,
-            metadata=metadata,
-            canvases=canvases,
-            image=self._jpeg(record) if self.config.images else None,
-        )
+                image = self._jpeg(records[offset]) if self.config.images else None
+                yield make_sample(records[offset], outcomes[offset], row, self.config, image)
 
     def _jpeg(self, record: ImageRecord) -> bytes:
         try:
@@ -334,10 +267,7 @@ class ShardStage:
             raise BuilderError(
                 f"{record.path} of {self.source}: {error}; bring it back, or shard with --no-images"
             ) from None
-        buffer = io.BytesIO()
-        crop = Image.fromarray(crop_square(image, self.image_size_px))
-        crop.save(buffer, "JPEG", quality=self.config.image_quality, subsampling=0)
-        return buffer.getvalue()
+        return jpeg_of(crop_square(image, self.image_size_px), self.config.image_quality)
 
     @cached_property
     def _reader(self) -> Reader:
@@ -365,11 +295,9 @@ def scatter_rows(values: np.ndarray, usable: np.ndarray, fill: float = 0) -> np.
     return block
 
 
-def _facts(facts: ImageFacts) -> dict[str, Any]:
-    return {
-        "width": facts.width,
-        "height": facts.height,
-        "mode": facts.mode,
-        "frames": facts.frames,
-        "orientation": facts.orientation,
-    }
+def tell_status(outcomes: list[dict[str, Any]], status: np.ndarray) -> None:
+    """Put the words for `status` uint8 [n] into the outcomes of these rows, and the reason where features are bad."""
+    for outcome, value in zip(outcomes, status.tolist(), strict=True):
+        outcome["status"] = status_name(Status(value))
+        if value == Status.NONFINITE:
+            outcome["reason"] = "features are not finite in float16"

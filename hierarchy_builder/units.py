@@ -13,7 +13,8 @@ from hierarchy_builder import stores
 from hierarchy_builder.artefacts import BuildFolder, size_on_disk
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.ledger import STAGES, VERBS, open_ledger, read_manifest, stage_entry
+from hierarchy_builder.index import read_index, status_name
+from hierarchy_builder.ledger import STAGES, VERBS, is_fused, open_ledger, read_manifest, stage_entry
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.shards import sample_bytes
 
@@ -54,6 +55,7 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
         "cluster": folder.regions,
         "link": folder.regions / "prototypes",
         "shard": folder.shards,
+        "fuse": folder.shards,
     }
     rows = []
     for stage in (name for name in STAGES if name in read_manifest(folder)["stages"]):
@@ -77,7 +79,8 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
 def state_of(folder: BuildFolder, stage: str, num_missing: int) -> str:
     """`done`, `unfinished`, or `out of date` where what the stage was made from has been made anew since."""
     stages = read_manifest(folder)["stages"]
-    made_from = {name: value for name, value in stages[stage]["inputs"].items() if name in STAGES and value}
+    inputs = stages[stage]["inputs"] if stage != "fuse" else {}  # made from the images alone
+    made_from = {name: value for name, value in inputs.items() if name in STAGES and value}
     if any(name not in stages or stages[name]["hash"] != value for name, value in made_from.items()):
         return "out of date"
     return "unfinished" if num_missing else "done"
@@ -96,6 +99,9 @@ def relative_source(folder: BuildFolder, source: str) -> str:
 
 def usable_rows(folder: BuildFolder) -> np.ndarray:
     """int64 rows of the index whose features are usable, rising."""
+    if is_fused(folder):
+        words = read_index(folder.index).column("status").to_pylist()
+        return np.flatnonzero(np.array(words) == status_name(Status.OK))
     status = stores.read_rows(stores.open_store(folder.features), "status", slice(None))
     return np.flatnonzero(status == Status.OK)
 
@@ -104,6 +110,26 @@ def store_layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]
     """(rows, rows of a block, description of the encoder) of the stores, from the manifest's extract entry."""
     inputs = extracted["inputs"]
     return inputs["num_images"], inputs["config"]["block_rows"], inputs["encoder"]
+
+
+def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, stores.Layout]:
+    """The store a stage (or `covariance`) writes to and its arrays there; none for what is written elsewhere."""
+    num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
+    rows, grid = {"num_rows": num_rows, "block_rows": block_rows}, tuple(encoder["grid"])
+    if stage == "extract":
+        return folder.features, stores.features_layout(**rows, grid=grid, width=encoder["width"])
+    if stage == "covariance":
+        blocks = len(blocks_of(num_rows, block_rows))
+        return folder.features, stores.scatter_layout(num_blocks=blocks, width=encoder["width"])
+    if stage == "cluster":
+        num_levels = len(stage_entry(folder, "cluster")["inputs"]["config"]["cuts"]) + 2
+        return folder.regions, stores.regions_layout(**rows, grid=grid, num_levels=num_levels)
+    return folder.regions, stores.prototypes_layout(**rows) if stage == "link" else {}
+
+
+def spread_rows(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, spread evenly."""
+    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64).tolist() if count else []
 
 
 def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], clustered: Mapping[str, Any]) -> int:

@@ -349,7 +349,7 @@ def test_verify_compares_what_stands_beside_the_tars(built, tmp_path) -> None:
     assert "statistics.npz is damaged" in problems
     assert "index.json was changed after the set was finished" in problems
     (folder.shards / "index.json").write_text("{}")
-    assert "index.json has no config_hash, shardlist" in "\n".join(find_problems(folder))
+    assert "index.json has no __kind__, code_version" in "\n".join(find_problems(folder))
 
 
 def test_verify_finds_planted_damage(built, tmp_path) -> None:
@@ -385,7 +385,8 @@ def test_verify_reads_merge_trees_and_prototypes(built, tmp_path) -> None:
     assert len([line for line in problems if "merges" in line]) == 3
     assert [line for line in problems if "block 1: prototypes of 5 or more" in line]
     assert [line for line in problems if "block 1: prototypes without a distance" in line]
-    assert len(problems) == 5
+    assert [line for line in problems if "block 1: prototypes are not those that were written" in line]
+    assert len(problems) == 6
 
 
 def test_no_workers_means_this_process_whatever_the_address(photos, tmp_path) -> None:

@@ -113,7 +113,7 @@ def artefacts(folder: BuildFolder) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.root.rglob("*") if path.is_file() and path.name != ".lock"):
         content: Any = path.read_bytes()
-        if path.is_relative_to(folder.root / "ledger"):
+        if path.is_relative_to(folder.root / "ledger") and path.suffix == ".json":
             content = {name: value for name, value in json.loads(content).items() if name != "seconds"}
         found[str(path.relative_to(folder.root))] = content
     return found
@@ -148,7 +148,7 @@ def test_mended_images_make_the_build_they_would_have_made(
     mend(photos)
     encoded_images = []
     monkeypatch.setattr(
-        "hierarchy_builder.stages.encode",
+        "hierarchy_builder.encoding.encode",
         lambda encoder, images: encoded_images.append(len(images)) or encoder.encode(images),
     )
     summaries = steps.build(folder, str(photos), PLAN, SESSION, retry_failed=True)

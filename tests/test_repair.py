@@ -1,0 +1,326 @@
+"""Planted damage of every kind: verify finds it, repair mends it, and every byte is what it was."""
+
+import io
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pictures import write_tree
+
+from hierarchy_builder import build as steps
+from hierarchy_builder import stages, stores
+from hierarchy_builder.artefacts import BuildFolder, read_json, sha256_file, write_json
+from hierarchy_builder.clustering import recut
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
+from hierarchy_builder.errors import TooManySkippedError, UsageError, VerificationError
+from hierarchy_builder.ledger import Ledger, write_manifest
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.records import Block
+from hierarchy_builder.repair import repair
+from hierarchy_builder.shards import read_shard, write_shard
+from hierarchy_builder.verify import find_damage, find_problems
+from hierarchy_builder.workers import Workers
+
+PLAN = steps.BuildPlan(
+    extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),
+    hierarchy=HierarchyRecipe.paper(),
+    vocabulary=VocabularyConfig(sizes=(2, 5), sampled_tokens=2000, iterations=4),
+    shard=ShardConfig(samples_per_shard=5, images=True, canvases=True, covariance=True),
+)
+SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
+SECOND = Block(number=1, start=8, stop=16)
+
+
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undamaged")
+    photos = write_tree(root / "photos", per_class=6)
+    steps.build(BuildFolder(root / "build"), str(photos), PLAN, SESSION)
+    return root
+
+
+@pytest.fixture
+def folder(undamaged: Path, tmp_path: Path) -> BuildFolder:
+    shutil.copytree(undamaged, tmp_path / "copy")
+    return BuildFolder(tmp_path / "copy" / "build")
+
+
+def contents(folder: BuildFolder) -> dict[str, object]:
+    """Bytes of every file; of markers all but the seconds they took."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in folder.root.rglob("*") if path.is_file() and path.name != ".lock"):
+        name = str(path.relative_to(folder.root))
+        found[name] = path.read_bytes()
+        if name.startswith("ledger/") and path.suffix == ".json":
+            found[name] = {key: value for key, value in read_json(path).items() if key != "seconds"}
+    return found
+
+
+# Ways to do damage
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x10
+    path.write_bytes(content)
+
+
+def cut(path: Path, kept: float = 0.6) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+
+
+def change_json(path: Path, **changes: object) -> None:
+    write_json(path, {**read_json(path), **changes})
+
+
+def chunk(store: Path, name: str, number: int = 2) -> Path:
+    place = store / name / "c" / str(number)
+    return place if place.is_file() else next(path for path in place.rglob("*") if path.is_file())
+
+
+def swap_blocks(folder: BuildFolder) -> None:
+    first, second = (folder.features / "features" / "c" / number for number in "01")
+    shutil.move(first, folder.root / "aside")
+    shutil.move(second, first)
+    shutil.move(folder.root / "aside", second)
+
+
+def overwrite(store: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Other values, with checksums that fit them."""
+    stores.write_block(store, SECOND, {name: change(stores.read_block(store, name, SECOND))})
+
+
+def relabel(folder: BuildFolder) -> None:
+    table = pq.read_table(folder.index)
+    labels = table.column("label").to_pylist()
+    labels[3] = (labels[3] + 1) % 3
+    column = pa.array(labels, pa.int32())
+    pq.write_table(table.set_column(2, table.schema.field("label"), column), folder.index)
+
+
+def other_reason(folder: BuildFolder) -> None:
+    table = pq.read_table(folder.index)
+    column = pa.array(["because"] * len(table), pa.string())
+    place = table.schema.get_field_index("reason")
+    pq.write_table(table.set_column(place, table.schema.field("reason"), column), folder.index)
+
+
+def forge_tar(folder: BuildFolder, number: int = 1) -> None:
+    """A sample twice instead of another, with every hash beside the tar telling the same lie."""
+    tar = folder.shards / f"train-{number:06d}.tar"
+    samples = list(read_shard(tar))
+    samples[1].features = samples[0].features
+    facts = write_shard(tar, samples, config_hash=read_json(tar.with_suffix(".json"))["config_hash"])
+    change_json(folder.ledger("shard") / f"{number:06d}.json", **facts)
+    index = read_json(folder.shards / "index.json")
+    index["shardlist"][number]["sha256"] = facts["sha256"]
+    write_json(folder.shards / "index.json", index)
+    change_json(folder.shards / "_SUCCESS", index_sha256=sha256_file(folder.shards / "index.json"))
+
+
+def forge_canvases(folder: BuildFolder) -> None:
+    tar = folder.shards / "train-000000.tar"
+    samples = list(read_shard(tar))
+    samples[0].canvases = samples[0].canvases + np.float16(1)
+    facts = write_shard(tar, samples, config_hash=read_json(tar.with_suffix(".json"))["config_hash"])
+    change_json(folder.ledger("shard") / "000000.json", **facts)
+
+
+def add_member(folder: BuildFolder) -> None:
+    with tarfile.open(folder.shards / "train-000002.tar", "a") as tar:
+        info = tarfile.TarInfo("../outside.json")
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"{}"))
+
+
+def other_mean(folder: BuildFolder) -> None:
+    path = folder.shards / "statistics.npz"
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = dict(stored)
+    arrays["mean"] = arrays["mean"] + 1e-3
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+DAMAGE: dict[str, tuple[Callable[[BuildFolder], object], str]] = {
+    "manifest cut": (lambda f: cut(f.manifest), "manifest.json is damaged"),
+    "manifest gone": (lambda f: f.manifest.unlink(), "manifest.json is missing"),
+    "listing cut": (lambda f: cut(f.listing), "listing.parquet is missing or damaged"),
+    "index cut": (lambda f: cut(f.index), "index.parquet is missing or damaged"),
+    "index gone": (lambda f: f.index.unlink(), "index.parquet is missing or damaged"),
+    "label in the index": (relabel, "index.parquet is not the listing"),
+    "outcome in the index": (other_reason, "outcomes differ"),
+    "class map": (lambda f: f.class_map.write_text('{"circle": 0}'), "class_map.json is not the class map"),
+    "class map torn": (lambda f: cut(f.class_map), "class_map.json is damaged"),
+    "features flipped": (lambda f: flip(chunk(f.features, "features"), 0.3), "rows are damaged"),
+    "features cut": (lambda f: cut(chunk(f.features, "features")), "rows are damaged"),
+    "features lost": (lambda f: chunk(f.features, "features").unlink(), "features are not those"),
+    "features swapped": (swap_blocks, "features are not those"),
+    "features changed": (
+        lambda f: overwrite(f.features, "features", lambda x: x + np.float16(0.5)),
+        "features are not those",
+    ),
+    "status": (lambda f: overwrite(f.features, "status", lambda x: 3 - x), "status differs"),
+    "moments": (lambda f: flip(chunk(f.features, "block_mean"), 0.4), "rows are damaged"),
+    "scatter": (lambda f: chunk(f.features, "block_scatter").unlink(), "block_scatter are not those"),
+    "store description": (lambda f: (f.features / "zarr.json").unlink(), "zarr.json is not as it was made"),
+    "array description": (lambda f: cut(f.regions / "merges" / "zarr.json"), "zarr.json is not as it was"),
+    "array type": (
+        lambda f: change_json(f.regions / "flags" / "zarr.json", fill_value=1),
+        "zarr.json is not as it was made",
+    ),
+    "features store gone": (lambda f: shutil.rmtree(f.features), "features.zarr"),
+    "regions flipped": (lambda f: flip(chunk(f.regions, "regions"), 0.3), "rows are damaged"),
+    "regions not nested": (
+        lambda f: overwrite(f.regions, "regions", lambda x: x[:, ::-1]),
+        "not dense or not nested",
+    ),
+    "regions of other images": (
+        lambda f: overwrite(f.regions, "regions", lambda x: x[::-1]),
+        "regions are not those",
+    ),
+    "merges": (lambda f: overwrite(f.regions, "merges", lambda x: x * 0.5), "merges are not those"),
+    "flags": (lambda f: overwrite(f.regions, "flags", lambda x: x + 1), "flags are not those"),
+    "scores": (lambda f: cut(chunk(f.regions, "scores")), "rows are damaged"),
+    "regions store gone": (lambda f: shutil.rmtree(f.regions), "regions.zarr"),
+    "vocabulary flipped": (lambda f: flip(f.vocabulary), "vocabulary.npz"),
+    "vocabulary gone": (lambda f: f.vocabulary.unlink(), "vocabulary.npz"),
+    "prototypes": (
+        lambda f: overwrite(f.regions, "prototypes", lambda x: x * 0 + 3),
+        "prototypes without a distance",
+    ),
+    "distances": (lambda f: cut(chunk(f.regions, "prototype_distances")), "rows are damaged"),
+    "tar flipped": (lambda f: flip(f.shards / "train-000001.tar"), "train-000001.tar: sha256"),
+    "tar cut": (lambda f: cut(f.shards / "train-000001.tar"), "not a whole tar"),
+    "tar gone": (lambda f: (f.shards / "train-000003.tar").unlink(), "train-000003.tar is missing"),
+    "tars swapped": (
+        lambda f: shutil.copy(f.shards / "train-000000.tar", f.shards / "train-000001.tar"),
+        "occurs twice in the set",
+    ),
+    "tar forged": (forge_tar, "features.npy differ from what the stores give"),
+    "canvases forged": (forge_canvases, "canvases.npy differ from what the stores give"),
+    "member outside": (add_member, "is not as it was written"),
+    "tar nobody asked for": (
+        lambda f: shutil.copy(f.shards / "train-000000.tar", f.shards / "train-000004.tar"),
+        "train-000004.tar is not in index.json",
+    ),
+    "sidecar": (lambda f: change_json(f.shards / "train-000002.json", count=7), "belongs to another tar"),
+    "index of the shards": (
+        lambda f: change_json(f.shards / "index.json", num_samples=17),
+        "num_samples differ",
+    ),
+    "index of the shards torn": (lambda f: cut(f.shards / "index.json"), "index.json is damaged"),
+    "class map of the shards": (lambda f: cut(f.shards / "class_map.json"), "class_map.json is damaged"),
+    "statistics": (other_mean, "mean differ from those of the features"),
+    "statistics torn": (lambda f: cut(f.shards / "statistics.npz"), "statistics.npz is damaged"),
+    "card": (lambda f: (f.shards / "README.md").write_text("# Mine"), "is not the card"),
+    "vocabulary of the shards": (lambda f: flip(f.shards / "vocabulary.npz"), "is not the vocabulary"),
+    "last marker gone": (lambda f: (f.shards / "_SUCCESS").unlink(), "_SUCCESS is missing"),
+    "last marker torn": (lambda f: cut(f.shards / "_SUCCESS"), "_SUCCESS is damaged"),
+    "marker torn": (lambda f: cut(f.ledger("extract") / "000001.json"), "is damaged or of another"),
+    "marker gone": (
+        lambda f: (f.ledger("cluster") / "000002.json").unlink(),
+        "cluster has done 2 of 3 units",
+    ),
+    "marker of another run": (
+        lambda f: change_json(f.ledger("shard") / "000000.json", stage_hash="0" * 64),
+        "of another configuration",
+    ),
+    "marker of nothing": (
+        lambda f: shutil.copy(f.ledger("link") / "000000.json", f.ledger("link") / "000009.json"),
+        "marks a unit that link does not have",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_mended(folder: BuildFolder, kind: str) -> None:
+    before = contents(folder)
+    plant, text = DAMAGE[kind]
+    plant(folder)
+    found = [damage.text for damage in repair(folder, SESSION)]  # what verify says, until it says nothing
+    assert [line for line in found if text in line], found
+    assert contents(folder) == before
+
+
+def test_only_what_failed_is_done_again(folder: BuildFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[tuple[str, int]]()
+    perform = stages.perform
+
+    def count(stage: stages.Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str, object]:
+        done.append((ledger.folder.name, unit.number))
+        return perform(stage, unit, threads, ledger)
+
+    monkeypatch.setattr("hierarchy_builder.workers.perform", count)
+    flip(chunk(folder.features, "features", 1), 0.3)
+    flip(folder.shards / "train-000002.tar")
+    repair(folder, SESSION)
+    assert done == [("extract", 1), ("shard", 2)]
+
+
+def test_a_photograph_lost_meanwhile_takes_what_follows_along(folder: BuildFolder) -> None:
+    row = pq.read_table(folder.index).to_pylist()[9]
+    photo = folder.root.parent / "photos" / row["path"]
+    photo.write_bytes(bytes(photo.stat().st_size))
+    cut(chunk(folder.features, "features", 1))
+    with pytest.raises(TooManySkippedError, match=r"1 of 18 images could not be used"):
+        repair(folder, SESSION)
+    entry = read_json(folder.manifest)
+    entry["stages"]["extract"]["request"]["max_bad_fraction"] = 0.1
+    write_manifest(folder, entry)
+    repair(folder, SESSION)
+    keys = {sample.key for tar in folder.shards.glob("*.tar") for sample in read_shard(tar)}
+    assert len(keys) == 17
+    assert row["key"] not in keys
+    whole = BuildFolder(folder.root.parent / "whole")
+    lenient = replace(PLAN, extract=replace(PLAN.extract, max_bad_fraction=0.1))
+    steps.build(whole, str(folder.root.parent / "photos"), lenient, SESSION)
+    assert tars_of(whole) == tars_of(folder)
+
+
+def tars_of(folder: BuildFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.shards.glob("*.tar")}
+
+
+def test_what_cannot_be_mended_is_said(folder: BuildFolder) -> None:
+    cut(folder.manifest)
+    cut(folder.manifest_copy)
+    with pytest.raises(
+        VerificationError, match=r"and so is its copy.*repeat the command that made the build"
+    ):
+        repair(folder, SESSION)
+    folder.manifest.unlink()
+    folder.manifest_copy.unlink()
+    with pytest.raises(UsageError, match="is not a build"):
+        repair(folder, SESSION)
+    steps.build(folder, str(folder.root.parent / "photos"), PLAN, SESSION)
+    assert list(find_problems(folder)) == []
+
+
+def test_index_and_listing_come_back_from_the_photographs(folder: BuildFolder) -> None:
+    before = contents(folder)
+    cut(folder.index)
+    cut(folder.listing)
+    repair(folder, SESSION)
+    assert contents(folder) == before
+
+
+def test_left_overs_of_killed_runs_are_cleared_away(folder: BuildFolder) -> None:
+    before = contents(folder)
+    (folder.shards / "train-000001.tar.tmp-77").write_bytes(b"half")
+    (folder.features / "features" / "c" / ".0.77.partial").write_bytes(b"half")
+    repair(folder, SESSION)
+    assert contents(folder) == before
+
+
+def test_what_is_out_of_date_is_left_to_its_owner(folder: BuildFolder) -> None:
+    recut(folder, (0.8, 0.2), SESSION)
+    (stale,) = (damage for damage in find_damage(folder) if damage.stage == "shard")
+    assert stale.is_stale
+    assert "shard is out of date" in stale.text
+    assert repair(folder, SESSION) == []
