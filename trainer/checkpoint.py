@@ -97,6 +97,7 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
         data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
         state.files[name] = len(data)
         _write(partial / name, data)
+        del content, data  # before the next file's tensors come
     _write(partial / STATE, json.dumps(asdict(state), indent=1).encode())
     if target.exists():
         shutil.rmtree(target)

@@ -249,13 +249,12 @@ def missing_weights(names: Iterable[str], path: object, ema: int | str | None) -
 
 
 def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
-    unpacker = msgpack.Unpacker(file, raw=False, max_buffer_size=0, strict_map_key=False)
+    unpacker = msgpack.Unpacker(file, raw=False, ext_hook=_decode, max_buffer_size=0, strict_map_key=False)
     for part in _keys(unpacker):
         names = (f"{AVERAGE}{halflife}" for halflife in _keys(unpacker)) if part == "ema_params" else [part]
         for name in names:
             if wanted(name):
-                content = unpacker.unpack()
-                yield name, content if name == "step" else dict(_flatten({} if content is None else content))
+                yield name, unpacker.unpack() if name == "step" else dict(_flatten(unpacker.unpack() or {}))
             else:
                 unpacker.skip()
                 yield name, None
@@ -273,23 +272,28 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         for key, value in tree.items():
             yield from _flatten(value, f"{prefix}/{key}" if prefix else str(key))
     else:
-        yield prefix, _array(tree)
+        yield prefix, _joined(tree)
 
 
-def _array(value: Any) -> Tensor:
+def _joined(value: Any) -> Tensor:
+    """An array as it was unpacked, or made whole from its chunks."""
     if isinstance(value, Mapping):
-        chunks = [_array(value["chunks"][str(i)]) for i in range(len(value["chunks"]))]
+        chunks = [_joined(value["chunks"][str(i)]) for i in range(len(value["chunks"]))]
         return torch.cat(chunks).reshape([value["shape"][str(i)] for i in range(len(value["shape"]))])
-    if not isinstance(value, msgpack.ExtType) or value.code != NDARRAY_EXTENSION:
+    if not isinstance(value, Tensor):
         raise ValueError(f"found {type(value).__name__} where an array belongs")
-    shape, dtype, data = msgpack.unpackb(value.data, raw=False)
+    return value
+
+
+def _decode(code: int, data: bytes) -> Tensor:
+    """An array as flax writes it, made while unpacking, so that its bytes need not be kept."""
+    if code != NDARRAY_EXTENSION:
+        raise ValueError(f"found extension type {code} where an array belongs")
+    shape, dtype, content = msgpack.unpackb(data, raw=False)
     if dtype not in DTYPES:
         raise ValueError(f"array of type {dtype}, expected one of {', '.join(DTYPES)}")
-    flat = (
-        torch.frombuffer(bytearray(data), dtype=DTYPES[dtype])
-        if data
-        else torch.empty(0, dtype=DTYPES[dtype])
-    )
+    kind = DTYPES[dtype]
+    flat = torch.frombuffer(bytearray(content), dtype=kind) if content else torch.empty(0, dtype=kind)
     return flat.reshape(shape)
 
 
