@@ -7,18 +7,40 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
-from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from trainer.config import TrainConfig, from_mapping, known_fields, to_mapping, with_settings
+from trainer import edit_commands
+from trainer.config import (
+    DecoderConfig,
+    checked,
+    known_fields,
+    to_mapping,
+    with_settings,
+)
 from trainer.errors import TrainerError, UsageError
-from trainer.presets import PRESETS, preset
+from trainer.options import (
+    AsJson,
+    DecoderFolder,
+    Ema,
+    GuidanceScale,
+    PixelStageRun,
+    Quiet,
+    Run,
+    Steps,
+    Weak,
+    WeakScale,
+    parse_seeds,
+)
+from trainer.presets import decoder_preset
+from trainer.printing import flattened, print_result, stderr, stdout
+from trainer.run_kinds import ALL_PRESETS, METHODS, AnyConfig, config_of, method_of, preset_of
 
 app = typer.Typer(
     name="trainer",
@@ -27,16 +49,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )
-stdout, stderr = Console(), Console(stderr=True)
-
-Run = Annotated[Path, typer.Argument(help="Run folder of `trainer train`, or one of its checkpoints.")]
-Ema = Annotated[
-    str, typer.Option(help="Half-life in kimg of the weight average; auto: the first; raw: none.")
-]
-DecoderFolder = Annotated[Path | None, typer.Option("--decoder", help="Folder of an RAE decoder.")]
-Steps = Annotated[int, typer.Option(min=1, help="Network evaluations per level.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no configuration on stderr.")]
 
 
 @app.command()
@@ -45,8 +57,14 @@ def train(
     out: Annotated[Path, typer.Option(help="Run folder; the same command resumes there.")],
     preset_name: Annotated[
         str | None,
-        typer.Option("--preset", help="See `trainer presets`. Default: what RUN holds, else TF-B."),
+        typer.Option("--preset", help="See `trainer presets`. Default: what RUN holds, else the method's."),
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{', '.join(METHODS)}. Default: that of the preset, or else of RUN.")
+    ] = None,
+    pixel_stage: Annotated[
+        bool, typer.Option("--pixel-stage", help="Latent Forcing: all levels, then pixels, in one network.")
+    ] = False,
     config: Annotated[
         Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over the preset.")
     ] = None,
@@ -69,69 +87,123 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Shards → checkpoints. Under torchrun every process is a rank."""
-    from trainer import train as room
+    from trainer import dispatch
     from trainer.shards import open_index
 
+    base = _base(preset_name, method, out)
+    if pixel_stage and method_of(base) != "latent-forcing":
+        raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
     flags = {"total_images": total_images, "batch_size": batch_size, "seed": seed, "max_seconds": max_seconds}
     given = {name: value for name, value in flags.items() if value is not None}
-    in_file = _flattened(_load_yaml(config)) if config else {}
+    in_file = flattened(_load_yaml(config)) if config else {}
+    given |= {"pixel_stage": True} if pixel_stage else {}
     asked = {**in_file, **_assignments(settings or []), **given}
-    resolved = room.fit_to_shards(with_settings(_base(preset_name, out), asked), open_index(shards), asked)
+    resolved = dispatch.fit_to_shards(with_settings(base, asked), open_index(shards), asked)
     if dry_run:
-        _print(to_mapping(resolved), as_json)
+        print_result(to_mapping(resolved), as_json)
         return
-    is_main = os.environ.get("RANK", "0") == "0"
-    if not quiet and is_main:
-        text = yaml.safe_dump(to_mapping(resolved), sort_keys=False).rstrip()
-        stderr.print(text, markup=False, highlight=False, style="dim")
-    try:
-        summary = room.train(resolved, shards, str(out), resume, quiet)
-    except KeyboardInterrupt:
-        stderr.print("stopped; the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
-    if is_main:
-        _print(dataclasses.asdict(summary), as_json)
+    _run_and_print(
+        lambda: dispatch.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
+    )
+
+
+@app.command("train-decoder")
+def train_decoder(
+    shards: Annotated[str, typer.Argument(help="Shards built with --images, or their build folder or URL.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of run and decoder; RUN/decoder is found by `sample` and `report`.")
+    ],
+    size: Annotated[
+        str | None, typer.Option(help="tiny, B, L or XL. Default: what the folder holds, else XL.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over those of the size.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One field by name, for example noise=0.4.")
+    ] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(help="Folder with the weights of a perceptual loss: vgg16 and lpips.")
+    ] = None,
+    gan: Annotated[
+        Path | None, typer.Option(help="Weights of DINO's ViT-S/8 for an adversarial loss.")
+    ] = None,
+    total_images: Annotated[int | None, typer.Option(help="Images seen until the run ends.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in one optimiser step, over all ranks.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration only.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Shards with pictures → a decoder from features to pixels, for --decoder."""
+    from trainer import train_decoder as room
+
+    flags = {
+        "lpips_weights": lpips and str(lpips),
+        "gan_weights": gan and str(gan),
+        "total_images": total_images,
+        "batch_size": batch_size,
+        "seed": seed,
+        "max_seconds": max_seconds,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    asked = {**(_load_yaml(config) if config else {}), **_assignments(settings or []), **given}
+    resolved = with_settings(_decoder_base(size, out), asked)
+    if dry_run:
+        print_result(to_mapping(resolved), as_json)
+        return
+    _run_and_print(
+        lambda: room.train_decoder(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
+    )
 
 
 @app.command()
 def sample(
     run: Run,
     labels: Annotated[str, typer.Option(help="Class ids or names, separated by commas.")],
-    out: Annotated[Path, typer.Option(help="Folder of grid.png, index.html and trajectories.")],
+    out: Annotated[Path, typer.Option(help="Folder of the files.")],
     seeds: Annotated[str, typer.Option(help="Seeds such as 0-7 or 0,3,9; each for every label.")] = "0-3",
+    formats: Annotated[
+        str, typer.Option("--format", help="Any of png, html, safetensors, webdataset, npz.")
+    ] = "png,html,safetensors",
     steps: Steps = 1,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale, for models trained with it.")
-    ] = None,
+    guidance: GuidanceScale = None,
+    weak: Weak = None,
+    weak_scale: WeakScale = None,
     ema: Ema = "auto",
     decoder: DecoderFolder = None,
+    pixel_stage: PixelStageRun = None,
     as_json: AsJson = False,
 ) -> None:
-    """Labels and seeds → trajectories, as safetensors, one contact sheet and one page."""
-    from hierarchy_builder.canvases.gallery import write_page
-    from trainer.pipeline import TrajectoryPipeline
-    from trainer.report import training_page, trajectory_grid_png
-    from trainer.report_inputs import trajectory_views
+    """Labels and seeds → trajectories, as sheets, pages, safetensors, tars or arrays."""
+    from trainer.dispatch import load_pipeline
+    from trainer.sample_files import parse_formats, write_samples
 
-    numbers = parse_seeds(seeds)
-    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
+    numbers, names = parse_seeds(seeds), parse_formats(formats)
+    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage)
     ids = [pipe.label_id(label.strip()) for label in labels.split(",")]
     pairs = [(label, seed) for label in ids for seed in numbers]
-    trajectories = pipe([label for label, _ in pairs], [seed for _, seed in pairs], steps, guidance)
-    (out / "trajectories").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for trajectory, (label, seed) in zip(trajectories, pairs, strict=True):
-        path = out / "trajectories" / f"label{label:04d}-seed{seed:06d}.safetensors"
-        trajectory.save(path)
-        rows.append({"label": label, "class": trajectory.class_name, "seed": seed, "file": str(path)})
-    views = trajectory_views(trajectories)
-    trajectory_grid_png(views).save(out / "grid.png")
-    facts = {"run": run.resolve().name, "weights": ema, "steps per level": steps, "samples": len(views)}
-    write_page(
-        training_page(title="Generated trajectories", facts=facts, trajectories=views), out / "index.html"
-    )
-    stderr.print(f"wrote {out / 'grid.png'} and {out / 'index.html'}", markup=False, highlight=False)
-    _print(rows, as_json)
+    strength = _strength(weak, weak_scale)
+    drawn = pipe.stream([label for label, _ in pairs], [seed for _, seed in pairs], steps, guidance, strength)
+    facts = {"run": run.resolve().name, "weights": ema, "steps per level": steps, "samples": len(pairs)}
+    facts |= {"guidance": guidance} if guidance else {}
+    facts |= {"autoguidance": strength} if strength else {}
+    written = write_samples(drawn, out, names, len(pairs), facts)
+    rows = list(track(written, "sampling", len(pairs), console=stderr, disable=not stderr.is_terminal))
+    stderr.print(f"wrote {', '.join(names)} to {out}", markup=False, highlight=False)
+    print_result(rows, as_json)
+
+
+for verb in (edit_commands.encode, edit_commands.edit, edit_commands.compare, edit_commands.sweep):
+    app.command()(verb)
 
 
 @app.command()
@@ -141,22 +213,33 @@ def evaluate(
     samples_per_class: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 8,
     max_real: Annotated[int, typer.Option(min=2, help="Real images read at most.")] = 10_000,
     steps: Steps = 1,
+    guidance: GuidanceScale = None,
+    weak: Weak = None,
+    weak_scale: WeakScale = None,
     ema: Ema = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Metrics of samples, beside real images, noise and chance; kept in RUN for the report."""
+    from trainer.dispatch import load_pipeline
     from trainer.evaluate import evaluate as measure
-    from trainer.pipeline import TrajectoryPipeline
     from trainer.report_inputs import EVALUATION
     from trainer.shards import open_index
 
     index = open_index(shards)
-    pipe = TrajectoryPipeline.from_pretrained(run, ema)
-    metrics = measure(pipe, index, samples_per_class, steps, max_real)
+    pipe = load_pipeline(run, ema, weak=weak)
+    strength = _strength(weak, weak_scale)
+    metrics = measure(pipe, index, samples_per_class, steps, max_real, guidance, strength)
     rows = [{"name": name, "value": value} for name, value in metrics]
-    setup = {"samples_per_class": samples_per_class, "num_steps": steps, "ema": ema, "shards": index.name}
+    setup = {
+        "samples_per_class": samples_per_class,
+        "num_steps": steps,
+        "guidance": guidance,
+        "weak_scale": strength,
+        "ema": ema,
+        "shards": index.name,
+    }
     (run / EVALUATION).write_text(json.dumps({**setup, "metrics": rows}, indent=1))
-    _print(rows, as_json)
+    print_result(rows, as_json)
 
 
 @app.command()
@@ -171,28 +254,66 @@ def report(
         Path | None,
         typer.Option(help="JSON rows of a table to show, as `hierarchy-builder build --json` prints."),
     ] = None,
+    guidance: GuidanceScale = None,
+    weak: Weak = None,
+    weak_scale: WeakScale = None,
     ema: Ema = "auto",
     decoder: DecoderFolder = None,
+    pixel_stage: PixelStageRun = None,
 ) -> None:
     """Run folder → one HTML page of samples, curves, scores and configuration."""
     from hierarchy_builder.canvases.gallery import write_page
+    from trainer.dispatch import load_pipeline
     from trainer.evaluate import check_fits
-    from trainer.pipeline import TrajectoryPipeline
     from trainer.report_inputs import run_page, shown_labels
     from trainer.shards import open_index
 
     numbers = parse_seeds(seeds)
-    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
+    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage)
     index = open_index(shards) if shards else None
     if index is not None:
         check_fits(pipe, index)
     pairs = [(label, seed) for label in shown_labels(pipe.model.config.num_classes) for seed in numbers]
-    trajectories = pipe([label for label, _ in pairs], [seed for _, seed in pairs])
+    labels, chosen = [label for label, _ in pairs], [seed for _, seed in pairs]
+    trajectories = pipe(labels, chosen, 1, guidance, _strength(weak, weak_scale))
     rows = _load_rows(stages) if stages else []
     page = run_page(run, pipe, trajectories, index, rows)
     target = out or run / "report.html"
     write_page(page, target)
     print(target)
+
+
+@app.command()
+def studio(
+    run: Run,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where trajectories and reports are kept. Default: RUN/studio.")
+    ] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="vocabulary.npz, whose prototypes then are sources of edits.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; others can reach it if it is not this one.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port; by default the first free one from 7860.")] = None,
+    ema: Ema = "auto",
+    decoder: DecoderFolder = None,
+) -> None:
+    """Look at trajectories in a browser, edit, resume, compare and save them (the extra `studio`)."""
+    try:
+        from trainer.studio import launch
+    except ModuleNotFoundError as error:
+        raise TrainerError(
+            f"{error.name} is not installed: install the extra, pip install 'trajectory-hierarchies[studio]'"
+        ) from None
+    from trainer.pipeline import TrajectoryPipeline
+
+    if vocabulary is not None and not vocabulary.is_file():
+        raise UsageError(
+            f"no vocabulary at {vocabulary}: `hierarchy-builder cluster --vocabulary` writes one"
+        )
+    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
+    launch(pipe, folder or run / "studio", vocabulary, host=host, port=port)
 
 
 @app.command()
@@ -211,7 +332,7 @@ def import_official(
     """Checkpoint of the release → run folder, with all averages and the optimiser."""
     from trainer.exchange import import_official as convert
 
-    _print(convert(file, out, config, ema, encoder), as_json)
+    print_result(convert(file, out, config, ema, encoder), as_json)
 
 
 @app.command()
@@ -223,17 +344,17 @@ def export_official(
     """Run folder → checkpoint of the release; what was imported comes out equal."""
     from trainer.exchange import export_official as convert
 
-    _print(convert(run, out), as_json)
+    print_result(convert(run, out), as_json)
 
 
 @app.command()
 def presets(as_json: AsJson = False) -> None:
     """Named configurations; with --json every field of each."""
     if as_json:
-        _print({name: to_mapping(make()) for name, make in PRESETS.items()}, as_json)
+        print_result({name: to_mapping(make()) for name, make in ALL_PRESETS.items()}, as_json)
         return
     table = Table("preset", "width", "depth", "batch", "images", "about")
-    for name, make in PRESETS.items():
+    for name, make in ALL_PRESETS.items():
         config, about = make(), (inspect.getdoc(make) or "").splitlines()[0]
         shape = (config.model.width, config.model.depth, config.batch_size)
         table.add_row(name, *map(str, shape), f"{config.total_images:,}", about)
@@ -253,25 +374,40 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Seeds of a list such as `0-7` or `0,3,9-11`. Raises UsageError."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"seeds {text!r}, expected numbers and ranges such as 0-7 or 0,3,9")
-        seeds += range(int(first), int(last or first) + 1)
-    if not seeds:
-        raise UsageError(f"seeds {text!r} name none, expected a rising range such as 0-7")
-    return seeds
+def _strength(weak: Path | None, weak_scale: float | None) -> float:
+    """Strength of autoguidance, by its two options."""
+    return weak_scale if weak_scale is not None else float(weak is not None)
 
 
-def _base(preset_name: str | None, out: Path) -> TrainConfig:
+def _base(preset_name: str | None, method: str | None, out: Path) -> AnyConfig:
     """The configuration before file and flags: the preset, or else what the run folder holds."""
     stored = out / "config.yaml"
-    if preset_name is None and stored.exists():
-        return from_mapping(_load_yaml(stored).get("config", {}), str(stored))
-    return preset(preset_name or "TF-B")
+    if preset_name is None and method is None and stored.exists():
+        return config_of(_load_yaml(stored).get("config", {}), str(stored))
+    return preset_of(preset_name, method)
+
+
+def _decoder_base(size: str | None, out: Path) -> DecoderConfig:
+    """The configuration before file and flags: that of the size, or else what the folder holds."""
+    stored = out / "config.yaml"
+    if size is None and stored.exists():
+        return checked(DecoderConfig, _load_yaml(stored).get("config", {}), str(stored))
+    return decoder_preset(size or "XL")
+
+
+def _run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bool) -> None:
+    """Train with the resolved configuration on stderr and the summary on stdout, both by the main rank."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not quiet and is_main:
+        text = yaml.safe_dump(to_mapping(config), sort_keys=False).rstrip()
+        stderr.print(text, markup=False, highlight=False, style="dim")
+    try:
+        summary = run()
+    except KeyboardInterrupt:
+        stderr.print("stopped; the same command goes on from the last checkpoint")
+        raise typer.Exit(130) from None
+    if is_main:
+        print_result(dataclasses.asdict(summary), as_json)
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -294,16 +430,6 @@ def _load_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in mapping.items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
-        else:
-            flat[name] = value
-    return flat
-
-
 def _assignments(settings: Sequence[str]) -> dict[str, Any]:
     values = {}
     for setting in settings:
@@ -315,25 +441,6 @@ def _assignments(settings: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UsageError(f"--set {setting}: {text!r} is no value of YAML") from None
     return values
-
-
-def _print(content: Any, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    elif isinstance(content, list):
-        table = Table(*content[0])
-        for row in content:
-            table.add_row(*(_text(value) for value in row.values()))
-        stdout.print(table)
-    else:
-        table = Table("name", "value")
-        for name, value in _flattened(content).items():
-            table.add_row(name, _text(value))
-        stdout.print(table)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""The studio in a browser: generate, select, edit, resume, compare, sweep, save, reload; no word to the network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipeline import GRID, tiny_pipeline
+
+from trainer.board import CELL_PX, GAP_PX, HEADER_PX
+from trainer.trajectory import Trajectory
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio.*")
+pytest.importorskip("gradio", reason="the extra studio is not installed")
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    from trainer.studio import launch
+
+    folder = tmp_path_factory.mktemp("studio") / "kept"
+    page, url = launch(tiny_pipeline(), folder, block=False)
+    yield url, folder
+    page.close()
+
+
+@pytest.fixture
+def page(browser: Any, studio: tuple[str, Path]) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1400, "height": 1100})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(studio[0])
+    page.get_by_role("button", name="Generate").wait_for()
+    yield page
+    page.close()
+    assert {url.split("/")[2] for url in asked if url.startswith("http")} == {studio[0].split("/")[2]}
+
+
+def click_token(page: Any, level: int, row: int, column: int, view: int = 0) -> None:
+    page.wait_for_function("document.querySelector('#board img')?.naturalWidth > 0")
+    board = page.locator("#board img")
+    box = board.bounding_box()
+    scale = box["width"] / board.evaluate("image => image.naturalWidth")
+    x = level * (CELL_PX + GAP_PX) + (column + 0.5) * CELL_PX / GRID[1]
+    y = HEADER_PX + view * (CELL_PX + GAP_PX) + (row + 0.5) * CELL_PX / GRID[0]
+    page.mouse.click(box["x"] + scale * x, box["y"] + scale * y)
+
+
+def says(page: Any, text: str) -> None:
+    page.locator("#status").get_by_text(text).wait_for(timeout=20_000)
+
+
+def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, Path]) -> None:
+    _, folder = studio
+    page.get_by_role("button", name="Generate").click()
+    says(page, "Click a region on the board")
+    page.get_by_role("button", name="Apply features").click()
+    says(page, "nothing is selected: click a token")
+    click_token(page, level=1, row=1, column=1, view=2)
+    says(page, "of level 1 selected")
+    page.get_by_role("button", name="Take mean").click()
+    says(page, "Taken.")
+    page.get_by_label("one token").check()
+    click_token(page, level=1, row=5, column=4)
+    says(page, "1 token of level 1 selected")
+    page.get_by_role("button", name="Apply features").click()
+    says(page, "Edited.")
+    page.get_by_role("button", name="Resume", exact=True).click()
+    says(page, "Drawn.")
+    page.get_by_text("gave 1 token of level 1 other features").wait_for()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    says(page, "Compared with the pinned trajectory.")
+    page.locator("#comparison img").wait_for()
+    page.locator("#scores").get_by_text("changed_share").first.wait_for(state="attached")
+    page.get_by_role("tab", name="Files").click()
+    page.get_by_role("textbox", name="Name").fill("../escape")
+    page.get_by_role("button", name="Save", exact=True).click()
+    says(page, "the name is '../escape'")
+    page.get_by_role("textbox", name="Name").fill("mine")
+    for button, suffix in (
+        ("Save", "safetensors"),
+        ("Export HTML", "html"),
+        ("Export report (Markdown)", "md"),
+    ):
+        page.get_by_role("button", name=button, exact=True).click()
+        says(page, f"mine.{suffix}")
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo").click()
+    kept = Trajectory.load(folder / "mine.safetensors")
+    assert [entry["edit"] for entry in kept.history] == ["features", "resume"]
+    fresh = tiny_pipeline()(label="ant", seed=0)
+    assert torch.equal(kept.levels[0], fresh.levels[0])
+    assert (kept.levels[1] != fresh.levels[1]).any(dim=-1).nonzero().tolist() == [[5, 4]]
+    assert "<html" in (folder / "mine.html").read_text()
+    assert "1. gave 1 token of level 1" in (folder / "mine.md").read_text()
+    page.reload()
+    page.get_by_role("tab", name="Files").click()
+    page.get_by_role("button", name="Refresh list").click()
+    page.locator("#saved input").click()
+    page.get_by_role("option", name="mine").click()
+    page.get_by_role("button", name="Load", exact=True).click()
+    says(page, "Loaded.")
+    page.get_by_role("tab", name="Edit").click()
+    page.get_by_text("gave 1 token of level 1 other features").wait_for()
+    assert sorted(re.sub(r".*\.", "", path.name) for path in folder.iterdir() if path.is_file()) == [
+        "html",
+        "md",
+        "safetensors",
+    ]
+    assert not (folder.parent / "escape.safetensors").exists()
+
+
+def test_a_sweep_has_its_baselines(page: Any) -> None:
+    page.get_by_role("button", name="Generate").click()
+    says(page, "Click a region on the board")
+    page.get_by_role("tab", name="Sweep").click()
+    page.get_by_label("Seeds", exact=True).fill("0,1")
+    page.get_by_label("Strengths").fill("1")
+    page.get_by_role("button", name="Run the sweep").click()
+    says(page, "Swept 2 seeds.")
+    for arm in ("no edit", "other noise"):
+        page.get_by_text(arm, exact=True).first.wait_for(state="attached")
+    page.get_by_label("Strengths").fill("much")
+    page.get_by_role("button", name="Run the sweep").click()
+    says(page, "strengths are 'much', expected numbers")
+
+
+def test_the_studio_answers_on_this_machine_alone(studio: tuple[str, Path]) -> None:
+    assert studio[0].startswith("http://127.0.0.1:")
