@@ -90,6 +90,14 @@ RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Do images again that could not be used and now can.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Begin also where the disk has too little room.")]
+Fused = Annotated[
+    bool,
+    typer.Option("--fused", help="In one pass: no features and regions are stored, the shards are the same."),
+]
+PublishTo = Annotated[
+    str | None,
+    typer.Option("--publish", help="Also copy the shards to this fsspec URL, for example s3://bucket/set."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this stage made before, and start over.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no configuration on stderr.")]

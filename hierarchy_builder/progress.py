@@ -1,39 +1,85 @@
-"""What a running stage says: a bar on a terminal, a plain line now and then elsewhere; all of it on stderr."""
+"""What a running stage says: a bar on a terminal, a plain line now and then elsewhere, a file for other terminals.
+
+Bar and lines go to stderr. The file is replaced every second or two and goes when the stage ends, so `status` reads
+how far the units of all workers are.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hierarchy_builder.artefacts import BuildFolder, read_json, remove, write_json
+from hierarchy_builder.errors import BuilderError
+
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two plain lines."""
 
+LIVE_INTERVAL_S = 1.0
+"""Seconds between two writings of the file others read."""
 
+
+@dataclass
 class Meter:
-    """Counts the images of one stage."""
+    """Counts the images of one stage: `total` to do now, `before` done by an earlier run.
 
-    def __init__(self, stage: str, total: int) -> None:
-        self.stage, self.total, self.done = stage, total, 0
-        self.started = time.perf_counter()
+    failed: those among the done that could not be used. shown: called after every advance.
+    """
 
-    def advance(self, images: int) -> None:
+    stage: str
+    total: int
+    before: int = 0
+    shown: Callable[[Meter], None] = lambda meter: None
+    done: int = 0
+    failed: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def advance(self, images: int, failed: int = 0) -> None:
         self.done += images
+        self.failed += failed
+        self.shown(self)
 
     @property
     def images_per_second(self) -> float:
-        return self.done / max(time.perf_counter() - self.started, 1e-9)
+        return self.done / max(self.seconds, 1e-9)
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds still to go at the rate so far; None before anything is done."""
+        return (self.total - self.done) / self.images_per_second if self.done else None
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain data for the file others read."""
+        left = self.remaining_s
+        return {
+            "stage": self.stage,
+            "images": self.before + self.total,
+            "images_done": self.before + self.done,
+            "failed": self.failed,
+            "images_per_second": round(self.images_per_second, 2),
+            "seconds": round(self.seconds, 1),
+            "remaining_s": None if left is None else round(left, 1),
+        }
+
+    def as_text(self) -> str:
+        """One line: how far, how fast, how many failed."""
+        text = f"{self.stage}: {self.before + self.done}/{self.before + self.total} images"
+        return text + (f", {self.failed} could not be used" if self.failed else "")
+
 
 class Reporter:
-    """Shows the progress of stages; `quiet` shows nothing."""
+    """Shows the progress of stages; `quiet` shows nothing here, others can still read it."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
@@ -45,48 +91,104 @@ class Reporter:
             self.console.print(text, highlight=False, markup=False)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Meter]:
-        """Follow one stage over `total` images, `done` of which an earlier run finished."""
-        if self.quiet:
-            yield Meter(name, total - done)
-        elif self.console.is_terminal:
-            yield from self._bar(name, total, done)
-        else:
-            yield from self._lines(name, total, done)
+    def stage(self, name: str, total: int, done: int = 0, live: Path | None = None) -> Iterator[Meter]:
+        """Follow one stage over `total` images, `done` of which an earlier run finished.
 
-    def _bar(self, name: str, total: int, done: int) -> Iterator[Meter]:
+        live: file for others; see `running_stage`.
+        """
+        meter = Meter(name, total - done, done)
+        with contextlib.ExitStack() as stack:
+            shows = [] if live is None else [stack.enter_context(_shared(live, meter))]
+            if not self.quiet:
+                shows.append(
+                    stack.enter_context(self._bar() if self.console.is_terminal else self._lines(meter))
+                )
+
+            def show(meter: Meter) -> None:
+                for one in shows:
+                    one(meter)
+
+            meter.shown = show
+            show(meter)
+            yield meter
+
+    @contextlib.contextmanager
+    def _bar(self) -> Iterator[Callable[[Meter], None]]:
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:>8.1f} images/s"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[failed]}"),
         )
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=total, completed=done, rate=0.0)
+            task = progress.add_task("", total=None, rate=0.0, failed="")
 
-            class Bar(Meter):
-                def advance(self, images: int) -> None:
-                    super().advance(images)
-                    progress.update(task, advance=images, rate=self.images_per_second)
+            def show(meter: Meter) -> None:
+                progress.update(
+                    task,
+                    description=meter.stage,
+                    total=meter.before + meter.total,
+                    completed=meter.before + meter.done,
+                    rate=meter.images_per_second,
+                    failed=f"{meter.failed} failed" if meter.failed else "",
+                )
 
-            yield Bar(name, total - done)
+            yield show
 
-    def _lines(self, name: str, total: int, done: int) -> Iterator[Meter]:
-        say = self.say
+    @contextlib.contextmanager
+    def _lines(self, meter: Meter) -> Iterator[Callable[[Meter], None]]:
+        said = 0.0
 
-        class Lines(Meter):
-            said = 0.0
+        def show(meter: Meter) -> None:
+            nonlocal said
+            if meter.seconds - said >= PLAIN_INTERVAL_S:
+                said = meter.seconds
+                left = "" if meter.remaining_s is None else f", {as_duration(meter.remaining_s)} left"
+                self.say(f"{meter.as_text()}, {meter.images_per_second:.1f} images/s{left}")
 
-            def advance(self, images: int) -> None:
-                super().advance(images)
-                if self.seconds - self.said >= PLAIN_INTERVAL_S:
-                    self.said = self.seconds
-                    say(f"{name}: {done + self.done}/{total} images, {self.images_per_second:.1f} images/s")
+        yield show
+        now = f", {meter.done} now in {meter.seconds:.1f} s"
+        self.say(meter.as_text() + now + (f", {meter.images_per_second:.1f} images/s" if meter.done else ""))
 
-        meter = Lines(name, total - done)
-        yield meter
-        say(
-            f"{name}: {done + meter.done}/{total} images, {meter.done} now in {meter.seconds:.1f} s"
-            + (f", {meter.images_per_second:.1f} images/s" if meter.done else "")
-        )
+
+@contextlib.contextmanager
+def _shared(path: Path, meter: Meter) -> Iterator[Callable[[Meter], None]]:
+    written = -LIVE_INTERVAL_S
+
+    def show(meter: Meter) -> None:
+        nonlocal written
+        if meter.seconds - written >= LIVE_INTERVAL_S:
+            written = meter.seconds
+            write_json(path, {**meter.as_row(), "time": time.time()})
+
+    try:
+        yield show
+    finally:
+        remove(path)
+
+
+def running_stage(folder: BuildFolder) -> dict[str, Any] | None:
+    """What the run that works on a build has last told of its stage (`Meter.as_row`), None where there is none.
+
+    `seconds` and `remaining_s` are as of now; what a killed run left behind does not count.
+    """
+    if not folder.is_locked() or not folder.live.is_file():
+        return None
+    try:
+        told = read_json(folder.live)
+    except BuilderError:  # gone, or another release's
+        return None
+    age = max(0.0, time.time() - told.pop("time", time.time()))
+    left = told.get("remaining_s")
+    told["seconds"] = round(told.get("seconds", 0.0) + age, 1)
+    told["remaining_s"] = None if left is None else round(max(0.0, left - age), 1)
+    return told
+
+
+def as_duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

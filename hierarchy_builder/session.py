@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.index import status_name
 from hierarchy_builder.ledger import Ledger
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.records import Block
+from hierarchy_builder.records import Block, Status
 from hierarchy_builder.stages import Stage
 from hierarchy_builder.workers import Workers, map_units
 
@@ -52,11 +54,22 @@ def do_units(
     stage: str,
     *,
     uses_gpu: bool = False,
+    after_unit: Callable[[], None] = lambda: None,
 ) -> tuple[int, float]:
-    """Do the units that are not marked; returns (images done now, seconds)."""
+    """Do the units that are not marked; returns (images done now, seconds).
+
+    after_unit: called here whenever one more of them is done, in their order.
+    """
     todo = [unit for unit in units if not ledger.is_done(unit.number)]
     total, waiting = sum(map(len, units)), sum(map(len, todo))
-    with session.reporter.stage(stage, total, total - waiting) as meter:
+    live = BuildFolder(ledger.folder.parents[1]).live
+    with session.reporter.stage(stage, total, total - waiting, live) as meter:
         for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu):
-            meter.advance(result["images"])
+            meter.advance(result["images"], count_failed(result))
+            after_unit()
         return meter.done, meter.seconds
+
+
+def count_failed(result: Mapping[str, Any]) -> int:
+    """Images that could not be used, of what the marker of a unit keeps."""
+    return sum(outcome["status"] != status_name(Status.OK) for outcome in result.get("outcomes", ()))
