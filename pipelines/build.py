@@ -20,6 +20,7 @@ from hierarchy_builder import options as opt
 from hierarchy_builder.artefacts import BuildFolder
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.remote import publish_to
 from hierarchy_builder.workers import Workers
 
 app = typer.Typer(pretty_exceptions_show_locals=False)
@@ -40,6 +41,8 @@ def build(
         float | None, typer.Option(help="GPUs a worker reserves while extracting, for example 0.5.")
     ] = None,
     class_map: opt.ClassMap = None,
+    fused: opt.Fused = False,
+    publish: opt.PublishTo = None,
     fresh: opt.Fresh = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -57,7 +60,10 @@ def build(
     )
     folder = BuildFolder(Path(out))
     with folder.locked():
-        console.print_stages(steps.build(folder, images, plan, session, class_map=class_map), as_json)
+        summaries = steps.build(folder, images, plan, session, class_map=class_map, fused=fused)
+        if publish is not None:
+            summaries.append(publish_to(folder, publish, session.reporter))
+        console.print_stages(summaries, as_json)
 
 
 if __name__ == "__main__":
