@@ -37,6 +37,8 @@ from hierarchy_builder.workers import Workers
 
 FIRST_ROUND, SHORTEST_ROUND, LONGEST_ROUND = 128, 64, 1024
 """Images of a round; the longest takes 0.8 GB of disk with 768 channels."""
+LEAST_IMAGES = 512
+"""Images tried at least, time permitting: index.parquet grows with how many different sizes photos have."""
 UNIT_ROWS = 64
 """Rows of a unit at most, so that there are units for all workers."""
 TARGET_ERROR = 0.006
@@ -109,8 +111,8 @@ class Findings:
         }
 
     def images_wanted(self, num_images: int) -> int:
-        """Images to try in all for TARGET_ERROR, if all sizes are as scattered as those seen."""
-        wanted = 0.0
+        """Images to try in all for TARGET_ERROR, if all bytes are as scattered as those seen."""
+        wanted = float(min(LEAST_IMAGES, num_images))
         for name, sizes in self._parts().items():
             images_each = self.rows_per_chunk if name in self.chunks else 1
             of_many = images_each * (_variation(sizes) / TARGET_ERROR) ** 2

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +90,6 @@ def test_weights_come_from_a_file_at_their_own_resolution(tmp_path: Path) -> Non
     published.norm = torch.nn.Identity()
     expected = TimmEncoder(published, name="", weights_hash="").encode(images)
     assert np.abs(one.encode(images) - expected).max() < 1e-5
-
-
-def test_dinov2_positions_are_resampled_from_518_px(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, embed_dim=64, depth=1, num_heads=2))
-    published = timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=False)
-    assert published.pos_embed.shape[1] == 37 * 37
-    safetensors.torch.save_file(published.state_dict(), tmp_path / "dinov2.safetensors")
-    encoder = load_encoder("dinov2-reg-small", weights=str(tmp_path / "dinov2.safetensors"), device="cpu")
-    square = published.pos_embed.detach().reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
-    resampled = torch.nn.functional.interpolate(square, (16, 16), mode="bicubic", antialias=True)
-    ours = encoder.model.pos_embed.reshape(1, 16, 16, 64).permute(0, 3, 1, 2)  # type: ignore[attr-defined]
-    assert torch.allclose(ours, resampled, atol=1e-6)
 
 
 def test_unusable_weights_are_one_clear_line(tmp_path: Path) -> None:
