@@ -92,6 +92,8 @@ def test_a_run_goes_on_in_the_imported_folder(tmp_path: Path, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["averages"] == ["500", "1000"]
     more = ["--total-images", 6 * 1024, "--set", "micro_batch_size=256", "--quiet", "--json"]
     assert call("import-official", file, "--out", tmp_path / "foreign") == 0  # of the release's encoder
+    assert call("report", tmp_path / "foreign") == 0
+    assert "unknown images" in (tmp_path / "foreign" / "report.html").read_text()
     assert call("train", shards, "--out", tmp_path / "foreign", *more) == 5
     assert "shards.encoder: 'dinov2-reg-base' there, 'drawn' now" in capsys.readouterr().err
     assert call("train", shards, "--out", run, *more) == 0

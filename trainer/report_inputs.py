@@ -77,11 +77,14 @@ def run_page(
 
     Raises TrainerError if `run` is not a run folder.
     """
-    if not (run / CONFIG).exists() or not (run / METRICS).exists():
-        raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG} with {METRICS}")
+    if not (run / CONFIG).exists():
+        raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG}")
     content = yaml.safe_load((run / CONFIG).read_text())
     state = saved.load_state(saved.find_checkpoint(run))
     normaliser = pipe.normaliser.to("cpu")
+    seen = content["shards"]["num_samples"]
+    num_images = "unknown" if seen is None else f"{seen:,}"  # an imported checkpoint does not say
+    method = content["config"].get("method_name", "trajectory-forcing").replace("-", " ").title()
     facts = {
         "preset": content["config"]["preset"],
         "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
@@ -89,16 +92,16 @@ def run_page(
         "steps": f"{state.step:,}",
         "training time": f"{state.seconds / 60:.1f} min",
         "encoder": content["shards"]["encoder"].get("name", "unknown"),
-        "training images": f"{content['shards']['num_samples']:,}",
+        "training images": num_images,
         "classes": len(content["shards"]["class_names"]),
     }
     return training_page(
-        title=f"Trajectory Forcing: {content['config']['preset']} on {content['shards']['num_samples']:,} images",
+        title=f"{method}: {content['config']['preset']} on {num_images} images",
         facts=facts,
         trajectories=trajectory_views(trajectories),
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder, normaliser),
         metrics=read_evaluation(run),
-        log=[row for row in read_metrics(run) if "loss" in row],
+        log=[row for row in (read_metrics(run) if (run / METRICS).exists() else []) if "loss" in row],
         stages=stages,
         config=content["config"],
     )
