@@ -104,7 +104,7 @@ def test_rows_of_an_evaluation() -> None:
     levels, regions = nested()
     pictures = np.zeros((4, 16, 16, 3), dtype=np.uint8)
     rows = dict(consistency([(levels, regions, pictures), (levels, None, None)], "_real"))
-    assert len(rows) == 6 * 2 + 3 + 3
+    assert len(rows) == 3 * 2 + 3 + 3 + 3
     assert rows["pmr_spatial_0_1_real"] == 0.0
     assert rows["decoded_consistency_2_real"] == 0.0
     assert all(math.isfinite(value) for value in rows.values())

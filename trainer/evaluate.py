@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.distribution import Crowd, Inception, Pictures, distances
 from trainer.errors import MismatchError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
-from trainer.normalisation import Normaliser
+from trainer.metrics.frechet import Gaussian
+from trainer.metrics.region_consistency import consistency
 from trainer.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
 from trainer.reader import ShardReader
 from trainer.shards import ShardIndex
@@ -20,6 +22,8 @@ from trainer.trajectory import Trajectory
 
 FLATNESS_IMAGES = 256
 """Real images whose canvases are measured for reference."""
+CONSISTENCY_IMAGES = 32
+"""Samples, and real images, whose levels are held against each other; they are decoded too."""
 READ_TOGETHER = 64
 
 
@@ -31,31 +35,44 @@ def evaluate(
     max_real: int = 10_000,
     guidance: GuidanceLike = None,
     weak_scale: float = 0.0,
+    inception: Inception | None = None,
+    reference: Gaussian | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """(name, value) of each metric: see `metrics.class_mean` and `metrics.flatness`.
+    """(name, value) of each metric: see docs/metrics.md.
 
     flatness is the share of a level-0 canvas that two regions explain, roughness the rest as a distance in units of
     the spread of real tokens; both also of real canvases, of their raw tokens, and of noise.
     Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
-    over the shards. num_steps, guidance, weak_scale: as for the pipeline.
-    Raises MismatchError if the shards do not fit the model.
+    over the shards. num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for IS and FID, see
+    `metrics.frechet`. Raises MismatchError if the shards do not fit the model.
     """
     check_fits(pipe, index)
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
-    sampled, coarse = _sampled(pipe.stream(labels, seeds, num_steps, guidance, weak_scale))
-    descriptions, real_labels, canvases = _real(index, max_real, pipe.normaliser.to("cpu"))
+    sampled = _Sampled(pipe, inception)
+    sampled.draw(pipe.stream(labels, seeds, num_steps, guidance, weak_scale))
+    real = _Real(pipe, index, max_real)
     yield from class_mean_accuracy(
-        (sampled, torch.tensor(labels)), (descriptions, real_labels), index.num_classes
+        (torch.cat(sampled.descriptions), torch.tensor(labels)),
+        (torch.cat(real.descriptions), torch.tensor(real.labels)),
+        index.num_classes,
     )
+    canvases = torch.cat(real.canvases)[:FLATNESS_IMAGES]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(canvases), *canvases.shape[2:], generator=generator)
     references = {"_real": canvases[:, 0], "_real_tokens": canvases[:, -1], "_noise": noise}
-    measured = {"": coarse} | {suffix: two_region_variance(canvas) for suffix, canvas in references.items()}
+    measured = {"": torch.cat(sampled.variances, dim=1).unbind()}
+    measured |= {suffix: two_region_variance(canvas) for suffix, canvas in references.items()}
     _, spread = measured["_real_tokens"]
     for suffix, (within, total) in measured.items():
         yield f"flatness{suffix}", float(explained_share(within, total).mean())
         yield f"roughness{suffix}", float((within.mean() / spread.mean()).sqrt())
+    if sampled.shown:
+        yield from consistency(sampled.shown)
+        yield from consistency(real.shown, "_real")
+    yield from distances(sampled.crowd, real.crowd, real.halves)
+    if sampled.pictures is not None:
+        yield from sampled.pictures.metrics(reference)
 
 
 def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
@@ -68,8 +85,10 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
                 "give shards of the same encoder"
             )
     config = pipe.model.config
+    # A network of tokens and pixels alone has one level, and fits any hierarchy of them.
+    levels = config.num_levels if config.num_levels > 1 else index.num_levels
     found = (index.grid, index.width, index.num_levels, index.num_classes)
-    wanted = (config.grid, config.in_channels, config.num_levels, config.num_classes)
+    wanted = (config.grid, config.in_channels, levels, config.num_classes)
     if found != wanted:
         raise MismatchError(
             f"{index.url} holds (grid, width, levels, classes) {found}, the model was trained on {wanted}: "
@@ -77,29 +96,68 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
         )
 
 
-def _sampled(trajectories: Iterator[Trajectory]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Descriptions [N, F] of samples and the variances of their level-0 canvases; few trajectories at a time."""
-    descriptions, variances = [], []
-    while part := list(itertools.islice(trajectories, SAMPLED_TOGETHER)):
-        levels = torch.stack([trajectory.levels for trajectory in part])
-        descriptions.append(describe(levels[:, -1]))
-        variances.append(torch.stack(two_region_variance(levels[:, 0])))
-    within, total = torch.cat(variances, dim=1)
-    return torch.cat(descriptions), (within, total)
+def _crowd(pipe: TrajectoryPipeline) -> Crowd:
+    return Crowd(pipe.model.config.num_levels, pipe.model.config.in_channels)
 
 
-def _real(index: ShardIndex, max_real: int, normaliser: Normaliser) -> tuple[Tensor, Tensor, Tensor]:
-    """Descriptions [N, F], labels [N] and, of the first few, canvases [M, L, H, W, C] of the shards."""
-    chosen = np.linspace(0, index.num_samples - 1, min(max_real, index.num_samples)).astype(int)
-    reader = ShardReader(index)
-    descriptions, labels, canvases = [], [], []
-    for start in range(0, len(chosen), READ_TOGETHER):
-        samples = [reader.read(int(number)) for number in chosen[start : start + READ_TOGETHER]]
-        features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
-        regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
-        descriptions.append(describe(features))
-        labels += [sample.label for sample in samples]
-        if start < FLATNESS_IMAGES:
-            canvases.append(normaliser.teacher_canvases(features, regions))
-    reader.close()
-    return torch.cat(descriptions), torch.tensor(labels), torch.cat(canvases)[:FLATNESS_IMAGES]
+class _Sampled:
+    """What is kept of samples while they are drawn; few trajectories are in memory at a time."""
+
+    def __init__(self, pipe: TrajectoryPipeline, inception: Inception | None) -> None:
+        self.descriptions: list[Tensor] = []
+        self.variances: list[Tensor] = []
+        self.crowd = _crowd(pipe)
+        self.shown: list[tuple[Tensor, Tensor | None, np.ndarray | None]] = []
+        self.pictures = None if inception is None else Pictures(inception)
+
+    def draw(self, trajectories: Iterator[Trajectory]) -> None:
+        """Take all of them."""
+        while part := list(itertools.islice(trajectories, SAMPLED_TOGETHER)):
+            levels = torch.stack([trajectory.levels for trajectory in part])
+            self.descriptions.append(describe(levels[:, -1]))
+            self.variances.append(torch.stack(two_region_variance(levels[:, 0])))
+            self.crowd.add(levels)
+            if levels.shape[1] > 1:
+                self.shown += [_shown(each) for each in part[: CONSISTENCY_IMAGES - len(self.shown)]]
+            if self.pictures is not None:
+                last = levels.shape[1] - 1
+                self.pictures.add(np.stack([each.decode(level=last) for each in part]))
+
+
+class _Real:
+    """The same of real images, which are read spread evenly over the shards."""
+
+    def __init__(self, pipe: TrajectoryPipeline, index: ShardIndex, most: int) -> None:
+        self.descriptions: list[Tensor] = []
+        self.labels: list[int] = []
+        self.canvases: list[Tensor] = []
+        """Of the first few, [n, L, H, W, C]."""
+        self.crowd, self.halves = _crowd(pipe), (_crowd(pipe), _crowd(pipe))
+        self.shown: list[tuple[Tensor, Tensor | None, np.ndarray | None]] = []
+        normaliser = pipe.normaliser.to("cpu")
+        chosen = np.linspace(0, index.num_samples - 1, min(most, index.num_samples)).astype(int)
+        reader = ShardReader(index)
+        for start in range(0, len(chosen), READ_TOGETHER):
+            samples = [reader.read(int(number)) for number in chosen[start : start + READ_TOGETHER]]
+            features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
+            regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
+            canvases = normaliser.teacher_canvases(features, regions)
+            self.descriptions.append(describe(features))
+            self.labels += [sample.label for sample in samples]
+            if start < FLATNESS_IMAGES:
+                self.canvases.append(canvases)
+            if pipe.model.config.num_levels > 1:
+                for sample in samples[: CONSISTENCY_IMAGES - len(self.shown)]:
+                    self.shown.append(
+                        _shown(pipe.from_features(sample.features, sample.regions, label=sample.label))
+                    )
+            drawn = canvases[:, -pipe.model.config.num_levels :]
+            self.crowd.add(drawn)
+            for half, part in zip(self.halves, (drawn[::2], drawn[1::2]), strict=True):
+                half.add(part)
+        reader.close()
+
+
+def _shown(trajectory: Trajectory) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
+    """What `consistency` takes; regions of samples and of real images are found in the same way."""
+    return trajectory.levels, None, trajectory.decode() if trajectory.can_decode else None

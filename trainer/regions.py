@@ -51,14 +51,22 @@ def max_regions(level: int) -> int:
     return min(2 * 4**level, MAX_REGIONS)
 
 
-def _clusters(canvas_HWC: np.ndarray, most: int) -> np.ndarray:
+def divide(canvas: Tensor, count: int) -> Tensor:
+    """Ward's linkage of one canvas cut into `count` regions: float [H, W, C] → int64 [H, W]; fewer where tokens tie.
+
+    A canvas whose tokens are all equal is one region.
+    """
+    return torch.from_numpy(_clusters(canvas.detach().cpu().double().numpy(), count, cut=0.0)).long()
+
+
+def _clusters(canvas_HWC: np.ndarray, most: int, cut: float = CUT) -> np.ndarray:
     """Cluster of each token, int [H, W] from 0."""
     tokens_NC = canvas_HWC.reshape(-1, canvas_HWC.shape[-1])
     centred = tokens_NC - tokens_NC.mean(axis=0)
     if np.abs(centred).max() <= SAME * np.abs(tokens_NC).max():
         return np.zeros(canvas_HWC.shape[:2], dtype=np.int64)
     tree = linkage(centred, method="ward")
-    count = min(most, 1 + int((tree[:, 2] > CUT * tree[-1, 2]).sum()))
+    count = min(most, 1 + int((tree[:, 2] > cut * tree[-1, 2]).sum()))
     return fcluster(tree, count, criterion="maxclust").reshape(canvas_HWC.shape[:2]) - 1
 
 

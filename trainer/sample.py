@@ -52,7 +52,7 @@ def sample_levels(
         level = torch.full_like(label, number)
         inputs: dict[str, Any] = {"label": label, "level": level, "prev": canvas, "guidance": guidance}
         canvas = noise[number]
-        for t_now, t_next in _time_steps(num_steps):
+        for t_now, t_next in time_steps(num_steps):
             t, r = noise.new_full((len(label),), t_now), noise.new_full((len(label),), t_next)
             u = _average_velocity(model, canvas, t=t, r=r, **inputs)
             if weak_model is not None:
@@ -81,7 +81,8 @@ def _average_velocity(model: Any, z: Tensor, **inputs: Any) -> Tensor:
     return model(z, **inputs, heads="u").u
 
 
-def _time_steps(num_steps: int) -> list[tuple[float, float]]:
+def time_steps(num_steps: int) -> list[tuple[float, float]]:
+    """(t, next t) of each of the steps from t = 1 to t = 0."""
     even = [1 - i / num_steps for i in range(num_steps + 1)]
     warped = [TIME_WARP * t / (1 + (TIME_WARP - 1) * t) for t in even]
     return list(itertools.pairwise(warped))

@@ -94,13 +94,15 @@ def consistency(
 
     trajectories: (levels [L, H, W, C], regions [L−1, H, W] or None to find them, decoded uint8 [L, h, w, 3] or None).
     Names: pmr_spatial_<parent>_<child>, pmr_feature_<parent>_<child>, level_consistency_<ℓ>, decoded_consistency_<ℓ>.
+    Tokens, the regions of the last level, have no spatial PMR.
     """
     measured: dict[str, list[float]] = {}
     for levels, known, pictures in trajectories:
         regions = extract_regions(levels) if known is None else known
         found = {}
         for (coarse, fine), rates in misrouting_by_pair(levels, regions).items():
-            found.update({f"pmr_{kind}_{coarse}_{fine}": rate for kind, rate in rates.items()})
+            kinds = ("feature",) if fine == len(levels) - 1 else ("spatial", "feature")
+            found.update({f"pmr_{kind}_{coarse}_{fine}": rates[kind] for kind in kinds})
         found.update(
             {
                 f"level_consistency_{level}": value

@@ -1,0 +1,177 @@
+"""Samples against real images as two distributions: Fréchet distance, precision and recall, Inception score.
+
+    N, M samples, F numbers that describe one
+
+Descriptions may come from any encoder; with those of Inception (`inception_features`) the Fréchet distance is FID.
+Moments are summed up as samples come, so that N is not bounded by memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.errors import MismatchError, TrainerError
+
+DISTANCES_AT_ONCE = 2**24
+"""Distances between samples held at once, 64 MiB."""
+
+
+class Gaussian(NamedTuple):
+    """Mean float64 [F] and covariance float64 [F, F] of a distribution."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+class Moments:
+    """Mean and covariance of rows that come in parts, merged exactly (Chan et al. 1979)."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self._mean = np.zeros(width)
+        self._scatter = np.zeros((width, width))
+
+    def add(self, rows: Tensor) -> None:
+        """Take float [n, F]."""
+        values = rows.detach().cpu().double().numpy()
+        if not len(values):
+            return
+        mean = values.mean(axis=0)
+        centred, shift = values - mean, mean - self._mean
+        total = self.count + len(values)
+        self._scatter += centred.T @ centred + np.outer(shift, shift) * self.count * len(values) / total
+        self._mean = self._mean + shift * len(values) / total
+        self.count = total
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance, divided by N − 1 as in FID. Raises TrainerError for fewer than two rows."""
+        if self.count < 2:
+            raise TrainerError(f"{self.count} samples have no covariance, expected 2 or more")
+        return Gaussian(self._mean, self._scatter / (self.count - 1))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians, 0 or more.
+
+    ‖μ_a − μ_b‖² + tr Σ_a + tr Σ_b − 2 tr (Σ_a^½ Σ_b Σ_a^½)^½. The root is taken by symmetric eigenvalues, real and
+    without the offset that general matrix roots need for singular covariances.
+    Raises MismatchError if the widths differ.
+    Source: Dowson and Landau (1982); as FID: Heusel et al. (2017), arXiv 1706.08500, eq. 6.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise MismatchError(
+            f"distributions of {len(a.mean)} and {len(b.mean)} numbers: take both from one encoder"
+        )
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    inner = np.linalg.eigvalsh(root @ b.covariance @ root)
+    traces = np.trace(a.covariance) + np.trace(b.covariance)
+    distance = ((a.mean - b.mean) ** 2).sum() + traces - 2 * np.sqrt(inner.clip(min=0)).sum()
+    return max(float(distance), 0.0)
+
+
+def read_reference(path: str | Path) -> Gaussian:
+    """Reference statistics of an npz with `mu` and `sigma`, or `ref_mu` and `ref_sigma`. Raises TrainerError."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")):
+                if set(names) <= set(content.files):
+                    mean, covariance = (np.asarray(content[name], dtype=np.float64) for name in names)
+                    break
+            else:
+                raise ValueError(f"holds {content.files}, expected mu and sigma, or ref_mu and ref_sigma")
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"shapes {mean.shape} and {covariance.shape}, expected [F] and [F, F]")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise TrainerError(f"reference statistics {path}: {error}") from None
+    return Gaussian(mean, covariance)
+
+
+def save_reference(path: str | Path, gaussian: Gaussian) -> None:
+    """Write `mu` and `sigma`, as `read_reference` reads them."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.tmp.npz")
+    np.savez(partial, allow_pickle=False, mu=gaussian.mean, sigma=gaussian.covariance)
+    partial.replace(path)
+
+
+def precision_recall(real: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of samples within the real images' manifold, and of real images within the samples'.
+
+    real: float [N, F]. samples: float [M, F]. A manifold is the union of balls around its points, each reaching to
+    its `neighbours`-th nearest other point.
+    Raises TrainerError for too few points.
+    Source: Kynkäänniemi et al. (2019), arXiv 1904.06991.
+    """
+    if min(len(real), len(samples)) <= neighbours:
+        raise TrainerError(
+            f"{len(real)} real images and {len(samples)} samples, expected more than {neighbours} of each"
+        )
+    real, samples = real.double(), samples.double()
+    return _within(samples, real, neighbours), _within(real, samples, neighbours)
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean KL divergence of p(class | image) from p(class): mean and standard deviation over splits.
+
+    logits: float [N, K], in the order drawn; N is cut into `splits` runs of equal length.
+    Source: Salimans et al. (2016), arXiv 1606.03498, sec. 4.
+    """
+    if len(logits) < splits:
+        raise TrainerError(f"{len(logits)} samples for {splits} splits, expected at least one each")
+    log_p = logits.double().log_softmax(dim=1)
+    scores = []
+    for part in log_p.tensor_split(splits):
+        marginal = part.logsumexp(dim=0) - np.log(len(part))
+        scores.append(float((part.exp() * (part - marginal)).sum(dim=1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def inception_features(
+    weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Callable[[np.ndarray], tuple[Tensor, Tensor]]:
+    """Inception-v3 of FID, by torch-fidelity: uint8 [B, h, w, 3] → (features [B, 2048], unbiased logits [B, 1008]).
+
+    weights: torch-fidelity's file of them; None downloads it once. Raises TrainerError without the package or file.
+    """
+    try:
+        fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except ImportError:
+        raise TrainerError(
+            "FID and IS need the package torch-fidelity: pip install 'trajectory-hierarchies[fid]'; without it the "
+            "Fréchet distance in the encoder's own space is printed"
+        ) from None
+    path = None if weights is None else str(weights)
+    try:
+        network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], path)
+    except (OSError, RuntimeError, ValueError) as error:
+        where = path or "the hub"
+        raise TrainerError(f"Inception weights from {where}: {error}; give a local file") from None
+    network = network.to(device)
+
+    @torch.no_grad()
+    def features(pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
+        found, logits = network(images)
+        return found.cpu(), logits.cpu()
+
+    return features
+
+
+def _within(points: Tensor, centres: Tensor, neighbours: int) -> float:
+    """Share of points inside some ball of the centres."""
+    step = max(1, DISTANCES_AT_ONCE // len(centres))
+    # The nearest point to a centre is itself.
+    radius = torch.cat(
+        [torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in centres.split(step)]
+    )
+    inside = [(torch.cdist(part, centres) <= radius).any(dim=1) for part in points.split(step)]
+    return float(torch.cat(inside).double().mean())
