@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -245,9 +246,44 @@ def test_sample_writes_grid_page_and_trajectories(
     assert "ant" in (tmp_path / "index.html").read_text()
 
 
+def test_sample_writes_the_formats_asked_for(run: Path, tmp_path: Path) -> None:
+    words = ("--labels", "ant", "--seeds", "0-2", "--format", "npz,webdataset", "--out", tmp_path)
+    assert call("sample", run, *words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples-000000.tar", "samples.npz"]
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays["levels"].shape[:2] == (3, 4)
+
+
+def test_a_weak_model_guides_samples_and_scores(
+    run: Path, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = min((run / "checkpoints").iterdir())
+    levels = []
+    for name, words in (("plain", ()), ("guided", ("--weak", early)), ("none", ("--weak-scale", "0"))):
+        out = tmp_path / name
+        assert (
+            call("sample", run, "--labels", "bee", "--seeds", "4", "--out", out, "--format", "npz", *words)
+            == 0
+        )
+        with np.load(out / "samples.npz") as arrays:
+            levels.append(arrays["levels"])
+    assert not np.array_equal(levels[0], levels[1])
+    np.testing.assert_array_equal(levels[0], levels[2])
+    assert call("sample", run, "--labels", "bee", "--out", tmp_path / "no", "--weak-scale", "2") == 2
+    assert "needs a weak model" in capsys.readouterr().err
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    assert call("evaluate", copy, "--shards", shards, "--samples-per-class", "1", "--weak", early) == 0
+    assert json.loads((copy / "evaluation.json").read_text())["weak_scale"] == 1
+    assert call("report", copy, "--weak", early, "--weak-scale", "0.5") == 0
+    for verb in (("evaluate", copy, "--shards", shards), ("report", copy)):
+        assert call(*verb, "--guidance", "2") == 2
+        assert "trained without it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--labels", "ant", "--format", "gif"], "unknown format 'gif'"),
         (["--labels", "207"], "label 207, expected 0 to 2"),
         (["--labels", "cta"], "did you mean 'cat'?"),
         (["--labels", "ant", "--seeds", "a-b"], "seeds 'a-b', expected numbers and ranges"),
@@ -289,6 +325,18 @@ def test_evaluate_refuses_shards_of_other_features(
     (folder / "index.json").write_text(json.dumps({**index, "width": 9}))
     assert call("evaluate", run, "--shards", folder) == 5
     assert "the model was trained on" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_shards_of_another_encoder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path)
+    index = json.loads((folder / "index.json").read_text())
+    index["encoder"]["name"] = "painted"
+    (folder / "index.json").write_text(json.dumps(index))
+    for verb in ("evaluate", "report"):
+        assert call(verb, run, "--shards", folder) == 5
+        assert "encoder name 'painted', the model was trained on 'drawn'" in capsys.readouterr().err
 
 
 def test_presets_list_every_field(capsys: pytest.CaptureFixture[str]) -> None:
