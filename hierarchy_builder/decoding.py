@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from hierarchy_builder.errors import ImageError
+from hierarchy_builder.resampling import resize_centre
 
 # Sizes are checked here against `max_pixels`; Pillow's own warning starts at a quarter of a usual scan.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -84,6 +85,8 @@ def crop_square(
         width, height = image.size
     short = min(width, height)
     width, height = size_px * width // short, size_px * height // short
+    if image.mode == "RGB" and resampling == Image.Resampling.BICUBIC and image.size != (width, height):
+        return resize_centre(np.asarray(image), (width, height), size_px)
     if image.size != (width, height):
         image = image.resize((width, height), resampling)
     left, top = round((width - size_px) / 2), round((height - size_px) / 2)
