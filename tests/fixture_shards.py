@@ -37,9 +37,10 @@ def write_shards(
     seed: int = 0,
     int8: bool = False,
     offset: float = 0.0,
+    factor: float = 1.0,
     pictures: bool = False,
 ) -> Path:
-    """Write a finished shard folder of `num_samples` samples, features moved by `offset`, and return it.
+    """Write a finished shard folder of `num_samples` samples, features times `factor` plus `offset`, and return it.
 
     pictures: with the JPEG that `picture_of` draws for each.
     """
@@ -47,7 +48,7 @@ def write_shards(
     generator = np.random.default_rng(seed)
     drawn = (make_sample(number, generator) for number in range(num_samples))
     samples = [
-        (key, label, (features + offset).astype(np.float16), regions)
+        (key, label, (factor * features + offset).astype(np.float16), regions)
         for key, label, features, regions in drawn
     ]
     entries = []

@@ -14,6 +14,9 @@ Trajectory = Literal["tokens", "canvases", "levels"]
 """What a trajectory runs through: noise levels of the tokens, of each level's canvas given the one before, or the
 levels of the hierarchy themselves."""
 
+Ending = Literal["inverse", "score", "denoiser"]
+"""How the states that a trajectory ends in become canvases, see `trainer.normalizing_sample`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizingModelConfig:

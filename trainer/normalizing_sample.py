@@ -15,7 +15,6 @@ Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, Algorithm 2; a h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +23,8 @@ from trainer.chains import level_times, noise_covariance, noise_times
 from trainer.errors import UsageError
 from trainer.methods.normalizing_trajectory import denoised, guided
 from trainer.normalisation import RAW, Normaliser
-from trainer.normalizing_config import NormalizingMethodConfig
+from trainer.normalizing_config import Ending, NormalizingMethodConfig
 from trainer.normalizing_model import Gaussian, Given, NormalizingNetwork
-
-Ending = Literal["inverse", "score", "denoiser"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,11 @@ def preview_sheet(
 
     Draws from no shared random state, so training goes on as if it had not been called.
     """
-    pipe = TrajectoryPipeline(model, class_names, dict(encoder), decoder, normaliser)
-    num_classes = model.config.num_classes
+    return pipeline_sheet(TrajectoryPipeline(model, class_names, dict(encoder), decoder, normaliser))
+
+
+def pipeline_sheet(pipe: TrajectoryPipeline) -> Image.Image:
+    """The same of a pipeline, whatever its method."""
+    num_classes = pipe.model.config.num_classes
     labels = np.unique(np.linspace(0, num_classes - 1, min(SHOWN_CLASSES, num_classes)).astype(int))
     return trajectory_grid_png(trajectory_views(pipe(labels.tolist())))

@@ -33,15 +33,17 @@ def learning_rate(images_seen: int, total_images: int, lr: float, cooldown_fract
     return lr * min(1.0, left / max(cooldown_fraction * total_images, 1e-8))
 
 
-def warmup_cosine(images_seen: int, total_images: int, lr: float, warmup_fraction: float) -> float:
+def warmup_cosine(
+    images_seen: int, total_images: int, lr: float, warmup_fraction: float, final: float = 0.1
+) -> float:
     """The rate of the update that makes `images_seen` the total: a straight line up to `lr`, then a cosine down to
-    lr/10 at `total_images`.
+    final·lr at `total_images`.
     """
     share = min(1.0, images_seen / total_images)
     if share < warmup_fraction:
         return lr * share / warmup_fraction
     falling = (share - warmup_fraction) / max(1 - warmup_fraction, 1e-8)
-    return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * falling)))
+    return lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -58,6 +58,14 @@ class Batch:
         """The same batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
 
+    def tokens(self, normaliser: Normaliser = RAW) -> Tensor:
+        """Features as the network sees them, float32 [b, H, W, C]."""
+        return normaliser.apply(self.features.float() if self.scale is None else self.features * self.scale)
+
+    def canvases(self, normaliser: Normaliser = RAW) -> Tensor:
+        """Canvases of all levels, float32 [b, L, H, W, C]: means of normalised features."""
+        return level_canvases(self.tokens(normaliser), self.regions)
+
     def targets(self, normaliser: Normaliser = RAW) -> tuple[Tensor, Tensor, Tensor]:
         """(x, prev, regions) of each row's level: its canvas, the one before, and the level's region ids.
 
@@ -65,9 +73,7 @@ class Batch:
         x, prev: float32 [b, H, W, C], prev zeros at level 0. regions: uint8 [b, H, W]; the last level, which has
         none, repeats those of the level before.
         """
-        features = self.features.float() if self.scale is None else self.features * self.scale
-        features = normaliser.apply(features)
-        canvases = level_canvases(features, self.regions)
+        canvases = self.canvases(normaliser)
         row = torch.arange(len(self), device=self.level.device)
         prev = canvases[row, (self.level - 1).clamp(min=0)]
         is_first = (self.level == 0)[:, None, None, None]

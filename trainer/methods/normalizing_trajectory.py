@@ -22,11 +22,61 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.normalizing_config import NormalizingMethodConfig
-from trainer.normalizing_model import Gaussian, Given
+from trainer import chains
+from trainer.normalizing_config import NormalizingMethodConfig, Trajectory
+from trainer.normalizing_model import Gaussian, Given, NormalizingNetwork
 from trainer.schedules import mixed_seed
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Chain(NamedTuple):
+    """States of a batch, the cleanest first, and what they are conditioned on."""
+
+    states: Tensor
+    """float32 [B, T+1, H, W, C]."""
+    times: Tensor
+    """float32 [B, T+1]; the last one is 1."""
+    given: Given
+    covariance: Tensor
+    """float32 [B, T, T], of states 0 … T−1 given the clean canvases."""
+    scale: Tensor
+    """float32 [B, T], what clean canvases are multiplied by in each state."""
+
+
+def build_chain(
+    canvases: Tensor,
+    label: Tensor,
+    level: Tensor,
+    *,
+    noise: Tensor,
+    t_min: Tensor,
+    trajectory: Trajectory,
+    level_noise: float,
+) -> Chain:
+    """The chain of T transitions that a sample trains or is measured on.
+
+    canvases: float32 [B, L, H, W, C], normalised; with trajectory `tokens` only the last is looked at. label, level:
+    int64 [B]; the level is that of the canvas with trajectory `canvases`. noise: N(0, 1) [B, T+1, H, W, C]. t_min: [B].
+    """
+    B, L, H, W, _ = canvases.shape
+    if trajectory == "levels":
+        times = chains.level_times(L, B, canvases)
+        covariance = level_noise**2 * torch.eye(L, device=canvases.device).expand(B, L, L)
+        given = Given(label, torch.zeros_like(label), torch.zeros_like(canvases[:, 0]))
+        return Chain(
+            chains.level_chain(canvases, noise, level_noise),
+            times,
+            given,
+            covariance,
+            torch.ones_like(times[:, 1:]),
+        )
+    level = torch.full_like(level, L - 1) if trajectory == "tokens" else level
+    row = torch.arange(B, device=label.device)
+    prev = canvases[row, (level - 1).clamp(min=0)].masked_fill((level == 0)[:, None, None, None], 0.0)
+    times = chains.noise_times(t_min, noise.shape[1] - 1, H * W)
+    states = chains.noise_chain(canvases[row, level], times, noise)
+    return Chain(states, times, Given(label, level, prev), chains.noise_covariance(times), 1 - times[:, :-1])
 
 
 class Transitions(NamedTuple):
@@ -155,6 +205,22 @@ def denoised(
         score = score.clamp(-largest, largest)
     moved = states[:, :-1] - torch.einsum("bij,bjhwc->bihwc", covariance, score)
     return (moved / scale[..., None, None, None]).detach()
+
+
+def denoiser_loss(network: NormalizingNetwork, chain: Chain, num_steps: int) -> Tensor:
+    """Mean squared distance of the learned denoiser to what the score of real trajectories says; a scalar.
+
+    A chain of noise teaches its cleanest state, one of levels all of them. Gradients reach the denoiser alone.
+    Source: §3.4 and C.3.
+    """
+    target = denoised(
+        network, chain.states, chain.times, chain.given, num_steps, chain.covariance, chain.scale
+    )
+    K = target.shape[1] if network.config.trajectory == "levels" else 1
+    times, many = chain.times[:, :K].flatten(), chain.given.repeated(K)
+    with torch.no_grad():
+        u, _ = network.transport(chain.states[:, :K].flatten(0, 1), times, many.level, num_steps)
+    return (network.denoise(u, times, many, num_steps) - target[:, :K].flatten(0, 1)).square().mean()
 
 
 class Draws(NamedTuple):

@@ -1,0 +1,296 @@
+"""Training of Normalizing Trajectory Models: shards in, checkpoints and metrics.jsonl out; the loop of every training.
+
+Three runs share it: from scratch; from a network of Trajectory Forcing (`init_from`), whose posterior sampler it
+starts as; and, with all of that frozen, the learned denoiser (`distil_from`). A step's chains are functions of (seed,
+step) for the whole global batch, and each rank takes its rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Collection
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer import checkpoint as saved
+from trainer.config import checked, from_mapping
+from trainer.distributed import World, joined_world
+from trainer.ema import WeightAverages
+from trainer.errors import MismatchError, UsageError
+from trainer.loop import Loop, RunSummary
+from trainer.methods import normalizing_trajectory as method
+from trainer.normalisation import Normaliser, normaliser_of
+from trainer.normalizing_config import NormalizingModelConfig, NormalizingTrainConfig
+from trainer.normalizing_model import FlowPredictor, NormalizingNetwork
+from trainer.normalizing_pipeline import NormalizingPipeline, average_of
+from trainer.preview import pipeline_sheet
+from trainer.run_folder import check_same_run, find_origin
+from trainer.schedules import warmup_cosine
+from trainer.shards import ShardIndex, open_index
+from trainer.stopping import StopRequest, stop_signals
+from trainer.stream import Batch, BatchDataset, StreamPlan
+
+TERMS = ("loss", "bits", "fit", "log_sigma", "log_det", "flow")
+"""What a step reports: the loss and its parts, see `method.loss`; each a mean over the global batch."""
+
+
+def train(
+    config: NormalizingTrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
+) -> RunSummary:
+    """Train on the shards at `shards` until `total_images`, in the run folder `out`.
+
+    As `trainer.train.train`. A log-determinant that is not finite stops it as a loss that is not finite does, with the
+    seed and the keys of the samples.
+    """
+    index = open_index(shards)
+    config = fit_to_shards(config, index)
+    with joined_world() as world, stop_signals() as stop:
+        return _NormalizingRun(config, index, Path(out), resume, world, stop, quiet).train()
+
+
+def fit_to_shards(
+    config: NormalizingTrainConfig, index: ShardIndex, asked: Collection[str] = ()
+) -> NormalizingTrainConfig:
+    """The config with the model's grid, channels, classes and levels as the shards have them.
+
+    The network of `distil_from` and the backbone of `init_from` come from those runs. asked: dotted names of the fields
+    that were set on purpose. Raises MismatchError naming both values where one of them is not that of the shards or
+    of the run, UsageError where the run is of another method than it has to be.
+    """
+    if config.distil_from is not None:
+        return _distilling(config, Path(config.distil_from), index)
+    model = config.model
+    found: dict[str, Any] = {
+        "grid": index.grid,
+        "in_channels": index.width,
+        "num_classes": index.num_classes,
+        "num_levels": index.num_levels,
+    }
+    if config.init_from is not None:
+        found |= {"trajectory": "canvases", "backbone": _flow_config(Path(config.init_from)).model}
+        config = dataclasses.replace(config, normalise=_flow_config(Path(config.init_from)).normalise)
+    if found.get("trajectory", model.trajectory) == "levels":
+        found["num_steps"] = (index.num_levels,)
+    for name, value in found.items():
+        wanted = getattr(model, name)
+        if f"model.{name}" in asked and wanted != value:
+            raise MismatchError(
+                f"model.{name} is {wanted}, {index.url} or the run to start from has {value}: leave it out"
+            )
+    config = dataclasses.replace(config, model=dataclasses.replace(model, **found))
+    _check_backbone(config, index)
+    return config
+
+
+class _NormalizingRun(Loop):
+    """One run of Normalizing Trajectory Models in one process."""
+
+    model: NormalizingNetwork
+
+    def __init__(
+        self,
+        config: NormalizingTrainConfig,
+        index: ShardIndex,
+        out: Path,
+        resume: str,
+        world: World,
+        stop: StopRequest,
+        quiet: bool,
+    ) -> None:
+        super().__init__(config, index, out, world, stop, quiet)
+        self.terms = ("loss",) if config.distil_from else TERMS
+        self.shown = ("loss",) if config.distil_from else ("bits", "log_det")
+        self.plan = StreamPlan(
+            shard_sizes=tuple(shard.num_samples for shard in index.shards),
+            num_levels=index.num_levels,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            shuffle_shards=config.shuffle_shards,
+        )
+        verify, max_damaged = config.verify_shards, config.max_damaged_shards
+        self.dataset = BatchDataset(index, self.plan, world.rank, world.size, verify, max_damaged)
+        origin = find_origin(out, resume)
+        check_same_run(out, origin, config, index)
+        self.normaliser = _normaliser(config, index, origin).to(world.device)
+        self.model = _fresh_model(config).to(world.device)
+        self.flow = self._frozen_flow()
+        self.model.set_recompute(config.activation_checkpointing)
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        )
+        self.averages = WeightAverages(self.model, optim.ema_halflives_kimg, optim.ema_ramp)
+        self._begin(origin)
+
+    def _rate(self) -> float:
+        config, optim = self.config, self.config.optim
+        seen = self.images_seen + config.batch_size
+        return warmup_cosine(
+            seen, config.total_images, optim.lr, optim.warmup_fraction, optim.final_lr_fraction
+        )
+
+    def _backward(self, batch: Batch, start: int, stop: int) -> Tensor:
+        """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of `terms`."""
+        config, device = self.config, self.world.device
+        first = self.world.rank * len(batch)
+        part = batch.rows(start, stop).to(device)
+        tokens_only = config.model.trajectory == "tokens"
+        canvases = part.tokens(self.normaliser)[:, None] if tokens_only else part.canvases(self.normaliser)
+        draws = method.draw_batch(
+            config.batch_size,
+            canvases.shape[2:],
+            config.method,
+            num_steps=config.model.num_steps,
+            seed=config.seed,
+            step=self.step,
+            rows=slice(first + start, first + stop),
+            device=device,
+        )
+        chain = method.build_chain(
+            canvases,
+            torch.where(draws.drop_label, config.model.num_classes, part.label),
+            part.level,
+            noise=draws.noise,
+            t_min=draws.t_min,
+            trajectory=config.model.trajectory,
+            level_noise=config.method.level_noise,
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            terms = self._terms(chain, draws)
+        share = len(part) / config.batch_size
+        (terms["loss"] * share).backward()
+        return torch.stack([terms[name] * share for name in self.terms]).detach().double()
+
+    def _terms(self, chain: method.Chain, draws: method.Draws) -> dict[str, Tensor]:
+        if self.config.distil_from:
+            return {"loss": method.denoiser_loss(self.model, chain, draws.num_steps)}
+        return method.loss(
+            self.model,
+            chain.states,
+            chain.times,
+            chain.given,
+            num_steps=draws.num_steps,
+            pair=draws.pair,
+            flow=self.flow,
+            flow_weight=self._flow_weight(),
+        )
+
+    def _flow_weight(self) -> float:
+        """λ, which falls along a cosine over the run."""
+        share = min(1.0, self.images_seen / self.config.total_images)
+        return self.config.method.flow_weight * 0.5 * (1 + math.cos(math.pi * share))
+
+    def _frozen_flow(self) -> FlowPredictor | None:
+        """The predictor as it was before training, for the regulariser."""
+        if self.config.init_from is None or not self.config.method.flow_weight:
+            return None
+        assert isinstance(self.model.predictor, FlowPredictor)
+        return copy.deepcopy(self.model.predictor).eval().requires_grad_(False)
+
+    def _audit(self) -> dict[str, Any]:
+        damaged = self.dataset.damaged_shards()
+        return {"damaged_shards": damaged} if damaged else {}
+
+    def _sheet(self) -> Image.Image:
+        """Samples of the model as it is, with its first weight average where there is one."""
+        halflives = list(self.averages.averages)
+        lent = self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
+        with lent:
+            pipe = NormalizingPipeline(
+                self.model,
+                self.index.class_names,
+                self.index.encoder,
+                None,
+                self.normaliser,
+                method=self.config.method,
+            )
+            sheet = pipeline_sheet(pipe)
+        self.model.train()
+        return sheet
+
+
+def _fresh_model(config: NormalizingTrainConfig) -> NormalizingNetwork:
+    """The network as a run begins with it: random, or with the weights of the run it starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = NormalizingNetwork(config.model)
+    if config.init_from is not None:
+        folder = saved.find_checkpoint(config.init_from)
+        name = average_of(from_mapping(saved.load_state(folder).config, str(folder)), "auto")
+        assert isinstance(network.predictor, FlowPredictor)
+        network.predictor.backbone.load_state_dict(saved.load_weights(folder, name))
+        # The u-head takes no part; a gradient it never gets would only be averaged over ranks.
+        for module in (network.predictor.backbone.u_blocks, network.predictor.backbone.u_norm):
+            module.requires_grad_(False)
+        network.predictor.backbone.u_out.requires_grad_(False)
+    if config.distil_from is not None:
+        folder = saved.find_checkpoint(config.distil_from)
+        name = average_of(_own_config(folder), "auto")
+        own = {name: p for name, p in network.state_dict().items() if name.startswith("denoiser.")}
+        weights = saved.load_weights(folder, name)
+        network.load_state_dict({**{n: p for n, p in weights.items() if n not in own}, **own})
+        network.requires_grad_(False)
+        assert network.denoiser is not None
+        network.denoiser.requires_grad_(True)
+    return network
+
+
+def _normaliser(config: NormalizingTrainConfig, index: ShardIndex, origin: Path | None) -> Normaliser:
+    source = origin or config.init_from or config.distil_from
+    return (
+        saved.load_normaliser(saved.find_checkpoint(source))
+        if source
+        else normaliser_of(config.normalise, index)
+    )
+
+
+def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) -> NormalizingTrainConfig:
+    """The network and method of the run to distil, with a denoiser as deep as asked, or a third of the predictor."""
+    whole = _own_config(saved.find_checkpoint(run))
+    model: NormalizingModelConfig = whole.model
+    found = (index.grid, index.width, index.num_levels, index.num_classes)
+    wanted = (model.grid, model.in_channels, model.num_levels, model.num_classes)
+    if found != wanted:
+        raise MismatchError(
+            f"{index.url} holds (grid, width, levels, classes) {found}, {run} was trained on {wanted}: give its shards"
+        )
+    depth = config.model.denoiser_depth or max(1, model.depth // 3)
+    model = dataclasses.replace(model, denoiser_depth=depth)
+    return dataclasses.replace(config, model=model, method=whole.method, normalise=whole.normalise)
+
+
+def _own_config(folder: Path) -> NormalizingTrainConfig:
+    state = saved.load_state(folder)
+    if state.config.get("method_name") != "normalizing-trajectory":
+        raise UsageError(f"distil_from={folder}: expected a run of Normalizing Trajectory Models")
+    return checked(NormalizingTrainConfig, state.config, str(folder))
+
+
+def _flow_config(run: Path) -> Any:
+    folder = saved.find_checkpoint(run)
+    state = saved.load_state(folder)
+    found = state.config.get("method_name", "trajectory-forcing")
+    if found != "trajectory-forcing":
+        raise UsageError(f"init_from={run}: found a run of {found}, expected one of trajectory-forcing")
+    return from_mapping(state.config, str(folder))
+
+
+def _check_backbone(config: NormalizingTrainConfig, index: ShardIndex) -> None:
+    backbone = config.model.backbone
+    if backbone is None:
+        return
+    found = (index.grid, index.width, index.num_levels, index.num_classes)
+    wanted = (backbone.grid, backbone.in_channels, backbone.num_levels, backbone.num_classes)
+    if found != wanted:
+        raise MismatchError(
+            f"{index.url} holds (grid, width, levels, classes) {found}, {config.init_from} was trained on {wanted}: "
+            "give shards of the same encoder, recipe and classes"
+        )
