@@ -29,6 +29,7 @@ from trainer.options import (
     AsJson,
     DecoderFolder,
     Ema,
+    EndingName,
     GuidanceScale,
     PixelStageRun,
     Quiet,
@@ -36,10 +37,11 @@ from trainer.options import (
     Steps,
     Weak,
     WeakScale,
+    parse_ending,
     parse_seeds,
 )
 from trainer.presets import decoder_preset
-from trainer.printing import flattened, print_result, stderr, stdout
+from trainer.printing import flattened, print_result, stderr, stdout, write_json
 from trainer.run_kinds import ALL_PRESETS, METHODS, AnyConfig, config_of, method_of, preset_of
 
 app = typer.Typer(
@@ -181,6 +183,7 @@ def sample(
     ema: Ema = "auto",
     decoder: DecoderFolder = None,
     pixel_stage: PixelStageRun = None,
+    ending: EndingName = None,
     as_json: AsJson = False,
 ) -> None:
     """Labels and seeds → trajectories, as sheets, pages, safetensors, tars or arrays."""
@@ -188,7 +191,8 @@ def sample(
     from trainer.sample_files import parse_formats, write_samples
 
     numbers, names = parse_seeds(seeds), parse_formats(formats)
-    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage)
+    chosen = parse_ending(ending)
+    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=chosen)
     ids = [pipe.label_id(label.strip()) for label in labels.split(",")]
     pairs = [(label, seed) for label in ids for seed in numbers]
     strength = _strength(weak, weak_scale)
@@ -216,19 +220,45 @@ def evaluate(
     guidance: GuidanceScale = None,
     weak: Weak = None,
     weak_scale: WeakScale = None,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Bits of the images, of Normalizing Trajectory Models.")
+    ] = False,
+    ending: EndingName = None,
+    inception: Annotated[
+        str | None, typer.Option(help="IS and FID by torch-fidelity: file of Inception weights, or hub.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="npz of mu and sigma of real images, for FID.")
+    ] = None,
+    edits: Annotated[
+        bool, typer.Option("--edits", help="Also locality of edits, over seeds and up to 12 classes.")
+    ] = False,
+    alignment: Annotated[
+        bool, typer.Option("--alignment", help="Also when boundaries of regions appear, likewise.")
+    ] = False,
     ema: Ema = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Metrics of samples, beside real images, noise and chance; kept in RUN for the report."""
+    from trainer import studies
     from trainer.dispatch import load_pipeline
     from trainer.evaluate import evaluate as measure
-    from trainer.report_inputs import EVALUATION
+    from trainer.metrics.frechet import inception_features, read_reference
+    from trainer.report_inputs import EVALUATION, shown_labels
     from trainer.shards import open_index
 
     index = open_index(shards)
-    pipe = load_pipeline(run, ema, weak=weak)
+    pipe = load_pipeline(run, ema, weak=weak, ending=parse_ending(ending))
+    if likelihood:
+        print_result(_measured(run, pipe, index, max_real, steps, ema), as_json)
+        return
     strength = _strength(weak, weak_scale)
-    metrics = measure(pipe, index, samples_per_class, steps, max_real, guidance, strength)
+    judge = None if inception is None else inception_features(None if inception == "hub" else inception)
+    real = None if reference is None else read_reference(reference)
+    metrics = list(measure(pipe, index, samples_per_class, steps, max_real, guidance, strength, judge, real))
+    settings = (pipe, run, shown_labels(index.num_classes), range(samples_per_class))
+    metrics += studies.edit_study(*settings, steps) if edits else []
+    metrics += studies.alignment_study(*settings) if alignment else []
     rows = [{"name": name, "value": value} for name, value in metrics]
     setup = {
         "samples_per_class": samples_per_class,
@@ -238,7 +268,7 @@ def evaluate(
         "ema": ema,
         "shards": index.name,
     }
-    (run / EVALUATION).write_text(json.dumps({**setup, "metrics": rows}, indent=1))
+    write_json(run / EVALUATION, {**setup, "metrics": rows})
     print_result(rows, as_json)
 
 
@@ -254,6 +284,13 @@ def report(
         Path | None,
         typer.Option(help="JSON rows of a table to show, as `hierarchy-builder build --json` prints."),
     ] = None,
+    edits: Annotated[
+        list[Path] | None,
+        typer.Option("--edit", help="Edited trajectory to show; may be given several times."),
+    ] = None,
+    sweep_file: Annotated[
+        Path | None, typer.Option("--sweep", help="What `trainer sweep --out` wrote.")
+    ] = None,
     guidance: GuidanceScale = None,
     weak: Weak = None,
     weak_scale: WeakScale = None,
@@ -264,9 +301,11 @@ def report(
     """Run folder → one HTML page of samples, curves, scores and configuration."""
     from hierarchy_builder.canvases.gallery import write_page
     from trainer.dispatch import load_pipeline
+    from trainer.edit_report import edits_section, read_sweep, sweep_section
     from trainer.evaluate import check_fits
     from trainer.report_inputs import run_page, shown_labels
     from trainer.shards import open_index
+    from trainer.trajectory import Trajectory
 
     numbers = parse_seeds(seeds)
     pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage)
@@ -277,7 +316,10 @@ def report(
     labels, chosen = [label for label, _ in pairs], [seed for _, seed in pairs]
     trajectories = pipe(labels, chosen, 1, guidance, _strength(weak, weak_scale))
     rows = _load_rows(stages) if stages else []
-    page = run_page(run, pipe, trajectories, index, rows)
+    more = [sweep_section(read_sweep(sweep_file))] if sweep_file else []
+    if edits:
+        more.insert(0, edits_section([pipe.adopt(Trajectory.load(path)) for path in edits]))
+    page = run_page(run, pipe, trajectories, index, rows, more)
     target = out or run / "report.html"
     write_page(page, target)
     print(target)
@@ -318,7 +360,12 @@ def studio(
 
 @app.command()
 def import_official(
-    file: Annotated[Path, typer.Argument(help="Checkpoint file of the authors' release.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", exists=True, dir_okay=False, help="Checkpoint file of the authors' release."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Run folder to write; sample from it, or train on in it.")],
     ema: Annotated[str | None, typer.Option(help="Half-life in kimg of the average to sample from.")] = None,
     config: Annotated[
@@ -372,6 +419,20 @@ def main() -> NoReturn:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     sys.exit(0)
+
+
+def _measured(run: Path, pipe: Any, index: Any, max_real: int, steps: int, ema: str) -> list[dict[str, Any]]:
+    """Rows of `evaluate --likelihood`, kept in RUN with the bits of every image."""
+    from trainer.evaluate import check_fits
+    from trainer.likelihood import likelihood
+    from trainer.likelihood_page import write_likelihood
+
+    check_fits(pipe, index)
+    metrics, images = likelihood(pipe, index, max_real, steps)
+    rows = [{"name": name, "value": value} for name, value in metrics]
+    setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": steps, "ema": ema}
+    write_likelihood(run, setup, rows, images)
+    return rows
 
 
 def _strength(weak: Path | None, weak_scale: float | None) -> float:

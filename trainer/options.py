@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from trainer.errors import UsageError
+from trainer.normalizing_config import Ending
 
 Run = Annotated[Path, typer.Argument(help="Run folder of `trainer train`, or one of its checkpoints.")]
 Ema = Annotated[
     str, typer.Option(help="Half-life in kimg of the weight average; auto: the first; raw: none.")
 ]
 DecoderFolder = Annotated[Path | None, typer.Option("--decoder", help="Folder of an RAE decoder.")]
-Steps = Annotated[int, typer.Option(min=1, help="Network evaluations per level.")]
+PixelStageRun = Annotated[
+    Path | None, typer.Option("--pixel-stage", help="Run of Latent Forcing that draws the pixels.")
+]
+Steps = Annotated[
+    int, typer.Option(min=1, help="Network evaluations per level; Latent Forcing: steps per stage, 1 is 25.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 GuidanceScale = Annotated[
     float | None, typer.Option("--guidance", help="Guidance scale, for models trained with it.")
@@ -25,7 +31,19 @@ Weak = Annotated[
 WeakScale = Annotated[
     float | None, typer.Option(help="Strength of autoguidance. Default: 1 with --weak, else 0.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no configuration on stderr.")]
+EndingName = Annotated[
+    str | None,
+    typer.Option("--ending", help="Normalizing Trajectory Models: inverse, score or denoiser."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no configuration on stderr.")]
+
+
+def parse_ending(text: str | None) -> Ending | None:
+    """The ending called `text`. Raises UsageError naming those there are."""
+    known: dict[str, Ending] = {name: name for name in get_args(Ending)}
+    if text is not None and text not in known:
+        raise UsageError(f"ending {text!r}, expected one of {', '.join(known)}")
+    return known[text] if text is not None else None
 
 
 def parse_seeds(text: str, what: str = "seeds") -> list[int]:

@@ -72,13 +72,15 @@ def training_page(
     log: Sequence[Mapping[str, Any]] = (),
     stages: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
+    more: Sequence[Section] = (),
     intro: str = "",
     palette: Palette | None = None,
 ) -> Page:
     """The report of a run; parts that are empty are left out.
 
     facts: name → value. metrics, stages: rows of column → value. log: the rows of metrics.jsonl (`images`, or else
-    `step`, is the x axis; every other number is a curve). config: plain data, shown as YAML.
+    `step`, is the x axis; every other number is a curve). config: plain data, shown as YAML. more: sections after the
+    samples.
     palette: where it is not given, it is fitted on the teachers' tokens if there are any, since early samples may lie
     anywhere.
     Write it with `canvases.gallery.write_page`.
@@ -95,6 +97,7 @@ def training_page(
             Section(title="Generated trajectories", text=TRAJECTORY_TEXT, blocks=[sample_gallery]),
         ),
         (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
+        *((section, section) for section in more),
         (metrics, Section(title="Metrics", blocks=[Table(rows=metrics)])),
         (plots, Section(title="Curves", text=CURVES_TEXT, blocks=[Plots(plots=plots)])),
         (stages, Section(title="Stages", blocks=[Table(rows=stages)])),

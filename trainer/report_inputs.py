@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 import yaml
 from PIL import Image
 
-from hierarchy_builder.canvases.gallery import Page
+from hierarchy_builder.canvases.gallery import Page, Section
 from hierarchy_builder.canvases.views import HierarchyView
 from trainer import checkpoint as saved
 from trainer.decode import to_uint8
 from trainer.errors import TrainerError
+from trainer.likelihood_page import likelihood_metrics, likelihood_sections
 from trainer.log import METRICS, read_metrics
 from trainer.normalisation import RAW, Normaliser
+from trainer.normalizing_pipeline import NormalizingPipeline
 from trainer.pipeline import Decoder, Trajectory, TrajectoryPipeline
 from trainer.reader import ShardReader
 from trainer.report import TrajectoryView, training_page
@@ -70,10 +73,11 @@ def run_page(
     trajectories: Sequence[Trajectory],
     index: ShardIndex | None = None,
     stages: Sequence[Mapping[str, Any]] = (),
+    more: Sequence[Section] = (),
 ) -> Page:
     """The page of a run: samples, curves, scores of `trainer evaluate`, and teachers where shards are given.
 
-    stages: rows of a table of what led to the run, column → value.
+    stages: rows of a table of what led to the run, column → value. more: sections after the samples.
 
     Raises TrainerError if `run` is not a run folder.
     """
@@ -95,16 +99,21 @@ def run_page(
         "training images": num_images,
         "classes": len(content["shards"]["class_names"]),
     }
-    return training_page(
+    page = training_page(
         title=f"{method}: {content['config']['preset']} on {num_images} images",
         facts=facts,
         trajectories=trajectory_views(trajectories),
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder, normaliser),
-        metrics=read_evaluation(run),
+        metrics=read_evaluation(run) + likelihood_metrics(run),
         log=[row for row in (read_metrics(run) if (run / METRICS).exists() else []) if "loss" in row],
         stages=stages,
+        more=more,
         config=content["config"],
     )
+    if index is None or not isinstance(pipe, NormalizingPipeline):
+        return page
+    *sections, configuration = page.sections
+    return replace(page, sections=[*sections, *likelihood_sections(run, pipe, index), configuration])
 
 
 def read_evaluation(run: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,6 @@ SWEEP_TEXT = (
 )
 COMPARED = ("level", "change", "changed_share", "lis", "inside")
 """Columns of `compare` that fit beside the board; the Markdown report has them all."""
-SWEPT = ("level", "strength", "arm", "measured", "lis", "inside", "gain")
 
 
 def edit_tab(desk: Desk) -> None:
@@ -187,7 +186,8 @@ def sweep_tab(desk: Desk) -> None:
                     None,
                     f"{WARNING}no edit could be made: choose levels, and for shapes a region that can grow",
                 )
-            return _frame(summary_table(summarise(rows)), SWEPT), f"Swept {len(config.seeds)} seeds."
+            shown = summary_table(summarise(rows))
+            return _frame(shown, list(shown[0])), f"Swept {len(config.seeds)} seeds."
 
         run.click(go, [desk.bench, desk.label, kind, seeds, levels, strengths], [table, desk.status])
 

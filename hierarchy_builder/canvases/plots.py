@@ -20,11 +20,16 @@ MAX_POINTS = 240
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line: a name and its points; points that are not finite are left out."""
+    """One line: a name and its points, with an interval around each where low and high are given.
+
+    Points that are not finite are left out; an interval that is not is as wide as its point.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +89,17 @@ def short_number(value: float, digits: int = 4) -> str:
 
 def _curve(series: Series, log_y: bool) -> _Curve:
     x, y = np.asarray(series.x, dtype=np.float64), np.asarray(series.y, dtype=np.float64)
+    low, high = (y if side is None else np.asarray(side, np.float64) for side in (series.low, series.high))
     kept = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log_y))
-    x, y = x[kept], np.log10(y[kept]) if log_y else y[kept]
-    runs = [(a, b) for a, b in zip(np.array_split(x, MAX_POINTS), np.array_split(y, MAX_POINTS), strict=True)]
-    runs = [(a, b) for a, b in runs if len(a)]
-    columns = [(a.mean(), b.mean(), b.min(), b.max()) for a, b in runs]
+    x, y, low, high = x[kept], y[kept], low[kept], high[kept]
+    sides = [np.where(np.isfinite(side) & ((side > 0) | (not log_y)), side, y) for side in (low, high)]
+    y, low, high = (np.log10(values) if log_y else values for values in (y, *sides))
+    runs = [
+        run
+        for run in zip(*(np.array_split(v, MAX_POINTS) for v in (x, y, low, high)), strict=True)
+        if len(run[0])
+    ]
+    columns = [(a.mean(), b.mean(), c.min(), d.max()) for a, b, c, d in runs]
     return _Curve(*np.array(columns, dtype=np.float64).reshape(-1, 4).T)
 
 
