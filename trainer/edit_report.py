@@ -12,7 +12,7 @@ from typing import Any
 
 from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Plots, Section, Table, View
 from hierarchy_builder.canvases.plots import Plot, Series
-from hierarchy_builder.canvases.views import level_names, shared_palette
+from hierarchy_builder.canvases.views import latent_views, level_names, shared_palette
 from trainer.compare import compare, encoder_of, heat_map
 from trainer.errors import TrainerError
 from trainer.metrics.edit_locality import token_change
@@ -95,14 +95,12 @@ def sweep_section(summary: Sequence[Mapping[str, Any]]) -> Section:
 def _card(before: Trajectory, after: Trajectory) -> LevelViewer:
     change = token_change(before.levels, after.levels).numpy()
     palette = shared_palette([before.levels.numpy()])
-    if before.can_decode and after.can_decode:
-        pictures = before.decode(), after.decode()
-    else:
-        pictures = tuple(
-            heat_map(each[..., 0] * 0, 1.0) if palette is None else palette.apply(each)
-            for each in (before.levels.numpy(), after.levels.numpy())
-        )
-    layers = {"before": pictures[0], "after": pictures[1], "change": heat_map(change, float(change.max()))}
+    is_decoded = before.can_decode and after.can_decode
+    first, second = (
+        each.decode() if is_decoded else latent_views(each.levels.numpy(), None, palette)[0].layers
+        for each in (before, after)
+    )
+    layers = {"before": first, "after": second, "change": heat_map(change, float(change.max()))}
     return LevelViewer(
         title=after.class_name,
         subtitle=f"seed {after.seeds[0]}",
