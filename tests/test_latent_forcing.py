@@ -272,7 +272,7 @@ def test_uniform_pixel_times_are_noisy_ones() -> None:
 
 
 def test_several_canvases_are_one_cascade() -> None:
-    found = clocks("cascaded-noised", num_canvases=3, latent_share=0.6)
+    found = clocks("cascaded-noised", num_canvases=3, latent_share=0.6, prefix_share=0.0)
     stage = torch.cat([found.weight_latents, found.weight_pixels[:, None]], dim=1)
     assert (stage.sum(dim=1) == 1).all()
     assert stage.mean(dim=0).tolist() == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=0.01)

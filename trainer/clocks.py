@@ -58,11 +58,12 @@ def draw_clocks(
     """Draw the times of n samples by `config.schedule`; every schedule uses up the same random numbers.
 
     With several canvases (cascaded schedules only) a sample that trains a latent trains one of them, any as likely:
-    those before it are given, those after it and the pixels are noise.
+    those before it are given, those after it and the pixels are noise. Of those that train pixels some are given the
+    first levels only, so that every level has pictures.
     """
     latent = logit_normal(n, config.latent_time_mean, config.latent_time_std, generator=generator)
     pixel = logit_normal(n, config.pixel_time_mean, config.pixel_time_std, generator=generator)
-    uniform, use_uniform, stage, canvas, *given = torch.rand(4 + num_canvases, n, generator=generator)
+    uniform, use_uniform, stage, canvas, prefix, *given = torch.rand(5 + num_canvases, n, generator=generator)
     trains_latent = stage < config.latent_share
     ones = torch.ones(n)
     if config.schedule in ("cascaded", "cascaded-noised"):
@@ -71,7 +72,11 @@ def draw_clocks(
             use_uniform < config.pixel_uniform_share, PIXEL_UNIFORM_FROM + spread * uniform, pixel
         )
         noise = config.condition_noise if config.schedule == "cascaded-noised" else 0.0
-        return _cascade(latent, pixel, trains_latent, canvas, noise * torch.stack(given, dim=1))
+        num_given = torch.where(
+            prefix < config.prefix_share, 1 + (canvas * (num_canvases - 1)).long(), num_canvases
+        )
+        given_times = noise * torch.stack(given, dim=1)
+        return _cascade(latent, pixel, trains_latent, (canvas * num_canvases).long(), num_given, given_times)
     if config.schedule == "independent":
         w = config.uniform_shift
         return _clocks(shifted(uniform, w), shifted(given[0], w), ones, ones)
@@ -90,14 +95,20 @@ def draw_clocks(
     return _clocks(t_pixels, t_latents, 1.0 - trains_latent.float(), trains_latent.float())
 
 
-def _cascade(latent: Tensor, pixel: Tensor, trains_latent: Tensor, canvas: Tensor, given: Tensor) -> Clocks:
-    """One stage of K + 1 for each sample. canvas: uniform on [0, 1). given: times of given canvases, [n, K]."""
-    K = given.shape[1]
-    stage = torch.where(trains_latent, (canvas * K).long(), K)[:, None]
-    number = torch.arange(K)
-    t_latents = torch.where(number < stage, given, torch.where(number == stage, latent[:, None], 1.0))
+def _cascade(
+    latent: Tensor, pixel: Tensor, trains_latent: Tensor, canvas: Tensor, num_given: Tensor, given: Tensor
+) -> Clocks:
+    """One stage of K + 1 for each sample.
+
+    canvas: the one that is trained, where one is. num_given: how many are given where pixels are trained, 1 … K.
+    given: times [n, K] of canvases that are given.
+    """
+    number = torch.arange(given.shape[1])
+    is_given = number < torch.where(trains_latent, canvas, num_given)[:, None]
+    is_trained = trains_latent[:, None] & (number == canvas[:, None])
+    t_latents = torch.where(is_given, given, torch.where(is_trained, latent[:, None], 1.0))
     t_pixels = torch.where(trains_latent, 1.0, pixel)
-    return Clocks(t_pixels, t_latents, (~trains_latent).float(), (number == stage).float())
+    return Clocks(t_pixels, t_latents, (~trains_latent).float(), is_trained.float())
 
 
 def _clocks(t_pixels: Tensor, t_latents: Tensor, weight_pixels: Tensor, weight_latents: Tensor) -> Clocks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,18 @@ class RaeDecoder(nn.Module):
         patches = self.logits(z).unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, 3))
         image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return image * self.std + self.mean
+
+
+class ConditionalDecoder(ABC):
+    """A decoder that draws pictures by class and seed, out of all levels of a trajectory at once."""
+
+    @abstractmethod
+    def of(self, label: int, seed: int) -> ConditionalDecoder:
+        """The decoder of a trajectory of this class and seed."""
+
+    @abstractmethod
+    def __call__(self, canvases: Tensor) -> Tensor:
+        """Levels [L, H, W, C] of a trajectory → RGB [L, 3, h, w] in [0, 1]."""
 
 
 class DctDecoder(nn.Module):

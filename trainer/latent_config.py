@@ -86,6 +86,11 @@ class LatentModelConfig:
         return self.grid[0] * self.patch_px, self.grid[1] * self.patch_px
 
     @property
+    def num_levels(self) -> int:
+        """Levels of a trajectory, K."""
+        return self.num_canvases
+
+    @property
     def latent_channels(self) -> int:
         """K·C, channels of all canvases of a token."""
         return self.num_canvases * self.in_channels
@@ -118,6 +123,8 @@ class LatentMethodConfig:
     """Cascaded schedules: share of samples whose pixel time is uniform on [0.5, 1] instead."""
     condition_noise: float = 0.25
     """Schedule `cascaded-noised`: latents that are given have t uniform up to this."""
+    prefix_share: float = 0.5
+    """With several canvases: share of the samples that train pixels given the first levels only, any number."""
     shift: float = 9.0
     """α of `shifted`: latents are α times (in amplitude) ahead of the pixels."""
     offset: float = 0.1
@@ -130,7 +137,13 @@ class LatentMethodConfig:
     """Probability that the label is replaced by the null class; 1 trains without classes."""
 
     def __post_init__(self) -> None:
-        for name in ("latent_share", "pixel_uniform_share", "condition_noise", "label_dropout"):
+        for name in (
+            "latent_share",
+            "pixel_uniform_share",
+            "condition_noise",
+            "prefix_share",
+            "label_dropout",
+        ):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
         for name in ("latent_time_std", "pixel_time_std", "shift", "uniform_shift", "latent_scale"):

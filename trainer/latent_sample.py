@@ -35,7 +35,7 @@ class ClockGuidance:
         return self.scale if self.low < t and (t < self.high or self.high >= 1) else 1.0
 
 
-NONE = ClockGuidance()
+UNGUIDED = ClockGuidance()
 
 
 @torch.no_grad()
@@ -47,19 +47,21 @@ def sample_pixels(
     grid: tuple[Tensor, Tensor],
     *,
     solver: Solver = "heun",
-    pixel_guidance: ClockGuidance = NONE,
-    latent_guidance: ClockGuidance = NONE,
+    pixel_guidance: ClockGuidance = UNGUIDED,
+    latent_guidance: ClockGuidance = UNGUIDED,
     weak_network: Any = None,
     weak_from: float = 1.0,
+    is_end: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Sample (pixels, latents), float32 of the shapes of the noise.
 
     label: int64 [B]. noise_pixels: [B, h, w, 3]; noise_latents: [B, H, W, K·C]: where the grid starts, so clean
     latents and a grid that has them at 0 throughout sample the pixels of given latents. grid: t_pixels [S + 1] and
-    t_latents [S + 1, K], see `clocks.sampling_grid`. Heun's method takes its last step as Euler's does.
+    t_latents [S + 1, K], see `clocks.sampling_grid`.
     What guides is the network itself without class, or weak_network, without class too (autoguidance). weak_from:
     the weak network guides once all latents have come to this time, the network itself before: 1 is always, 0.001
-    the pixel stage alone, as in the paper's best setting.
+    the pixel stage alone, as in the paper's best setting. is_end: whether sampling ends with this grid, so that its
+    last step is Euler's.
     Raises UsageError when the grid does not run from a time to a smaller one.
     """
     t_pixels, t_latents = (times.to(noise_pixels.device) for times in grid)
@@ -73,7 +75,7 @@ def sample_pixels(
         now, then = (t_pixels[step], t_latents[step]), (t_pixels[step + 1], t_latents[step + 1])
         v = field.velocities(z, now)
         ahead = _moved(z, v, now, then)
-        if solver == "heun" and step < last:
+        if solver == "heun" and not (is_end and step == last):
             after = field.velocities(ahead, then)
             v = ((v[0] + after[0]) / 2, (v[1] + after[1]) / 2)
             ahead = _moved(z, v, now, then)

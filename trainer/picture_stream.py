@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hierarchy_builder.records import Sample
-from trainer.errors import TrainerError, UsageError
+from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.reader import ShardReader
 from trainer.shards import ShardIndex
 from trainer.stream import StreamPlan
@@ -127,6 +127,11 @@ class PictureDataset:
         except (OSError, UnidentifiedImageError) as error:
             raise TrainerError(f"sample {sample.key}: its picture cannot be decoded: {error}") from None
         height, width = self._size
+        if rgb.width * height != rgb.height * width:
+            raise MismatchError(
+                f"sample {sample.key}: its picture has {rgb.width}×{rgb.height} pixels, which is not the shape of the "
+                f"grid of tokens, {width}×{height} pixels; build the shards again"
+            )
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(rgb)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Mapping
+from typing import TypeVar, get_args
 
 from trainer.config import DecoderConfig, DecoderSize, ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import UsageError
+
+Preset = TypeVar("Preset")
 
 
 def tiny_cpu() -> TrainConfig:
@@ -78,12 +80,17 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 def preset(name: str) -> TrainConfig:
     """The preset called `name`. Raises UsageError naming the nearest for an unknown name."""
-    if name not in PRESETS:
-        by_fold = {known.casefold(): known for known in PRESETS}
+    return named(PRESETS, name)()
+
+
+def named(presets: Mapping[str, Preset], name: str) -> Preset:
+    """The entry of `presets` called `name`. Raises UsageError naming the nearest for an unknown name."""
+    if name not in presets:
+        by_fold = {known.casefold(): known for known in presets}
         close = difflib.get_close_matches(name.casefold(), by_fold, n=1)
-        hint = f"did you mean {by_fold[close[0]]!r}?" if close else f"known are {', '.join(PRESETS)}"
+        hint = f"did you mean {by_fold[close[0]]!r}?" if close else f"known are {', '.join(presets)}"
         raise UsageError(f"unknown preset {name!r}, {hint}")
-    return PRESETS[name]()
+    return presets[name]
 
 
 def decoder_preset(size: str) -> DecoderConfig:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.canvases.gallery import render, write_page
-from trainer.decode import decoder_from_spec, to_uint8
+from trainer.decode import ConditionalDecoder, decoder_from_spec, to_uint8
 from trainer.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.regions import extract_regions
@@ -94,6 +94,9 @@ class Trajectory:
                 f"features of encoder {self.encoder.get('name', 'unknown')!r} have no decoder of their own; "
                 "pass decoder=FOLDER (an RAE decoder) to from_pretrained, or --decoder FOLDER"
             )
+        if isinstance(decoder, ConditionalDecoder):
+            pictures = to_uint8(decoder.of(self.label, self.seeds[-1])(self.levels)).cpu().numpy()
+            return pictures if level is None else pictures[self._level(level)]
         if level is None:
             return to_uint8(decoder(self.levels)).cpu().numpy()
         return to_uint8(decoder(self.levels[self._level(level)][None]))[0].cpu().numpy()
@@ -234,7 +237,7 @@ class Trajectory:
         replaced = {f"replaced.{number}": tensor.contiguous() for number, tensor in enumerate(self.replaced)}
         tensors = {"levels": self.levels.contiguous(), "seeds": torch.tensor(self.seeds), **replaced}
         partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        save_file(tensors, partial, {"format_version": FORMAT_VERSION, **metadata})
+        partial.write_bytes(save(tensors, {"format_version": FORMAT_VERSION, **metadata}))
         partial.replace(path)
 
     @classmethod

@@ -58,7 +58,9 @@ class HierarchyView:
 
 
 def level_names(num_levels: int) -> tuple[str, ...]:
-    """What the levels are called, coarse → fine, in the method's words; more than two cuts are numbered."""
+    """What the levels are called, coarse → fine, in the method's words; more than two cuts are numbered, and one is tokens."""
+    if num_levels == 1:
+        return ("tokens",)
     cuts = num_levels - 2
     parts = ("parts", "subparts")[:cuts] if cuts <= 2 else tuple(f"parts {i + 1}" for i in range(cuts))
     return ("object/background", *parts, "tokens")

@@ -1,0 +1,294 @@
+"""Latent Forcing end to end on drawn shards: training, resuming, sampling, editing, and the pixel stage it lends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fixture_shards
+import numpy as np
+import pytest
+import torch
+from fixture_shards import GRID, NUM_LEVELS, WIDTH, write_shards
+from PIL import Image
+
+from hierarchy_builder.canvases import level_canvases
+from trainer import checkpoint as saved
+from trainer import dispatch
+from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
+from trainer.latent_config import LatentModelConfig, LatentOptimConfig, LatentTrainConfig
+from trainer.latent_pipeline import LatentPipeline, PixelStage, latents_of, load_pixel_stage
+from trainer.log import read_metrics
+from trainer.normalisation import Normaliser
+from trainer.report_inputs import run_page
+from trainer.run_kinds import ALL_PRESETS, config_of, preset_of
+from trainer.shards import open_index
+
+TINY = LatentTrainConfig(
+    preset="test",
+    model=LatentModelConfig(
+        patch_px=2,
+        width=16,
+        depth=2,
+        num_heads=2,
+        pixel_bottleneck=8,
+        latent_bottleneck=8,
+        num_class_tokens=1,
+        class_tokens_at=1,
+        expert_depth=1,
+        expert_width=16,
+    ),
+    optim=LatentOptimConfig(lr=3e-3, warmup_images=16, ema_halflives_kimg=(0.05,)),
+    total_images=64,
+    batch_size=8,
+    loader_workers=0,
+    checkpoint_images=32,
+    sample_images=None,
+    keep_checkpoints=9,
+    log_images=8,
+    tensorboard=False,
+)
+LEVELS = dataclasses.replace(TINY, pixel_stage=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose by more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_shards(tmp_path_factory.mktemp("data") / "shards", pictures=True))
+
+
+@pytest.fixture(scope="module")
+def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps on tokens and pixels."""
+    out = tmp_path_factory.mktemp("runs") / "tokens"
+    dispatch.train(TINY, shards, str(out), quiet=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def levels_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps on all levels and pixels."""
+    out = tmp_path_factory.mktemp("runs") / "levels"
+    dispatch.train(LEVELS, shards, str(out), quiet=True)
+    return out
+
+
+def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return saved.load_tensors(saved.checkpoint_folder(run, step) / saved.MODEL)
+
+
+def test_the_loss_falls_and_the_run_is_that_of_a_method(run: Path) -> None:
+    losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
+    state = saved.load_state(saved.find_checkpoint(run))
+    assert isinstance(config_of(state.config, "here"), LatentTrainConfig)
+    assert state.config["model"]["grid"] == list(GRID)
+    assert state.config["model"]["num_canvases"] == 1
+
+
+def test_latents_have_the_spread_asked_for(run: Path, shards: str) -> None:
+    normaliser = saved.load_normaliser(saved.find_checkpoint(run))
+    samples = LatentPipeline.from_pretrained(run).encoder["width"]
+    assert samples == WIDTH
+    with np.load(Path(shards) / "statistics.npz", allow_pickle=False) as stored:
+        spread = np.sqrt(stored["channel_variance"])
+    np.testing.assert_allclose(spread / normaliser.std.numpy(), 0.485, rtol=1e-5)
+
+
+def test_interrupted_is_uninterrupted(run: Path, shards: str, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        dispatch.train(dataclasses.replace(TINY, max_seconds=1e-9), shards, str(tmp_path), quiet=True)
+    dispatch.train(TINY, shards, str(tmp_path), quiet=True)
+    for name, tensor in weights_of(run, 8).items():
+        assert torch.equal(tensor, weights_of(tmp_path, 8)[name]), name
+
+
+def test_micro_batches_take_the_same_steps(run: Path, shards: str, tmp_path: Path) -> None:
+    split = dataclasses.replace(TINY, micro_batch_size=3, total_images=16)
+    dispatch.train(split, shards, str(tmp_path), quiet=True)
+    whole = [row["loss"] for row in read_metrics(run) if "loss" in row][:2]
+    assert [row["loss"] for row in read_metrics(tmp_path) if "loss" in row] == pytest.approx(whole, rel=1e-5)
+
+
+def test_every_level_is_a_latent_of_the_pixel_stage(shards: str) -> None:
+    """Channels of canvas l are those of level l, made of normalised tokens."""
+    torch.manual_seed(0)
+    features, regions = torch.randn(2, *GRID, WIDTH), torch.randint(0, 3, (2, NUM_LEVELS - 1, *GRID))
+    normaliser = Normaliser(mean=torch.tensor(0.3), std=torch.tensor(2.0))
+    latents = latents_of(features, regions, normaliser)
+    canvases = level_canvases((features - 0.3) / 2.0, regions)
+    for level in range(NUM_LEVELS):
+        torch.testing.assert_close(latents[..., level * WIDTH : (level + 1) * WIDTH], canvases[:, level])
+    torch.testing.assert_close(latents_of(features, None, normaliser), canvases[:, -1])
+
+
+def test_an_image_depends_on_its_label_and_seed_alone(run: Path) -> None:
+    pipe = dispatch.load_pipeline(run)
+    together = pipe([0, 1, 2], [5, 6, 7], num_steps=3)
+    alone = pipe("bee", 6, num_steps=3)
+    torch.testing.assert_close(alone.levels, together[1].levels, rtol=1e-4, atol=1e-5)
+    assert alone.levels.shape == (1, *GRID, WIDTH)
+    pictures = alone.decode()
+    assert pictures.shape == (1, 8, 8, 3)
+    assert np.abs(pictures.astype(int) - together[1].decode()).max() <= 1
+    assert (pictures != pipe("cat", 6, num_steps=3).decode()).any()
+
+
+def test_levels_are_drawn_one_after_the_other_and_resumed(levels_run: Path, tmp_path: Path) -> None:
+    pipe = dispatch.load_pipeline(levels_run)
+    trajectory = pipe("cat", 3, num_steps=2)
+    assert trajectory.levels.shape == (NUM_LEVELS, *GRID, WIDTH)
+    assert trajectory.decode().shape == (NUM_LEVELS, 8, 8, 3)
+    np.testing.assert_array_equal(trajectory.decode(1), trajectory.decode()[1])
+    again = trajectory.resume(1)
+    torch.testing.assert_close(again.levels, trajectory.levels, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again.levels[:2], trajectory.levels[:2])
+    other = trajectory.resume(1, seeds=9)
+    assert (other.levels[2:] - trajectory.levels[2:]).abs().max() > 1e-3
+    trajectory.save(tmp_path / "one.safetensors")
+    adopted = pipe.adopt(type(trajectory).load(tmp_path / "one.safetensors"))
+    np.testing.assert_array_equal(adopted.decode(), trajectory.decode())
+
+
+@pytest.mark.parametrize("schedule", ["shifted", "offset", "independent", "pixels-only"])
+def test_other_paths_draw_pixels_and_latents_together(run: Path, schedule: Any) -> None:
+    pipe = dispatch.load_pipeline(run)
+    assert isinstance(pipe, LatentPipeline)
+    pipe.schedule = schedule
+    trajectory = pipe("ant", 1, num_steps=2)
+    assert trajectory.decode().shape == (1, 8, 8, 3)
+
+
+def test_guidance_and_autoguidance_change_samples(run: Path) -> None:
+    pipe = dispatch.load_pipeline(run, weak=run / "checkpoints" / "step-00000004")
+    plain = pipe("ant", 1, num_steps=2).levels
+    for how in ({"guidance": 3.0}, {"weak_scale": 2.0}):
+        assert (pipe("ant", 1, num_steps=2, **how).levels - plain).abs().max() > 1e-4  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="weak model"):
+        dispatch.load_pipeline(run)("ant", 1, weak_scale=1.0)
+
+
+def test_a_pixel_stage_draws_the_canvases_of_trajectory_forcing(
+    run: Path, levels_run: Path, shards: str, tmp_path: Path
+) -> None:
+    small = ModelConfig(width=16, depth=2, head_depth=1, num_heads=2, num_class_tokens=1, num_time_tokens=1)
+    config = TrainConfig(
+        preset="test",
+        model=small,
+        optim=OptimConfig(ema_halflives_kimg=()),
+        total_images=8,
+        batch_size=8,
+        loader_workers=0,
+        sample_images=None,
+        tensorboard=False,
+    )
+    dispatch.train(config, shards, str(tmp_path / "tf"), quiet=True)
+    for stage in (run, levels_run):
+        pipe = dispatch.load_pipeline(tmp_path / "tf", pixel_stage=stage)
+        assert isinstance(pipe.decoder, PixelStage)
+        trajectory = pipe("bee", 2)
+        pictures = trajectory.decode()
+        assert pictures.shape == (NUM_LEVELS, 8, 8, 3)
+        np.testing.assert_array_equal(pictures, pipe("bee", 2).decode())
+    assert not dispatch.load_pipeline(tmp_path / "tf")("bee", 2).can_decode
+
+
+def test_a_pixel_stage_of_another_encoder_is_refused(run: Path) -> None:
+    with pytest.raises(MismatchError, match="its encoder has name 'drawn', that of the canvases 'dct'"):
+        load_pixel_stage(run, {"name": "dct"})
+
+
+def test_the_page_of_a_run_names_its_method(run: Path, shards: str) -> None:
+    pipe = dispatch.load_pipeline(run)
+    page = run_page(run, pipe, [pipe("ant", 0, num_steps=2)], open_index(shards))
+    assert page.title == "Latent Forcing: test on 24 images"
+
+
+# Bad input
+
+
+def test_shards_without_pictures_are_refused(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "bare")
+    with pytest.raises(TrainerError, match=r"holds no picture.*--images"):
+        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_another_shape_than_the_grid_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fixture_shards, "picture_of", lambda features: Image.new("RGB", (48, 32)))
+    shards = write_shards(tmp_path / "wide", pictures=True)
+    with pytest.raises(MismatchError, match="48×32 pixels"):
+        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+
+
+def test_statistics_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", pictures=True)
+    with np.load(shards / "statistics.npz", allow_pickle=False) as stored:
+        arrays = dict(stored)
+    np.savez(shards / "statistics.npz", **{**arrays, "channel_variance": 900 * arrays["channel_variance"]})
+    with pytest.raises(MismatchError, match=r"statistics\.npz does not describe these features"):
+        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+    np.savez(shards / "statistics.npz", **{**arrays, "channel_mean": np.zeros(7)})
+    with pytest.raises(TrainerError, match=r"channel_mean has shape \(7,\)"):
+        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+
+
+def test_another_grid_than_that_of_the_shards_is_refused(shards: str) -> None:
+    asked = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, grid=(5, 5)))
+    with pytest.raises(MismatchError, match=r"model.grid is \(5, 5\)"):
+        dispatch.fit_to_shards(asked, open_index(shards), ["model.grid"])
+
+
+def test_a_run_folder_of_another_method_is_refused(run: Path, shards: str) -> None:
+    other = TrainConfig(preset="test", total_images=8, batch_size=8, tensorboard=False)
+    with pytest.raises(MismatchError, match="holds no configuration of this release"):
+        dispatch.train(other, shards, str(run), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("LF-LM", "trajectory-forcing", "preset LF-LM is of latent-forcing"),
+        ("tiny-latnt", None, "did you mean 'tiny-latent'"),
+        (None, "latent", "unknown method 'latent'"),
+    ],
+)
+def test_presets_belong_to_a_method(name: str | None, method: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        preset_of(name, method)
+
+
+def test_every_size_of_the_paper_is_a_preset() -> None:
+    assert preset_of(None, "latent-forcing").preset == "LF-LM"
+    sizes = {
+        name: (make().model.depth, make().model.width, make().model.num_heads)
+        for name, make in ALL_PRESETS.items()
+        if name.startswith("LF-")
+    }
+    assert sizes == {
+        "LF-S": (12, 384, 6),
+        "LF-B": (12, 768, 12),
+        "LF-L": (24, 1024, 16),
+        "LF-LM": (20, 1024, 16),
+        "LF-H": (32, 1280, 16),
+    }
+
+
+def test_levels_ask_for_a_cascade() -> None:
+    method = dataclasses.replace(TINY.method, schedule="shifted")
+    with pytest.raises(ValueError, match="pixel_stage with schedule shifted"):
+        dataclasses.replace(TINY, pixel_stage=True, method=method)

@@ -1,0 +1,342 @@
+"""The public face of Latent Forcing, and the pixel stage it lends to Trajectory Forcing.
+
+    pipe = LatentPipeline.from_pretrained("runs/latent")
+    trajectory = pipe(label="panda", seed=3)
+    pictures = trajectory.decode()
+
+A trajectory's levels are the K canvases that are latents; its pictures come from the same network, which is its own
+decoder. Of a network trained with `pixel_stage` the levels are all of the hierarchy, object → parts → tokens →
+pixels, and level ℓ is drawn given all before it.
+
+    B images, K canvases, H×W grid, C channels, h×w pixels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hierarchy_builder.canvases import level_canvases
+from trainer import checkpoint as saved
+from trainer.clocks import sampling_grid
+from trainer.config import checked
+from trainer.decode import ConditionalDecoder
+from trainer.errors import MismatchError, UsageError
+from trainer.latent_config import LatentTrainConfig, Schedule
+from trainer.latent_sample import UNGUIDED, ClockGuidance, sample_pixels
+from trainer.normalisation import RAW, Normaliser
+from trainer.pipeline import Decoder, TrajectoryPipeline
+from trainer.pixel_latent import PIXEL_CHANNELS, PixelLatentTransformer
+from trainer.sample import level_noise
+from trainer.schedules import mixed_seed
+from trainer.trajectory import Trajectory
+
+STEPS_PER_STAGE = 25
+"""Steps of each canvas and of the pixels where 1 is asked for, too few for any picture; the paper's 50 in all."""
+CASCADED = ("cascaded", "cascaded-noised")
+
+
+def latents_of(features: Tensor, regions: Tensor | None, normaliser: Normaliser) -> Tensor:
+    """Raw features float32 [B, H, W, C] as the network sees them, [B, H, W, K·C].
+
+    regions: integer [B, L−1, H, W], for every level's canvas (K = L); None for the features alone (K = 1).
+    """
+    tokens = normaliser.apply(features)
+    return tokens if regions is None else _side_by_side(level_canvases(tokens, regions))
+
+
+def pixel_noise(seed: int, image_px: tuple[int, int]) -> Tensor:
+    """Noise of the pixels of an image, float32 [h, w, 3] on the CPU; independent of that of its levels."""
+    generator = torch.Generator().manual_seed(mixed_seed(seed, 1))
+    return torch.randn(*image_px, PIXEL_CHANNELS, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PixelStage(ConditionalDecoder):
+    """Canvases → pixels by a network of Latent Forcing: what stands for a decoder that was never trained.
+
+    label: class that is drawn; without one the null class. seed: of the noise of the pixels.
+    """
+
+    network: PixelLatentTransformer
+    normaliser: Normaliser = RAW
+    num_steps: int = STEPS_PER_STAGE
+    guidance: ClockGuidance = UNGUIDED
+    label: int | None = None
+    seed: int = 0
+
+    def of(self, label: int, seed: int) -> PixelStage:
+        """The same for a trajectory of this class and seed."""
+        return dataclasses.replace(self, label=label, seed=seed)
+
+    @torch.no_grad()
+    def __call__(self, canvases: Tensor) -> Tensor:
+        """Raw canvases [B, H, W, C] → RGB [B, 3, h, w] in [0, 1], all of one class and seed.
+
+        A network of one latent draws a picture of each canvas. One of all levels takes the L levels of a trajectory,
+        coarse → fine, or those of several; picture ℓ is drawn given levels 0 to ℓ.
+        Raises MismatchError if canvases do not fit the network.
+        """
+        c = self.network.config
+        if canvases.shape[1:] != (*c.grid, c.in_channels) or len(canvases) % c.num_canvases:
+            raise MismatchError(
+                f"canvases are {tuple(canvases.shape)}, the pixel stage expects {(*c.grid, c.in_channels)} each, and "
+                f"a multiple of {c.num_canvases}"
+            )
+        device = next(self.network.parameters()).device
+        tokens = self.normaliser.apply(canvases.to(device)).unflatten(0, (-1, c.num_canvases))
+        noise = _latent_noise([self.seed], c, device).expand(len(tokens), -1, -1, -1)
+        pictures = [self._drawn(_side_by_side(tokens), noise, level) for level in range(c.num_canvases)]
+        return (torch.stack(pictures, dim=1).flatten(0, 1).permute(0, 3, 1, 2) + 1) / 2
+
+    def _drawn(self, latents: Tensor, noise: Tensor, level: int) -> Tensor:
+        """Pictures [T, h, w, 3] given levels 0 to `level` of T trajectories [T, H, W, K·C]."""
+        c, count, device = self.network.config, len(latents), latents.device
+        given = (level + 1) * c.in_channels
+        times = (torch.arange(c.num_canvases) > level).float().expand(self.num_steps + 1, -1)
+        pixels, _ = sample_pixels(
+            self.network,
+            torch.full((count,), c.num_classes if self.label is None else self.label, device=device),
+            pixel_noise(self.seed, c.image_px).to(device).expand(count, -1, -1, -1),
+            torch.cat([latents[..., :given], noise[..., given:]], dim=-1),
+            (torch.linspace(1, 0, self.num_steps + 1), times),
+            pixel_guidance=self.guidance,
+        )
+        return pixels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn(ConditionalDecoder):
+    """Stands for a decoder where pixels came together with the latents: their picture, RGB [1, 3, h, w]."""
+
+    picture: Tensor
+
+    def of(self, label: int, seed: int) -> Drawn:
+        """Itself: it was drawn for one trajectory."""
+        return self
+
+    def __call__(self, canvases: Tensor) -> Tensor:
+        """The picture, once for each canvas."""
+        return self.picture.expand(len(canvases), -1, -1, -1)
+
+
+class LatentPipeline(TrajectoryPipeline):
+    """A trained network of Latent Forcing with its class names: `pipe(label=…, seed=…) -> Trajectory`.
+
+    num_steps of a call counts steps of Heun's method per stage; 1 stands for STEPS_PER_STAGE. guidance (scale, low,
+    high) acts on both clocks between those times. weak_scale s moves away from the weak network, which sees no class:
+    guidance of scale 1 + s.
+    """
+
+    model: PixelLatentTransformer  # type: ignore[assignment]
+    weak: PixelLatentTransformer | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: PixelLatentTransformer,
+        class_names: Sequence[str] = (),
+        encoder: dict[str, Any] | None = None,
+        decoder: Decoder | None = None,
+        normaliser: Normaliser = RAW,
+        weights: dict[str, str] | None = None,
+        weak: PixelLatentTransformer | None = None,
+        schedule: Schedule = "cascaded",
+        shift: float = 9.0,
+        offset: float = 0.1,
+    ) -> None:
+        """decoder: takes the place of the pixel stage, for comparison. schedule, shift, offset: path of sampling.
+
+        weights, weak: as for `TrajectoryPipeline`. A schedule other than a cascade draws latents and pixels together.
+        """
+        super().__init__(model, class_names, encoder, decoder, normaliser, weights, weak)  # type: ignore[arg-type]
+        self.schedule, self.path = schedule, {"shift": shift, "offset": offset}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        ema: float | str | None = "auto",
+        decoder: Decoder | str | Path | None = None,
+        device: str | torch.device | None = None,
+        weak: str | Path | None = None,
+    ) -> LatentPipeline:
+        """Load a run folder of Latent Forcing (its newest checkpoint) or one checkpoint folder.
+
+        Arguments and errors as for `TrajectoryPipeline.from_pretrained`; decoder may be a function only.
+        """
+        if isinstance(decoder, str | Path):
+            raise UsageError(f"decoder {decoder}: a run of Latent Forcing draws its own pixels; leave it out")
+        path = saved.find_checkpoint(folder)
+        state = saved.load_state(path)
+        config = checked(LatentTrainConfig, state.config, str(path))
+        model, name = _load_network(path, config, ema)
+        weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), model, ema)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(
+            model.to(device),
+            state.shards["class_names"],
+            state.shards["encoder"],
+            decoder,
+            saved.load_normaliser(path).to(device),
+            {"folder": str(path.resolve()), "ema": name or "raw"},
+            weaker if weaker is None else weaker.to(device),
+            config.method.schedule,
+            config.method.shift,
+            config.method.offset,
+        )
+
+    def pixel_stage(self, num_steps: int = STEPS_PER_STAGE) -> PixelStage:
+        """The decoder that this network is, for trajectories of any method on the same features."""
+        return PixelStage(network=self.model, normaliser=self.normaliser, num_steps=num_steps)
+
+    def _sample(self, ids: list[int], seeds: list[int], how: dict[str, Any]) -> list[Trajectory]:
+        c = self.model.config
+        steps = _steps(how["num_steps"])
+        how = {**how, "num_steps": steps}
+        latents = _latent_noise(seeds, c, self._device)
+        pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self._device)
+        # The pixel stage of a cascade comes on demand.
+        end = c.num_canvases * steps + 1 if self.schedule in CASCADED else None
+        pixels, latents = self._flow(ids, pixels, latents, slice(end), how)
+        pictures = (pixels.permute(0, 3, 1, 2).cpu() + 1) / 2
+        levels = self.normaliser.undo(_apart(latents, c.num_canvases)).cpu()
+        found = []
+        for row, (label, seed) in enumerate(zip(ids, seeds, strict=True)):
+            trajectory = self._trajectory(levels[row], label, seed, **how)
+            if self.decoder is None:
+                decoder = self._stage(how) if self.schedule in CASCADED else Drawn(pictures[row : row + 1])
+                trajectory = dataclasses.replace(trajectory, decoder=decoder)
+            found.append(trajectory)
+        return found
+
+    def _after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
+        """Canvases after `level`, float32 [K−1−level, H, W, C], given all up to it."""
+        c = self.model.config
+        if level + 1 == c.num_canvases:
+            return trajectory.levels[:0]
+        how = {
+            "num_steps": trajectory.num_steps,
+            "guidance": trajectory.guidance,
+            "weak_scale": trajectory.weak_scale,
+        }
+        steps, given = _steps(trajectory.num_steps), (level + 1) * c.in_channels
+        levels = self.normaliser.apply(trajectory.levels.to(self._device))
+        own = level_noise(seeds, c.num_canvases, c.grid, c.in_channels)
+        noise = own[torch.arange(c.num_canvases), torch.arange(c.num_canvases)].to(self._device)
+        latents = torch.cat(
+            [_side_by_side(levels[None])[..., :given], _side_by_side(noise[None])[..., given:]], -1
+        )
+        part = slice((level + 1) * steps, c.num_canvases * steps + 1)
+        pixels = pixel_noise(seeds[-1], c.image_px)[None].to(self._device)
+        _, latents = self._flow([trajectory.label], pixels, latents, part, how)
+        return self.normaliser.undo(_apart(latents, c.num_canvases))[0, level + 1 :].cpu()
+
+    def adopt(self, trajectory: Trajectory) -> Trajectory:
+        """As `TrajectoryPipeline.adopt`; its pictures are drawn by this network's pixel stage."""
+        how = {"num_steps": trajectory.num_steps, "guidance": trajectory.guidance}
+        return dataclasses.replace(super().adopt(trajectory), decoder=self.decoder or self._stage(how))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _stage(self, how: dict[str, Any]) -> PixelStage:
+        stage = self.pixel_stage(_steps(how["num_steps"]))
+        return dataclasses.replace(stage, guidance=_guidance(how.get("guidance"), 0.0))
+
+    def _flow(
+        self, ids: list[int], pixels: Tensor, latents: Tensor, part: slice, how: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Pixels and latents after a part of the sampling grid."""
+        K = self.model.config.num_canvases
+        steps = _steps(how["num_steps"]) * (K + 1)
+        t_pixels, t_latents = sampling_grid(self.schedule, steps, num_canvases=K, **self.path)
+        acting = _guidance(how["guidance"], how["weak_scale"])
+        return sample_pixels(
+            self.model,
+            torch.tensor(ids, device=self._device),
+            pixels,
+            latents,
+            (t_pixels[part], t_latents[part]),
+            pixel_guidance=acting,
+            latent_guidance=acting,
+            weak_network=self._weak_for(how["weak_scale"]),
+            is_end=self.schedule not in CASCADED,
+        )
+
+
+def load_pixel_stage(
+    folder: str | Path, encoder: dict[str, Any], ema: float | str | None = "auto"
+) -> PixelStage:
+    """The pixel stage of a run of Latent Forcing, for canvases of `encoder`.
+
+    Raises MismatchError when the run was trained on features of another encoder.
+    """
+    pipe = LatentPipeline.from_pretrained(folder, ema)
+    for name in ("name", "weights_hash", "grid", "width"):
+        here, wanted = pipe.encoder.get(name), encoder.get(name)
+        if here != wanted:
+            raise MismatchError(
+                f"pixel stage {folder}: its encoder has {name} {here!r}, that of the canvases {wanted!r}; train one on "
+                "shards of the same encoder"
+            )
+    return pipe.pixel_stage()
+
+
+def _load_network(
+    path: Path, config: LatentTrainConfig, ema: float | str | None
+) -> tuple[PixelLatentTransformer, str | None]:
+    """The network of a checkpoint with the weights asked for, and the name of their average."""
+    if ema == "auto":
+        ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
+    name = None if ema in (None, "raw") else str(ema) if isinstance(ema, str) else f"{ema:g}"
+    model = PixelLatentTransformer(config.model)
+    try:
+        model.load_state_dict(saved.load_weights(path, name))
+    except RuntimeError:
+        raise MismatchError(
+            f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
+        ) from None
+    return model, name
+
+
+def _load_weak(path: Path, model: PixelLatentTransformer, ema: float | str | None) -> PixelLatentTransformer:
+    config = checked(LatentTrainConfig, saved.load_state(path).config, str(path))
+    for name in ("grid", "patch_px", "in_channels", "num_canvases", "num_classes"):
+        here, there = getattr(config.model, name), getattr(model.config, name)
+        if here != there:
+            raise MismatchError(f"weak model {path}: model.{name} is {here}, that of the other is {there}")
+    return _load_network(path, config, ema)[0]
+
+
+def _steps(num_steps: int) -> int:
+    return STEPS_PER_STAGE if num_steps == 1 else num_steps
+
+
+def _guidance(guidance: tuple[float, float, float] | None, weak_scale: float) -> ClockGuidance:
+    if weak_scale:
+        return ClockGuidance(scale=1 + weak_scale)
+    scale, low, high = guidance or (1.0, 0.0, 1.0)
+    return ClockGuidance(scale=scale, low=low, high=high)
+
+
+def _latent_noise(seeds: Sequence[int], config: Any, device: torch.device) -> Tensor:
+    """[B, H, W, K·C], the same as a trajectory's levels are drawn from."""
+    noise = level_noise(seeds, config.num_canvases, config.grid, config.in_channels)
+    return _side_by_side(noise.transpose(0, 1)).to(device)
+
+
+def _side_by_side(canvases: Tensor) -> Tensor:
+    """[B, K, H, W, C] → [B, H, W, K·C]."""
+    return canvases.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def _apart(latents: Tensor, num_canvases: int) -> Tensor:
+    """[B, H, W, K·C] → [B, K, H, W, C]."""
+    return latents.unflatten(3, (num_canvases, -1)).permute(0, 3, 1, 2, 4)
