@@ -131,10 +131,10 @@ class AutoregressiveBlock(nn.Module):
         return self._ordered(x)
 
     def _affine(self, x: Tensor, condition: Tensor) -> Affine:
-        """Parameters of every token from those before it in this block's order."""
+        """Parameters of every token from those before it in this block's order; x may hold the first tokens only."""
         h = torch.cat([self.start.expand(len(x), 1, -1), self.embedder(x[:, :-1])], dim=1)
-        h = h + self.positions + condition[:, None]
-        rotations = torch.view_as_complex(at_least_float32(self.rotations))
+        h = h + self.positions[:, : x.shape[1]] + condition[:, None]
+        rotations = torch.view_as_complex(at_least_float32(self.rotations[: x.shape[1]]))
         for block in self.blocks:
             h = recomputed(block, h, rotations) if self.recompute else block(h, rotations)
         return self._read(h)

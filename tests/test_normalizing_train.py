@@ -1,0 +1,295 @@
+"""Runs of Normalizing Trajectory Models: training, resuming, sampling, likelihoods."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fixture_shards import NUM_LEVELS, write_shards
+from typer.testing import CliRunner
+
+from trainer import checkpoint as saved
+from trainer import normalizing_train as room
+from trainer import train as trajectory_train
+from trainer.cli import app
+from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.dispatch import load_pipeline
+from trainer.errors import MismatchError, NonFiniteLossError, UsageError
+from trainer.likelihood import likelihood, measure
+from trainer.log import read_metrics
+from trainer.normalizing_config import (
+    NormalizingMethodConfig,
+    NormalizingModelConfig,
+    NormalizingOptimConfig,
+    NormalizingTrainConfig,
+)
+from trainer.normalizing_pipeline import NormalizingPipeline
+from trainer.run_kinds import config_of, preset_of
+from trainer.shards import open_index
+
+TINY = NormalizingTrainConfig(
+    preset="test",
+    model=NormalizingModelConfig(
+        width=16, depth=1, num_heads=2, num_class_tokens=1, flow_width=16, flow_depth=1, flow_heads=2
+    ),
+    optim=NormalizingOptimConfig(lr=2e-3, ema_halflives_kimg=(0.05,)),
+    total_images=32,
+    batch_size=8,
+    loader_workers=0,
+    checkpoint_images=16,
+    keep_checkpoints=9,
+    log_images=8,
+    sample_images=None,
+    tensorboard=False,
+)
+RUNNER = CliRunner()
+
+
+def tiny(trajectory: str = "tokens", **fields: Any) -> NormalizingTrainConfig:
+    model = dataclasses.replace(TINY.model, trajectory=trajectory)
+    return dataclasses.replace(TINY, model=model, **fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose by more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_shards(tmp_path_factory.mktemp("data") / "shards"))
+
+
+@pytest.fixture(scope="module")
+def runs(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run of each kind of trajectory."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {name: folder / name for name in ("tokens", "canvases", "levels")}
+    for name, out in found.items():
+        room.train(tiny(name), shards, str(out), quiet=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def flow_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of Trajectory Forcing."""
+    model = ModelConfig(
+        width=16,
+        depth=2,
+        head_depth=1,
+        num_heads=2,
+        num_class_tokens=1,
+        num_time_tokens=1,
+        num_level_tokens=1,
+    )
+    config = TrainConfig(
+        preset="test", model=model, optim=OptimConfig(ema_halflives_kimg=(0.05,)), total_images=16, batch_size=8,
+        normalise="channel", loader_workers=0, sample_images=None, tensorboard=False,
+    )  # fmt: skip
+    out = tmp_path_factory.mktemp("flow") / "run"
+    trajectory_train.train(config, shards, str(out), quiet=True)
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = saved.find_checkpoint(run)
+    return {
+        f"{file.stem}/{name}": tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in saved.load_tensors(file).items()
+    }
+
+
+@pytest.mark.parametrize("trajectory", ["tokens", "levels"])
+def test_a_resumed_run_has_the_weights_of_a_whole_one(
+    trajectory: str, shards: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    room.train(tiny(trajectory, total_images=32), shards, str(tmp_path / "run"), quiet=True)
+    for folder in saved.list_checkpoints(tmp_path / "run")[1:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    room.train(tiny(trajectory), shards, str(tmp_path / "run"), quiet=True)
+    whole, resumed = weights(runs[trajectory]), weights(tmp_path / "run")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_micro_batches_take_the_same_steps(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    room.train(tiny(micro_batch_size=3), shards, str(tmp_path / "run"), quiet=True)
+    whole = [row["loss"] for row in read_metrics(runs["tokens"]) if "loss" in row]
+    split = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert split == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("pairs", ["all", "one"])
+def test_bits_fall(pairs: str, shards: str, tmp_path: Path) -> None:
+    config = tiny(method=NormalizingMethodConfig(pairs=pairs), total_images=320)  # type: ignore[arg-type]
+    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    bits = [row["bits"] for row in read_metrics(tmp_path / "run") if "bits" in row]
+    assert np.mean(bits[-10:]) < np.mean(bits[:10]) - 0.3
+
+
+def test_samples_of_every_kind(runs: dict[str, Path]) -> None:
+    for name, run in runs.items():
+        for ending in ("inverse", "score"):
+            pipe = load_pipeline(run, ending=ending)  # type: ignore[arg-type]
+            together = pipe(["ant", "bee"], seed=3)
+            assert together[1].levels.shape == (4, 4, 4, 3)
+            alone = pipe("bee", seed=3)
+            torch.testing.assert_close(alone.levels, together[1].levels, atol=1e-4, rtol=1e-4)
+            assert alone.num_steps == 4, name
+
+
+def test_levels_can_be_edited_and_resumed(runs: dict[str, Path]) -> None:
+    for name in ("levels", "canvases"):
+        trajectory = load_pipeline(runs[name])("bee", seed=3)
+        again = trajectory.resume(1)
+        torch.testing.assert_close(again.levels, trajectory.levels, atol=1e-5, rtol=1e-5)
+        other = trajectory.resume(1, seeds=9)
+        assert torch.equal(other.levels[:2], trajectory.levels[:2])
+        assert float((other.levels[2:] - trajectory.levels[2:]).abs().mean()) > 0.01
+
+
+def test_guidance_needs_label_dropout(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    plain, guided = (load_pipeline(runs["tokens"])("bee", guidance=w) for w in (None, 2.0))
+    assert not torch.equal(plain.levels, guided.levels)
+    config = tiny(method=NormalizingMethodConfig(label_dropout=0.0), total_images=8)
+    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    with pytest.raises(UsageError, match="without label dropout"):
+        load_pipeline(tmp_path / "run")("bee", guidance=2.0)
+
+
+def test_steps_it_was_not_trained_with_are_refused(runs: dict[str, Path]) -> None:
+    with pytest.raises(MismatchError, match="8 transitions, the network was trained on 4"):
+        load_pipeline(runs["tokens"])("bee", num_steps=8)
+
+
+def test_another_number_of_steps_in_the_run_folder_is_refused(shards: str, runs: dict[str, Path]) -> None:
+    model = dataclasses.replace(TINY.model, num_steps=(8,))
+    with pytest.raises(MismatchError, match=r"model.num_steps: \[4\] there, \[8\] now"):
+        room.train(dataclasses.replace(TINY, model=model), shards, str(runs["tokens"]), quiet=True)
+
+
+def test_from_a_flow_matching_network(shards: str, flow_run: Path, tmp_path: Path) -> None:
+    config = tiny(init_from=str(flow_run), method=NormalizingMethodConfig(t_min=(0.02, 0.05)))
+    resolved = room.fit_to_shards(config, open_index(shards))
+    assert resolved.model.trajectory == "canvases"
+    assert resolved.model.backbone is not None
+    assert config_of(json.loads(json.dumps(dataclasses.asdict(resolved))), "test") == resolved
+    network = room._fresh_model(resolved)
+    before = saved.load_weights(saved.find_checkpoint(flow_run), "0.05")
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in network.predictor.backbone.state_dict().items()
+    )
+    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    rows = [row for row in read_metrics(tmp_path / "run") if "flow" in row]
+    assert rows[0]["flow"] == pytest.approx(0.0, abs=1e-8)
+    assert rows[-1]["flow"] > 0
+    assert load_pipeline(tmp_path / "run")("bee").levels.shape[0] == NUM_LEVELS
+
+
+def test_a_run_to_start_from_has_to_be_of_the_right_method(
+    shards: str, flow_run: Path, runs: dict[str, Path]
+) -> None:
+    bounded = NormalizingMethodConfig(t_min=(0.02, 0.05))
+    with pytest.raises(
+        UsageError, match=r"init_from=.*normalizing-trajectory, expected one of trajectory-forcing"
+    ):
+        room.fit_to_shards(tiny(init_from=str(runs["tokens"]), method=bounded), open_index(shards))
+    with pytest.raises(UsageError, match="distil_from"):
+        room.fit_to_shards(tiny(distil_from=str(flow_run)), open_index(shards))
+    with pytest.raises(ValueError, match="low end above 0"):
+        tiny(init_from=str(flow_run))
+
+
+@pytest.mark.parametrize("trajectory", ["tokens", "levels"])
+def test_the_denoiser_learns_what_the_score_says(
+    trajectory: str, shards: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    config = tiny(distil_from=str(runs[trajectory]), total_images=400)
+    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+    before, after = weights(runs[trajectory]), weights(tmp_path / "run")
+    frozen = [name for name in after if name.startswith("model/") and "denoiser" not in name]
+    assert all(torch.equal(after[name], before[name.replace("model/", "ema-0.05/")]) for name in frozen)
+    assert load_pipeline(tmp_path / "run").ending == "denoiser"  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="the model has none"):
+        load_pipeline(runs[trajectory], ending="denoiser")
+
+
+def test_likelihoods_do_not_depend_on_neighbours(shards: str, runs: dict[str, Path]) -> None:
+    index = open_index(shards)
+    for run in runs.values():
+        pipe = NormalizingPipeline.from_pretrained(run)
+        rows, images = likelihood(pipe, index, max_real=5)
+        (alone,) = measure(pipe, index, [images[3].number])
+        np.testing.assert_allclose(alone.bits, images[3].bits, rtol=1e-4, atol=1e-3)
+        dims = 4 * 4 * 3
+        named = dict(rows)
+        assert named["bits_per_dim"] == pytest.approx(
+            np.mean([i.bits.mean(axis=(0, 1)).sum() for i in images]) / dims, rel=1e-5
+        )
+        totals = [sum(map(sum, image.region_bits())) for image in images]
+        assert totals == pytest.approx([image.added_total for image in images], rel=1e-4)
+
+
+def test_bits_are_of_raw_features(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Ten times the features, with ten times the spread, need log₂ 10 bits more for every number of every state."""
+    pipe, index = NormalizingPipeline.from_pretrained(runs["tokens"]), open_index(shards)
+    before = dict(likelihood(pipe, index, max_real=4)[0])
+    wide = write_shards(tmp_path / "wide", factor=10.0)
+    pipe.normaliser = dataclasses.replace(
+        pipe.normaliser, mean=pipe.normaliser.mean * 10, std=pipe.normaliser.std * 10
+    )
+    after = dict(likelihood(pipe, open_index(str(wide)), max_real=4)[0])
+    assert after["bits_per_dim_gaussian"] - before["bits_per_dim_gaussian"] == pytest.approx(np.log2(10))
+    # float16 features are rounded otherwise at another size
+    assert after["bits_per_dim"] - before["bits_per_dim"] == pytest.approx(np.log2(10), abs=0.01)
+    assert after["added_bits_per_dim"] == pytest.approx(before["added_bits_per_dim"], abs=0.01)
+
+
+def test_a_density_that_is_not_finite_names_image_and_seed(shards: str, runs: dict[str, Path]) -> None:
+    pipe = NormalizingPipeline.from_pretrained(runs["tokens"])
+    with torch.no_grad():
+        pipe.model.transporter.blocks[0].out.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"ant/image0000.*seed \d+"):
+        likelihood(pipe, open_index(shards), max_real=2)
+
+
+def test_presets_and_methods() -> None:
+    assert preset_of(None, "normalizing-trajectory").preset == "NTM-B"
+    with pytest.raises(UsageError, match="is of normalizing-trajectory"):
+        preset_of("NTM-L", "latent-forcing")
+
+
+def test_verbs(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    run = str(runs["levels"])
+    done = RUNNER.invoke(
+        app, ["evaluate", run, "--shards", shards, "--likelihood", "--json", "--max-real", "8"]
+    )
+    assert done.exit_code == 0, done.output
+    rows = {row["name"]: row["value"] for row in json.loads(done.stdout)}
+    assert rows["noise"] == pytest.approx(0.1)
+    assert {f"bits_per_dim_level_{level}" for level in range(NUM_LEVELS)} <= rows.keys()
+    flagged = json.loads((runs["levels"] / "likelihood.json").read_text())["images"]
+    assert [row["added_bits"] for row in flagged] == sorted((r["added_bits"] for r in flagged), reverse=True)
+    done = RUNNER.invoke(app, ["report", run, "--shards", shards])
+    assert done.exit_code == 0, done.output
+    assert "Surprise" in (runs["levels"] / "report.html").read_text()
+    out = str(tmp_path / "samples")
+    done = RUNNER.invoke(
+        app, ["sample", run, "--labels", "bee", "--seeds", "0", "--ending", "inverse", "--out", out]
+    )
+    assert done.exit_code == 0, done.output
