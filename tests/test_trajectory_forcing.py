@@ -223,3 +223,31 @@ def test_draws_follow_their_laws():
     assert 1 <= float(omega.min()) < float(omega.max()) <= 8
     assert float(omega.log().mean()) == pytest.approx(0.5 * torch.log(torch.tensor(8.0)).item(), abs=0.01)
     assert float(t_min.max()) <= 0.5 <= float(t_max.min())
+
+
+def test_noise_on_the_previous_level_spares_level_0_and_the_other_draws():
+    def draw(rows: slice = slice(None), **options: float) -> tf.Draws:
+        return tf.draw_batch(6, (2, 2, 3), MethodConfig(**options), seed=3, step=11, rows=rows)
+
+    plain, noisy = draw(), draw(prev_noise=0.5)
+    for field in ("t", "r", "noise", "drop_label"):
+        assert torch.equal(getattr(plain, field), getattr(noisy, field)), field
+    prev, level = torch.ones(6, 2, 2, 3), torch.tensor([0, 1, 2, 3, 1, 0])
+    assert plain.noisy(prev, level) is prev
+    moved = noisy.noisy(prev, level) - prev
+    assert moved[level == 0].abs().max() == 0
+    assert (moved[level > 0].flatten(1).abs().amax(dim=1) > 0).all()
+    parts = [draw(rows, prev_noise=0.5) for rows in (slice(0, 2), slice(2, 6))]
+    assert torch.equal(torch.cat([part.prev_noise for part in parts]), noisy.prev_noise)
+    many = tf.draw_batch(4000, (2, 2, 3), MethodConfig(prev_noise=0.5), seed=0, step=0)
+    # σ uniform on [0, 0.5] has E σ² = 0.25/3.
+    assert float(many.prev_noise.square().mean()) == pytest.approx(0.25 / 3, rel=0.05)
+    assert not torch.equal(
+        many.prev_noise[0] / many.prev_noise[0].norm(), many.noise[0] / many.noise[0].norm()
+    )
+
+
+def test_labels_are_dropped_as_often_as_asked():
+    for share in (0.0, 0.1, 1.0):
+        draws = tf.draw_batch(20_000, (1, 1, 1), MethodConfig(label_dropout=share), seed=0, step=0)
+        assert float(draws.drop_label.float().mean()) == pytest.approx(share, abs=0.01)

@@ -27,13 +27,13 @@ class Linear(nn.Linear):
     """A linear layer whose forward-mode derivative costs one product; torch adds a second one, with zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, tangent = forward_ad.unpack_dual(x)
+        x, tangent = unpack_dual(x)
         out = F.linear(x, self.weight, self.bias)
         if tangent is None:
             return out
         with torch.no_grad():
             tangent = F.linear(tangent, self.weight)
-        return forward_ad.make_dual(out, tangent)
+        return make_dual(out, tangent)
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x, tangent = forward_ad.unpack_dual(at_least_float32(x))
+        x, tangent = unpack_dual(at_least_float32(x))
         out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         if tangent is None:
             return out
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
             scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
             unit = x * scale
             tangent = (tangent - unit * (unit * tangent).mean(dim=-1, keepdim=True)) * (scale * self.weight)
-        return forward_ad.make_dual(out, tangent)
+        return make_dual(out, tangent)
 
 
 class ScalarEmbedding(nn.Module):
@@ -152,10 +152,10 @@ def recomputed(block: nn.Module, x: Tensor, rotations: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return block(x, rotations)
     with torch.no_grad():
-        out, tangent = forward_ad.unpack_dual(block(x, rotations))
-    x = forward_ad.unpack_dual(x).primal
+        out, tangent = unpack_dual(block(x, rotations))
+    x = unpack_dual(x)[0]
     out = _Recomputed.apply(block, out, x, rotations, *block.parameters())
-    return out if tangent is None else forward_ad.make_dual(out, tangent)
+    return out if tangent is None else make_dual(out, tangent)
 
 
 def linear(fan_in: int, fan_out: int, scale: float = 1.0, *, bias: bool = True) -> Linear:
@@ -169,13 +169,13 @@ def linear(fan_in: int, fan_out: int, scale: float = 1.0, *, bias: bool = True) 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention [B, H, N, d] by the fastest kernel at hand; passes forward-mode derivatives."""
-    (q, dq), (k, dk), (v, dv) = (forward_ad.unpack_dual(x) for x in (q, k, v))
+    (q, dq), (k, dk), (v, dv) = (unpack_dual(x) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v)
     if dq is None or dk is None or dv is None:
         return out
     with torch.no_grad():
         tangent = _attention_tangent(q, k, v, out, dq, dk, dv)
-    return forward_ad.make_dual(out, tangent)
+    return make_dual(out, tangent)
 
 
 def _attention_tangent(
@@ -189,10 +189,26 @@ def _attention_tangent(
     return P @ dv + W @ v - W.sum(dim=-1, keepdim=True) * out
 
 
+def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """A dual number, within `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad.make_dual(value, tangent, level=_level())
+
+
+def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(value, tangent) of a dual number; of any other tensor itself and None."""
+    return tuple(forward_ad.unpack_dual(x, level=_level()))
+
+
+def _level() -> int | None:
+    """The level torch works at when it is not told, or 0, the only one: the compiler looks it up once, at whatever
+    stands first in the graph, and would take that there is none for what holds everywhere."""
+    return 0 if torch.compiler.is_compiling() else None
+
+
 def detach_tangent(x: Tensor) -> Tensor:
     """The same value and tangent, without the tangent's graph."""
-    value, tangent = forward_ad.unpack_dual(x)
-    return x if tangent is None else forward_ad.make_dual(value, tangent.detach())
+    value, tangent = unpack_dual(x)
+    return x if tangent is None else make_dual(value, tangent.detach())
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ from trainer.layers import (
     detach_tangent,
     grid_rotations,
     linear,
+    make_dual,
     recomputed,
+    unpack_dual,
 )
 
 TIME_FLOOR = 0.05
@@ -164,12 +166,13 @@ class TrajectoryTransformer(nn.Module):
         the u-head are differentiated.
         """
         with forward_ad.dual_level():
-            z_dual = forward_ad.make_dual(z, direction.to(z.dtype))
-            t_dual = forward_ad.make_dual(t, torch.ones_like(t))
+            z_dual = make_dual(z, direction.to(z.dtype))
+            t_dual = make_dual(t, torch.ones_like(t))
             x, rotations = self._trunk(z_dual, t_dual, **inputs)  # type: ignore[arg-type]
             x_u_dual = self._u_head(x, rotations)
-            u, du_dt = forward_ad.unpack_dual(velocity(at_least_float32(z_dual), x_u_dual, t_dual))
-            x_u, x = forward_ad.unpack_dual(x_u_dual).primal, forward_ad.unpack_dual(x).primal
+            u, du_dt = unpack_dual(velocity(at_least_float32(z_dual), x_u_dual, t_dual))
+            x_u, x = unpack_dual(x_u_dual)[0], unpack_dual(x)[0]
+            assert du_dt is not None  # t is dual
             du_dt = du_dt.detach()
         v = velocity(at_least_float32(z), self._v_head(x, rotations), t)
         return Prediction(x_u, u, v), du_dt

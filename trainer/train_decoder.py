@@ -5,7 +5,7 @@
 The folder is a run folder, and the decoder lies in it as config.json and model.safetensors under the names of RAE's
 release: `--decoder FOLDER` takes it, and a run of `trainer train` finds it in its own folder `decoder`.
 
-Source: RAE (Zheng et al. 2025), first stage. Deviations: tokens are normalised per channel, which is folded into the
+Source: RAE (Zheng et al. 2025), first stage. Deviations: tokens are centred and scaled, which is folded into the
 first layer of what is written; noise is measured in root mean squares of the features, which are 1 for DINOv2 without
 affine; decoder and discriminator step together; the shards' crops are used as they are.
 """
@@ -129,7 +129,7 @@ class _DecoderRun(Loop):
         origin = find_origin(out, resume)
         check_same_run(out, origin, config, index)
         mean, variance = read_statistics(index, ("channel_mean", "channel_variance"))
-        self.normaliser = Normaliser.of(mean, variance).to(world.device)
+        self.normaliser = _centred(mean, variance).to(world.device)
         self.sigma = config.noise * float(np.sqrt((variance + mean**2).mean()))
         self.model = _fresh_parts(config, self.shape).to(world.device)
         self.lpips = load_lpips(config.lpips_weights).to(world.device) if config.lpips_weights else None
@@ -253,6 +253,12 @@ def publish(
         partial = folder / f"{name}.tmp-{os.getpid()}"
         partial.write_bytes(data)
         partial.replace(folder / name)
+
+
+def _centred(mean: np.ndarray, variance: np.ndarray) -> Normaliser:
+    """Channels of mean 0, all in units of one spread: a spread of each would blow up the noise of those at rest."""
+    spread = float(np.sqrt(variance.mean())) or 1.0
+    return Normaliser(mean=torch.from_numpy(mean).float(), std=torch.tensor(spread))
 
 
 def _folded(weights: dict[str, Tensor], normaliser: Normaliser) -> dict[str, Tensor]:

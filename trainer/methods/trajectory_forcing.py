@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config import MethodConfig, ModelConfig
+from trainer.layers import make_dual, unpack_dual
 from trainer.model import Guidance, Prediction, as_guidance, velocity
 from trainer.schedules import mixed_seed, plateau_logit_normal
 
@@ -123,12 +124,12 @@ def _with_derivative(
     if hasattr(model, "forward_with_derivative"):
         return model.forward_with_derivative(z, direction, t=t, **inputs)
     with forward_ad.dual_level():
-        z_dual = forward_ad.make_dual(z, direction)
-        t_dual = forward_ad.make_dual(t, torch.ones_like(t))
-        duals = [forward_ad.unpack_dual(part) for part in model(z_dual, t=t_dual, **inputs)]
-        du_dt = duals[1].tangent
+        z_dual = make_dual(z, direction)
+        t_dual = make_dual(t, torch.ones_like(t))
+        duals = [unpack_dual(part) for part in model(z_dual, t=t_dual, **inputs)]
+        du_dt = duals[1][1]
         du_dt = torch.zeros_like(z) if du_dt is None else du_dt.detach()
-        return Prediction(*(dual.primal for dual in duals)), du_dt
+        return Prediction(*(value for value, _ in duals)), du_dt
 
 
 def region_variance(
@@ -294,4 +295,3 @@ def draw_guidance(n: int, config: MethodConfig, generator: torch.Generator) -> G
     """Draw omega log-uniform on [1, guidance_max], t_min uniform on [0, 0.5], t_max on [0.5, 1]; [n] each."""
     u = torch.rand(3, n, generator=generator)
     return Guidance(torch.exp(u[0] * math.log(config.guidance_max)), 0.5 * u[1], 0.5 + 0.5 * u[2])
-

@@ -1,0 +1,108 @@
+"""Faster or smaller ways through the objective: compiled, and with blocks run again; both give the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_model import awake
+from torch import Tensor
+
+from trainer.compiled import compiled
+from trainer.config import MethodConfig, ModelConfig
+from trainer.errors import TrainerError
+from trainer.methods import trajectory_forcing as tf
+
+SMALLEST = ModelConfig(
+    grid=(2, 2),
+    in_channels=4,
+    num_classes=3,
+    width=8,
+    depth=2,
+    head_depth=1,
+    num_heads=1,
+    num_class_tokens=1,
+    num_time_tokens=1,
+    num_level_tokens=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def terms_and_gradients(
+    objective: Callable[..., dict[str, Tensor]],
+    *,
+    config: ModelConfig = SMALLEST,
+    bf16: bool = False,
+    recompute: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model = awake(config)
+    model.recompute = recompute
+    generator = torch.Generator().manual_seed(3)
+    x, prev = torch.randn(2, 4, 2, 2, 4, generator=generator)
+    draws = tf.draw_batch(4, (2, 2, 4), MethodConfig(), seed=0, step=0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        terms = objective(
+            model,
+            x,
+            prev=prev,
+            level=torch.arange(4),
+            label=torch.arange(4) % 3,
+            regions=torch.tensor([0, 0, 1, 2], dtype=torch.uint8).view(1, 2, 2).expand(4, 2, 2),
+            t=draws.t,
+            r=draws.r,
+            noise=draws.noise,
+            guidance=None,
+        )
+    terms["loss"].backward()
+    return terms, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in other.items():
+            largest = max(float(value.abs().max()), 1e-3)
+            torch.testing.assert_close(mine[name], value, rtol=0, atol=tolerance * largest, msg=name)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_blocks_run_again_give_the_same_numbers(bf16: bool) -> None:
+    plain = terms_and_gradients(tf.loss, bf16=bf16)
+    assert len(plain[1]) > 30
+    # Kernels without a graph sum in another order than those with one.
+    assert_same(terms_and_gradients(tf.loss, bf16=bf16, recompute=True), plain, 1e-6)
+
+
+def test_objective_is_one_graph_with_the_same_numbers() -> None:
+    """Captured whole, tangents included, and run without code generation: what torch.compile starts from."""
+    fast = torch.compile(tf.loss, fullgraph=True, backend="aot_eager")
+    assert_same(terms_and_gradients(fast), terms_and_gradients(tf.loss), 1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.timeout(600)
+def test_compiled_objective_gives_the_same_numbers() -> None:
+    one_block = dataclasses.replace(SMALLEST, depth=1)  # a second one doubles the time of the test
+    plain = terms_and_gradients(tf.loss, config=one_block)
+    # Float32 in another order of operations.
+    assert_same(terms_and_gradients(compiled(tf.loss), config=one_block), plain, 1e-5)
+
+
+def test_machine_that_cannot_compile_is_told_the_way_out() -> None:
+    def unclear(x: Tensor) -> dict[str, Tensor]:
+        if x.sum() > 0:  # a branch on data breaks the graph
+            return {"loss": x}
+        return {"loss": -x}
+
+    with pytest.raises(TrainerError, match=r"compile: .*; train with --set compile=false"):
+        compiled(unclear)(torch.ones(2))
