@@ -39,8 +39,8 @@ FIRST_ROUND, SHORTEST_ROUND, LONGEST_ROUND = 128, 64, 1024
 """Images of a round; the longest takes 0.8 GB of disk with 768 channels."""
 LEAST_IMAGES = 512
 """Images tried at least, time permitting: index.parquet grows with how many different sizes photos have."""
-UNIT_ROWS = 64
-"""Rows of a unit at most, so that there are units for all workers."""
+UNIT_ROWS = 72
+"""Rows of a unit at most, so that there are units for all workers; no power of two, which makes means of few digits."""
 TARGET_ERROR = 0.006
 """Relative standard error of a size at which rounds end: three of them stay below 2 %."""
 VOCABULARY_SIZE = 256
