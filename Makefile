@@ -11,11 +11,11 @@ comma  := ,
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test drill lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3p' Makefile; echo; echo "targets: demo test lint format bench docs clean"
+	@sed -n '1,3p' Makefile; echo; echo "targets: demo test drill lint format bench docs clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,9 @@ demo: .venv/.ready-demo
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest
+
+drill: .venv/.ready-dev
+	$(BIN)/python tests/drill.py
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .

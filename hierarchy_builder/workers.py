@@ -7,14 +7,16 @@ one unit at a time, so results depend neither on the number of workers nor on re
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import os
 import signal
 import sys
 import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -35,6 +37,9 @@ QUIET = {
 
 SILENCE_S = 300
 """Seconds without a finished unit after which the free resources are logged."""
+
+PATIENCE = 6
+"""Times that long after which a run without any worker gives up."""
 
 UNIT_RETRIES = 5
 """Times a unit is tried again after its worker or node died."""
@@ -80,11 +85,11 @@ def open_pool(
         return
     # Ray tells of lost workers on stdout, which belongs to the results.
     with contextlib.redirect_stdout(sys.stderr):
-        actors = _start_actors(load, workers, num_units, uses_gpu)
+        pool = _start_workers(load, workers, num_units, uses_gpu)
         try:
-            yield _OnRay(actors)
+            yield pool
         finally:
-            _kill(actors)
+            pool.close()
 
 
 def map_units(
@@ -135,9 +140,27 @@ class _InProcess:
             yield result
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
+class _Hand:
+    """A worker that has loaded, and the units it was given: the first is being done, the next waits with it."""
+
+    actor: Any
+    units: list[int] = field(default_factory=list)
+
+
 class _OnRay:
-    actors: Sequence[Any]
+    """Ray actors. A lost one is replaced where there is room, and what it had is given to those that are left.
+
+    Ray's own retries wait for ever for the CPU of a node that is gone, whoever else is free.
+    """
+
+    def __init__(self, load: Callable[[], Any], start: Callable[[], Any], count: int) -> None:
+        self.load, self.start, self.count = load, start, count
+        self.hands: list[_Hand] = []
+        self.loading: dict[Any, Any] = {}
+        self.lost_loading = 0
+        for _ in range(count):
+            self._hire()
 
     def map(
         self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
@@ -146,35 +169,111 @@ class _OnRay:
         import ray
 
         stored = [ray.put(value) for value in shared]
-        free, running = deque([*self.actors, *self.actors]), dict[Any, tuple[int, Any]]()
-        done = dict[int, ResultT]()
-        given = taken = 0
+        waiting, running = list(range(len(units))), dict[Any, tuple[int, _Hand]]()  # waiting: a heap
+        done, losses = dict[int, ResultT](), Counter[int]()
+        taken = 0
         while taken < len(units):
-            while free and given < min(len(units), taken + UNITS_AHEAD * len(self.actors)):
-                actor = free.popleft()
-                running[actor.call.remote(function, units[given], *stored)] = (given, actor)
-                given += 1
-            for reference in _wait(running):
-                number, actor = running.pop(reference)
-                done[number] = _result(reference)
-                free.append(actor)
+            while waiting and waiting[0] < taken + UNITS_AHEAD * self.count and (hand := self._free()):
+                number = heapq.heappop(waiting)
+                hand.units.append(number)
+                running[hand.actor.call.remote(function, units[number], *stored)] = (number, hand)
+            for reference in self._wait([*running, *self.loading]):
+                if reference in self.loading:
+                    self._welcome(reference)
+                    continue
+                number, hand = running.pop(reference)
+                try:
+                    done[number] = _result(reference)
+                except _LostError as error:
+                    self._dismiss(hand, losses)
+                    if losses[number] > UNIT_RETRIES:
+                        raise BuilderError(
+                            f"unit {units[number].number} took {losses[number]} workers down with it: {error}"
+                        ) from None
+                    heapq.heappush(waiting, number)
+                hand.units.remove(number)
             while taken in done:
                 yield done.pop(taken)
                 taken += 1
+
+    def close(self) -> None:
+        """End all workers."""
+        import ray
+
+        for actor in [*self.loading.values(), *(hand.actor for hand in self.hands)]:
+            ray.kill(actor)
+
+    def _hire(self) -> None:
+        actor = self.start()
+        self.loading[actor.load.remote(self.load)] = actor
+
+    def _welcome(self, reference: Any) -> None:
+        """Take in a worker that has loaded. Raises what loading raised."""
+        actor = self.loading.pop(reference)
+        try:
+            _result(reference)
+        except _LostError as error:
+            self.lost_loading += 1
+            if self.lost_loading > UNIT_RETRIES:
+                raise BuilderError(f"{self.lost_loading} workers ended while they loaded: {error}") from None
+            self._hire()
+            return
+        self.lost_loading = 0
+        self.hands.append(_Hand(actor))
+
+    def _dismiss(self, hand: _Hand, losses: Counter[int]) -> None:
+        """Replace a worker at the first news of its end, and count that against the unit it was doing."""
+        import ray
+
+        if hand in self.hands:
+            self.hands.remove(hand)
+            losses[hand.units[0]] += 1
+            ray.kill(hand.actor)  # it may only be out of reach
+            logging.getLogger(__name__).warning("a worker was lost, %d are left", len(self.hands))
+            self._hire()
+
+    def _free(self) -> _Hand | None:
+        hand = min(self.hands, key=lambda hand: len(hand.units), default=None)
+        return hand if hand is not None and len(hand.units) < 2 else None
+
+    def _wait(self, references: list[Any]) -> list[Any]:
+        """References of calls that ended; says so when none does for long, and gives up without a worker."""
+        import ray
+
+        for _ in range(PATIENCE):
+            ended, _ = ray.wait(references, timeout=SILENCE_S)
+            if ended:
+                return ended
+            logging.getLogger(__name__).warning(
+                "no unit ended in %d s; %d workers, %d more wait for room or load, resources free: %s",
+                SILENCE_S,
+                len(self.hands),
+                len(self.loading),
+                ray.available_resources(),
+            )
+            if self.hands:
+                return []
+        raise BuilderError(
+            f"no worker could start for {PATIENCE * SILENCE_S} s, the cluster has {ray.cluster_resources()}: add a "
+            "node, or end what else runs there; then the same command goes on"
+        )
 
 
 class _Worker:
     """A Ray actor: loads once, then does units."""
 
-    def __init__(self, load: Callable[[], Any], threads: int) -> None:
-        self.loaded, self.threads = load(), threads
+    def __init__(self, threads: int) -> None:
+        self.loaded, self.threads = None, threads
+
+    def load(self, load: Callable[[], Any]) -> None:
+        self.loaded = load()
 
     def call(self, function: Callable[..., Any], unit: Block, *shared: Any) -> Any:
         with one_thread():
             return function(self.loaded, unit, self.threads, *shared)
 
 
-def _start_actors(load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool) -> list[Any]:
+def _start_workers(load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool) -> _OnRay:
     _start_ray(workers)
     import ray
 
@@ -187,42 +286,24 @@ def _start_actors(load: Callable[[], Any], workers: Workers, num_units: int, use
             f"the Ray cluster has {cpus} CPUs and {resources.get('GPU', 0):g} GPUs, a worker needs 1 CPU"
             f" and {gpus:g} GPUs: add a node, or use --workers 0"
         )
-    threads = max(1, cpus // count)
-    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=UNIT_RETRIES)(_Worker)
-    return [actor.remote(load, threads) for _ in range(count)]
+    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
+    return _OnRay(load, partial(actor.remote, max(1, cpus // count)), count)
 
 
-def _kill(actors: Sequence[Any]) -> None:
-    import ray
-
-    for actor in actors:
-        ray.kill(actor)
-
-
-def _wait(running: dict[Any, tuple[int, Any]]) -> list[Any]:
-    """References of calls that ended; says so when none does for long."""
-    import ray
-
-    ended, _ = ray.wait(list(running), timeout=SILENCE_S)
-    if not ended:
-        logging.getLogger(__name__).warning(
-            "no unit ended in %d s; %d wait, resources free: %s",
-            SILENCE_S,
-            len(running),
-            ray.available_resources(),
-        )
-    return ended
+class _LostError(Exception):
+    """A worker or its node ended, with the call it was doing or the result of it."""
 
 
 def _result(reference: Any) -> Any:
+    """Raises what the call raised, or _LostError."""
     import ray
 
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    except ray.exceptions.RayActorError as error:
-        raise BuilderError(f"a worker was lost for good: {error}; run the same command again") from None
+    except ray.exceptions.RayError as error:
+        raise _LostError(str(error)) from None
 
 
 def _start_ray(workers: Workers) -> None:
