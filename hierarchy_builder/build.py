@@ -68,6 +68,7 @@ def build(
     *,
     class_map: str | None = None,
     retry_failed: bool = False,
+    accept_new_files: bool = False,
     fused: bool = False,
 ) -> list[StageSummary]:
     """Every step in order; `session.fresh` starts over from the first, `retry_failed` tries failed images again.
@@ -75,10 +76,14 @@ def build(
     fused: in one pass, without stores of features and regions; see `fused.py`.
     """
     if fused:
-        if retry_failed or plan.vocabulary is not None:
-            flag = "--retry-failed" if retry_failed else "--vocabulary"
+        given = {
+            "--retry-failed": retry_failed,
+            "--accept-new-files": accept_new_files,
+            "--vocabulary": plan.vocabulary is not None,
+        }
+        if flags := [flag for flag, is_given in given.items() if is_given]:
             raise UsageError(
-                f"{flag} reads the stored features, which --fused does not keep: leave one of them out"
+                f"{flags[0]} reads the stored features, which --fused does not keep: leave one of them out"
             )
         sections = (plan.extract, plan.hierarchy, plan.shard)
         return [fuse(folder, source, *sections, session, class_map=class_map)]
@@ -91,6 +96,7 @@ def build(
             session,
             class_map=class_map,
             retry_failed=retry_failed,
+            accept_new_files=accept_new_files,
             later=later,
         )
     ]

@@ -50,6 +50,7 @@ def extract(
     config: opt.ConfigFile = None,
     fresh: opt.Fresh = False,
     retry_failed: opt.RetryFailed = False,
+    accept_new_files: opt.AcceptNew = False,
     force: opt.Force = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
@@ -65,7 +66,13 @@ def extract(
     session = _session(workers, address, fresh, quiet, force)
     with folder.locked():
         summary = steps.extract(
-            folder, source, resolved, session, class_map=class_map, retry_failed=retry_failed
+            folder,
+            source,
+            resolved,
+            session,
+            class_map=class_map,
+            retry_failed=retry_failed,
+            accept_new_files=accept_new_files,
         )
         print_stages([summary], as_json)
 
@@ -188,6 +195,7 @@ def build(
     publish: opt.PublishTo = None,
     fresh: opt.Fresh = False,
     retry_failed: opt.RetryFailed = False,
+    accept_new_files: opt.AcceptNew = False,
     force: opt.Force = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
@@ -200,7 +208,7 @@ def build(
     show_config(plan.as_mapping(), quiet)
     session = _session(workers, address, fresh, quiet, force)
     with folder.locked():
-        once = {"retry_failed": retry_failed, "fused": fused}
+        once = {"retry_failed": retry_failed, "accept_new_files": accept_new_files, "fused": fused}
         summaries = steps.build(folder, images, plan, session, class_map=class_map, **once)
         print_stages(summaries + _publish(folder, publish, session), as_json)
 
@@ -220,7 +228,7 @@ def _takes_arguments_of(
 
 
 @app.command()
-@_takes_arguments_of(build, without=["retry_failed", "fused", "publish"])
+@_takes_arguments_of(build, without=["retry_failed", "accept_new_files", "fused", "publish"])
 def plan(**arguments: Any) -> None:
     """What build would make of the same words: images, bytes, seconds, shards, what is done; tries some of them."""
     from hierarchy_builder.plan import make_plan, plan_tables

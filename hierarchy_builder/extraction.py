@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from hierarchy_builder import stores
+from hierarchy_builder.additions import append, in_row_order, parts_of, same_blocks
 from hierarchy_builder.artefacts import BuildFolder, size_on_disk, write_json
 from hierarchy_builder.config import ExtractConfig, identity, to_mapping
 from hierarchy_builder.encoders import Encoder, load_encoder
@@ -48,11 +50,13 @@ def extract(
     *,
     class_map: str | None = None,
     retry_failed: bool = False,
+    accept_new_files: bool = False,
     later: Callable[[int, Mapping[str, Any]], Mapping[str, int]] | None = None,
 ) -> StageSummary:
     """Images → index.parquet and features.zarr. Without `source` the one in the manifest is taken up again.
 
     retry_failed: of a finished stage do the images again that could not be used; see `retry.py`.
+    accept_new_files: append images that came since the build began; see `additions.py`.
     later: from the number of images and the description of the encoder, the bytes of what shall follow (`space.py`).
     Raises ConfigMismatchError when the folder holds another configuration, encoder or listing, or when the encoder
     does not see the probe pictures as it should, TooManySkippedError when more images than allowed could not be
@@ -63,11 +67,18 @@ def extract(
     images = source if isinstance(source, ImageSource) else list_images(folder, source, config, class_map)
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
-    records = in_build_order(images.records, config.order)
+    accepts = accept_new_files and not session.fresh
+    if session.fresh:
+        images = replace(images, records=in_build_order(images.records, config.order))
+    else:
+        images = in_row_order(folder, images, config.order, accept=accepts)
+        config = same_blocks(folder, config, accept=accepts)
+    records = images.records
     config = settle(folder, config.for_images(len(records)), session)
     assert config.block_rows is not None
     encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
-    inputs = extract_inputs(images, config, encoder)
+    parts = {} if session.fresh else parts_of(folder, images, accept=accepts)
+    inputs = {**extract_inputs(images, config, encoder), **parts}
     needed = extract_bytes(len(records), encoder.describe(), config.block_rows)
     following = {} if later is None else later(len(records), encoder.describe())
     check_space(folder, {**needed, **following}, force=session.force)
@@ -80,6 +91,8 @@ def extract(
     if retry_failed:
         again = reopen_failed(folder, records, images, inputs)
         session.reporter.say(f"{again} images that could not be used are tried again")
+    if accepts:
+        session.reporter.say(f"{append(folder, records, inputs)} new images are appended")
     ledger = begin_stage(folder, "extract", inputs, facts, fresh=session.fresh)
     write_json(folder.class_map, images.class_map)
     write_index(folder.listing, records)
@@ -94,9 +107,10 @@ def extract(
         width=encoder.width,
     )
     del encoder
-    load = partial(ExtractStage.load, folder, images.location, config, retry_failed)
+    load = partial(ExtractStage.load, folder, images.location, config, retry_failed or accepts)
     done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True)
-    outcomes = [row for result in ledger.results(range(len(blocks))) for row in result["outcomes"]]
+    results = ledger.results(range(len(blocks)))
+    outcomes = [row for result in results for row in result["outcomes"]]
     write_index(folder.index, records, outcomes)
     check_skipped(folder, outcomes, config.max_bad_fraction, session)
     return StageSummary(
@@ -105,15 +119,16 @@ def extract(
         new_images=done,
         seconds=seconds,
         num_bytes=size_on_disk(folder.features),
-        notes=count_statuses(outcomes),
+        notes={**count_statuses(outcomes), **smaller_batches(results, config)},
     )
 
 
 def extract_inputs(images: ImageSource, config: ExtractConfig, encoder: Encoder) -> dict[str, Any]:
-    """Everything that decides the features; `config` is settled."""
+    """Everything that decides the features, as JSON gives it back; `config` is settled."""
+    description = json.loads(json.dumps(encoder.describe()))  # a tuple would differ from the list in the manifest
     return {
-        "config": {**identity(config), "encoder": encoder.describe()["name"]},
-        "encoder": encoder.describe(),
+        "config": {**identity(config), "encoder": description["name"]},
+        "encoder": description,
         "num_images": len(images.records),
         "num_classes": max(images.class_map.values()) + 1,
         "listing_hash": images.listing_hash,
@@ -148,6 +163,12 @@ def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, sessi
 
 def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return dict(sorted(Counter(outcome["status"] for outcome in outcomes).items()))
+
+
+def smaller_batches(results: Sequence[Mapping[str, Any]], config: ExtractConfig) -> dict[str, int]:
+    """The smallest batch of the units where memory ran out and it was halved; nothing where it was not."""
+    sizes = [result["batch_size"] for result in results if "batch_size" in result]
+    return {"batch_size": min(sizes)} if sizes and min(sizes) < config.batch_size else {}
 
 
 def check_skipped(

@@ -223,6 +223,7 @@ def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]
 def _describe_mismatch(
     folder: BuildFolder, stage: str, stored: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> str:
+    has_grown = stage == "extract" and asked.get("num_images", 0) > stored.get("num_images", 0)
     lines = [
         f"  {name}: {before!r} there, {now!r} now"
         for name, before, now in differences(dict(stored), dict(asked))
@@ -234,6 +235,7 @@ def _describe_mismatch(
     return (
         f"{folder.root} was made with another {stage} configuration or input:\n"
         + "\n".join(lines)
+        + ("\nappend images that are new with --accept-new-files" if has_grown else "")
         + f"\nrepeat the command with the stored values, choose another --out, or start over with {again}"
     )
 

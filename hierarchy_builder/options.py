@@ -89,6 +89,9 @@ ConfigFile = Annotated[
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Do images again that could not be used and now can.")
 ]
+AcceptNew = Annotated[
+    bool, typer.Option("--accept-new-files", help="Append images that came since the build began.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Begin also where the disk has too little room.")]
 Fused = Annotated[
     bool,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from hierarchy_builder.index import read_index, records_of, status_name
 from hierarchy_builder.ledger import STAGES, Ledger, hash_of, read_manifest, write_manifest
 from hierarchy_builder.publish import SUCCESS
 from hierarchy_builder.records import ImageRecord, Status
+from hierarchy_builder.shards import shard_name, sidecar
 from hierarchy_builder.units import finished_stage
 
 BY_BLOCK = ("extract", "cluster", "covariance")
@@ -51,7 +53,7 @@ def reopen_failed(
     mended = _readable(failed, before, records, images, inputs["config"]["max_pixels"])
     block_rows = inputs["config"]["block_rows"]
     if mended or inputs != entry["inputs"]:
-        _carry_over(folder, inputs, {row // block_rows for row in mended})
+        carry_over(folder, inputs, {row // block_rows for row in mended})
     return len(mended)
 
 
@@ -92,13 +94,16 @@ def _readable(
     return np.asarray(failed, np.int64)[np.asarray(worth, bool)].tolist()
 
 
-def _carry_over(folder: BuildFolder, inputs: Mapping[str, Any], blocks: Collection[int]) -> None:
+def carry_over(
+    folder: BuildFolder, inputs: Mapping[str, Any], blocks: Collection[int], *, kept_tars: int = 0
+) -> None:
     """Give every stage the hash that follows from `inputs` of extract, and take back what `blocks` decide.
 
+    kept_tars: tars at the beginning of the set that stay as they are.
     A process that ends in between leaves markers of another hash, which count as not done: more is done again.
     """
     stages = read_manifest(folder)["stages"]
-    _take_back(folder, blocks)
+    _take_back(folder, blocks, kept_tars)
     renamed = {"covariance": (stages["extract"]["hash"], hash_of("extract", inputs))}
     for stage in (name for name in STAGES if name in stages):
         entry, follows = stages[stage], dict(renamed.values())
@@ -113,19 +118,32 @@ def _carry_over(folder: BuildFolder, inputs: Mapping[str, Any], blocks: Collecti
         renamed[stage] = (entry["hash"], hash_of(stage, new))
         entry.update(inputs=new, hash=renamed[stage][1])
     write_manifest(folder, {**read_manifest(folder), "stages": stages})
-    for name in BY_BLOCK:
+    for name in (*BY_BLOCK, "shard"):
         if name in renamed:
             _rename_markers(folder, name, *renamed[name])
+    if "shard" in renamed:
+        for number in range(kept_tars):
+            tar = folder.shards / shard_name(stages["shard"]["inputs"]["config"]["split"], number)
+            _rename_sidecar(tar, Ledger(folder.ledger("shard"), renamed["shard"][1]), number)
 
 
-def _take_back(folder: BuildFolder, blocks: Collection[int]) -> None:
+def _take_back(folder: BuildFolder, blocks: Collection[int], kept_tars: int) -> None:
     for name in BY_SET:
-        remove(folder.ledger(name))
+        for marker in folder.ledger(name).glob("*.json"):
+            if name != "shard" or int(marker.stem) >= kept_tars:
+                remove(marker)
     remove(folder.vocabulary_work)
     remove(folder.shards / SUCCESS)
     for name in BY_BLOCK:
         for block in blocks:
             remove(Ledger(folder.ledger(name), "").marker(block))
+
+
+def _rename_sidecar(tar: Path, ledger: Ledger, number: int) -> None:
+    """Marker and sidecar of a tar that stays name the configuration it belongs to now."""
+    if ledger.is_done(number) and sidecar(tar).exists():
+        write_json(sidecar(tar), {**read_json(sidecar(tar)), "config_hash": ledger.stage_hash})
+        ledger.finish(number, {**ledger.results([number])[0], "config_hash": ledger.stage_hash})
 
 
 def _rename_markers(folder: BuildFolder, name: str, old: str, new: str) -> None:
