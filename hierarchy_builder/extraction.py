@@ -125,7 +125,7 @@ def extract(
 
 def extract_inputs(images: ImageSource, config: ExtractConfig, encoder: Encoder) -> dict[str, Any]:
     """Everything that decides the features, as JSON gives it back; `config` is settled."""
-    description = json.loads(json.dumps(encoder.describe()))  # a tuple would differ from the list in the manifest
+    description = json.loads(json.dumps(encoder.describe()))  # a tuple is a list in the manifest
     return {
         "config": {**identity(config), "encoder": description["name"]},
         "encoder": description,

@@ -20,7 +20,14 @@ import numpy as np
 import pyarrow as pa
 
 from hierarchy_builder.artefacts import BuildFolder, atomic_file, remove, size_on_disk, write_json
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, identity, to_mapping
+from hierarchy_builder.config import (
+    ExtractConfig,
+    HierarchyRecipe,
+    ShardConfig,
+    from_mapping,
+    identity,
+    to_mapping,
+)
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.encoding import EncodedBatch, ImageEncoder, Outcome, ahead
@@ -32,6 +39,7 @@ from hierarchy_builder.extraction import (
     list_images,
     probe_of,
     settle,
+    smaller_batches,
 )
 from hierarchy_builder.hierarchy import build_hierarchy
 from hierarchy_builder.images import ImageSource, open_reader
@@ -160,7 +168,7 @@ class FuseStage:
 
 def fuse(
     folder: BuildFolder,
-    source: str | ImageSource,
+    source: str | ImageSource | None,
     extract: ExtractConfig,
     recipe: HierarchyRecipe,
     config: ShardConfig,
@@ -168,7 +176,7 @@ def fuse(
     *,
     class_map: str | None = None,
 ) -> StageSummary:
-    """Images → shards; the same call goes on from the last finished unit.
+    """Images → shards; the same call goes on from the last finished unit. Without `source` the one in the manifest.
 
     Raises what `extract` raises, and UsageError for what needs the features again.
     """
@@ -223,7 +231,24 @@ def fuse(
         new_images=done,
         seconds=seconds,
         num_bytes=size_on_disk(folder.shards),
-        notes={**count_statuses(outcomes), "shards": len(assembly.results())},
+        notes={
+            **count_statuses(outcomes),
+            **smaller_batches(results, extract),
+            "shards": len(assembly.results()),
+        },
+    )
+
+
+def fuse_again(folder: BuildFolder, session: Session) -> StageSummary:
+    """Do what is missing of a build in one pass, as its manifest says it was asked for."""
+    asked = stage_entry(folder, "fuse")["request"]
+    return fuse(
+        folder,
+        None,
+        from_mapping(ExtractConfig, asked["extract"], "extract"),
+        from_mapping(HierarchyRecipe, asked["cluster"], "cluster"),
+        from_mapping(ShardConfig, asked["shard"], "shard"),
+        session,
     )
 
 

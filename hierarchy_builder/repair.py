@@ -23,9 +23,10 @@ from hierarchy_builder.config import (
 from hierarchy_builder.damage import MANIFEST, Damage
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.extraction import extract
+from hierarchy_builder.fused import fuse_again
 from hierarchy_builder.images import listing_hash
 from hierarchy_builder.index import read_index, records_of, write_index
-from hierarchy_builder.ledger import Ledger, check_manifest, stage_entry
+from hierarchy_builder.ledger import Ledger, check_manifest, is_fused, stage_entry
 from hierarchy_builder.records import Block
 from hierarchy_builder.session import Session
 from hierarchy_builder.units import layout_of, stage_units
@@ -76,6 +77,13 @@ def _mend(folder: BuildFolder, damages: Iterable[Damage], session: Session) -> N
         by_stage.setdefault(damage.stage, set()).add(damage.unit)
     if MANIFEST in by_stage:
         _restore_manifest(folder)
+        return
+    if is_fused(folder):
+        _restore_listing(folder)
+        for damage in damages:
+            if damage.unit is not None:
+                remove(Ledger(folder.ledger(damage.stage), "").marker(damage.unit))
+        fuse_again(folder, session)
         return
     for stage in (name for name in ORDER if name in by_stage):
         units = {unit for unit in by_stage[stage] if unit is not None}

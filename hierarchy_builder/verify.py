@@ -21,7 +21,8 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.hierarchy import check_nesting, cut_levels, given_levels
 from hierarchy_builder.images import listing_hash
 from hierarchy_builder.index import OUTCOME_COLUMNS, read_index, records_of, status_name
-from hierarchy_builder.ledger import VERBS, Ledger, check_manifest, open_ledger
+from hierarchy_builder.ledger import VERBS, Ledger, check_manifest, is_fused, open_ledger, stage_entry
+from hierarchy_builder.parts import read_part_moments
 from hierarchy_builder.records import Block, Status
 from hierarchy_builder.units import layout_of, spread_rows, stage_units, state_of
 from hierarchy_builder.verify_shards import check_shards
@@ -54,6 +55,7 @@ def find_damage(folder: BuildFolder) -> Iterator[Damage]:
         "cluster": _check_regions,
         "link": _check_links,
         "shard": partial(check_shards, doubted=doubted),
+        "fuse": _check_fused,
     }
     for stage in (name for name in checks if name in stages):
         if state_of(folder, stage, 0) == "out of date":
@@ -168,6 +170,19 @@ def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[D
         yield from _each_block(folder, "covariance", lambda *_: iter(()), ledger)
 
 
+def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
+    """A build in one pass: its listing, the statistics of its blocks, its shards."""
+    made = {name: stage_entry(folder, name) for name in stages["fuse"]["inputs"]}
+    yield from _check_listing(folder, made["extract"])
+    lost = list[Damage]()
+    for block in stage_units(folder, "fuse"):
+        try:
+            read_part_moments(folder, block.number)
+        except BuilderError as error:
+            lost.append(Damage(stage="fuse", unit=block.number, text=str(error)))
+    yield from lost or check_shards(folder, made)
+
+
 def _check_listing(folder: BuildFolder, entry: Mapping[str, Any]) -> Iterator[Damage]:
     """The listing, the index and the class map against the manifest and the markers."""
     inputs, outcomes = entry["inputs"], _outcomes(folder)
@@ -198,10 +213,9 @@ def _check_listing(folder: BuildFolder, entry: Mapping[str, Any]) -> Iterator[Da
 
 def _outcomes(folder: BuildFolder) -> list[dict[str, Any]] | None:
     """Outcome columns of the index as the markers have them, or None where markers are missing."""
+    stage = "fuse" if is_fused(folder) else "extract"
     try:
-        results = open_ledger(folder, "extract").results(
-            [unit.number for unit in stage_units(folder, "extract")]
-        )
+        results = open_ledger(folder, stage).results([unit.number for unit in stage_units(folder, stage)])
     except BuilderError:
         return None
     rows = (row for result in results for row in result["outcomes"])

@@ -17,7 +17,7 @@ from hierarchy_builder.damage import Damage
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.hierarchy import check_nesting
 from hierarchy_builder.index import read_index, records_of
-from hierarchy_builder.ledger import open_ledger
+from hierarchy_builder.ledger import is_fused, open_ledger
 from hierarchy_builder.publish import SUCCESS, card_of, dataset_joint_moments, dataset_moments, index_of
 from hierarchy_builder.records import REGION_DTYPE, ImageRecord, Sample
 from hierarchy_builder.samples import FACTS, make_sample
@@ -68,10 +68,13 @@ class _Expected:
         self, folder: BuildFolder, config: ShardConfig, table: Any, rows: np.ndarray, sound: np.ndarray
     ) -> None:
         self.config, self.rows = config, rows
-        self.features, self.regions = stores.open_store(folder.features), stores.open_store(folder.regions)
         self.records: Sequence[ImageRecord] = records_of(table)
         self.facts = table.select(FACTS).to_pylist()
-        self.sampled = set(sound[spread_rows(len(sound), SAMPLED_SAMPLES)].tolist())
+        self.sampled: set[int] = set()
+        if not is_fused(folder):  # made without stores
+            self.features = stores.open_store(folder.features)
+            self.regions = stores.open_store(folder.regions)
+            self.sampled = set(sound[spread_rows(len(sound), SAMPLED_SAMPLES)].tolist())
 
     def sample(self, number: int, image: bytes | None) -> Sample:
         """Sample `number` of the tar, with the crop it has."""

@@ -15,7 +15,9 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.fused import FuseStage
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.repair import repair
 from hierarchy_builder.session import Session
+from hierarchy_builder.verify import find_problems
 from hierarchy_builder.workers import Workers
 
 IN_PROCESS = Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
@@ -156,3 +158,33 @@ def test_out_of_memory_halves_the_batch_and_repeats_its_rows(fused, photos, tmp_
     assert content(folder) == expected
     markers = sorted(folder.ledger("fuse" if fused else "extract").glob("*.json"))
     assert [read_json(marker)["batch_size"] for marker in markers] == [2, 2, 2, 2]
+    summary = steps.build(folder, str(photos), plan, IN_PROCESS, fused=fused)[0]  # its grid is no list
+    assert summary.notes["batch_size"] == 2
+
+
+def damage_tar(folder: BuildFolder) -> None:
+    with open(folder.shards / "train-000002.tar", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\xff")
+
+
+DAMAGE = {
+    "a flipped byte": damage_tar,
+    "a lost sidecar": lambda folder: (folder.shards / "train-000001.json").unlink(),
+    "lost statistics": lambda folder: folder.part_moments(1).unlink(),
+    "a torn index": lambda folder: folder.index.write_bytes(folder.index.read_bytes()[:200]),
+    "no marker of the set": lambda folder: (folder.shards / "_SUCCESS").unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_mended(kind, photos, staged, tmp_path) -> None:
+    folder = run(tmp_path / "out", photos)
+    index = folder.index.read_bytes()
+    assert list(find_problems(folder)) == []
+    DAMAGE[kind](folder)
+    assert list(find_problems(folder)) != []
+    repair(folder, IN_PROCESS)
+    assert list(find_problems(folder)) == []
+    assert content(folder) == staged
+    assert folder.index.read_bytes() == index
