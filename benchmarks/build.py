@@ -1,7 +1,7 @@
 """Time a build with an encoder that costs next to nothing: what is left is reading, dividing and writing.
 
     python benchmarks/build.py IMAGES --workers 1 2 --rounds 3      images/s, steady and with start-up, and the ratio
-    python benchmarks/build.py IMAGES --shares                      ms per image of every step, on one thread
+    python benchmarks/build.py IMAGES --shares                      CPU ms per image of every step, one thread
     python benchmarks/build.py --memory 1000 20000                  peak memory of builds of drawn images
 
 A run with W workers may use W cores (0 works in one process, on all). Steady counts from the moment each worker has
@@ -62,7 +62,7 @@ class Timed(Reporter):
 
 
 def run(images: str, workers: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Build once; returns images/s, steady and with start-up."""
+    """Build once; returns images/s, steady and with start-up, and CPU ms per image of this process."""
     plan = steps.BuildPlan(
         extract=ExtractConfig(encoder=ENCODER, block_rows=arguments.block, batch_size=arguments.batch),
         hierarchy=HierarchyRecipe.paper(),
@@ -72,14 +72,14 @@ def run(images: str, workers: int, arguments: argparse.Namespace) -> dict[str, f
     session = Session(workers=pools.Workers(count=workers), reporter=reporter)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         os.sched_setaffinity(0, sorted(cores)[: workers or len(cores)])
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         steps.build(BuildFolder(Path(scratch) / "out"), images, plan, session, fused=not arguments.staged)
-        seconds = time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - used
         pools.shutdown()
         os.sched_setaffinity(0, cores)
     per_image = sum(_seconds_per_image(events, max(1, workers)) for events in reporter.stages)
     total = sum(images for _, images in reporter.stages[0])
-    return {"steady": 1 / per_image, "total": total / seconds}
+    return {"steady": 1 / per_image, "total": total / seconds, "cpu_ms": 1e3 * used / total}
 
 
 def _seconds_per_image(events: list[tuple[float, int]], skipped: int) -> float:
@@ -89,6 +89,7 @@ def _seconds_per_image(events: list[tuple[float, int]], skipped: int) -> float:
 
 def compare_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     run(arguments.images, 0, arguments)  # compile, fill the page cache
+    alone = run(arguments.images, 0, arguments)
     rounds = [
         {count: run(arguments.images, count, arguments) for count in arguments.workers}
         for _ in range(arguments.rounds)
@@ -108,11 +109,12 @@ def compare_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     first, last = arguments.workers[0], arguments.workers[-1]
     ratio = statistics.median(row[last]["steady"] / row[first]["steady"] for row in rounds)
     print(f"{first} → {last} workers: {ratio:.2f} times as fast (median of rounds)")
-    return {"rates": found, "ratio": ratio}
+    print(f"in one process {alone['cpu_ms']:.2f} ms of CPU an image, all threads and start-up")
+    return {"rates": found, "ratio": ratio, "cpu_ms": alone["cpu_ms"]}
 
 
 def shares(arguments: argparse.Namespace) -> dict[str, float]:
-    """ms per image of every step of a unit, one after another on one thread."""
+    """CPU milliseconds per image of every step of a unit, one after another on one thread."""
     import torch
     from pixel_encoder import load
 
@@ -131,9 +133,9 @@ def shares(arguments: argparse.Namespace) -> dict[str, float]:
     totals: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
+        started = time.process_time()
         result = call()
-        totals[name] = totals.get(name, 0.0) + time.perf_counter() - started
+        totals[name] = totals.get(name, 0.0) + time.process_time() - started
         return result
 
     def unit(some: list[Any], file: Any) -> None:
