@@ -424,6 +424,20 @@ def test_given_latents_stay_as_they_are() -> None:
     torch.testing.assert_close(latents, clean, rtol=0, atol=0)
 
 
+def test_clean_ends_leave_no_noise_in_the_latents() -> None:
+    """A network that knows the data point: Heun's step into t = 0 keeps half of that step's noise, Euler's none."""
+    x = torch.randn(1, 2, 2, 6)
+
+    def knows(pixels: Tensor, latents: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return 0 * pixels, x
+
+    noise, grid = torch.randn(1, 2, 2, 6), sampling_grid("cascaded", 6, num_canvases=2)
+    pixels = torch.zeros(1, 4, 4, 3)
+    for clean_ends, left in ((True, 0.0), (False, 0.25)):
+        _, latents = sample_pixels(knows, torch.zeros(1).long(), pixels, noise, grid, clean_ends=clean_ends)
+        torch.testing.assert_close(latents, x + left * (noise - x), rtol=1e-4, atol=1e-5)
+
+
 def test_what_guides_is_the_weak_network_from_its_time_on() -> None:
     given = inputs(TINY)
     strong, weak = filled(TINY), filled(TINY, seed=5)

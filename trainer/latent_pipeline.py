@@ -267,7 +267,7 @@ class LatentPipeline(TrajectoryPipeline):
             pixel_guidance=acting,
             latent_guidance=acting,
             weak_network=self._weak_for(how["weak_scale"]),
-            is_end=self.schedule not in CASCADED,
+            clean_ends=True,
         )
 
 

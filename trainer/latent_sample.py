@@ -51,7 +51,7 @@ def sample_pixels(
     latent_guidance: ClockGuidance = UNGUIDED,
     weak_network: Any = None,
     weak_from: float = 1.0,
-    is_end: bool = True,
+    clean_ends: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sample (pixels, latents), float32 of the shapes of the noise.
 
@@ -60,8 +60,9 @@ def sample_pixels(
     t_latents [S + 1, K], see `clocks.sampling_grid`.
     What guides is the network itself without class, or weak_network, without class too (autoguidance). weak_from:
     the weak network guides once all latents have come to this time, the network itself before: 1 is always, 0.001
-    the pixel stage alone, as in the paper's best setting. is_end: whether sampling ends with this grid, so that its
-    last step is Euler's.
+    the pixel stage alone, as in the paper's best setting.
+    Heun's method takes its last step as Euler's does. clean_ends: and each step in which a latent arrives at t = 0,
+    where the release takes Heun's; half the noise of that step then stays, since a clean latent has no velocity.
     Raises UsageError when the grid does not run from a time to a smaller one.
     """
     t_pixels, t_latents = (times.to(noise_pixels.device) for times in grid)
@@ -75,7 +76,8 @@ def sample_pixels(
         now, then = (t_pixels[step], t_latents[step]), (t_pixels[step + 1], t_latents[step + 1])
         v = field.velocities(z, now)
         ahead = _moved(z, v, now, then)
-        if solver == "heun" and not (is_end and step == last):
+        arrives = clean_ends and bool(((then[1] == 0) & (now[1] > 0)).any())
+        if solver == "heun" and step < last and not arrives:
             after = field.velocities(ahead, then)
             v = ((v[0] + after[0]) / 2, (v[1] + after[1]) / 2)
             ahead = _moved(z, v, now, then)
