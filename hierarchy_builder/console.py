@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -20,6 +21,8 @@ from hierarchy_builder.errors import BuilderError, InterruptedRunError
 stdout, stderr = Console(), Console(stderr=True)
 CTRL_C = 130
 """The exit code click makes of KeyboardInterrupt."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a full disk, a full account, and a file larger than it may be."""
 
 
 def run(command: typer.Typer) -> NoReturn:
@@ -31,9 +34,12 @@ def run(command: typer.Typer) -> NoReturn:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        advice = ": make room, then the same command goes on" if error.errno in NO_ROOM else ""
+        stderr.print(f"error: {error}{advice}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(BuilderError.exit_code)
     except SystemExit as end:
+        if end.code == signal.SIGTERM:  # while Ray starts, the handler is its own
+            sys.exit(InterruptedRunError.exit_code)
         if end.code == CTRL_C:
             stderr.print("stopped; the same command goes on from the last finished unit")
         raise
@@ -41,6 +47,7 @@ def run(command: typer.Typer) -> NoReturn:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows is tidying up
     raise InterruptedRunError("stopped by SIGTERM; the same command goes on from the last finished unit")
 
 

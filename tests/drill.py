@@ -191,6 +191,19 @@ class Drill:
             self.require(process.exitcode == 0, f"build ended with {process.exitcode}")
             self.compare(folder)
 
+    def stop_with_workers(self) -> None:
+        """SIGTERM to a driver whose units run on Ray."""
+        folder = self.folder()
+        process = self.start(*self.build_words(folder, "--workers", "2"))
+        for done in self._progress(folder, process):
+            if done > 1:
+                os.kill(process.pid, signal.SIGTERM)
+                process.join(DEADLINE_S)
+                self.faults["driver stopped"] += 1
+        self.require(process.exitcode == 75, f"build ended with {process.exitcode}")
+        self.run(*self.build_words(folder, "--workers", "0"))
+        self.compare(folder)
+
     def lose_node(self) -> None:
         """Kill the second of two nodes while units run on it."""
         from ray.cluster_utils import Cluster
@@ -313,6 +326,7 @@ def main() -> None:
         drill.tear(asked.tears)
         drill.fill_disk(asked.disks)
         drill.kill_workers(asked.worker_kills)
+        drill.stop_with_workers()
         for _ in range(asked.nodes):
             drill.lose_node()
     for name, count in drill.faults.items():

@@ -33,6 +33,12 @@ def test_torn_files_are_repaired(drill: Drill) -> None:
 def test_a_full_disk_is_an_error_that_leaves_nothing_half(drill: Drill) -> None:
     drill.fill_disk(1)
     assert "File too large" in drill.log.read_text()
+    assert "make room, then the same command goes on" in drill.log.read_text()
+
+
+@pytest.mark.timeout(200)
+def test_a_stopped_run_on_ray_ends_with_75_and_resumes(drill: Drill) -> None:
+    drill.stop_with_workers()
 
 
 @pytest.mark.timeout(280)

@@ -1,0 +1,111 @@
+"""What a build refuses to mix, and what it leaves alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pictures import write_tree
+
+from hierarchy_builder import build as steps
+from hierarchy_builder.artefacts import BuildFolder, read_json
+from hierarchy_builder.config import ExtractConfig
+from hierarchy_builder.errors import ConfigMismatchError
+from hierarchy_builder.ledger import begin_stage, check_manifest, read_manifest
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.workers import Workers
+
+SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hierarchy_builder.cli", *map(str, words), "--workers", "0", "--quiet"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of everything below a folder, folders included."""
+    places = [folder, *folder.rglob("*")]
+    return {str(place): (place.stat().st_size, place.stat().st_mtime_ns) for place in places}
+
+
+def test_the_manifest_says_what_decides_the_result(tmp_path: Path) -> None:
+    photos, folder = write_tree(tmp_path / "photos", per_class=1), BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(photos), ExtractConfig(encoder="dct"), SESSION)
+    entry = read_manifest(folder)["stages"]["extract"]
+    assert {"config", "encoder", "listing_hash", "num_images"} <= entry["inputs"].keys()
+    assert len(entry["hash"]) == len(entry["inputs"]["listing_hash"]) == 64
+    assert entry["inputs"]["encoder"]["weights_hash"]
+    assert len(entry["probe"]) == 12
+    assert entry["code_version"]
+    assert check_manifest(folder.manifest_copy) == read_manifest(folder)
+
+
+def test_other_weights_are_refused_side_by_side(tmp_path: Path) -> None:
+    photos, folder = write_tree(tmp_path / "photos", per_class=1), BuildFolder(tmp_path / "build")
+    first = ExtractConfig(encoder="dinov2-reg-small", weights="random:0")
+    steps.extract(folder, str(photos), first, SESSION)
+    there = read_json(folder.manifest)["stages"]["extract"]["inputs"]["encoder"]["weights_hash"]
+    with pytest.raises(ConfigMismatchError) as caught:
+        steps.extract(
+            folder, str(photos), ExtractConfig(encoder="dinov2-reg-small", weights="random:1"), SESSION
+        )
+    (line,) = [line for line in str(caught.value).splitlines() if "weights_hash" in line]
+    assert f"encoder.weights_hash: '{there}' there, '" in line
+    assert caught.value.exit_code == 5
+
+
+def test_the_second_driver_is_told_at_once(tmp_path: Path) -> None:
+    photos, folder = write_tree(tmp_path / "photos", per_class=1), BuildFolder(tmp_path / "build")
+    with folder.locked():
+        second = command("build", photos, "--out", folder.root, "--encoder", "dct")
+    assert second.returncode == 1
+    assert "is being written by another process: wait for it, or choose another --out" in second.stderr
+    assert not folder.manifest.exists()
+
+
+def test_a_source_that_cannot_be_written_is_enough(tmp_path: Path) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=2)
+    for place in [photos, *photos.rglob("*")]:
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    before = snapshot(photos)
+    done = command("build", photos, "--out", tmp_path / "build", "--encoder", "dct", "--images")
+    assert done.returncode == 0, done.stderr
+    assert snapshot(photos) == before
+
+
+def test_verify_and_repair_on_the_command_line(tmp_path: Path) -> None:
+    photos, folder = write_tree(tmp_path / "photos", per_class=2), BuildFolder(tmp_path / "build")
+    assert command("build", photos, "--out", folder.root, "--encoder", "dct").returncode == 0
+    tar = folder.shards / "train-000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-20_000])
+    folder.manifest.write_bytes(folder.manifest.read_bytes()[:100])
+    found = subprocess.run(
+        [sys.executable, "-m", "hierarchy_builder.cli", "verify", folder.root, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 4
+    assert "manifest.json is damaged" in json.loads(found.stdout)["problems"][0]
+    assert f"run `hierarchy-builder repair {folder.root}`" in found.stderr
+    mended = command("repair", folder.root, "--json")
+    assert mended.returncode == 0, mended.stderr
+    assert {row["stage"] for row in json.loads(mended.stdout)["mended"]} == {"manifest", "shard"}
+    assert tar.read_bytes() == whole
+
+
+def test_a_torn_marker_is_a_unit_to_do(tmp_path: Path) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    ledger = begin_stage(folder, "shard", {"a": 1}, {}, fresh=False)
+    ledger.finish(0, {"images": 3})
+    ledger.marker(0).write_bytes(ledger.marker(0).read_bytes()[:9])
+    assert not begin_stage(folder, "shard", {"a": 1}, {}, fresh=False).is_done(0)
