@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from PIL import Image
 
 from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
-from trainer import dispatch
+from trainer import cli, dispatch
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.latent_config import LatentModelConfig, LatentOptimConfig, LatentTrainConfig
@@ -214,6 +216,33 @@ def test_the_page_of_a_run_names_its_method(run: Path, shards: str) -> None:
     pipe = dispatch.load_pipeline(run)
     page = run_page(run, pipe, [pipe("ant", 0, num_steps=2)], open_index(shards))
     assert page.title == "Latent Forcing: test on 24 images"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Exit code of `trainer` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["trainer", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command_line_chooses_method_and_stages(
+    shards: str,
+    levels_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = ["train", shards, "--out", tmp_path / "run", "--dry-run", "--json", "--quiet"]
+    assert call(monkeypatch, *train, "--method", "latent-forcing", "--pixel-stage") == 0
+    resolved = json.loads(capsys.readouterr().out)
+    assert (resolved["preset"], resolved["model"]["num_canvases"]) == ("LF-LM", NUM_LEVELS)
+    assert call(monkeypatch, *train, "--preset", "tiny-cpu", "--pixel-stage") == 2
+    assert "add --method latent-forcing" in capsys.readouterr().err
+    samples = tmp_path / "samples"
+    words = ["--labels", "bee", "--seeds", "0", "--steps", "2", "--format", "png,safetensors"]
+    assert call(monkeypatch, "sample", levels_run, *words, "--out", samples, "--pixel-stage", levels_run) == 0
+    assert (samples / "grid.png").exists()
 
 
 # Bad input
