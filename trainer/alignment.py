@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.errors import UsageError
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
 from trainer.metrics.spread import spread
+from trainer.model import TrajectoryTransformer
 from trainer.pipeline import TrajectoryPipeline
 from trainer.regions import divide, extract_regions
 from trainer.sample import level_noise, time_steps
@@ -56,8 +58,13 @@ def alignment(
 
     Every level is drawn in `num_steps` steps from the canvas before it. x̂ is divided by Ward's linkage into as many
     regions as the partition it is held against. Columns: label, seed, level, partition, t, f, regions.
+    Raises UsageError for models of another method, whose paths are others.
     """
     config = pipe.model.config
+    if not isinstance(pipe.model, TrajectoryTransformer):
+        raise UsageError(
+            f"alignment asks for a model of Trajectory Forcing, found {type(pipe.model).__name__}"
+        )
     for label in labels:
         for seed in seeds:
             noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]

@@ -159,7 +159,7 @@ def comparison_png(before: Trajectory, after: Trajectory) -> Image.Image:
     names = level_names(before.num_levels)
     step = CELL_PX + GAP_PX
     sheet = Image.new("RGB", (SIDE_PX + len(names) * step, HEADER_PX + len(rows) * step), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for level, name in enumerate(names):
         draw.text((SIDE_PX + level * step, GAP_PX), name, INK, font=font)
     for number, (name, pictures) in enumerate(rows):

@@ -41,12 +41,12 @@ def encode(
 ) -> None:
     """A photograph → a trajectory that starts from its hierarchy, to edit and resume."""
     from trainer import photos
-    from trainer.pipeline import TrajectoryPipeline
+    from trainer.dispatch import load_pipeline
     from trainer.shards import open_index
 
     if (shards is None) == (photo is None):
         raise UsageError("a photograph comes from --shards DIR or from --photo FILE: give one of them")
-    pipe = TrajectoryPipeline.from_pretrained(run, ema)
+    pipe = load_pipeline(run, ema)
     if shards is not None:
         which = int(sample) if sample.isdecimal() else sample
         start = photos.start_from_shards(pipe, open_index(shards), which, seed=seed)
@@ -212,11 +212,11 @@ def sweep(
 ) -> None:
     """One edit over classes, seeds, levels and strengths, each beside what happens without it."""
     from trainer import sweep as room
+    from trainer.dispatch import load_pipeline
     from trainer.editing import Tokens
-    from trainer.pipeline import TrajectoryPipeline
     from trainer.report_inputs import shown_labels
 
-    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
+    pipe = load_pipeline(run, ema, decoder)
     names = labels.split(",") if labels else shown_labels(pipe.model.config.num_classes)
     config = room.SweepConfig(
         labels=tuple(pipe.label_id(name.strip() if isinstance(name, str) else name) for name in names),

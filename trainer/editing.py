@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trainer.dispatch import load_pipeline
 from trainer.edit import Source, mean_of, prototype, tokens_of
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.pipeline import TrajectoryPipeline
@@ -198,9 +199,7 @@ def model_of(
         same = run / "checkpoints" / Path(drawn_by).name
         folder = str(same) if same.exists() else folder
     try:
-        return TrajectoryPipeline.from_pretrained(
-            folder, trajectory.model.get("ema", "auto"), decoder, weak=weak
-        )
+        return load_pipeline(folder, trajectory.model.get("ema", "auto"), decoder, weak=weak)
     except MismatchError:
         raise
     except TrainerError as error:

@@ -53,15 +53,17 @@ def alignment_study(
 ) -> Iterator[tuple[str, float]]:
     """Boundaries along the generative path, over classes and seeds: see `trainer.alignment`.
 
-    Yields alignment_<level>_<partition>: the mean over the steps before the last of boundary F with the level's own
-    regions, and with flat and shifted ones. Writes RUN/alignment.json, which holds all times and partitions.
+    Yields alignment_<level>_<partition>: the mean over the steps before the last, where x̂ is the canvas itself, of
+    boundary F with the level's own regions, and with flat and shifted ones. Writes RUN/alignment.json, which holds all
+    times and partitions.
     """
     summary = summarise_alignment(list(alignment(pipe, labels, seeds, num_steps)))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps}
     write_json(run / ALIGNMENT, {**setup, "summary": summary})
     means: dict[tuple[int, str], list[float]] = {}
+    last_step = min(line["t"] for line in summary if line["t"] > 0)
     for line in summary:
-        if line["t"] > 0 and line["partition"] in (SEMANTIC, FLAT, SHIFTED):
+        if line["t"] > last_step and line["partition"] in (SEMANTIC, FLAT, SHIFTED):
             means.setdefault((line["level"], line["partition"]), []).append(line["f_mean"])
     for (level, partition), values in means.items():
         yield f"alignment_{level}_{partition}", sum(values) / len(values)
