@@ -348,13 +348,13 @@ def studio(
         raise TrainerError(
             f"{error.name} is not installed: install the extra, pip install 'trajectory-hierarchies[studio]'"
         ) from None
-    from trainer.pipeline import TrajectoryPipeline
+    from trainer.dispatch import load_pipeline
 
     if vocabulary is not None and not vocabulary.is_file():
         raise UsageError(
             f"no vocabulary at {vocabulary}: `hierarchy-builder cluster --vocabulary` writes one"
         )
-    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
+    pipe = load_pipeline(run, ema, decoder)
     launch(pipe, folder or run / "studio", vocabulary, host=host, port=port)
 
 
