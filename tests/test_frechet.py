@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,32 @@ def test_inception_score_counts_classes() -> None:
     assert inception_score(torch.zeros(20, 7), splits=2) == pytest.approx((1.0, 0.0))
     with pytest.raises(TrainerError, match="5 samples for 10 splits"):
         inception_score(torch.zeros(5, 7))
+
+
+def test_inception_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interface of torch-fidelity's extractor: uint8 [B, 3, h, w] in, one tensor for each name asked for out."""
+    asked = []
+
+    class Extractor(torch.nn.Module):
+        def __init__(self, name: str, features_list: list[str], weights: str | None) -> None:
+            super().__init__()
+            asked.append((features_list, weights))
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert (images.dtype, images.shape[1]) == (torch.uint8, 3)
+            means = images.float().mean(dim=(2, 3))
+            return means, -means
+
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Extractor  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    pictures = np.zeros((2, 4, 6, 3), dtype=np.uint8)
+    pictures[1, ..., 2] = 9
+    features, logits = inception_features("weights.pth")(pictures)
+    assert features.tolist() == [[0, 0, 0], [0, 0, 9]]
+    assert torch.equal(logits, -features)
+    assert asked == [(["2048", "logits_unbiased"], "weights.pth")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is there")

@@ -1,0 +1,94 @@
+"""Samples against real images while they are drawn, and the studies kept in a run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipeline import tiny_pipeline
+
+from trainer.distribution import TOKENS_PER_IMAGE, Crowd, Pictures, distances
+from trainer.errors import UsageError
+from trainer.metrics.frechet import Gaussian
+from trainer.studies import alignment_study, edit_study
+
+
+def crowd(images: int, shift: float = 0.0, seed: int = 0) -> Crowd:
+    """Tokens N(shift, 1), in parts of uneven size."""
+    canvases = torch.randn(images, 2, 8, 8, 3, generator=torch.Generator().manual_seed(seed)) + shift
+    found = Crowd(2, 3)
+    for part in canvases.split([1, images - 1]):
+        found.add(part)
+    return found
+
+
+def test_distances_of_shifted_gaussians() -> None:
+    real, halves = crowd(200), (crowd(100, seed=1), crowd(100, seed=2))
+    found = dict(distances(crowd(200, shift=2.0, seed=3), real, halves))
+    # Equal covariances: the squared shift alone, 2² in each of three channels.
+    for name in ("frechet_pooled", "frechet_tokens_0", "frechet_tokens_1"):
+        assert found[name] == pytest.approx(12, rel=0.05)
+        assert found[f"{name}_real"] < 0.05
+    assert (found["precision"], found["recall"]) == (0.0, 0.0)
+    assert found["precision_real"] > 0.8
+    assert (found["num_samples"], found["num_real"]) == (200.0, 200.0)
+    assert real.tokens[0].count == 200 * TOKENS_PER_IMAGE
+
+
+def test_few_images_have_no_precision() -> None:
+    found = dict(distances(crowd(3), crowd(3, seed=1), (crowd(2), crowd(2, seed=1))))
+    assert "precision" not in found
+    assert math.isfinite(found["frechet_pooled"])
+
+
+def test_pictures_give_fid_and_inception_score() -> None:
+    def inception(pictures: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        means = torch.from_numpy(pictures.astype(np.float32)).mean(dim=(1, 2))
+        return means, 100 * torch.eye(4)[torch.arange(len(pictures)) % 4]
+
+    pictures = Pictures(inception)
+    assert list(pictures.metrics(None)) == []
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        pictures.add(random.integers(0, 255, (4, 8, 8, 3), dtype=np.uint8))
+    found = dict(pictures.metrics(Gaussian(np.full(3, 127.0), np.eye(3) * 80)))
+    assert found["inception_score"] == pytest.approx(4.0)
+    assert found["fid"] < 50
+    assert "fid" not in dict(pictures.metrics(None))
+
+
+def test_studies_write_files_and_yield_their_main_numbers(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    edits = dict(edit_study(pipe, tmp_path, [0], [0, 1]))
+    written = json.loads((tmp_path / "edits.json").read_text())
+    line = next(
+        line
+        for line in written["summary"]
+        if (line["level"], line["measured"], line["arm"]) == (1, 3, "edit")
+    )
+    assert edits["lis_1_3"] == line["lis_mean"]
+    assert edits["lis_1_3_low"] < edits["lis_1_3"] < edits["lis_1_3_high"]
+    assert {"gain_0_1", "lis_0_1_other_noise"} <= set(edits)
+    assert "lis_1_1" not in edits
+    shares = dict(alignment_study(pipe, tmp_path, [0], [0, 1], num_steps=3))
+    summary = json.loads((tmp_path / "alignment.json").read_text())["summary"]
+    early = [
+        line["f_mean"]
+        for line in summary
+        if (line["level"], line["partition"]) == (2, "flat")
+        and line["t"] > sorted({line["t"] for line in summary})[1]
+    ]
+    assert len(early) == 2
+    assert shares["alignment_2_flat"] == pytest.approx(np.mean(early))
+
+
+def test_alignment_asks_for_the_method_it_is_about(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]
+    pipe.model.config = tiny_pipeline().model.config  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="alignment asks for a model of Trajectory Forcing, found Linear"):
+        dict(alignment_study(pipe, tmp_path, [0], [0]))
