@@ -104,6 +104,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
+        """Time of all that is still to do."""
         return sum(stage.seconds for stage in self.stages)
 
     def as_json(self) -> dict[str, Any]:

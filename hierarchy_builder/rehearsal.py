@@ -94,13 +94,10 @@ class Findings:
 
     def store_bytes(self, store: str, num_rows: int, block_rows: int) -> float:
         """Bytes of a whole store of so many rows."""
-        blocks, indices = (
-            -(-num_rows // block_rows),
-            stores.shard_index_bytes(-(-block_rows // self.rows_per_chunk)),
-        )
+        index = stores.shard_index_bytes(-(-block_rows // self.rows_per_chunk))
         per_row = self.chunks[store].sum() / self.num_images
-        per_block = self.once_per_block[store] / self.num_blocks + self.arrays[store] * indices
-        return self.metadata[store] + num_rows * per_row + blocks * per_block
+        per_block = self.once_per_block[store] / self.num_blocks + self.arrays[store] * index
+        return self.metadata[store] + num_rows * per_row + -(-num_rows // block_rows) * per_block
 
     def errors(self, num_images: int) -> dict[str, float]:
         """Relative standard error of the bytes of the stores and of the shards of so many images."""
@@ -149,7 +146,7 @@ def rehearse(
         session.reporter.say(f"trying {count} of {len(records)} images")
         chosen = [records[row] for row in np.sort(order[found.num_images : found.num_images + count])]
         with tempfile.TemporaryDirectory(prefix=".plan-", dir=nearest_folder(folder.root)) as place:
-            trial, short = BuildFolder(Path(place) / "build"), _shorten(plan, chosen, images)
+            trial, short = BuildFolder(Path(place) / "build"), _shorten(plan, chosen)
             some = replace(images, records=chosen)
             summaries = build(trial, some, short, alone if found.outcomes else quiet)
             if not found.outcomes:  # what comes from here on takes no start-up of workers
@@ -172,7 +169,7 @@ def _next_round(found: Findings, num_rows: int, spent: float, seconds: float) ->
     return left if left - count < SHORTEST_ROUND else count
 
 
-def _shorten(plan: BuildPlan, records: Sequence[ImageRecord], images: ImageSource) -> BuildPlan:
+def _shorten(plan: BuildPlan, records: Sequence[ImageRecord]) -> BuildPlan:
     """The same for few images: every skip is allowed, units are short, the vocabulary is small."""
     rows = plan.extract.block_rows
     assert rows is not None

