@@ -161,6 +161,11 @@ def test_levels_can_be_edited_and_resumed(runs: dict[str, Path]) -> None:
         assert float((other.levels[2:] - trajectory.levels[2:]).abs().mean()) > 0.01
 
 
+def test_tokens_alone_cannot_be_resumed(runs: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="draws tokens alone"):
+        load_pipeline(runs["tokens"])("bee", seed=3).resume(1)
+
+
 def test_guidance_needs_label_dropout(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
     plain, guided = (load_pipeline(runs["tokens"])("bee", guidance=w) for w in (None, 2.0))
     assert not torch.equal(plain.levels, guided.levels)

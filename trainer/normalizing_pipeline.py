@@ -12,7 +12,6 @@ T transitions, L levels, H×W grid, C channels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +120,18 @@ class NormalizingPipeline(TrajectoryPipeline):
             self.model, self.method, label, noise.to(device), asked, normaliser=self.normaliser
         ).cpu()
         how = {**how, "num_steps": asked.num_steps}
-        drawn = [self._trajectory(*each, **how) for each in zip(levels, ids, seeds, strict=True)]
-        has_levels = config.trajectory != "tokens"
-        return drawn if has_levels else [replace(trajectory, sampler=None) for trajectory in drawn]
+        return [self._trajectory(*each, **how) for each in zip(levels, ids, seeds, strict=True)]
 
     def _after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
-        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""
+        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were.
+
+        Raises UsageError for a model of tokens alone.
+        """
+        if self.model.config.trajectory == "tokens":
+            raise UsageError(
+                "this model draws tokens alone, its trajectories have no levels to draw again: use one trained with "
+                "model.trajectory=levels or canvases"
+            )
         config, device = self.model.config, next(self.model.parameters()).device
         if level + 1 == config.num_levels:
             return trajectory.levels[:0]

@@ -39,8 +39,6 @@ class HowToSample:
     """w of guidance on means and deviations; 0 is none."""
     clip: float | None = None
     """Share of the scores of an image that is not cut to the largest of them; None cuts none."""
-    temperature: float = 1.0
-    """Factor of the deviations of all transitions."""
 
 
 def num_noises(network: NormalizingNetwork, num_steps: int) -> int:
@@ -96,12 +94,12 @@ def sample_canvases(
 def predicted(
     network: NormalizingNetwork, u: Tensor, t: Tensor, s: Tensor, given: Given, how: HowToSample
 ) -> Gaussian:
-    """Law of the next state in u-space, with guidance and temperature."""
+    """Law of the next state in u-space, with guidance."""
     law = network.predict(u, t, s, given, how.num_steps)
-    if how.guidance:
-        null = given._replace(label=torch.full_like(given.label, network.config.num_classes))
-        law = guided(law, network.predict(u, t, s, null, how.num_steps), how.guidance)
-    return law._replace(log_sigma=law.log_sigma + torch.tensor(how.temperature).log())
+    if not how.guidance:
+        return law
+    null = given._replace(label=torch.full_like(given.label, network.config.num_classes))
+    return guided(law, network.predict(u, t, s, null, how.num_steps), how.guidance)
 
 
 def draw_states(
