@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.index import status_name
 from hierarchy_builder.ledger import Ledger
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.records import Block, Status
-from hierarchy_builder.stages import Stage
+from hierarchy_builder.records import Block
+from hierarchy_builder.stages import Stage, count_failed
 from hierarchy_builder.workers import Workers, map_units
 
 
@@ -68,8 +67,3 @@ def do_units(
             meter.advance(result["images"], count_failed(result))
             after_unit()
         return meter.done, meter.seconds
-
-
-def count_failed(result: Mapping[str, Any]) -> int:
-    """Images that could not be used, of what the marker of a unit keeps."""
-    return sum(outcome["status"] != status_name(Status.OK) for outcome in result.get("outcomes", ()))

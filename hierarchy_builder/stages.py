@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -301,3 +301,8 @@ def tell_status(outcomes: list[dict[str, Any]], status: np.ndarray) -> None:
         outcome["status"] = status_name(Status(value))
         if value == Status.NONFINITE:
             outcome["reason"] = "features are not finite in float16"
+
+
+def count_failed(result: Mapping[str, Any]) -> int:
+    """Images that could not be used, of what the marker of a unit keeps."""
+    return sum(outcome["status"] != status_name(Status.OK) for outcome in result.get("outcomes", ()))

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -24,7 +24,7 @@ import torch
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.ledger import Ledger
 from hierarchy_builder.records import Block
-from hierarchy_builder.stages import Stage, one_thread, perform
+from hierarchy_builder.stages import Stage, count_failed, one_thread, perform
 
 ResultT = TypeVar("ResultT")
 
@@ -263,14 +263,45 @@ class _Worker:
     """A Ray actor: loads once, then does units."""
 
     def __init__(self, threads: int) -> None:
-        self.loaded, self.threads = None, threads
+        self.loaded, self.threads, self.metrics = None, threads, _Metrics()
 
     def load(self, load: Callable[[], Any]) -> None:
         self.loaded = load()
 
     def call(self, function: Callable[..., Any], unit: Block, *shared: Any) -> Any:
         with one_thread():
-            return function(self.loaded, unit, self.threads, *shared)
+            result = function(self.loaded, unit, self.threads, *shared)
+        if function is perform:
+            self.metrics.count(type(self.loaded).__name__, result)
+        return result
+
+
+class _Metrics:
+    """What a worker has done, for the metrics page of the cluster; nobody reads it where there is none."""
+
+    def __init__(self) -> None:
+        from ray.util import metrics
+
+        tags = {"tag_keys": ("stage",)}
+        self.images = metrics.Counter("hierarchy_builder_images", "Images done.", **tags)
+        self.failed = metrics.Counter(
+            "hierarchy_builder_failed_images", "Images that could not be used.", **tags
+        )
+        self.seconds = metrics.Histogram(
+            "hierarchy_builder_unit_seconds",
+            "Seconds of a unit.",
+            boundaries=[1, 3, 10, 30, 100, 300],
+            **tags,
+        )
+
+    def count(self, stage: str, result: Mapping[str, Any]) -> None:
+        """Add what the marker of a unit keeps."""
+        tags, failed = {"stage": stage}, count_failed(result)
+        if result["images"]:
+            self.images.inc(result["images"], tags)
+        if failed:
+            self.failed.inc(failed, tags)
+        self.seconds.observe(result["seconds"], tags)
 
 
 def _start_workers(load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool) -> _OnRay:

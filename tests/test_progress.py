@@ -17,7 +17,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Meter, Reporter, as_duration, running_stage
 from hierarchy_builder.session import Session
 from hierarchy_builder.stages import ExtractStage
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.workers import Workers, _Metrics
 
 
 def test_a_stage_tells_how_far_how_fast_and_how_long(monkeypatch) -> None:
@@ -100,3 +100,29 @@ def test_what_a_killed_run_left_is_not_running(tmp_path: Path) -> None:
     folder = BuildFolder(tmp_path)
     write_json(folder.live, {"stage": "extract", "time": 0.0})
     assert running_stage(folder) is None
+
+
+def test_workers_count_what_they_do(monkeypatch) -> None:
+    counted = []
+
+    class Metric:
+        def __init__(self, name, description, tag_keys, boundaries=None):
+            self.name = name
+
+        def inc(self, value, tags):
+            counted.append((self.name.removeprefix("hierarchy_builder_"), value, tags["stage"]))
+
+        observe = inc
+
+    monkeypatch.setattr("ray.util.metrics.Counter", Metric)
+    monkeypatch.setattr("ray.util.metrics.Histogram", Metric)
+    outcomes = [{"status": "ok"}, {"status": "skipped"}, {"status": "nonfinite"}]
+    _Metrics().count("ExtractStage", {"images": 3, "seconds": 1.5, "outcomes": outcomes})
+    _Metrics().count("ClusterStage", {"images": 1, "seconds": 0.5})
+    assert counted == [
+        ("images", 3, "ExtractStage"),
+        ("failed_images", 2, "ExtractStage"),
+        ("unit_seconds", 1.5, "ExtractStage"),
+        ("images", 1, "ClusterStage"),
+        ("unit_seconds", 0.5, "ClusterStage"),
+    ]
