@@ -6,9 +6,17 @@ import pytest
 import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
-from trainer.alignment import alignment, alignment_table, denoising_path, partitions, summarise_alignment
+from trainer.alignment import (
+    alignment,
+    alignment_of_photos,
+    alignment_table,
+    denoising_path,
+    partitions,
+    summarise_alignment,
+)
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
 from trainer.normalisation import Normaliser
+from trainer.regions import divide
 from trainer.sample import level_noise
 
 HALVES = torch.arange(64).view(8, 8) // 32
@@ -71,6 +79,20 @@ def test_partitions_have_as_many_regions() -> None:
         counts = {int(ids.max()) + 1 for ids in target.values()}
         assert len(counts) == 1
         assert all(len(ids.unique()) == int(ids.max()) + 1 for ids in target.values())
+
+
+def test_photographs_are_held_against_their_teacher() -> None:
+    pipe = tiny_pipeline()
+    features = torch.randn(*GRID, 48, generator=torch.Generator().manual_seed(0))
+    photo = pipe.from_features(features, label="bee", seed=3)
+    rows = list(alignment_of_photos(pipe, [photo], num_steps=2))
+    assert len(rows) == 3 * 5 * 3
+    assert {row["level"] for row in rows} == {1, 2, 3}
+    target = partitions(photo.levels, torch.Generator().manual_seed(3))[1]["semantic"]
+    noise = level_noise([3], 4, GRID, 48)[1, 0]
+    _, expected = denoising_path(pipe, 1, noise, photo.levels[0], 1, 2)
+    found = [row["f"] for row in rows if (row["level"], row["partition"]) == (1, "semantic")]
+    assert found == [boundary_f(divide(canvas, int(target.max()) + 1), target) for canvas in expected]
 
 
 def test_study_reaches_its_own_regions() -> None:

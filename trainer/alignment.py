@@ -9,12 +9,13 @@ division of the final tokens, and of partitions that mean nothing. Definitions: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.config import ModelConfig
 from trainer.errors import UsageError
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
 from trainer.metrics.spread import spread
@@ -22,6 +23,7 @@ from trainer.model import TrajectoryTransformer
 from trainer.pipeline import TrajectoryPipeline
 from trainer.regions import divide, extract_regions
 from trainer.sample import level_noise, time_steps
+from trainer.trajectory import Trajectory
 
 SEMANTIC, FLAT, SHIFTED, GRID, SHUFFLED = "semantic", "flat", "shifted", "grid", "shuffled"
 
@@ -60,34 +62,57 @@ def alignment(
     regions as the partition it is held against. Columns: label, seed, level, partition, t, f, regions.
     Raises UsageError for models of another method, whose paths are others.
     """
-    config = pipe.model.config
+    config = _config_of(pipe)
+    for label in labels:
+        for seed in seeds:
+            noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
+            paths: dict[int, tuple[list[float], Tensor]] = {}
+            previous = None
+            for level in range(config.num_levels):
+                paths[level] = denoising_path(pipe, label, noise[level], previous, level, num_steps)
+                previous = paths[level][1][-1]
+            final = torch.stack([expected[-1] for _, expected in paths.values()])
+            yield from _rows({"label": label, "seed": seed}, paths, final)
+
+
+def alignment_of_photos(
+    pipe: TrajectoryPipeline, photos: Iterable[Trajectory], num_steps: int = 16
+) -> Iterator[dict[str, Any]]:
+    """The same with photographs: level ℓ ≥ 1 is drawn from the photograph's own level ℓ−1, and x̂ held against the
+    teacher's regions of ℓ, which the network has not seen.
+
+    photos: trajectories that start from photographs (`trainer.photos`). Columns and errors as of `alignment`.
+    """
+    config = _config_of(pipe)
+    for photo in photos:
+        seed = photo.seeds[-1]
+        noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
+        paths = {
+            level: denoising_path(pipe, photo.label, noise[level], photo.levels[level - 1], level, num_steps)
+            for level in range(1, config.num_levels)
+        }
+        yield from _rows({"label": photo.label, "seed": seed}, paths, photo.levels)
+
+
+def _rows(
+    unit: dict[str, int], paths: Mapping[int, tuple[list[float], Tensor]], levels: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Paths of some levels against the partitions of `levels`."""
+    targets = partitions(levels, torch.Generator().manual_seed(unit["seed"]))
+    for level, (times, expected) in paths.items():
+        for name, regions in targets[level].items():
+            count = int(regions.max()) + 1
+            for t, canvas in zip(times, expected, strict=True):
+                score = boundary_f(divide(canvas, count), regions)
+                yield {**unit, "level": level, "partition": name, "t": t, "f": score, "regions": count}
+
+
+def _config_of(pipe: TrajectoryPipeline) -> ModelConfig:
     if not isinstance(pipe.model, TrajectoryTransformer):
         raise UsageError(
             f"alignment asks for a model of Trajectory Forcing, found {type(pipe.model).__name__}"
         )
-    for label in labels:
-        for seed in seeds:
-            noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
-            paths, previous = [], None
-            for level in range(config.num_levels):
-                times, expected = denoising_path(pipe, label, noise[level], previous, level, num_steps)
-                paths.append(expected)
-                previous = expected[-1]
-            final = torch.stack([path[-1] for path in paths])
-            generator = torch.Generator().manual_seed(seed)
-            for level, target in enumerate(partitions(final, generator)):
-                for name, regions in target.items():
-                    count = int(regions.max()) + 1
-                    for t, canvas in zip(times, paths[level], strict=True):
-                        yield {
-                            "label": label,
-                            "seed": seed,
-                            "level": level,
-                            "partition": name,
-                            "t": t,
-                            "f": boundary_f(divide(canvas, count), regions),
-                            "regions": count,
-                        }
+    return pipe.model.config
 
 
 def partitions(levels: Tensor, generator: torch.Generator) -> list[dict[str, Tensor]]:

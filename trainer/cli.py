@@ -258,7 +258,9 @@ def evaluate(
     metrics = list(measure(pipe, index, samples_per_class, steps, max_real, guidance, strength, judge, real))
     settings = (pipe, run, shown_labels(index.num_classes), range(samples_per_class))
     metrics += studies.edit_study(*settings, steps) if edits else []
-    metrics += studies.alignment_study(*settings) if alignment else []
+    if alignment:
+        photos = studies.photos_of(pipe, index, len(settings[2]) * samples_per_class)
+        metrics += studies.alignment_study(*settings, photos=photos)
     rows = [{"name": name, "value": value} for name, value in metrics]
     setup = {
         "samples_per_class": samples_per_class,

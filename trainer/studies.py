@@ -5,13 +5,26 @@ Each writes one JSON file (setup, summary) and yields (name, value) of its main 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from trainer.alignment import FLAT, SEMANTIC, SHIFTED, alignment, summarise_alignment
+import numpy as np
+
+from trainer.alignment import (
+    FLAT,
+    SEMANTIC,
+    SHIFTED,
+    alignment,
+    alignment_of_photos,
+    summarise_alignment,
+)
+from trainer.photos import start_from_shards
 from trainer.pipeline import TrajectoryPipeline
 from trainer.printing import write_json
+from trainer.shards import ShardIndex
 from trainer.sweep import EDIT, OTHER_NOISE, SweepConfig, summarise, sweep
+from trainer.trajectory import Trajectory
 
 EDITS, ALIGNMENT = "edits.json", "alignment.json"
 """Files of a run folder."""
@@ -50,20 +63,33 @@ def alignment_study(
     labels: Sequence[int],
     seeds: Sequence[int],
     num_steps: int = PATH_STEPS,
+    photos: Sequence[Trajectory] = (),
 ) -> Iterator[tuple[str, float]]:
-    """Boundaries along the generative path, over classes and seeds: see `trainer.alignment`.
+    """Boundaries along the generative path, over classes and seeds, and over photographs: see `trainer.alignment`.
 
     Yields alignment_<level>_<partition>: the mean over the steps before the last, where x̂ is the canvas itself, of
-    boundary F with the level's own regions, and with flat and shifted ones. Writes RUN/alignment.json, which holds all
-    times and partitions.
+    boundary F with the level's own regions, and with flat and shifted ones; with _real for photographs and their
+    teacher's regions. Writes RUN/alignment.json, which holds all times and partitions (`summary`, `photos`).
     """
     summary = summarise_alignment(list(alignment(pipe, labels, seeds, num_steps)))
-    setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps}
-    write_json(run / ALIGNMENT, {**setup, "summary": summary})
+    of_photos = summarise_alignment(list(alignment_of_photos(pipe, photos, num_steps)))
+    setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "num_photos": len(photos)}
+    write_json(run / ALIGNMENT, {**setup, "summary": summary, "photos": of_photos})
+    yield from _early_means(summary, "")
+    yield from _early_means(of_photos, "_real")
+
+
+def photos_of(pipe: TrajectoryPipeline, index: ShardIndex, count: int) -> list[Trajectory]:
+    """At most `count` samples of shards, spread evenly over them, each with noise of its own."""
+    chosen = np.unique(np.linspace(0, index.num_samples - 1, min(count, index.num_samples)).astype(int))
+    return [start_from_shards(pipe, index, number, seed=seed) for seed, number in enumerate(chosen.tolist())]
+
+
+def _early_means(summary: Sequence[Mapping[str, Any]], suffix: str) -> Iterator[tuple[str, float]]:
     means: dict[tuple[int, str], list[float]] = {}
-    last_step = min(line["t"] for line in summary if line["t"] > 0)
+    last_step = min((line["t"] for line in summary if line["t"] > 0), default=0.0)
     for line in summary:
         if line["t"] > last_step and line["partition"] in (SEMANTIC, FLAT, SHIFTED):
             means.setdefault((line["level"], line["partition"]), []).append(line["f_mean"])
     for (level, partition), values in means.items():
-        yield f"alignment_{level}_{partition}", sum(values) / len(values)
+        yield f"alignment_{level}_{partition}{suffix}", sum(values) / len(values)
