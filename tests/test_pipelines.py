@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,65 @@ def test_slurm_script_starts_ray_and_passes_the_exit_code(tmp_path) -> None:
     assert "srun --nodes=1 --ntasks=1 -w a" in said
     assert "--exclude=a" in said
     assert "scontrol requeue 7" in said
+
+
+@pytest.fixture
+def job_server(monkeypatch):
+    """Address of the job server of a Ray of one node; skips without the cluster extra."""
+    for module in ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client", "smart_open", "virtualenv"):
+        pytest.importorskip(module, reason="`ray job submit` needs the cluster extra (ray[default])")
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port, "dashboard_host": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield f"http://127.0.0.1:{port}"
+    cluster.shutdown()
+
+
+@pytest.mark.timeout(280)
+def test_job_is_submitted_to_a_job_server(job_server, tmp_path) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=3)
+    job = subprocess.run(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", job_server, "--"),
+            *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job", "--encoder", "dct"),
+            *("--fused", "--address", "auto", "--publish", f"file://{tmp_path}/set", "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "NO_COLOR": "1", "RAY_ADDRESS": ""},
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert (tmp_path / "set" / "_SUCCESS").is_file()
+    assert (tmp_path / "set" / "train-000000.tar").read_bytes() == (
+        tmp_path / "job" / "shards" / "train-000000.tar"
+    ).read_bytes()
+
+
+def test_ray_job_has_the_fields_of_its_kind() -> None:
+    """Names KubeRay's v1 schema knows, at the levels it knows them; a misspelt one would be dropped in silence."""
+    job = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())
+    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+    lifetime = {
+        "shutdownAfterJobFinishes",
+        "ttlSecondsAfterFinished",
+        "activeDeadlineSeconds",
+        "backoffLimit",
+    }
+    known = {"entrypoint", "runtimeEnvYAML", "submissionMode", "rayClusterSpec", "suspend", "metadata"}
+    assert spec.keys() <= lifetime | known
+    assert cluster.keys() <= {"rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling"}
+    assert cluster["headGroupSpec"].keys() <= {"rayStartParams", "template", "serviceType"}
+    for group in cluster["workerGroupSpecs"]:
+        counts = ("minReplicas", "replicas", "maxReplicas")
+        assert group.keys() <= {"groupName", "rayStartParams", "template", "numOfHosts", *counts}
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert all(type(value) is str for value in container["resources"]["limits"].values())
