@@ -114,7 +114,8 @@ def _restore_manifest(folder: BuildFolder) -> None:
 def _restore_listing(folder: BuildFolder) -> None:
     """Bring the class map back from the manifest, and listing and index from one another where one is whole."""
     entry = stage_entry(folder, "extract")
-    write_json(folder.class_map, entry["class_map"])
+    if "class_map" in entry:
+        write_json(folder.class_map, entry["class_map"])
     whole = [path for path in (folder.listing, folder.index) if _is_listing(path, entry)]
     if whole and folder.listing not in whole:
         write_index(folder.listing, records_of(read_index(folder.index)))

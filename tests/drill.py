@@ -1,6 +1,6 @@
 """Faults on purpose: builds are killed, stopped, starved and torn at random moments, and must end with the same bytes.
 
-    python tests/drill.py [--seed 0] [--driver-kills 50] [--stops 8] [--worker-kills 10] [--tears 30] [--nodes 1]
+    python tests/drill.py [--seed 0] [--driver-kills 50] [--stops 8] [--worker-kills 10] [--tears 30] …
 
 prints the faults injected and survived; `tests/test_drill.py` does a few of each.
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -314,6 +315,7 @@ def main() -> None:
         "worker-kills": 10,
         "tears": 30,
         "disks": 5,
+        "stops-on-ray": 1,
         "nodes": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=count)
@@ -321,16 +323,19 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="drill-") as root:
         drill = Drill(Path(root), asked.seed)
-        drill.kill_drivers(asked.driver_kills)
-        drill.kill_drivers(asked.stops, signal.SIGTERM)
-        drill.tear(asked.tears)
-        drill.fill_disk(asked.disks)
-        drill.kill_workers(asked.worker_kills)
-        drill.stop_with_workers()
-        for _ in range(asked.nodes):
-            drill.lose_node()
-    for name, count in drill.faults.items():
-        print(f"{name:<16} {count:4} injected, {count:4} survived")
+        for fault, times in (
+            (drill.kill_drivers, asked.driver_kills),
+            (partial(drill.kill_drivers, number=signal.SIGTERM), asked.stops),
+            (drill.tear, asked.tears),
+            (drill.fill_disk, asked.disks),
+            (drill.kill_workers, asked.worker_kills),
+            (lambda times: [drill.stop_with_workers() for _ in range(times)], asked.stops_on_ray),
+            (lambda times: [drill.lose_node() for _ in range(times)], asked.nodes),
+        ):
+            before = Counter(drill.faults)
+            fault(times)
+            for name, count in (drill.faults - before).items():
+                print(f"{name:<16} {count:4} injected, {count:4} survived", flush=True)
     print(f"seed {asked.seed}, {time.perf_counter() - started:.0f} s; every build ended with the same bytes")
 
 
