@@ -58,7 +58,10 @@ class HierarchyView:
 
 
 def level_names(num_levels: int) -> tuple[str, ...]:
-    """What the levels are called, coarse → fine, in the method's words; more than two cuts are numbered, and one is tokens."""
+    """What the levels are called, coarse → fine, in the method's words.
+
+    More than two cuts are numbered; a single level is the tokens.
+    """
     if num_levels == 1:
         return ("tokens",)
     cuts = num_levels - 2
