@@ -3,8 +3,8 @@
     pipe = NormalizingPipeline.from_pretrained("runs/ntm", ending="score")
     trajectory = pipe(label="panda", seed=3)
 
-Where tokens alone are modelled, a trajectory's levels are what its states say about the clean tokens, noisy → clean;
-else they are the levels of the hierarchy, to be edited and resumed as with Trajectory Forcing.
+Where tokens alone are modelled they are a trajectory's one level; else it has those of the hierarchy, to be edited and
+resumed as with Trajectory Forcing.
 
 T transitions, L levels, H×W grid, C channels
 """
@@ -123,17 +123,9 @@ class NormalizingPipeline(TrajectoryPipeline):
         return [self._trajectory(*each, **how) for each in zip(levels, ids, seeds, strict=True)]
 
     def _after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
-        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were.
-
-        Raises UsageError for a model of tokens alone.
-        """
-        if self.model.config.trajectory == "tokens":
-            raise UsageError(
-                "this model draws tokens alone, its trajectories have no levels to draw again: use one trained with "
-                "model.trajectory=levels or canvases"
-            )
+        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""
         config, device = self.model.config, next(self.model.parameters()).device
-        if level + 1 == config.num_levels:
+        if level + 1 == trajectory.num_levels:
             return trajectory.levels[:0]
         how = self._how(trajectory.num_steps, trajectory.guidance, trajectory.weak_scale)
         count = num_noises(self.model, how.num_steps)

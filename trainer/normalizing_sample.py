@@ -61,12 +61,11 @@ def sample_canvases(
     previous: Tensor | None = None,
     normaliser: Normaliser = RAW,
 ) -> Tensor:
-    """Sample canvases: float32 [B, L − start_level, H, W, C], or [B, T, H, W, C] where tokens alone are modelled.
+    """Sample canvases: float32 [B, L − start_level, H, W, C], with L = 1 where tokens alone are modelled.
 
-    For tokens the canvases are what the trajectory says about the clean tokens at each of its states, noisy → clean:
-    by `score` denoised, else the states divided by 1 − t, of which the last is brought to the end as asked.
     label: int64 [B]. noise: float32 [num_noises, B, H, W, C]. previous: canvas of level start_level − 1, to resume.
-    normaliser: that of the run; canvases are raw features. Raises UsageError if guidance is not for the network.
+    normaliser: that of the run; canvases are raw features. Raises UsageError if guidance is not for the network,
+    MismatchError for a number of transitions it was not trained with.
     """
     if how.guidance and not method.label_dropout:
         raise UsageError(
@@ -75,18 +74,12 @@ def sample_canvases(
         )
     network.check(noise[0], how.num_steps)
     prev = torch.zeros_like(noise[0]) if previous is None else normaliser.apply(previous)
-    if network.config.trajectory == "tokens":
-        given = Given(label, torch.zeros_like(label), prev)
-        return normaliser.undo(_noise_trajectory(network, method, given, noise, how, all_states=True))
-    canvases = []
-    each = num_noises(network, how.num_steps) // network.config.num_levels
-    for level in range(start_level, network.config.num_levels):
+    num_levels = 1 if network.config.trajectory == "tokens" else network.config.num_levels
+    each, canvases = len(noise) // num_levels, []
+    for level in range(start_level, num_levels):
         given = Given(label, torch.full_like(label, level), prev)
-        own = noise[level * each : (level + 1) * each]
-        if network.config.trajectory == "levels":
-            prev = _next_level(network, method, given, own, how)
-        else:
-            prev = _noise_trajectory(network, method, given, own, how)[:, 0]
+        draw = _next_level if network.config.trajectory == "levels" else _noise_trajectory
+        prev = draw(network, method, given, noise[level * each : (level + 1) * each], how)
         canvases.append(prev)
     return normaliser.undo(torch.stack(canvases, dim=1))
 
@@ -120,24 +113,21 @@ def _noise_trajectory(
     given: Given,
     noise: Tensor,
     how: HowToSample,
-    all_states: bool = False,
 ) -> Tensor:
-    """Clean canvases that a trajectory ends in, [B, 1, H, W, C], or what each of its states says, noisy → clean."""
+    """The clean canvas that a trajectory ends in, [B, H, W, C]. noise: [T+1, B, H, W, C]."""
     T, H, W = how.num_steps, *network.config.grid
     t_min = noise.new_full((noise.shape[1],), method.sampling_t_min)
     times = noise_times(t_min, T, H * W)
     u = draw_states(network, times, given, noise, how)
-    scale = 1 - times[:, :-1]
-    if how.ending == "score":
-        states = torch.cat([_inverse(network, u[:, :-1], times[:, :-1], given, T), u[:, -1:]], dim=1)
-        clean = denoised(network, states, times, given, T, noise_covariance(times), scale, how.clip)
-        return clean.flip(1) if all_states else clean[:, :1]
+    if how.ending == "denoiser":
+        return network.denoise(u[:, 0], times[:, 0], given, T)
     if how.ending == "inverse":
-        first = _inverse(network, u[:, :1], times[:, :1], given, T) / scale[:, :1, None, None, None]
-    else:
-        first = network.denoise(u[:, 0], times[:, 0], given, T)[:, None]
-    rest = u[:, 1:-1] / scale[:, 1:, None, None, None]
-    return torch.cat([rest.flip(1), first], dim=1) if all_states else first
+        return network.untransport(u[:, 0], times[:, 0], given.level, T) / (1 - method.sampling_t_min)
+    # States do not depend on each other here, so all are inverted as one batch.
+    x = network.untransport(u[:, :-1].flatten(0, 1), times[:, :-1].flatten(), given.repeated(T).level, T)
+    states = torch.cat([x.unflatten(0, (-1, T)), u[:, -1:]], dim=1)
+    scale = 1 - times[:, :-1]
+    return denoised(network, states, times, given, T, noise_covariance(times), scale, how.clip)[:, 0]
 
 
 def _next_level(
@@ -167,10 +157,3 @@ def _next_level(
     scale = torch.ones_like(times[:, :1])
     covariance = (sigma**2 * scale)[..., None]
     return denoised(network, states, times, given, how.num_steps, covariance, scale, how.clip)[:, 0]
-
-
-def _inverse(network: NormalizingNetwork, u: Tensor, times: Tensor, given: Given, num_steps: int) -> Tensor:
-    """x of states u [B, K, H, W, C] at times [B, K]: states do not depend on each other here and go as one batch."""
-    B, K = u.shape[:2]
-    level = given.level.repeat_interleave(K)
-    return network.untransport(u.flatten(0, 1), times.flatten(), level, num_steps).unflatten(0, (B, K))
