@@ -1,0 +1,121 @@
+"""The training loop on a Ray cluster: every worker of Ray Train is a rank of one `trainer train`.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- \\
+        python -m pipelines.train --workers 8 --gpus-per-worker 1 -- \\
+        /shared/build --out /shared/run --preset TF-B
+
+Everything behind `--` is what `trainer train` takes. A worker or node that is lost is replaced, and the ranks go on
+from the last checkpoint: the run folder must be one that every node sees under the same path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+
+from hierarchy_builder.workers import QUIET
+from trainer import checkpoint as saved
+from trainer import cli
+from trainer.errors import InterruptedRunError, TrainerError, UsageError
+from trainer.printing import print_result
+
+try:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+except ImportError as error:
+    raise SystemExit(
+        f'error: {error}; this job needs pip install "trajectory-hierarchies[cluster]"'
+    ) from None
+
+PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+"""Workers load torch before they answer, from a shared disk often; Ray's own 30 s are short. Set values win."""
+
+app = typer.Typer(pretty_exceptions_show_locals=False)
+
+
+@app.command()
+def train(
+    arguments: Annotated[list[str], typer.Argument(help="What `trainer train` takes: SHARDS --out RUN …")],
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; without it one starts here."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
+    cpus_per_worker: Annotated[float, typer.Option(min=0.1, help="CPUs a rank reserves.")] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(min=0.0, help="GPUs a rank reserves.")] = 0.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often lost ranks are replaced.")] = 3,
+    as_json: cli.AsJson = False,
+) -> None:
+    """Train on the cluster at ADDRESS; prints how far the run is."""
+    out = _run_folder(arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # refuses a wrong command here, before any worker starts
+        cli.app(["train", *arguments, "--dry-run"], standalone_mode=False)
+    for name, value in {**QUIET, **PATIENCE}.items():
+        os.environ.setdefault(name, value)
+    ray.init(address=address, log_to_driver=True, include_dashboard=False if address is None else None)
+    resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
+    trainer = TorchTrainer(
+        run_rank,
+        train_loop_config={"arguments": arguments},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus_per_worker else "gloo"),
+        run_config=ray.train.RunConfig(
+            storage_path=str(out.resolve() / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=retries),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainerError(f"{out}: a rank failed: {_reason(error)}") from None
+    interrupted = (result.metrics or {}).get("interrupted")
+    if interrupted:
+        raise InterruptedRunError(interrupted)
+    state = saved.load_state(saved.find_checkpoint(out))
+    wanted = ("step", "images_seen", "seconds", "loss")
+    print_result(
+        {name: value for name, value in dataclasses.asdict(state).items() if name in wanted}, as_json
+    )
+
+
+def run_rank(config: dict[str, Any]) -> None:
+    """One rank, in the process group that Ray Train has opened."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the job's own output is the driver's
+            cli.app(["train", *config["arguments"], "--quiet"], standalone_mode=False)
+    except InterruptedRunError as error:  # no failure: all ranks stop at the same step, after a checkpoint
+        ray.train.report({"interrupted": str(error)})
+
+
+def _run_folder(arguments: list[str]) -> Path:
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--out"):
+            return Path(argument.removeprefix("--out=") if "=" in argument else value)
+    raise UsageError("--out RUN is missing behind --")
+
+
+def _reason(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    return str(next(iter(failures.values()))).strip().splitlines()[-1]
+
+
+def main() -> None:
+    """Run the job and leave with the exit code of what happened."""
+    try:
+        app()
+    except TrainerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
