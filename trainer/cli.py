@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 from rich.progress import track
-from rich.table import Table
 
-from trainer import edit_commands
-from trainer.config import (
-    DecoderConfig,
-    checked,
-    known_fields,
-    to_mapping,
-    with_settings,
-)
+from trainer import edit_commands, train_commands
 from trainer.errors import TrainerError, UsageError
 from trainer.options import (
     AsJson,
@@ -32,7 +19,6 @@ from trainer.options import (
     EndingName,
     GuidanceScale,
     PixelStageRun,
-    Quiet,
     Run,
     Steps,
     Weak,
@@ -40,9 +26,7 @@ from trainer.options import (
     parse_ending,
     parse_seeds,
 )
-from trainer.presets import decoder_preset
-from trainer.printing import flattened, print_result, stderr, stdout, write_json
-from trainer.run_kinds import ALL_PRESETS, METHODS, AnyConfig, config_of, method_of, preset_of
+from trainer.printing import print_result, stderr, write_json
 
 app = typer.Typer(
     name="trainer",
@@ -53,118 +37,8 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def train(
-    shards: Annotated[str, typer.Argument(help="Finished shard folder, its build folder, or an fsspec URL.")],
-    out: Annotated[Path, typer.Option(help="Run folder; the same command resumes there.")],
-    preset_name: Annotated[
-        str | None,
-        typer.Option("--preset", help="See `trainer presets`. Default: what RUN holds, else the method's."),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHODS)}. Default: that of the preset, or else of RUN.")
-    ] = None,
-    pixel_stage: Annotated[
-        bool, typer.Option("--pixel-stage", help="Latent Forcing: all levels, then pixels, in one network.")
-    ] = False,
-    config: Annotated[
-        Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over the preset.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One field by dotted name, for example optim.lr=0.005.")
-    ] = None,
-    total_images: Annotated[int | None, typer.Option(help="Images seen until the run ends.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in one optimiser step, over all ranks.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order, levels, times and noise.")] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
-    ] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration only.")
-    ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Shards → checkpoints. Under torchrun every process is a rank."""
-    from trainer import dispatch
-    from trainer.shards import open_index
-
-    base = _base(preset_name, method, out)
-    if pixel_stage and method_of(base) != "latent-forcing":
-        raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
-    flags = {"total_images": total_images, "batch_size": batch_size, "seed": seed, "max_seconds": max_seconds}
-    given = {name: value for name, value in flags.items() if value is not None}
-    in_file = flattened(_load_yaml(config)) if config else {}
-    given |= {"pixel_stage": True} if pixel_stage else {}
-    asked = {**in_file, **_assignments(settings or []), **given}
-    resolved = dispatch.fit_to_shards(with_settings(base, asked), open_index(shards), asked)
-    if dry_run:
-        print_result(to_mapping(resolved), as_json)
-        return
-    _run_and_print(
-        lambda: dispatch.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
-    )
-
-
-@app.command("train-decoder")
-def train_decoder(
-    shards: Annotated[str, typer.Argument(help="Shards built with --images, or their build folder or URL.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder of run and decoder; RUN/decoder is found by `sample` and `report`.")
-    ],
-    size: Annotated[
-        str | None, typer.Option(help="tiny, B, L or XL. Default: what the folder holds, else XL.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over those of the size.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One field by name, for example noise=0.4.")
-    ] = None,
-    lpips: Annotated[
-        Path | None, typer.Option(help="Folder with the weights of a perceptual loss: vgg16 and lpips.")
-    ] = None,
-    gan: Annotated[
-        Path | None, typer.Option(help="Weights of DINO's ViT-S/8 for an adversarial loss.")
-    ] = None,
-    total_images: Annotated[int | None, typer.Option(help="Images seen until the run ends.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in one optimiser step, over all ranks.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
-    ] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration only.")
-    ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Shards with pictures → a decoder from features to pixels, for --decoder."""
-    from trainer import train_decoder as room
-
-    flags = {
-        "lpips_weights": lpips and str(lpips),
-        "gan_weights": gan and str(gan),
-        "total_images": total_images,
-        "batch_size": batch_size,
-        "seed": seed,
-        "max_seconds": max_seconds,
-    }
-    given = {name: value for name, value in flags.items() if value is not None}
-    asked = {**(_load_yaml(config) if config else {}), **_assignments(settings or []), **given}
-    resolved = with_settings(_decoder_base(size, out), asked)
-    if dry_run:
-        print_result(to_mapping(resolved), as_json)
-        return
-    _run_and_print(
-        lambda: room.train_decoder(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
-    )
+app.command()(train_commands.train)
+app.command("train-decoder")(train_commands.train_decoder)
 
 
 @app.command()
@@ -396,18 +270,7 @@ def export_official(
     print_result(convert(run, out), as_json)
 
 
-@app.command()
-def presets(as_json: AsJson = False) -> None:
-    """Named configurations; with --json every field of each."""
-    if as_json:
-        print_result({name: to_mapping(make()) for name, make in ALL_PRESETS.items()}, as_json)
-        return
-    table = Table("preset", "width", "depth", "batch", "images", "about")
-    for name, make in ALL_PRESETS.items():
-        config, about = make(), (inspect.getdoc(make) or "").splitlines()[0]
-        shape = (config.model.width, config.model.depth, config.batch_size)
-        table.add_row(name, *map(str, shape), f"{config.total_images:,}", about)
-    stdout.print(table)
+app.command()(train_commands.presets)
 
 
 def main() -> NoReturn:
@@ -442,47 +305,6 @@ def _strength(weak: Path | None, weak_scale: float | None) -> float:
     return weak_scale if weak_scale is not None else float(weak is not None)
 
 
-def _base(preset_name: str | None, method: str | None, out: Path) -> AnyConfig:
-    """The configuration before file and flags: the preset, or else what the run folder holds."""
-    stored = out / "config.yaml"
-    if preset_name is None and method is None and stored.exists():
-        return config_of(_load_yaml(stored).get("config", {}), str(stored))
-    return preset_of(preset_name, method)
-
-
-def _decoder_base(size: str | None, out: Path) -> DecoderConfig:
-    """The configuration before file and flags: that of the size, or else what the folder holds."""
-    stored = out / "config.yaml"
-    if size is None and stored.exists():
-        return checked(DecoderConfig, _load_yaml(stored).get("config", {}), str(stored))
-    return decoder_preset(size or "XL")
-
-
-def _run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bool) -> None:
-    """Train with the resolved configuration on stderr and the summary on stdout, both by the main rank."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    if not quiet and is_main:
-        text = yaml.safe_dump(to_mapping(config), sort_keys=False).rstrip()
-        stderr.print(text, markup=False, highlight=False, style="dim")
-    try:
-        summary = run()
-    except KeyboardInterrupt:
-        stderr.print("stopped; the same command goes on from the last checkpoint")
-        raise typer.Exit(130) from None
-    if is_main:
-        print_result(dataclasses.asdict(summary), as_json)
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"config file {path}: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UsageError(f"config file {path}: found {type(content).__name__}, expected fields by name")
-    return content
-
-
 def _load_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -491,19 +313,6 @@ def _load_rows(path: Path) -> list[dict[str, Any]]:
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise UsageError(f"--stages {path}: expected a list of rows, column to value")
     return rows
-
-
-def _assignments(settings: Sequence[str]) -> dict[str, Any]:
-    values = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"--set {setting}: expected name=value, for example {known_fields()[0]}=TF-B")
-        try:
-            values[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {setting}: {text!r} is no value of YAML") from None
-    return values
 
 
 if __name__ == "__main__":
