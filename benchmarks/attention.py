@@ -85,7 +85,8 @@ def main() -> None:
                 seconds[name].append(spent)
     exact = derivative(network, options)
     print(
-        f"batch {options.batch}, {options.device}, {options.threads} threads, {options.precision}, {options.rounds} rounds"
+        f"batch {options.batch}, {options.device}, {options.threads} threads, {options.precision},"
+        f" {options.rounds} rounds"
     )
     print(f"{'':<12} seconds  to by hand  error of du/dt")
     for name, (attention, model) in ways.items():

@@ -165,17 +165,30 @@ def job_server(monkeypatch):
 @pytest.mark.timeout(280)
 def test_job_is_submitted_to_a_job_server(job_server, tmp_path) -> None:
     photos = write_tree(tmp_path / "photos", per_class=3)
-    job = subprocess.run(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", job_server, "--"),
-            *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job", "--encoder", "dct"),
-            *("--fused", "--address", "auto", "--publish", f"file://{tmp_path}/set", "--json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "NO_COLOR": "1", "RAY_ADDRESS": ""},
-    )
+    for _ in range(10):  # the node's agent comes up some seconds after its job server
+        job = subprocess.run(
+            [
+                *(
+                    sys.executable,
+                    "-m",
+                    "ray.scripts.scripts",
+                    "job",
+                    "submit",
+                    "--address",
+                    job_server,
+                    "--",
+                ),
+                *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job"),
+                *("--encoder", "dct", "--fused", "--address", "auto", "--publish", f"file://{tmp_path}/set"),
+                "--json",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "NO_COLOR": "1", "RAY_ADDRESS": ""},
+        )
+        if "No available agent" not in job.stdout + job.stderr:
+            break
     assert job.returncode == 0, job.stdout + job.stderr
     assert (tmp_path / "set" / "_SUCCESS").is_file()
     assert (tmp_path / "set" / "train-000000.tar").read_bytes() == (

@@ -115,7 +115,6 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Cells are the mean and half the width of its interval.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    one_strength = len({line["strength"] for line in summary}) == 1
     columns = sorted({line["measured"] for line in summary})
     for line in summary:
         for name in SHOWN:
