@@ -113,10 +113,10 @@ def likelihood(
     """(name, value) of each metric, means over at most `max_real` images spread evenly, and what they are means of.
 
     bits_per_dim: of a chain of states, exact, per number of all its states; with noise chains the bound on that of the
-    cleanest state stands beside it, and so does what independent Gaussians of the training statistics would need for
-    it. added_bits_per_dim: see above, of a whole chain and all levels per number of one canvas; both also by level, the
-    latter of noise chains also by transition, clean → noisy. noise: deviation of the noise on what is measured, in
-    units of normalised features.
+    cleanest state stands beside it. bits_per_dim_gaussian: what independent Gaussians of the training statistics would
+    need for the tokens with their noise. added_bits_per_dim: see above, of a whole chain and all levels per number of
+    one canvas; both also by level, the latter of noise chains also by transition, clean → noisy. noise: deviation of
+    the noise on what is measured, in units of normalised features.
     Raises UsageError for a run of another method.
     """
     if not isinstance(pipe, NormalizingPipeline):
