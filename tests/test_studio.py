@@ -50,6 +50,14 @@ def click_token(page: Any, level: int, row: int, column: int, view: int = 0) -> 
     page.mouse.click(box["x"] + scale * x, box["y"] + scale * y)
 
 
+def fill(page: Any, name: str, text: str) -> None:
+    """Write into a box and leave it, as the page takes note of its content then."""
+    box = page.get_by_role("textbox", name=name, exact=True)
+    box.wait_for()
+    box.fill(text)
+    box.press("Tab")
+
+
 def says(page: Any, text: str) -> None:
     page.locator("#status").get_by_text(text).wait_for(timeout=20_000)
 
@@ -78,10 +86,10 @@ def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, 
     page.locator("#comparison img").wait_for()
     page.locator("#scores").get_by_text("changed_share").first.wait_for(state="attached")
     page.get_by_role("tab", name="Files").click()
-    page.get_by_role("textbox", name="Name").fill("../escape")
+    fill(page, "Name", "../escape")
     page.get_by_role("button", name="Save", exact=True).click()
     says(page, "the name is '../escape'")
-    page.get_by_role("textbox", name="Name").fill("mine")
+    fill(page, "Name", "mine")
     for button, suffix in (
         ("Save", "safetensors"),
         ("Export HTML", "html"),
@@ -119,13 +127,13 @@ def test_a_sweep_has_its_baselines(page: Any) -> None:
     page.get_by_role("button", name="Generate").click()
     says(page, "Click a region on the board")
     page.get_by_role("tab", name="Sweep").click()
-    page.get_by_label("Seeds", exact=True).fill("0,1")
-    page.get_by_label("Strengths").fill("1")
+    fill(page, "Seeds", "0,1")
+    fill(page, "Strengths", "1")
     page.get_by_role("button", name="Run the sweep").click()
     says(page, "Swept 2 seeds.")
     for arm in ("no edit", "other noise"):
         page.get_by_text(arm, exact=True).first.wait_for(state="attached")
-    page.get_by_label("Strengths").fill("much")
+    fill(page, "Strengths", "much")
     page.get_by_role("button", name="Run the sweep").click()
     says(page, "strengths are 'much', expected numbers")
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.kmeans import fit_prototypes, nearest_prototype
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.records import Block, blocks_of
+from hierarchy_builder.records import blocks_of
 from hierarchy_builder.shards import read_shard
 from hierarchy_builder.verify import find_problems
 from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary
@@ -335,26 +336,28 @@ def test_picture_outlines_the_region_and_dims_the_rest() -> None:
 def test_results_come_in_order_and_never_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls end last first, the first one only when nothing else can run."""
 
-    class Actor:
-        call = None
+    def start() -> SimpleNamespace:
+        """A worker whose loading is a reference of its own, and whose call is the number of its unit."""
+        return SimpleNamespace(
+            load=SimpleNamespace(remote=lambda load: object()),
+            call=SimpleNamespace(
+                remote=lambda function, unit: outstanding.append(unit.number) or unit.number
+            ),
+        )
 
-    def submit(function, unit: Block) -> int:
-        outstanding.append(unit.number)
-        return unit.number
-
-    def end(running: dict) -> list[int]:
-        most.append(max(running) - min(min(running), len(yielded)))
+    def end(pool: _OnRay, references: list) -> list:
+        running = [reference for reference in references if isinstance(reference, int)]
+        if pool.loading:
+            return list(pool.loading)
+        most.append(max(running) - min(*running, len(yielded)))
         return [max(running)]
 
     outstanding: list[int] = []
     yielded: list[int] = []
     most: list[int] = []
-    actors = [Actor(), Actor()]
-    for actor in actors:
-        actor.call = type("Call", (), {"remote": staticmethod(submit)})()
-    monkeypatch.setattr("hierarchy_builder.workers._wait", end)
+    monkeypatch.setattr(_OnRay, "_wait", end)
     monkeypatch.setattr("hierarchy_builder.workers._result", lambda reference: reference)
-    for result in _OnRay(actors).map(None, blocks_of(30, 1)):
+    for result in _OnRay(lambda: None, start, 2).map(None, blocks_of(30, 1)):
         yielded.append(result)
     assert yielded == sorted(outstanding) == list(range(30))
-    assert 2 < max(most) < UNITS_AHEAD * len(actors)
+    assert 2 < max(most) < UNITS_AHEAD * 2
