@@ -26,6 +26,7 @@ from trainer.errors import InterruptedRunError, MismatchError, TrainerError, Usa
 from trainer.log import read_metrics
 from trainer.metrics.reconstruction import reconstruction
 from trainer.shards import open_index
+from trainer.stream import StreamPlan
 
 SMALL = DecoderConfig(
     size="tiny",
@@ -85,9 +86,7 @@ def test_published_decoder_takes_raw_features(shards: str, whole: Path) -> None:
     index = open_index(shards)
     decoder = load_decoder(whole, index.encoder)
     numbers = range(21, 24)  # the last shard, held out
-    dataset = room.PictureDataset(
-        index, room.StreamPlan(shard_sizes=(24,), num_levels=4, batch_size=1), (16, 16)
-    )
+    dataset = room.PictureDataset(index, StreamPlan(shard_sizes=(24,), num_levels=4, batch_size=1), (16, 16))
     batch = dataset.samples(numbers)
     made = to_uint8(decoder(batch.features.float())).numpy()
     scores = dict(reconstruction(made, batch.pictures.permute(0, 2, 3, 1).numpy()))
@@ -132,9 +131,7 @@ def test_held_out_shards_are_not_trained_on(shards: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(room._DecoderRun, "_backward", noting)
     room.train_decoder(SMALL, shards, str(tmp_path), quiet=True)
     index = open_index(shards)
-    held = room.PictureDataset(
-        index, room.StreamPlan(shard_sizes=(24,), num_levels=4, batch_size=1), (16, 16)
-    )
+    held = room.PictureDataset(index, StreamPlan(shard_sizes=(24,), num_levels=4, batch_size=1), (16, 16))
     assert len(seen) == 21
     assert not seen & set(held.samples(range(21, 24)).keys)
 

@@ -30,6 +30,7 @@ from trainer.decode import ConditionalDecoder
 from trainer.errors import MismatchError, UsageError
 from trainer.latent_config import LatentTrainConfig, Schedule
 from trainer.latent_sample import UNGUIDED, ClockGuidance, sample_pixels
+from trainer.loading import average_of, best_device, fill, weights_note
 from trainer.normalisation import RAW, Normaliser
 from trainer.pipeline import Decoder, TrajectoryPipeline
 from trainer.pixel_latent import PIXEL_CHANNELS, PixelLatentTransformer
@@ -177,14 +178,14 @@ class LatentPipeline(TrajectoryPipeline):
         config = checked(LatentTrainConfig, state.config, str(path))
         model, name = _load_network(path, config, ema)
         weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), model, ema)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device(device)
         return cls(
             model.to(device),
             state.shards["class_names"],
             state.shards["encoder"],
             decoder,
             saved.load_normaliser(path).to(device),
-            {"folder": str(path.resolve()), "ema": name or "raw"},
+            weights_note(path, name),
             weaker if weaker is None else weaker.to(device),
             config.method.schedule,
             config.method.shift,
@@ -293,16 +294,8 @@ def _load_network(
     path: Path, config: LatentTrainConfig, ema: float | str | None
 ) -> tuple[PixelLatentTransformer, str | None]:
     """The network of a checkpoint with the weights asked for, and the name of their average."""
-    if ema == "auto":
-        ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
-    name = None if ema in (None, "raw") else str(ema) if isinstance(ema, str) else f"{ema:g}"
-    model = PixelLatentTransformer(config.model)
-    try:
-        model.load_state_dict(saved.load_weights(path, name))
-    except RuntimeError:
-        raise MismatchError(
-            f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
-        ) from None
+    model, name = PixelLatentTransformer(config.model), average_of(config, ema)
+    fill(model, path, name)
     return model, name
 
 

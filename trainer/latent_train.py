@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from trainer.run_folder import check_same_run, find_origin
 from trainer.schedules import learning_rate
 from trainer.shards import STATISTICS, ShardIndex, open_index
 from trainer.stopping import StopRequest, stop_signals
-from trainer.stream import StreamPlan
 
 CHECKED = 16
 """Samples, spread evenly, whose features the statistics have to describe."""
@@ -112,13 +110,7 @@ class _LatentRun(Loop):
         quiet: bool,
     ) -> None:
         super().__init__(config, index, out, world, stop, quiet)
-        self.plan = StreamPlan(
-            shard_sizes=tuple(shard.num_samples for shard in index.shards),
-            num_levels=index.num_levels,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shuffle_shards=config.shuffle_shards,
-        )
+        self.plan = self._stream_plan()
         verify, max_damaged = config.verify_shards, config.max_damaged_shards
         size = config.model.image_px
         self.dataset = PictureDataset(index, self.plan, size, world.rank, world.size, verify, max_damaged)
@@ -183,15 +175,9 @@ class _LatentRun(Loop):
         (terms["loss"] * share).backward()
         return torch.stack([terms[name] * share for name in self.terms]).detach().double()
 
-    def _audit(self) -> dict[str, Any]:
-        damaged = self.dataset.damaged_shards()
-        return {"damaged_shards": damaged} if damaged else {}
-
     def _sheet(self) -> Image.Image:
         """Samples of the model as it is, with its first weight average where there is one."""
-        halflives = list(self.averages.averages)
-        lent = self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
-        with lent:
+        with self._averaged():
             pipe = LatentPipeline(
                 self.model, self.index.class_names, self.index.encoder, None, self.normaliser
             )

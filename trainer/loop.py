@@ -101,8 +101,25 @@ class Loop(ABC):
         """Picture of what the model makes now."""
 
     def _audit(self) -> dict[str, Any]:
-        """What is written about the epochs that are finished, at the end of each."""
-        return {}
+        """What is written about the epochs that are finished, at the end of each: here, shards left out."""
+        damaged = self.dataset.damaged_shards()
+        return {"damaged_shards": damaged} if damaged else {}
+
+    def _stream_plan(self, shard_sizes: tuple[int, ...] | None = None, **fields: Any) -> StreamPlan:
+        """The order of samples that the configuration asks for; shard_sizes: of those trained on, all if None."""
+        return StreamPlan(
+            shard_sizes=shard_sizes or tuple(shard.num_samples for shard in self.index.shards),
+            num_levels=self.index.num_levels,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            shuffle_shards=self.config.shuffle_shards,
+            **fields,
+        )
+
+    def _averaged(self) -> AbstractContextManager[object]:
+        """Lends the model its first weight average, where there is one."""
+        halflives = list(self.averages.averages)
+        return self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
 
     @property
     def images_seen(self) -> int:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from trainer import checkpoint as saved
 from trainer.config import checked
-from trainer.decode import RaeDecoder, find_decoder, load_decoder
-from trainer.errors import MismatchError, UsageError
+from trainer.errors import UsageError
+from trainer.loading import average_of, best_device, decoder_for, fill, weights_note
 from trainer.normalisation import RAW, Normaliser
 from trainer.normalizing_config import Ending, NormalizingMethodConfig, NormalizingTrainConfig
 from trainer.normalizing_model import NormalizingNetwork
@@ -85,28 +85,16 @@ class NormalizingPipeline(TrajectoryPipeline):
         path = saved.find_checkpoint(folder)
         state = saved.load_state(path)
         config = checked(NormalizingTrainConfig, state.config, str(path))
-        name = average_of(config, ema)
-        model = NormalizingNetwork(config.model)
-        try:
-            model.load_state_dict(saved.load_weights(path, name))
-        except RuntimeError:
-            raise MismatchError(
-                f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
-            ) from None
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = state.shards["encoder"]
-        if isinstance(decoder, str | Path):
-            decoder = load_decoder(Path(decoder), encoder).to(device)
-        elif decoder is None:
-            decoder = find_decoder(saved.run_of(path), encoder)
-            decoder = decoder.to(device) if isinstance(decoder, RaeDecoder) else decoder
+        model, name = NormalizingNetwork(config.model), average_of(config, ema)
+        fill(model, path, name)
+        device, encoder = best_device(device), state.shards["encoder"]
         return cls(
             model.to(device),
             state.shards["class_names"],
             encoder,
-            decoder,
+            decoder_for(path, encoder, decoder, device),
             saved.load_normaliser(path).to(device),
-            {"folder": str(path.resolve()), "ema": name or "raw"},
+            weights_note(path, name),
             config.method,
             ending,
         )
@@ -153,10 +141,3 @@ class NormalizingPipeline(TrajectoryPipeline):
         return HowToSample(
             num_steps=steps, ending=self.ending, guidance=0.0 if guidance is None else guidance[0]
         )
-
-
-def average_of(config: Any, ema: float | str | None) -> str | None:
-    """Name of the weight average meant by `ema` in a run of `config`; None for the raw weights."""
-    if ema == "auto":
-        ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
-    return None if ema in (None, "raw") else str(ema) if isinstance(ema, str) else f"{ema:g}"

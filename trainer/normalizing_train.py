@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Collection
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,19 @@ from trainer.config import checked, from_mapping
 from trainer.distributed import World, joined_world
 from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, UsageError
+from trainer.loading import average_of
 from trainer.loop import Loop, RunSummary
 from trainer.methods import normalizing_trajectory as method
 from trainer.normalisation import Normaliser, normaliser_of
 from trainer.normalizing_config import NormalizingModelConfig, NormalizingTrainConfig
 from trainer.normalizing_model import FlowPredictor, NormalizingNetwork
-from trainer.normalizing_pipeline import NormalizingPipeline, average_of
+from trainer.normalizing_pipeline import NormalizingPipeline
 from trainer.preview import pipeline_sheet
 from trainer.run_folder import check_same_run, find_origin
 from trainer.schedules import warmup_cosine
 from trainer.shards import ShardIndex, open_index
 from trainer.stopping import StopRequest, stop_signals
-from trainer.stream import Batch, BatchDataset, StreamPlan
+from trainer.stream import Batch, BatchDataset
 
 TERMS = ("loss", "bits", "fit", "log_sigma", "log_det", "flow")
 """What a step reports: the loss and its parts, see `method.loss`; each a mean over the global batch."""
@@ -107,13 +107,7 @@ class _NormalizingRun(Loop):
         super().__init__(config, index, out, world, stop, quiet)
         self.terms = ("loss",) if config.distil_from else TERMS
         self.shown = ("loss",) if config.distil_from else ("bits", "log_det")
-        self.plan = StreamPlan(
-            shard_sizes=tuple(shard.num_samples for shard in index.shards),
-            num_levels=index.num_levels,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shuffle_shards=config.shuffle_shards,
-        )
+        self.plan = self._stream_plan()
         verify, max_damaged = config.verify_shards, config.max_damaged_shards
         self.dataset = BatchDataset(index, self.plan, world.rank, world.size, verify, max_damaged)
         origin = find_origin(out, resume)
@@ -195,15 +189,9 @@ class _NormalizingRun(Loop):
         assert isinstance(self.model.predictor, FlowPredictor)
         return copy.deepcopy(self.model.predictor).eval().requires_grad_(False)
 
-    def _audit(self) -> dict[str, Any]:
-        damaged = self.dataset.damaged_shards()
-        return {"damaged_shards": damaged} if damaged else {}
-
     def _sheet(self) -> Image.Image:
         """Samples of the model as it is, with its first weight average where there is one."""
-        halflives = list(self.averages.averages)
-        lent = self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
-        with lent:
+        with self._averaged():
             pipe = NormalizingPipeline(
                 self.model,
                 self.index.class_names,

@@ -22,8 +22,8 @@ from torch import Tensor
 from hierarchy_builder.hierarchy import build_hierarchy
 from trainer import checkpoint as saved
 from trainer.config import from_mapping
-from trainer.decode import RaeDecoder, find_decoder, load_decoder
 from trainer.errors import MismatchError, UsageError
+from trainer.loading import average_of, best_device, decoder_for, fill, weights_note
 from trainer.model import TrajectoryTransformer
 from trainer.normalisation import RAW, Normaliser
 from trainer.sample import level_noise, sample_levels
@@ -81,19 +81,15 @@ class TrajectoryPipeline:
         state = saved.load_state(path)
         model, name = _load_model(path, state, ema)
         weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), path, model, ema)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        encoder = state.shards["encoder"]
-        if isinstance(decoder, str | Path):
-            decoder = load_decoder(Path(decoder), encoder).to(device)
-        elif decoder is None:
-            decoder = find_decoder(saved.run_of(path), encoder)
-            decoder = decoder.to(device) if isinstance(decoder, RaeDecoder) else decoder
-        normaliser = saved.load_normaliser(path).to(device)
-        weights = {"folder": str(path.resolve()), "ema": name or "raw"}
-        weaker = weaker if weaker is None else weaker.to(device)
+        device, encoder = best_device(device), state.shards["encoder"]
         return cls(
-            model.to(device), state.shards["class_names"], encoder, decoder, normaliser, weights, weaker
+            model.to(device),
+            state.shards["class_names"],
+            encoder,
+            decoder_for(path, encoder, decoder, device),
+            saved.load_normaliser(path).to(device),
+            weights_note(path, name),
+            weaker if weaker is None else weaker.to(device),
         )
 
     @overload
@@ -296,16 +292,8 @@ def _load_model(
 ) -> tuple[TrajectoryTransformer, str | None]:
     """The network of a checkpoint with the weights asked for, and the name of their average."""
     config = from_mapping(state.config, str(path))
-    if ema == "auto":
-        ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
-    name = None if ema in (None, "raw") else str(ema) if isinstance(ema, str) else f"{ema:g}"
-    model = TrajectoryTransformer(config.model)
-    try:
-        model.load_state_dict(saved.load_weights(path, name))
-    except RuntimeError:
-        raise MismatchError(
-            f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
-        ) from None
+    model, name = TrajectoryTransformer(config.model), average_of(config, ema)
+    fill(model, path, name)
     return model, name
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from trainer.run_folder import check_same_run, find_origin
 from trainer.schedules import learning_rate
 from trainer.shards import ShardIndex, open_index
 from trainer.stopping import StopRequest, stop_signals
-from trainer.stream import Batch, BatchDataset, StreamPlan, coverage
+from trainer.stream import Batch, BatchDataset, coverage
 
 TERMS = ("loss", "region", "loss_u", "loss_v", "raw_mse_u", "raw_mse_v")
 """What a step reports: the loss and its parts, each a mean over the global batch."""
@@ -96,14 +95,7 @@ class _Run(Loop):
         quiet: bool,
     ) -> None:
         super().__init__(config, index, out, world, stop, quiet)
-        self.plan = StreamPlan(
-            shard_sizes=tuple(shard.num_samples for shard in index.shards),
-            num_levels=index.num_levels,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shuffle_shards=config.shuffle_shards,
-            level_per=config.level_per,
-        )
+        self.plan = self._stream_plan(level_per=config.level_per)
         self.dataset = BatchDataset(
             index, self.plan, world.rank, world.size, config.verify_shards, config.max_damaged_shards
         )
@@ -172,15 +164,12 @@ class _Run(Loop):
         return max(1, int((levels < self.config.model.num_levels - 1).sum()))
 
     def _audit(self) -> dict[str, Any]:
-        damaged = self.dataset.damaged_shards()
-        return {"coverage": self._coverage(), **({"damaged_shards": damaged} if damaged else {})}
+        return {"coverage": self._coverage(), **super()._audit()}
 
     def _sheet(self) -> Image.Image:
         """Samples of the model as it is, with its first weight average where there is one."""
-        halflives = list(self.averages.averages)
-        lent = self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
         decoder = find_decoder(self.out, self.index.encoder)
-        with lent:
+        with self._averaged():
             names, encoder = self.index.class_names, self.index.encoder
             return preview_sheet(self.model, names, encoder, self.normaliser, decoder)
 

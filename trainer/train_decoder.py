@@ -47,7 +47,6 @@ from trainer.run_folder import check_same_run, find_origin
 from trainer.schedules import mixed_seed, warmup_cosine
 from trainer.shards import ShardIndex, open_index, read_statistics
 from trainer.stopping import StopRequest, stop_signals
-from trainer.stream import StreamPlan
 
 MEASURED = 256
 """Pictures that reconstruction is measured on, at most, spread evenly over those held out, or over all."""
@@ -109,13 +108,7 @@ class _DecoderRun(Loop):
     ) -> None:
         super().__init__(config, index, out, world, stop, quiet)
         self.shape = _decoder_shape(config, index)
-        self.plan = StreamPlan(
-            shard_sizes=_trained_sizes(config, index),
-            num_levels=index.num_levels,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shuffle_shards=config.shuffle_shards,
-        )
+        self.plan = self._stream_plan(_trained_sizes(config, index))
         size = (self.shape.image_size, self.shape.image_size)
         verify, max_damaged = config.verify_shards, config.max_damaged_shards
         self.dataset = PictureDataset(index, self.plan, size, world.rank, world.size, verify, max_damaged)
@@ -217,9 +210,7 @@ class _DecoderRun(Loop):
             return to_uint8(self.model.decoder(tokens)).cpu().numpy()
 
     def _audit(self) -> dict[str, Any]:
-        damaged = self.dataset.damaged_shards()
-        found: dict[str, Any] = {"reconstruction": {**self.measured(), "held_out": self.is_held_out}}
-        return found | ({"damaged_shards": damaged} if damaged else {})
+        return {"reconstruction": {**self.measured(), "held_out": self.is_held_out}, **super()._audit()}
 
     def _sheet(self) -> Image.Image:
         """Pictures above, and below them what the averaged decoder makes of their features."""
