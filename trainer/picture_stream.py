@@ -15,10 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hierarchy_builder.records import Sample
-from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.reader import ShardReader
+from trainer.errors import MismatchError, TrainerError
 from trainer.shards import ShardIndex
-from trainer.stream import StreamPlan
+from trainer.stream import RankShare, StreamPlan
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,11 +55,11 @@ class PictureBatch:
         )
 
 
-class PictureDataset:
-    """Item n is rank `rank`'s share of global batch n of `plan`; several threads may ask at once.
+class PictureDataset(RankShare):
+    """Item n is rank `rank`'s share of global batch n of `plan`, with pictures; see `RankShare`.
 
-    size_px: (h, w) that pictures are resized to. verify, max_damaged: as for `BatchDataset`. Raises TrainerError when
-    the shards hold no pictures or a picture cannot be decoded.
+    size_px: (h, w) that pictures are resized to. Raises TrainerError when the shards hold no pictures or a picture
+    cannot be decoded.
     """
 
     def __init__(
@@ -73,24 +72,12 @@ class PictureDataset:
         verify: bool = True,
         max_damaged: int = 0,
     ) -> None:
-        if plan.num_samples < plan.batch_size:
-            raise TrainerError(
-                f"{index.url}: {plan.num_samples} samples to train on, fewer than one batch of {plan.batch_size}; "
-                "lower batch_size or shard more images"
-            )
-        if plan.batch_size % world_size:
-            raise UsageError(f"batch_size {plan.batch_size} does not divide by {world_size} processes")
-        self._plan, self._size, self._grid, self._width = plan, size_px, index.grid, index.width
-        self._share = plan.batch_size // world_size
-        self._rank = rank
-        self._reader = ShardReader(
-            index, lambda shard: verify, max_open=2 * plan.shuffle_shards, max_damaged=max_damaged
-        )
+        super().__init__(index, plan, rank, world_size, verify, max_damaged)
+        self._size = size_px
 
     def read(self, number: int, pin_memory: bool = False) -> PictureBatch:
         """Item `number`, in page-locked memory if that is asked for."""
-        start = number * self._plan.batch_size + self._rank * self._share
-        numbers, _ = self._plan.places(start, start + self._share)
+        numbers, _ = self.places(number)
         batch = self.samples(numbers.tolist())
         return batch._map(Tensor.pin_memory, batch.keys) if pin_memory else batch
 
@@ -109,12 +96,8 @@ class PictureDataset:
     @property
     def num_bytes(self) -> int:
         """Size of an item, about."""
-        tokens = self._grid[0] * self._grid[1]
-        return self._share * (2 * tokens * self._width + 3 * self._size[0] * self._size[1])
-
-    def damaged_shards(self) -> list[str]:
-        """Names of the shards that this rank found damaged and went on without."""
-        return self._reader.damaged_shards()
+        tokens = self._index.grid[0] * self._index.grid[1]
+        return self._share * (2 * tokens * self._index.width + 3 * self._size[0] * self._size[1])
 
     def _picture(self, sample: Sample) -> np.ndarray:
         if sample.image is None:

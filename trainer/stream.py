@@ -181,11 +181,12 @@ def _hash(seed: int, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
     return state
 
 
-class BatchDataset:
-    """Item n is rank `rank`'s share of global batch n; several threads may ask at once.
+class RankShare:
+    """What one rank reads of every global batch; several threads may ask at once.
 
     verify: check the SHA-256 of each shard when it is first read. max_damaged: damaged shards that are gone without,
     see `ShardReader`; `damaged_shards` names them.
+    Raises TrainerError for fewer samples than one batch, UsageError for batches that do not divide by the ranks.
     """
 
     def __init__(
@@ -199,14 +200,13 @@ class BatchDataset:
     ) -> None:
         if plan.num_samples < plan.batch_size:
             raise TrainerError(
-                f"{index.url}: {plan.num_samples} samples, fewer than one batch of {plan.batch_size}; "
+                f"{index.url}: {plan.num_samples} samples to train on, fewer than one batch of {plan.batch_size}; "
                 "lower batch_size or shard more images"
             )
         if plan.batch_size % world_size:
             raise UsageError(f"batch_size {plan.batch_size} does not divide by {world_size} processes")
-        self._index, self._plan = index, plan
+        self._index, self._plan, self._rank = index, plan, rank
         self._share = plan.batch_size // world_size
-        self._rank = rank
         # Ranks share the checks of SHA-256; but to leave a shard out, all have to know that it is damaged.
         checked_by = 1 if max_damaged else world_size
         self._reader = ShardReader(
@@ -216,13 +216,25 @@ class BatchDataset:
             max_damaged=max_damaged,
         )
 
+    def places(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and levels of this rank in global batch `number`, int64 [B]."""
+        start = number * self._plan.batch_size + self._rank * self._share
+        return self._plan.places(start, start + self._share)
+
+    def damaged_shards(self) -> list[str]:
+        """Names of the shards that this rank found damaged and went on without."""
+        return self._reader.damaged_shards()
+
+
+class BatchDataset(RankShare):
+    """Item n is rank `rank`'s share of global batch n, see `RankShare`."""
+
     def __getitem__(self, number: int) -> Batch:
         return self.read(number)
 
     def read(self, number: int, pin_memory: bool = False) -> Batch:
         """Item `number`, read into page-locked memory if that is asked for."""
-        start = number * self._plan.batch_size + self._rank * self._share
-        numbers, levels = self._plan.places(start, start + self._share)
+        numbers, levels = self.places(number)
         rows = self._reader.read_rows(numbers.tolist(), pin_memory)
         return Batch(
             features=rows.features,
@@ -238,10 +250,6 @@ class BatchDataset:
         """Size of an item, about."""
         height, width = self._index.grid
         return self._share * height * width * (2 * self._index.width + self._index.num_levels)
-
-    def damaged_shards(self) -> list[str]:
-        """Names of the shards that this rank found damaged and went on without."""
-        return self._reader.damaged_shards()
 
 
 def batch_loader(
