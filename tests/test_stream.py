@@ -341,7 +341,7 @@ def test_wrong_sample_is_named(tmp_path: Path, member: str, data: bytes, message
 
 
 def test_fewer_samples_than_a_batch(folder: Path) -> None:
-    with pytest.raises(TrainerError, match="24 samples, fewer than one batch of 30"):
+    with pytest.raises(TrainerError, match="24 samples to train on, fewer than one batch of 30"):
         BatchDataset(open_index(str(folder)), plan_of(batch_size=30))
 
 
