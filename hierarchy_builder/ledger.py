@@ -228,15 +228,15 @@ def _describe_mismatch(
         f"  {name}: {before!r} there, {now!r} now"
         for name, before, now in differences(dict(stored), dict(asked))
     ]
-    flags = {"extract": "--fresh", "vocabulary": "--vocabulary SIZES --fresh"}.get(stage, "--fresh")
-    again = (
-        flags if stage in ("extract", "fuse") else f"hierarchy-builder {VERBS[stage]} {folder.root} {flags}"
-    )
+    if stage in ("extract", "fuse"):
+        again = "start over with --fresh"
+    else:
+        again = f"start over, with the flags you want now: hierarchy-builder {VERBS[stage]} {folder.root} … --fresh"
     return (
         f"{folder.root} was made with another {stage} configuration or input:\n"
         + "\n".join(lines)
         + ("\nappend images that are new with --accept-new-files" if has_grown else "")
-        + f"\nrepeat the command with the stored values, choose another --out, or start over with {again}"
+        + f"\nrepeat the command with the stored values, choose another folder, or {again}"
     )
 
 

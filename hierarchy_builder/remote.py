@@ -100,7 +100,8 @@ class _Place:
             fs, root = url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise UsageError(
-                f"--publish {url}: {error}; expected a URL fsspec understands, such as s3://bucket/folder"
+                f"{url}: {error}; expected a URL of a file system that fsspec knows and whose package is installed "
+                "(s3fs for s3://, gcsfs for gs://, huggingface_hub for hf://)"
             ) from None
         fs.makedirs(root, exist_ok=True)
         return cls(fs, root.rstrip("/"))

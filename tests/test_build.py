@@ -318,7 +318,7 @@ def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(built, photos, tmp_pa
     steps.vocabulary(folder, PLAN.vocabulary, session())
     steps.link(folder, session())
     assert len(list(folder.shards.glob("*.tar"))) == shards.notes["shards"]
-    with pytest.raises(ConfigMismatchError, match=r"start over with hierarchy-builder shard .* --fresh"):
+    with pytest.raises(ConfigMismatchError, match=r"flags you want now: hierarchy-builder shard .* --fresh"):
         steps.shard(folder, PLAN.shard, session())
 
 

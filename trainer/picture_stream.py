@@ -102,7 +102,8 @@ class PictureDataset(RankShare):
     def _picture(self, sample: Sample) -> np.ndarray:
         if sample.image is None:
             raise TrainerError(
-                f"sample {sample.key} holds no picture; build the shards with `hierarchy-builder shard DIR --images`"
+                f"sample {sample.key} holds no picture; make the shards with "
+                "`hierarchy-builder shard DIR --images --fresh`"
             )
         try:
             with Image.open(io.BytesIO(sample.image)) as picture:

@@ -13,7 +13,7 @@ import typer
 import yaml
 from rich.table import Table
 
-from trainer.config import DecoderConfig, checked, known_fields, to_mapping, with_settings
+from trainer.config import DecoderConfig, checked, to_mapping, with_settings
 from trainer.errors import UsageError
 from trainer.options import AsJson, Quiet
 from trainer.presets import decoder_preset
@@ -138,11 +138,11 @@ def presets(as_json: AsJson = False) -> None:
     if as_json:
         print_result({name: to_mapping(make()) for name, make in ALL_PRESETS.items()}, as_json)
         return
-    table = Table("preset", "width", "depth", "batch", "images", "about")
+    table = Table("preset", "method", "width", "depth", "batch", "images", "about")
     for name, make in ALL_PRESETS.items():
         config, about = make(), (inspect.getdoc(make) or "").splitlines()[0]
         shape = (config.model.width, config.model.depth, config.batch_size)
-        table.add_row(name, *map(str, shape), f"{config.total_images:,}", about)
+        table.add_row(name, method_of(config), *map(str, shape), f"{config.total_images:,}", about)
     stdout.print(table)
 
 
@@ -192,7 +192,7 @@ def _assignments(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            raise UsageError(f"--set {setting}: expected name=value, for example {known_fields()[0]}=TF-B")
+            raise UsageError(f"--set {setting}: expected name=value, for example optim.lr=0.005")
         try:
             values[name.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
