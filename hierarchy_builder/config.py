@@ -51,8 +51,8 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.block_rows is None or self.block_rows >= 1,
-            f"block_rows is {self.block_rows}, expected 1 or more",
+            self.block_rows is None or 1 <= self.block_rows <= 1_000_000,
+            f"block_rows is {self.block_rows}, expected 1 to 1000000",
         )
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
         _require(self.max_pixels >= 1, f"max_pixels is {self.max_pixels}, expected 1 or more")

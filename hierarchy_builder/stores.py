@@ -275,7 +275,7 @@ def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """Open a store; raises BuilderError when it is missing or of another format version."""
     try:
         group = zarr.open_group(path, mode=mode)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BuilderError(f"{path} is missing or not a zarr store: {error}") from None
     version = group.attrs.get("format_version")
     if version != FORMAT_VERSION:

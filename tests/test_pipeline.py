@@ -23,6 +23,7 @@ from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import two_region_share, two_region_variance
 from trainer.model import TrajectoryTransformer
 from trainer.optim import MuonAdam
+from trainer.options import parse_seeds
 from trainer.pipeline import Trajectory, TrajectoryPipeline
 
 CLASSES = ["ant", "bee", "emu"]
@@ -234,3 +235,15 @@ def test_class_without_images_is_never_answered() -> None:
     found = dict(class_mean_accuracy((torch.tensor([[0.4]]), torch.tensor([1])), (descriptions, labels), 3))
     assert found["class_mean_accuracy"] == 0.0
     assert found["class_mean_accuracy_real"] == 1.0
+
+
+@pytest.mark.parametrize("how", [{"weak_scale": float("nan")}, {"guidance": (1.0, 0.0, float("inf"))}])
+def test_guidance_must_be_finite(pipe: TrajectoryPipeline, how: dict) -> None:
+    with pytest.raises(UsageError, match="expected finite numbers"):
+        pipe(0, **how)
+
+
+def test_endless_lists_of_seeds_are_refused() -> None:
+    with pytest.raises(UsageError, match="name more than 10,000,000"):
+        parse_seeds("0-99999999999")
+    assert parse_seeds("0-2,7") == [0, 1, 2, 7]

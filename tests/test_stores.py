@@ -67,3 +67,10 @@ def test_missing_store_and_array_are_named(path, tmp_path) -> None:
         stores.open_store(tmp_path / "nowhere.zarr")
     with pytest.raises(BuilderError, match="no array 'regions', found"):
         stores.read_block(path, "regions", Block(number=0, start=0, stop=8))
+
+
+def test_a_store_described_by_something_else_is_damaged(tmp_path) -> None:
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr" / "zarr.json").write_text("[1, 2]")
+    with pytest.raises(BuilderError, match="missing or not a zarr store"):
+        stores.open_store(tmp_path / "a.zarr")

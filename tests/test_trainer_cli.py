@@ -108,7 +108,7 @@ def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.Capture
         (["--preset", "tf-b"], 2, "unknown preset 'tf-b', did you mean 'TF-B'?"),
         (["--config", "absent.yaml"], 2, "config file absent.yaml"),
         (["--resume", "absent"], 2, "--resume absent: found no such folder"),
-        (["--batch-size", "30"], 1, "24 samples, fewer than one batch of 30"),
+        (["--batch-size", "30"], 1, "24 samples to train on, fewer than one batch of 30"),
         (["--set", "optim.lr={"], 2, "'{' is no value of YAML"),
         (["--set", "optim.lr=nan"], 2, "lr is nan, expected above 0"),
         (["--set", "optim.adam_betas=[0.9, 1.0]"], 2, "hold 1.0, expected 0 up to below 1"),

@@ -19,7 +19,10 @@ PixelStageRun = Annotated[
     Path | None, typer.Option("--pixel-stage", help="Run of Latent Forcing that draws the pixels.")
 ]
 Steps = Annotated[
-    int, typer.Option(min=1, help="Network evaluations per level; Latent Forcing: steps per stage, 1 is 25.")
+    int,
+    typer.Option(
+        min=1, help="Network evaluations per level. Latent Forcing: steps per stage; left at 1 it takes 25."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 GuidanceScale = Annotated[
@@ -46,6 +49,10 @@ def parse_ending(text: str | None) -> Ending | None:
     return known[text] if text is not None else None
 
 
+MOST_NUMBERS = 10_000_000
+"""Seeds of one command; more than the images of any data set."""
+
+
 def parse_seeds(text: str, what: str = "seeds") -> list[int]:
     """Numbers of a list such as `0-7` or `0,3,9-11`. Raises UsageError."""
     numbers: list[int] = []
@@ -53,7 +60,10 @@ def parse_seeds(text: str, what: str = "seeds") -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"{what} {text!r}, expected numbers and ranges such as 0-7 or 0,3,9")
-        numbers += range(int(first), int(last or first) + 1)
+        named = range(int(first), int(last or first) + 1)
+        if len(numbers) + len(named) > MOST_NUMBERS:
+            raise UsageError(f"{what} {text!r} name more than {MOST_NUMBERS:,}, expected as many at most")
+        numbers += named
     if not numbers:
         raise UsageError(f"{what} {text!r} name none, expected a rising range such as 0-7")
     return numbers

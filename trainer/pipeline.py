@@ -154,6 +154,8 @@ class TrajectoryPipeline:
         labels, seeds = _repeated(labels, count, "labels"), _repeated(seeds, count, "seeds")
         ids = [self.label_id(each) for each in labels]
         scale = (float(guidance), 0.0, 1.0) if isinstance(guidance, int | float) else guidance
+        if not np.isfinite([weak_scale, *(scale or ())]).all():
+            raise UsageError(f"guidance is {scale}, weak_scale {weak_scale}: expected finite numbers")
         how = {"num_steps": num_steps, "guidance": scale, "weak_scale": weak_scale}
         for start in range(0, count, SAMPLED_TOGETHER):
             part = slice(start, start + SAMPLED_TOGETHER)
