@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hierarchy_builder import stores
@@ -28,6 +29,7 @@ from hierarchy_builder.ledger import (
     read_manifest,
     stage_entry,
 )
+from hierarchy_builder.masks import open_masks
 from hierarchy_builder.publish import publish_shards
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.session import Session, StageSummary, do_units
@@ -75,6 +77,8 @@ def build(
 
     fused: in one pass, without stores of features and regions; see `fused.py`.
     """
+    if plan.hierarchy.masks is not None:
+        open_masks(Path(plan.hierarchy.masks))  # refused before any image is read
     if fused:
         given = {
             "--retry-failed": retry_failed,

@@ -143,6 +143,7 @@ def shard(
 ) -> None:
     """Stores → webdataset tars."""
     flags = opt.of_config(ShardConfig, locals())
+    _check_url(publish)
     from hierarchy_builder import build as steps
 
     build_folder = BuildFolder(folder).require()
@@ -204,6 +205,7 @@ def build(
     arguments = locals()
     from hierarchy_builder import build as steps
 
+    _check_url(publish)
     folder, plan = BuildFolder(out), _build_plan(arguments)
     show_config(plan.as_mapping(), quiet)
     session = _session(workers, address, fresh, quiet, force)
@@ -333,6 +335,14 @@ def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool,
         fresh=fresh,
         force=force,
     )
+
+
+def _check_url(url: str | None) -> None:
+    """Refuse a place for the shards that nobody could write to, before they are made."""
+    from hierarchy_builder.remote import open_url
+
+    if url is not None:
+        open_url(url)
 
 
 def _publish(folder: BuildFolder, url: str | None, session: Any) -> list[Any]:

@@ -87,6 +87,17 @@ def _send(
     yield shards / SUCCESS
 
 
+def open_url(url: str) -> tuple[AbstractFileSystem, str]:
+    """File system and path of a URL; nothing is written there. Raises UsageError for one that is not understood."""
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"{url}: {error}; expected a URL of a file system that fsspec knows and whose package is installed "
+            "(s3fs for s3://, gcsfs for gs://, huggingface_hub for hf://)"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """A folder of a file system."""
@@ -96,13 +107,7 @@ class _Place:
 
     @classmethod
     def of(cls, url: str) -> _Place:
-        try:
-            fs, root = url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise UsageError(
-                f"{url}: {error}; expected a URL of a file system that fsspec knows and whose package is installed "
-                "(s3fs for s3://, gcsfs for gs://, huggingface_hub for hf://)"
-            ) from None
+        fs, root = open_url(url)
         fs.makedirs(root, exist_ok=True)
         return cls(fs, root.rstrip("/"))
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from pictures import write_tree
+from typer.testing import CliRunner
 
 from hierarchy_builder import build as steps
 from hierarchy_builder.artefacts import BuildFolder, read_json
+from hierarchy_builder.cli import app
 from hierarchy_builder.config import ExtractConfig
-from hierarchy_builder.errors import ConfigMismatchError
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.ledger import begin_stage, check_manifest, read_manifest
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.workers import Workers
@@ -109,3 +111,17 @@ def test_a_torn_marker_is_a_unit_to_do(tmp_path: Path) -> None:
     ledger.finish(0, {"images": 3})
     ledger.marker(0).write_bytes(ledger.marker(0).read_bytes()[:9])
     assert not begin_stage(folder, "shard", {"a": 1}, {}, fresh=False).is_done(0)
+
+
+def test_what_the_end_would_refuse_is_refused_at_the_start(tmp_path: Path) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=1)
+    (tmp_path / "none").mkdir()
+    out = tmp_path / "build"
+    words = ["build", str(photos), "--out", str(out), "--encoder", "dct", "--workers", "0", "--quiet"]
+    for flag, value, message in (
+        ("--publish", "nope://bucket/set", "expected a URL of a file system that fsspec knows"),
+        ("--masks", str(tmp_path / "none"), "holds no label maps"),
+    ):
+        with pytest.raises(BuilderError, match=message):
+            CliRunner().invoke(app, [*words, flag, value], catch_exceptions=False)
+    assert not (out / "features.zarr").exists()
