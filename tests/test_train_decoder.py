@@ -157,7 +157,7 @@ def test_other_configuration_is_refused(shards: str, whole: Path) -> None:
 
 def test_shards_that_do_not_do_are_refused(shards: str, tmp_path: Path) -> None:
     plain = write_shards(tmp_path / "plain")
-    with pytest.raises(TrainerError, match=r"ant/image0021 holds no picture; build .* --images"):
+    with pytest.raises(TrainerError, match=r"ant/image0021 holds no picture; make .* --images --fresh"):
         room.train_decoder(SMALL, str(plain), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match=r"held_out_shards is 4, .* has 4: expected fewer"):
