@@ -233,7 +233,8 @@ def _takes_arguments_of(
 @_takes_arguments_of(build, without=["retry_failed", "accept_new_files", "fused", "publish"])
 def plan(**arguments: Any) -> None:
     """What build would make of the same words: images, bytes, seconds, shards, what is done; tries some of them."""
-    from hierarchy_builder.plan import make_plan, plan_tables
+    from hierarchy_builder.forecast import plan_tables
+    from hierarchy_builder.plan import make_plan
 
     folder, quiet = BuildFolder(arguments["out"]), arguments["quiet"]
     config = _build_plan(arguments)

@@ -17,7 +17,8 @@ from hierarchy_builder import cli, rehearsal, space, stores
 from hierarchy_builder.artefacts import BuildFolder, size_on_disk
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
-from hierarchy_builder.plan import Plan, make_plan, plan_tables
+from hierarchy_builder.forecast import Plan, plan_tables
+from hierarchy_builder.plan import make_plan
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.workers import Workers
 

@@ -49,6 +49,20 @@ def parse_ending(text: str | None) -> Ending | None:
     return known[text] if text is not None else None
 
 
+ConfigFile = Annotated[
+    Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over the preset or size.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="One field by dotted name, for example optim.lr=0.005.")
+]
+TotalImages = Annotated[int | None, typer.Option(help="Images seen until the run ends.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images in one optimiser step, over all ranks.")]
+MaxSeconds = Annotated[
+    float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
+]
+Resume = Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration only.")]
+
 MOST_NUMBERS = 10_000_000
 """Seeds of one command; more than the images of any data set."""
 

@@ -15,7 +15,17 @@ from rich.table import Table
 
 from trainer.config import DecoderConfig, checked, to_mapping, with_settings
 from trainer.errors import UsageError
-from trainer.options import AsJson, Quiet
+from trainer.options import (
+    AsJson,
+    BatchSize,
+    ConfigFile,
+    DryRun,
+    MaxSeconds,
+    Quiet,
+    Resume,
+    Settings,
+    TotalImages,
+)
 from trainer.presets import decoder_preset
 from trainer.printing import flattened, print_result, stderr, stdout
 from trainer.run_kinds import ALL_PRESETS, METHODS, AnyConfig, config_of, method_of, preset_of
@@ -34,24 +44,14 @@ def train(
     pixel_stage: Annotated[
         bool, typer.Option("--pixel-stage", help="Latent Forcing: all levels, then pixels, in one network.")
     ] = False,
-    config: Annotated[
-        Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over the preset.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One field by dotted name, for example optim.lr=0.005.")
-    ] = None,
-    total_images: Annotated[int | None, typer.Option(help="Images seen until the run ends.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in one optimiser step, over all ranks.")
-    ] = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    total_images: TotalImages = None,
+    batch_size: BatchSize = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order, levels, times and noise.")] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
-    ] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration only.")
-    ] = False,
+    max_seconds: MaxSeconds = None,
+    resume: Resume = "auto",
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,30 +84,20 @@ def train_decoder(
     size: Annotated[
         str | None, typer.Option(help="tiny, B, L or XL. Default: what the folder holds, else XL.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over those of the size.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="One field by name, for example noise=0.4.")
-    ] = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
     lpips: Annotated[
         Path | None, typer.Option(help="Folder with the weights of a perceptual loss: vgg16 and lpips.")
     ] = None,
     gan: Annotated[
         Path | None, typer.Option(help="Weights of DINO's ViT-S/8 for an adversarial loss.")
     ] = None,
-    total_images: Annotated[int | None, typer.Option(help="Images seen until the run ends.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in one optimiser step, over all ranks.")
-    ] = None,
+    total_images: TotalImages = None,
+    batch_size: BatchSize = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
-    ] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration only.")
-    ] = False,
+    max_seconds: MaxSeconds = None,
+    resume: Resume = "auto",
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
