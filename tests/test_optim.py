@@ -10,8 +10,11 @@ from torch import nn
 from trainer.config import ModelConfig, OptimConfig
 from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, UsageError
+from trainer.latent_config import LatentModelConfig, LatentOptimConfig
 from trainer.model import TrajectoryTransformer
-from trainer.optim import MuonAdam, orthogonalise
+from trainer.normalizing_config import NormalizingOptimConfig
+from trainer.optim import MuonAdam, optimizer_of, orthogonalise
+from trainer.pixel_latent import PixelLatentTransformer
 from trainer.schedules import ema_beta
 
 
@@ -52,6 +55,33 @@ def test_matrices_take_muon_and_everything_else_adam():
         "u_norm.weight",
     } <= names["adam"]
     assert sum(map(len, names.values())) == len(list(model.parameters()))
+
+
+def test_the_rule_chooses_and_tables_of_embeddings_take_adam() -> None:
+    model = PixelLatentTransformer(
+        LatentModelConfig(
+            grid=(2, 2),
+            patch_px=2,
+            in_channels=3,
+            num_classes=2,
+            width=16,
+            depth=1,
+            num_heads=2,
+            class_tokens_at=0,
+            expert_depth=0,
+        )
+    )
+    muon = optimizer_of(model, LatentOptimConfig(rule="muon", lr=0.02, betas=(0.8, 0.9)))
+    assert isinstance(muon, MuonAdam)
+    assert muon.config.adam_betas == (0.8, 0.9)
+    by_rule = {group["rule"]: set(group["param_names"]) for group in muon.param_groups}
+    assert "class_table.weight" in by_rule["adam"]
+    assert "blocks.0.modulation.weight" in by_rule["muon"]
+    adamw = optimizer_of(model, NormalizingOptimConfig(weight_decay=0.25))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["weight_decay"] == 0.25
+    with pytest.raises(ValueError, match=r"weight_decay is 0.0001 with rule muon, expected 0"):
+        NormalizingOptimConfig(rule="muon")
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (1, 5)])

@@ -128,6 +128,10 @@ class MethodConfig:
         require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
 
 
+OptimRule = Literal["adamw", "muon"]
+"""AdamW for everything, or Muon for matrices and Adam with Nesterov momentum for the rest."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Muon for matrices, Adam with Nesterov for the rest, and the weight averages."""

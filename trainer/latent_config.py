@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.config import EXECUTION, STRICT, Normalisation, RunConfig, require
+from trainer.config import EXECUTION, STRICT, Normalisation, OptimRule, RunConfig, require
 
 Schedule = Literal[
     "cascaded", "cascaded-noised", "shifted", "offset", "independent", "latents-only", "pixels-only"
@@ -159,10 +159,12 @@ class LatentMethodConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentOptimConfig:
-    """AdamW without weight decay, a warm-up, and the weight averages."""
+    """AdamW without weight decay or Muon, a warm-up, and the weight averages."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
+    rule: OptimRule = "adamw"
+    """AdamW as published, or Muon as in Trajectory Forcing, by which small networks learn in minutes."""
     lr: float = 2e-4
     """Learning rate after the warm-up, constant until the cooldown; the paper's is 5e-5 · batch size / 256."""
     warmup_images: int = 5 * 1_281_167
@@ -180,6 +182,10 @@ class LatentOptimConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
+        require(
+            self.rule == "adamw" or self.weight_decay == 0,
+            f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: Muon here has none",
+        )
         require(self.warmup_images >= 0, f"warmup_images is {self.warmup_images}, expected 0 or more")
         for decay in self.betas:
             require(0 <= decay < 1, f"betas hold {decay}, expected 0 up to below 1")

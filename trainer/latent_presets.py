@@ -33,7 +33,12 @@ def tiny_latent() -> LatentTrainConfig:
             expert_width=96,
         ),
         optim=LatentOptimConfig(
-            lr=3e-3, warmup_images=800, cooldown_fraction=0.5, ema_halflives_kimg=(0.5,), ema_ramp=0.1
+            rule="muon",
+            lr=0.02,
+            warmup_images=800,
+            cooldown_fraction=0.5,
+            ema_halflives_kimg=(0.5,),
+            ema_ramp=0.1,
         ),
         total_images=16_000,
         batch_size=16,

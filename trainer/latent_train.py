@@ -25,6 +25,7 @@ from trainer.latent_pipeline import LatentPipeline, latents_of
 from trainer.loop import Loop, RunSummary
 from trainer.methods import latent_forcing
 from trainer.normalisation import Normaliser, normaliser_of
+from trainer.optim import optimizer_of
 from trainer.picture_stream import PictureBatch, PictureDataset
 from trainer.pixel_latent import PixelLatentTransformer
 from trainer.preview import pipeline_sheet
@@ -124,12 +125,7 @@ class _LatentRun(Loop):
         self.normaliser = normaliser.to(world.device)
         self.model = _fresh_model(config).to(world.device)
         self.model.recompute = config.activation_checkpointing
-        self.optimizer = torch.optim.AdamW(
-            self.model.named_parameters(),
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            weight_decay=config.optim.weight_decay,
-        )
+        self.optimizer = optimizer_of(self.model, config.optim)
         self.averages = WeightAverages(self.model, config.optim.ema_halflives_kimg, config.optim.ema_ramp)
         self._begin(origin)
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.config import EXECUTION, STRICT, ModelConfig, Normalisation, RunConfig, require
+from trainer.config import EXECUTION, STRICT, ModelConfig, Normalisation, OptimRule, RunConfig, require
 
 Trajectory = Literal["tokens", "canvases", "levels"]
 """What a trajectory runs through: noise levels of the tokens, of each level's canvas given the one before, or the
@@ -132,11 +132,15 @@ class NormalizingMethodConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizingOptimConfig:
-    """AdamW, a warm-up and a cosine, and the weight averages. Defaults are the paper's, but for warm-up and averages,
-    which it does not state."""
+    """AdamW or Muon, a warm-up and a cosine, and the weight averages.
+
+    Defaults are the paper's, but for warm-up and averages, which it does not state.
+    """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
+    rule: OptimRule = "adamw"
+    """AdamW as published, or Muon as in Trajectory Forcing, by which small networks learn in minutes."""
     lr: float = 1e-4
     """Learning rate after the warm-up; from a flow-matching network the paper has 5e-5."""
     final_lr_fraction: float = 0.01
@@ -154,6 +158,10 @@ class NormalizingOptimConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
+        require(
+            self.rule == "adamw" or self.weight_decay == 0,
+            f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: Muon here has none",
+        )
         for decay in self.betas:
             require(0 <= decay < 1, f"betas hold {decay}, expected 0 up to below 1")
         for halflife in self.ema_halflives_kimg:

@@ -30,6 +30,7 @@ from trainer.normalisation import Normaliser, normaliser_of
 from trainer.normalizing_config import NormalizingModelConfig, NormalizingTrainConfig
 from trainer.normalizing_model import FlowPredictor, NormalizingNetwork
 from trainer.normalizing_pipeline import NormalizingPipeline
+from trainer.optim import optimizer_of
 from trainer.preview import pipeline_sheet
 from trainer.run_folder import check_same_run, find_origin
 from trainer.schedules import warmup_cosine
@@ -116,11 +117,8 @@ class _NormalizingRun(Loop):
         self.model = _fresh_model(config).to(world.device)
         self.flow = self._frozen_flow()
         self.model.set_recompute(config.activation_checkpointing)
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        self.optimizer = optimizer_of(self.model, optim)
         self.averages = WeightAverages(self.model, optim.ema_halflives_kimg, optim.ema_ramp)
         self._begin(origin)
 

@@ -6,8 +6,8 @@
     Adam   m ← b₁m + (1−b₁)g        s ← b₂s + (1−b₂)g²
            w ← w − lr·[b₁·m/(1−b₁^(n+1)) + (1−b₁)·g/(1−b₁^n)] / (sqrt(s/(1−b₂^n)) + 1e-8)
 
-A parameter is a matrix if it has two dimensions; the model keeps tokens, tables and position embedding at
-three so that this rule needs no list of names. No weight decay, no warm-up. `torch.optim.Muon` has no bias
+A parameter is a matrix if it has two dimensions and is no table of embeddings; the network of Trajectory Forcing keeps
+tokens, tables and position embedding at three. No weight decay, no warm-up. `torch.optim.Muon` has no bias
 correction and iterates in bfloat16, so it takes other steps.
 
 Source: Jordan et al. (2024), Muon, with the shape factor of its reference implementation.
@@ -15,13 +15,13 @@ Source: Jordan et al. (2024), Muon, with the shape factor of its reference imple
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import OptimConfig
+from trainer.config import OptimConfig, OptimRule
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that pulls all singular values towards 1."""
@@ -33,14 +33,20 @@ EPS = 1e-8
 class MuonAdam(torch.optim.Optimizer):
     """Muon on two-dimensional parameters, Adam with Nesterov momentum on all others.
 
-    named_parameters: as from `model.named_parameters()`; the names are kept in `state_dict`.
-    Parameters without a gradient are left alone.
+    named_parameters: as from `model.named_parameters()`; the names are kept in `state_dict`. tables: names of those
+    with two dimensions that are no matrices. Parameters without a gradient are left alone.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        tables: Collection[str] = (),
+    ) -> None:
         named = [(name, p) for name, p in named_parameters if p.requires_grad]
-        rules = {"muon": [pair for pair in named if pair[1].ndim == 2]}
-        rules["adam"] = [pair for pair in named if pair[1].ndim != 2]
+        is_matrix = {name: p.ndim == 2 and name not in tables for name, p in named}
+        rules = {"muon": [pair for pair in named if is_matrix[pair[0]]]}
+        rules["adam"] = [pair for pair in named if not is_matrix[pair[0]]]
         groups = [{"params": pairs, "rule": rule, "step": 0} for rule, pairs in rules.items() if pairs]
         super().__init__(groups, defaults={"lr": config.lr})
         self.config = config
@@ -96,6 +102,29 @@ class MuonAdam(torch.optim.Optimizer):
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         return [self.state[p][name] for p in parameters]
+
+
+class _Ruled(Protocol):
+    """What is read of an optimiser's configuration where the rule can be chosen."""
+
+    @property
+    def rule(self) -> OptimRule: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def optimizer_of(model: nn.Module, config: _Ruled) -> torch.optim.Optimizer:
+    """AdamW or `MuonAdam`, as `config.rule` says, on the parameters of `model` that are trained."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if config.rule == "adamw":
+        return torch.optim.AdamW(named, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    modules = model.named_modules()
+    tables = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    return MuonAdam(named, OptimConfig(lr=config.lr, adam_betas=config.betas), tables)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
