@@ -11,7 +11,15 @@ import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
-from trainer.distribution import TOKENS_PER_IMAGE, Crowd, Pictures, distances
+from trainer.distribution import (
+    TOKENS_PER_IMAGE,
+    Crowd,
+    Pictures,
+    Points,
+    distances,
+    picture_distances,
+    seen_by,
+)
 from trainer.errors import UsageError
 from trainer.metrics.frechet import Gaussian
 from trainer.studies import alignment_study, edit_study
@@ -92,3 +100,30 @@ def test_alignment_asks_for_the_method_it_is_about(tmp_path: Path) -> None:
     pipe.model.config = tiny_pipeline().model.config  # type: ignore[assignment]
     with pytest.raises(UsageError, match="alignment asks for a model of Trajectory Forcing, found Linear"):
         dict(alignment_study(pipe, tmp_path, [0], [0]))
+
+
+class _MeanColour:
+    """An encoder of one token, the mean colour."""
+
+    name = "mean colour"
+    image_size_px = 16
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        assert images.shape[1:] == (16, 16, 3)
+        return images.astype(np.float32).mean(axis=(1, 2), keepdims=True)
+
+
+def test_pictures_in_the_space_of_an_encoder() -> None:
+    def seen(mean: int, count: int, seed: int) -> Points:
+        points, random = Points(), np.random.default_rng(seed)
+        colours = random.normal(mean, 5, (count, 1, 1, 3)).round().clip(0, 255)
+        points.add(seen_by(_MeanColour(), colours.repeat(8, 1).repeat(4, 2).astype(np.uint8)))
+        return points
+
+    real, halves = seen(100, 400, 0), (seen(100, 200, 1), seen(100, 200, 2))
+    found = dict(picture_distances(seen(130, 400, 3), real, halves))
+    # Equal covariances: the squared shift of 30 in each of three channels.
+    assert found["frechet_pictures"] == pytest.approx(2700, rel=0.05)
+    assert found["frechet_pictures_real"] < 10
+    assert found["precision_pictures"] == 0.0
+    assert found["recall_pictures_real"] > 0.8

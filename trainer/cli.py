@@ -104,6 +104,13 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="npz of mu and sigma of real images, for FID.")
     ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            help="Fréchet distance of pictures in the space of an encoder: module:function[:ARGUMENT], for example "
+            "hierarchy_builder.encoders:load_encoder:dinov2-reg-base; needs shards with pictures."
+        ),
+    ] = None,
     edits: Annotated[
         bool, typer.Option("--edits", help="Also locality of edits, over seeds and up to 12 classes.")
     ] = False,
@@ -111,6 +118,8 @@ def evaluate(
         bool, typer.Option("--alignment", help="Also when boundaries of regions appear, likewise.")
     ] = False,
     ema: Ema = "auto",
+    decoder: DecoderFolder = None,
+    pixel_stage: PixelStageRun = None,
     as_json: AsJson = False,
 ) -> None:
     """Metrics of samples, beside real images, noise and chance; kept in RUN for the report."""
@@ -118,18 +127,23 @@ def evaluate(
     from trainer.dispatch import load_pipeline
     from trainer.evaluate import evaluate as measure
     from trainer.metrics.frechet import inception_features, read_reference
+    from trainer.photos import load_own_encoder
     from trainer.report_inputs import EVALUATION, shown_labels
     from trainer.shards import open_index
 
     index = open_index(shards)
-    pipe = load_pipeline(run, ema, weak=weak, ending=parse_ending(ending))
+    ending_name = parse_ending(ending)
+    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=ending_name)
     if likelihood:
         print_result(_measured(run, pipe, index, max_real, steps, ema), as_json)
         return
     strength = _strength(weak, weak_scale)
     judge = None if inception is None else inception_features(None if inception == "hub" else inception)
     real = None if reference is None else read_reference(reference)
-    metrics = list(measure(pipe, index, samples_per_class, steps, max_real, guidance, strength, judge, real))
+    seen = None if space is None else load_own_encoder(space)
+    metrics = list(
+        measure(pipe, index, samples_per_class, steps, max_real, guidance, strength, judge, real, seen)
+    )
     settings = (pipe, run, shown_labels(index.num_classes), range(samples_per_class))
     metrics += studies.edit_study(*settings, steps) if edits else []
     if alignment:

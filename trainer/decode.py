@@ -192,6 +192,10 @@ class ConditionalDecoder(ABC):
     def __call__(self, canvases: Tensor) -> Tensor:
         """Levels [L, H, W, C] of a trajectory → RGB [L, 3, h, w] in [0, 1]."""
 
+    def at(self, canvases: Tensor, level: int) -> Tensor:
+        """One of those pictures, RGB [3, h, w], without drawing the others where that can be."""
+        return self(canvases)[level]
+
 
 class DctDecoder(nn.Module):
     """Pixels out of features of the `dct` encoder."""

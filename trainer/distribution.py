@@ -2,8 +2,8 @@
 
     L levels (coarse → fine), H×W grid, C channels, h×w pixels
 
-Everything but FID and IS is measured in the space of the model's own encoder, offline. A set of images is summed up
-by `Crowd`, which keeps moments and one vector of C numbers for each image, no canvases.
+Canvases are measured in the space of the model's own encoder, pictures in that of any other; both offline but for
+FID and IS. A set of images is summed up by moments and one vector for each image, no canvases or pictures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from trainer.metrics.frechet import (
@@ -21,6 +22,7 @@ from trainer.metrics.frechet import (
     inception_score,
     precision_recall,
 )
+from trainer.photos import Encoder
 
 Inception = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 """uint8 [B, h, w, 3] → (features [B, F], logits [B, K])."""
@@ -31,13 +33,35 @@ TOKENS_PER_IMAGE = 32
 would cost eight times as much."""
 
 
+class Points:
+    """Images by one vector each."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Take float [n, C]."""
+        self._parts.append(rows)
+
+    @property
+    def rows(self) -> Tensor:
+        """All of them, float [N, C]."""
+        return torch.cat(self._parts)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance."""
+        moments = Moments(self.rows.shape[1])
+        moments.add(self.rows)
+        return moments.gaussian()
+
+
 class Crowd:
-    """Images by their canvases: token moments of every level, pooled moments, and pooled tokens."""
+    """Images by their canvases: token moments of every level, and pooled tokens."""
 
     def __init__(self, num_levels: int, channels: int) -> None:
         self.tokens = [Moments(channels) for _ in range(num_levels)]
-        self.pooled = Moments(channels)
-        self._points: list[Tensor] = []
+        self.pooled = Points()
+        self.count = 0
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, canvases: Tensor) -> None:
@@ -47,19 +71,15 @@ class Crowd:
         rows = torch.arange(len(canvases))[:, None]
         for level, moments in enumerate(self.tokens):
             moments.add(tokens_NLTC[rows, level, drawn[:, :TOKENS_PER_IMAGE]].flatten(0, 1))
-        means = canvases[:, -1].mean(dim=(1, 2))
-        self.pooled.add(means)
-        self._points.append(means)
+        self.pooled.add(canvases[:, -1].mean(dim=(1, 2)))
+        self.count += len(canvases)
 
-    @property
-    def count(self) -> int:
-        """Images."""
-        return self.pooled.count
 
-    @property
-    def points(self) -> Tensor:
-        """The mean token of every image, float [N, C]."""
-        return torch.cat(self._points)
+def seen_by(encoder: Encoder, pictures: np.ndarray) -> Tensor:
+    """The mean token of pictures, float [n, C]: uint8 [n, h, w, 3], resized to the encoder's size (bicubic)."""
+    side = (encoder.image_size_px, encoder.image_size_px)
+    resized = [np.asarray(Image.fromarray(one).resize(side, Image.Resampling.BICUBIC)) for one in pictures]
+    return torch.from_numpy(encoder.encode(np.stack(resized))).float().mean(dim=(1, 2))
 
 
 class Pictures:
@@ -99,9 +119,22 @@ def distances(samples: Crowd, real: Crowd, halves: tuple[Crowd, Crowd]) -> Itera
         yield f"frechet_pooled{suffix}", frechet_distance(a.pooled.gaussian(), b.pooled.gaussian())
         for level, (ours, theirs) in enumerate(zip(a.tokens, b.tokens, strict=True)):
             yield f"frechet_tokens_{level}{suffix}", frechet_distance(ours.gaussian(), theirs.gaussian())
-        if min(a.count, b.count) > NEIGHBOURS:
-            precision, recall = precision_recall(b.points, a.points, NEIGHBOURS)
-            yield f"precision{suffix}", precision
-            yield f"recall{suffix}", recall
+        yield from _manifolds(suffix, a.pooled, b.pooled)
     yield "num_samples", float(samples.count)
     yield "num_real", float(real.count)
+
+
+def picture_distances(
+    samples: Points, real: Points, halves: tuple[Points, Points]
+) -> Iterator[tuple[str, float]]:
+    """(name, value): frechet_pictures, precision_pictures, recall_pictures; `_real` as for `distances`."""
+    for suffix, a, b in (("", samples, real), ("_real", *halves)):
+        yield f"frechet_pictures{suffix}", frechet_distance(a.gaussian(), b.gaussian())
+        yield from _manifolds(f"_pictures{suffix}", a, b)
+
+
+def _manifolds(suffix: str, a: Points, b: Points) -> Iterator[tuple[str, float]]:
+    if min(len(a.rows), len(b.rows)) > NEIGHBOURS:
+        precision, recall = precision_recall(b.rows, a.rows, NEIGHBOURS)
+        yield f"precision{suffix}", precision
+        yield f"recall{suffix}", recall

@@ -32,7 +32,7 @@ def encode(
     sample: Annotated[str, typer.Option(help="Its key, or its number in the shards.")] = "0",
     photo: Annotated[Path | None, typer.Option(help="Picture file, instead of --shards.")] = None,
     encoder: Annotated[
-        str, typer.Option(help="module:function that returns the encoder of the model, for --photo.")
+        str, typer.Option(help="module:function[:ARGUMENT] that returns the encoder of the model.")
     ] = "hierarchy_builder.encoders.dct:DctEncoder",
     label: Annotated[str | None, typer.Option(help="Class of a --photo.")] = None,
     seed: Annotated[int, typer.Option(help="Noise of levels drawn later.")] = 0,

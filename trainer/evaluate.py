@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.distribution import Crowd, Inception, Pictures, distances
+from trainer.distribution import Crowd, Inception, Pictures, Points, distances, picture_distances, seen_by
 from trainer.errors import MismatchError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.metrics.frechet import Gaussian
 from trainer.metrics.region_consistency import consistency
+from trainer.photos import Encoder
+from trainer.picture_stream import picture_of
 from trainer.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
 from trainer.reader import ShardReader
 from trainer.shards import ShardIndex
@@ -37,6 +39,7 @@ def evaluate(
     weak_scale: float = 0.0,
     inception: Inception | None = None,
     reference: Gaussian | None = None,
+    space: Encoder | None = None,
 ) -> Iterator[tuple[str, float]]:
     """(name, value) of each metric: see docs/metrics.md.
 
@@ -44,14 +47,17 @@ def evaluate(
     the spread of real tokens; both also of real canvases, of their raw tokens, and of noise.
     Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
     over the shards. num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for IS and FID, see
-    `metrics.frechet`. Raises MismatchError if the shards do not fit the model.
+    `metrics.frechet`. space: encoder whose mean token describes decoded samples and the pictures that the shards
+    hold, brought to the size of the samples first.
+    Raises MismatchError if the shards do not fit the model, TrainerError if they hold no pictures where `space` asks
+    for them, or the model has no decoder.
     """
     check_fits(pipe, index)
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
-    sampled = _Sampled(pipe, inception)
+    sampled = _Sampled(pipe, inception, space)
     sampled.draw(pipe.stream(labels, seeds, num_steps, guidance, weak_scale))
-    real = _Real(pipe, index, max_real)
+    real = _Real(pipe, index, max_real, space, sampled.size_px)
     yield from class_mean_accuracy(
         (torch.cat(sampled.descriptions), torch.tensor(labels)),
         (torch.cat(real.descriptions), torch.tensor(real.labels)),
@@ -71,6 +77,8 @@ def evaluate(
         yield from consistency(sampled.shown)
         yield from consistency(real.shown, "_real")
     yield from distances(sampled.crowd, real.crowd, real.halves)
+    if space is not None:
+        yield from picture_distances(sampled.seen, real.seen, real.seen_halves)
     if sampled.pictures is not None:
         yield from sampled.pictures.metrics(reference)
 
@@ -103,12 +111,15 @@ def _crowd(pipe: TrajectoryPipeline) -> Crowd:
 class _Sampled:
     """What is kept of samples while they are drawn; few trajectories are in memory at a time."""
 
-    def __init__(self, pipe: TrajectoryPipeline, inception: Inception | None) -> None:
+    def __init__(self, pipe: TrajectoryPipeline, inception: Inception | None, space: Encoder | None) -> None:
         self.descriptions: list[Tensor] = []
         self.variances: list[Tensor] = []
         self.crowd = _crowd(pipe)
         self.shown: list[tuple[Tensor, Tensor | None, np.ndarray | None]] = []
         self.pictures = None if inception is None else Pictures(inception)
+        self.space, self.seen = space, Points()
+        self.size_px = (0, 0)
+        """(h, w) of decoded samples, where they are decoded."""
 
     def draw(self, trajectories: Iterator[Trajectory]) -> None:
         """Take all of them."""
@@ -119,26 +130,42 @@ class _Sampled:
             self.crowd.add(levels)
             if levels.shape[1] > 1:
                 self.shown += [_shown(each) for each in part[: CONSISTENCY_IMAGES - len(self.shown)]]
-            if self.pictures is not None:
+            if self.pictures is not None or self.space is not None:
                 last = levels.shape[1] - 1
-                self.pictures.add(np.stack([each.decode(level=last) for each in part]))
+                self._see(np.stack([each.decode(level=last) for each in part]))
+
+    def _see(self, pictures: np.ndarray) -> None:
+        self.size_px = pictures.shape[1:3]
+        if self.pictures is not None:
+            self.pictures.add(pictures)
+        if self.space is not None:
+            self.seen.add(seen_by(self.space, pictures))
 
 
 class _Real:
     """The same of real images, which are read spread evenly over the shards."""
 
-    def __init__(self, pipe: TrajectoryPipeline, index: ShardIndex, most: int) -> None:
+    def __init__(
+        self,
+        pipe: TrajectoryPipeline,
+        index: ShardIndex,
+        most: int,
+        space: Encoder | None,
+        size_px: tuple[int, int],
+    ) -> None:
         self.descriptions: list[Tensor] = []
         self.labels: list[int] = []
         self.canvases: list[Tensor] = []
         """Of the first few, [n, L, H, W, C]."""
         self.crowd, self.halves = _crowd(pipe), (_crowd(pipe), _crowd(pipe))
+        self.seen, self.seen_halves = Points(), (Points(), Points())
         self.shown: list[tuple[Tensor, Tensor | None, np.ndarray | None]] = []
         normaliser = pipe.normaliser.to("cpu")
         chosen = np.linspace(0, index.num_samples - 1, min(most, index.num_samples)).astype(int)
         reader = ShardReader(index)
         for start in range(0, len(chosen), READ_TOGETHER):
-            samples = [reader.read(int(number)) for number in chosen[start : start + READ_TOGETHER]]
+            numbers = chosen[start : start + READ_TOGETHER].tolist()
+            samples = [reader.read(number, extras=space is not None) for number in numbers]
             features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
             regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
             canvases = normaliser.teacher_canvases(features, regions)
@@ -155,6 +182,11 @@ class _Real:
             self.crowd.add(drawn)
             for half, part in zip(self.halves, (drawn[::2], drawn[1::2]), strict=True):
                 half.add(part)
+            if space is not None:
+                seen = seen_by(space, np.stack([picture_of(sample, size_px) for sample in samples]))
+                self.seen.add(seen)
+                for points, part in zip(self.seen_halves, (seen[::2], seen[1::2]), strict=True):
+                    points.add(part)
         reader.close()
 
 

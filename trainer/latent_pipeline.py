@@ -84,6 +84,18 @@ class PixelStage(ConditionalDecoder):
         coarse → fine, or those of several; picture ℓ is drawn given levels 0 to ℓ.
         Raises MismatchError if canvases do not fit the network.
         """
+        latents = self._latents(canvases)
+        pictures = [self._drawn(latents, level) for level in range(self.network.config.num_canvases)]
+        return torch.stack(pictures, dim=1).flatten(0, 1)
+
+    @torch.no_grad()
+    def at(self, canvases: Tensor, level: int) -> Tensor:
+        """The picture of one level of a trajectory, RGB [3, h, w]."""
+        latents, K = self._latents(canvases), self.network.config.num_canvases
+        return self._drawn(latents[level // K][None], level % K)[0]
+
+    def _latents(self, canvases: Tensor) -> Tensor:
+        """Canvases of T trajectories as the network sees them, [T, H, W, K·C]."""
         c = self.network.config
         if canvases.shape[1:] != (*c.grid, c.in_channels) or len(canvases) % c.num_canvases:
             raise MismatchError(
@@ -91,15 +103,13 @@ class PixelStage(ConditionalDecoder):
                 f"a multiple of {c.num_canvases}"
             )
         device = next(self.network.parameters()).device
-        tokens = self.normaliser.apply(canvases.to(device)).unflatten(0, (-1, c.num_canvases))
-        noise = _latent_noise([self.seed], c, device).expand(len(tokens), -1, -1, -1)
-        pictures = [self._drawn(_side_by_side(tokens), noise, level) for level in range(c.num_canvases)]
-        return (torch.stack(pictures, dim=1).flatten(0, 1).permute(0, 3, 1, 2) + 1) / 2
+        return _side_by_side(self.normaliser.apply(canvases.to(device)).unflatten(0, (-1, c.num_canvases)))
 
-    def _drawn(self, latents: Tensor, noise: Tensor, level: int) -> Tensor:
-        """Pictures [T, h, w, 3] given levels 0 to `level` of T trajectories [T, H, W, K·C]."""
+    def _drawn(self, latents: Tensor, level: int) -> Tensor:
+        """Pictures RGB [T, 3, h, w] given levels 0 to `level` of T trajectories [T, H, W, K·C]."""
         c, count, device = self.network.config, len(latents), latents.device
         given = (level + 1) * c.in_channels
+        noise = _latent_noise([self.seed], c, device).expand(count, -1, -1, -1)
         times = (torch.arange(c.num_canvases) > level).float().expand(self.num_steps + 1, -1)
         pixels, _ = sample_pixels(
             self.network,
@@ -109,7 +119,7 @@ class PixelStage(ConditionalDecoder):
             (torch.linspace(1, 0, self.num_steps + 1), times),
             pixel_guidance=self.guidance,
         )
-        return pixels
+        return (pixels.permute(0, 3, 1, 2) + 1) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,7 +3,7 @@
     S×S pixels, H×W grid of tokens, C channels
 
 Either a sample of shards, which holds features and regions, or a picture and the encoder the model was trained on. The
-encoder comes from outside, since the trainer has none: a function, or its name `module:function`.
+encoder comes from outside, since the trainer has none: an object, or what `module:function` returns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from trainer.pipeline import TrajectoryPipeline
 from trainer.reader import ShardReader
 from trainer.shards import ShardIndex
 from trainer.trajectory import Trajectory
+
+BY_NAME = "hierarchy_builder.encoders:load_encoder"
 
 
 class Encoder(Protocol):
@@ -83,16 +85,21 @@ def read_square(photo: str | Path, side_px: int) -> np.ndarray:
 
 
 def load_own_encoder(name: str) -> Encoder:
-    """The encoder that `module:function` returns, or that is made by calling a class without arguments.
+    """The encoder that `module:function` or a class returns, called with what `module:function:ARGUMENT` says.
 
-    Raises UsageError when there is none of that name, or it has no `encode`.
+    `BY_NAME:NAME` is any that the builder knows. Raises UsageError when there is none
+    of that name, or it has no `encode`.
     """
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise UsageError(f"encoder {name!r}, expected module:function, a function that returns an encoder")
+    module, _, rest = name.partition(":")
+    function, *argument = rest.split(":", 1)
+    if not function:
+        raise UsageError(
+            f"encoder {name!r}, expected module:function, a function that returns an encoder; one that the builder "
+            f"knows by its name is {BY_NAME}:{name or 'dct'}"
+        )
     try:
-        encoder: Any = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
+        encoder: Any = getattr(importlib.import_module(module), function)(*argument)
+    except Exception as error:  # whatever an encoder of somebody does when it is loaded
         raise UsageError(f"encoder {name!r}: {error}") from None
     if missing := [each for each in ("name", "image_size_px", "encode") if not hasattr(encoder, each)]:
         raise UsageError(f"encoder {name!r} returns {type(encoder).__name__}, which has no {missing[0]}")

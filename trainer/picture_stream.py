@@ -84,7 +84,7 @@ class PictureDataset(RankShare):
     def samples(self, numbers: Sequence[int]) -> PictureBatch:
         """The samples of these numbers, counted through all shards."""
         samples = [self._reader.read(number, extras=True) for number in numbers]
-        pictures = np.stack([self._picture(sample) for sample in samples])
+        pictures = np.stack([picture_of(sample, self._size) for sample in samples])
         return PictureBatch(
             features=torch.from_numpy(np.stack([sample.features for sample in samples])),
             pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
@@ -99,23 +99,28 @@ class PictureDataset(RankShare):
         tokens = self._index.grid[0] * self._index.grid[1]
         return self._share * (2 * tokens * self._index.width + 3 * self._size[0] * self._size[1])
 
-    def _picture(self, sample: Sample) -> np.ndarray:
-        if sample.image is None:
-            raise TrainerError(
-                f"sample {sample.key} holds no picture; make the shards with "
-                "`hierarchy-builder shard DIR --images --fresh`"
-            )
-        try:
-            with Image.open(io.BytesIO(sample.image)) as picture:
-                rgb = picture.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise TrainerError(f"sample {sample.key}: its picture cannot be decoded: {error}") from None
-        height, width = self._size
-        if rgb.width * height != rgb.height * width:
-            raise MismatchError(
-                f"sample {sample.key}: its picture has {rgb.width}×{rgb.height} pixels, which is not the shape of the "
-                f"grid of tokens, {width}×{height} pixels; build the shards again"
-            )
-        if rgb.size != (width, height):
-            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(rgb)
+
+def picture_of(sample: Sample, size_px: tuple[int, int]) -> np.ndarray:
+    """The picture that a sample of shards was made from, resized to (h, w): RGB uint8 [h, w, 3].
+
+    Raises TrainerError when it holds none, or none that can be decoded, MismatchError when it is of another shape.
+    """
+    if sample.image is None:
+        raise TrainerError(
+            f"sample {sample.key} holds no picture; make the shards with "
+            "`hierarchy-builder shard DIR --images --fresh`"
+        )
+    try:
+        with Image.open(io.BytesIO(sample.image)) as picture:
+            rgb = picture.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise TrainerError(f"sample {sample.key}: its picture cannot be decoded: {error}") from None
+    height, width = size_px
+    if rgb.width * height != rgb.height * width:
+        raise MismatchError(
+            f"sample {sample.key}: its picture has {rgb.width}×{rgb.height} pixels, which is not the shape of the "
+            f"grid of tokens, {width}×{height} pixels; build the shards again"
+        )
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)

@@ -95,8 +95,10 @@ class Trajectory:
                 "pass decoder=FOLDER (an RAE decoder) to from_pretrained, or --decoder FOLDER"
             )
         if isinstance(decoder, ConditionalDecoder):
-            pictures = to_uint8(decoder.of(self.label, self.seeds[-1])(self.levels)).cpu().numpy()
-            return pictures if level is None else pictures[self._level(level)]
+            own = decoder.of(self.label, self.seeds[-1])
+            if level is None:
+                return to_uint8(own(self.levels)).cpu().numpy()
+            return to_uint8(own.at(self.levels, self._level(level))[None])[0].cpu().numpy()
         if level is None:
             return to_uint8(decoder(self.levels)).cpu().numpy()
         return to_uint8(decoder(self.levels[self._level(level)][None]))[0].cpu().numpy()
