@@ -21,7 +21,7 @@ from trainer import checkpoint as saved
 from trainer import cli, dispatch
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
-from trainer.latent_config import LatentModelConfig, LatentOptimConfig, LatentTrainConfig
+from trainer.latent_config import LatentMethodConfig, LatentModelConfig, LatentOptimConfig, LatentTrainConfig
 from trainer.latent_pipeline import LatentPipeline, PixelStage, latents_of, load_pixel_stage
 from trainer.log import read_metrics
 from trainer.normalisation import Normaliser
@@ -171,6 +171,35 @@ def test_other_paths_draw_pixels_and_latents_together(run: Path, schedule: Any) 
     pipe.schedule = schedule
     trajectory = pipe("ant", 1, num_steps=2)
     assert trajectory.decode().shape == (1, 8, 8, 3)
+
+
+def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
+    run: Path,
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = LatentMethodConfig(schedule="independent")
+    dispatch.train(dataclasses.replace(TINY, method=both, total_images=8), shards, str(tmp_path), quiet=True)
+    last = [
+        dispatch.load_pipeline(tmp_path, shift=shift)("ant", 1, num_steps=2).levels for shift in (9.0, 1.0)
+    ]
+    assert (last[0] - last[1]).abs().max() > 1e-4
+    words = ["evaluate", tmp_path, "--shards", shards, "--samples-per-class", 2, "--steps", 2, "--shift", 0.2]
+    space = "hierarchy_builder.encoders:load_encoder:dct"
+    assert call(monkeypatch, *words, "--space", space, "--json") == 0
+    found = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
+    assert found["frechet_pictures"] > found["frechet_pictures_real"] >= 0
+    for folder, shift, message in (
+        (run, "2", "schedule cascaded-noised has none"),
+        (tmp_path, "0", "expected above 0"),
+    ):
+        assert (
+            call(monkeypatch, "sample", folder, "--labels", "ant", "--shift", shift, "--out", tmp_path / "s")
+            == 2
+        )
+        assert message in capsys.readouterr().err
 
 
 def test_guidance_and_autoguidance_change_samples(run: Path) -> None:

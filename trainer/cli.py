@@ -20,6 +20,7 @@ from trainer.options import (
     GuidanceScale,
     PixelStageRun,
     Run,
+    ShiftedBy,
     Steps,
     Weak,
     WeakScale,
@@ -58,6 +59,7 @@ def sample(
     decoder: DecoderFolder = None,
     pixel_stage: PixelStageRun = None,
     ending: EndingName = None,
+    shift: ShiftedBy = None,
     as_json: AsJson = False,
 ) -> None:
     """Labels and seeds → trajectories, as sheets, pages, safetensors, tars or arrays."""
@@ -66,7 +68,7 @@ def sample(
 
     numbers, names = parse_seeds(seeds), parse_formats(formats)
     chosen = parse_ending(ending)
-    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=chosen)
+    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=chosen, shift=shift)
     ids = [pipe.label_id(label.strip()) for label in labels.split(",")]
     pairs = [(label, seed) for label in ids for seed in numbers]
     strength = _strength(weak, weak_scale)
@@ -98,6 +100,7 @@ def evaluate(
         bool, typer.Option("--likelihood", help="Bits of the images, of Normalizing Trajectory Models.")
     ] = False,
     ending: EndingName = None,
+    shift: ShiftedBy = None,
     inception: Annotated[
         str | None, typer.Option(help="IS and FID by torch-fidelity: file of Inception weights, or hub.")
     ] = None,
@@ -133,7 +136,9 @@ def evaluate(
 
     index = open_index(shards)
     ending_name = parse_ending(ending)
-    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=ending_name)
+    pipe = load_pipeline(
+        run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=ending_name, shift=shift
+    )
     if likelihood:
         print_result(_measured(run, pipe, index, max_real, steps, ema), as_json)
         return

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from trainer import checkpoint as saved
 from trainer import latent_train, normalizing_train
 from trainer import train as trajectory_train
+from trainer.config import TrainConfig
 from trainer.errors import UsageError
 from trainer.latent_config import LatentTrainConfig
 from trainer.latent_pipeline import LatentPipeline, load_pixel_stage
@@ -18,23 +21,29 @@ from trainer.pipeline import Decoder, TrajectoryPipeline
 from trainer.run_kinds import AnyConfig
 from trainer.shards import ShardIndex
 
+TRAINING: dict[type, ModuleType] = {
+    TrainConfig: trajectory_train,
+    LatentTrainConfig: latent_train,
+    NormalizingTrainConfig: normalizing_train,
+}
+"""The room in which a configuration is trained."""
+PIPELINES: dict[str, type[TrajectoryPipeline]] = {
+    "trajectory-forcing": TrajectoryPipeline,
+    "latent-forcing": LatentPipeline,
+    "normalizing-trajectory": NormalizingPipeline,
+}
+
 
 def fit_to_shards(config: AnyConfig, index: ShardIndex, asked: Collection[str] = ()) -> AnyConfig:
     """`fit_to_shards` of the configuration's method."""
-    if isinstance(config, LatentTrainConfig):
-        return latent_train.fit_to_shards(config, index, asked)
-    if isinstance(config, NormalizingTrainConfig):
-        return normalizing_train.fit_to_shards(config, index, asked)
-    return trajectory_train.fit_to_shards(config, index, asked)
+    fitted: AnyConfig = TRAINING[type(config)].fit_to_shards(config, index, asked)
+    return fitted
 
 
 def train(config: AnyConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False) -> RunSummary:
     """`train` of the configuration's method."""
-    if isinstance(config, LatentTrainConfig):
-        return latent_train.train(config, shards, out, resume, quiet)
-    if isinstance(config, NormalizingTrainConfig):
-        return normalizing_train.train(config, shards, out, resume, quiet)
-    return trajectory_train.train(config, shards, out, resume, quiet)
+    summary: RunSummary = TRAINING[type(config)].train(config, shards, out, resume, quiet)
+    return summary
 
 
 def load_pipeline(
@@ -45,19 +54,27 @@ def load_pipeline(
     weak: str | Path | None = None,
     pixel_stage: str | Path | None = None,
     ending: Ending | None = None,
+    shift: float | None = None,
 ) -> TrajectoryPipeline:
     """The pipeline of a run, whatever its method; see `TrajectoryPipeline.from_pretrained`.
 
     pixel_stage: run of Latent Forcing that draws the pixels, in place of a decoder. ending: of a run of Normalizing
-    Trajectory Models, see `normalizing_sample`. Raises UsageError for an ending where the run has none.
+    Trajectory Models, see `normalizing_sample`. shift: of a run of Latent Forcing whose schedule has one, see
+    `clocks.sampling_grid`. Raises UsageError for an ending or a shift where the run has none.
     """
     state = saved.load_state(saved.find_checkpoint(folder))
     method = state.config.get("method_name", "trajectory-forcing")
-    if ending is not None and method != "normalizing-trajectory":
-        raise UsageError(f"--ending {ending}: {folder} is a run of {method}, which has one ending only")
+    own: dict[str, Any] = {}
+    if ending is not None:
+        if method != "normalizing-trajectory":
+            raise UsageError(f"--ending {ending}: {folder} is a run of {method}, which has one ending only")
+        own["ending"] = ending
+    if shift is not None:
+        if method != "latent-forcing":
+            raise UsageError(
+                f"--shift {shift:g}: {folder} is a run of {method}, which draws no pixels of its own"
+            )
+        own["shift"] = shift
     if pixel_stage is not None:
         decoder = load_pixel_stage(pixel_stage, state.shards["encoder"])
-    if method == "normalizing-trajectory":
-        return NormalizingPipeline.from_pretrained(folder, ema, decoder, weak=weak, ending=ending)
-    kind = LatentPipeline if method == "latent-forcing" else TrajectoryPipeline
-    return kind.from_pretrained(folder, ema, decoder, weak=weak)
+    return PIPELINES[method].from_pretrained(folder, ema, decoder, weak=weak, **own)

@@ -14,6 +14,7 @@ pixels, and level ℓ is drawn given all before it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from trainer.trajectory import Trajectory
 STEPS_PER_STAGE = 25
 """Steps of each canvas and of the pixels where 1 is asked for, too few for any picture; the paper's 50 in all."""
 CASCADED = ("cascaded", "cascaded-noised")
+SHIFTED = ("shifted", "independent")
 
 
 def latents_of(features: Tensor, regions: Tensor | None, normaliser: Normaliser) -> Tensor:
@@ -176,16 +178,21 @@ class LatentPipeline(TrajectoryPipeline):
         decoder: Decoder | str | Path | None = None,
         device: str | torch.device | None = None,
         weak: str | Path | None = None,
+        shift: float | None = None,
     ) -> LatentPipeline:
         """Load a run folder of Latent Forcing (its newest checkpoint) or one checkpoint folder.
 
-        Arguments and errors as for `TrajectoryPipeline.from_pretrained`; decoder may be a function only.
+        Arguments and errors as for `TrajectoryPipeline.from_pretrained`; decoder may be a function only. shift: how
+        far ahead latents are, see `clocks.sampling_grid`, in place of the one the run was trained with.
+        Raises UsageError for a shift where the schedule has none.
         """
         if isinstance(decoder, str | Path):
             raise UsageError(f"decoder {decoder}: a run of Latent Forcing draws its own pixels; leave it out")
         path = saved.find_checkpoint(folder)
         state = saved.load_state(path)
         config = checked(LatentTrainConfig, state.config, str(path))
+        if shift is not None:
+            _check_shift(shift, config.method.schedule)
         model, name = _load_network(path, config, ema)
         weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), model, ema)
         device = best_device(device)
@@ -198,7 +205,7 @@ class LatentPipeline(TrajectoryPipeline):
             weights_note(path, name),
             weaker if weaker is None else weaker.to(device),
             config.method.schedule,
-            config.method.shift,
+            config.method.shift if shift is None else shift,
             config.method.offset,
         )
 
@@ -298,6 +305,17 @@ def load_pixel_stage(
                 "shards of the same encoder"
             )
     return pipe.pixel_stage()
+
+
+def _check_shift(shift: float, schedule: Schedule) -> None:
+    if schedule not in SHIFTED:
+        raise UsageError(
+            f"--shift {shift:g}: schedule {schedule} has none, expected one of {', '.join(SHIFTED)}"
+        )
+    if not 0 < shift < math.inf:
+        raise UsageError(
+            f"--shift {shift:g}, expected above 0, and finite: 1 draws latents and pixels together"
+        )
 
 
 def _load_network(

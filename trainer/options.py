@@ -38,6 +38,14 @@ EndingName = Annotated[
     str | None,
     typer.Option("--ending", help="Normalizing Trajectory Models: inverse, score or denoiser."),
 ]
+ShiftedBy = Annotated[
+    float | None,
+    typer.Option(
+        "--shift",
+        help="Latent Forcing, schedules shifted and independent: how far latents are ahead of pixels; 1 draws both "
+        "together, below 1 pixels come first. Default: as trained.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no configuration on stderr.")]
 
 
