@@ -14,6 +14,7 @@ import torch
 from fixture_shards import NUM_LEVELS, write_shards
 from typer.testing import CliRunner
 
+from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
 from trainer import normalizing_train as room
 from trainer import train as trajectory_train
@@ -30,6 +31,7 @@ from trainer.normalizing_config import (
     NormalizingTrainConfig,
 )
 from trainer.normalizing_pipeline import NormalizingPipeline
+from trainer.reader import ShardReader
 from trainer.run_kinds import config_of, preset_of
 from trainer.shards import open_index
 
@@ -243,6 +245,20 @@ def test_likelihoods_do_not_depend_on_neighbours(shards: str, runs: dict[str, Pa
         )
         totals = [sum(map(sum, image.region_bits())) for image in images]
         assert totals == pytest.approx([image.added_total for image in images], rel=1e-4)
+
+
+def test_a_hierarchy_is_held_against_gaussians_of_its_own_levels(shards: str, runs: dict[str, Path]) -> None:
+    index, pipe = open_index(shards), NormalizingPipeline.from_pretrained(runs["levels"])
+    rows, images = likelihood(pipe, index, max_real=7)
+    reader = ShardReader(index)
+    read = reader.read_rows([image.number for image in images])
+    reader.close()
+    canvases = level_canvases(pipe.normaliser.apply(read.features.float()), read.regions)
+    variance = canvases.var(dim=(0, 2, 3), correction=0) + pipe.method.level_noise**2
+    bits = 0.5 * (2 * np.pi * np.e * variance).log2() + pipe.normaliser.std.log2()
+    for level, expected in enumerate(bits.mean(dim=1).tolist()):
+        assert dict(rows)[f"bits_per_dim_gaussian_level_{level}"] == pytest.approx(expected, rel=1e-4)
+    assert dict(rows)["bits_per_dim_gaussian"] == pytest.approx(float(bits.mean()), rel=1e-4)
 
 
 def test_bits_are_of_raw_features(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class Measured:
     """float32 [levels, K, H, W]: the same above what the noise alone costs."""
     bound: np.ndarray
     """float32 [levels]: upper bound of the bits of the level's cleanest state; exact with trajectory `levels`."""
+    moments: np.ndarray
+    """float32 [L, 2, C]: mean and mean square of the tokens of every canvas, normalised, without noise."""
 
     @property
     def added_total(self) -> float:
@@ -88,6 +90,7 @@ def measure(
         features = rows.features.float() if rows.scale is None else rows.features * rows.scale
         canvases = level_canvases(pipe.normaliser.to("cpu").apply(features), rows.regions)
         found = _levels(pipe, canvases, rows.label, part, T)
+        moments = torch.stack([canvases.mean(dim=(2, 3)), canvases.square().mean(dim=(2, 3))], dim=2).numpy()
         for row, (number, key) in enumerate(zip(part, rows.keys, strict=True)):
             bits, added, bound = (value[row].numpy() for value in found)
             if not np.isfinite(bits).all():
@@ -103,6 +106,7 @@ def measure(
                 bits=bits,
                 added=added,
                 bound=bound,
+                moments=moments[row],
             )
     reader.close()
 
@@ -113,10 +117,11 @@ def likelihood(
     """(name, value) of each metric, means over at most `max_real` images spread evenly, and what they are means of.
 
     bits_per_dim: of a chain of states, exact, per number of all its states; with noise chains the bound on that of the
-    cleanest state stands beside it. bits_per_dim_gaussian: what independent Gaussians of the training statistics would
-    need for the tokens with their noise. added_bits_per_dim: see above, of a whole chain and all levels per number of
-    one canvas; both also by level, the latter of noise chains also by transition, clean → noisy. noise: deviation of
-    the noise on what is measured, in units of normalised features.
+    cleanest state stands beside it. bits_per_dim_gaussian: what independent Gaussians, one for each channel, would need
+    for the same with its noise: of the training statistics for tokens, and of each level's own over these images for a
+    hierarchy. added_bits_per_dim: see above, of a whole chain and all levels per number of one canvas; all also by
+    level, added bits of noise chains also by transition, clean → noisy. noise: deviation of the noise on what is
+    measured, in units of normalised features.
     Raises UsageError for a run of another method.
     """
     if not isinstance(pipe, NormalizingPipeline):
@@ -133,10 +138,13 @@ def likelihood(
     rows = [("noise", pipe.method.level_noise if is_hierarchy else pipe.method.sampling_t_min)]
     rows += [("bits_per_dim", float(bits.mean()))]
     rows += [] if is_hierarchy else [("bits_per_dim_bound", float(bound.mean()))]
-    rows += [("bits_per_dim_gaussian", _gaussian_bits(pipe, rows[0][1], is_hierarchy))]
+    gaussian = _gaussian_bits(pipe, images, rows[0][1], is_hierarchy)
+    rows += [("bits_per_dim_gaussian", float(gaussian.mean()))]
     rows += [("added_bits_per_dim", float(added.sum()))]
     if len(bits) > 1:
         rows += [(f"bits_per_dim_level_{level}", float(v)) for level, v in enumerate(bits.mean(axis=1))]
+        if is_hierarchy:
+            rows += [(f"bits_per_dim_gaussian_level_{level}", float(v)) for level, v in enumerate(gaussian)]
         rows += [(f"added_bits_per_dim_level_{level}", float(v)) for level, v in enumerate(added.sum(axis=1))]
     if bits.shape[1] > 1:
         rows += [(f"added_bits_per_dim_step_{k}", float(value)) for k, value in enumerate(added.mean(axis=0))]
@@ -206,11 +214,18 @@ def _log_volume(pipe: NormalizingPipeline) -> Tensor:
     return std.log().sum(dim=-1) if std.ndim else channels * std.log()
 
 
-def _gaussian_bits(pipe: NormalizingPipeline, noise: float, is_hierarchy: bool) -> float:
-    """Bits per number under N(0, 1) of normalised features and the noise on them, in units of features."""
-    variance = 1 + noise**2 if is_hierarchy else (1 - noise) ** 2 + noise**2
+def _gaussian_bits(
+    pipe: NormalizingPipeline, images: list[Measured], noise: float, is_hierarchy: bool
+) -> np.ndarray:
+    """Bits per number of each level, in units of features, under Gaussians without any dependence: float64 [levels]."""
+    variance = np.array([[(1 - noise) ** 2 + noise**2]])
+    if is_hierarchy:
+        mean, square = (
+            np.stack([image.moments for image in images]).mean(axis=0, dtype=np.float64).swapaxes(0, 1)
+        )
+        variance = square - mean**2 + noise**2
     volume = float(_log_volume(pipe).mean()) / pipe.model.config.in_channels
-    return (HALF_LOG_2PI + 0.5 + 0.5 * math.log(variance) + volume) / math.log(2)
+    return (HALF_LOG_2PI + 0.5 + 0.5 * np.log(variance).mean(axis=1) + volume) / math.log(2)
 
 
 def _seed(number: int) -> int:

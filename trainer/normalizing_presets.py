@@ -27,7 +27,14 @@ def tiny_normalizing() -> NormalizingTrainConfig:
             width=96, depth=3, num_heads=3, num_class_tokens=4, flow_width=96, flow_depth=1, flow_heads=3
         ),
         method=NormalizingMethodConfig(pairs="one"),
-        optim=NormalizingOptimConfig(lr=2e-3, warmup_fraction=0.05, ema_halflives_kimg=(0.5,), ema_ramp=0.1),
+        optim=NormalizingOptimConfig(
+            rule="muon",
+            lr=0.02,
+            weight_decay=0.0,
+            warmup_fraction=0.05,
+            ema_halflives_kimg=(0.5,),
+            ema_ramp=0.1,
+        ),
         total_images=9_000,
         batch_size=16,
         loader_workers=1,
