@@ -171,6 +171,25 @@ def test_compare_writes_numbers_and_a_picture(files: tuple[Path, Path], tmp_path
         CliRunner().invoke(app, ["compare", *map(str, files), "--tokens", "0,0"], catch_exceptions=False)
 
 
+def test_tables_of_edits_name_what_they_are_measured_against(
+    files: tuple[Path, Path], run: Path, tmp_path: Path
+) -> None:
+    def printed(*words: Any) -> str:
+        done = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+        return " ".join(done.stdout.split())
+
+    out = tmp_path / "out.safetensors"
+    edit = ("edit", files[0], "--level", 1, "--region", 1, "--to-neighbours", "--out", out)
+    assert "against a.safetensors as it is in the file" in printed(*edit)
+    assert "against a.safetensors without the edit, drawn again after level 1 with the same noise" in printed(
+        *edit, "--resume"
+    )
+    assert "of out.safetensors against a.safetensors" in printed("compare", files[0], out)
+    table = printed("sweep", run, "--labels", "ant", "--seeds", "0", "--levels", "1", "--strengths", "0,1")
+    assert "against the same trajectory unedited" in table
+    assert "any" in table
+
+
 def test_edited_tokens_are_those_since() -> None:
     start = tiny_pipeline()("ant", 1)
     corner = Selection.from_coordinates([(0, 0)], grid=GRID, level=1)

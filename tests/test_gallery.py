@@ -123,7 +123,7 @@ def test_text_from_data_is_escaped() -> None:
         intro=attack,
         facts={attack: attack},
         teachers=[view],
-        metrics=[{attack: attack}],
+        metrics=[Table(rows=[{attack: attack}])],
         log=log,
         config={"name": attack},
     )

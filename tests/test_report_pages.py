@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hierarchy_builder.canvases.gallery import write_page
+from hierarchy_builder.canvases.gallery import Table, write_page
 from hierarchy_builder.canvases.views import HierarchyView
 from hierarchy_builder.report import hierarchy_page
 from trainer.report import TrajectoryView, training_page
@@ -49,7 +49,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         facts=facts,
         trajectories=trajectories,
         teachers=views,
-        metrics=stages,
+        metrics=[Table(rows=stages)],
         log=log,
         config=config,
     )

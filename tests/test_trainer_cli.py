@@ -273,7 +273,11 @@ def test_a_weak_model_guides_samples_and_scores(
     assert call("sample", run, "--labels", "bee", "--out", tmp_path / "no", "--weak-scale", "2") == 2
     assert "needs a weak model" in capsys.readouterr().err
     copy = Path(shutil.copytree(run, tmp_path / "run"))
+    capsys.readouterr()
     assert call("evaluate", copy, "--shards", shards, "--samples-per-class", "1", "--weak", early) == 0
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if line in ("Samples", "Levels", "Distribution")]
+    assert printed.err == ""  # a short run in a log needs no counter
     assert json.loads((copy / "evaluation.json").read_text())["weak_scale"] == 1
     assert call("report", copy, "--weak", early, "--weak-scale", "0.5") == 0
     for verb in (("evaluate", copy, "--shards", shards), ("report", copy)):

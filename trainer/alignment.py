@@ -9,7 +9,8 @@ division of the final tokens, and of partitions that mean nothing. Definitions: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
 from trainer.metrics.spread import spread
 from trainer.model import TrajectoryTransformer
 from trainer.pipeline import TrajectoryPipeline
+from trainer.progress import Follow, unseen
 from trainer.regions import divide, extract_regions
 from trainer.sample import level_noise, time_steps
 from trainer.trajectory import Trajectory
@@ -54,7 +56,11 @@ def denoising_path(
 
 
 def alignment(
-    pipe: TrajectoryPipeline, labels: Sequence[int], seeds: Sequence[int], num_steps: int = 16
+    pipe: TrajectoryPipeline,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    num_steps: int = 16,
+    follow: Follow = unseen,
 ) -> Iterator[dict[str, Any]]:
     """Boundary F along the path, one row for each class, seed, level, partition and time.
 
@@ -63,20 +69,20 @@ def alignment(
     Raises UsageError for models of another method, whose paths are others.
     """
     config = _config_of(pipe)
-    for label in labels:
-        for seed in seeds:
-            noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
-            paths: dict[int, tuple[list[float], Tensor]] = {}
-            previous = None
-            for level in range(config.num_levels):
-                paths[level] = denoising_path(pipe, label, noise[level], previous, level, num_steps)
-                previous = paths[level][1][-1]
-            final = torch.stack([expected[-1] for _, expected in paths.values()])
-            yield from _rows({"label": label, "seed": seed}, paths, final)
+    units = list(itertools.product(labels, seeds))
+    for label, seed in follow(units, "paths", len(units)):
+        noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
+        paths: dict[int, tuple[list[float], Tensor]] = {}
+        previous = None
+        for level in range(config.num_levels):
+            paths[level] = denoising_path(pipe, label, noise[level], previous, level, num_steps)
+            previous = paths[level][1][-1]
+        final = torch.stack([expected[-1] for _, expected in paths.values()])
+        yield from _rows({"label": label, "seed": seed}, paths, final)
 
 
 def alignment_of_photos(
-    pipe: TrajectoryPipeline, photos: Iterable[Trajectory], num_steps: int = 16
+    pipe: TrajectoryPipeline, photos: Sequence[Trajectory], num_steps: int = 16, follow: Follow = unseen
 ) -> Iterator[dict[str, Any]]:
     """The same with photographs: level ℓ ≥ 1 is drawn from the photograph's own level ℓ−1, and x̂ held against the
     teacher's regions of ℓ, which the network has not seen.
@@ -84,7 +90,7 @@ def alignment_of_photos(
     photos: trajectories that start from photographs (`trainer.photos`). Columns and errors as of `alignment`.
     """
     config = _config_of(pipe)
-    for photo in photos:
+    for photo in follow(photos, "paths from photos", len(photos)):
         seed = photo.seeds[-1]
         noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
         paths = {

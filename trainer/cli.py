@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.progress import track
 
 from trainer import edit_commands, train_commands
 from trainer.errors import TrainerError, UsageError
+from trainer.metric_tables import metric_tables
 from trainer.options import (
     AsJson,
     DecoderFolder,
@@ -19,6 +19,7 @@ from trainer.options import (
     EndingName,
     GuidanceScale,
     PixelStageRun,
+    Quiet,
     Run,
     ShiftedBy,
     Steps,
@@ -28,6 +29,7 @@ from trainer.options import (
     parse_seeds,
 )
 from trainer.printing import print_result, stderr, write_json
+from trainer.progress import Follow, shown_on, unseen
 
 app = typer.Typer(
     name="trainer",
@@ -77,7 +79,7 @@ def sample(
     facts |= {"guidance": guidance} if guidance else {}
     facts |= {"autoguidance": strength} if strength else {}
     written = write_samples(drawn, out, names, len(pairs), facts)
-    rows = list(track(written, "sampling", len(pairs), console=stderr, disable=not stderr.is_terminal))
+    rows = list(_follow(as_json)(written, "sampling", len(pairs)))
     stderr.print(f"wrote {', '.join(names)} to {out}", markup=False, highlight=False)
     print_result(rows, as_json)
 
@@ -124,6 +126,7 @@ def evaluate(
     decoder: DecoderFolder = None,
     pixel_stage: PixelStageRun = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Metrics of samples, beside real images, noise and chance; kept in RUN for the report."""
     from trainer import studies
@@ -140,20 +143,23 @@ def evaluate(
         run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=ending_name, shift=shift
     )
     if likelihood:
-        print_result(_measured(run, pipe, index, max_real, steps, ema), as_json)
+        _print_metrics(_measured(run, pipe, index, max_real, steps, ema), as_json)
         return
     strength = _strength(weak, weak_scale)
     judge = None if inception is None else inception_features(None if inception == "hub" else inception)
     real = None if reference is None else read_reference(reference)
     seen = None if space is None else load_own_encoder(space)
+    follow = _follow(as_json or quiet)
     metrics = list(
-        measure(pipe, index, samples_per_class, steps, max_real, guidance, strength, judge, real, seen)
+        measure(
+            pipe, index, samples_per_class, steps, max_real, guidance, strength, judge, real, seen, follow
+        )
     )
     settings = (pipe, run, shown_labels(index.num_classes), range(samples_per_class))
-    metrics += studies.edit_study(*settings, steps) if edits else []
+    metrics += studies.edit_study(*settings, steps, follow) if edits else []
     if alignment:
         photos = studies.photos_of(pipe, index, len(settings[2]) * samples_per_class)
-        metrics += studies.alignment_study(*settings, photos=photos)
+        metrics += studies.alignment_study(*settings, photos=photos, follow=follow)
     rows = [{"name": name, "value": value} for name, value in metrics]
     setup = {
         "samples_per_class": samples_per_class,
@@ -164,7 +170,7 @@ def evaluate(
         "shards": index.name,
     }
     write_json(run / EVALUATION, {**setup, "metrics": rows})
-    print_result(rows, as_json)
+    _print_metrics(rows, as_json)
 
 
 @app.command()
@@ -317,6 +323,19 @@ def _measured(run: Path, pipe: Any, index: Any, max_real: int, steps: int, ema: 
     setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": steps, "ema": ema}
     write_likelihood(run, setup, rows, images)
     return rows
+
+
+def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A table for each topic, or all rows as JSON."""
+    if as_json:
+        print_result(rows, as_json)
+        return
+    for topic, own in metric_tables(rows).items():
+        print_result(own, as_json, topic.title, topic.note)
+
+
+def _follow(is_quiet: bool) -> Follow:
+    return unseen if is_quiet else shown_on(stderr)
 
 
 def _strength(weak: Path | None, weak_scale: float | None) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from trainer.errors import UsageError
 from trainer.options import AsJson, DecoderFolder, Ema, Quiet, Run, Steps, Weak, parse_seeds
 from trainer.printing import print_result, stderr, write_json
+from trainer.progress import shown_on, unseen
 
 TrajectoryFile = Annotated[Path, typer.Argument(help="Trajectory file, as `trainer sample` writes them.")]
 RunFolder = Annotated[
@@ -138,7 +139,7 @@ def edit(
         shrink=shrink,
     )
     after = editing.edited(before, level, wanted, change, undo=undo)
-    reference = before
+    reference, against = before, f"{trajectory.name} as it is in the file"
     if resume or seed is not None:
         if level is None:
             raise UsageError("--resume needs --level, the last one that is kept")
@@ -146,6 +147,9 @@ def edit(
         after = pipe.adopt(after).resume(level, seed)
         if is_edited:  # so that the numbers tell the edit from what drawing again does by itself
             reference = pipe.adopt(before).resume(level, seed)
+            against = (
+                f"{trajectory.name} without the edit, drawn again after level {level} with the same noise"
+            )
     if after is before:
         raise UsageError(
             "nothing to do: select tokens and say what becomes of them, or --resume, or --undo 1"
@@ -158,7 +162,7 @@ def edit(
         print_result({"file": str(target), "history": after.history, "levels": rows}, as_json)
     else:
         stderr.print(f"wrote {target}", markup=False, highlight=False)
-        print_result(by_measure(rows), as_json)
+        print_result(by_measure(rows), as_json, f"Change by level, against {against}")
 
 
 def compare(
@@ -189,7 +193,8 @@ def compare(
         out.parent.mkdir(parents=True, exist_ok=True)
         room.comparison_png(first, second).save(out)
         stderr.print(f"wrote {out}", markup=False, highlight=False)
-    print_result(rows if as_json else room.by_measure(rows), as_json)
+    title = f"Change by level, of {after.name} against {before.name}"
+    print_result(rows if as_json else room.by_measure(rows), as_json, title)
 
 
 def sweep(
@@ -229,17 +234,18 @@ def sweep(
     selection = None
     if tokens or mask:
         selection = Tokens(places=tokens, painting=mask).of(pipe(config.labels[0], 0), 0)
-    rows: list[dict[str, Any]] = []
-    for row in room.sweep(pipe, config, selection):
-        if not quiet and (not rows or row["seed"] != rows[-1]["seed"] or row["label"] != rows[-1]["label"]):
-            stderr.print(f"{row['class']}, seed {row['seed']}", markup=False, highlight=False)
-        rows.append(row)
+    follow = unseen if quiet or as_json else shown_on(stderr)
+    rows = list(room.sweep(pipe, config, selection, follow=follow))
     summary = room.summarise(rows)
     result = {"setup": dataclasses.asdict(config), "rows": rows, "summary": summary}
     if out is not None:
         write_json(out, result)
         stderr.print(f"wrote {out}", markup=False, highlight=False)
-    print_result(result if as_json else room.summary_table(summary), as_json)
+    title = (
+        f"Edits of {config.kind}, mean ± half the 95 % interval over classes × seeds, "
+        f"{len(config.labels)} × {len(config.seeds)}"
+    )
+    print_result(result if as_json else room.summary_table(summary), as_json, title, room.BASELINES)
 
 
 def _split_regions(regions: list[int], from_region: int | None) -> tuple[tuple[int, ...], int | None]:

@@ -17,7 +17,7 @@ from trainer.compare import compare, encoder_of, heat_map
 from trainer.errors import TrainerError
 from trainer.metrics.edit_locality import token_change
 from trainer.printing import without_nan
-from trainer.sweep import SETTING, summary_table
+from trainer.sweep import BASELINES, SETTING, summary_table
 from trainer.trajectory import Trajectory
 
 EDITS_TEXT = (
@@ -56,7 +56,11 @@ def edits_section(edited: Sequence[Trajectory]) -> Section:
         for row in without_nan(compare(before, after, encode=encoder_of(after)))
     ]
     cards = Gallery(viewers=[_card(before, after) for before, after in pairs], start=-1)
-    return Section(title="Edits", text=EDITS_TEXT, blocks=[cards, Table(rows=rows)])
+    return Section(
+        title="Edits",
+        text=EDITS_TEXT,
+        blocks=[cards, Table(rows=rows, caption="Against what was first drawn.")],
+    )
 
 
 def read_sweep(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +92,7 @@ def sweep_section(summary: Sequence[Mapping[str, Any]]) -> Section:
     return Section(
         title="Sweep of edits",
         text=SWEEP_TEXT,
-        blocks=[Plots(plots=plots), Table(rows=summary_table(summary))],
+        blocks=[Plots(plots=plots), Table(rows=summary_table(summary), caption=BASELINES)],
     )
 
 

@@ -18,6 +18,7 @@ from trainer.metrics.region_consistency import consistency
 from trainer.photos import Encoder
 from trainer.picture_stream import picture_of
 from trainer.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
+from trainer.progress import Follow, unseen
 from trainer.reader import ShardReader
 from trainer.shards import ShardIndex
 from trainer.trajectory import Trajectory
@@ -40,6 +41,7 @@ def evaluate(
     inception: Inception | None = None,
     reference: Gaussian | None = None,
     space: Encoder | None = None,
+    follow: Follow = unseen,
 ) -> Iterator[tuple[str, float]]:
     """(name, value) of each metric: see docs/metrics.md.
 
@@ -48,7 +50,7 @@ def evaluate(
     Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
     over the shards. num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for IS and FID, see
     `metrics.frechet`. space: encoder whose mean token describes decoded samples and the pictures that the shards
-    hold, brought to the size of the samples first.
+    hold, brought to the size of the samples first. follow: shows how far it is.
     Raises MismatchError if the shards do not fit the model, TrainerError if they hold no pictures where `space` asks
     for them, or the model has no decoder.
     """
@@ -56,8 +58,9 @@ def evaluate(
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
     sampled = _Sampled(pipe, inception, space)
-    sampled.draw(pipe.stream(labels, seeds, num_steps, guidance, weak_scale))
-    real = _Real(pipe, index, max_real, space, sampled.size_px)
+    drawn = pipe.stream(labels, seeds, num_steps, guidance, weak_scale)
+    sampled.draw(follow(drawn, "sampling", len(labels)))
+    real = _Real(pipe, index, max_real, space, sampled.size_px, follow)
     yield from class_mean_accuracy(
         (torch.cat(sampled.descriptions), torch.tensor(labels)),
         (torch.cat(real.descriptions), torch.tensor(real.labels)),
@@ -152,6 +155,7 @@ class _Real:
         most: int,
         space: Encoder | None,
         size_px: tuple[int, int],
+        follow: Follow,
     ) -> None:
         self.descriptions: list[Tensor] = []
         self.labels: list[int] = []
@@ -163,15 +167,15 @@ class _Real:
         normaliser = pipe.normaliser.to("cpu")
         chosen = np.linspace(0, index.num_samples - 1, min(most, index.num_samples)).astype(int)
         reader = ShardReader(index)
-        for start in range(0, len(chosen), READ_TOGETHER):
-            numbers = chosen[start : start + READ_TOGETHER].tolist()
+        waiting = follow(chosen.tolist(), "real images", len(chosen))
+        while numbers := list(itertools.islice(waiting, READ_TOGETHER)):
             samples = [reader.read(number, extras=space is not None) for number in numbers]
             features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
             regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
             canvases = normaliser.teacher_canvases(features, regions)
             self.descriptions.append(describe(features))
             self.labels += [sample.label for sample in samples]
-            if start < FLATNESS_IMAGES:
+            if len(self.labels) <= FLATNESS_IMAGES:
                 self.canvases.append(canvases)
             if pipe.model.config.num_levels > 1:
                 for sample in samples[: CONSISTENCY_IMAGES - len(self.shown)]:

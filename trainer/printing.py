@@ -16,12 +16,19 @@ from rich.table import Table
 stdout, stderr = Console(), Console(stderr=True)
 
 
-def print_result(content: Any, as_json: bool) -> None:
-    """Print rows (a list of mappings of equal names) or one mapping; NaN is null in JSON."""
+def print_result(content: Any, as_json: bool, title: str = "", note: str = "") -> None:
+    """Print rows (a list of mappings of equal names) or one mapping; NaN is null in JSON.
+
+    title, note: lines above a table, such as what its numbers are measured against; JSON goes without.
+    """
+    if not as_json:
+        _print_heading(title, note)
     if as_json:
         sys.stdout.write(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
     elif isinstance(content, list):
-        table = Table(*(content[0] if content else ()))
+        table = Table()
+        for name in content[0] if content else ():
+            table.add_column(name, overflow="fold")  # a narrow terminal breaks a number, and hides none of it
         for row in content:
             table.add_row(*(_text(value) for value in row.values()))
         stdout.print(table)
@@ -30,6 +37,13 @@ def print_result(content: Any, as_json: bool) -> None:
         for name, value in flattened(content).items():
             table.add_row(name, _text(value))
         stdout.print(table)
+
+
+def _print_heading(title: str, note: str) -> None:
+    # lines of their own: rich breaks the title of a table at the width of the table
+    for text, style in ((title, "bold"), (note, "dim")):
+        if text:
+            stdout.print(text, style=style, markup=False, highlight=False)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -68,7 +68,7 @@ def training_page(
     facts: Mapping[str, Any],
     trajectories: Sequence[TrajectoryView] = (),
     teachers: Sequence[HierarchyView] = (),
-    metrics: Sequence[Mapping[str, Any]] = (),
+    metrics: Sequence[Table] = (),
     log: Sequence[Mapping[str, Any]] = (),
     stages: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
@@ -78,9 +78,9 @@ def training_page(
 ) -> Page:
     """The report of a run; parts that are empty are left out.
 
-    facts: name → value. metrics, stages: rows of column → value. log: the rows of metrics.jsonl (`images`, or else
-    `step`, is the x axis; every other number is a curve). config: plain data, shown as YAML. more: sections after the
-    samples.
+    facts: name → value. metrics: tables, one below the other. stages: rows of column → value. log: the rows of
+    metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config: plain data, shown as
+    YAML. more: sections after the samples.
     palette: where it is not given, it is fitted on the teachers' tokens if there are any, since early samples may lie
     anywhere.
     Write it with `canvases.gallery.write_page`.
@@ -98,7 +98,7 @@ def training_page(
         ),
         (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
         *((section, section) for section in more),
-        (metrics, Section(title="Metrics", blocks=[Table(rows=metrics)])),
+        (metrics, Section(title="Metrics", blocks=metrics)),
         (plots, Section(title="Curves", text=CURVES_TEXT, blocks=[Plots(plots=plots)])),
         (stages, Section(title="Stages", blocks=[Table(rows=stages)])),
         (

@@ -14,13 +14,14 @@ import torch
 import yaml
 from PIL import Image
 
-from hierarchy_builder.canvases.gallery import Page, Section
+from hierarchy_builder.canvases.gallery import Page, Section, Table
 from hierarchy_builder.canvases.views import HierarchyView
 from trainer import checkpoint as saved
 from trainer.decode import to_uint8
 from trainer.errors import TrainerError
 from trainer.likelihood_page import likelihood_metrics, likelihood_sections
 from trainer.log import METRICS, read_metrics
+from trainer.metric_tables import metric_tables
 from trainer.normalisation import RAW, Normaliser
 from trainer.normalizing_pipeline import NormalizingPipeline
 from trainer.pipeline import Decoder, Trajectory, TrajectoryPipeline
@@ -104,7 +105,10 @@ def run_page(
         facts=facts,
         trajectories=trajectory_views(trajectories),
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder, normaliser),
-        metrics=read_evaluation(run) + likelihood_metrics(run),
+        metrics=[
+            Table(rows=rows, caption=f"{topic.title}. {topic.note}".rstrip())
+            for topic, rows in metric_tables(read_evaluation(run) + likelihood_metrics(run)).items()
+        ],
         log=[row for row in (read_metrics(run) if (run / METRICS).exists() else []) if "loss" in row],
         stages=stages,
         more=more,

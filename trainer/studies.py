@@ -22,6 +22,7 @@ from trainer.alignment import (
 from trainer.photos import start_from_shards
 from trainer.pipeline import TrajectoryPipeline
 from trainer.printing import write_json
+from trainer.progress import Follow, unseen
 from trainer.shards import ShardIndex
 from trainer.sweep import EDIT, OTHER_NOISE, SweepConfig, summarise, sweep
 from trainer.trajectory import Trajectory
@@ -33,7 +34,12 @@ PATH_STEPS = 16
 
 
 def edit_study(
-    pipe: TrajectoryPipeline, run: Path, labels: Sequence[int], seeds: Sequence[int], num_steps: int = 1
+    pipe: TrajectoryPipeline,
+    run: Path,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    num_steps: int = 1,
+    follow: Follow = unseen,
 ) -> Iterator[tuple[str, float]]:
     """Feature edits of every level, over classes and seeds: see `trainer.sweep`.
 
@@ -41,7 +47,7 @@ def edit_study(
     edit, and gain_<edited>_<measured>. Writes RUN/edits.json.
     """
     config = SweepConfig(labels=tuple(labels), seeds=tuple(seeds), num_steps=num_steps)
-    summary = summarise(sweep(pipe, config))
+    summary = summarise(sweep(pipe, config, follow=follow))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "kind": config.kind}
     write_json(run / EDITS, {**setup, "summary": summary})
     for line in summary:
@@ -64,6 +70,7 @@ def alignment_study(
     seeds: Sequence[int],
     num_steps: int = PATH_STEPS,
     photos: Sequence[Trajectory] = (),
+    follow: Follow = unseen,
 ) -> Iterator[tuple[str, float]]:
     """Boundaries along the generative path, over classes and seeds, and over photographs: see `trainer.alignment`.
 
@@ -71,8 +78,8 @@ def alignment_study(
     boundary F with the level's own regions, and with flat and shifted ones; with _real for photographs and their
     teacher's regions. Writes RUN/alignment.json, which holds all times and partitions (`summary`, `photos`).
     """
-    summary = summarise_alignment(list(alignment(pipe, labels, seeds, num_steps)))
-    of_photos = summarise_alignment(list(alignment_of_photos(pipe, photos, num_steps)))
+    summary = summarise_alignment(list(alignment(pipe, labels, seeds, num_steps, follow)))
+    of_photos = summarise_alignment(list(alignment_of_photos(pipe, photos, num_steps, follow)))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "num_photos": len(photos)}
     write_json(run / ALIGNMENT, {**setup, "summary": summary, "photos": of_photos})
     yield from _early_means(summary, "")

@@ -2,14 +2,17 @@
 
 An edited trajectory differs from another one for three reasons: the edit, other noise, and rounding. So each edit
 comes with two arms without it: `no edit`, the same trajectory resumed from the same level with the same noise, and
-`other noise`, resumed with that of another seed. Edits are measured against the first.
+`other noise`, resumed with that of another seed. Edits are measured against the first. The arms without an edit know
+no strength: they are measured once, on the tokens that an edit touches, and stand beside every strength.
 
     K classes, ℓ* edited level, ℓ measured level
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +24,7 @@ from trainer.edit import Source
 from trainer.errors import UsageError
 from trainer.metrics.spread import spread
 from trainer.pipeline import TrajectoryPipeline
+from trainer.progress import Follow, unseen
 from trainer.selection import Selection
 from trainer.trajectory import Trajectory
 
@@ -31,6 +35,11 @@ OTHER_SEED = 2**31
 """Added to (or, of large seeds, taken from) a seed for the noise of `other noise`."""
 UNIT = ("label", "class", "seed")
 SETTING = ("kind", "level", "strength", "arm", "measured")
+BASELINES = (
+    "edit, other noise: against the same trajectory unedited, resumed from the edited level with the same noise. "
+    "no edit: that one, against the trajectory as first drawn. The two without an edit know no strength: measured once."
+)
+"""What the numbers of a sweep are measured against."""
 SHOWN = ("lis", "gain", "pixel_outside")
 """Measures in the table of a summary."""
 
@@ -55,6 +64,7 @@ def sweep(
     config: SweepConfig,
     selection: Selection | None = None,
     encode: Encode | None = None,
+    follow: Follow = unseen,
 ) -> Iterator[dict[str, Any]]:
     """Rows of numbers, one for each class, seed, edited level, strength, arm and measured level ≥ the edited one.
 
@@ -70,15 +80,15 @@ def sweep(
         raise UsageError(f"level {wrong[0]}, expected 0 to {num_levels - 1}")
     if config.kind not in KINDS:
         raise UsageError(f"kind {config.kind!r}, expected one of {', '.join(KINDS)}")
-    for label in config.labels:
-        for seed in config.seeds:
-            start, donor = (pipe(each, seed, config.num_steps) for each in (label, (label + 1) % num_classes))
-            judge = encode or encoder_of(start)
-            unit = {"label": start.label, "class": start.class_name, "seed": seed}
-            for level in levels:
-                chosen = main_region(start, level) if selection is None else selection.at(level)
-                for row in _arms(start, donor, chosen, config, judge):
-                    yield {**unit, **row}
+    units = list(itertools.product(config.labels, config.seeds))
+    for label, seed in follow(units, "editing", len(units)):
+        start, donor = (pipe(each, seed, config.num_steps) for each in (label, (label + 1) % num_classes))
+        judge = encode or encoder_of(start)
+        unit = {"label": start.label, "class": start.class_name, "seed": seed}
+        for level in levels:
+            chosen = main_region(start, level) if selection is None else selection.at(level)
+            for row in _arms(start, donor, chosen, config, judge):
+                yield {**unit, **row}
 
 
 def main_region(trajectory: Trajectory, level: int) -> Selection:
@@ -112,7 +122,8 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A summary to be read: a row for each edited level, strength, arm and measure, a column for each measured level.
 
-    Cells are the mean and half the width of its interval.
+    Cells are the mean and half the width of its interval. Arms that are the same at every strength have one row, of
+    strength "any".
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     columns = sorted({line["measured"] for line in summary})
@@ -129,7 +140,24 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
             row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(map(_column, columns), ""))
             row[_column(line["measured"])] = f"{mean:.2g}±{high - mean:.1g}"
-    return list(rows.values())
+    return _without_repeats(list(rows.values()))
+
+
+def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the arms without an edit once where they are equal at every strength."""
+
+    def content(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(value for name, value in row.items() if name != "strength")
+
+    strengths = {row["strength"] for row in rows}
+    counts = Counter(content(row) for row in rows if row["arm"] != EDIT)
+    kept: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(rows):
+        if counts[content(row)] == len(strengths) > 1:
+            kept.setdefault(content(row), {**row, "strength": "any"})
+        else:
+            kept[number] = row
+    return list(kept.values())
 
 
 def _column(measured: int) -> str:
@@ -143,19 +171,22 @@ def _arms(
     level, seed = chosen.level, start.seeds[-1]
     unedited = start.resume(level)
     others = start.resume(level, seed + OTHER_SEED if seed < OTHER_SEED else seed - OTHER_SEED)
+    baselines: dict[tuple[int, ...], dict[str, dict[int, dict[str, float]]]] = {}  # by touched tokens
     for strength in config.strengths:
         try:
             edited, touched, source = _edited(start, donor, chosen, config.kind, strength)
         except UsageError:
             continue
-        pairs = {
-            EDIT: (unedited, edited.resume(level)),
-            NO_EDIT: (start, unedited),
-            OTHER_NOISE: (unedited, others),
-        }
-        for arm, (before, after) in pairs.items():
+        how = (touched, source, encode)
+        if (place := tuple(touched.tokens)) not in baselines:
+            baselines[place] = {
+                NO_EDIT: locality(start, unedited, *how),
+                OTHER_NOISE: locality(unedited, others, *how),
+            }
+        arms = {EDIT: locality(unedited, edited.resume(level), *how), **baselines[place]}
+        for arm, found in arms.items():
             setting = {"kind": config.kind, "level": level, "strength": strength, "arm": arm}
-            for measured, values in locality(before, after, touched, source, encode).items():
+            for measured, values in found.items():
                 yield {**setting, "measured": measured, "tokens": touched.count, **values}
 
 

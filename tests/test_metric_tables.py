@@ -1,0 +1,72 @@
+"""What `evaluate` and `sweep` say while they work and when they are done: the counter, and tables by topic."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+from rich.console import Console
+from tiny_pipeline import tiny_pipeline
+
+from trainer import sweep as room
+from trainer.metric_tables import metric_tables
+from trainer.progress import shown_on, unseen
+from trainer.sweep import EDIT, SweepConfig, summarise, summary_table, sweep
+
+
+def test_topics_have_tables_of_their_own_with_references_beside() -> None:
+    names = ("frechet_pooled", "lis_0_1", "lis_0_1_low", "flatness_noise", "lis_0_1_other_noise")
+    names += ("frechet_pooled_real", "num_real", "alignment_1_flat_real", "bits_per_dim", "of_a_plugin")
+    tables = metric_tables([{"name": name, "value": i} for i, name in enumerate(names)])
+    assert {topic.title: rows for topic, rows in tables.items()} == {
+        "Samples": [{"name": "flatness_noise", "value": 3}],
+        "Distribution": [
+            {"name": "frechet_pooled", "value": 0, "real images": 5},
+            {"name": "num_real", "value": 6, "real images": ""},
+        ],
+        "Edits": [{"name": "lis_0_1", "value": 1, "low": 2, "other noise": 4}],
+        "Alignment": [{"name": "alignment_1_flat_real", "value": 7}],
+        "Likelihood": [{"name": "bits_per_dim", "value": 8}],
+        "Other": [{"name": "of_a_plugin", "value": 9}],
+    }
+    assert "unedited" in next(topic.note for topic in tables if topic.title == "Edits")
+
+
+def test_a_counter_on_a_terminal_and_a_line_now_and_then_elsewhere() -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    assert list(shown_on(terminal)(iter("abc"), "editing", 3)) == ["a", "b", "c"]
+    assert "editing" in terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "100%" in terminal.file.getvalue()  # type: ignore[attr-defined]
+    log, times = Console(file=io.StringIO()), itertools.count(step=4)
+    assert list(shown_on(log, lambda: float(next(times)))(range(7), "editing", 7)) == list(range(7))
+    assert log.file.getvalue() == "editing: 2/7\nediting: 5/7\n"  # type: ignore[attr-defined]
+    assert list(unseen("ab", "editing", 2)) == ["a", "b"]
+
+
+def test_a_sweep_measures_its_baselines_once(monkeypatch) -> None:
+    measured = []
+
+    def counted(*args):
+        measured.append(args)
+        return found(*args)
+
+    found = room.locality
+    monkeypatch.setattr(room, "locality", counted)
+    strengths = (0.25, 0.5, 1.0)
+    rows = list(
+        sweep(tiny_pipeline(), SweepConfig(labels=(0,), seeds=(0,), levels=(1,), strengths=strengths))
+    )
+    assert len(measured) == len(strengths) + 2
+    assert len(rows) == len(strengths) * 3 * 3  # strengths × arms × measured levels
+    shown = summary_table(summarise(rows))
+    assert {row["strength"] for row in shown if row["arm"] == EDIT} == set(strengths)
+    assert {row["strength"] for row in shown if row["arm"] != EDIT} == {"any"}
+    assert len(shown) == (len(strengths) + 2) * 3  # × measures
+
+
+def test_baselines_of_shapes_belong_to_the_tokens_that_each_edit_touches() -> None:
+    config = SweepConfig(labels=(0,), seeds=(0,), levels=(1,), strengths=(1, 2), kind="shape")
+    rows = list(sweep(tiny_pipeline(), config))
+    tokens = {(row["arm"], row["strength"]): row["tokens"] for row in rows}
+    assert len(set(tokens.values())) == 2
+    assert all(tokens[arm, strength] == tokens[EDIT, strength] for arm, strength in tokens)
