@@ -155,10 +155,11 @@ def edited(
 def region_rows(trajectory: Trajectory, level: int | None = None) -> list[dict[str, Any]]:
     """Regions of one level or of all but the last, one row each: level, region, tokens, first token, bounding box."""
     levels = range(trajectory.num_levels - 1) if level is None else [level]
-    regions, rows = trajectory.regions().numpy(), []
+    rows = []
     for number in levels:
-        for region in np.unique(regions[number]):
-            places = np.argwhere(regions[number] == region)
+        regions = trajectory.regions_of(number).numpy()
+        for region in np.unique(regions):
+            places = np.argwhere(regions == region)
             (top, left), (bottom, right) = places.min(axis=0).tolist(), places.max(axis=0).tolist()
             rows.append(
                 {
@@ -176,7 +177,7 @@ def region_rows(trajectory: Trajectory, level: int | None = None) -> list[dict[s
 def region_map(trajectory: Trajectory, level: int) -> str:
     """The ids of a level as text, one character a token: 0-9, a-z, then +."""
     signs = "0123456789abcdefghijklmnopqrstuvwxyz"
-    ids = trajectory.regions()[level].tolist()
+    ids = trajectory.regions_of(level).tolist()
     return "\n".join(" ".join(signs[each] if each < len(signs) else "+" for each in row) for row in ids)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from trainer.normalisation import RAW
 from trainer.optim import NEWTON_SCHULZ, MuonAdam
 from trainer.presets import preset
 from trainer.run_folder import CONFIG
+from trainer.whole_files import write_bytes
 
 CONFIG_FILE = "config.json"
 METHOD_NAMES = {
@@ -77,14 +77,8 @@ def import_official(
     state.images_seen = state.step * train_config.batch_size
     target = saved.checkpoint_folder(out, state.step)
     saved.write_folder(target, state, _converted(file, train_config, state))
-    _write_text(
-        out / CONFIG,
-        yaml.safe_dump(
-            {"config": state.config, "shards": state.shards, "version": version("trajectory-hierarchies")},
-            sort_keys=False,
-            allow_unicode=True,
-        ),
-    )
+    content = {"config": state.config, "shards": state.shards, "version": version("trajectory-hierarchies")}
+    write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     return {
         "run": str(out),
         "step": state.step,
@@ -126,7 +120,7 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
             },
         },
     )
-    _write_text(out / CONFIG_FILE, json.dumps(fields | {"ckpt_step": state.step}, indent=1))
+    write_bytes(out / CONFIG_FILE, json.dumps(fields | {"ckpt_step": state.step}, indent=1).encode())
     return {"file": str(file), "step": state.step, "averages": halflives}
 
 
@@ -237,9 +231,3 @@ def _official_optimizer(folder: Path, state: saved.RunState, config: TrainConfig
             inner[theirs] = official.to_official(moments)
         rules[rule] = {"inner_state": {"0": inner, "1": {}, "2": {}}}
     return {"inner_states": rules}
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

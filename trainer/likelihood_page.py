@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trainer.likelihood import Measured, measure
 from trainer.normalizing_pipeline import NormalizingPipeline
 from trainer.reader import ShardReader
 from trainer.shards import ShardIndex
+from trainer.whole_files import write_bytes
 
 LIKELIHOOD = "likelihood.json"
 SHOWN_IMAGES = 8
@@ -51,9 +51,7 @@ def write_likelihood(
         }
         for image in ranked
     ]
-    partial = run / f"{LIKELIHOOD}.tmp-{os.getpid()}"
-    partial.write_text(json.dumps({**setup, "metrics": rows, "images": listed}))
-    partial.replace(run / LIKELIHOOD)
+    write_bytes(run / LIKELIHOOD, json.dumps({**setup, "metrics": rows, "images": listed}).encode())
 
 
 def likelihood_metrics(run: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.tracking import Tracker
+from trainer.whole_files import write_bytes
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
@@ -27,9 +27,7 @@ def truncate_metrics(run: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(run) if row["step"] <= step]
-    partial = path.with_name(f"{METRICS}.tmp-{os.getpid()}")
-    partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-    partial.replace(path)
+    write_bytes(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

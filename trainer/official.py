@@ -24,6 +24,7 @@ from trainer.config import ModelConfig, checked
 from trainer.errors import MismatchError, UsageError
 from trainer.latent_official import load_latent_forcing as load_latent_forcing
 from trainer.model import TrajectoryTransformer
+from trainer.whole_files import whole_file
 
 NDARRAY_EXTENSION = 1
 CHUNKED = "__msgpack_chunked_array__"
@@ -185,16 +186,8 @@ def write_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> 
     A function among them is called for what stands there when its turn comes, so that only one part need be in
     memory. The file appears under its name only when complete.
     """
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            _pack(file, parts, msgpack.Packer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(Path(path)) as partial, open(partial, "wb") as file:
+        _pack(file, parts, msgpack.Packer())
 
 
 def official_name(name: str) -> str:

@@ -7,7 +7,6 @@ metrics.jsonl   see `trainer.log`
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from trainer.config import checked, identity, to_mapping
 from trainer.errors import MismatchError, UsageError
 from trainer.log import truncate_metrics
 from trainer.shards import ShardIndex
+from trainer.whole_files import write_bytes
 
 CONFIG = "config.yaml"
 
@@ -100,8 +100,6 @@ def prepare_folder(out: Path, config: Any, index: ShardIndex, step: int) -> None
         "shards": index.describe(),
         "version": version("trajectory-hierarchies"),
     }
-    partial = out / f"{CONFIG}.tmp-{os.getpid()}"
-    partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    partial.replace(out / CONFIG)
+    write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     truncate_metrics(out, step)
     saved.drop_after(out, step)

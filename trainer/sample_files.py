@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hierarchy_builder.records import CANVASES_MEMBER, LABEL_MEMBER, METADATA_ME
 from trainer.errors import UsageError
 from trainer.report import TrajectoryView, page_palette, training_page, trajectory_grid_png
 from trainer.trajectory import Trajectory
+from trainer.whole_files import check_free, partial_name, sync, whole_file
 
 PER_SHEET = 64
 """Trajectories on one sheet or page."""
@@ -83,7 +84,6 @@ class TrajectoryFiles(SampleFiles):
 
     def add(self, drawn: Drawn) -> None:
         path = self.out / "trajectories" / f"{drawn.name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
         drawn.trajectory.save(path)
         self.files.append(path)
 
@@ -127,9 +127,8 @@ class PngSheets(Sheets):
     stem, suffix = "grid", ".png"
 
     def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None:
-        partial = _partial(path)
-        trajectory_grid_png(views, palette).save(partial, "PNG")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            trajectory_grid_png(views, palette).save(partial, "PNG")
 
 
 class HtmlPages(Sheets):
@@ -154,7 +153,8 @@ class Tars(SampleFiles):
 
     def add(self, drawn: Drawn) -> None:
         if self._writer is None:
-            partial = str(_partial(self._path()))
+            check_free(self._path())
+            partial = str(partial_name(self._path()))
             self._writer = webdataset.TarWriter(
                 partial, encoder=False, mtime=0, user="", group="", mode=0o444
             )
@@ -166,13 +166,16 @@ class Tars(SampleFiles):
     def end(self, is_whole: bool) -> None:
         if self._writer is None:
             return
-        self._writer.close()
-        self._writer, path = None, self._path()
-        if is_whole:
-            _partial(path).replace(path)
-            self.files.append(path)
-        else:
-            _partial(path).unlink()
+        writer, self._writer, path = self._writer, None, self._path()
+        partial = partial_name(path)
+        try:
+            writer.close()
+            if is_whole:
+                sync(partial)
+                partial.replace(path)
+                self.files.append(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _path(self) -> Path:
         return self.out / f"samples-{len(self.files):06d}.tar"
@@ -183,7 +186,7 @@ class Arrays(SampleFiles):
 
     def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
         super().__init__(out, count, facts)
-        self._folder = _partial(out / "samples")
+        self._folder = partial_name(out / "samples")
         self._arrays: dict[str, np.memmap] = {}
         self._filled = 0
 
@@ -206,19 +209,22 @@ class Arrays(SampleFiles):
         self._filled += 1
 
     def end(self, is_whole: bool) -> None:
-        if is_whole:
-            self._pack()
-        self._arrays = {}
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            if is_whole:
+                self._pack()
+        finally:
+            self._arrays = {}
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _pack(self) -> None:
         path = self.out / "samples.npz"
-        partial = _partial(path)
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with (
+            whole_file(path) as partial,
+            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+        ):
             for name, array in self._arrays.items():
                 array.flush()
                 archive.write(self._folder / f"{name}.npy", f"{name}.npy")
-        partial.replace(path)
         self.files.append(path)
 
 
@@ -253,11 +259,17 @@ def write_samples(
     """
     sinks: list[SampleFiles] = []
     is_whole = False
-    try:
+
+    def end(sink: SampleFiles) -> None:
+        sink.end(is_whole)
+
+    with ExitStack() as ends:  # each is ended, also where the end of another fails
         for trajectory in trajectories:
             if not sinks:  # nothing is made before the first trajectory is there
                 out.mkdir(parents=True, exist_ok=True)
                 sinks = [FORMATS[name](out, count, facts) for name in formats]
+                for sink in sinks:
+                    ends.callback(end, sink)
             drawn = Drawn(trajectory)
             row = drawn.row()
             for sink in sinks:
@@ -266,9 +278,6 @@ def write_samples(
                     row["file"] = str(sink.files[-1])
             yield row
         is_whole = True
-    finally:
-        for sink in sinks:
-            sink.end(is_whole)
 
 
 def _members(drawn: Drawn) -> dict[str, bytes]:
@@ -292,7 +301,3 @@ def _members(drawn: Drawn) -> dict[str, bytes]:
         Image.fromarray(drawn.picture).save(picture, "PNG")
         members["png"] = picture.getvalue()
     return members
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")

@@ -89,6 +89,8 @@ class Selection:
 
         canvas: float [H, W, C] of that level. connected: only those that reach the token over others (4 neighbours).
         """
+        if not -1 <= cosine <= 1:
+            raise UsageError(f"cosine is {cosine}, expected -1 to 1, the nearer to 1 the more alike")
         start = cls.from_coordinates([token], grid=(canvas.shape[0], canvas.shape[1]), level=level)
         features = F.normalize(canvas.cpu().double(), dim=-1)
         alike = cls(mask=((features @ features[start.mask][0]) >= cosine) | start.mask, level=level)
@@ -129,7 +131,7 @@ class Selection:
     def grow(self, steps: int = 1) -> Selection:
         """With the tokens that touch it by a side, `steps` times."""
         mask = self.mask
-        for _ in range(steps):
+        for _ in range(min(steps, sum(self.grid))):  # more reach no further
             padded = F.pad(mask, (1, 1, 1, 1))
             mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
         return Selection(mask=mask, level=self.level)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,7 @@ from trainer.run_folder import check_same_run, find_origin
 from trainer.schedules import mixed_seed, warmup_cosine
 from trainer.shards import ShardIndex, open_index, read_statistics
 from trainer.stopping import StopRequest, stop_signals
+from trainer.whole_files import write_bytes
 
 MEASURED = 256
 """Pictures that reconstruction is measured on, at most, spread evenly over those held out, or over all."""
@@ -241,9 +241,7 @@ def publish(
         CONFIG: json.dumps(config, indent=1).encode(),
     }
     for name, data in files.items():
-        partial = folder / f"{name}.tmp-{os.getpid()}"
-        partial.write_bytes(data)
-        partial.replace(folder / name)
+        write_bytes(folder / name, data)
 
 
 def _centred(mean: np.ndarray, variance: np.ndarray) -> Normaliser:

@@ -10,8 +10,6 @@ alone, so levels before an edited one keep their bits, and those after it show t
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,24 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.canvases.gallery import render, write_page
 from trainer.decode import ConditionalDecoder, decoder_from_spec, to_uint8
 from trainer.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
-from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.errors import TrainerError, UsageError
 from trainer.regions import extract_regions
 from trainer.report import TrajectoryView, training_page
 from trainer.selection import Selection
+from trainer.trajectory_file import ENTRIES, read_trajectory, write_trajectory
 
 Decoder = Callable[[Tensor], Tensor]
 """[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""
 Seeds = int | Sequence[int] | Mapping[int, int] | None
 """Of levels to draw again: None their own, a number for all of them, one each, or some by level."""
-FORMAT_VERSION = "1"
-"""Version of a trajectory file; readers refuse another."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -129,9 +124,13 @@ class Trajectory:
         found = extract_regions(self.levels)
         return torch.cat([found, found[-1:]])
 
+    def regions_of(self, level: int) -> Tensor:
+        """Region ids of one level, uint8 [H, W]. Raises UsageError for another level than those there are."""
+        return self.regions()[self._level(level)]
+
     def region(self, region: int | Sequence[int], *, level: int) -> Selection:
         """The tokens of a region of `regions()`, or of several. Raises UsageError naming those there are."""
-        return Selection.from_region(self.regions()[self._level(level)], region, level=level)
+        return Selection.from_region(self.regions_of(level), region, level=level)
 
     def neighbours(
         self, token: Sequence[int], *, level: int, cosine: float = 0.9, connected: bool = False
@@ -231,40 +230,13 @@ class Trajectory:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: levels, seeds and what edits replaced as tensors, the rest as JSON beside them."""
-        path = Path(path)
         entries = {name: getattr(self, name) for name in ENTRIES}
-        if folder := self.model.get("folder"):
-            entries["model"] = {**self.model, "folder": os.path.relpath(folder, path.resolve().parent)}
-        metadata = {name: json.dumps(value) for name, value in entries.items()}
-        replaced = {f"replaced.{number}": tensor.contiguous() for number, tensor in enumerate(self.replaced)}
-        tensors = {"levels": self.levels.contiguous(), "seeds": torch.tensor(self.seeds), **replaced}
-        partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        partial.write_bytes(save(tensors, {"format_version": FORMAT_VERSION, **metadata}))
-        partial.replace(path)
+        write_trajectory(Path(path), self.levels, self.seeds, self.replaced, entries)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote. Raises TrainerError if it is not a trajectory, MismatchError for its version."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = metadata.pop("format_version")
-            entries = {name: json.loads(value) for name, value in metadata.items()}
-            if found != FORMAT_VERSION:
-                raise MismatchError(f"{path}: trajectory format {found}, this program reads {FORMAT_VERSION}")
-            guidance = entries.pop("guidance")
-            if folder := entries.get("model", {}).get("folder"):
-                entries["model"]["folder"] = str((Path(path).resolve().parent / folder).resolve())
-            return cls(
-                levels=tensors["levels"],
-                seeds=tuple(tensors["seeds"].tolist()),
-                guidance=None if guidance is None else tuple(guidance),
-                replaced=[tensors[f"replaced.{number}"] for number in range(len(tensors) - 2)],
-                **entries,
-            )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise TrainerError(f"{path} is not a trajectory: {error}") from None
+        """Read what `save` wrote; see `read_trajectory` for errors."""
+        return cls(**read_trajectory(Path(path)))
 
     def _level(self, level: int) -> int:
         if not 0 <= level < self.num_levels:
@@ -308,17 +280,3 @@ class Trajectory:
             history=[*self.history, entry],
             replaced=[*self.replaced, self.levels[start:stop]],
         )
-
-
-ENTRIES = (
-    "label",
-    "class_name",
-    "num_steps",
-    "guidance",
-    "weak_scale",
-    "encoder",
-    "origin",
-    "model",
-    "history",
-)
-"""Fields that a file holds as JSON."""
