@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
-from trainer.errors import UsageError
+from trainer.errors import MismatchError, UsageError
 
 Config = TypeVar("Config")
 Normalisation = Literal["none", "channel", "position"]
@@ -126,10 +126,6 @@ class MethodConfig:
             value = getattr(self, name)
             require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
         require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
-
-
-OptimRule = Literal["adamw", "muon"]
-"""AdamW for everything, or Muon for matrices and Adam with Nesterov momentum for the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,11 +312,16 @@ def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> Tr
 def checked(kind: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
     """Build a configuration of one kind from plain nested data.
 
-    Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name.
+    Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name;
+    MismatchError for what is the configuration of another method.
     """
     try:
         return pydantic.TypeAdapter(kind).validate_python(dict(mapping))
     except pydantic.ValidationError as error:
+        if issubclass(kind, RunConfig) and _method_in(mapping) != (wanted := _method_of(kind)):
+            raise MismatchError(
+                f"{where}: found a run of {_method_in(mapping)}, expected one of {wanted}"
+            ) from None
         lines = [_explain(dict(problem), kind) for problem in error.errors()]
         raise UsageError(f"{where}: " + "; ".join(lines)) from None
 
@@ -364,6 +365,16 @@ def known_fields(kind: Any = TrainConfig) -> list[str]:
     }
     names = [f.name for f in fields if f.name not in nested]
     return names + [f"{room}.{f.name}" for room, cls in nested.items() for f in dataclasses.fields(cls)]
+
+
+def _method_of(kind: type) -> str:
+    return _method_in({field.name: field.default for field in dataclasses.fields(kind)})
+
+
+def _method_in(fields: Mapping[str, Any]) -> str:
+    """The method a run's fields are of; those of a decoder have no network."""
+    is_decoder = "patch_size" in fields and "model" not in fields
+    return fields.get("method_name", "train-decoder" if is_decoder else "trajectory-forcing")
 
 
 def _explain(problem: dict[str, Any], kind: type) -> str:

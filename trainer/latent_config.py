@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.config import EXECUTION, STRICT, Normalisation, OptimRule, RunConfig, require
+from trainer.config import EXECUTION, STRICT, Normalisation, RunConfig, require
+from trainer.optim_config import RuledOptimConfig
 
 Schedule = Literal[
     "cascaded", "cascaded-noised", "shifted", "offset", "independent", "latents-only", "pixels-only"
@@ -158,43 +159,24 @@ class LatentMethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LatentOptimConfig:
-    """AdamW without weight decay or Muon, a warm-up, and the weight averages."""
+class LatentOptimConfig(RuledOptimConfig):
+    """Warm-up, then a constant rate, at the end perhaps a cooldown. Defaults are the paper's."""
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
-
-    rule: OptimRule = "adamw"
-    """AdamW as published, or Muon as in Trajectory Forcing, by which small networks learn in minutes."""
     lr: float = 2e-4
     """Learning rate after the warm-up, constant until the cooldown; the paper's is 5e-5 · batch size / 256."""
     warmup_images: int = 5 * 1_281_167
     """Images over which the learning rate rises linearly from 0: 5 epochs of ImageNet."""
     cooldown_fraction: float = 0.0
     """Share of the run, at its end, over which the learning rate falls linearly to 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moments."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
     ema_halflives_kimg: tuple[float, ...] = (7097.0, 3548.0)
     """Half-lives of the weight averages in thousands of images: decays of 0.9999 and 0.9998 at a batch of 1,024."""
     ema_ramp: float = 0.1
     """A half-life never exceeds this share of the images seen so far; the release has no such limit."""
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
-        require(
-            self.rule == "adamw" or self.weight_decay == 0,
-            f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: Muon here has none",
-        )
+        RuledOptimConfig.__post_init__(self)  # super() does not find the class that slots make
         require(self.warmup_images >= 0, f"warmup_images is {self.warmup_images}, expected 0 or more")
-        for decay in self.betas:
-            require(0 <= decay < 1, f"betas hold {decay}, expected 0 up to below 1")
-        for halflife in self.ema_halflives_kimg:
-            require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
-        for name in ("ema_ramp", "weight_decay"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
-        share = self.cooldown_fraction
-        require(0 <= share <= 1, f"cooldown_fraction is {share}, expected a share from 0 to 1")
+        self.check_shares("cooldown_fraction")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

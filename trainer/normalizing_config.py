@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.config import EXECUTION, STRICT, ModelConfig, Normalisation, OptimRule, RunConfig, require
+from trainer.config import EXECUTION, STRICT, ModelConfig, Normalisation, RunConfig, require
+from trainer.optim_config import RuledOptimConfig
 
 Trajectory = Literal["tokens", "canvases", "levels"]
 """What a trajectory runs through: noise levels of the tokens, of each level's canvas given the one before, or the
@@ -131,48 +132,21 @@ class NormalizingMethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NormalizingOptimConfig:
-    """AdamW or Muon, a warm-up and a cosine, and the weight averages.
+class NormalizingOptimConfig(RuledOptimConfig):
+    """Warm-up and cosine. Defaults are the paper's, but for warm-up and averages, which it does not state."""
 
-    Defaults are the paper's, but for warm-up and averages, which it does not state.
-    """
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
-
-    rule: OptimRule = "adamw"
-    """AdamW as published, or Muon as in Trajectory Forcing, by which small networks learn in minutes."""
     lr: float = 1e-4
     """Learning rate after the warm-up; from a flow-matching network the paper has 5e-5."""
     final_lr_fraction: float = 0.01
     """Share of it that is left at the end of the cosine."""
     warmup_fraction: float = 0.02
     """Share of the run, at its start, over which the learning rate rises from 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moments."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay."""
-    ema_halflives_kimg: tuple[float, ...] = (1000.0,)
-    """Half-lives of the weight averages in thousands of images."""
-    ema_ramp: float = 0.05
-    """A half-life never exceeds this share of the images seen so far."""
+    """Decoupled weight decay; Muon here has none."""
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
-        require(
-            self.rule == "adamw" or self.weight_decay == 0,
-            f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: Muon here has none",
-        )
-        for decay in self.betas:
-            require(0 <= decay < 1, f"betas hold {decay}, expected 0 up to below 1")
-        for halflife in self.ema_halflives_kimg:
-            require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
-        for name in ("ema_ramp", "weight_decay"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("final_lr_fraction", "warmup_fraction"):
-            require(
-                0 <= getattr(self, name) <= 1,
-                f"{name} is {getattr(self, name)}, expected a share from 0 to 1",
-            )
+        RuledOptimConfig.__post_init__(self)  # super() does not find the class that slots make
+        self.check_shares("final_lr_fraction", "warmup_fraction")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,12 +16,13 @@ Source: Jordan et al. (2024), Muon, with the shape factor of its reference imple
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import OptimConfig, OptimRule
+from trainer.config import OptimConfig
+from trainer.optim_config import RuledOptimConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that pulls all singular values towards 1."""
@@ -104,20 +105,7 @@ class MuonAdam(torch.optim.Optimizer):
         return [self.state[p][name] for p in parameters]
 
 
-class _Ruled(Protocol):
-    """What is read of an optimiser's configuration where the rule can be chosen."""
-
-    @property
-    def rule(self) -> OptimRule: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def weight_decay(self) -> float: ...
-
-
-def optimizer_of(model: nn.Module, config: _Ruled) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, config: RuledOptimConfig) -> torch.optim.Optimizer:
     """AdamW or `MuonAdam`, as `config.rule` says, on the parameters of `model` that are trained."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.rule == "adamw":
