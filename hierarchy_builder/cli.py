@@ -9,19 +9,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import typer
+try:
+    import typer
 
-from hierarchy_builder import options as opt
-from hierarchy_builder import view_commands
-from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.config import (
-    ExtractConfig,
-    HierarchyRecipe,
-    ShardConfig,
-    to_mapping,
-)
-from hierarchy_builder.console import print_json, print_stages, print_table, run, show_config, stderr, stdout
-from hierarchy_builder.errors import UsageError
+    from hierarchy_builder import options as opt
+    from hierarchy_builder import view_commands
+    from hierarchy_builder.artefacts import BuildFolder
+    from hierarchy_builder.config import (
+        ExtractConfig,
+        HierarchyRecipe,
+        ShardConfig,
+        to_mapping,
+    )
+    from hierarchy_builder.console import (
+        print_json,
+        print_stages,
+        print_table,
+        run,
+        show_config,
+        stderr,
+        stdout,
+    )
+    from hierarchy_builder.errors import UsageError
+except KeyboardInterrupt:  # Ctrl-C while they load; later ones are typer's
+    raise SystemExit(130) from None
 
 app = typer.Typer(
     name="hierarchy-builder",
@@ -131,6 +142,7 @@ def shard(
     shard_bytes: opt.ShardBytes = None,
     feature_dtype: opt.FeatureDtype = None,
     images: opt.WithImages = None,
+    image_px: opt.ImagePx = None,
     canvases: opt.WithCanvases = None,
     covariance: opt.WithCovariance = None,
     publish: opt.PublishTo = None,
@@ -147,7 +159,7 @@ def shard(
     from hierarchy_builder import build as steps
 
     build_folder = BuildFolder(folder).require()
-    resolved = opt.resolve(ShardConfig, "shard", flags, config, _stored(build_folder, "shard", fresh))
+    resolved = opt.resolve_shard(flags, config, _stored(build_folder, "shard", fresh))
     show_config({"shard": to_mapping(resolved)}, quiet)
     session = _session(workers, address, fresh, quiet)
     with build_folder.locked():
@@ -187,6 +199,7 @@ def build(
     shard_bytes: opt.ShardBytes = None,
     feature_dtype: opt.FeatureDtype = None,
     with_images: opt.WithImages = None,
+    image_px: opt.ImagePx = None,
     canvases: opt.WithCanvases = None,
     covariance: opt.WithCovariance = None,
     workers: opt.WorkerCount = None,
@@ -319,7 +332,7 @@ def _build_plan(arguments: Mapping[str, Any]) -> Any:
         extract=opt.resolve(ExtractConfig, "extract", extract_flags, config),
         hierarchy=opt.resolve_recipe(arguments, config),
         vocabulary=opt.resolve_vocabulary(arguments["vocabulary"], arguments["backend"], config),
-        shard=opt.resolve(ShardConfig, "shard", shard_flags, config),
+        shard=opt.resolve_shard(shard_flags, config),
     )
 
 

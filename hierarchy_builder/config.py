@@ -22,6 +22,11 @@ from hierarchy_builder.errors import UsageError
 
 ConfigT = TypeVar("ConfigT")
 EXECUTION = {"execution": True}
+CAME_LATER = {"came_later": True}
+"""Of a field that stays out of the hash at its default, so that builds from before it can be continued."""
+
+MAX_IMAGE_PX = 8192
+"""Largest stored picture; more is a slip of the keyboard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +204,8 @@ class ShardConfig:
     """How features are stored: float16, or int8 with one float32 scale per token, in half the bytes."""
     images: bool = False
     """Also store the crop the features came from, as JPEG."""
+    image_px: int | None = field(default=None, metadata=CAME_LATER)
+    """Pixels a side of the stored crop, resampled from the photograph; without it as many as the encoder sees."""
     image_quality: int = 95
     """JPEG quality of the stored crop, 1 to 100."""
     canvases: bool = False
@@ -214,9 +221,22 @@ class ShardConfig:
         )
         _require(1 <= self.image_quality <= 100, f"image_quality is {self.image_quality}, expected 1 to 100")
         _require(
+            self.image_px is None or 1 <= self.image_px <= MAX_IMAGE_PX,
+            f"image_px is {self.image_px}, expected 1 to {MAX_IMAGE_PX}",
+        )
+        _require(
+            self.images or self.image_px is None,
+            f"image_px is {self.image_px}, the size of stored pictures, and none are stored: expected it with images"
+            " (--images)",
+        )
+        _require(
             bool(self.split) and self.split.isascii() and self.split.replace("_", "").isalnum(),
             f"split is {self.split!r}, expected letters, digits and underscores",
         )
+
+    def stored_px(self, image_size_px: int) -> int | None:
+        """Pixels a side of the stored crop where an encoder sees `image_size_px`; None where none is stored."""
+        return (self.image_px or image_size_px) if self.images else None
 
 
 def from_mapping(cls: type[ConfigT], mapping: Mapping[str, Any], where: str = "configuration") -> ConfigT:
@@ -238,9 +258,14 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields that decide the result: everything not marked `execution`."""
-    execution = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
-    return {name: value for name, value in to_mapping(config).items() if name not in execution}
+    """The fields that decide the result: not those marked `execution`, nor those that came later, at their default."""
+    left_out = {
+        f.name
+        for f in dataclasses.fields(config)
+        if f.metadata.get("execution")
+        or (f.metadata.get("came_later") and getattr(config, f.name) == f.default)
+    }
+    return {name: value for name, value in to_mapping(config).items() if name not in left_out}
 
 
 def config_hash(mapping: Mapping[str, Any]) -> str:

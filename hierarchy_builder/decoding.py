@@ -70,12 +70,17 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Imag
 
 
 def crop_square(
-    image: Image.Image, size_px: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+    image: Image.Image,
+    size_px: int,
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+    *,
+    out_px: int | None = None,
 ) -> np.ndarray:
     """Short side → `size_px` (bicubic, antialiased), then the centre square: uint8 [S, S, 3].
 
     As the release's preprocessing: the long side is rounded down, the crop's corner to the nearest pixel.
     resampling: NEAREST cuts a label map as its photo, [S, S] of whatever type its labels have.
+    out_px: pixels a side of an RGB picture of the very region that `size_px` selects, resampled from `image` itself.
     """
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
@@ -85,8 +90,9 @@ def crop_square(
         width, height = image.size
     short = min(width, height)
     width, height = size_px * width // short, size_px * height // short
-    if image.mode == "RGB" and resampling == Image.Resampling.BICUBIC and image.size != (width, height):
-        return resize_centre(np.asarray(image), (width, height), size_px)
+    is_resized = image.size != (width, height) or out_px not in (None, size_px)
+    if image.mode == "RGB" and resampling == Image.Resampling.BICUBIC and is_resized:
+        return resize_centre(np.asarray(image), (width, height), size_px, out_px)
     if image.size != (width, height):
         image = image.resize((width, height), resampling)
     left, top = round((width - size_px) / 2), round((height - size_px) / 2)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from hierarchy_builder.decoding import ImageFacts, crop_square, decode_image
 from hierarchy_builder.encoders import Encoder, encode
@@ -32,15 +33,23 @@ Outcome = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedBatch:
-    """Rows of a unit with their crops uint8 [b,S,S,3] and features float16 [b,H,W,C].
+    """Rows of a unit with their features float16 [b,H,W,C].
 
-    finite: bool [b]; where the features are not finite in float16 they are zeros.
+    finite: bool [b]; where the features are not finite in float16 they are zeros. pictures: what `keep` made of them.
     """
 
     rows: list[int]
-    crops: np.ndarray
     features: np.ndarray
     finite: np.ndarray
+    pictures: list[bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A crop uint8 [S,S,3] and what is kept beside its features."""
+
+    crop: np.ndarray
+    picture: bytes | None
 
 
 @dataclass(slots=True)
@@ -48,12 +57,14 @@ class ImageEncoder:
     """An encoder and what brings pictures to it; kept by a worker from unit to unit.
 
     batch_size: images in one evaluation; where memory of the device runs out it is halved, and stays so.
+    keep: makes of an upright photograph and its crop uint8 [S,S,3] what is kept of them beside the features.
     """
 
     encoder: Encoder
     reader: Reader
     batch_size: int
     max_pixels: int
+    keep: Callable[[Image.Image, np.ndarray], bytes | None] = lambda image, crop: None
 
     def batches(
         self, records: list[ImageRecord], outcomes: list[Outcome], pool: Executor
@@ -69,30 +80,31 @@ class ImageEncoder:
             yield from ahead(device, self._encode, self._gather(todo, crops, outcomes), 1)
 
     def _gather(
-        self, todo: list[int], loaded: Iterator[tuple[np.ndarray | None, Outcome]], outcomes: list[Outcome]
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        self, todo: list[int], loaded: Iterator[tuple[_Loaded | None, Outcome]], outcomes: list[Outcome]
+    ) -> Iterator[tuple[list[int], list[_Loaded]]]:
         rows: list[int] = []
-        crops: list[np.ndarray] = []
-        for row, (crop, outcome) in zip(todo, loaded, strict=True):
+        found: list[_Loaded] = []
+        for row, (one, outcome) in zip(todo, loaded, strict=True):
             outcomes[row] = outcome
-            if crop is not None:
+            if one is not None:
                 rows.append(row)
-                crops.append(crop)
+                found.append(one)
             if len(rows) >= self.batch_size:
-                yield rows, np.stack(crops)
-                rows, crops = [], []
+                yield rows, found
+                rows, found = [], []
         if rows:
-            yield rows, np.stack(crops)
+            yield rows, found
 
-    def _encode(self, batch: tuple[list[int], np.ndarray]) -> EncodedBatch:
-        rows, crops = batch
-        parts = list(self._evaluate(crops))
+    def _encode(self, batch: tuple[list[int], list[_Loaded]]) -> EncodedBatch:
+        rows, loaded = batch
+        parts = list(self._evaluate(np.stack([one.crop for one in loaded])))
         with np.errstate(over="ignore"):
             stored = np.concatenate([values.astype(FEATURE_DTYPE) for values in parts])
         finite = finite_rows(stored)
         if not finite.all():
             stored[~finite] = 0
-        return EncodedBatch(rows=rows, crops=crops, features=stored, finite=finite)
+        pictures = [one.picture for one in loaded]
+        return EncodedBatch(rows=rows, features=stored, finite=finite, pictures=pictures)
 
     def _evaluate(self, crops: np.ndarray) -> Iterator[np.ndarray]:
         """Features of consecutive parts of a batch: one part unless memory runs out."""
@@ -111,10 +123,11 @@ class ImageEncoder:
                 continue
             torch.cuda.empty_cache()  # here, where the failed evaluation is no longer held by its traceback
 
-    def _load(self, record: ImageRecord) -> tuple[np.ndarray | None, Outcome]:
+    def _load(self, record: ImageRecord) -> tuple[_Loaded | None, Outcome]:
         try:
             image, facts = decode_image(self.reader.read(record.path), max_pixels=self.max_pixels)
-            return crop_square(image, self.encoder.image_size_px), _outcome(facts)
+            crop = crop_square(image, self.encoder.image_size_px)
+            return _Loaded(crop, self.keep(image, crop)), _outcome(facts)
         except ImageError as error:
             return None, {"reason": str(error)}
         except OSError as error:

@@ -49,7 +49,7 @@ from hierarchy_builder.masks import open_masks
 from hierarchy_builder.parts import Assembly, write_part_moments
 from hierarchy_builder.publish import publish_shards
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
-from hierarchy_builder.samples import jpeg_of, make_sample
+from hierarchy_builder.samples import make_sample, picture_of
 from hierarchy_builder.session import Session, StageSummary, do_units
 from hierarchy_builder.shards import TarWriter, encode_sample
 from hierarchy_builder.similarity import single_threaded_blas
@@ -83,6 +83,8 @@ class FuseStage:
         encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)
         check_probe(encoder, probe_value(encoder), extract.precision, stage_entry(folder, "fuse")["probe"])
         images = ImageEncoder(encoder, open_reader(source), extract.batch_size, extract.max_pixels)
+        if config.images:
+            images.keep = lambda image, crop: picture_of(image, encoder.image_size_px, config, crop)
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
         return cls(folder, recipe, config, images, read_index(folder.index), masks)
 
@@ -97,13 +99,16 @@ class FuseStage:
         def divide(batch: EncodedBatch) -> list[tuple[str, dict[str, bytes]]]:
             status[batch.rows] = np.where(batch.finite, Status.OK, Status.NONFINITE)
             features[batch.rows] = batch.features
+            pictures = dict(zip(batch.rows, batch.pictures, strict=True))
             rows = np.array(batch.rows)[batch.finite]
             drawn = self._masks([records[row] for row in rows], [outcomes[row] for row in rows])
             hierarchy = build_hierarchy(batch.features[batch.finite], self.recipe, drawn, threads=1)
             regions[rows], flags[rows] = hierarchy.regions, hierarchy.flags
             return [
-                self._members(records[row], outcomes[row], crop, features[row], regions[row], flags[row])
-                for row, crop in zip(rows, batch.crops[batch.finite], strict=True)
+                self._members(
+                    records[row], outcomes[row], pictures[row], features[row], regions[row], flags[row]
+                )
+                for row in rows.tolist()
             ]
 
         # Threads enter and leave build_hierarchy's own limit at odd moments; this one holds throughout.
@@ -133,12 +138,11 @@ class FuseStage:
         self,
         record: ImageRecord,
         outcome: Outcome,
-        crop: np.ndarray,
+        image: bytes | None,
         features: np.ndarray,
         regions: np.ndarray,
         flags: np.ndarray,
     ) -> tuple[str, dict[str, bytes]]:
-        image = jpeg_of(crop, self.config.image_quality) if self.config.images else None
         row = {"features": features, "regions": regions, "flags": flags}
         return record.key, encode_sample(make_sample(record, outcome, row, self.config, image))
 

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig, from_mapping, load_yaml, to_mapping
+from hierarchy_builder.config import (
+    HierarchyRecipe,
+    ShardConfig,
+    VocabularyConfig,
+    from_mapping,
+    load_yaml,
+    to_mapping,
+)
 from hierarchy_builder.errors import UsageError
 
 Images = Annotated[
@@ -70,6 +77,12 @@ FeatureDtype = Annotated[
     str | None, typer.Option(help="float16, or int8 with one scale per token in half the bytes.")
 ]
 WithImages = Annotated[bool | None, typer.Option("--images/--no-images", help="Store the crop as JPEG too.")]
+ImagePx = Annotated[
+    int | None,
+    typer.Option(
+        "--image-px", help="Pixels a side of the stored crop; without it as many as the encoder sees."
+    ),
+]
 WithCanvases = Annotated[
     bool | None, typer.Option("--canvases/--no-canvases", help="Store the canvases too.")
 ]
@@ -128,6 +141,15 @@ def resolve(
     in_file = load_yaml(str(file)).get(section) if file is not None else None
     given = {name: value for name, value in flags.items() if value is not None}
     return from_mapping(cls, {**(stored or {}), **(in_file or {}), **given}, section)
+
+
+def resolve_shard(
+    flags: Mapping[str, Any], file: Path | None, stored: Mapping[str, Any] | None = None
+) -> ShardConfig:
+    """The shards a command asks for; the size of pictures that `--no-images` leaves out is forgotten with them."""
+    if flags["images"] is False and stored is not None:
+        stored = {name: value for name, value in stored.items() if name != "image_px"}
+    return resolve(ShardConfig, "shard", flags, file, stored)
 
 
 def resolve_recipe(

@@ -128,6 +128,7 @@ def index_of(
         "recipe": recipe,
         "vocabulary": _vocabulary_sizes(folder),
         "config_hash": stage_entry(folder, "shard")["hash"],
+        **({"image_px": config.image_px} if config.image_px is not None else {}),
     }
 
 
@@ -175,7 +176,7 @@ of its region; the last level is the features themselves.
 | `regions.npy` | uint8 [{levels - 1}, {height}, {width}], nested ids, coarse → fine; level 0: 0 background, 1 object |
 | `cls` | class id as decimal text, see `class_map.json` |
 | `json` | path of the image, class name, size, regions per level{_prototypes_note(index["vocabulary"])} |
-| `jpg` | optional: the crop the features came from |
+| `jpg` | optional: the crop the features came from{_picture_note(index)} |
 | `canvases.npy` | optional: float16 [{levels}, {height}, {width}, {index["width"]}] |
 
 {_quantisation_note(index["quantisation"])}Encoder weights: `{encoder["weights_hash"]}`.
@@ -192,6 +193,10 @@ def _feature_rows(index: Mapping[str, Any]) -> str:
     if index["quantisation"] is None:
         return row
     return f"{row}\n| `scale.npy` | float32 [{height}, {width}, 1]; a feature is int8 · scale |"
+
+
+def _picture_note(index: Mapping[str, Any]) -> str:
+    return f", of {index['image_px']} px a side" if "image_px" in index else ""
 
 
 def _quantisation_note(found: Mapping[str, Any] | None) -> str:

@@ -20,22 +20,29 @@ PRECISION_BITS = 22
 """Fraction bits of a weight: products of 8-bit values still fit int32."""
 
 
-def resize_centre(pixels: np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
+def resize_centre(
+    pixels: np.ndarray, size: tuple[int, int], side: int, out_px: int | None = None
+) -> np.ndarray:
     """The centre square of a picture resized to `size`: RGB uint8 [h,w,3] → uint8 [S,S,3], contiguous.
 
     size: (width, height) of the whole picture after resizing, at least S each; corners are rounded to even.
+    out_px: pixels a side of what comes back, for the region of `side` at another scale, from the same `pixels`.
     """
+    out_px = side if out_px is None else out_px
     height, width = pixels.shape[:2]
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
-    columns = _weights(width, size[0], left, side)
-    rows = _weights(height, size[1], top, side)
+    finer = out_px / side
+    columns = _weights(width, width / size[0] / finer, left * finer, out_px)
+    rows = _weights(height, height / size[1] / finer, top * finer, out_px)
     return _resize(np.ascontiguousarray(pixels), *columns, *rows)
 
 
 @functools.lru_cache(maxsize=256)
-def _weights(old: int, new: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """First input pixel int32 [count] and weights int32 [count,T] of outputs start..start+count−1 of `new`."""
-    scale = old / new
+def _weights(old: int, scale: float, start: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """First input pixel int32 [count] and weights int32 [count,T] of outputs start..start+count−1.
+
+    scale: input pixels of an output. start: outputs between the first of `old` inputs and the first wanted.
+    """
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
     taps = math.ceil(support) * 2 + 1

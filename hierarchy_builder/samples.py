@@ -11,6 +11,7 @@ from PIL import Image
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ShardConfig
+from hierarchy_builder.decoding import crop_square
 from hierarchy_builder.quantisation import dequantise, quantise
 from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord, Sample
 
@@ -63,8 +64,15 @@ def make_sample(
     )
 
 
-def jpeg_of(crop: np.ndarray, quality: int) -> bytes:
-    """uint8 [S,S,3] as JPEG, colours not subsampled."""
+def picture_of(
+    image: Image.Image, image_size_px: int, config: ShardConfig, crop: np.ndarray | None = None
+) -> bytes:
+    """The crop that a sample holds of an upright photograph: JPEG of the size asked for, colours not subsampled.
+
+    image_size_px: S of the encoder, whose region it is. crop: uint8 [S,S,3], where it is made already.
+    """
+    if crop is None or config.stored_px(image_size_px) != image_size_px:
+        crop = crop_square(image, image_size_px, out_px=config.image_px)
     buffer = io.BytesIO()
-    Image.fromarray(crop).save(buffer, "JPEG", quality=quality, subsampling=0)
+    Image.fromarray(crop).save(buffer, "JPEG", quality=config.image_quality, subsampling=0)
     return buffer.getvalue()

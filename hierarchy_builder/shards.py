@@ -33,7 +33,10 @@ from hierarchy_builder.records import (
 
 TAR_BLOCK = 512
 JPEG_BYTES_PER_PIXEL = 0.55
-"""Average of 1,000 photographs at quality 95 and 256 px, from which single ones differ by 30 %; shards aim by it."""
+"""Average of 1,000 photographs at quality 95 and 256 px, from which single ones differ by 30 %; shards aim by it.
+
+Small pictures take more a pixel (64 px: 0.9), large ones less (512 px: 0.35).
+"""
 
 ARRAY_MEMBERS = (FEATURES_MEMBER, SCALE_MEMBER, REGIONS_MEMBER, CANVASES_MEMBER)
 

@@ -54,7 +54,7 @@ def later_bytes(
         width=width,
         num_levels=recipe.num_levels,
         canvases=shard.canvases,
-        image_size_px=encoder["image_size_px"] if shard.images else None,
+        image_size_px=shard.stored_px(encoder["image_size_px"]),
         feature_dtype=shard.feature_dtype,
     )
     return {**needed, "shards": num_images * size}

@@ -23,7 +23,7 @@ import zarr
 from hierarchy_builder import stores
 from hierarchy_builder.artefacts import BuildFolder
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.decoding import crop_square, decode_image
+from hierarchy_builder.decoding import decode_image
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.encoding import ImageEncoder
@@ -34,7 +34,7 @@ from hierarchy_builder.index import OUTCOME_COLUMNS, read_index, records_of, sta
 from hierarchy_builder.ledger import Ledger, stage_entry
 from hierarchy_builder.masks import open_masks
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
-from hierarchy_builder.samples import FACTS, jpeg_of, make_sample
+from hierarchy_builder.samples import FACTS, make_sample, picture_of
 from hierarchy_builder.shards import shard_name, write_shard
 from hierarchy_builder.statistics import moments_of, per_channel, scatter_of
 from hierarchy_builder.units import usable_rows
@@ -267,7 +267,7 @@ class ShardStage:
             raise BuilderError(
                 f"{record.path} of {self.source}: {error}; bring it back, or shard with --no-images"
             ) from None
-        return jpeg_of(crop_square(image, self.image_size_px), self.config.image_quality)
+        return picture_of(image, self.image_size_px, self.config)
 
     @cached_property
     def _reader(self) -> Reader:

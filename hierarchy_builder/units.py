@@ -142,7 +142,7 @@ def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], cluster
         width=encoder["width"],
         num_levels=len(clustered["inputs"]["config"]["cuts"]) + 2,
         canvases=config.canvases,
-        image_size_px=encoder["image_size_px"] if config.images else None,
+        image_size_px=config.stored_px(encoder["image_size_px"]),
         feature_dtype=config.feature_dtype,
     )
     return max(1, config.shard_bytes // size)

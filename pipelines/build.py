@@ -18,7 +18,7 @@ from hierarchy_builder import build as steps
 from hierarchy_builder import console
 from hierarchy_builder import options as opt
 from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.remote import publish_to
 from hierarchy_builder.workers import Workers
@@ -34,6 +34,7 @@ def build(
     weights: opt.Weights = None,
     config: opt.ConfigFile = None,
     with_images: opt.WithImages = None,
+    image_px: opt.ImagePx = None,
     vocabulary: opt.Vocabulary = None,
     address: Annotated[str, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join.")] = "auto",
     workers: opt.WorkerCount = None,
@@ -51,7 +52,7 @@ def build(
         extract=opt.resolve(ExtractConfig, "extract", {"encoder": encoder, "weights": weights}, config),
         hierarchy=opt.resolve(HierarchyRecipe, "hierarchy", {}, config),
         vocabulary=opt.resolve_vocabulary(vocabulary, None, config),
-        shard=opt.resolve(ShardConfig, "shard", {"images": with_images}, config),
+        shard=opt.resolve_shard({"images": with_images, "image_px": image_px}, config),
     )
     session = steps.Session(
         workers=Workers(count=workers, address=address, gpus_per_worker=gpus_per_worker),
