@@ -7,29 +7,33 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import typer
+try:
+    import typer
 
-from trainer import edit_commands, train_commands
-from trainer.errors import TrainerError, UsageError
-from trainer.metric_tables import metric_tables
-from trainer.options import (
-    AsJson,
-    DecoderFolder,
-    Ema,
-    EndingName,
-    GuidanceScale,
-    PixelStageRun,
-    Quiet,
-    Run,
-    ShiftedBy,
-    Steps,
-    Weak,
-    WeakScale,
-    parse_ending,
-    parse_seeds,
-)
-from trainer.printing import print_result, stderr, write_json
-from trainer.progress import Follow, shown_on, unseen
+    from trainer import edit_commands, train_commands
+    from trainer.errors import TrainerError, UsageError
+    from trainer.metric_tables import metric_tables
+    from trainer.options import (
+        PATH,
+        AsJson,
+        DecoderFolder,
+        Ema,
+        EndingName,
+        GuidanceScale,
+        PixelStageRun,
+        Quiet,
+        Run,
+        ShiftedBy,
+        Steps,
+        Weak,
+        WeakScale,
+        parse_ending,
+        parse_seeds,
+    )
+    from trainer.printing import print_result, stderr, write_json
+    from trainer.progress import Follow, shown_on, unseen
+except KeyboardInterrupt:  # Ctrl-C while they load; later ones are typer's
+    raise SystemExit(130) from None
 
 app = typer.Typer(
     name="trainer",
@@ -48,7 +52,7 @@ app.command("train-decoder")(train_commands.train_decoder)
 def sample(
     run: Run,
     labels: Annotated[str, typer.Option(help="Class ids or names, separated by commas.")],
-    out: Annotated[Path, typer.Option(help="Folder of the files.")],
+    out: Annotated[Path, typer.Option(**PATH, help="Folder of the files.")],
     seeds: Annotated[str, typer.Option(help="Seeds such as 0-7 or 0,3,9; each for every label.")] = "0-3",
     formats: Annotated[
         str, typer.Option("--format", help="Any of png, html, safetensors, webdataset, npz.")
@@ -176,7 +180,9 @@ def evaluate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder of `trainer train`.")],
-    out: Annotated[Path | None, typer.Option(help="HTML file to write. Default: RUN/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**PATH, help="HTML file to write. Default: RUN/report.html.")
+    ] = None,
     shards: Annotated[
         str | None, typer.Option(help="Shards whose teachers are shown beside samples.")
     ] = None,
@@ -267,7 +273,9 @@ def import_official(
             metavar="FILE", exists=True, dir_okay=False, help="Checkpoint file of the authors' release."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Run folder to write; sample from it, or train on in it.")],
+    out: Annotated[
+        Path, typer.Option(**PATH, help="Run folder to write; sample from it, or train on in it.")
+    ],
     ema: Annotated[str | None, typer.Option(help="Half-life in kimg of the average to sample from.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Its config.json. Default: beside FILE or in the folder above.")
@@ -286,7 +294,7 @@ def import_official(
 @app.command()
 def export_official(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Folder of checkpoint_<step> and config.json.")],
+    out: Annotated[Path, typer.Option(**PATH, help="Folder of checkpoint_<step> and config.json.")],
     as_json: AsJson = False,
 ) -> None:
     """Run folder → checkpoint of the release; what was imported comes out equal."""
