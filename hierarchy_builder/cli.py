@@ -46,7 +46,7 @@ app = typer.Typer(
 @app.command()
 def extract(
     images: Annotated[str, typer.Argument(help="The images, or DIR of a build to go on with.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the build.")] = None,
+    out: Annotated[Path | None, typer.Option(**opt.PATH, help="Folder of the build.")] = None,
     encoder: opt.Encoder = None,
     weights: opt.Weights = None,
     split: opt.InputSplit = None,

@@ -19,11 +19,22 @@ from hierarchy_builder.config import (
 )
 from hierarchy_builder.errors import UsageError
 
+
+def a_path(text: str) -> Path:
+    """A path named on the command line; refuses the empty text of an unset variable, which Path takes for `.`."""
+    if not text:
+        raise typer.BadParameter("it is empty, expected a path; `.` is this folder")
+    return Path(text)
+
+
+PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
+"""What options and arguments of paths to be written have in common."""
+
 Images = Annotated[
     str, typer.Argument(help="Folder of class folders, tar, CSV/parquet listing, or fsspec URL of one.")
 ]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the build.")]
-Out = Annotated[Path, typer.Option(help="Folder of the build; the same command resumes there.")]
+Folder = Annotated[Path, typer.Argument(parser=a_path, metavar="DIR", help="Folder of the build.")]
+Out = Annotated[Path, typer.Option(**PATH, help="Folder of the build; the same command resumes there.")]
 Encoder = Annotated[str | None, typer.Option(help="See `hierarchy-builder encoders`.")]
 Weights = Annotated[str | None, typer.Option(help="Local weight file of the encoder.")]
 Precision = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
@@ -161,7 +172,12 @@ def resolve_recipe(
         raise UsageError(f"--recipe is {named!r}, expected {' or '.join(RECIPES)}")
     flags = {**of_config(HierarchyRecipe, arguments), "cuts": numbers(arguments["cuts"])}
     base = stored if named is None else to_mapping(RECIPES[named]())
-    return resolve(HierarchyRecipe, "hierarchy", flags, file, base)
+    recipe: HierarchyRecipe = resolve(HierarchyRecipe, "hierarchy", flags, file, base)
+    if recipe.masks is None and (recipe.masks_level or flags.get("masks_level") is not None):
+        raise UsageError(
+            f"--masks-level is {recipe.masks_level}, the level that label maps give, and no --masks FOLDER names any"
+        )
+    return recipe
 
 
 def resolve_vocabulary(

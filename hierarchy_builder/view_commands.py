@@ -13,7 +13,7 @@ from rich.table import Table
 from hierarchy_builder import options as opt
 from hierarchy_builder.artefacts import BuildFolder
 from hierarchy_builder.console import print_json, print_table, stderr, stdout
-from hierarchy_builder.errors import UsageError, VerificationError
+from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 
 
 def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
@@ -53,7 +53,11 @@ def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
     """Read everything and check it against what was written; exit code 4 when something is wrong."""
     from hierarchy_builder.verify import find_problems
 
-    problems = list(find_problems(BuildFolder(folder)))
+    build_folder = BuildFolder(folder)
+    _refuse_running(build_folder)
+    problems = list(find_problems(build_folder))
+    if problems:
+        _refuse_running(build_folder)  # one that began meanwhile
     if as_json:
         print_json({"problems": problems})
     else:
@@ -72,7 +76,9 @@ def report(
     folder: opt.Folder,
     out: Annotated[
         Path | None,
-        typer.Option(help="The page; by default DIR/report.html, quality.html or vocabulary.html."),
+        typer.Option(
+            **opt.PATH, help="The page; by default DIR/report.html, quality.html or vocabulary.html."
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -118,7 +124,7 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a build.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another build of the same images.")],
     out: Annotated[
-        Path | None, typer.Option(help="Also write a page of the images that changed most.")
+        Path | None, typer.Option(**opt.PATH, help="Also write a page of the images that changed most.")
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -162,6 +168,15 @@ def encoders(
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     stdout.print(table)
+
+
+def _refuse_running(folder: BuildFolder) -> None:
+    """Raise BuilderError while another process writes the build: what is not there yet is no damage."""
+    if folder.is_locked():
+        raise BuilderError(
+            f"{folder.root} is being written by another process: verify it when that has ended; "
+            f"`hierarchy-builder status {folder.root}` shows how far it is"
+        )
 
 
 def _report_quality(

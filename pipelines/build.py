@@ -18,7 +18,7 @@ from hierarchy_builder import build as steps
 from hierarchy_builder import console
 from hierarchy_builder import options as opt
 from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
+from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.remote import publish_to
 from hierarchy_builder.workers import Workers
@@ -50,7 +50,7 @@ def build(
     """Run every step of a build on the cluster at ADDRESS; further fields come from the --config file."""
     plan = steps.BuildPlan(
         extract=opt.resolve(ExtractConfig, "extract", {"encoder": encoder, "weights": weights}, config),
-        hierarchy=opt.resolve(HierarchyRecipe, "hierarchy", {}, config),
+        hierarchy=opt.resolve_recipe({"recipe": None, "cuts": None}, config),
         vocabulary=opt.resolve_vocabulary(vocabulary, None, config),
         shard=opt.resolve_shard({"images": with_images, "image_px": image_px}, config),
     )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from pictures import write_tree
 from typer.testing import CliRunner
 
@@ -14,10 +15,12 @@ from hierarchy_builder import build as steps
 from hierarchy_builder.artefacts import BuildFolder, read_json
 from hierarchy_builder.cli import app
 from hierarchy_builder.config import ExtractConfig
-from hierarchy_builder.errors import BuilderError, ConfigMismatchError
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError, VerificationError
 from hierarchy_builder.ledger import begin_stage, check_manifest, read_manifest
+from hierarchy_builder.options import resolve_recipe
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.workers import Workers
+from trainer.cli import app as trainer_app
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 
@@ -125,3 +128,63 @@ def test_what_the_end_would_refuse_is_refused_at_the_start(tmp_path: Path) -> No
         with pytest.raises(BuilderError, match=message):
             CliRunner().invoke(app, [*words, flag, value], catch_exceptions=False)
     assert not (out / "features.zarr").exists()
+
+
+EMPTY_PATHS = [
+    (app, ["build", "PHOTOS", "--out", ""]),
+    (app, ["build", "PHOTOS", "--out="]),
+    (app, ["plan", "PHOTOS", "--out", ""]),
+    (app, ["extract", "PHOTOS", "--out", ""]),
+    (app, ["report", "DIR", "--out", ""]),
+    (app, ["compare", "DIR", "DIR", "--out", ""]),
+    (app, ["verify", ""]),
+    (trainer_app, ["train", "SHARDS", "--out", ""]),
+    (trainer_app, ["train-decoder", "SHARDS", "--out", ""]),
+    (trainer_app, ["sample", "RUN", "--labels", "0", "--out="]),
+    (trainer_app, ["sample", "", "--labels", "0", "--out", "samples"]),
+    (trainer_app, ["report", "RUN", "--out", ""]),
+    (trainer_app, ["export-official", "RUN", "--out", ""]),
+    (trainer_app, ["encode", "RUN", "--out", ""]),
+    (trainer_app, ["edit", "FILE", "--out", ""]),
+    (trainer_app, ["compare", "FILE", "FILE", "--out", ""]),
+    (trainer_app, ["sweep", "RUN", "--out", ""]),
+]
+
+
+@pytest.mark.parametrize(
+    ("verbs", "words"), EMPTY_PATHS, ids=lambda value: " ".join(value) if type(value) is list else ""
+)
+def test_an_empty_path_is_not_this_folder(
+    verbs: typer.Typer, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--out "$OUT"` of a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(verbs, words)
+    assert ended.exit_code == 2
+    assert "it is empty, expected a path" in " ".join(ended.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_level_of_label_maps_asks_for_label_maps(tmp_path: Path) -> None:
+    photos, out = str(write_tree(tmp_path / "photos", per_class=1)), str(tmp_path / "build")
+    with pytest.raises(UsageError, match=r"--masks-level is 1.* no --masks FOLDER names any"):
+        CliRunner().invoke(app, ["build", photos, "--out", out, "--masks-level", "1"], catch_exceptions=False)
+    given = {"recipe": None, "cuts": None, "masks": None, "masks_level": 0}
+    with pytest.raises(UsageError, match="--masks-level is 0"):
+        resolve_recipe(given, None)
+    assert resolve_recipe({**given, "masks": photos}, None).masks_level == 0
+    assert resolve_recipe({**given, "masks_level": None}, None).masks is None
+    assert not Path(out).exists()
+
+
+def test_verify_leaves_a_running_build_alone(tmp_path: Path) -> None:
+    photos, folder = write_tree(tmp_path / "photos", per_class=1), BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(photos), ExtractConfig(encoder="dct"), SESSION)
+    (folder.ledger("extract") / "000000.json").unlink()
+    with folder.locked(), pytest.raises(BuilderError) as caught:
+        CliRunner().invoke(app, ["verify", str(folder.root)], catch_exceptions=False)
+    assert "being written by another process: verify it when that has ended" in str(caught.value)
+    assert f"`hierarchy-builder status {folder.root}` shows" in str(caught.value)
+    assert caught.value.exit_code == 1
+    with pytest.raises(VerificationError, match="hierarchy-builder repair"):
+        CliRunner().invoke(app, ["verify", str(folder.root)], catch_exceptions=False)

@@ -14,6 +14,7 @@ try:
     from trainer.errors import TrainerError, UsageError
     from trainer.metric_tables import metric_tables
     from trainer.options import (
+        A_TRAJECTORY,
         PATH,
         AsJson,
         DecoderFolder,
@@ -25,10 +26,12 @@ try:
         Run,
         ShiftedBy,
         Steps,
+        VocabularyFile,
         Weak,
         WeakScale,
         parse_ending,
         parse_seeds,
+        reads,
     )
     from trainer.printing import print_result, stderr, write_json
     from trainer.progress import Follow, shown_on, unseen
@@ -111,7 +114,8 @@ def evaluate(
         str | None, typer.Option(help="IS and FID by torch-fidelity: file of Inception weights, or hub.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="npz of mu and sigma of real images, for FID.")
+        Path | None,
+        typer.Option(**reads("an npz of mu and sigma"), help="npz of mu and sigma of real images, for FID."),
     ] = None,
     space: Annotated[
         str | None,
@@ -141,6 +145,10 @@ def evaluate(
     from trainer.report_inputs import EVALUATION, shown_labels
     from trainer.shards import open_index
 
+    if inception not in (None, "hub") and not Path(inception).is_file():
+        raise UsageError(
+            f"--inception {inception} does not exist, expected a file of Inception weights, or hub"
+        )
     index = open_index(shards)
     ending_name = parse_ending(ending)
     pipe = load_pipeline(
@@ -179,7 +187,12 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder of `trainer train`.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            **reads("a run folder of `trainer train`", "RUN"), help="Run folder of `trainer train`."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(**PATH, help="HTML file to write. Default: RUN/report.html.")
     ] = None,
@@ -189,14 +202,22 @@ def report(
     seeds: Annotated[str, typer.Option(help="Seeds of each class shown.")] = "0",
     stages: Annotated[
         Path | None,
-        typer.Option(help="JSON rows of a table to show, as `hierarchy-builder build --json` prints."),
+        typer.Option(
+            **reads("a JSON file"),
+            help="JSON rows of a table to show, as `hierarchy-builder build --json` prints.",
+        ),
     ] = None,
     edits: Annotated[
         list[Path] | None,
-        typer.Option("--edit", help="Edited trajectory to show; may be given several times."),
+        typer.Option(
+            "--edit", **reads(A_TRAJECTORY), help="Edited trajectory to show; may be given several times."
+        ),
     ] = None,
     sweep_file: Annotated[
-        Path | None, typer.Option("--sweep", help="What `trainer sweep --out` wrote.")
+        Path | None,
+        typer.Option(
+            "--sweep", **reads("what `trainer sweep --out` wrote"), help="What `trainer sweep --out` wrote."
+        ),
     ] = None,
     guidance: GuidanceScale = None,
     weak: Weak = None,
@@ -238,9 +259,7 @@ def studio(
     folder: Annotated[
         Path | None, typer.Option(help="Where trajectories and reports are kept. Default: RUN/studio.")
     ] = None,
-    vocabulary: Annotated[
-        Path | None, typer.Option(help="vocabulary.npz, whose prototypes then are sources of edits.")
-    ] = None,
+    vocabulary: VocabularyFile = None,
     host: Annotated[
         str, typer.Option(help="Address to serve on; others can reach it if it is not this one.")
     ] = "127.0.0.1",
@@ -257,10 +276,6 @@ def studio(
         ) from None
     from trainer.dispatch import load_pipeline
 
-    if vocabulary is not None and not vocabulary.is_file():
-        raise UsageError(
-            f"no vocabulary at {vocabulary}: `hierarchy-builder cluster --vocabulary` writes one"
-        )
     pipe = load_pipeline(run, ema, decoder)
     launch(pipe, folder or run / "studio", vocabulary, host=host, port=port)
 
@@ -270,7 +285,8 @@ def import_official(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", exists=True, dir_okay=False, help="Checkpoint file of the authors' release."
+            **reads("a checkpoint file of the authors' release", "FILE"),
+            help="Checkpoint file of the authors' release.",
         ),
     ],
     out: Annotated[
@@ -278,7 +294,11 @@ def import_official(
     ],
     ema: Annotated[str | None, typer.Option(help="Half-life in kimg of the average to sample from.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Its config.json. Default: beside FILE or in the folder above.")
+        Path | None,
+        typer.Option(
+            **reads("the configuration of that checkpoint"),
+            help="Its config.json. Default: beside FILE or in the folder above.",
+        ),
     ] = None,
     encoder: Annotated[
         str, typer.Option(help="Encoder whose features it was trained on.")

@@ -9,29 +9,54 @@ from typing import Annotated
 import typer
 
 from trainer.errors import UsageError
-from trainer.options import AsJson, DecoderFolder, Ema, Quiet, Run, Steps, Weak, parse_seeds
+from trainer.options import (
+    A_RUN,
+    A_TRAJECTORY,
+    PATH,
+    AsJson,
+    DecoderFolder,
+    Ema,
+    Quiet,
+    Run,
+    Steps,
+    VocabularyFile,
+    Weak,
+    parse_seeds,
+    reads,
+)
 from trainer.printing import print_result, stderr, write_json
 from trainer.progress import shown_on, unseen
 
-TrajectoryFile = Annotated[Path, typer.Argument(help="Trajectory file, as `trainer sample` writes them.")]
+TrajectoryFile = Annotated[
+    Path,
+    typer.Argument(**reads(A_TRAJECTORY, "FILE"), help="Trajectory file, as `trainer sample` writes them."),
+]
 RunFolder = Annotated[
-    Path | None, typer.Option("--run", help="Run or checkpoint that drew it. Default: where the file says.")
+    Path | None,
+    typer.Option(
+        "--run", **reads(A_RUN), help="Run or checkpoint that drew it. Default: where the file says."
+    ),
 ]
 Near = Annotated[
     str | None, typer.Option(help="ROW,COLUMN: that token and those whose features resemble its own.")
 ]
 Painting = Annotated[
-    Path | None, typer.Option("--mask", help="Picture over the grid; what is not black is selected.")
+    Path | None,
+    typer.Option(
+        "--mask", **reads("a picture"), help="Picture over the grid; what is not black is selected."
+    ),
 ]
 Places = Annotated[str | None, typer.Option("--tokens", help='Tokens as "ROW,COLUMN ROW,COLUMN …".')]
 
 
 def encode(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Trajectory file to write.")],
+    out: Annotated[Path, typer.Option(**PATH, help="Trajectory file to write.")],
     shards: Annotated[str | None, typer.Option(help="Shards that hold the photograph.")] = None,
     sample: Annotated[str, typer.Option(help="Its key, or its number in the shards.")] = "0",
-    photo: Annotated[Path | None, typer.Option(help="Picture file, instead of --shards.")] = None,
+    photo: Annotated[
+        Path | None, typer.Option(**reads("a picture"), help="Picture file, instead of --shards.")
+    ] = None,
     encoder: Annotated[
         str, typer.Option(help="module:function[:ARGUMENT] that returns the encoder of the model.")
     ] = "hierarchy_builder.encoders.dct:DctEncoder",
@@ -75,14 +100,17 @@ def edit(
     mask: Painting = None,
     invert: Annotated[bool, typer.Option("--invert", help="All tokens but those.")] = False,
     donor: Annotated[
-        Path | None, typer.Option("--from", help="Trajectory the features come from. Default: this one.")
+        Path | None,
+        typer.Option(
+            "--from", **reads(A_TRAJECTORY), help="Trajectory the features come from. Default: this one."
+        ),
     ] = None,
     from_level: Annotated[int | None, typer.Option(help="Level of the source. Default: --level.")] = None,
     from_region: Annotated[
         int | None, typer.Option(help="Region of the source. Default: the tokens at the same places.")
     ] = None,
     by: Annotated[str, typer.Option(help="mean of the source, or tokens one by one.")] = "mean",
-    vocabulary: Annotated[Path | None, typer.Option(help="vocabulary.npz of a build.")] = None,
+    vocabulary: VocabularyFile = None,
     prototype: Annotated[int | None, typer.Option(help="Prototype of the vocabulary as source.")] = None,
     strength: Annotated[float, typer.Option(help="0 changes nothing, 1 takes the source.")] = 1.0,
     to_region: Annotated[int | None, typer.Option(help="Shape: the tokens join this region.")] = None,
@@ -95,7 +123,9 @@ def edit(
     seed: Annotated[int | None, typer.Option(help="Other noise for those levels.")] = None,
     undo: Annotated[int, typer.Option(min=0, help="First take back the last so many steps.")] = 0,
     show: Annotated[bool, typer.Option("--list", help="Only print the regions there are.")] = False,
-    out: Annotated[Path | None, typer.Option(help="File to write. Default: <name>-edited beside it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**PATH, help="File to write. Default: <name>-edited beside it.")
+    ] = None,
     run: RunFolder = None,
     weak: Weak = None,
     as_json: AsJson = False,
@@ -167,11 +197,15 @@ def edit(
 
 def compare(
     before: TrajectoryFile,
-    after: Annotated[Path, typer.Argument(help="Trajectory file to compare with it.")],
+    after: Annotated[
+        Path, typer.Argument(**reads(A_TRAJECTORY, "FILE"), help="Trajectory file to compare with it.")
+    ],
     level: Annotated[int | None, typer.Option(help="Level of --mask or --tokens.")] = None,
     tokens: Places = None,
     mask: Painting = None,
-    out: Annotated[Path | None, typer.Option(help="PNG of both, level by level, with the change.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**PATH, help="PNG of both, level by level, with the change.")
+    ] = None,
     decoder: DecoderFolder = None,
     as_json: AsJson = False,
 ) -> None:
@@ -209,7 +243,9 @@ def sweep(
     tokens: Places = None,
     mask: Painting = None,
     steps: Steps = 1,
-    out: Annotated[Path | None, typer.Option(help="JSON file for all rows and their summary.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**PATH, help="JSON file for all rows and their summary.")
+    ] = None,
     ema: Ema = "auto",
     decoder: DecoderFolder = None,
     as_json: AsJson = False,

@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
 from trainer.errors import UsageError
 from trainer.normalizing_config import Ending
 
-Run = Annotated[Path, typer.Argument(help="Run folder of `trainer train`, or one of its checkpoints.")]
+
+def a_path(text: str) -> Path:
+    """A path named on the command line; refuses the empty text of an unset variable, which Path takes for `.`."""
+    if not text:
+        raise typer.BadParameter("it is empty, expected a path; `.` is this folder")
+    return Path(text)
+
+
+PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
+"""What options and arguments of paths to be written have in common."""
+
+
+def reads(what: str, metavar: str = "PATH") -> dict[str, Any]:
+    """What options and arguments of paths to be read have in common: something lies there; else exit code 2.
+
+    what: what is expected there, for the message.
+    """
+
+    def existing(text: str) -> Path:
+        path = a_path(text)
+        if not path.exists():
+            raise typer.BadParameter(f"{text} does not exist, expected {what}")
+        return path
+
+    return {"parser": existing, "metavar": metavar}
+
+
+A_RUN = "a run folder of `trainer train`, or one of its checkpoints"
+A_TRAJECTORY = "a file that `trainer sample` or `trainer edit` wrote"
+Run = Annotated[
+    Path,
+    typer.Argument(**reads(A_RUN, "RUN"), help="Run folder of `trainer train`, or one of its checkpoints."),
+]
 Ema = Annotated[
     str, typer.Option(help="Half-life in kimg of the weight average; auto: the first; raw: none.")
 ]
-DecoderFolder = Annotated[Path | None, typer.Option("--decoder", help="Folder of an RAE decoder.")]
+DecoderFolder = Annotated[
+    Path | None,
+    typer.Option("--decoder", **reads("the folder of an RAE decoder"), help="Folder of an RAE decoder."),
+]
 PixelStageRun = Annotated[
-    Path | None, typer.Option("--pixel-stage", help="Run of Latent Forcing that draws the pixels.")
+    Path | None,
+    typer.Option("--pixel-stage", **reads(A_RUN), help="Run of Latent Forcing that draws the pixels."),
 ]
 Steps = Annotated[
     int,
@@ -29,7 +65,16 @@ GuidanceScale = Annotated[
     float | None, typer.Option("--guidance", help="Guidance scale, for models trained with it.")
 ]
 Weak = Annotated[
-    Path | None, typer.Option("--weak", help="Autoguidance: run or checkpoint to move away from.")
+    Path | None,
+    typer.Option("--weak", **reads(A_RUN), help="Autoguidance: run or checkpoint to move away from."),
+]
+VocabularyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--vocabulary",
+        **reads("a vocabulary that `hierarchy-builder cluster --vocabulary` wrote"),
+        help="vocabulary.npz of a build, whose prototypes then are sources of edits.",
+    ),
 ]
 WeakScale = Annotated[
     float | None, typer.Option(help="Strength of autoguidance. Default: 1 with --weak, else 0.")
