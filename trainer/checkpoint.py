@@ -4,10 +4,11 @@
     ema-500.safetensors     one file for each weight average, named by its half-life in thousands of images
     optimizer.safetensors   tensors of the optimiser's state
     normaliser.safetensors  mean and spread of the features, so that sampling needs no shards
-    state.json              step, images seen, configuration, encoder of the shards, sizes of the files above
+    state.json              step, images seen, configuration, encoder of the shards, sizes and checksums of the above
 
 Everything random in a run is a function of (seed, step), so no generator state is kept. A checkpoint counts
-when state.json, written last, is there and the files have the sizes it lists.
+when state.json, written last, is there and the files have the sizes it lists; a file's checksum is compared when
+its tensors are read.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+import pydantic
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -33,6 +36,7 @@ STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NORMALISER = "normaliser.safetensors"
+ADVICE = "use another checkpoint, or remove this one and go on from the one before"
 FORMAT_VERSION = 1
 """Version of the checkpoint folder; readers refuse another."""
 
@@ -41,8 +45,10 @@ FORMAT_VERSION = 1
 class RunState:
     """What a checkpoint knows besides tensors, as plain data."""
 
-    step: int
-    images_seen: int
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    step: Annotated[int, pydantic.Field(ge=0)]
+    images_seen: Annotated[int, pydantic.Field(ge=0)]
     config: dict[str, Any]
     """The resolved TrainConfig."""
     shards: dict[str, Any]
@@ -57,6 +63,8 @@ class RunState:
     """The optimiser's parameter groups without tensors."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each other file."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """CRC-32 of each other file, eight hexadecimal digits; checkpoints of earlier releases have none."""
     format_version: int = FORMAT_VERSION
 
 
@@ -95,7 +103,7 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
     partial.mkdir(parents=True)
     for name, content in files:
         data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
-        state.files[name] = len(data)
+        state.files[name], state.checksums[name] = len(data), f"{zlib.crc32(data):08x}"
         _write(partial / name, data)
         del content, data  # before the next file's tensors come
     _write(partial / STATE, json.dumps(asdict(state), indent=1).encode())
@@ -111,31 +119,41 @@ def load_state(folder: Path) -> RunState:
     Raises TrainerError when it is missing, unreadable, or a file beside it has not the size it lists.
     """
     try:
-        content = json.loads((folder / STATE).read_text())
+        content = json.loads((folder / STATE).read_bytes())
         version = content["format_version"]
         if version != FORMAT_VERSION:
             raise MismatchError(f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION}")
-        state = RunState(**content)
-        if not all(isinstance(part, dict) for part in (state.config, state.shards, state.files)):
-            raise TypeError("config, shards and files must be mappings")
+        state = pydantic.TypeAdapter(RunState).validate_python(content)
         if lacking := {"encoder", "class_names", "config_hash"} - state.shards.keys():
             raise KeyError(*sorted(lacking))
+        if not (isinstance(state.shards["encoder"], dict) and isinstance(state.shards["class_names"], list)):
+            raise TypeError("shards.encoder must be a mapping, shards.class_names a list")
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise TrainerError(f"{folder} is not a checkpoint: {STATE}, {where}: {problem['msg']}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainerError(f"{folder} is not a checkpoint: {error!r}") from None
+        raise TrainerError(f"{folder} is not a checkpoint: {STATE}: {error!r}") from None
     for name, size in state.files.items():
         path = folder / name
         found = path.stat().st_size if path.exists() else 0
         if found != size:
-            raise TrainerError(f"{path}: {found} bytes, {STATE} says {size}; use another checkpoint")
+            raise TrainerError(f"{path}: {found} bytes, {STATE} says {size}; {ADVICE}")
     return state
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU. Raises TrainerError when it cannot be read."""
+    """Tensors of a safetensors file, on the CPU.
+
+    Raises TrainerError when it cannot be read, or is not what the state.json beside it lists.
+    """
     try:
+        listed = _listed_checksum(path)
+        if listed is not None and (found := _checksum(path)) != listed:
+            raise TrainerError(f"{path}: its checksum is {found}, {STATE} says {listed}; {ADVICE}")
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise TrainerError(f"{path}: {error}; use another checkpoint, or remove this one") from None
+        raise TrainerError(f"{path}: {error}; {ADVICE}") from None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -165,6 +183,8 @@ def find_checkpoint(folder: str | Path) -> Path:
         return path
     found = latest_checkpoint(path)
     if found is None:
+        if damaged := list_checkpoints(path):
+            load_state(damaged[-1])  # says what is wrong with it
         raise TrainerError(
             f"{path}: found no checkpoint; give a run folder of `trainer train` or one step of it"
         )
@@ -200,7 +220,10 @@ def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
 def load_normaliser(folder: Path) -> Normaliser:
     """The normaliser of a checkpoint; one of earlier releases holds none and has raw features."""
     path = folder / NORMALISER
-    return Normaliser(**load_tensors(path)) if path.exists() else RAW
+    tensors = load_tensors(path) if path.exists() else {}
+    if not tensors.keys() <= {"mean", "std"}:
+        raise TrainerError(f"{path}: found {', '.join(tensors)}, expected mean and std; {ADVICE}")
+    return Normaliser(**tensors) if tensors else RAW
 
 
 def drop_after(run: Path, step: int) -> None:
@@ -235,7 +258,9 @@ def restore_optimizer(
 ) -> None:
     """Put back what `optimizer_tensors` returned. Raises MismatchError for another set of parameters."""
     own = optimizer.state_dict()["param_groups"]
-    if [group["param_names"] for group in own] != [group["param_names"] for group in groups]:
+    names = [group["param_names"] for group in own]
+    stored = {path.partition("/")[2] for path in tensors}
+    if names != [group.get("param_names") for group in groups] or not stored <= set().union(*names):
         raise MismatchError("the checkpoint's optimiser holds other parameters than the model")
     numbers = {name: number for number, name in _parameter_names(own).items()}
     state: dict[int, dict[str, Tensor]] = {}
@@ -248,6 +273,25 @@ def restore_optimizer(
 
 def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
     return {n: name for g in groups for n, name in zip(g["params"], g["param_names"], strict=True)}
+
+
+def _listed_checksum(path: Path) -> str | None:
+    """What state.json says of a file beside it; None where there is none or it does not say."""
+    try:
+        content = json.loads((path.parent / STATE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise TrainerError(f"{path.parent} is not a checkpoint: {STATE}: {error!r}") from None
+    return content.get("checksums", {}).get(path.name)
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            value = zlib.crc32(part, value)
+    return f"{value:08x}"
 
 
 def _write(path: Path, data: bytes) -> None:

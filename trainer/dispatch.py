@@ -11,7 +11,7 @@ from trainer import checkpoint as saved
 from trainer import latent_train, normalizing_train
 from trainer import train as trajectory_train
 from trainer.config import TrainConfig
-from trainer.errors import UsageError
+from trainer.errors import MismatchError, UsageError
 from trainer.latent_config import LatentTrainConfig
 from trainer.latent_pipeline import LatentPipeline, load_pixel_stage
 from trainer.loop import RunSummary
@@ -64,6 +64,8 @@ def load_pipeline(
     """
     state = saved.load_state(saved.find_checkpoint(folder))
     method = state.config.get("method_name", "trajectory-forcing")
+    if method not in PIPELINES:
+        raise MismatchError(f"{folder}: found a run of {method!r}, known are {', '.join(PIPELINES)}")
     own: dict[str, Any] = {}
     if ending is not None:
         if method != "normalizing-trajectory":

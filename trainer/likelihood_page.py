@@ -20,6 +20,7 @@ from hierarchy_builder.canvases.views import REGIONS, level_names
 from trainer.likelihood import Measured, measure
 from trainer.normalizing_pipeline import NormalizingPipeline
 from trainer.reader import ShardReader
+from trainer.run_folder import read_kept
 from trainer.shards import ShardIndex
 from trainer.whole_files import write_bytes
 
@@ -57,7 +58,7 @@ def write_likelihood(
 def likelihood_metrics(run: Path) -> list[dict[str, Any]]:
     """Rows name/value of the last `trainer evaluate --likelihood`, empty before the first."""
     path = run / LIKELIHOOD
-    return json.loads(path.read_text())["metrics"] if path.exists() else []
+    return read_kept(path)["metrics"]
 
 
 def likelihood_sections(run: Path, pipe: NormalizingPipeline, index: ShardIndex) -> list[Section]:
@@ -66,7 +67,7 @@ def likelihood_sections(run: Path, pipe: NormalizingPipeline, index: ShardIndex)
     Images are measured again, with the noise they had.
     """
     path = run / LIKELIHOOD
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = read_kept(path)
     if content.get("shards_hash") != index.config_hash:
         return []
     listed = content["images"]

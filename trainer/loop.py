@@ -24,6 +24,7 @@ from trainer.config import to_mapping
 from trainer.distributed import World, check_equal
 from trainer.ema import WeightAverages
 from trainer.errors import InterruptedRunError, NonFiniteLossError
+from trainer.loading import fill
 from trainer.log import RunLog
 from trainer.normalisation import RAW, Normaliser
 from trainer.run_folder import prepare_folder
@@ -265,7 +266,7 @@ class Loop(ABC):
 
     def _restore(self, folder: Path) -> None:
         state = saved.load_state(folder)
-        self.model.load_state_dict(saved.load_weights(folder, None))
+        fill(self.model, folder, None)
         self.averages.load_state_dict({n: saved.load_weights(folder, n) for n in saved.averages_of(folder)})
         saved.restore_optimizer(self.optimizer, saved.load_tensors(folder / saved.OPTIMIZER), state.optimizer)
         self.step, self.seconds, self.loss, self.sums = state.step, state.seconds, state.loss, dict(state.log)

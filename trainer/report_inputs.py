@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 from hierarchy_builder.canvases.gallery import Page, Section, Table
 from hierarchy_builder.canvases.views import HierarchyView
 from trainer import checkpoint as saved
 from trainer.decode import to_uint8
-from trainer.errors import TrainerError
 from trainer.likelihood_page import likelihood_metrics, likelihood_sections
 from trainer.log import METRICS, read_metrics
 from trainer.metric_tables import metric_tables
@@ -27,7 +24,7 @@ from trainer.normalizing_pipeline import NormalizingPipeline
 from trainer.pipeline import Decoder, Trajectory, TrajectoryPipeline
 from trainer.reader import ShardReader
 from trainer.report import TrajectoryView, training_page
-from trainer.run_folder import CONFIG
+from trainer.run_folder import read_config, read_kept
 from trainer.shards import ShardIndex
 
 EVALUATION = "evaluation.json"
@@ -82,26 +79,24 @@ def run_page(
 
     Raises TrainerError if `run` is not a run folder.
     """
-    if not (run / CONFIG).exists():
-        raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG}")
-    content = yaml.safe_load((run / CONFIG).read_text())
+    content = read_config(run)
     state = saved.load_state(saved.find_checkpoint(run))
     normaliser = pipe.normaliser.to("cpu")
-    seen = content["shards"]["num_samples"]
+    seen = state.shards.get("num_samples")
     num_images = "unknown" if seen is None else f"{seen:,}"  # an imported checkpoint does not say
-    method = content["config"].get("method_name", "trajectory-forcing").replace("-", " ").title()
+    method = state.config.get("method_name", "trajectory-forcing").replace("-", " ").title()
     facts = {
-        "preset": content["config"]["preset"],
+        "preset": state.config["preset"],
         "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
         "images seen": f"{state.images_seen:,}",
         "steps": f"{state.step:,}",
         "training time": f"{state.seconds / 60:.1f} min",
-        "encoder": content["shards"]["encoder"].get("name", "unknown"),
+        "encoder": state.shards["encoder"].get("name", "unknown"),
         "training images": num_images,
-        "classes": len(content["shards"]["class_names"]),
+        "classes": len(state.shards["class_names"]),
     }
     page = training_page(
-        title=f"{method}: {content['config']['preset']} on {num_images} images",
+        title=f"{method}: {state.config['preset']} on {num_images} images",
         facts=facts,
         trajectories=trajectory_views(trajectories),
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder, normaliser),
@@ -123,7 +118,7 @@ def run_page(
 def read_evaluation(run: Path) -> list[dict[str, Any]]:
     """Rows name/value of the last `trainer evaluate`, empty before the first."""
     path = run / EVALUATION
-    return json.loads(path.read_text())["metrics"] if path.exists() else []
+    return read_kept(path)["metrics"]
 
 
 def shown_labels(num_classes: int) -> list[int]:

@@ -7,6 +7,7 @@ metrics.jsonl   see `trainer.log`
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 
 from trainer import checkpoint as saved
 from trainer.config import checked, identity, to_mapping
-from trainer.errors import MismatchError, UsageError
+from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.log import truncate_metrics
 from trainer.shards import ShardIndex
 from trainer.whole_files import write_bytes
@@ -47,20 +48,49 @@ def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardInde
     """Raise MismatchError, naming the differing keys, if `out` or `origin` were made with something else."""
     wanted = _identity(config, index.describe())
     if (out / CONFIG).exists():
-        _compare(str(out / CONFIG), _load(out / CONFIG), wanted, type(config))
+        _compare(str(out / CONFIG), read_config(out), wanted, type(config))
     if origin is not None:
         state = saved.load_state(origin)
         found = {"config": state.config, "shards": state.shards}
         _compare(str(origin), found, wanted, type(config))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run: the fields of `config`, and what `shards` says of the data.
+
+    Raises MismatchError for another file of that name, TrainerError where there is none.
+    """
+    path = run / CONFIG
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        content = error
-    if not isinstance(content, dict) or not {"config", "shards"} <= content.keys():
-        raise MismatchError(f"{path} is not the configuration of a run: choose another --out, or remove it")
+    except FileNotFoundError:
+        raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG}") from None
+    except (ValueError, yaml.YAMLError):
+        content = None
+    parts = (content.get("config"), content.get("shards")) if isinstance(content, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise MismatchError(
+            f"{path} is not the configuration of a run, or damaged: give another folder, or remove it, and "
+            "`trainer train` with the preset and settings of the run writes it again"
+        )
+    return content
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """What `trainer evaluate` keeps with a run in a JSON file, with its `metrics`; without any before the first.
+
+    Raises TrainerError if the file is damaged.
+    """
+    if not path.exists():
+        return {"metrics": []}
+    try:
+        content = json.loads(path.read_bytes())
+        for row in content["metrics"]:
+            row["name"], row["value"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainerError(
+            f"{path} is damaged ({error!r}): remove it, `trainer evaluate` writes it again"
+        ) from None
     return content
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from trainer.config import DecoderConfig, checked, to_mapping, with_settings
 from trainer.errors import UsageError
 from trainer.options import (
+    PATH,
     AsJson,
     BatchSize,
     ConfigFile,
@@ -25,15 +26,17 @@ from trainer.options import (
     Resume,
     Settings,
     TotalImages,
+    reads,
 )
 from trainer.presets import decoder_preset
 from trainer.printing import flattened, print_result, stderr, stdout
+from trainer.run_folder import CONFIG, read_config
 from trainer.run_kinds import ALL_PRESETS, METHODS, AnyConfig, config_of, method_of, preset_of
 
 
 def train(
     shards: Annotated[str, typer.Argument(help="Finished shard folder, its build folder, or an fsspec URL.")],
-    out: Annotated[Path, typer.Option(help="Run folder; the same command resumes there.")],
+    out: Annotated[Path, typer.Option(**PATH, help="Run folder; the same command resumes there.")],
     preset_name: Annotated[
         str | None,
         typer.Option("--preset", help="See `trainer presets`. Default: what RUN holds, else the method's."),
@@ -79,7 +82,10 @@ def train(
 def train_decoder(
     shards: Annotated[str, typer.Argument(help="Shards built with --images, or their build folder or URL.")],
     out: Annotated[
-        Path, typer.Option(help="Folder of run and decoder; RUN/decoder is found by `sample` and `report`.")
+        Path,
+        typer.Option(
+            **PATH, help="Folder of run and decoder; RUN/decoder is found by `sample` and `report`."
+        ),
     ],
     size: Annotated[
         str | None, typer.Option(help="tiny, B, L or XL. Default: what the folder holds, else XL.")
@@ -87,10 +93,15 @@ def train_decoder(
     config: ConfigFile = None,
     settings: Settings = None,
     lpips: Annotated[
-        Path | None, typer.Option(help="Folder with the weights of a perceptual loss: vgg16 and lpips.")
+        Path | None,
+        typer.Option(
+            **reads("the folder of those weights"),
+            help="Folder with the weights of a perceptual loss: vgg16 and lpips.",
+        ),
     ] = None,
     gan: Annotated[
-        Path | None, typer.Option(help="Weights of DINO's ViT-S/8 for an adversarial loss.")
+        Path | None,
+        typer.Option(**reads("a file of weights"), help="Weights of DINO's ViT-S/8 for an adversarial loss."),
     ] = None,
     total_images: TotalImages = None,
     batch_size: BatchSize = None,
@@ -138,17 +149,17 @@ def presets(as_json: AsJson = False) -> None:
 
 def _base(preset_name: str | None, method: str | None, out: Path) -> AnyConfig:
     """The configuration before file and flags: the preset, or else what the run folder holds."""
-    stored = out / "config.yaml"
+    stored = out / CONFIG
     if preset_name is None and method is None and stored.exists():
-        return config_of(_load_yaml(stored).get("config", {}), str(stored))
+        return config_of(read_config(out)["config"], str(stored))
     return preset_of(preset_name, method)
 
 
 def _decoder_base(size: str | None, out: Path) -> DecoderConfig:
     """The configuration before file and flags: that of the size, or else what the folder holds."""
-    stored = out / "config.yaml"
+    stored = out / CONFIG
     if size is None and stored.exists():
-        return checked(DecoderConfig, _load_yaml(stored).get("config", {}), str(stored))
+        return checked(DecoderConfig, read_config(out)["config"], str(stored))
     return decoder_preset(size or "XL")
 
 
