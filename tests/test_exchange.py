@@ -139,7 +139,7 @@ def test_normalised_features_have_no_place_in_the_format(
     ("words", "code", "message"),
     [
         (["--ema", "750"], 5, "holds no weight average 750; it holds: 500, 1000"),
-        (["--config", "absent.json"], 2, "configuration absent.json"),
+        (["--config", "absent.json"], 2, "absent.json does not exist"),
     ],
 )
 def test_import_refuses(

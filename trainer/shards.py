@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 
 from hierarchy_builder.records import FORMAT_VERSION
-from trainer.errors import MismatchError, TrainerError
+from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.tars import ShardEntry
 
 MARKER = "_SUCCESS"
@@ -72,7 +72,8 @@ class ShardIndex:
 def open_index(url: str) -> ShardIndex:
     """Read the index of a finished shard folder, or of a build folder that holds one under `shards`.
 
-    url: local path or fsspec URL. Raises TrainerError when the folder is not finished or not of this format.
+    url: local path or fsspec URL. Raises UsageError when there is nothing, TrainerError when the folder is not finished
+    or not of this format.
     """
     for folder in (url.rstrip("/"), f"{url.rstrip('/')}/shards"):
         try:
@@ -82,6 +83,10 @@ def open_index(url: str) -> ShardIndex:
         if filesystem.exists(f"{path}/{MARKER}") and filesystem.exists(f"{path}/{INDEX}"):
             index, class_map = (_read_json(filesystem, f"{path}/{name}") for name in (INDEX, CLASS_MAP))
             return _parse_index(folder, index, class_map)
+    if not _exists(url):
+        raise UsageError(
+            f"{url} does not exist, expected a finished shard folder, its build folder, or a URL"
+        )
     raise TrainerError(f"{url} is not a finished shard folder: run `hierarchy-builder shard DIR`")
 
 
@@ -109,6 +114,11 @@ def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]
                 "run `hierarchy-builder shard DIR` again"
             )
     return found
+
+
+def _exists(url: str) -> bool:
+    filesystem, path = fsspec.url_to_fs(url)
+    return bool(filesystem.exists(path))
 
 
 def _read_json(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def load_onnx(name: str, device: torch.device) -> OnnxEncoder:
     text = name.removeprefix("onnx:")
     path, _, output = (text, "", "") if Path(text).is_file() else text.rpartition(":")
     if not Path(path).is_file():
-        raise BuilderError(f"encoder {name}: file {path or text!r} not found, expected onnx:FILE[:OUTPUT]")
+        raise UsageError(f"encoder {name}: file {path or text!r} not found, expected onnx:FILE[:OUTPUT]")
     return OnnxEncoder(Path(path), output or None, device)
 
 

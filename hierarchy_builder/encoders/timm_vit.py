@@ -140,7 +140,7 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
     so the classifier is taken out of the file here, and timm told that there is none.
     """
     if not path.is_file():
-        raise BuilderError(f"encoder {name}: weight file {path} not found")
+        raise UsageError(f"encoder {name}: weight file {path} not found")
     try:
         config = timm.models.get_pretrained_cfg(model_name)
         classifier = (config and config.classifier) or ()
