@@ -401,6 +401,9 @@ def test_the_loss_of_a_perfect_network_is_zero_and_of_the_mean_known() -> None:
     expected = (latents[1, ..., :3].square().mean() + latents[3, ..., 3:].square().mean()) / 0.25 / 4
     assert float(zero["loss_latents"]) == pytest.approx(float(expected), rel=1e-5)
     assert float(zero["loss"]) == pytest.approx(float(zero["loss_pixels"] + 0.5 * zero["loss_latents"]))
+    floored = latent_forcing.loss(lambda p, q, **_: (0 * p, 0 * q), pixels, latents, **given, time_floor=0.4)
+    expected = (pixels[0].square().mean() / 0.25 + pixels[2].square().mean() / 0.16) / 4
+    assert float(floored["loss_pixels"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_draws_of_a_row_do_not_depend_on_the_split() -> None:

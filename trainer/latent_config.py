@@ -132,6 +132,9 @@ class LatentMethodConfig:
     """Schedule `offset`: how far the latents have come before the pixels start."""
     uniform_shift: float = 2.0
     """Schedule `independent`: uniform times are shifted by this towards noise."""
+    time_floor: float = 0.05
+    """Velocities divide by t no smaller than this. With `independent`, whose times are often small, 0.05 leaves little
+    of the loss to what is noisy, and a third is better."""
     latent_scale: float = 0.485
     """Standard deviation that normalised latents are brought to, about that of pixels."""
     label_dropout: float = 0.1
@@ -147,7 +150,14 @@ class LatentMethodConfig:
         ):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
-        for name in ("latent_time_std", "pixel_time_std", "shift", "uniform_shift", "latent_scale"):
+        for name in (
+            "latent_time_std",
+            "pixel_time_std",
+            "shift",
+            "uniform_shift",
+            "latent_scale",
+            "time_floor",
+        ):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
         for name in ("latent_time_mean", "pixel_time_mean"):

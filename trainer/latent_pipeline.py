@@ -29,9 +29,10 @@ from trainer.clocks import sampling_grid
 from trainer.config import checked
 from trainer.decode import ConditionalDecoder
 from trainer.errors import MismatchError, UsageError
-from trainer.latent_config import LatentTrainConfig, Schedule
+from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
 from trainer.latent_sample import UNGUIDED, ClockGuidance, sample_pixels
 from trainer.loading import average_of, best_device, fill, weights_note
+from trainer.methods.latent_forcing import TIME_FLOOR
 from trainer.normalisation import RAW, Normaliser
 from trainer.pipeline import Decoder, TrajectoryPipeline
 from trainer.pixel_latent import PIXEL_CHANNELS, PixelLatentTransformer
@@ -70,6 +71,7 @@ class PixelStage(ConditionalDecoder):
     network: PixelLatentTransformer
     normaliser: Normaliser = RAW
     num_steps: int = STEPS_PER_STAGE
+    time_floor: float = TIME_FLOOR
     guidance: ClockGuidance = UNGUIDED
     label: int | None = None
     seed: int = 0
@@ -120,6 +122,7 @@ class PixelStage(ConditionalDecoder):
             torch.cat([latents[..., :given], noise[..., given:]], dim=-1),
             (torch.linspace(1, 0, self.num_steps + 1), times),
             pixel_guidance=self.guidance,
+            time_floor=self.time_floor,
         )
         return (pixels.permute(0, 3, 1, 2) + 1) / 2
 
@@ -159,16 +162,14 @@ class LatentPipeline(TrajectoryPipeline):
         normaliser: Normaliser = RAW,
         weights: dict[str, str] | None = None,
         weak: PixelLatentTransformer | None = None,
-        schedule: Schedule = "cascaded",
-        shift: float = 9.0,
-        offset: float = 0.1,
+        method: LatentMethodConfig | None = None,
     ) -> None:
-        """decoder: takes the place of the pixel stage, for comparison. schedule, shift, offset: path of sampling.
+        """decoder: takes the place of the pixel stage, for comparison. method: as trained; the path of sampling.
 
         weights, weak: as for `TrajectoryPipeline`. A schedule other than a cascade draws latents and pixels together.
         """
         super().__init__(model, class_names, encoder, decoder, normaliser, weights, weak)  # type: ignore[arg-type]
-        self.schedule, self.path = schedule, {"shift": shift, "offset": offset}
+        self.method = method or LatentMethodConfig()
 
     @classmethod
     def from_pretrained(
@@ -191,8 +192,7 @@ class LatentPipeline(TrajectoryPipeline):
         path = saved.find_checkpoint(folder)
         state = saved.load_state(path)
         config = checked(LatentTrainConfig, state.config, str(path))
-        if shift is not None:
-            _check_shift(shift, config.method.schedule)
+        method = config.method if shift is None else _shifted(config.method, shift)
         model, name = _load_network(path, config, ema)
         weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), model, ema)
         device = best_device(device)
@@ -204,14 +204,15 @@ class LatentPipeline(TrajectoryPipeline):
             saved.load_normaliser(path).to(device),
             weights_note(path, name),
             weaker if weaker is None else weaker.to(device),
-            config.method.schedule,
-            config.method.shift if shift is None else shift,
-            config.method.offset,
+            method,
         )
 
     def pixel_stage(self, num_steps: int = STEPS_PER_STAGE) -> PixelStage:
         """The decoder that this network is, for trajectories of any method on the same features."""
-        return PixelStage(network=self.model, normaliser=self.normaliser, num_steps=num_steps)
+        floor = self.method.time_floor
+        return PixelStage(
+            network=self.model, normaliser=self.normaliser, num_steps=num_steps, time_floor=floor
+        )
 
     def _sample(self, ids: list[int], seeds: list[int], how: dict[str, Any]) -> list[Trajectory]:
         c = self.model.config
@@ -220,7 +221,8 @@ class LatentPipeline(TrajectoryPipeline):
         latents = _latent_noise(seeds, c, self._device)
         pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self._device)
         # The pixel stage of a cascade comes on demand.
-        end = c.num_canvases * steps + 1 if self.schedule in CASCADED else None
+        is_cascade = self.method.schedule in CASCADED
+        end = c.num_canvases * steps + 1 if is_cascade else None
         pixels, latents = self._flow(ids, pixels, latents, slice(end), how)
         pictures = (pixels.permute(0, 3, 1, 2).cpu() + 1) / 2
         levels = self.normaliser.undo(_apart(latents, c.num_canvases)).cpu()
@@ -228,7 +230,7 @@ class LatentPipeline(TrajectoryPipeline):
         for row, (label, seed) in enumerate(zip(ids, seeds, strict=True)):
             trajectory = self._trajectory(levels[row], label, seed, **how)
             if self.decoder is None:
-                decoder = self._stage(how) if self.schedule in CASCADED else Drawn(pictures[row : row + 1])
+                decoder = self._stage(how) if is_cascade else Drawn(pictures[row : row + 1])
                 trajectory = dataclasses.replace(trajectory, decoder=decoder)
             found.append(trajectory)
         return found
@@ -274,7 +276,10 @@ class LatentPipeline(TrajectoryPipeline):
         """Pixels and latents after a part of the sampling grid."""
         K = self.model.config.num_canvases
         steps = _steps(how["num_steps"]) * (K + 1)
-        t_pixels, t_latents = sampling_grid(self.schedule, steps, num_canvases=K, **self.path)
+        method = self.method
+        t_pixels, t_latents = sampling_grid(
+            method.schedule, steps, num_canvases=K, shift=method.shift, offset=method.offset
+        )
         acting = _guidance(how["guidance"], how["weak_scale"])
         return sample_pixels(
             self.model,
@@ -286,6 +291,7 @@ class LatentPipeline(TrajectoryPipeline):
             latent_guidance=acting,
             weak_network=self._weak_for(how["weak_scale"]),
             clean_ends=True,
+            time_floor=method.time_floor,
         )
 
 
@@ -294,9 +300,15 @@ def load_pixel_stage(
 ) -> PixelStage:
     """The pixel stage of a run of Latent Forcing, for canvases of `encoder`.
 
-    Raises MismatchError when the run was trained on features of another encoder.
+    Raises MismatchError when the run was trained on features of another encoder, or never saw pixels as noise beside
+    clean canvases.
     """
     pipe = LatentPipeline.from_pretrained(folder, ema)
+    if pipe.method.schedule not in (*CASCADED, "independent"):
+        raise MismatchError(
+            f"pixel stage {folder}: trained with schedule {pipe.method.schedule}, expected {', '.join(CASCADED)} or "
+            "independent, which draw pixels after the canvases"
+        )
     for name in ("name", "weights_hash", "grid", "width"):
         here, wanted = pipe.encoder.get(name), encoder.get(name)
         if here != wanted:
@@ -307,15 +319,16 @@ def load_pixel_stage(
     return pipe.pixel_stage()
 
 
-def _check_shift(shift: float, schedule: Schedule) -> None:
-    if schedule not in SHIFTED:
+def _shifted(method: LatentMethodConfig, shift: float) -> LatentMethodConfig:
+    if method.schedule not in SHIFTED:
         raise UsageError(
-            f"--shift {shift:g}: schedule {schedule} has none, expected one of {', '.join(SHIFTED)}"
+            f"--shift {shift:g}: schedule {method.schedule} has none, expected one of {', '.join(SHIFTED)}"
         )
     if not 0 < shift < math.inf:
         raise UsageError(
             f"--shift {shift:g}, expected above 0, and finite: 1 draws latents and pixels together"
         )
+    return dataclasses.replace(method, shift=shift)
 
 
 def _load_network(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UsageError
-from trainer.methods.latent_forcing import per_channel, velocity
+from trainer.methods.latent_forcing import TIME_FLOOR, per_channel, velocity
 
 Solver = Literal["heun", "euler"]
 
@@ -52,6 +52,7 @@ def sample_pixels(
     weak_network: Any = None,
     weak_from: float = 1.0,
     clean_ends: bool = False,
+    time_floor: float = TIME_FLOOR,
 ) -> tuple[Tensor, Tensor]:
     """Sample (pixels, latents), float32 of the shapes of the noise.
 
@@ -63,13 +64,14 @@ def sample_pixels(
     the pixel stage alone, as in the paper's best setting.
     Heun's method takes its last step as Euler's does. clean_ends: and each step in which a latent arrives at t = 0,
     where the release takes Heun's; half the noise of that step then stays, since a clean latent has no velocity.
+    time_floor: as in training.
     Raises UsageError when the grid does not run from a time to a smaller one.
     """
     t_pixels, t_latents = (times.to(noise_pixels.device) for times in grid)
     for times in (t_pixels, t_latents):
         if len(times) < 2 or len(t_pixels) != len(t_latents) or (times.diff(dim=0) > 0).any():
             raise UsageError("the grid is not one of times that fall, as many for pixels as for latents")
-    field = _Field(network, label, pixel_guidance, latent_guidance, weak_network, weak_from)
+    field = _Field(network, label, pixel_guidance, latent_guidance, weak_network, weak_from, time_floor)
     z: Pair = (noise_pixels, noise_latents)
     last = len(t_pixels) - 2
     for step in range(last + 1):
@@ -99,6 +101,7 @@ class _Field:
     latent_guidance: ClockGuidance
     weak_network: Any
     weak_from: float
+    time_floor: float
 
     def velocities(self, z: Pair, times: Pair) -> Pair:
         guided = self._velocities(self.network, self.label, z, times)
@@ -121,7 +124,8 @@ class _Field:
     def _velocities(self, network: Any, label: Tensor, z: Pair, times: Pair) -> Pair:
         t_pixels, t_latents = times[0].expand(len(label)), times[1].expand(len(label), -1)
         x = network(*z, t_pixels=t_pixels, t_latents=t_latents, label=label)
-        return velocity(z[0], x[0], t_pixels), velocity(z[1], x[1], t_latents)
+        floor = self.time_floor
+        return velocity(z[0], x[0], t_pixels, floor), velocity(z[1], x[1], t_latents, floor)
 
 
 def _moved(z: Pair, v: Pair, now: Pair, then: Pair) -> Pair:

@@ -165,6 +165,7 @@ class _LatentRun(Loop):
                 noise_pixels=draws.noise_pixels,
                 noise_latents=draws.noise_latents,
                 latent_weight=method.latent_weight,
+                time_floor=method.time_floor,
                 **draws.clocks._asdict(),
             )
         share = len(part) / config.batch_size
@@ -175,7 +176,12 @@ class _LatentRun(Loop):
         """Samples of the model as it is, with its first weight average where there is one."""
         with self._averaged():
             pipe = LatentPipeline(
-                self.model, self.index.class_names, self.index.encoder, None, self.normaliser
+                self.model,
+                self.index.class_names,
+                self.index.encoder,
+                None,
+                self.normaliser,
+                method=self.config.method,
             )
             return pipeline_sheet(pipe)
 

@@ -1,6 +1,6 @@
 """Latent Forcing: flow matching of pixels and latents together, each on a clock of its own; x-prediction, v-loss.
 
-    t = 1 is noise, t = 0 is data, z_t = (1−t)·x + t·e and v = (z_t − x)/max(t, 0.05) for either modality
+    t = 1 is noise, t = 0 is data, z_t = (1−t)·x + t·e and v = (z_t − x)/max(t, floor) for either modality
 
 The release counts the other way round, which changes the sign of v and nothing else. Which modality is written first
 is in the clocks alone, see `trainer.clocks`.
@@ -22,7 +22,7 @@ from trainer.latent_config import LatentMethodConfig
 from trainer.schedules import mixed_seed
 
 TIME_FLOOR = 0.05
-"""Velocities divide by t no smaller than this, in training and in sampling."""
+"""Velocities divide by t no smaller than this, where `LatentMethodConfig.time_floor` says nothing else."""
 
 
 def loss(
@@ -38,6 +38,7 @@ def loss(
     weight_pixels: Tensor,
     weight_latents: Tensor,
     latent_weight: float = 1 / 3,
+    time_floor: float = TIME_FLOOR,
 ) -> dict[str, Tensor]:
     """The objective on a batch; gradients flow from `["loss"]`.
 
@@ -51,9 +52,9 @@ def loss(
     """
     z_pixels, z_latents = mixed(pixels, noise_pixels, t_pixels), mixed(latents, noise_latents, t_latents)
     found = network(z_pixels, z_latents, t_pixels=t_pixels, t_latents=t_latents, label=label)
-    # (v − v̂)² = ((x̂ − x)/max(t, 0.05))²
+    # (v − v̂)² = ((x̂ − x)/max(t, floor))²
     squares_pixels, squares_latents = (
-        ((x_hat - x) / per_channel(t, x).clamp(min=TIME_FLOOR)).square()
+        ((x_hat - x) / per_channel(t, x).clamp(min=time_floor)).square()
         for x_hat, x, t in ((found[0], pixels, t_pixels), (found[1], latents, t_latents))
     )
     loss_pixels = (squares_pixels * per_channel(weight_pixels, pixels)).mean()
@@ -73,9 +74,9 @@ def mixed(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x + t * noise
 
 
-def velocity(z: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity at z that leads to the clean x, both [B, ., ., F]: (z − x)/max(t, 0.05), t as for `mixed`."""
-    return (z - x) / per_channel(t, z).clamp(min=TIME_FLOOR)
+def velocity(z: Tensor, x: Tensor, t: Tensor, time_floor: float = TIME_FLOOR) -> Tensor:
+    """Velocity at z that leads to the clean x, both [B, ., ., F]: (z − x)/max(t, floor), t as for `mixed`."""
+    return (z - x) / per_channel(t, z).clamp(min=time_floor)
 
 
 def per_channel(value: Tensor, like: Tensor) -> Tensor:
