@@ -168,7 +168,7 @@ def test_levels_are_drawn_one_after_the_other_and_resumed(levels_run: Path, tmp_
 def test_other_paths_draw_pixels_and_latents_together(run: Path, schedule: Any) -> None:
     pipe = dispatch.load_pipeline(run)
     assert isinstance(pipe, LatentPipeline)
-    pipe.schedule = schedule
+    pipe.method = dataclasses.replace(pipe.method, schedule=schedule)
     trajectory = pipe("ant", 1, num_steps=2)
     assert trajectory.decode().shape == (1, 8, 8, 3)
 
@@ -180,7 +180,7 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    both = LatentMethodConfig(schedule="independent")
+    both = LatentMethodConfig(schedule="independent", time_floor=0.3)
     dispatch.train(dataclasses.replace(TINY, method=both, total_images=8), shards, str(tmp_path), quiet=True)
     last = [
         dispatch.load_pipeline(tmp_path, shift=shift)("ant", 1, num_steps=2).levels for shift in (9.0, 1.0)
@@ -191,6 +191,8 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
     assert call(monkeypatch, *words, "--space", space, "--json") == 0
     found = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
     assert found["frechet_pictures"] > found["frechet_pictures_real"] >= 0
+    assert isinstance(pipe := dispatch.load_pipeline(tmp_path), LatentPipeline)
+    assert pipe.pixel_stage().time_floor == both.time_floor
     for folder, shift, message in (
         (run, "2", "schedule cascaded-noised has none"),
         (tmp_path, "0", "expected above 0"),
@@ -239,6 +241,15 @@ def test_a_pixel_stage_draws_the_canvases_of_trajectory_forcing(
 def test_a_pixel_stage_of_another_encoder_is_refused(run: Path) -> None:
     with pytest.raises(MismatchError, match="its encoder has name 'drawn', that of the canvases 'dct'"):
         load_pixel_stage(run, {"name": "dct"})
+
+
+def test_a_run_that_draws_both_at_once_is_no_pixel_stage(shards: str, tmp_path: Path) -> None:
+    both = LatentMethodConfig(schedule="shifted")
+    dispatch.train(dataclasses.replace(TINY, method=both, total_images=8), shards, str(tmp_path), quiet=True)
+    with pytest.raises(
+        MismatchError, match="trained with schedule shifted, expected cascaded, cascaded-noised or"
+    ):
+        load_pixel_stage(tmp_path, open_index(shards).encoder)
 
 
 def test_the_page_of_a_run_names_its_method(run: Path, shards: str) -> None:
@@ -313,7 +324,9 @@ def test_another_grid_than_that_of_the_shards_is_refused(shards: str) -> None:
 
 def test_a_run_folder_of_another_method_is_refused(run: Path, shards: str) -> None:
     other = TrainConfig(preset="test", total_images=8, batch_size=8, tensorboard=False)
-    with pytest.raises(MismatchError, match="holds no configuration of this release"):
+    with pytest.raises(
+        MismatchError, match="found a run of latent-forcing, expected one of trajectory-forcing"
+    ):
         dispatch.train(other, shards, str(run), quiet=True)
 
 
