@@ -63,7 +63,7 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator:
     contexts, complaints = [], []
 
     def open_page(name: str, viewport: dict = DESKTOP, **options: Any) -> Any:
-        context = browser.new_context(viewport=viewport, reduced_motion="reduce", **options)
+        context = browser.new_context(viewport=viewport, **{"reduced_motion": "reduce", **options})
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
@@ -162,6 +162,26 @@ def test_all_levels_can_be_seen_side_by_side(opened: Any) -> None:
     assert _shown_levels(page.locator(".card").nth(0)) == [1, 1, 1]
 
 
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_links_of_the_contents_lead_to_their_headings(opened: Any, motion: str) -> None:
+    page = opened("training", {"width": 375, "height": 300}, reduced_motion=motion)
+    links = page.locator("nav a")
+    for number in range(links.count()):
+        page.evaluate("scrollTo(0, 0)")
+        links.nth(number).click()
+        target = links.nth(number).get_attribute("href")
+        # Cards get their heights as they come into view, above the heading and on the way to it.
+        page.wait_for_function(
+            """target => {
+                const below = document.documentElement.scrollHeight - scrollY - innerHeight;
+                const top = document.querySelector(target).getBoundingClientRect().top;
+                return Math.abs(top) < 2 || (Math.abs(below) < 2 && top > 0 && top < innerHeight);
+            }""",
+            arg=target,
+            timeout=5000,
+        )
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["hierarchy", "training"])
 def test_phone_width_has_no_horizontal_overflow(opened: Any, name: str, scheme: str) -> None:
@@ -209,6 +229,28 @@ def test_page_reads_without_javascript(browser: Any, pages: dict[str, Path]) -> 
     assert page.locator(".card").nth(0).locator(".view img:visible").count() == 12
     assert page.locator("input:visible, button:visible").count() == 0
     context.close()
+
+
+def test_one_level_has_no_slider_of_levels(browser: Any, tmp_path: Path) -> None:
+    view = _view(0)
+    one = TrajectoryView(
+        label_name="goldfish", seed=0, canvases=view.levels()[-1:], decoded=view.decoded[-1:]
+    )
+    write_page(training_page(title="run", facts={}, trajectories=[one]), tmp_path / "one.html")
+    page = browser.new_page(viewport=DESKTOP)
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "one.html").as_uri())
+    assert page.locator(".own-level, .all-levels, .mode").count() == 0
+    assert _shown_levels(page.locator(".card").nth(0)) == [0, 0]
+    page.locator(".all-reveal").focus()
+    page.keyboard.press("End")
+    assert (
+        page.get_by_role("slider", name="Reveal the final picture", exact=True).get_attribute("aria-valuenow")
+        == "100"
+    )
+    page.close()
+    assert complaints == []
 
 
 def _view(number: int) -> HierarchyView:

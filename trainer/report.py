@@ -34,6 +34,7 @@ TRAJECTORY_TEXT = (
     "What the model makes of a label and a seed: every level is drawn by the network from noise and the level "
     "before it. The slider sweeps a canvas and its decoded picture together."
 )
+ONE_LEVEL_TEXT = "What the model makes of a label and a seed: the canvas, and the picture it is decoded to."
 CURVES_TEXT = (
     "From metrics.jsonl. The losses of u and v are divided by their own size and stay near 1; the squared errors "
     "behind them are what falls. Long curves are means of equal runs of points; the band spans least to greatest."
@@ -94,7 +95,7 @@ def training_page(
         (facts, Section(title="Summary", blocks=[Facts(entries=facts)])),
         (
             trajectories,
-            Section(title="Generated trajectories", text=TRAJECTORY_TEXT, blocks=[sample_gallery]),
+            Section(title="Generated trajectories", text=_text(trajectories), blocks=[sample_gallery]),
         ),
         (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
         *((section, section) for section in more),
@@ -163,6 +164,10 @@ def trajectory_grid_png(
                 x = MARGIN_PX + LABEL_PX + level * column_px + j * (CELL_PX + 2)
                 sheet.paste(_tile(picture), (x, MARGIN_PX + HEADER_PX + i * (CELL_PX + GAP_PX)))
     return sheet
+
+
+def _text(trajectories: Sequence[TrajectoryView]) -> str:
+    return TRAJECTORY_TEXT if any(len(each.canvases) > 1 for each in trajectories) else ONE_LEVEL_TEXT
 
 
 def _viewer(trajectory: TrajectoryView, palette: Palette | None) -> LevelViewer:

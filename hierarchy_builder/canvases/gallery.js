@@ -16,9 +16,10 @@
     for (const stack of card.querySelectorAll(".stack"))
       [...stack.children].forEach((image, i) => image.classList.toggle("on", i <= level));
     items.forEach((item, i) => item.classList.toggle("on", i === level));
+    card.dataset.level = level;
+    if (!own) return; // one level has no slider
     own.value = level;
     own.setAttribute("aria-valuetext", items[level].textContent.trim());
-    card.dataset.level = level;
     fill(own);
   }
 
@@ -92,11 +93,12 @@
     const modes = [...gallery.querySelectorAll("[data-mode]")];
 
     const sweep = (level) => {
+      cards.forEach((card) => setLevel(card, level));
+      if (!allLevels) return;
       allLevels.value = level;
       allLevels.setAttribute("aria-valuetext", ticks[level].textContent);
       ticks.forEach((tick, i) => tick.classList.toggle("on", i === level));
       fill(allLevels);
-      cards.forEach((card) => setLevel(card, level));
     };
     const show = (mode) => {
       gallery.classList.toggle("one", mode === "one");
@@ -110,9 +112,9 @@
         frames.forEach((frame, i) => addDivider(card, frame, i === 0, gallery.dataset.reveal));
         setReveal(card, 0);
       }
-      card.querySelector(".own-level").addEventListener("input", (event) => setLevel(card, Number(event.target.value)));
+      card.querySelector(".own-level")?.addEventListener("input", (event) => setLevel(card, Number(event.target.value)));
     }
-    allLevels.addEventListener("input", () => sweep(Number(allLevels.value)));
+    allLevels?.addEventListener("input", () => sweep(Number(allLevels.value)));
     ticks.forEach((tick, i) => tick.addEventListener("click", () => sweep(i)));
     modes.forEach((button) => button.addEventListener("click", () => show(button.dataset.mode)));
     allReveal?.addEventListener("input", () => {
