@@ -158,15 +158,23 @@ def evaluate(
         _print_metrics(_measured(run, pipe, index, max_real, steps, ema), as_json)
         return
     strength = _strength(weak, weak_scale)
-    judge = None if inception is None else inception_features(None if inception == "hub" else inception)
-    real = None if reference is None else read_reference(reference)
-    seen = None if space is None else load_own_encoder(space)
     follow = _follow(as_json or quiet)
-    metrics = list(
-        measure(
-            pipe, index, samples_per_class, steps, max_real, guidance, strength, judge, real, seen, follow
-        )
+    measured = measure(
+        pipe,
+        index,
+        samples_per_class=samples_per_class,
+        num_steps=steps,
+        max_real=max_real,
+        guidance=guidance,
+        weak_scale=strength,
+        inception=None
+        if inception is None
+        else inception_features(None if inception == "hub" else inception),
+        reference=None if reference is None else read_reference(reference),
+        space=None if space is None else load_own_encoder(space),
+        follow=follow,
     )
+    metrics = list(measured)
     settings = (pipe, run, shown_labels(index.num_classes), range(samples_per_class))
     metrics += studies.edit_study(*settings, steps, follow) if edits else []
     if alignment:
@@ -178,6 +186,9 @@ def evaluate(
         "num_steps": steps,
         "guidance": guidance,
         "weak_scale": strength,
+        "ending": ending,
+        "shift": shift,
+        "space": space,
         "ema": ema,
         "shards": index.name,
     }

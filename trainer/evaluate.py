@@ -33,6 +33,7 @@ READ_TOGETHER = 64
 def evaluate(
     pipe: TrajectoryPipeline,
     index: ShardIndex,
+    *,
     samples_per_class: int = 8,
     num_steps: int = 1,
     max_real: int = 10_000,
