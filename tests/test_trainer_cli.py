@@ -84,6 +84,37 @@ def test_dry_run_resolves_and_writes_nothing(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("verb", "words", "large", "small"),
+    [
+        ("train", [], "preset TF-B", "--preset tiny-cpu"),
+        ("train", ["--method", "latent-forcing"], "preset LF-LM", "--preset tiny-latent"),
+        ("train", ["--method", "normalizing-trajectory"], "preset NTM-B", "--preset tiny-normalizing"),
+        ("train-decoder", [], "size XL", "--size tiny"),
+    ],
+)
+def test_a_large_default_without_cuda_names_the_small_one(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    words: list[str],
+    large: str,
+    small: str,
+) -> None:
+    shards = write_shards(tmp_path / "shards", pictures=True)
+    dry = (verb, shards, "--out", tmp_path / "run", *words, "--dry-run")
+    hints = []
+    for has_cuda, more in ((False, []), (True, []), (False, ["--quiet"]), (False, small.split())):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_cuda=has_cuda: has_cuda)
+        assert call(*dry, *more) == 0
+        hints.append(capsys.readouterr().err)
+    assert hints[1:] == ["", "", ""]
+    assert hints[0].count("\n") == 1
+    assert large in hints[0]
+    assert small in hints[0]
+
+
 def test_flag_over_file_over_preset(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "more.yaml"
     file.write_text(yaml.safe_dump({"seed": 7, "batch_size": 12, "model": {"width": 36}}))

@@ -22,6 +22,12 @@ METHODS: dict[str, Mapping[str, Callable[[], AnyConfig]]] = {
 """Presets of each method."""
 DEFAULTS = {"trajectory-forcing": "TF-B", "latent-forcing": "LF-LM", "normalizing-trajectory": "NTM-B"}
 """The preset of a method where none is asked for."""
+SMALL = {
+    "trajectory-forcing": "tiny-cpu",
+    "latent-forcing": "tiny-latent",
+    "normalizing-trajectory": "tiny-normalizing",
+}
+"""The preset of a method for CPU cores."""
 ALL_PRESETS: dict[str, Callable[[], AnyConfig]] = {
     name: make for presets in METHODS.values() for name, make in presets.items()
 }

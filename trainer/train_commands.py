@@ -31,7 +31,15 @@ from trainer.options import (
 from trainer.presets import decoder_preset
 from trainer.printing import flattened, print_result, stderr, stdout
 from trainer.run_folder import CONFIG, read_config
-from trainer.run_kinds import ALL_PRESETS, METHODS, AnyConfig, config_of, method_of, preset_of
+from trainer.run_kinds import (
+    ALL_PRESETS,
+    METHODS,
+    SMALL,
+    AnyConfig,
+    config_of,
+    method_of,
+    preset_of,
+)
 
 
 def train(
@@ -62,7 +70,7 @@ def train(
     from trainer import dispatch
     from trainer.shards import open_index
 
-    base = _base(preset_name, method, out)
+    base = _base(preset_name, method, out, quiet)
     if pixel_stage and method_of(base) != "latent-forcing":
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
     flags = {"total_images": total_images, "batch_size": batch_size, "seed": seed, "max_seconds": max_seconds}
@@ -125,7 +133,7 @@ def train_decoder(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     asked = {**(_load_yaml(config) if config else {}), **_assignments(settings or []), **given}
-    resolved = with_settings(_decoder_base(size, out), asked)
+    resolved = with_settings(_decoder_base(size, out, quiet), asked)
     if dry_run:
         print_result(to_mapping(resolved), as_json)
         return
@@ -147,20 +155,38 @@ def presets(as_json: AsJson = False) -> None:
     stdout.print(table)
 
 
-def _base(preset_name: str | None, method: str | None, out: Path) -> AnyConfig:
+def _base(preset_name: str | None, method: str | None, out: Path, quiet: bool) -> AnyConfig:
     """The configuration before file and flags: the preset, or else what the run folder holds."""
     stored = out / CONFIG
     if preset_name is None and method is None and stored.exists():
         return config_of(read_config(out)["config"], str(stored))
-    return preset_of(preset_name, method)
+    config = preset_of(preset_name, method)
+    if preset_name is None and not quiet:
+        _say_without_cuda(f"preset {config.preset}", f"--preset {SMALL[method_of(config)]}")
+    return config
 
 
-def _decoder_base(size: str | None, out: Path) -> DecoderConfig:
+def _decoder_base(size: str | None, out: Path, quiet: bool) -> DecoderConfig:
     """The configuration before file and flags: that of the size, or else what the folder holds."""
     stored = out / CONFIG
     if size is None and stored.exists():
         return checked(DecoderConfig, read_config(out)["config"], str(stored))
+    if size is None and not quiet:
+        _say_without_cuda("size XL", "--size tiny")
     return decoder_preset(size or "XL")
+
+
+def _say_without_cuda(default: str, small: str) -> None:
+    """Name the small network where nobody asked for the large one, and no device is there for it."""
+    import torch
+
+    if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+        stderr.print(
+            f"{default}, the default, is made for GPUs, and this machine has no CUDA device: {small} trains on CPU",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bool) -> None:
