@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hierarchy_builder import stores
@@ -21,7 +21,7 @@ from hierarchy_builder.index import in_build_order, read_index, records_of, stat
 from hierarchy_builder.ledger import open_ledger, read_manifest
 from hierarchy_builder.records import ImageRecord, Status, blocks_of
 from hierarchy_builder.recut import settle_recut
-from hierarchy_builder.retry import carry_over
+from hierarchy_builder.retry import BY_BLOCK, carry_over, followed
 from hierarchy_builder.units import samples_per_shard, usable_rows
 
 LISTING = ("listing_hash", "num_images", "num_classes", "parts")
@@ -77,15 +77,15 @@ def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[
     records: all rows. inputs: what `extract` is made with now. A process that ends in between has changed nothing a
     repetition would not change; other differences than in the listing are left for the ledger to refuse.
     """
-    began = read_manifest(folder)["stages"].get("extract")
-    listing = dict.fromkeys(LISTING)
-    if began is None or began["inputs"] == inputs or {**began["inputs"], **listing} != {**inputs, **listing}:
+    if growth_of(folder, inputs) is None:
         return 0
-    num_before, block_rows = began["inputs"]["num_images"], inputs["config"]["block_rows"]
-    if "cluster" in read_manifest(folder)["stages"]:
+    stages = read_manifest(folder)["stages"]
+    if "cluster" in stages:
         settle_recut(folder)  # levels that are being put in place, before their store grows
+    num_before, block_rows = stages["extract"]["inputs"]["num_images"], inputs["config"]["block_rows"]
     outcomes = _outcomes_so_far(folder, num_before, block_rows)
-    kept_tars = _whole_tars(folder)
+    growth = growth_of(folder, inputs)
+    assert growth is not None
     num_blocks = len(blocks_of(len(records), block_rows))
     for store in (folder.features, folder.regions):
         if store.exists():
@@ -93,9 +93,45 @@ def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[
     pending = [{"status": status_name(Status.PENDING)}] * (len(records) - num_before)
     write_index(folder.listing, records)
     write_index(folder.index, records, outcomes + pending)
-    touched = {num_before // block_rows} if num_before % block_rows else set[int]()
-    carry_over(folder, inputs, touched, kept_tars=kept_tars)
+    carry_over(folder, inputs, growth.touched, kept_tars=growth.kept_tars)
     return len(records) - num_before
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """What becomes of a build when images are appended.
+
+    stages: entries of its manifest as they will be. hashes: stage → what its markers carry before. touched: blocks
+    that are done again. kept_tars: tars at the beginning that stay.
+    """
+
+    stages: Mapping[str, Mapping[str, Any]]
+    hashes: Mapping[str, str]
+    touched: Collection[int]
+    kept_tars: int
+
+    def keeps(self, stage: str, unit: int) -> bool:
+        """Whether a unit that is done stays so."""
+        return unit not in self.touched if stage in BY_BLOCK else stage == "shard" and unit < self.kept_tars
+
+
+def growth_of(folder: BuildFolder, inputs: Mapping[str, Any]) -> Growth | None:
+    """What `append` makes of a build; nothing is changed.
+
+    inputs: what `extract` would be made with. None where nothing is appended: there is no build yet, it has these
+    images, or more than its listing differs.
+    """
+    stages = read_manifest(folder)["stages"]
+    began, listing = stages.get("extract"), dict.fromkeys(LISTING)
+    if began is None or began["inputs"] == inputs or {**began["inputs"], **listing} != {**inputs, **listing}:
+        return None
+    num_before, block_rows = began["inputs"]["num_images"], inputs["config"]["block_rows"]
+    return Growth(
+        stages=followed(stages, inputs),
+        hashes={stage: entry["hash"] for stage, entry in stages.items()},
+        touched={num_before // block_rows} if num_before % block_rows else set(),
+        kept_tars=_whole_tars(folder),
+    )
 
 
 def _grown_classes(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:

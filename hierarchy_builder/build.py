@@ -80,15 +80,7 @@ def build(
     if plan.hierarchy.masks is not None:
         open_masks(Path(plan.hierarchy.masks))  # refused before any image is read
     if fused:
-        given = {
-            "--retry-failed": retry_failed,
-            "--accept-new-files": accept_new_files,
-            "--vocabulary": plan.vocabulary is not None,
-        }
-        if flags := [flag for flag, is_given in given.items() if is_given]:
-            raise UsageError(
-                f"{flags[0]} reads the stored features, which --fused does not keep: leave one of them out"
-            )
+        check_fused(plan, retry_failed=retry_failed, accept_new_files=accept_new_files)
         sections = (plan.extract, plan.hierarchy, plan.shard)
         return [fuse(folder, source, *sections, session, class_map=class_map)]
     later = partial(later_bytes, plan.hierarchy, plan.vocabulary, plan.shard)
@@ -112,6 +104,19 @@ def build(
         summaries.append(link(folder, session))
     summaries.append(shard(folder, plan.shard, session))
     return summaries
+
+
+def check_fused(plan: BuildPlan, *, retry_failed: bool = False, accept_new_files: bool = False) -> None:
+    """Raise UsageError where one pass is asked for what needs stores."""
+    given = {
+        "--retry-failed": retry_failed,
+        "--accept-new-files": accept_new_files,
+        "--vocabulary": plan.vocabulary is not None,
+    }
+    if flags := [flag for flag, is_given in given.items() if is_given]:
+        raise UsageError(
+            f"{flags[0]} reads the stored features, which --fused does not keep: leave one of them out"
+        )
 
 
 def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSummary:

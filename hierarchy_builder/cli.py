@@ -243,7 +243,7 @@ def _takes_arguments_of(
 
 
 @app.command()
-@_takes_arguments_of(build, without=["retry_failed", "accept_new_files", "fused", "publish"])
+@_takes_arguments_of(build, without=["retry_failed", "publish"])
 def plan(**arguments: Any) -> None:
     """What build would make of the same words: images, bytes, seconds, shards, what is done; tries some of them."""
     from hierarchy_builder.forecast import plan_tables
@@ -255,7 +255,8 @@ def plan(**arguments: Any) -> None:
     session = _session(
         arguments["workers"], arguments["address"], arguments["fresh"], quiet, arguments["force"]
     )
-    found = make_plan(folder, arguments["images"], config, session, class_map=arguments["class_map"])
+    once = {name: arguments[name] for name in ("class_map", "fused", "accept_new_files")}
+    found = make_plan(folder, arguments["images"], config, session, **once)
     if arguments["as_json"]:
         print_json(found.as_json())
     else:

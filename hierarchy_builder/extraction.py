@@ -68,13 +68,8 @@ def extract(
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
     accepts = accept_new_files and not session.fresh
-    if session.fresh:
-        images = replace(images, records=in_build_order(images.records, config.order))
-    else:
-        images = in_row_order(folder, images, config.order, accept=accepts)
-        config = same_blocks(folder, config, accept=accepts)
+    images, config = settle_rows(folder, images, config, session, accept=accepts)
     records = images.records
-    config = settle(folder, config.for_images(len(records)), session)
     assert config.block_rows is not None
     encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
     parts = {} if session.fresh else parts_of(folder, images, accept=accepts)
@@ -133,6 +128,18 @@ def extract_inputs(images: ImageSource, config: ExtractConfig, encoder: Encoder)
         "num_classes": max(images.class_map.values()) + 1,
         "listing_hash": images.listing_hash,
     }
+
+
+def settle_rows(
+    folder: BuildFolder, images: ImageSource, config: ExtractConfig, session: Session, *, accept: bool
+) -> tuple[ImageSource, ExtractConfig]:
+    """The images in the order of rows, and the configuration with its open fields settled; see `in_row_order`."""
+    if session.fresh:
+        images = replace(images, records=in_build_order(images.records, config.order))
+    else:
+        images = in_row_order(folder, images, config.order, accept=accept)
+        config = same_blocks(folder, config, accept=accept)
+    return images, settle(folder, config.for_images(len(images.records)), session)
 
 
 def settle(folder: BuildFolder, config: ExtractConfig, session: Session) -> ExtractConfig:

@@ -189,11 +189,11 @@ def fuse(
     images = source if isinstance(source, ImageSource) else list_images(folder, source, extract, class_map)
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
-    records = in_build_order(images.records, extract.order)
-    extract = settle(folder, _blocks_as_shards(extract, config, len(records)), session)
+    images, extract = settle_fused_rows(folder, images, extract, config, session)
+    records = images.records
     assert extract.block_rows is not None
     encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)
-    inputs = _inputs(extract_inputs(images, extract, encoder), recipe, config, images)
+    inputs = fused_inputs(extract_inputs(images, extract, encoder), recipe, config, images)
     needed = later_bytes(recipe, None, config, len(records), encoder.describe())
     check_space(folder, {"shards": needed["shards"]}, force=session.force)
     facts = {
@@ -256,6 +256,14 @@ def fuse_again(folder: BuildFolder, session: Session) -> StageSummary:
     )
 
 
+def settle_fused_rows(
+    folder: BuildFolder, images: ImageSource, extract: ExtractConfig, config: ShardConfig, session: Session
+) -> tuple[ImageSource, ExtractConfig]:
+    """The images in the order of rows, and the configuration with its open fields settled."""
+    images = replace(images, records=in_build_order(images.records, extract.order))
+    return images, settle(folder, _blocks_as_shards(extract, config, len(images.records)), session)
+
+
 def _blocks_as_shards(extract: ExtractConfig, config: ShardConfig, num_images: int) -> ExtractConfig:
     """The same with block_rows settled: where there are many shards a block is one, and is not copied again."""
     if (
@@ -267,7 +275,7 @@ def _blocks_as_shards(extract: ExtractConfig, config: ShardConfig, num_images: i
     return extract.for_images(num_images)
 
 
-def _inputs(
+def fused_inputs(
     extracted: Mapping[str, Any], recipe: HierarchyRecipe, config: ShardConfig, images: ImageSource
 ) -> dict[str, Any]:
     """What each stage would be made with by itself."""

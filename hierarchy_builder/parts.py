@@ -98,7 +98,7 @@ class Assembly:
             needed = True
             if start is not None:
                 stop = start + marker["count"]
-                needed = any(
+                needed = stop > start and any(
                     not self._is_whole(shard)
                     for shard in range(start // self.samples_per_shard, -(-stop // self.samples_per_shard))
                 )
@@ -111,8 +111,10 @@ class Assembly:
     def advance(self) -> None:
         """Cut every shard whose parts are done and that is not there."""
         while self._next_part < len(self.blocks) and self.parts.is_done(self._next_part):
-            offset = 0
-            for size in read_json(self.parts.marker(self._next_part))["sizes"]:
+            offset, sizes = 0, read_json(self.parts.marker(self._next_part))["sizes"]
+            if not sizes:  # no shard needs it, and so none would remove it
+                remove(self.folder.part(self._next_part))
+            for size in sizes:
                 self._waiting.append(_Span(self._next_part, offset, size))
                 offset += size
             self._next_part += 1

@@ -8,9 +8,7 @@ Sizes and times come from a rehearsal with some of the images (`rehearsal.py`) a
 from __future__ import annotations
 
 import math
-import os
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,31 +18,25 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder.artefacts import BuildFolder, json_text, size_on_disk
-from hierarchy_builder.build import BuildPlan
-from hierarchy_builder.config import VocabularyConfig, identity
-from hierarchy_builder.encoders import load_encoder
-from hierarchy_builder.extraction import extract_inputs, list_images, settle
+from hierarchy_builder.build import BuildPlan, check_fused
+from hierarchy_builder.config import VocabularyConfig
+from hierarchy_builder.extraction import list_images, settle_rows
 from hierarchy_builder.forecast import Plan, StagePlan
+from hierarchy_builder.fused import settle_fused_rows
 from hierarchy_builder.images import ImageSource
-from hierarchy_builder.index import in_build_order, status_name, write_index
-from hierarchy_builder.kmeans import sum_clusters
-from hierarchy_builder.ledger import Ledger, differences, hash_of, read_manifest
-from hierarchy_builder.masks import open_masks
+from hierarchy_builder.index import status_name, write_index
+from hierarchy_builder.plan_stages import stage_plans, standing_of
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
-from hierarchy_builder.rehearsal import Findings, Pace, rehearse
-from hierarchy_builder.samples import PART_LEVEL
+from hierarchy_builder.rehearsal import Findings, rehearse
 from hierarchy_builder.session import Session
 from hierarchy_builder.shards import shard_name
 from hierarchy_builder.space import fitting_bytes, free_bytes
-from hierarchy_builder.stages import one_thread
-from hierarchy_builder.units import samples_per_shard, usable_rows
+from hierarchy_builder.units import samples_per_shard
 
 REHEARSAL_S = 60.0
 """Seconds a rehearsal goes on after its first round, where sizes need it."""
 TAR_RECORD, TAR_END = 10_240, 1_024
 """A tar ends in two empty blocks and is filled up to whole records."""
-TRIED_TOKENS = 4_096
-"""Tokens that are clustered to see how fast a vocabulary is fitted."""
 
 
 def make_plan(
@@ -55,25 +47,33 @@ def make_plan(
     *,
     class_map: str | None = None,
     seconds: float = REHEARSAL_S,
+    fused: bool = False,
+    accept_new_files: bool = False,
 ) -> Plan:
     """List the images, compare with what `folder` holds, rehearse for some `seconds`, and foretell the rest.
 
+    fused: in one pass. accept_new_files: images that are new are appended to what `folder` holds.
     Raises UsageError and BuilderError as the build would for images, encoder or configuration it cannot use.
     """
     images = list_images(folder, source, plan.extract, class_map)
-    records = in_build_order(images.records, plan.extract.order)
-    config = settle(folder, plan.extract.for_images(len(records)), session)
+    accept = accept_new_files and not session.fresh
+    if fused:
+        check_fused(plan, accept_new_files=accept_new_files)
+        images, config = settle_fused_rows(folder, images, plan.extract, plan.shard, session)
+    else:
+        images, config = settle_rows(folder, images, plan.extract, session, accept=accept)
+    records = images.records
     assert config.block_rows is not None
     plan = replace(plan, extract=config)
-    found = rehearse(folder, images, records, plan, session, seconds=seconds)
-    inputs = _inputs(folder, images, plan, session)
+    found = rehearse(folder, images, records, plan, session, seconds=seconds, fused=fused)
+    standing = standing_of(folder, images, plan, session, fused=fused, accept=accept)
     blocks = blocks_of(len(records), config.block_rows)
-    usable = _usable(folder, found, len(records), hash_of("extract", inputs["extract"]), blocks)
-    per_shard = samples_per_shard(plan.shard, {"inputs": inputs["extract"]}, {"inputs": inputs["cluster"]})
+    usable = standing.usable(records, blocks, found)
+    extracted = {"inputs": standing.extracted}
+    per_shard = samples_per_shard(plan.shard, extracted, {"inputs": standing.clustered})
     tars = blocks_of(usable, per_shard)
-    sizes = _sizes(images, records, plan, found, blocks, tars)
-    encoder = inputs["extract"]["encoder"]
-    stages = _stages(folder, plan, inputs, found, session, blocks, tars)
+    sizes = _sizes(images, plan, found, blocks, tars, standing.extracted)
+    stages = stage_plans(standing, plan, found, session, blocks, tars)
     names = [shard_name(plan.shard.split, tar.number) for tar in tars]
     return Plan(
         source=images.location,
@@ -95,7 +95,7 @@ def make_plan(
         },
         stages=stages,
         present=sum(size_on_disk(folder.root / name) for name in sizes),
-        scratch=_scratch(stages, plan.vocabulary, usable * math.prod(encoder["grid"]), encoder["width"]),
+        scratch=_scratch(stages, plan, found, standing.extracted["encoder"], usable, per_shard),
         free=free_bytes(folder.root),
     )
 
@@ -111,37 +111,31 @@ def _unreadable(found: Findings) -> dict[str, str]:
     return {path: row["reason"] or "" for path, row in sorted(found.outcomes.items()) if row["status"] != ok}
 
 
-def _usable(
-    folder: BuildFolder, found: Findings, num_images: int, extract_hash: str, blocks: Sequence[Block]
-) -> int:
-    """Usable images: counted where all are extracted, else expected from those tried, at least one."""
-    ledger = Ledger(folder.ledger("extract"), extract_hash)
-    if folder.features.exists() and all(ledger.is_done(block.number) for block in blocks):
-        return len(usable_rows(folder))
-    return max(1, round(num_images * len(found.samples) / found.num_images))
-
-
 # Sizes
 
 
 def _sizes(
     images: ImageSource,
-    records: Sequence[ImageRecord],
     plan: BuildPlan,
     found: Findings,
     blocks: Sequence[Block],
     tars: Sequence[Block],
+    extracted: Mapping[str, Any],
 ) -> dict[str, int]:
-    """Bytes of every artefact by its place in the build folder."""
-    rows, files = plan.extract.block_rows, found.files
+    """Bytes of every artefact by its place in the build folder; `extracted` are the inputs of extract."""
+    rows, files, records = plan.extract.block_rows, found.files, images.records
     assert rows is not None
+    grown = len(json_text({"stages": {"extract": {"inputs": {"parts": extracted.get("parts", [])}}}}))
+    grown -= len(json_text({"stages": {"extract": {"inputs": {"parts": []}}}}))
     sizes = {
-        "manifest.json": files["manifest.json"],
+        "manifest.json": files["manifest.json"] + grown,
         "class_map.json": len(json_text(images.class_map)),
         "index.parquet": _index_bytes(records, found),
-        "features.zarr": round(found.store_bytes("features.zarr", len(records), rows)),
-        "regions.zarr": round(found.store_bytes("regions.zarr", len(records), rows)),
     }
+    for store in found.chunks:
+        sizes[store] = round(found.store_bytes(store, len(records), rows))
+    if "parts" in found.once_per_block:
+        sizes["parts"] = round(found.once_per_block["parts"] / found.num_blocks * len(blocks))
     if plan.vocabulary is not None:
         sizes["vocabulary.npz"] = _vocabulary_bytes(plan.vocabulary, found)
     units = {"vocabulary": 1, "shard": len(tars)}
@@ -151,7 +145,7 @@ def _sizes(
         size for name, size in files.items() if name.startswith("ledger/") and name.endswith(".json")
     )
     outcomes = round(found.outcome_bytes / found.num_images * len(records))
-    sizes["ledger"] = markers + outcomes + listings + copies
+    sizes["ledger"] = markers + outcomes + listings + copies + grown
     beside = {name: size for name, size in files.items() if name.startswith("shards/")}
     sidecars = [name for name in beside if name.startswith(f"shards/{plan.shard.split}-")]
     sidecar = max(beside.pop(name) for name in sidecars)
@@ -200,119 +194,18 @@ def _tar_bytes(num_samples: int, found: Findings) -> int:
 
 
 def _scratch(
-    stages: Sequence[StagePlan], config: VocabularyConfig | None, num_tokens: int, width: int
-) -> int:
-    is_fitted = any(stage.stage == "vocabulary" and stage.state != "done" for stage in stages)
-    return fitting_bytes(config, num_tokens, width) if config is not None and is_fitted else 0
-
-
-# Stages
-
-
-def _inputs(
-    folder: BuildFolder, images: ImageSource, plan: BuildPlan, session: Session
-) -> dict[str, dict[str, Any]]:
-    """What each stage would be made with, in order, as the manifest holds it."""
-    config = plan.extract
-    encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
-    found = {"extract": extract_inputs(images, config, encoder)}
-
-    def made(stage: str) -> str:
-        return hash_of(stage, found[stage])
-
-    if plan.vocabulary is not None:
-        found["vocabulary"] = {"config": identity(plan.vocabulary), "extract": made("extract")}
-    found["cluster"] = {"config": identity(plan.hierarchy), "extract": made("extract")}
-    if plan.hierarchy.masks is not None:
-        found["cluster"]["masks"] = open_masks(Path(plan.hierarchy.masks)).digest()
-    if plan.vocabulary is not None:
-        level = min(PART_LEVEL, len(plan.hierarchy.cuts))
-        found["link"] = {
-            "config": {"level": level},
-            "vocabulary": made("vocabulary"),
-            "cluster": made("cluster"),
-        }
-    linked = {} if session.fresh else read_manifest(folder)["stages"].get("link", {})
-    found["shard"] = {
-        "config": identity(plan.shard),
-        "cluster": made("cluster"),
-        "link": made("link") if "link" in found else linked.get("hash"),
-    }
-    return found
-
-
-def _stages(
-    folder: BuildFolder,
+    stages: Sequence[StagePlan],
     plan: BuildPlan,
-    inputs: Mapping[str, Mapping[str, Any]],
     found: Findings,
-    session: Session,
-    blocks: Sequence[Block],
-    tars: Sequence[Block],
-) -> list[StagePlan]:
-    stored = read_manifest(folder)["stages"]
-    usable, grid = sum(map(len, tars)), inputs["extract"]["encoder"]["grid"]
-    stages = []
-    for stage, asked in inputs.items():
-        units = {"vocabulary": [Block(number=0, start=0, stop=usable)], "shard": tars}.get(stage, blocks)
-        ledger = Ledger(folder.ledger(stage), hash_of(stage, asked))
-        is_begun = any(ledger.folder.glob("*.json"))
-        differs = []
-        if is_begun and not session.fresh:
-            differs = differences(stored.get(stage, {}).get("inputs", {}), asked)
-        todo = [unit for unit in units if session.fresh or not ledger.is_done(unit.number)]
-        seconds = _seconds(found.paces[stage], todo, session)
-        if stage == "vocabulary" and todo and plan.vocabulary is not None:
-            width = inputs["extract"]["encoder"]["width"]
-            seconds += _fitting_seconds(plan.vocabulary, usable * math.prod(grid), width, session)
-        stages.append(
-            StagePlan(
-                stage=stage,
-                units=len(units),
-                units_done=len(units) - len(todo),
-                images=sum(map(len, todo)),
-                state=_state(is_begun, session.fresh, bool(differs), len(todo), len(units)),
-                seconds=round(seconds, 1),
-                differs=tuple(f"{name}: {before!r} there, {now!r} now" for name, before, now in differs),
-            )
-        )
-    return stages
-
-
-def _state(is_begun: bool, is_fresh: bool, is_other: bool, num_todo: int, num_units: int) -> str:
-    if is_fresh and is_begun:
-        return "starts over"
-    if is_other:
-        return "refused"
-    if not num_todo:
-        return "done"
-    return "goes on" if num_todo < num_units else "to do"
-
-
-def _seconds(pace: Pace, todo: Sequence[Block], session: Session) -> float:
-    """Time for the units of `todo`, as many at once as there are workers."""
-    if not todo:
-        return 0.0
-    workers = _num_workers(session) or pace.units
-    more = max(1.0, min(workers, len(todo)) / min(workers, pace.units))
-    return pace.startup + sum(map(len, todo)) * pace.per_image / (pace.at_once * more)
-
-
-def _num_workers(session: Session) -> int | None:
-    """Processes that do units; None on a cluster, which is not asked."""
-    if session.workers.address:
-        return None
-    return 1 if session.workers.count == 0 else session.workers.count or os.cpu_count() or 1
-
-
-def _fitting_seconds(config: VocabularyConfig, num_tokens: int, width: int, session: Session) -> float:
-    """Time of all iterations, from one over a few tokens here; k-means++ takes about as long as one of them."""
-    tokens = np.random.default_rng(0).standard_normal((TRIED_TOKENS, width), np.float32)
-    centroids = tokens[: min(config.num_prototypes, TRIED_TOKENS)]
-    with one_thread():
-        started = time.perf_counter()
-        sum_clusters(tokens, centroids, threads=1)
-        spent = time.perf_counter() - started
-    products = min(config.sampled_tokens or num_tokens, num_tokens) * config.num_prototypes
-    each = spent * products / (len(tokens) * len(centroids))
-    return (config.iterations + 1) * each / (_num_workers(session) or 1)
+    encoder: Mapping[str, Any],
+    usable: int,
+    per_shard: int,
+) -> int:
+    """Bytes of files that are gone at the end: tokens a vocabulary is fitted to, rows copied from parts to a shard."""
+    todo = {stage.stage for stage in stages if stage.state != "done"}
+    if "vocabulary" in todo and plan.vocabulary is not None:
+        return fitting_bytes(plan.vocabulary, usable * math.prod(encoder["grid"]), encoder["width"])
+    if "fuse" in todo:
+        rows = min(usable, per_shard + (plan.extract.block_rows or 0))
+        return math.ceil(rows * float(found.samples.mean()))
+    return 0

@@ -65,9 +65,10 @@ class Findings:
     """Sums over the rounds of a rehearsal; sizes in bytes.
 
     outcomes: path → what index.parquet says of it, for every image tried. chunks: store → each of its chunks, all
-    arrays by rows together. once_per_block: store → everything else that grows, of all `num_blocks` blocks.
+    arrays by rows together. once_per_block: store → everything else that grows, of all `num_blocks` blocks; all of
+    parts.
     metadata: store → its zarr.json files. arrays: store → arrays by rows. samples: each sample as it lies in a tar.
-    files: everything else of the build folder by path. markers: stage → a marker, without the outcomes of its rows,
+    files: everything else of the build folder by path. markers: stage → a marker, without what it says of each row,
     which are `outcome_bytes`. index: the last index.json. paces: stage → how fast the first round was. vocabulary:
     what was fitted, smaller than what is asked for.
     """
@@ -128,10 +129,12 @@ def rehearse(
     session: Session,
     *,
     seconds: float,
+    fused: bool = False,
 ) -> Findings:
     """Build some of `images` beside `folder` and measure; nothing is left of it.
 
     records: all images in build order; all are tried where they are few. seconds: of further rounds after the first.
+    fused: build in one pass.
     Raises what the build itself would raise at once: no usable image, an encoder that sees other than it should.
     """
     found, started = Findings(), time.perf_counter()
@@ -148,7 +151,7 @@ def rehearse(
         with tempfile.TemporaryDirectory(prefix=".plan-", dir=nearest_folder(folder.root)) as place:
             trial, short = BuildFolder(Path(place) / "build"), _shorten(plan, chosen)
             some = replace(images, records=chosen)
-            summaries = build(trial, some, short, alone if found.outcomes else quiet)
+            summaries = build(trial, some, short, alone if found.outcomes else quiet, fused=fused)
             if not found.outcomes:  # what comes from here on takes no start-up of workers
                 started = time.perf_counter()
             _measure(trial, summaries, found)
@@ -201,8 +204,10 @@ def _measure(trial: BuildFolder, summaries: Sequence[StageSummary], found: Findi
     table = read_index(trial.index)
     outcomes = table.select(OUTCOME_COLUMNS).to_pylist()
     found.outcomes.update(zip(table.column("path").to_pylist(), outcomes, strict=True))
-    for store in (trial.features, trial.regions):
+    for store in (store for store in (trial.features, trial.regions) if store.exists()):
         _measure_store(store, found)
+    if trial.part(0).parent.exists():
+        found.once_per_block[trial.part(0).parent.name] += size_on_disk(trial.part(0).parent)
     tars = sorted(trial.shards.glob("*.tar"))
     found.samples = np.concatenate([found.samples, *map(_sample_sizes, tars)])
     found.index = read_json(trial.shards / "index.json")
@@ -244,9 +249,10 @@ def _sample_sizes(tar: Path) -> np.ndarray:
 
 def _measure_markers(trial: BuildFolder, stage: str, found: Findings) -> None:
     markers = sorted(trial.ledger(stage).glob("*.json"))
-    without_rows = sum(len(json_text({**read_json(path), "outcomes": []})) for path in markers)
+    rows: dict[str, Any] = {"outcomes": [], **({"sizes": []} if stage == "fuse" else {})}
+    without_rows = sum(len(json_text({**read_json(path), **rows})) for path in markers)
     whole = sum(path.stat().st_size for path in markers)
-    if stage == "extract":
+    if stage in ("extract", "fuse"):
         found.num_blocks += len(markers)
         found.outcome_bytes += whole - without_rows
         whole = without_rows

@@ -102,22 +102,12 @@ def carry_over(
     kept_tars: tars at the beginning of the set that stay as they are.
     A process that ends in between leaves markers of another hash, which count as not done: more is done again.
     """
-    stages = read_manifest(folder)["stages"]
+    manifest = read_manifest(folder)
     _take_back(folder, blocks, kept_tars)
-    renamed = {"covariance": (stages["extract"]["hash"], hash_of("extract", inputs))}
-    for stage in (name for name in STAGES if name in stages):
-        entry, follows = stages[stage], dict(renamed.values())
-        new = (
-            dict(inputs)
-            if stage == "extract"
-            else {
-                name: follows.get(value, value) if isinstance(value, str) else value
-                for name, value in entry["inputs"].items()
-            }
-        )
-        renamed[stage] = (entry["hash"], hash_of(stage, new))
-        entry.update(inputs=new, hash=renamed[stage][1])
-    write_manifest(folder, {**read_manifest(folder), "stages": stages})
+    stages = followed(manifest["stages"], inputs)
+    renamed = {name: (manifest["stages"][name]["hash"], entry["hash"]) for name, entry in stages.items()}
+    renamed["covariance"] = renamed["extract"]
+    write_manifest(folder, {**manifest, "stages": stages})
     for name in (*BY_BLOCK, "shard"):
         if name in renamed:
             _rename_markers(folder, name, *renamed[name])
@@ -125,6 +115,21 @@ def carry_over(
         for number in range(kept_tars):
             tar = folder.shards / shard_name(stages["shard"]["inputs"]["config"]["split"], number)
             _rename_sidecar(tar, Ledger(folder.ledger("shard"), renamed["shard"][1]), number)
+
+
+def followed(stages: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries of a manifest with the hashes that follow from other `inputs` of extract."""
+    found: dict[str, dict[str, Any]] = {}
+    renamed: dict[str, str] = {}
+    for stage in (name for name in STAGES if name in stages):
+        entry = stages[stage]
+        new = {
+            name: renamed.get(value, value) if isinstance(value, str) else value
+            for name, value in (inputs if stage == "extract" else entry["inputs"]).items()
+        }
+        found[stage] = {**entry, "inputs": new, "hash": hash_of(stage, new)}
+        renamed[entry["hash"]] = found[stage]["hash"]
+    return found
 
 
 def _take_back(folder: BuildFolder, blocks: Collection[int], kept_tars: int) -> None:

@@ -87,6 +87,18 @@ def test_images_that_cannot_be_used_shift_the_shards_behind_them(tmp_path) -> No
     assert read_json(folder.shards / "index.json")["num_samples"] == 24
 
 
+def test_a_block_without_a_usable_image_leaves_nothing(tmp_path, monkeypatch) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=9)
+    for path in (photos / "circle").iterdir():
+        path.write_bytes(b"no picture")
+    plan = replace(PLAN, extract=replace(PLAN.extract, order="listed", block_rows=3))
+    folder = run(tmp_path / "one", photos, plan)
+    assert content(folder) == content(run(tmp_path / "stages", photos, plan, fused=False))
+    assert parts_left(folder) == []
+    monkeypatch.setattr(FuseStage, "run", None)  # nothing is done again
+    assert content(run(tmp_path / "one", photos, plan)) == content(folder)
+
+
 def test_a_stopped_run_goes_on_from_the_last_block(photos, staged, tmp_path, monkeypatch) -> None:
     run_unit, units = FuseStage.run, []
 
