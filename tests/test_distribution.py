@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documented import undocumented
 from tiny_pipeline import tiny_pipeline
 
 from trainer.distribution import (
@@ -66,6 +67,7 @@ def test_pictures_give_fid_and_inception_score() -> None:
     found = dict(pictures.metrics(Gaussian(np.full(3, 127.0), np.eye(3) * 80)))
     assert found["inception_score"] == pytest.approx(4.0)
     assert found["fid"] < 50
+    assert undocumented(found) == []
     assert "fid" not in dict(pictures.metrics(None))
 
 
@@ -92,6 +94,7 @@ def test_studies_write_files_and_yield_their_main_numbers(tmp_path: Path) -> Non
     ]
     assert len(early) == 2
     assert shares["alignment_2_flat"] == pytest.approx(np.mean(early))
+    assert undocumented([*edits, *shares]) == []
 
 
 def test_alignment_asks_for_the_method_it_is_about(tmp_path: Path) -> None:
@@ -124,6 +127,7 @@ def test_pictures_in_the_space_of_an_encoder() -> None:
     found = dict(picture_distances(seen(130, 400, 3), real, halves))
     # Equal covariances: the squared shift of 30 in each of three channels.
     assert found["frechet_pictures"] == pytest.approx(2700, rel=0.05)
+    assert undocumented(found) == []
     assert found["frechet_pictures_real"] < 10
     assert found["precision_pictures"] == 0.0
     assert found["recall_pictures_real"] > 0.8

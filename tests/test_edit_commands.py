@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documented import undocumented
 from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline, tiny_run
 from typer.testing import CliRunner
@@ -82,6 +83,7 @@ def test_edit_takes_a_region_from_another_trajectory(files: tuple[Path, Path], t
     assert rows[0]["lis"] is None
     assert rows[1]["lis"] == 0.0
     assert rows[3]["lis"] > 0
+    assert undocumented(rows[3]) == []
     back = call("edit", out, "--undo", 2, "--out", tmp_path / "back.safetensors")
     assert back["history"] == []
     assert torch.equal(Trajectory.load(tmp_path / "back.safetensors").levels, ours.levels)
@@ -167,6 +169,7 @@ def test_compare_writes_numbers_and_a_picture(files: tuple[Path, Path], tmp_path
     rows = call("compare", *files, "--level", 1, "--tokens", "0,0 0,1")
     assert rows[0]["lis"] is None
     assert rows[1]["feature_outside"] > 0
+    assert undocumented(rows[1]) == []
     with pytest.raises(UsageError, match="need --level"):
         CliRunner().invoke(app, ["compare", *map(str, files), "--tokens", "0,0"], catch_exceptions=False)
 
@@ -222,6 +225,7 @@ def test_sweep_has_baselines_and_intervals(run: Path, tmp_path: Path) -> None:
     ]
     found = call("sweep", run, *words)
     assert json.loads(out.read_text()) == found
+    assert undocumented([*found["rows"][0], *found["summary"][0]]) == []
     # seeds × (levels measured from 1, from 2) × strengths × arms
     assert len(found["rows"]) == 2 * (3 + 2) * 2 * 3
     by = {(row["level"], row["strength"], row["arm"], row["measured"]): row for row in found["summary"]}

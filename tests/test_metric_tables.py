@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 
+from documented import undocumented
 from rich.console import Console
 from tiny_pipeline import tiny_pipeline
 
@@ -30,6 +31,17 @@ def test_topics_have_tables_of_their_own_with_references_beside() -> None:
         "Other": [{"name": "of_a_plugin", "value": 9}],
     }
     assert "unedited" in next(topic.note for topic in tables if topic.title == "Edits")
+
+
+def test_a_name_that_the_page_of_metrics_lacks_is_found() -> None:
+    names = ["lis_0_12_low", "pmr_spatial_0_1_real", "added_bits_per_dim_step_3", "roughness_noise", "lis_a"]
+    assert undocumented([*names, "pmr_0", "_real", "gain_mean_mean", ""]) == [
+        "lis_a",
+        "pmr_0",
+        "_real",
+        "gain_mean_mean",
+        "",
+    ]
 
 
 def test_a_counter_on_a_terminal_and_a_line_now_and_then_elsewhere() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from documented import undocumented
 from fixture_shards import write_shards
 from PIL import Image
 
@@ -343,6 +344,7 @@ def test_sample_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_evaluate_then_report(run: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("evaluate", run, "--shards", shards, "--samples-per-class", 2, "--json") == 0
     values = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
+    assert undocumented(values) == []
     assert values["class_mean_chance"] == pytest.approx(1 / 3)
     assert values["class_mean_accuracy_real"] > 0.9  # the drawn classes lie 3 deviations apart
     assert values["flatness_real"] == pytest.approx(1, abs=1e-4)
