@@ -11,7 +11,7 @@ try:
     import typer
 
     from trainer import edit_commands, train_commands
-    from trainer.errors import TrainerError, UsageError
+    from trainer.errors import TrainerError, UsageError, explained
     from trainer.metric_tables import metric_tables
     from trainer.options import (
         A_TRAJECTORY,
@@ -78,7 +78,7 @@ def sample(
     numbers, names = parse_seeds(seeds), parse_formats(formats)
     chosen = parse_ending(ending)
     pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=chosen, shift=shift)
-    ids = [pipe.label_id(label.strip()) for label in labels.split(",")]
+    ids = pipe.label_ids(labels)
     pairs = [(label, seed) for label in ids for seed in numbers]
     strength = _strength(weak, weak_scale)
     drawn = pipe.stream([label for label, _ in pairs], [seed for _, seed in pairs], steps, guidance, strength)
@@ -100,7 +100,7 @@ def evaluate(
     run: Run,
     shards: Annotated[str, typer.Option(help="Shards of real images to compare with.")],
     samples_per_class: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 8,
-    max_real: Annotated[int, typer.Option(min=2, help="Real images read at most.")] = 10_000,
+    max_real: Annotated[int, typer.Option(min=4, help="Real images read at most.")] = 10_000,
     steps: Steps = 1,
     guidance: GuidanceScale = None,
     weak: Weak = None,
@@ -345,7 +345,7 @@ def main() -> NoReturn:
         stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        stderr.print(f"error: {explained(error)}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     sys.exit(0)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from hierarchy_builder.canvases.dct import DctBasis
@@ -126,8 +127,13 @@ def encoder_of(trajectory: Trajectory) -> Encode | None:
         return None
     basis = DctBasis.from_spec(spec)
 
+    side = trajectory.encoder.get("image_size_px")
+
     def encode(pictures: np.ndarray) -> np.ndarray:
-        return basis(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255).numpy()
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        if side is not None and tuple(images.shape[2:]) != (side, side):  # drawn by a pixel stage
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return basis(images).numpy()
 
     return encode
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from trainer.errors import TrainerError, UsageError
@@ -73,15 +72,16 @@ def prototype(vocabulary: str | Path, number: int, *, level: int = -1) -> Source
     """
     try:
         with np.load(vocabulary, allow_pickle=False) as content:
-            if not isinstance(content, NpzFile) or "centroids_0" not in content:
+            if "centroids_0" not in content:
                 raise ValueError("it holds no centroids_0; expected a vocabulary.npz of the builder")
             levels = sum(name.startswith("centroids_") for name in content)
             if not -levels <= level < levels:
                 raise UsageError(f"{vocabulary} has levels 0 to {levels - 1}, not {level}")
             centroids = content[f"centroids_{level % levels}"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        # numpy takes whatever is no npz for a pickle, and advises to load it as one
-        what = "it is no npz file" if "pickle" in str(error) else error
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # numpy takes whatever is no array for a pickle, and advises to load it as one
+        is_other = "pickle" in str(error) or isinstance(error, TypeError)
+        what = "it is no npz file" if is_other else error
         raise TrainerError(f"vocabulary {vocabulary} cannot be read: {what}") from None
     if not 0 <= number < len(centroids):
         raise UsageError(f"{vocabulary} has prototypes 0 to {len(centroids) - 1} on that level, not {number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from trainer.options import (
 )
 from trainer.printing import print_result, stderr, write_json
 from trainer.progress import shown_on, unseen
+from trainer.whole_files import whole_file
 
 TrajectoryFile = Annotated[
     Path,
@@ -81,7 +83,6 @@ def encode(
     else:
         own = photos.load_own_encoder(encoder)
         start = photos.start_from_photo(pipe, photo, own, label=label, seed=seed)  # type: ignore[arg-type]
-    out.parent.mkdir(parents=True, exist_ok=True)
     start.save(out)
     print_result({"file": str(out), "class": start.class_name, "origin": start.origin}, as_json)
 
@@ -185,7 +186,6 @@ def edit(
             "nothing to do: select tokens and say what becomes of them, or --resume, or --undo 1"
         )
     target = out or trajectory.with_name(f"{trajectory.stem}-edited.safetensors")
-    target.parent.mkdir(parents=True, exist_ok=True)
     after.save(target)
     rows = measure(reference, after, edited_tokens(after, before))
     if as_json:
@@ -224,8 +224,8 @@ def compare(
     selection = None if level is None else wanted.of(second, level)
     rows = room.compare(first, second, selection, encode=room.encoder_of(first))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        room.comparison_png(first, second).save(out)
+        with whole_file(out) as partial:
+            room.comparison_png(first, second).save(partial, "PNG")
         stderr.print(f"wrote {out}", markup=False, highlight=False)
     title = f"Change by level, of {after.name} against {before.name}"
     print_result(rows if as_json else room.by_measure(rows), as_json, title)
@@ -258,9 +258,9 @@ def sweep(
     from trainer.report_inputs import shown_labels
 
     pipe = load_pipeline(run, ema, decoder)
-    names = labels.split(",") if labels else shown_labels(pipe.model.config.num_classes)
+    ids = pipe.label_ids(labels) if labels else shown_labels(pipe.model.config.num_classes)
     config = room.SweepConfig(
-        labels=tuple(pipe.label_id(name.strip() if isinstance(name, str) else name) for name in names),
+        labels=tuple(ids),
         seeds=tuple(parse_seeds(seeds)),
         levels=None if levels is None else tuple(parse_seeds(levels, "levels")),
         strengths=_numbers(strengths),
@@ -298,6 +298,9 @@ def _split_regions(regions: list[int], from_region: int | None) -> tuple[tuple[i
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"strengths {text!r}, expected numbers separated by commas such as 0.5,1") from None
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise UsageError(f"strengths {text!r}, expected numbers separated by commas such as 0.5,1")
+    return numbers

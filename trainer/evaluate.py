@@ -109,7 +109,7 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
 
 
 def _crowd(pipe: TrajectoryPipeline) -> Crowd:
-    return Crowd(pipe.model.config.num_levels, pipe.model.config.in_channels)
+    return Crowd(pipe.drawn_levels, pipe.model.config.in_channels)
 
 
 class _Sampled:
@@ -178,12 +178,12 @@ class _Real:
             self.labels += [sample.label for sample in samples]
             if len(self.labels) <= FLATNESS_IMAGES:
                 self.canvases.append(canvases)
-            if pipe.model.config.num_levels > 1:
+            if pipe.drawn_levels > 1:
                 for sample in samples[: CONSISTENCY_IMAGES - len(self.shown)]:
                     self.shown.append(
                         _shown(pipe.from_features(sample.features, sample.regions, label=sample.label))
                     )
-            drawn = canvases[:, -pipe.model.config.num_levels :]
+            drawn = canvases[:, -pipe.drawn_levels :]
             self.crowd.add(drawn)
             for half, part in zip(self.halves, (drawn[::2], drawn[1::2]), strict=True):
                 half.add(part)

@@ -99,6 +99,12 @@ class NormalizingPipeline(TrajectoryPipeline):
             ending,
         )
 
+    @property
+    def drawn_levels(self) -> int:
+        """Levels of the trajectories it draws: one where the network is of tokens alone."""
+        config = self.model.config
+        return 1 if config.trajectory == "tokens" else config.num_levels
+
     def _sample(self, ids: list[int], seeds: list[int], how: dict[str, Any]) -> list[Trajectory]:
         asked = self._how(how["num_steps"], how["guidance"], how["weak_scale"])
         config, device = self.model.config, next(self.model.parameters()).device

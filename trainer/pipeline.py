@@ -26,7 +26,7 @@ from trainer.errors import MismatchError, UsageError
 from trainer.loading import average_of, best_device, decoder_for, fill, weights_note
 from trainer.model import TrajectoryTransformer
 from trainer.normalisation import RAW, Normaliser
-from trainer.sample import level_noise, sample_levels
+from trainer.sample import check_seed, level_noise, sample_levels
 from trainer.trajectory import Decoder, Trajectory
 
 __all__ = ["Decoder", "Trajectory", "TrajectoryPipeline"]
@@ -176,6 +176,21 @@ class TrajectoryPipeline:
             raise UsageError(f"label {number}, expected 0 to {last}")
         return number
 
+    def label_ids(self, text: str) -> list[int]:
+        """Ids of a list of classes separated by commas, which names may hold too; see `label_id` for errors."""
+        parts, ids = text.split(","), []
+        while parts:
+            tried = (",".join(parts[:count]).strip() for count in range(len(parts), 0, -1))
+            known = next((name for name in tried if name in self.class_names), None)
+            ids.append(self.label_id(parts[0].strip() if known is None else known))
+            del parts[: 1 if known is None else known.count(",") + 1]
+        return ids
+
+    @property
+    def drawn_levels(self) -> int:
+        """Levels of the trajectories it draws."""
+        return self.model.config.num_levels
+
     def from_features(
         self,
         features: np.ndarray | Tensor,
@@ -189,8 +204,9 @@ class TrajectoryPipeline:
 
         features: float [H, W, C] of the model's encoder. regions: integer [L−1, H, W]; None finds them by the recipe
         of the paper. label, seed: class and noise that levels drawn later get. origin: where it comes from, plain data.
-        Raises MismatchError if features or regions do not fit the model, UsageError for an unknown label.
+        Raises MismatchError if features or regions do not fit the model, UsageError for an unknown label or seed.
         """
+        check_seed(seed)
         config, label_id = self.model.config, self.label_id(label)
         tokens = torch.as_tensor(features).float()
         if tuple(tokens.shape) != (expected := (*config.grid, config.in_channels)):

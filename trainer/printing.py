@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from trainer.whole_files import write_bytes
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -48,12 +49,8 @@ def _print_heading(title: str, note: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write plain data to a file that is whole or absent; its folder is made, NaN is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    partial.write_text(
-        json.dumps(without_nan(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    text = json.dumps(without_nan(content), indent=1, ensure_ascii=False)
+    write_bytes(path, f"{text}\n".encode())
 
 
 def without_nan(content: Any) -> Any:

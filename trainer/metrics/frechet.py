@@ -90,8 +90,11 @@ def read_reference(path: str | Path) -> Gaussian:
                 raise ValueError(f"holds {content.files}, expected mu and sigma, or ref_mu and ref_sigma")
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"shapes {mean.shape} and {covariance.shape}, expected [F] and [F, F]")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise TrainerError(f"reference statistics {path}: {error}") from None
+    except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # numpy takes whatever is no array for a pickle, and advises to load it as one
+        is_other = "pickle" in str(error) or isinstance(error, TypeError)
+        what = "it is no npz file" if is_other else error
+        raise TrainerError(f"reference statistics {path}: {what}") from None
     return Gaussian(mean, covariance)
 
 
