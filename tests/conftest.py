@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -17,6 +18,9 @@ if (
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 import pytest
+import torch
+from fixture_shards import write_shards
+from pictures import write_tree
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -27,6 +31,41 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"reference data not found at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors as small as those of tests only lose by more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished shard folder that tests only read."""
+    return str(write_shards(tmp_path_factory.mktemp("shards") / "plain"))
+
+
+@pytest.fixture(scope="session")
+def picture_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same samples with their pictures."""
+    return str(write_shards(tmp_path_factory.mktemp("shards") / "pictures", pictures=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 drawn photographs of three classes; not to be changed."""
+    return write_tree(tmp_path_factory.mktemp("photos"), per_class=6)
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tiny_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The BuildFolder of `tiny_builds.PLAN` over them, every stage done; not to be changed."""
+    import tiny_builds  # loads every room of the builder, which most tests do without
+
+    return tiny_builds.make(tmp_path_factory.mktemp("in-process") / "build", tiny_photos)
 
 
 BROWSER_ARGUMENTS = [

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 CLASSES = ("circle", "square", "stripes")
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray | Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    """The bytes of a file of that format."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
 
 
 def draw_picture(class_name: str, seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:

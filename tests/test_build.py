@@ -1,12 +1,11 @@
 """Images → shards with real stores, tars and Ray: the same bytes however they are made, and every refusal."""
 
-import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import CLASSES, write_tree
+from tiny_builds import PLAN, digests, session
 
 from hierarchy_builder import build as steps
 from hierarchy_builder import extraction, stores
@@ -25,51 +24,23 @@ from hierarchy_builder.units import progress_of
 from hierarchy_builder.verify import find_problems
 from hierarchy_builder.workers import Workers, _gpus_per_worker, map_units, shutdown
 
-PLAN = steps.BuildPlan(
-    extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),
-    hierarchy=HierarchyRecipe.paper(),
-    vocabulary=VocabularyConfig(sizes=(2, 5), sampled_tokens=2000, iterations=4),
-    shard=ShardConfig(samples_per_shard=5, images=True, covariance=True),
-)
 
-
-def session(workers: int = 0, fresh: bool = False) -> steps.Session:
-    return steps.Session(workers=Workers(count=workers), reporter=Reporter(quiet=True), fresh=fresh)
-
-
-def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    return write_tree(tmp_path_factory.mktemp("photos"), per_class=6)
-
-
-@pytest.fixture(scope="module")
-def built(photos, tmp_path_factory) -> BuildFolder:
-    folder = BuildFolder(tmp_path_factory.mktemp("in-process") / "build")
-    steps.build(folder, str(photos), PLAN, session())
-    return folder
-
-
-def test_every_artefact_is_there_and_in_order(built) -> None:
-    assert list(find_problems(built)) == []
-    names = {path.name for path in built.shards.iterdir()}
+def test_every_artefact_is_there_and_in_order(tiny_build) -> None:
+    assert list(find_problems(tiny_build)) == []
+    names = {path.name for path in tiny_build.shards.iterdir()}
     assert {f"train-{n:06d}.tar" for n in range(4)} <= names
     assert {"index.json", "class_map.json", "statistics.npz", "README.md", "_SUCCESS"} <= names
-    table = read_index(built.index)
+    table = read_index(tiny_build.index)
     assert set(table.column("status").to_pylist()) == {"ok"}
     assert set(table.column("width").to_pylist()) == {96}
 
 
-def test_samples_hold_what_the_stores_hold(built) -> None:
-    keys = read_index(built.index).column("key").to_pylist()
+def test_samples_hold_what_the_stores_hold(tiny_build) -> None:
+    keys = read_index(tiny_build.index).column("key").to_pylist()
     block = Block(number=0, start=0, stop=len(keys))
-    features = stores.read_block(built.features, "features", block)
-    regions = stores.read_block(built.regions, "regions", block)
-    samples = [sample for tar in sorted(built.shards.glob("*.tar")) for sample in read_shard(tar)]
+    features = stores.read_block(tiny_build.features, "features", block)
+    regions = stores.read_block(tiny_build.regions, "regions", block)
+    samples = [sample for tar in sorted(tiny_build.shards.glob("*.tar")) for sample in read_shard(tar)]
     assert [sample.key for sample in samples] == keys
     for row, sample in enumerate(samples):
         np.testing.assert_array_equal(sample.features, features[row])
@@ -81,34 +52,34 @@ def test_samples_hold_what_the_stores_hold(built) -> None:
         assert max(sample.metadata["part_prototypes"]) < 5
 
 
-def test_statistics_are_those_of_the_features(built) -> None:
-    features = stores.read_block(built.features, "features", Block(number=0, start=0, stop=18)).astype(
+def test_statistics_are_those_of_the_features(tiny_build) -> None:
+    features = stores.read_block(tiny_build.features, "features", Block(number=0, start=0, stop=18)).astype(
         np.float64
     )
-    with np.load(built.shards / "statistics.npz", allow_pickle=False) as stored:
+    with np.load(tiny_build.shards / "statistics.npz", allow_pickle=False) as stored:
         np.testing.assert_allclose(stored["mean"], features.mean(axis=0), atol=1e-12)
         np.testing.assert_allclose(stored["variance"], features.var(axis=0), atol=1e-10)
         np.testing.assert_allclose(stored["channel_variance"], features.var(axis=(0, 1, 2)), atol=1e-10)
 
 
-def test_rerunning_changes_no_byte(built, photos) -> None:
-    before = digests(built.root)
-    summaries = steps.build(built, str(photos), PLAN, session())
+def test_rerunning_changes_no_byte(tiny_build, tiny_photos) -> None:
+    before = digests(tiny_build.root)
+    summaries = steps.build(tiny_build, str(tiny_photos), PLAN, session())
     assert [summary.new_images for summary in summaries] == [0, 0, 0, 0, 0]
-    assert digests(built.root) == before
+    assert digests(tiny_build.root) == before
 
 
 @pytest.mark.timeout(180)
-def test_ray_makes_the_same_bytes(built, photos, tmp_path) -> None:
+def test_ray_makes_the_same_bytes(tiny_build, tiny_photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     try:
-        steps.build(folder, str(photos), PLAN, session(workers=2))
+        steps.build(folder, str(tiny_photos), PLAN, session(workers=2))
     finally:
         shutdown()
     assert list(find_problems(folder)) == []
-    assert digests(folder.shards) == digests(built.shards)
+    assert digests(folder.shards) == digests(tiny_build.shards)
     for name in ("index.parquet", "vocabulary.npz"):
-        assert (folder.root / name).read_bytes() == (built.root / name).read_bytes()
+        assert (folder.root / name).read_bytes() == (tiny_build.root / name).read_bytes()
 
 
 class _Interrupted:
@@ -131,7 +102,9 @@ class _Interrupted:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_interrupted_build_resumes_to_the_same_bytes(built, photos, tmp_path, monkeypatch, number) -> None:
+def test_interrupted_build_resumes_to_the_same_bytes(
+    tiny_build, tiny_photos, tmp_path, monkeypatch, number
+) -> None:
     folder = BuildFolder(tmp_path / "build")
 
     def dying(load, *arguments, **options):
@@ -141,41 +114,41 @@ def test_interrupted_build_resumes_to_the_same_bytes(built, photos, tmp_path, mo
         with monkeypatch.context() as patched:
             patched.setattr("hierarchy_builder.session.map_units", dying)
             with pytest.raises(KeyboardInterrupt):
-                steps.build(folder, str(photos), PLAN, session())
+                steps.build(folder, str(tiny_photos), PLAN, session())
         stage = next(row for row in progress_of(folder) if row["state"] == "unfinished")["stage"]
         if stage == "extract":
-            steps.extract(folder, str(photos), PLAN.extract, session())
+            steps.extract(folder, str(tiny_photos), PLAN.extract, session())
         elif stage == "cluster":
             steps.cluster(folder, PLAN.hierarchy, session())
         elif stage == "link":
             steps.link(folder, session())
         else:
-            steps.build(folder, str(photos), PLAN, session())
-    for tar in sorted(built.shards.glob("*.tar")):
+            steps.build(folder, str(tiny_photos), PLAN, session())
+    for tar in sorted(tiny_build.shards.glob("*.tar")):
         assert (folder.shards / tar.name).read_bytes() == tar.read_bytes()
 
 
-def test_another_configuration_is_refused_and_named(built, photos) -> None:
+def test_another_configuration_is_refused_and_named(tiny_build, tiny_photos) -> None:
     recipe = HierarchyRecipe(cuts=(0.5, 0.2))
     with pytest.raises(
         ConfigMismatchError, match=r"config\.cuts: \[0\.65, 0\.35\] there, \[0\.5, 0\.2\] now"
     ):
-        steps.cluster(built, recipe, session())
+        steps.cluster(tiny_build, recipe, session())
     with pytest.raises(ConfigMismatchError, match=r"samples_per_shard: 5 there, 7 now"):
-        steps.shard(built, ShardConfig(samples_per_shard=7, images=True), session())
+        steps.shard(tiny_build, ShardConfig(samples_per_shard=7, images=True), session())
 
 
-def test_precision_is_settled_when_a_build_begins(photos, tmp_path, monkeypatch) -> None:
+def test_precision_is_settled_when_a_build_begins(tiny_photos, tmp_path, monkeypatch) -> None:
     folder = BuildFolder(tmp_path / "build")
     for there_is_a_gpu in (True, False):  # the second run goes on without one, in the same arithmetic
         monkeypatch.setattr(extraction, "has_gpu", lambda workers, answer=there_is_a_gpu: answer)
-        steps.extract(folder, str(photos), PLAN.extract, session())
+        steps.extract(folder, str(tiny_photos), PLAN.extract, session())
         assert stage_entry(folder, "extract")["inputs"]["config"]["precision"] == "bfloat16"
-    steps.extract(folder, str(photos), PLAN.extract, session(fresh=True))
+    steps.extract(folder, str(tiny_photos), PLAN.extract, session(fresh=True))
     assert stage_entry(folder, "extract")["inputs"]["config"]["precision"] == "float32"
 
 
-def test_changed_listing_is_refused(photos, tmp_path) -> None:
+def test_changed_listing_is_refused(tiny_photos, tmp_path) -> None:
     tree = write_tree(tmp_path / "photos", per_class=2)
     folder = BuildFolder(tmp_path / "build")
     steps.extract(folder, str(tree), PLAN.extract, session())
@@ -220,21 +193,21 @@ def test_bad_images_are_skipped_counted_and_capped(tmp_path) -> None:
     assert list(find_problems(folder)) == []
 
 
-def test_stage_before_must_be_finished(tmp_path, photos) -> None:
+def test_stage_before_must_be_finished(tmp_path, tiny_photos) -> None:
     folder = BuildFolder(tmp_path / "build")
-    steps.extract(folder, str(photos), PLAN.extract, session())
+    steps.extract(folder, str(tiny_photos), PLAN.extract, session())
     folder.ledger("extract").joinpath("000001.json").unlink()
     with pytest.raises(BuilderError, match=r"extract has done 2 of 3 units: run `hierarchy-builder extract"):
         steps.cluster(folder, PLAN.hierarchy, session())
 
 
 @pytest.mark.parametrize("cuts", [(), (0.5,), (0.8, 0.6, 0.4, 0.2)])
-def test_any_number_of_levels(tmp_path, photos, cuts) -> None:
+def test_any_number_of_levels(tmp_path, tiny_photos, cuts) -> None:
     folder = BuildFolder(tmp_path / "build")
     plan = steps.BuildPlan(
         extract=PLAN.extract, hierarchy=HierarchyRecipe(cuts=cuts), shard=ShardConfig(canvases=True)
     )
-    steps.build(folder, str(photos), plan, session())
+    steps.build(folder, str(tiny_photos), plan, session())
     index = json.loads((folder.shards / "index.json").read_text())
     assert index["num_levels"] == len(cuts) + 2
     sample = next(iter(read_shard(folder.shards / "train-000000.tar")))
@@ -259,42 +232,28 @@ def test_dinov2_with_random_weights_runs_the_whole_path(tmp_path) -> None:
     np.testing.assert_allclose(tokens.std(axis=-1), 1, atol=1e-2)
 
 
-def test_shard_bytes_decides_the_count(built, photos, tmp_path) -> None:
+def test_shard_bytes_decides_the_count(tiny_build, tiny_photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     plan = steps.BuildPlan(
         extract=PLAN.extract, hierarchy=PLAN.hierarchy, shard=ShardConfig(shard_bytes=150_000)
     )
-    steps.build(folder, str(photos), plan, session())
+    steps.build(folder, str(tiny_photos), plan, session())
     sizes = [tar.stat().st_size for tar in sorted(folder.shards.glob("*.tar"))]
     assert len(sizes) > 2
     assert max(sizes) <= 150_000 + 10_240
 
 
-def test_report_shows_photos_and_decoded_levels(built, tmp_path) -> None:
-    page = write_report(built, tmp_path / "report.html", limit=6).read_text()
+def test_report_shows_photos_and_decoded_levels(tiny_build, tmp_path) -> None:
+    page = write_report(tiny_build, tmp_path / "report.html", limit=6).read_text()
     assert page.count("data:image") >= 6 * 3
     for class_name in CLASSES:
         assert class_name in page
 
 
-def test_lost_tars_and_stores_are_made_again(built, photos, tmp_path) -> None:
+def test_a_block_without_a_usable_image_is_passed_over(tiny_photos, tmp_path) -> None:
     import shutil
 
-    folder = BuildFolder(tmp_path / "build")
-    shutil.copytree(built.root, folder.root)
-    before = digests(folder.shards, "*.tar")
-    shutil.rmtree(folder.regions)
-    (folder.shards / "train-000001.tar").unlink()
-    (folder.shards / "train-000002.tar").write_bytes(b"cut")
-    steps.build(folder, str(photos), PLAN, session())
-    assert digests(folder.shards, "*.tar") == before
-    assert list(find_problems(folder)) == []
-
-
-def test_a_block_without_a_usable_image_is_passed_over(photos, tmp_path) -> None:
-    import shutil
-
-    source = shutil.copytree(photos, tmp_path / "photos")
+    source = shutil.copytree(tiny_photos, tmp_path / "photos")
     for path in sorted((source / CLASSES[0]).iterdir()):
         path.write_bytes(b"no picture")
     folder = BuildFolder(tmp_path / "build")
@@ -305,12 +264,12 @@ def test_a_block_without_a_usable_image_is_passed_over(photos, tmp_path) -> None
     assert list(find_problems(folder)) == []
 
 
-def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(built, photos, tmp_path) -> None:
+def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(tiny_build, tiny_photos, tmp_path) -> None:
     import shutil
 
     folder = BuildFolder(tmp_path / "build")
-    shutil.copytree(built.root, folder.root)
-    steps.extract(folder, str(photos), PLAN.extract, session(fresh=True))
+    shutil.copytree(tiny_build.root, folder.root)
+    steps.extract(folder, str(tiny_photos), PLAN.extract, session(fresh=True))
     steps.cluster(folder, PLAN.hierarchy, session())
     shards = steps.shard(folder, PLAN.shard, session())
     with pytest.raises(BuilderError, match="lower sizes"):
@@ -322,10 +281,10 @@ def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(built, photos, tmp_pa
         steps.shard(folder, PLAN.shard, session())
 
 
-def test_a_photograph_that_went_missing_is_named(photos, tmp_path) -> None:
+def test_a_photograph_that_went_missing_is_named(tiny_photos, tmp_path) -> None:
     import shutil
 
-    source = shutil.copytree(photos, tmp_path / "photos")
+    source = shutil.copytree(tiny_photos, tmp_path / "photos")
     folder = BuildFolder(tmp_path / "build")
     steps.extract(folder, str(source), PLAN.extract, session())
     steps.cluster(folder, PLAN.hierarchy, session())
@@ -335,64 +294,10 @@ def test_a_photograph_that_went_missing_is_named(photos, tmp_path) -> None:
     assert not list(folder.shards.glob("*.tmp-*"))
 
 
-def test_verify_compares_what_stands_beside_the_tars(built, tmp_path) -> None:
-    import shutil
-
-    folder = BuildFolder(tmp_path / "copy")
-    shutil.copytree(built.root, folder.root)
-    (folder.shards / "class_map.json").write_text('{"circle": 0}')
-    (folder.shards / "statistics.npz").write_bytes(b"junk")
-    with (folder.shards / "index.json").open("a") as file:
-        file.write(" ")
-    problems = "\n".join(find_problems(folder))
-    assert "class_map.json is not the class map of the build" in problems
-    assert "statistics.npz is damaged" in problems
-    assert "index.json was changed after the set was finished" in problems
-    (folder.shards / "index.json").write_text("{}")
-    assert "index.json has no __kind__, code_version" in "\n".join(find_problems(folder))
-
-
-def test_verify_finds_planted_damage(built, tmp_path) -> None:
-    import shutil
-
-    folder = BuildFolder(tmp_path / "copy")
-    shutil.copytree(built.root, folder.root)
-    tar = folder.shards / "train-000001.tar"
-    content = bytearray(tar.read_bytes())
-    content[len(content) // 2] ^= 1
-    tar.write_bytes(content)
-    (folder.shards / "train-000002.tar").unlink()
-    chunk = next(path for path in (folder.regions / "regions" / "c").rglob("*") if path.is_file())
-    chunk.write_bytes(chunk.read_bytes()[:-9])
-    problems = "\n".join(find_problems(folder))
-    assert "train-000001.tar: sha256" in problems
-    assert "train-000002.tar is missing" in problems
-    assert "regions.zarr, block" in problems
-
-
-def test_verify_reads_merge_trees_and_prototypes(built, tmp_path) -> None:
-    import shutil
-
-    folder = BuildFolder(tmp_path / "copy")
-    shutil.copytree(built.root, folder.root)
-    for chunk in (folder.regions / "merges" / "c").rglob("*"):
-        if chunk.is_file():
-            chunk.write_bytes(chunk.read_bytes()[:-9])
-    second = Block(number=1, start=8, stop=16)
-    prototypes = stores.read_block(folder.regions, "prototypes", second)
-    stores.write_block(folder.regions, second, {"prototypes": np.full_like(prototypes, 5)})
-    problems = list(find_problems(folder))
-    assert len([line for line in problems if "merges" in line]) == 3
-    assert [line for line in problems if "block 1: prototypes of 5 or more" in line]
-    assert [line for line in problems if "block 1: prototypes without a distance" in line]
-    assert [line for line in problems if "block 1: prototypes are not those that were written" in line]
-    assert len(problems) == 6
-
-
-def test_no_workers_means_this_process_whatever_the_address(photos, tmp_path) -> None:
+def test_no_workers_means_this_process_whatever_the_address(tiny_photos, tmp_path) -> None:
     workers = Workers(count=0, address="127.0.0.1:1")
     here = steps.Session(workers=workers, reporter=Reporter(quiet=True))
-    assert steps.extract(BuildFolder(tmp_path), str(photos), PLAN.extract, here).new_images == 18
+    assert steps.extract(BuildFolder(tmp_path), str(tiny_photos), PLAN.extract, here).new_images == 18
 
 
 @pytest.mark.parametrize(
@@ -444,12 +349,12 @@ def row() -> TokenEncoder:
 
 @pytest.mark.parametrize(("maker", "grid"), [("row", (1, 6)), ("wide", (3, 10))])
 @pytest.mark.parametrize("recipe", [HierarchyRecipe.paper(), HierarchyRecipe.stable()])
-def test_odd_grids_go_all_the_way(photos, tmp_path, maker, grid, recipe) -> None:
+def test_odd_grids_go_all_the_way(tiny_photos, tmp_path, maker, grid, recipe) -> None:
     folder = BuildFolder(tmp_path / "build")
     plan = steps.BuildPlan(
         extract=ExtractConfig(encoder=f"test_build:{maker}"), hierarchy=recipe, shard=ShardConfig()
     )
-    steps.build(folder, str(photos), plan, session())
+    steps.build(folder, str(tiny_photos), plan, session())
     assert list(find_problems(folder)) == []
     recut(folder, (0.9, 0.6, 0.1), session())
     steps.shard(folder, ShardConfig(), session(fresh=True))

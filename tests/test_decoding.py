@@ -1,0 +1,173 @@
+"""Decoding and cropping: every odd picture, turned upright, in RGB, cut as the release cuts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import NOISE, encoded
+from PIL import Image
+
+from hierarchy_builder.decoding import crop_square, decode_image
+from hierarchy_builder.errors import ImageError
+from hierarchy_builder.images import open_source
+
+
+def reason(data: bytes, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, **options)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_cut_file_is_truncated_never_half_a_picture(image_format: str) -> None:
+    data = encoded(NOISE, image_format)
+    image, facts = decode_image(data)
+    assert (image.mode, image.size) == ("RGB", (60, 40))
+    assert (facts.width, facts.height, facts.frames, facts.orientation) == (60, 40, 1, 1)
+    for share in (0.4, 0.7, 0.95):
+        assert reason(data[: int(len(data) * share)]) == "truncated"
+
+
+def test_what_is_no_picture_is_named() -> None:
+    assert reason(b"") == "empty"
+    assert reason(b"<html>moved</html>") == "not_an_image"
+
+
+def test_size_is_checked_before_pixels_are_read() -> None:
+    data = encoded(NOISE)
+    assert reason(data[:60], max_pixels=2399) == "too_large"
+    assert decode_image(data, max_pixels=2400)[1].width == 60
+    bomb = bytearray(encoded(Image.new("1", (1, 1)), "BMP"))
+    bomb[18:26] = (60_000).to_bytes(4, "little") * 2
+    assert reason(bytes(bomb)) == "too_large"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["JPEG", "TIFF", "PNG"])
+def test_exif_orientation_is_applied(orientation: int, image_format: str) -> None:
+    # Two columns and one row of 16 px squares, upright: red left, blue right.
+    upright = Image.fromarray(
+        np.repeat(np.repeat(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8), 16, 0), 16, 1)
+    )
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's Transpose that stores it so
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image, facts = decode_image(encoded(stored, image_format, exif=exif))
+    assert facts.orientation == orientation
+    assert (facts.width, facts.height) == image.size == (32, 16)
+    red, blue = image.getpixel((4, 8)), image.getpixel((27, 8))
+    assert red[0] > 200 > 60 > red[2]
+    assert blue[2] > 200 > 60 > blue[0]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_or_foolish_exif_does_not_spoil_a_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 99
+    assert decode_image(encoded(NOISE, "JPEG", exif=exif))[1].orientation == 1
+    assert decode_image(encoded(NOISE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"))[1].orientation == 1
+
+
+def test_transparency_is_matted_on_white() -> None:
+    hidden = np.zeros((2, 2, 4), np.uint8)
+    hidden[..., 1] = 200
+    hidden[0, 0, 3] = 255
+    for image_format in ("PNG", "WEBP"):
+        image = np.asarray(decode_image(encoded(hidden, image_format, lossless=True))[0])
+        assert image[0, 0].tolist() == [0, 200, 0]
+        assert image[1, 1].tolist() == [255, 255, 255]
+    grey = np.stack([np.full((2, 2), 90, np.uint8), np.full((2, 2), 128, np.uint8)], -1)
+    assert np.asarray(decode_image(encoded(Image.fromarray(grey, "LA")))[0])[0, 0].tolist() == [172] * 3
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    image = np.asarray(decode_image(encoded(palette, transparency=1))[0])
+    assert image.tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "LAB"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    rgb = Image.fromarray(np.full((8, 8, 3), 255, np.uint8))
+    image, facts = decode_image(encoded(rgb.convert(mode), "TIFF"))
+    assert facts.mode == mode
+    assert np.asarray(image).min() >= 250
+
+
+def test_cmyk_jpeg_is_not_inverted() -> None:
+    red = Image.fromarray(np.full((16, 16, 3), (220, 20, 20), np.uint8)).convert("CMYK")
+    assert np.allclose(np.asarray(decode_image(encoded(red, "JPEG"))[0]), (220, 20, 20), atol=6)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_divided_by_256(image_format: str) -> None:
+    ramp = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    image, facts = decode_image(encoded(Image.fromarray(ramp), image_format))
+    assert facts.mode == "I;16"
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_deep_pictures_are_scaled_by_their_range() -> None:
+    def grey(values: list[float], dtype: type) -> list[int]:
+        image = Image.fromarray(np.array([values], dtype))
+        return np.asarray(decode_image(encoded(image, "TIFF"))[0])[0, :, 0].tolist()
+
+    assert grey([0.0, 0.5, 1.0], np.float32) == [0, 128, 255]
+    assert grey([0.0, 7.0, 200.0], np.float32) == [0, 7, 200]
+    assert grey([-1.0, 0.0, 1.0], np.float32) == [0, 128, 255]
+    assert grey([0, 256, 65535], np.int32) == [0, 1, 255]
+    assert grey([0, 70_000, 140_000], np.int32) == [0, 128, 255]
+    assert grey([5.0, 5.0], np.float32) == [5, 5]
+    assert reason(encoded(Image.fromarray(np.array([[np.nan, 1]], np.float32)), "TIFF")) == "corrupt"
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(image_format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
+    image, facts = decode_image(data)
+    assert facts.frames == 3
+    assert np.allclose(np.asarray(image), (255, 0, 0), atol=4)
+
+
+def test_content_decides_not_the_name(tmp_path: Path) -> None:
+    (tmp_path / "really_png.jpg").write_bytes(encoded(NOISE, "PNG"))
+    source = open_source(str(tmp_path))
+    assert np.array_equal(np.asarray(decode_image(source.read(source.records[0].path))[0]), NOISE)
+
+
+# Cropping
+
+
+def test_crop_is_the_release_preprocessing() -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (333, 500, 3), dtype=np.uint8))
+    resized = image.resize((224 * 500 // 333, 224), Image.Resampling.BICUBIC)
+    left = round((resized.width - 224) / 2)
+    expected = np.asarray(resized)[:, left : left + 224]
+    assert np.array_equal(crop_square(image, 224), expected)
+    tall = image.transpose(Image.Transpose.TRANSPOSE)
+    turned = crop_square(tall, 224).transpose(1, 0, 2).astype(int)
+    # The two passes of the filter round, and clamp, in another order.
+    assert np.abs(turned - expected).mean() < 0.5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9999), (9999, 1), (3, 5000), (224, 224), (223, 225), (2, 3)])
+def test_every_size_gives_a_square(size: tuple[int, int]) -> None:
+    square = crop_square(Image.new("RGB", size, (10, 20, 30)), 224)
+    assert (square.shape, square.dtype) == ((224, 224, 3), np.uint8)
+    assert np.array_equal(square[0, 0], (10, 20, 30))
+    assert square.std(axis=(0, 1)).max() == 0
+
+
+def test_a_strip_shows_its_middle() -> None:
+    strip = np.zeros((4, 400, 3), np.uint8)
+    strip[:, 198:202] = 255
+    square = crop_square(Image.fromarray(strip), 64)
+    assert square[32, 32].min() == 255
+    assert square.mean() > 240
+
+
+def test_real_photographs_decode(shared: Path) -> None:
+    source = open_source(str(shared / "data/imagenet-one-per-class"))
+    assert len(source.records) == len(source.class_map) == 1000
+    modes = {decode_image(source.read(r.path))[1].mode for r in source.records[::50]}
+    assert modes <= {"RGB", "L", "CMYK"}

@@ -1,0 +1,72 @@
+"""Damage planted in a build: verify names it, and building again mends what is lost."""
+
+import shutil
+
+import numpy as np
+from tiny_builds import PLAN, digests, session
+
+from hierarchy_builder import build as steps
+from hierarchy_builder import stores
+from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.records import Block
+from hierarchy_builder.verify import find_problems
+
+
+def test_verify_compares_what_stands_beside_the_tars(tiny_build, tmp_path) -> None:
+    folder = BuildFolder(tmp_path / "copy")
+    shutil.copytree(tiny_build.root, folder.root)
+    (folder.shards / "class_map.json").write_text('{"circle": 0}')
+    (folder.shards / "statistics.npz").write_bytes(b"junk")
+    with (folder.shards / "index.json").open("a") as file:
+        file.write(" ")
+    problems = "\n".join(find_problems(folder))
+    assert "class_map.json is not the class map of the build" in problems
+    assert "statistics.npz is damaged" in problems
+    assert "index.json was changed after the set was finished" in problems
+    (folder.shards / "index.json").write_text("{}")
+    assert "index.json has no __kind__, code_version" in "\n".join(find_problems(folder))
+
+
+def test_verify_finds_planted_damage(tiny_build, tmp_path) -> None:
+    folder = BuildFolder(tmp_path / "copy")
+    shutil.copytree(tiny_build.root, folder.root)
+    tar = folder.shards / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 1
+    tar.write_bytes(content)
+    (folder.shards / "train-000002.tar").unlink()
+    chunk = next(path for path in (folder.regions / "regions" / "c").rglob("*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    problems = "\n".join(find_problems(folder))
+    assert "train-000001.tar: sha256" in problems
+    assert "train-000002.tar is missing" in problems
+    assert "regions.zarr, block" in problems
+
+
+def test_verify_reads_merge_trees_and_prototypes(tiny_build, tmp_path) -> None:
+    folder = BuildFolder(tmp_path / "copy")
+    shutil.copytree(tiny_build.root, folder.root)
+    for chunk in (folder.regions / "merges" / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(chunk.read_bytes()[:-9])
+    second = Block(number=1, start=8, stop=16)
+    prototypes = stores.read_block(folder.regions, "prototypes", second)
+    stores.write_block(folder.regions, second, {"prototypes": np.full_like(prototypes, 5)})
+    problems = list(find_problems(folder))
+    assert len([line for line in problems if "merges" in line]) == 3
+    assert [line for line in problems if "block 1: prototypes of 5 or more" in line]
+    assert [line for line in problems if "block 1: prototypes without a distance" in line]
+    assert [line for line in problems if "block 1: prototypes are not those that were written" in line]
+    assert len(problems) == 6
+
+
+def test_lost_tars_and_stores_are_made_again(tiny_build, tiny_photos, tmp_path) -> None:
+    folder = BuildFolder(tmp_path / "build")
+    shutil.copytree(tiny_build.root, folder.root)
+    before = digests(folder.shards, "*.tar")
+    shutil.rmtree(folder.regions)
+    (folder.shards / "train-000001.tar").unlink()
+    (folder.shards / "train-000002.tar").write_bytes(b"cut")
+    steps.build(folder, str(tiny_photos), PLAN, session())
+    assert digests(folder.shards, "*.tar") == before
+    assert list(find_problems(folder)) == []
