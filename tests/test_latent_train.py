@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import pytest
 import torch
 from fixture_shards import GRID, NUM_LEVELS, WIDTH, write_shards
 from PIL import Image
+from tiny_runs import LATENT as TINY
 
 from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
 from trainer import cli, dispatch
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
-from trainer.latent_config import LatentMethodConfig, LatentModelConfig, LatentOptimConfig, LatentTrainConfig
+from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
 from trainer.latent_pipeline import LatentPipeline, PixelStage, latents_of, load_pixel_stage
 from trainer.log import read_metrics
 from trainer.normalisation import Normaliser
@@ -29,45 +29,13 @@ from trainer.report_inputs import run_page
 from trainer.run_kinds import ALL_PRESETS, config_of, preset_of
 from trainer.shards import open_index
 
-TINY = LatentTrainConfig(
-    preset="test",
-    model=LatentModelConfig(
-        patch_px=2,
-        width=16,
-        depth=2,
-        num_heads=2,
-        pixel_bottleneck=8,
-        latent_bottleneck=8,
-        num_class_tokens=1,
-        class_tokens_at=1,
-        expert_depth=1,
-        expert_width=16,
-    ),
-    optim=LatentOptimConfig(lr=3e-3, warmup_images=16, ema_halflives_kimg=(0.05,)),
-    total_images=64,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=32,
-    sample_images=None,
-    keep_checkpoints=9,
-    log_images=8,
-    tensorboard=False,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = dataclasses.replace(TINY, pixel_stage=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_shards(tmp_path_factory.mktemp("data") / "shards", pictures=True))
+def shards(picture_shards: str) -> str:
+    return picture_shards
 
 
 @pytest.fixture(scope="module")

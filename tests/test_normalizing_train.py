@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from documented import undocumented
 from fixture_shards import NUM_LEVELS, write_shards
+from tiny_runs import FLOW, before_step
+from tiny_runs import NORMALIZING as TINY
 from typer.testing import CliRunner
 
 from hierarchy_builder.canvases import level_canvases
@@ -19,15 +21,13 @@ from trainer import checkpoint as saved
 from trainer import normalizing_train as room
 from trainer import train as trajectory_train
 from trainer.cli import app
-from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.config import OptimConfig
 from trainer.dispatch import load_pipeline
 from trainer.errors import MismatchError, NonFiniteLossError, UsageError
 from trainer.likelihood import likelihood, measure
 from trainer.log import read_metrics
 from trainer.normalizing_config import (
     NormalizingMethodConfig,
-    NormalizingModelConfig,
-    NormalizingOptimConfig,
     NormalizingTrainConfig,
 )
 from trainer.normalizing_pipeline import NormalizingPipeline
@@ -35,41 +35,13 @@ from trainer.reader import ShardReader
 from trainer.run_kinds import config_of, preset_of
 from trainer.shards import open_index
 
-TINY = NormalizingTrainConfig(
-    preset="test",
-    model=NormalizingModelConfig(
-        width=16, depth=1, num_heads=2, num_class_tokens=1, flow_width=16, flow_depth=1, flow_heads=2
-    ),
-    optim=NormalizingOptimConfig(lr=2e-3, ema_halflives_kimg=(0.05,)),
-    total_images=32,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=16,
-    keep_checkpoints=9,
-    log_images=8,
-    sample_images=None,
-    tensorboard=False,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
 RUNNER = CliRunner()
 
 
 def tiny(trajectory: str = "tokens", **fields: Any) -> NormalizingTrainConfig:
     model = dataclasses.replace(TINY.model, trajectory=trajectory)
     return dataclasses.replace(TINY, model=model, **fields)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_shards(tmp_path_factory.mktemp("data") / "shards"))
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +57,8 @@ def runs(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture(scope="module")
 def flow_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of Trajectory Forcing."""
-    model = ModelConfig(
-        width=16,
-        depth=2,
-        head_depth=1,
-        num_heads=2,
-        num_class_tokens=1,
-        num_time_tokens=1,
-        num_level_tokens=1,
-    )
-    config = TrainConfig(
-        preset="test", model=model, optim=OptimConfig(ema_halflives_kimg=(0.05,)), total_images=16, batch_size=8,
-        normalise="channel", loader_workers=0, sample_images=None, tensorboard=False,
-    )  # fmt: skip
+    optim = OptimConfig(ema_halflives_kimg=(0.05,))
+    config = dataclasses.replace(FLOW, optim=optim, total_images=16, normalise="channel")
     out = tmp_path_factory.mktemp("flow") / "run"
     trajectory_train.train(config, shards, str(out), quiet=True)
     return out
@@ -240,6 +201,7 @@ def test_likelihoods_do_not_depend_on_neighbours(shards: str, runs: dict[str, Pa
         np.testing.assert_allclose(alone.bits, images[3].bits, rtol=1e-4, atol=1e-3)
         dims = 4 * 4 * 3
         named = dict(rows)
+        assert undocumented(named) == []
         assert named["bits_per_dim"] == pytest.approx(
             np.mean([i.bits.mean(axis=(0, 1)).sum() for i in images]) / dims, rel=1e-5
         )
@@ -284,10 +246,44 @@ def test_a_density_that_is_not_finite_names_image_and_seed(shards: str, runs: di
         likelihood(pipe, open_index(shards), max_real=2)
 
 
+def test_a_log_determinant_that_is_not_finite_stops_the_run(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+
+    def damage(loop: Any, batch: Any) -> None:
+        keys.extend(batch.keys)
+        with torch.no_grad():  # the second half of the channels are log scales
+            loop.model.transporter.blocks[0].out.bias.chunk(2)[1].fill_(torch.nan)
+
+    before_step(monkeypatch, 2, damage)
+    with pytest.raises(NonFiniteLossError, match=r"step 2, seed 0: loss nan.* log_det nan") as caught:
+        room.train(tiny(), shards, str(tmp_path), quiet=True)
+    assert f"features finite; samples of this rank: {', '.join(keys)}. " in str(caught.value)
+    assert [folder.name for folder in saved.list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
 def test_presets_and_methods() -> None:
     assert preset_of(None, "normalizing-trajectory").preset == "NTM-B"
     with pytest.raises(UsageError, match="is of normalizing-trajectory"):
         preset_of("NTM-L", "latent-forcing")
+
+
+def test_a_run_of_tokens_is_evaluated(shards: str, runs: dict[str, Path]) -> None:
+    words = [
+        "evaluate",
+        str(runs["tokens"]),
+        "--shards",
+        shards,
+        "--samples-per-class",
+        "2",
+        "--max-real",
+        "8",
+    ]
+    done = RUNNER.invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    names = {row["name"] for row in json.loads(done.stdout)}
+    assert "class_mean_accuracy" in names
 
 
 def test_verbs(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:

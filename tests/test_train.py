@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +17,21 @@ import pytest
 import torch
 import yaml
 from fixture_shards import write_shards
+from tiny_runs import FLOW as TINY
+from tiny_runs import assert_same_state, signal_at, tensors_of
 
 from trainer import checkpoint as saved
 from trainer import train as room
-from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.errors import InterruptedRunError, MismatchError, NonFiniteLossError, TrainerError, UsageError
 from trainer.log import read_metrics
 from trainer.stream import Batch
 
-TINY = TrainConfig(
-    preset="test",
-    model=ModelConfig(
-        width=16,
-        depth=2,
-        head_depth=1,
-        num_heads=2,
-        num_class_tokens=1,
-        num_time_tokens=1,
-        num_level_tokens=1,
-    ),
-    optim=OptimConfig(ema_halflives_kimg=(0.05, 1.0)),
-    total_images=64,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=32,
-    keep_checkpoints=9,
-    log_images=8,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**fields: Any) -> TrainConfig:
     return dataclasses.replace(TINY, **fields)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_shards(tmp_path_factory.mktemp("data") / "shards"))
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +40,6 @@ def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     room.train(TINY, shards, str(out), quiet=True)
     return out
-
-
-def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = saved.checkpoint_folder(run, step)
-    return {
-        f"{path.stem}/{name}": tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in saved.load_tensors(path).items()
-    }
-
-
-def assert_same_state(a: Path, b: Path, step: int) -> None:
-    mine, other = tensors_of(a, step), tensors_of(b, step)
-    assert mine.keys() == other.keys()
-    assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
@@ -264,17 +218,6 @@ def test_ctrl_c_stops_after_a_checkpoint(
         room.train(TINY, shards, str(tmp_path), quiet=True)
     assert saved.latest_checkpoint(tmp_path) == saved.checkpoint_folder(tmp_path, 3)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def signal_at(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int) -> None:
-    backward = room._Run._backward
-
-    def raising(self: Any, *arguments: Any) -> torch.Tensor:
-        if self.step == step:
-            os.kill(os.getpid(), number)
-        return backward(self, *arguments)
-
-    monkeypatch.setattr(room._Run, "_backward", raising)
 
 
 def test_nonfinite_sample_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 import torch
 from fixture_shards import GRID, add_member, reindex, write_shards
 from safetensors.torch import load_file, save_file
-from test_train import assert_same_state, tensors_of
+from tiny_runs import DECODER as SMALL
+from tiny_runs import assert_same_state, tensors_of
 from typer.testing import CliRunner
 
 from trainer import checkpoint as saved
@@ -28,38 +28,16 @@ from trainer.metrics.reconstruction import reconstruction
 from trainer.shards import open_index
 from trainer.stream import StreamPlan
 
-SMALL = DecoderConfig(
-    size="tiny",
-    patch_size=4,
-    total_images=48,
-    batch_size=8,
-    lr=1e-3,
-    noise=0.3,
-    ema_halflife_kimg=0.02,
-    loader_workers=0,
-    checkpoint_images=24,
-    sample_images=None,
-    log_images=8,
-    held_out_shards=1,
-    tensorboard=False,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**fields: Any) -> DecoderConfig:
     return dataclasses.replace(SMALL, **fields)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_shards(tmp_path_factory.mktemp("data") / "shards", pictures=True))
+def shards(picture_shards: str) -> str:
+    return picture_shards
 
 
 @pytest.fixture(scope="module")
