@@ -27,6 +27,7 @@ from hierarchy_builder.shards import read_shard
 from hierarchy_builder.space import later_bytes
 from hierarchy_builder.verify import find_problems
 from hierarchy_builder.workers import Workers
+from pipelines.build import app as pipelines_app
 from trainer.picture_stream import PictureDataset
 from trainer.shards import open_index
 from trainer.stream import StreamPlan
@@ -201,6 +202,8 @@ def test_the_flag_reaches_every_verb(photos: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "build")
     words = [str(photos), "--out", out, "--encoder", "patch_means:PatchMeans", "--max-bad-fraction", "0.5"]
     assert isinstance(command("build", *words, "--image-px", "64").exception, UsageError)
+    job = CliRunner().invoke(pipelines_app, [*words[:3], "--image-px", "64"])
+    assert isinstance(job.exception, UsageError)
     assert not (tmp_path / "build").exists()
     foretold = command("plan", *words, "--images", "--image-px", "64")
     assert foretold.exit_code == 0
