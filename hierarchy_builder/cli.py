@@ -31,6 +31,7 @@ try:
         stdout,
     )
     from hierarchy_builder.errors import UsageError
+    from hierarchy_builder.wording import counted
 except KeyboardInterrupt:  # Ctrl-C while they load; later ones are typer's
     raise SystemExit(130) from None
 
@@ -296,7 +297,7 @@ def repair(
     if as_json:
         print_json({"mended": [dataclasses.asdict(damage) for damage in mended]})
     else:
-        stdout.print(f"{folder}: {len(mended)} problems mended", highlight=False)
+        stdout.print(f"{folder}: {counted(len(mended), 'problem')} mended", highlight=False)
 
 
 for verb in (

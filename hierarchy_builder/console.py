@@ -65,9 +65,11 @@ def print_stages(summaries: Sequence[Any], as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
+    from hierarchy_builder.canvases.gallery import show_value  # loads torch
+
     table = Table("stage", "images", "new", "seconds", "images/s", "bytes", "notes")
     for row in rows:
-        notes = ", ".join(f"{name} {value}" for name, value in row["notes"].items())
+        notes = escape(show_value(row["notes"])) if row["notes"] else ""
         rate = f"{row['images_per_second']:.1f}" if row["new_images"] else "-"
         table.add_row(
             row["stage"],

@@ -26,6 +26,7 @@ from hierarchy_builder.session import Session, StageSummary, do_units
 from hierarchy_builder.space import check_space, extract_bytes
 from hierarchy_builder.stages import ExtractStage
 from hierarchy_builder.units import relative_source, stored_source
+from hierarchy_builder.wording import counted
 from hierarchy_builder.workers import has_gpu
 
 
@@ -85,7 +86,7 @@ def extract(
     }
     if retry_failed:
         again = reopen_failed(folder, records, images, inputs)
-        session.reporter.say(f"{again} images that could not be used are tried again")
+        session.reporter.say(f"tried again: {counted(again, 'image')} that could not be used")
     if accepts:
         session.reporter.say(f"{append(folder, records, inputs)} new images are appended")
     ledger = begin_stage(folder, "extract", inputs, facts, fresh=session.fresh)

@@ -18,6 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.wording import counted
 
 UNLABELLED = "unlabelled"
 """The one class of pictures that come without classes."""
@@ -165,11 +166,15 @@ def _from_tree(
     found = Listing([(prefix + p, p.split("/")[0], images[p]) for p in nested], sorted(used | folders))
     empty = [name for name in found.classes if name not in used]
     if empty:
-        found.warnings.append(f"{len(empty)} classes without images keep their ids: {', '.join(empty[:10])}")
+        found.warnings.append(
+            f"{counted(len(empty), 'class', 'classes')} without images, ids kept: {', '.join(empty[:10])}"
+        )
     if len(nested) < len(images):
-        found.warnings.append(f"{len(images) - len(nested)} images beside the class folders are left out")
+        found.warnings.append(
+            f"left out: {counted(len(images) - len(nested), 'image')} beside the class folders"
+        )
     if unnamable:
-        found.warnings.append(f"{len(unnamable)} images whose names are not UTF-8 are left out")
+        found.warnings.append(f"left out: {counted(len(unnamable), 'image')} with a name that is not UTF-8")
     return found
 
 
@@ -239,7 +244,9 @@ def _classes_of_rows(rows: list[tuple[str, ...]], found: Listing, source: str) -
             classes = {path: str(int(name)) for path, name in classes.items()}
             found.classes = list(found.ids)
     if len(classes) < len(rows):
-        found.warnings.append(f"{len(rows) - len(classes)} images are listed more than once, taken once")
+        found.warnings.append(
+            f"{counted(len(rows) - len(classes), 'image')} listed more than once, taken once"
+        )
     return classes
 
 

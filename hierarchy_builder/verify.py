@@ -27,6 +27,7 @@ from hierarchy_builder.records import Block, Status
 from hierarchy_builder.units import layout_of, spread_rows, stage_units, state_of
 from hierarchy_builder.verify_shards import check_shards
 from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary
+from hierarchy_builder.wording import counted
 
 SAMPLED_ROWS = 16
 """Rows of a block whose regions are cut again from their trees."""
@@ -230,7 +231,7 @@ def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[D
         regions, merges, flags = (arrays[name][usable] for name in ("regions", "merges", "flags"))
         violations = np.asarray(check_nesting(regions))
         if violations.any():
-            yield f"{int((violations > 0).sum())} images whose ids are not dense or not nested"
+            yield f"{counted(int((violations > 0).sum()), 'image')} with ids that are not dense or not nested"
             return
         some = spread_rows(len(regions), SAMPLED_ROWS)
         if not len(some):

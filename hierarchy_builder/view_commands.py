@@ -14,6 +14,7 @@ from hierarchy_builder import options as opt
 from hierarchy_builder.artefacts import BuildFolder
 from hierarchy_builder.console import print_json, print_table, stderr, stdout
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
+from hierarchy_builder.wording import counted
 
 
 def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
@@ -65,8 +66,8 @@ def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
             stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
     if problems:
         raise VerificationError(
-            f"{folder}: found {len(problems)} problems, expected none; run `hierarchy-builder repair {folder}`, "
-            "or start what is damaged over with --fresh"
+            f"{folder}: found {counted(len(problems), 'problem')}, expected none; "
+            f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
         )
     if not as_json:
         stdout.print(f"{folder}: everything is in order")

@@ -24,6 +24,7 @@ from hierarchy_builder.inspection import photo_reader, read_photo
 from hierarchy_builder.ledger import read_manifest, stage_entry
 from hierarchy_builder.units import finished_stage, stage_units
 from hierarchy_builder.vocabulary import NO_REGION, Vocabulary, load_vocabulary
+from hierarchy_builder.wording import counted
 
 Groups = dict[int, list[int]]
 """Finest prototypes by prototype of the coarsest level."""
@@ -185,7 +186,7 @@ def _strips(
     for k, found in chosen.items():
         strips[k] = Strip(
             title=" › ".join(map(str, _lineage(vocabulary, k))),
-            subtitle=f"{np.count_nonzero(parts.prototypes == k):,} parts",
+            subtitle=counted(int(np.count_nonzero(parts.prototypes == k)), "part"),
             pictures=[pictures[part] for part in found.tolist()],
             captions=[keys[row] for row in parts.rows[found].tolist()],
         )
@@ -228,8 +229,9 @@ def _sections(vocabulary: Vocabulary, uses: np.ndarray, strips: dict[int, list[S
     for group, rows in strips.items():
         mine = uses[ancestors == group]
         text = (
-            f"{mine.sum():,} parts carry one of {np.count_nonzero(mine):,} prototypes below prototype {group} of the "
-            f"coarsest level; {len(rows)} shown, named by the ids of their ancestors, coarse → fine."
+            f"{counted(int(mine.sum()), 'part')} with one of {counted(int((mine > 0).sum()), 'prototype')} below "
+            f"prototype {group} of the coarsest level; {len(rows)} shown, named by the ids of their ancestors, "
+            "coarse → fine."
         )
         yield Section(title=f"Group {group}", text=text, blocks=[Strips(strips=rows)])
 

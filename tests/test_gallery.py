@@ -301,6 +301,20 @@ def test_points_that_cannot_be_drawn_are_left_out() -> None:
     assert "No finite points" in draw(empty)
 
 
+@pytest.mark.parametrize("last", [1, 3, 9, 31, 9000])
+def test_ticks_of_whole_numbers_are_whole(last: int) -> None:
+    def ticks(x: list[float]) -> list[str]:
+        svg = draw(
+            Plot(title="inertia", x_label="iteration", series=[Series(name="a", x=x, y=[1.0] * len(x))])
+        )
+        return re.findall(r'class="tick middle"[^>]*>([^<]*)<', svg)
+
+    whole = ticks([0, 1, last])
+    assert len(whole) >= 2
+    assert not any("." in text for text in whole if not text.endswith("k"))
+    assert any("." in text for text in ticks([0, 0.5, 1]))
+
+
 def test_ticks_tell_apart_a_loss_that_moves_in_its_fifth_digit() -> None:
     series = Series(name="loss", x=[0, 1, 2], y=[0.99991, 0.99995, 0.99999])
     svg = draw(Plot(title="loss", x_label="step", series=[series]))

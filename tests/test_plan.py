@@ -93,7 +93,7 @@ def test_images_are_counted_by_class_and_sampled_for_damage(photos: Path, tmp_pa
     assert plan.num_images == 36
     assert plan.input_bytes == sum(path.stat().st_size for path in photos.rglob("*.png"))
     assert plan.unreadable == {"circle/000.png": "empty: the file has no bytes"}
-    assert plan.warnings == ("1 classes without images keep their ids: nothing",)
+    assert plan.warnings == ("1 class without images, ids kept: nothing",)
     tables = plan_tables(plan)
     assert {"class": "nothing", "images": 0} in tables["Classes"]
     assert tables["Unreadable"] == [{"path": "circle/000.png", "reason": "empty: the file has no bytes"}]
@@ -263,4 +263,4 @@ def test_retry_failed_on_the_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, [*words, "--retry-failed"])
     assert done.exit_code == 0, done.stderr
     assert [row["images"] for row in json.loads(done.stdout)] == [6, 6, 6]
-    assert "1 images that could not be used are tried again" in done.stderr
+    assert "tried again: 1 image that could not be used" in done.stderr

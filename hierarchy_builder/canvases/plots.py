@@ -120,7 +120,9 @@ def _axes(plot: Plot, x_range: tuple[float, float], y_range: tuple[float, float]
             Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y, y)
         )
         parts.append(Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(LEFT - 6, y + 4, text))
-    for value, text in _linear_ticks(*x_range, count=4):
+    xs = [x for series in plot.series for x in series.x]
+    are_whole = all(float(x).is_integer() for x in xs if math.isfinite(x))
+    for value, text in _linear_ticks(*x_range, count=4, are_whole=are_whole):
         x = _to_x(value, x_range)
         parts.append(
             Markup('<text class="tick middle" x="{}" y="{}">{}</text>').format(x, HEIGHT - BOTTOM + 16, text)
@@ -157,11 +159,12 @@ def _to_y(value: float, y_range: tuple[float, float]) -> float:
     return round(TOP + (HEIGHT - TOP - BOTTOM) * (y_range[1] - value) / (y_range[1] - y_range[0]), 1)
 
 
-def _linear_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
-    """Round values within the range, about `count` of them and at least count − 1."""
-    least = 0.6 * (high - low) / count
+def _linear_ticks(low: float, high: float, count: int, are_whole: bool = False) -> list[tuple[float, str]]:
+    """Round values within the range, about `count` of them and at least count − 1; fewer where they are to be whole."""
+    least = max(0.6 * (high - low) / count, 1.0 if are_whole else 0.0)
     power = 10.0 ** math.floor(math.log10(least))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= least)
+    steps = (m * power for m in (1, 2, 2.5, 5, 10))
+    step = next(each for each in steps if each >= least and (each.is_integer() or not are_whole))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     # As many digits as tell two ticks apart, also where a loss only moves in its fifth digit.
     digits = max(4, math.ceil(math.log10(max(abs(low), abs(high)) / step)) + 1)

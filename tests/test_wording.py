@@ -1,0 +1,26 @@
+"""Numbers in sentences and in notes."""
+
+from __future__ import annotations
+
+import pytest
+
+from hierarchy_builder.console import print_stages
+from hierarchy_builder.session import StageSummary
+from hierarchy_builder.wording import counted
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2048)] == ["0 images", "1 image", "2,048 images"]
+    assert counted(1, "class", "classes") == "1 class"
+    assert counted(3, "class", "classes") == "3 classes"
+
+
+def test_notes_of_a_stage_are_rounded(capsys: pytest.CaptureFixture[str]) -> None:
+    notes = {"inertia": 0.123456789, "tokens": 12345}
+    print_stages(
+        [StageSummary(stage="vocabulary", images=1, new_images=0, seconds=1.0, num_bytes=9, notes=notes)],
+        False,
+    )
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "0.1235" in printed
+    assert "12,345" in printed
