@@ -56,6 +56,8 @@ def test_a_round_trip_is_exact(golden: Path, tmp_path: Path) -> None:  # noqa: F
     written = export_official(tmp_path / "run", tmp_path / "back")
     assert content(Path(written["file"])) == content(file)  # weights, averages, optimiser and step
     given, back = (json.loads((f / "config.json").read_text()) for f in (golden, tmp_path / "back"))
+    assert held["batch_size_from"].startswith("preset TF-B, as the file does not say")
+    assert back.pop("batch_size") == held["batch_size"] == 1024
     assert {name: back[name] for name in back} == {name: given[name] for name in back}
 
 
@@ -116,7 +118,9 @@ def test_a_trained_run_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFix
     model = load_checkpoint(written["file"], tmp_path / "theirs" / "config.json", ema=None)
     weights = saved.load_weights(saved.find_checkpoint(run), None)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert call("import-official", written["file"], "--out", tmp_path / "again") == 0
+    assert call("import-official", written["file"], "--out", tmp_path / "again", "--json") == 0
+    held = json.loads(capsys.readouterr().out)
+    assert (held["step"], held["images_seen"], held["batch_size_from"]) == (2, 16, "config.json")
     first, second = (saved.find_checkpoint(folder) for folder in (run, tmp_path / "again"))
     for name in (saved.OPTIMIZER, saved.MODEL, "ema-0.05.safetensors"):
         before, after = saved.load_tensors(first / name), saved.load_tensors(second / name)

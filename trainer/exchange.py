@@ -31,6 +31,8 @@ from trainer.run_folder import CONFIG
 from trainer.whole_files import write_bytes
 
 CONFIG_FILE = "config.json"
+BATCH_SIZE = "batch_size"
+"""A field of config.json that the release lacks: it counts steps, we count images."""
 METHOD_NAMES = {
     "time_mean": "P_mean",
     "time_std": "P_std",
@@ -83,6 +85,10 @@ def import_official(
         "run": str(out),
         "step": state.step,
         "images_seen": state.images_seen,
+        "batch_size": train_config.batch_size,
+        "batch_size_from": CONFIG_FILE
+        if BATCH_SIZE in given
+        else f"preset {train_config.preset}, as the file does not say; images_seen follows from it",
         "averages": halflives,
         "optimizer_step": max((group["step"] for group in state.optimizer), default=0),
     }
@@ -120,7 +126,10 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
             },
         },
     )
-    write_bytes(out / CONFIG_FILE, json.dumps(fields | {"ckpt_step": state.step}, indent=1).encode())
+    write_bytes(
+        out / CONFIG_FILE,
+        json.dumps(fields | {"ckpt_step": state.step, BATCH_SIZE: config.batch_size}, indent=1).encode(),
+    )
     return {"file": str(file), "step": state.step, "averages": halflives}
 
 
@@ -138,7 +147,10 @@ def _find_config(file: Path) -> Path:
 def _train_config(model: ModelConfig, given: Mapping[str, Any], halflives: list[str]) -> TrainConfig:
     """The configuration of the release that trained the file: a preset, with what its own configuration says."""
     letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
+    where = "configuration of the checkpoint"
     base = preset(f"TF-{letter[1]}" if letter else "TF-B")
+    size = {BATCH_SIZE: given.get(BATCH_SIZE, base.batch_size)}
+    base = checked(TrainConfig, to_mapping(base) | size, where)
     method: dict[str, Any] = {ours: given[theirs] for ours, theirs in METHOD_NAMES.items() if theirs in given}
     if not given.get("time_shift", True):
         method["time_shift"] = 1.0
@@ -147,7 +159,7 @@ def _train_config(model: ModelConfig, given: Mapping[str, Any], halflives: list[
     return dataclasses.replace(
         base,
         model=model,
-        method=checked(MethodConfig, to_mapping(base.method) | method, "configuration of the checkpoint"),
+        method=checked(MethodConfig, to_mapping(base.method) | method, where),
         optim=dataclasses.replace(base.optim, ema_halflives_kimg=tuple(map(float, halflives))),
     )
 
