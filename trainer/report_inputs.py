@@ -96,7 +96,7 @@ def run_page(
         "classes": len(state.shards["class_names"]),
     }
     page = training_page(
-        title=f"{method}: {state.config['preset']} on {num_images} images",
+        title=f"{method}: {state.config['preset']} on {num_images} image{'' if seen == 1 else 's'}",
         facts=facts,
         trajectories=trajectory_views(trajectories),
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder, normaliser),

@@ -121,7 +121,8 @@ class Workbench:
             self,
             source=take(trajectory.levels[selection.level], selection),
             taken=selection.mask,
-            taken_from=f"{how} of {selection.count} tokens of level {selection.level}, {trajectory.class_name}, "
+            taken_from=f"{how} of {selection.count} token{'' if selection.count == 1 else 's'} of level "
+            f"{selection.level}, {trajectory.class_name}, "
             f"seed {trajectory.seeds[selection.level]}",
         )
 
