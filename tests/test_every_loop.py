@@ -14,8 +14,9 @@ from tiny_runs import DECODER, FLOW, LATENT, NORMALIZING, assert_same_state, bef
 
 from trainer import checkpoint as saved
 from trainer import dispatch, train_decoder
-from trainer.errors import InterruptedRunError, NonFiniteLossError
+from trainer.errors import InterruptedRunError, NonFiniteLossError, TrainerError
 from trainer.loop import Loop
+from trainer.run_folder import locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
@@ -52,6 +53,12 @@ def test_a_signal_stops_after_a_checkpoint_that_goes_on(
     train(tmp_path / "cut")
     train(tmp_path / "whole")
     assert_same_state(tmp_path / "whole", tmp_path / "cut", 4)
+
+
+def test_a_folder_has_one_training_at_a_time(train: Train, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(TrainerError, match="being trained in by another process"):
+        train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_features_that_are_not_finite_are_named(

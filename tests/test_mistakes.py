@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fixture_shards import write_shards
 from PIL import Image
 from tiny_pipeline import tiny_pipeline, tiny_run
 
@@ -142,6 +144,14 @@ def test_strengths_that_are_none(run: Path, call: Call, strengths: str) -> None:
     assert f"strengths {strengths!r}, expected numbers" in error
 
 
+def test_samples_that_are_not_finite_are_not_written(run: Path, tmp_path: Path, call: Call) -> None:
+    words = ("--labels", "bee", "--seeds", "3", "--weak", run, "--ema", "raw", "--weak-scale", "1e39")
+    code, error = call("sample", run, *words, "--out", tmp_path / "samples")
+    assert code == 1
+    assert "levels of bee, seed 3, hold NaN or infinity: lower guidance" in error
+    assert not (tmp_path / "samples").exists()
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**20])
 def test_a_photograph_gets_a_seed_that_can_be_drawn(seed: int) -> None:
     features = np.zeros((6, 5, 48), np.float32)
@@ -169,6 +179,32 @@ def test_pictures_of_another_size_are_judged_by_the_same_encoder() -> None:
     tall = np.repeat(pictures, 2, axis=2)
     square = np.asarray([Image.fromarray(picture).resize((96, 96)) for picture in tall])
     assert encode(square[:, ::2, ::2]).shape == encode(square).shape
+
+
+def test_a_studio_needs_a_vocabulary_of_the_model(run: Path, tmp_path: Path, call: Call) -> None:
+    pytest.importorskip("gradio", reason="the extra `studio` is not installed")
+    np.savez(tmp_path / "other.npz", allow_pickle=False, centroids_0=np.zeros((5, 7)))
+    (tmp_path / "text").write_text("no vocabulary")
+    for name, expected, message in (
+        ("text", 1, "it is no npz file"),
+        ("other.npz", 5, "prototypes of 7 channels"),
+    ):
+        code, error = call("studio", run, "--vocabulary", tmp_path / name, "--folder", tmp_path / "studio")
+        assert code == expected
+        assert message in error
+
+
+def test_few_images_are_no_two_halves(run: Path, tmp_path: Path, call: Call) -> None:
+    shards = write_shards(tmp_path / "shards", num_samples=3)
+    index = json.loads((shards / "index.json").read_text())
+    other = tiny_run(tmp_path / "run")
+    (state,) = other.rglob("state.json")
+    content = json.loads(state.read_text())
+    index |= {"encoder": content["shards"]["encoder"], "grid": [6, 5], "width": 48}
+    (shards / "index.json").write_text(json.dumps(index))
+    code, error = call("evaluate", other, "--shards", shards)
+    assert code == 1
+    assert "holds 3 images, expected 4 or more" in error
 
 
 def test_what_the_system_says_comes_with_a_next_step() -> None:

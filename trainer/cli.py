@@ -274,7 +274,9 @@ def studio(
     host: Annotated[
         str, typer.Option(help="Address to serve on; others can reach it if it is not this one.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Port; by default the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65_535, help="Port; by default the first free one from 7860.")
+    ] = None,
     ema: Ema = "auto",
     decoder: DecoderFolder = None,
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.distribution import Crowd, Inception, Pictures, Points, distances, picture_distances, seen_by
-from trainer.errors import MismatchError
+from trainer.errors import MismatchError, TrainerError
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.metrics.frechet import Gaussian
@@ -28,6 +28,8 @@ FLATNESS_IMAGES = 256
 CONSISTENCY_IMAGES = 32
 """Samples, and real images, whose levels are held against each other; they are decoded too."""
 READ_TOGETHER = 64
+FEWEST = 4
+"""Real images: half of them still have a covariance."""
 
 
 def evaluate(
@@ -56,6 +58,11 @@ def evaluate(
     for them, or the model has no decoder.
     """
     check_fits(pipe, index)
+    if index.num_samples < FEWEST:
+        raise TrainerError(
+            f"{index.url} holds {index.num_samples} images, expected {FEWEST} or more: real images are halved, and "
+            "each half needs a spread"
+        )
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
     sampled = _Sampled(pipe, inception, space)

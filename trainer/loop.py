@@ -27,7 +27,7 @@ from trainer.errors import InterruptedRunError, NonFiniteLossError
 from trainer.loading import fill
 from trainer.log import RunLog
 from trainer.normalisation import RAW, Normaliser
-from trainer.run_folder import prepare_folder
+from trainer.run_folder import locked, prepare_folder
 from trainer.shards import ShardIndex
 from trainer.stopping import CTRL_C, OTHER_STOP, StopRequest
 from trainer.stream import StreamPlan, batch_loader
@@ -86,7 +86,8 @@ class Loop(ABC):
         if origin is not None:
             self._restore(origin)
         if self.world.is_main:
-            prepare_folder(self.out, self.config, self.index, self.step)
+            with locked(self.out):
+                prepare_folder(self.out, self.config, self.index, self.step)
         self.world.barrier()
 
     @abstractmethod
@@ -134,7 +135,8 @@ class Loop(ABC):
             self.dataset, batches, config.loader_workers, pin_memory=self.world.device.type == "cuda"
         )
         folder = saved.latest_checkpoint(self.out)
-        with self._opened_log() as log:
+        lock = locked(self.out) if self.world.is_main else nullcontext()
+        with lock, self._opened_log() as log:
             began = now = time.monotonic()
             for batch in loader:
                 time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)

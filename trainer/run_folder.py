@@ -7,7 +7,11 @@ metrics.jsonl   see `trainer.log`
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,24 @@ from trainer.shards import ShardIndex
 from trainer.whole_files import write_bytes
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for one writer; a second one raises TrainerError at once. Freed by the kernel on exit."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainerError(
+                f"{run} is being trained in by another process: wait for it, or choose another --out"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield
 
 
 def find_origin(out: Path, resume: str) -> Path | None:

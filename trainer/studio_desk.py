@@ -9,7 +9,8 @@ from typing import Any
 import gradio as gr
 
 from trainer.board import draw_board
-from trainer.errors import TrainerError
+from trainer.edit import prototype
+from trainer.errors import MismatchError, TrainerError
 from trainer.pipeline import TrajectoryPipeline
 from trainer.studio_files import StudioFolder
 from trainer.workbench import Workbench, history_lines
@@ -35,6 +36,8 @@ class Desk:
         self.pipe = pipe
         self.folder = folder
         self.vocabulary = vocabulary
+        if vocabulary is not None:
+            _check_vocabulary(vocabulary, pipe)
         self.levels = list(range(pipe.model.config.num_levels))
         names = pipe.class_names or [str(number) for number in range(pipe.model.config.num_classes)]
         self.bench = gr.State(Workbench())
@@ -100,3 +103,13 @@ def _state_line(bench: Workbench) -> str:
     if bench.taken_from:
         parts.append(f"taken: {bench.taken_from}")
     return " · ".join(parts)
+
+
+def _check_vocabulary(vocabulary: Path, pipe: TrajectoryPipeline) -> None:
+    """Raise what `prototype` raises, and MismatchError for prototypes of other features, before anything is served."""
+    width = prototype(vocabulary, 0).features.shape[1]
+    if width != pipe.model.config.in_channels:
+        raise MismatchError(
+            f"vocabulary {vocabulary} has prototypes of {width} channels, the model's features "
+            f"{pipe.model.config.in_channels}: give one of the same encoder"
+        )

@@ -65,6 +65,13 @@ class Trajectory:
     sampler: Callable[[Trajectory, int, tuple[int, ...]], Tensor] | None = None
     """(trajectory, level, seeds of all levels) → canvases after that level; of the pipeline, not saved."""
 
+    def __post_init__(self) -> None:
+        if not self.levels.isfinite().all():
+            raise TrainerError(
+                f"levels of {self.class_name}, seed {self.seeds[-1]}, hold NaN or infinity: lower guidance or the "
+                "strength of an edit, or use another checkpoint"
+            )
+
     @property
     def num_levels(self) -> int:
         """L."""
