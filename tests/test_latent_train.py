@@ -19,15 +19,19 @@ from tiny_runs import LATENT as TINY
 from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
 from trainer import cli, dispatch
+from trainer.board import draw_board
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
 from trainer.latent_pipeline import LatentPipeline, PixelStage, latents_of, load_pixel_stage
 from trainer.log import read_metrics
 from trainer.normalisation import Normaliser
+from trainer.photos import start_from_shards
 from trainer.report_inputs import run_page
 from trainer.run_kinds import ALL_PRESETS, config_of, preset_of
 from trainer.shards import open_index
+from trainer.trajectory import Trajectory
+from trainer.workbench import Workbench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = dataclasses.replace(TINY, pixel_stage=True)
@@ -114,6 +118,23 @@ def test_an_image_depends_on_its_label_and_seed_alone(run: Path) -> None:
     assert pictures.shape == (1, 8, 8, 3)
     assert np.abs(pictures.astype(int) - together[1].decode()).max() <= 1
     assert (pictures != pipe("cat", 6, num_steps=3).decode()).any()
+
+
+def test_tokens_alone_are_looked_at_and_edited(run: Path, shards: str, tmp_path: Path) -> None:
+    pipe, index = dispatch.load_pipeline(run), open_index(shards)
+    photo = start_from_shards(pipe, index, 0)
+    assert photo.num_levels == pipe.drawn_levels == 1
+    drawn = pipe("ant", 1, num_steps=2)
+    ids = drawn.regions()
+    assert ids.shape == (1, *drawn.grid)
+    assert len(ids.unique()) > 1
+    assert draw_board(drawn).num_levels == 1
+    bench = Workbench().open(photo).click(0, 1, 1).take().open(drawn).click(0, 2, 2).apply_features()
+    bench.current().save(tmp_path / "edited.safetensors")
+    edited = pipe.adopt(Trajectory.load(tmp_path / "edited.safetensors")).resume(0)
+    assert torch.equal(edited.levels[0, 2, 2], photo.levels[0, 1, 1])
+    assert edited.levels.ne(drawn.levels).any(dim=-1).sum() == 1
+    assert edited.region(int(ids[0, 0, 0]), level=0).count >= 1
 
 
 def test_levels_are_drawn_one_after_the_other_and_resumed(levels_run: Path, tmp_path: Path) -> None:

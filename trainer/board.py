@@ -73,7 +73,8 @@ def _cells(trajectory: Trajectory, like: Trajectory) -> tuple[tuple[np.ndarray, 
     decoded = trajectory.decode() if trajectory.can_decode else None
     palette = shared_palette([like.levels[-1].numpy()])
     views = latent_views(trajectory.levels.numpy(), decoded, palette)
-    colours = hierarchy_colours(trajectory.regions()[:-1].numpy())
+    count = trajectory.num_levels
+    colours = hierarchy_colours(trajectory.regions()[: max(1, count - 1)].numpy())[-count:]
     return tuple(tuple(map(_cell, layers)) for layers in (colours, *(view.layers for view in views)))
 
 

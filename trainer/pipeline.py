@@ -203,7 +203,8 @@ class TrajectoryPipeline:
         """A trajectory that starts from a photograph: its hierarchy in place of sampled levels, to edit and resume.
 
         features: float [H, W, C] of the model's encoder. regions: integer [L−1, H, W]; None finds them by the recipe
-        of the paper. label, seed: class and noise that levels drawn later get. origin: where it comes from, plain data.
+        of the paper; a model that draws tokens alone takes any. label, seed: class and noise that levels drawn later
+        get. origin: where it comes from, plain data.
         Raises MismatchError if features or regions do not fit the model, UsageError for an unknown label or seed.
         """
         check_seed(seed)
@@ -216,9 +217,12 @@ class TrajectoryPipeline:
             )
         found = build_hierarchy(tokens[None]).regions[0] if regions is None else regions
         ids = torch.as_tensor(found)
-        if tuple(ids.shape) != (config.num_levels - 1, *config.grid):
+        expected = (self.drawn_levels - 1, *config.grid)
+        if self.drawn_levels == 1:
+            ids = ids[:0]
+        if tuple(ids.shape) != expected:
             raise MismatchError(
-                f"regions have shape {tuple(ids.shape)}, the model has levels {(config.num_levels - 1, *config.grid)}: "
+                f"regions have shape {tuple(ids.shape)}, the model has levels {expected}: "
                 "pass regions of the recipe it was trained with"
             )
         levels = self.normaliser.to("cpu").teacher_canvases(tokens[None], ids[None])[0]
@@ -230,7 +234,7 @@ class TrajectoryPipeline:
         Raises MismatchError if its levels are not the model's, or other weights drew them.
         """
         config = self.model.config
-        expected = (config.num_levels, *config.grid, config.in_channels)
+        expected = (self.drawn_levels, *config.grid, config.in_channels)
         if tuple(trajectory.levels.shape) != expected:
             raise MismatchError(
                 f"levels have shape {tuple(trajectory.levels.shape)}, the model draws {expected}"

@@ -38,7 +38,7 @@ class Desk:
         self.vocabulary = vocabulary
         if vocabulary is not None:
             _check_vocabulary(vocabulary, pipe)
-        self.levels = list(range(pipe.model.config.num_levels))
+        self.levels = list(range(pipe.drawn_levels))
         names = pipe.class_names or [str(number) for number in range(pipe.model.config.num_classes)]
         self.bench = gr.State(Workbench())
         self.status = gr.Markdown(WELCOME, elem_id="status", render=False)

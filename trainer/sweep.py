@@ -74,7 +74,7 @@ def sweep(
     An edit that cannot be made, such as growing a region that is the whole canvas, gives no rows.
     Raises UsageError for levels or a kind there are none of.
     """
-    num_levels, num_classes = pipe.model.config.num_levels, pipe.model.config.num_classes
+    num_levels, num_classes = pipe.drawn_levels, pipe.model.config.num_classes
     levels = tuple(range(num_levels)) if config.levels is None else config.levels
     if wrong := [level for level in levels if not 0 <= level < num_levels]:
         raise UsageError(f"level {wrong[0]}, expected 0 to {num_levels - 1}")

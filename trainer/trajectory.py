@@ -126,8 +126,11 @@ class Trajectory:
     def regions(self) -> Tensor:
         """Region ids found in the canvases, uint8 [L, H, W]; the last level repeats those before it.
 
-        See `trainer.regions.extract_regions`; tokens of the last level are no regions of their own.
+        See `trainer.regions.extract_regions`; tokens of the last level are no regions of their own. Tokens without any
+        level before them are divided as parts would be.
         """
+        if self.num_levels == 1:
+            return extract_regions(self.levels.expand(3, -1, -1, -1))[-1:]
         found = extract_regions(self.levels)
         return torch.cat([found, found[-1:]])
 
