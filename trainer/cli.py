@@ -154,11 +154,11 @@ def evaluate(
     pipe = load_pipeline(
         run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=ending_name, shift=shift
     )
+    follow = _follow(as_json or quiet)
     if likelihood:
-        _print_metrics(_measured(run, pipe, index, max_real, steps, ema), as_json)
+        _print_metrics(_measured(run, pipe, index, max_real, steps, ema, follow), as_json)
         return
     strength = _strength(weak, weak_scale)
-    follow = _follow(as_json or quiet)
     measured = measure(
         pipe,
         index,
@@ -352,14 +352,16 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _measured(run: Path, pipe: Any, index: Any, max_real: int, steps: int, ema: str) -> list[dict[str, Any]]:
+def _measured(
+    run: Path, pipe: Any, index: Any, max_real: int, steps: int, ema: str, follow: Follow
+) -> list[dict[str, Any]]:
     """Rows of `evaluate --likelihood`, kept in RUN with the bits of every image."""
     from trainer.evaluate import check_fits
     from trainer.likelihood import likelihood
     from trainer.likelihood_page import write_likelihood
 
     check_fits(pipe, index)
-    metrics, images = likelihood(pipe, index, max_real, steps)
+    metrics, images = likelihood(pipe, index, max_real, steps, follow)
     rows = [{"name": name, "value": value} for name, value in metrics]
     setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": steps, "ema": ema}
     write_likelihood(run, setup, rows, images)

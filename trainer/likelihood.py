@@ -29,6 +29,7 @@ from trainer.chains import chain_entropy, posterior
 from trainer.errors import NonFiniteLossError, UsageError
 from trainer.methods.normalizing_trajectory import HALF_LOG_2PI, Chain, build_chain, transitions
 from trainer.normalizing_pipeline import NormalizingPipeline
+from trainer.progress import Follow, unseen
 from trainer.reader import ShardReader
 from trainer.sample import level_noise
 from trainer.schedules import mixed_seed
@@ -112,7 +113,7 @@ def measure(
 
 
 def likelihood(
-    pipe: Any, index: ShardIndex, max_real: int = 10_000, num_steps: int = 1
+    pipe: Any, index: ShardIndex, max_real: int = 10_000, num_steps: int = 1, follow: Follow = unseen
 ) -> tuple[list[tuple[str, float]], list[Measured]]:
     """(name, value) of each metric, means over at most `max_real` images spread evenly, and what they are means of.
 
@@ -121,7 +122,7 @@ def likelihood(
     for the same with its noise: of the training statistics for tokens, and of each level's own over these images for a
     hierarchy. added_bits_per_dim: see above, of a whole chain and all levels per number of one canvas; all also by
     level, added bits of noise chains also by transition, clean → noisy. noise: deviation of the noise on what is
-    measured, in units of normalised features.
+    measured, in units of normalised features. follow: shows how far it is.
     Raises UsageError for a run of another method.
     """
     if not isinstance(pipe, NormalizingPipeline):
@@ -129,7 +130,7 @@ def likelihood(
             "likelihoods are exact for runs of normalizing-trajectory only: leave out --likelihood"
         )
     chosen = np.linspace(0, index.num_samples - 1, min(max_real, index.num_samples)).astype(int).tolist()
-    images = list(measure(pipe, index, chosen, num_steps))
+    images = list(follow(measure(pipe, index, chosen, num_steps), "measuring", len(chosen)))
     config, dims = pipe.model.config, math.prod(pipe.model.config.grid) * pipe.model.config.in_channels
     bits = np.stack([image.bits.sum(axis=(2, 3)) for image in images]).mean(axis=0) / dims
     added = np.stack([image.added.sum(axis=(2, 3)) for image in images]).mean(axis=0) / dims
