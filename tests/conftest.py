@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: reference data beside the checkout, quiet libraries, few threads."""
+"""Fixtures shared by the tests: reference data beside the checkout, quiet libraries, few threads, no chance."""
 
 import atexit
 import os
@@ -17,11 +17,14 @@ if (
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
+import hypothesis
 import pytest
 import torch
 from fixture_shards import write_shards
 from pictures import write_tree
 
+hypothesis.settings.register_profile("same-every-time", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same-every-time")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -76,7 +76,7 @@ def test_the_region_is_the_encoders_and_the_pixels_are_pillows(
     )
     expected = np.asarray(photo.resize((out_px, out_px), Image.Resampling.BICUBIC, box=box), np.int64)
     found = crop_square(photo, size_px, out_px=out_px)
-    assert np.abs(found - expected).max() <= 1  # a weight may fall on the other side of a half
+    assert np.abs(found - expected).max() <= 2  # Pillow keeps a box in float32, and rounds in both passes
     assert np.array_equal(crop_square(photo, size_px, out_px=size_px), crop_square(photo, size_px))
 
 
