@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,23 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.workers import QUIET, Workers
 
 CLUSTER = Path(__file__).resolve().parents[1] / "pipelines" / "cluster"
+
+
+def test_no_cluster_at_the_address_is_said(tmp_path) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=1)
+    job = subprocess.run(
+        [
+            *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job", "--encoder", "dct"),
+            *("--address", "auto"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "NO_COLOR": "1", "RAY_ADDRESS": ""},
+    )
+    assert job.returncode == 1
+    assert "no Ray cluster answers at 'auto'" in job.stderr
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 @pytest.fixture
@@ -64,23 +82,6 @@ def test_job_on_two_nodes_makes_the_bytes_of_one_process(two_nodes, tmp_path) ->
     assert len(tars) == 3
     for name in tars:
         assert (tmp_path / "job" / "shards" / name).read_bytes() == (alone.shards / name).read_bytes()
-
-
-def test_no_cluster_at_the_address_is_said(tmp_path) -> None:
-    photos = write_tree(tmp_path / "photos", per_class=1)
-    job = subprocess.run(
-        [
-            *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job", "--encoder", "dct"),
-            *("--address", "auto"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "NO_COLOR": "1", "RAY_ADDRESS": ""},
-    )
-    assert job.returncode == 1
-    assert "no Ray cluster answers at 'auto'" in job.stderr
-    assert not list(tmp_path.rglob("*.tar"))
 
 
 def test_cluster_files_name_the_job() -> None:
@@ -146,20 +147,35 @@ def test_slurm_script_starts_ray_and_passes_the_exit_code(tmp_path) -> None:
 
 @pytest.fixture
 def job_server(monkeypatch):
-    """Address of the job server of a Ray of one node; skips without the cluster extra."""
+    """Address of the job server of a Ray of one node; skips without the cluster extra.
+
+    It starts from a process of its own: this one has had another Ray, of which something always stays.
+    """
     for module in ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client", "smart_open", "virtualenv"):
         pytest.importorskip(module, reason="`ray job submit` needs the cluster extra (ray[default])")
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
-    from ray.cluster_utils import Cluster
+    port = _free_port()
+    start = f"""
+        from ray.cluster_utils import Cluster
+        head = dict(num_cpus=2, include_dashboard=True, dashboard_port={port}, dashboard_host="127.0.0.1")
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        print("ready", flush=True)
+        input()
+        cluster.shutdown()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(start)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as node:
+        while (line := node.stdout.readline()) != "ready\n":
+            assert line, "the node ended before it was ready"
+        yield f"http://127.0.0.1:{port}"
+        node.stdin.write("\n")
 
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port, "dashboard_host": "127.0.0.1"}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    yield f"http://127.0.0.1:{port}"
-    cluster.shutdown()
+        return free.getsockname()[1]
 
 
 @pytest.mark.timeout(280)
