@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,24 +15,17 @@ import pytest
 import torch
 from fixture_shards import write_shards
 from tiny_pipeline import tiny_run
+from tiny_runs import FLOW
 
 from trainer import checkpoint as saved
 from trainer import cli
-from trainer.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig, to_mapping
+from trainer.config import DecoderConfig, to_mapping
 from trainer.latent_config import LatentTrainConfig
 from trainer.run_folder import read_kept
 from trainer.train import train
 
-TINY = TrainConfig(
-    preset="tiny-cpu",
-    model=ModelConfig(width=16, depth=2, head_depth=1, num_heads=2, num_class_tokens=1, num_time_tokens=1),
-    optim=OptimConfig(ema_halflives_kimg=(0.05,)),
-    total_images=16,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=8,
-    sample_images=None,
-    tensorboard=False,
+TINY = dataclasses.replace(
+    FLOW, preset="tiny-cpu", total_images=16, checkpoint_images=8, sample_images=None, tensorboard=False
 )
 SAMPLE = ("--labels", "0", "--seeds", "0", "--format", "npz", "--out", "OUT")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from fixture_shards import NUM_LEVELS, WIDTH, write_shards
+from tiny_runs import FLOW
 
 from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
 from trainer import train as room
-from trainer.config import ModelConfig, Normalisation, OptimConfig, TrainConfig
+from trainer.config import Normalisation
 from trainer.errors import MismatchError, TrainerError
 from trainer.evaluate import evaluate
 from trainer.normalisation import FLOOR, RAW, Normaliser, normaliser_of
@@ -27,30 +27,11 @@ from trainer.sample import level_noise, sample_levels
 from trainer.shards import open_index
 from trainer.stream import Batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OFFSET = 60.0
 """The drawn features lie around here, with a spread near 1 in every channel."""
-CHANNEL = TrainConfig(
-    preset="test",
-    model=ModelConfig(width=16, depth=2, head_depth=1, num_heads=2, num_class_tokens=1, num_time_tokens=1),
-    optim=OptimConfig(ema_halflives_kimg=(0.05,)),
-    total_images=64,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=32,
-    keep_checkpoints=9,
-    log_images=8,
-    normalise="channel",
-)
+CHANNEL = dataclasses.replace(FLOW, normalise="channel")
 KINDS: tuple[Normalisation, ...] = ("channel", "position")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
