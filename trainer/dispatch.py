@@ -32,6 +32,11 @@ PIPELINES: dict[str, type[TrajectoryPipeline]] = {
     "latent-forcing": LatentPipeline,
     "normalizing-trajectory": NormalizingPipeline,
 }
+OWN = {
+    "ending": ("normalizing-trajectory", "has one ending only"),
+    "shift": ("latent-forcing", "draws no pixels of its own"),
+}
+"""What one method's pipelines alone take: of which method, and why not of another."""
 
 
 def fit_to_shards(config: AnyConfig, index: ShardIndex, asked: Collection[str] = ()) -> AnyConfig:
@@ -66,17 +71,13 @@ def load_pipeline(
     method = state.config.get("method_name", "trajectory-forcing")
     if method not in PIPELINES:
         raise MismatchError(f"{folder}: found a run of {method!r}, known are {', '.join(PIPELINES)}")
-    own: dict[str, Any] = {}
-    if ending is not None:
-        if method != "normalizing-trajectory":
-            raise UsageError(f"--ending {ending}: {folder} is a run of {method}, which has one ending only")
-        own["ending"] = ending
-    if shift is not None:
-        if method != "latent-forcing":
-            raise UsageError(
-                f"--shift {shift:g}: {folder} is a run of {method}, which draws no pixels of its own"
-            )
-        own["shift"] = shift
+    own: dict[str, Any] = {
+        name: value for name, value in (("ending", ending), ("shift", shift)) if value is not None
+    }
+    for name, value in own.items():
+        owner, reason = OWN[name]
+        if method != owner:
+            raise UsageError(f"--{name} {value}: {folder} is a run of {method}, which {reason}")
     if pixel_stage is not None:
         decoder = load_pixel_stage(pixel_stage, state.shards["encoder"])
     return PIPELINES[method].from_pretrained(folder, ema, decoder, weak=weak, **own)

@@ -215,14 +215,13 @@ class TrajectoryPipeline:
                 f"features have shape {tuple(tokens.shape)}, the model was trained on {expected}: "
                 f"encode the photograph with {self.encoder.get('name', 'its encoder')!r}"
             )
-        found = build_hierarchy(tokens[None]).regions[0] if regions is None else regions
-        ids = torch.as_tensor(found)
-        expected = (self.drawn_levels - 1, *config.grid)
         if self.drawn_levels == 1:
-            ids = ids[:0]
-        if tuple(ids.shape) != expected:
+            ids = torch.empty(0, *config.grid, dtype=torch.uint8)
+        else:
+            ids = torch.as_tensor(build_hierarchy(tokens[None]).regions[0] if regions is None else regions)
+        if tuple(ids.shape) != (wanted := (self.drawn_levels - 1, *config.grid)):
             raise MismatchError(
-                f"regions have shape {tuple(ids.shape)}, the model has levels {expected}: "
+                f"regions have shape {tuple(ids.shape)}, the model has levels {wanted}: "
                 "pass regions of the recipe it was trained with"
             )
         levels = self.normaliser.to("cpu").teacher_canvases(tokens[None], ids[None])[0]
