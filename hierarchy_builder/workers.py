@@ -11,6 +11,7 @@ import heapq
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections import Counter
@@ -46,6 +47,10 @@ UNIT_RETRIES = 5
 
 UNITS_AHEAD = 4
 """Units per worker that may be done or running while an earlier one is not: what the driver has to hold."""
+
+
+KNOCK_S = 20
+"""Seconds a cluster has to take a connection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,8 +353,9 @@ def _start_ray(workers: Workers) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     if address:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise BuilderError(f"no Ray cluster answers at {address!r}: {error}") from None
     else:
         ray.init(
@@ -361,6 +367,13 @@ def _start_ray(workers: Workers) -> None:
         )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray put its own, which ends the process on the spot
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at HOST:PORT, at which Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float) -> float:
