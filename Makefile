@@ -31,7 +31,7 @@ demo: .venv/.ready-demo
 	$(BIN)/python examples/demo.py --out $(DEMO) $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 test: .venv/.ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 drill: .venv/.ready-dev
 	$(BIN)/python tests/drill.py

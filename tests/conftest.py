@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-if (
-    "RAY_TMPDIR" not in os.environ
-):  # a Ray of its own, whatever else runs on the machine; sockets want a short path
-    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
-    atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+# A Ray of its own for each process of tests, whatever else runs on the machine; sockets want a short path.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
 import hypothesis
 import pytest
@@ -23,6 +21,7 @@ import torch
 from fixture_shards import write_shards
 from pictures import write_tree
 
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 hypothesis.settings.register_profile("same-every-time", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same-every-time")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -34,6 +33,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"reference data not found at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ray_is_left() -> Iterator[None]:
+    """A Ray that stays is found by the tests after it, in place of theirs."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("these tests left a Ray: call hierarchy_builder.workers.shutdown() after the test that needs it")
 
 
 @pytest.fixture(scope="module")

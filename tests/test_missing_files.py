@@ -12,6 +12,7 @@ from pictures import write_tree
 from tiny_pipeline import tiny_pipeline, tiny_run
 
 from hierarchy_builder import cli as builder
+from hierarchy_builder.workers import shutdown
 from trainer import cli as trainer
 
 TRAINER = (
@@ -124,6 +125,7 @@ def test_a_path_that_does_not_exist(
             main()
     finally:
         signal.signal(signal.SIGTERM, handler)
+        shutdown()
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
     assert str(places["NO"]) in error.replace("\n", "")

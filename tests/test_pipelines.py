@@ -23,10 +23,11 @@ CLUSTER = Path(__file__).resolve().parents[1] / "pipelines" / "cluster"
 
 def test_no_cluster_at_the_address_is_said(tmp_path) -> None:
     photos = write_tree(tmp_path / "photos", per_class=1)
+    address = f"127.0.0.1:{_free_port()}"
     job = subprocess.run(
         [
             *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "job", "--encoder", "dct"),
-            *("--address", "auto"),
+            *("--address", address),
         ],
         capture_output=True,
         text=True,
@@ -34,7 +35,7 @@ def test_no_cluster_at_the_address_is_said(tmp_path) -> None:
         env={**os.environ, "NO_COLOR": "1", "RAY_ADDRESS": ""},
     )
     assert job.returncode == 1
-    assert "no Ray cluster answers at 'auto'" in job.stderr
+    assert f"no Ray cluster answers at '{address}'" in job.stderr
     assert not list(tmp_path.rglob("*.tar"))
 
 
@@ -158,7 +159,8 @@ def job_server(monkeypatch):
     port = _free_port()
     start = f"""
         from ray.cluster_utils import Cluster
-        head = dict(num_cpus=2, include_dashboard=True, dashboard_port={port}, dashboard_host="127.0.0.1")
+        ports = dict(dashboard_port={port}, dashboard_agent_listen_port={_free_port()})
+        head = dict(num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", **ports)
         cluster = Cluster(initialize_head=True, head_node_args=head)
         print("ready", flush=True)
         input()
