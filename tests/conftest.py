@@ -42,7 +42,9 @@ def no_ray_is_left() -> Iterator[None]:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
-        pytest.fail("these tests left a Ray: call hierarchy_builder.workers.shutdown() after the test that needs it")
+        pytest.fail(
+            "these tests left a Ray: call hierarchy_builder.workers.shutdown() after the test that needs it"
+        )
 
 
 @pytest.fixture(scope="module")
