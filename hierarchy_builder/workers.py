@@ -124,6 +124,21 @@ def has_gpu(workers: Workers) -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
+def join(address: str, **options: Any) -> None:
+    """`ray.init` of a cluster that is there. Raises BuilderError where none answers."""
+    import ray
+
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if colon and port.isdecimal():  # where nothing listens Ray itself would wait for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        ray.init(address=address, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BuilderError(
+            f"no Ray cluster answers at {address!r}: {error}; expected the HOST:PORT that `ray start --head` printed"
+        ) from None
+
+
 def shutdown() -> None:
     """Stop a local Ray, or leave a cluster; nothing happens when none was started."""
     import ray
@@ -352,11 +367,7 @@ def _start_ray(workers: Workers) -> None:
     address = workers.address or os.environ.get("RAY_ADDRESS")
     handler = signal.getsignal(signal.SIGTERM)
     if address:
-        try:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BuilderError(f"no Ray cluster answers at {address!r}: {error}") from None
+        join(address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
             address="local",
@@ -367,13 +378,6 @@ def _start_ray(workers: Workers) -> None:
         )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray put its own, which ends the process on the spot
-
-
-def _knock(address: str) -> None:
-    """Raise OSError where nothing listens at HOST:PORT, at which Ray itself would wait for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float) -> float:

@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import ray
 import typer
 
-from hierarchy_builder.workers import QUIET
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.workers import QUIET, join
 from trainer import checkpoint as saved
 from trainer import cli
 from trainer.errors import InterruptedRunError, TrainerError, UsageError
@@ -59,7 +60,10 @@ def train(
         cli.app(["train", *arguments, "--dry-run"], standalone_mode=False)
     for name, value in {**QUIET, **PATIENCE}.items():
         os.environ.setdefault(name, value)
-    ray.init(address=address, log_to_driver=True, include_dashboard=False if address is None else None)
+    if address is None:
+        ray.init(log_to_driver=True, include_dashboard=False)
+    else:
+        join(address, log_to_driver=True)
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     trainer = TorchTrainer(
         run_rank,
@@ -112,7 +116,7 @@ def main() -> None:
     """Run the job and leave with the exit code of what happened."""
     try:
         app()
-    except TrainerError as error:
+    except (TrainerError, BuilderError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

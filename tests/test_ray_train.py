@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,25 @@ def test_wrong_command_is_refused_before_any_worker_starts(tmp_path: Path) -> No
     missing = job(tmp_path, "--", shards)
     assert missing.returncode == 2
     assert "--out RUN is missing behind --" in missing.stderr
+
+
+@needs_ray_train
+def test_no_cluster_at_the_address_is_said_at_once(tmp_path: Path) -> None:
+    shards = str(write_shards(tmp_path / "shards"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        done = job(
+            tmp_path,
+            "--address",
+            address,
+            "--",
+            shards,
+            "--out",
+            str(tmp_path / "run"),
+            "--preset",
+            "tiny-cpu",
+        )
+    assert done.returncode == 1, done.stderr
+    assert f"no Ray cluster answers at '{address}'" in done.stderr
+    assert not (tmp_path / "run").exists()
