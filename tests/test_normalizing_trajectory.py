@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiny_normalizing import GRID, TINY, C, awake, normal
 from torch import Tensor
 
 from trainer import chains
@@ -19,29 +20,6 @@ from trainer.normalizing_model import FlowPredictor, Gaussian, Given, Normalizin
 from trainer.normalizing_sample import HowToSample, draw_states, num_noises, sample_canvases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GRID, C = (2, 3), 4
-TINY = NormalizingModelConfig(
-    grid=GRID,
-    in_channels=C,
-    num_classes=3,
-    width=16,
-    depth=2,
-    num_heads=2,
-    num_class_tokens=2,
-    flow_width=16,
-    flow_depth=2,
-    flow_heads=2,
-)
-
-
-def awake(config: NormalizingModelConfig = TINY, seed: int = 0, size: float = 0.3) -> NormalizingNetwork:
-    """A network in float64 none of whose weights are 0."""
-    torch.manual_seed(seed)
-    network = NormalizingNetwork(config).double()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(size * torch.randn_like(p))
-    return network
 
 
 def given(batch: int, config: NormalizingModelConfig = TINY, seed: int = 3) -> Given:
@@ -50,59 +28,10 @@ def given(batch: int, config: NormalizingModelConfig = TINY, seed: int = 3) -> G
     return Given(torch.arange(batch) % config.num_classes, torch.arange(batch) % config.num_levels, prev)
 
 
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def chain_of(batch: int, num_steps: int, t_min: float = 0.03, seed: int = 1) -> tuple[Tensor, Tensor]:
     times = chains.noise_times(torch.full((batch,), t_min, dtype=torch.float64), num_steps, 6)
     noise = normal(batch, num_steps + 1, *GRID, C, seed=seed)
     return chains.noise_chain(normal(batch, *GRID, C, seed=seed + 1), times, noise), times
-
-
-# Transporter
-
-
-def test_a_fresh_transporter_is_the_identity() -> None:
-    torch.manual_seed(0)
-    network = NormalizingNetwork(TINY).double()
-    x, t = normal(3, *GRID, C), torch.full((3,), 0.3, dtype=torch.float64)
-    u, log_det = network.transport(x, t, torch.zeros(3, dtype=torch.int64), 4)
-    assert torch.equal(u, x)
-    assert torch.count_nonzero(log_det) == 0
-
-
-@pytest.mark.parametrize("flow_blocks", [1, 2, 3])
-def test_transporter_is_inverted_with_cached_keys(flow_blocks: int) -> None:
-    network = awake(dataclasses.replace(TINY, flow_blocks=flow_blocks)).float()
-    x, t = normal(5, *GRID, C).float(), torch.linspace(0.05, 0.9, 5)
-    level = torch.zeros(5, dtype=torch.int64)
-    with torch.no_grad():
-        u, _ = network.transport(x, t, level, 4)
-    assert float((u - x).abs().mean()) > 0.1
-    torch.testing.assert_close(network.untransport(u, t, level, 4), x, atol=1e-5, rtol=1e-5)
-
-
-def test_cached_inverse_equals_the_slow_one() -> None:
-    network = awake()
-    block = network.transporter.blocks[1]
-    u, condition = normal(2, 6, C), normal(2, 16)
-    x = torch.zeros_like(u)
-    for _ in range(6):  # each pass of the parallel map puts one more token right
-        affine = block._affine(x.flip(1), condition)
-        x = (u.flip(1) * affine.log_scale.exp() + affine.mean).flip(1)
-    with torch.no_grad():
-        torch.testing.assert_close(block.inverse(u, condition), x, atol=1e-12, rtol=1e-12)
-
-
-def test_log_determinant_is_that_of_the_jacobian() -> None:
-    network = awake()
-    x, t = normal(1, *GRID, C), torch.tensor([0.4], dtype=torch.float64)
-    level = torch.zeros(1, dtype=torch.int64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: network.transport(x, t, level, 4)[0], x)
-    found = network.transport(x, t, level, 4)[1].sum()
-    size = x.numel()
-    torch.testing.assert_close(found, torch.linalg.slogdet(jacobian.reshape(size, size)).logabsdet)
 
 
 def test_likelihood_of_a_transition_integrates_to_one() -> None:

@@ -56,6 +56,8 @@ class NormalizingModelConfig:
     """Causal transformer blocks in each of them."""
     flow_heads: int = 12
     """Attention heads of the transporter."""
+    flow_max_log_scale: float = 1.0
+    """Largest logarithm of a scale of the transporter; its inverse stretches by as much, once in each block."""
     denoiser_depth: int = 0
     """Blocks of the learned denoiser, as wide as the predictor; 0 for none."""
     backbone: ModelConfig | None = None
@@ -68,8 +70,8 @@ class NormalizingModelConfig:
     """Epsilon of every RMSNorm."""
 
     def __post_init__(self) -> None:
-        positive = ("in_channels", "num_classes", "width", "depth", "num_heads", "flow_width", "flow_blocks")
-        for name in (*positive, "flow_depth", "flow_heads", "mlp_ratio", "rope_theta"):
+        counts = ("in_channels", "num_classes", "width", "depth", "num_heads", "flow_width", "flow_blocks")
+        for name in (*counts, "flow_depth", "flow_heads", "flow_max_log_scale", "mlp_ratio", "rope_theta"):
             require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, expected above 0")
         for name in ("num_class_tokens", "denoiser_depth"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")

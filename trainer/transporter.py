@@ -33,7 +33,7 @@ from trainer.layers import (
 from trainer.normalizing_config import NormalizingModelConfig
 
 LOG_SCALE_BOUND = 4.0
-"""Logarithms of scales are c·tanh(a/c): a token is stretched by e^±4 at most in one block, and never to infinity."""
+"""Logarithms of scales are c·tanh(a/c): numbers are stretched by e^±4 at most, and never to infinity."""
 
 
 class KeyValues:
@@ -94,7 +94,7 @@ class AutoregressiveBlock(nn.Module):
     def __init__(self, config: NormalizingModelConfig, flipped: bool) -> None:
         super().__init__()
         c, D = config, config.flow_width
-        self.flipped = flipped
+        self.flipped, self.max_log_scale = flipped, c.flow_max_log_scale
         self.embedder = linear(c.in_channels, D)
         self.start = nn.Parameter(torch.randn(1, 1, D) / D**0.5)
         rotations = grid_rotations(*c.grid, D // c.flow_heads, c.rope_theta)
@@ -141,7 +141,7 @@ class AutoregressiveBlock(nn.Module):
 
     def _read(self, h: Tensor) -> Affine:
         mean, scale = at_least_float32(self.out(self.norm(h))).chunk(2, dim=-1)
-        return Affine(mean, bounded(scale))
+        return Affine(mean, bounded(scale, self.max_log_scale))
 
     def _ordered(self, x: Tensor) -> Tensor:
         return x.flip(1) if self.flipped else x
@@ -176,6 +176,7 @@ class Transporter(nn.Module):
         return u
 
 
-def bounded(a: Tensor) -> Tensor:
-    """The logarithm of a scale from what a network says: a near 0, within ±4 everywhere."""
-    return LOG_SCALE_BOUND * torch.tanh(a / LOG_SCALE_BOUND)
+def bounded(a: Tensor, highest: float = LOG_SCALE_BOUND) -> Tensor:
+    """The logarithm of a scale from what a network says: a near 0, above −4 and below `highest` everywhere."""
+    bound = torch.where(a > 0, highest, LOG_SCALE_BOUND)
+    return bound * torch.tanh(a / bound)
