@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from test_model import awake
+from tiny_runs import LATENT, NORMALIZING
 from torch import Tensor
 
+from trainer import dispatch
 from trainer.compiled import compiled
 from trainer.config import MethodConfig, ModelConfig
 from trainer.errors import TrainerError
+from trainer.log import read_metrics
 from trainer.methods import trajectory_forcing as tf
+from trainer.normalizing_config import NormalizingMethodConfig
 
 SMALLEST = ModelConfig(
     grid=(2, 2),
@@ -87,6 +95,37 @@ def test_objective_is_one_graph_with_the_same_numbers() -> None:
     """Captured whole, tangents included, and run without code generation: what torch.compile starts from."""
     fast = torch.compile(tf.loss, fullgraph=True, backend="aot_eager")
     assert_same(terms_and_gradients(fast), terms_and_gradients(tf.loss), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LATENT,
+        dataclasses.replace(LATENT, pixel_stage=True),
+        NORMALIZING,
+        dataclasses.replace(NORMALIZING, method=NormalizingMethodConfig(pairs="one")),
+        dataclasses.replace(NORMALIZING, model=dataclasses.replace(NORMALIZING.model, trajectory="levels")),
+        dataclasses.replace(NORMALIZING, model=dataclasses.replace(NORMALIZING.model, num_steps=(2, 4))),
+    ],
+    ids=["latents", "canvases", "all pairs", "one pair", "levels", "two lengths"],
+)
+def test_the_other_methods_are_one_graph_too(
+    config: Any, picture_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a whole run, with the smallest graph that torch.compile makes of each objective."""
+    small = dataclasses.replace(config, total_images=16, checkpoint_images=1000)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    traces = []
+    for compile_it in (False, True):
+        run = tmp_path / str(compile_it)
+        dispatch.train(dataclasses.replace(small, compile=compile_it), picture_shards, str(run), quiet=True)
+        traces.append(
+            [[row[name] for name in row if "loss" in name] for row in read_metrics(run) if "loss" in row]
+        )
+    assert 1 <= graphs.frame_count <= 2
+    assert len(traces[0]) == 2
+    np.testing.assert_allclose(traces[1], traces[0], rtol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")

@@ -221,23 +221,13 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig(RunConfig):
-    """One run of Trajectory Forcing."""
+class MethodRunConfig(RunConfig):
+    """What a run of every method has beside: two ways through its objective."""
 
-    preset: str = "TF-B"
-    """Name of the preset the run started from."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     compile: bool = field(default=False, metadata=EXECUTION)
     """Whether the objective is compiled; equal up to rounding, after minutes of compiling."""
     activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
     """Whether blocks keep only their input and run again in the backward pass: less memory, more time; exact."""
-    normalise: Normalisation = "none"
-    """Units of the network's features: raw as in the release, or of mean 0 and spread 1 per channel or per position
-    and channel, by statistics.npz; samples are raw always."""
-    level_per: Literal["sample", "batch"] = "sample"
-    """Whether each sample draws its level or, as the release does, a batch shares one."""
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)  # super() does not find the class that slots make
@@ -245,6 +235,22 @@ class TrainConfig(RunConfig):
             not (self.compile and self.activation_checkpointing),
             "compile and activation_checkpointing: expected one of them, compiled code chooses itself what it keeps",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(MethodRunConfig):
+    """One run of Trajectory Forcing."""
+
+    preset: str = "TF-B"
+    """Name of the preset the run started from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    normalise: Normalisation = "none"
+    """Units of the network's features: raw as in the release, or of mean 0 and spread 1 per channel or per position
+    and channel, by statistics.npz; samples are raw always."""
+    level_per: Literal["sample", "batch"] = "sample"
+    """Whether each sample draws its level or, as the release does, a batch shares one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

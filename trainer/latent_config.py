@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.config import EXECUTION, STRICT, Normalisation, RunConfig, require
+from trainer.config import STRICT, MethodRunConfig, Normalisation, require
 from trainer.optim_config import RuledOptimConfig
 
 Schedule = Literal[
@@ -190,7 +190,7 @@ class LatentOptimConfig(RuledOptimConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LatentTrainConfig(RunConfig):
+class LatentTrainConfig(MethodRunConfig):
     """One run of Latent Forcing."""
 
     method_name: Literal["latent-forcing"] = "latent-forcing"
@@ -204,11 +204,9 @@ class LatentTrainConfig(RunConfig):
     """Whether every level's canvas is a latent, object → parts → tokens → pixels in one network, or only the last."""
     normalise: Normalisation = "channel"
     """By which statistics latents get mean 0 and spread `latent_scale`: per channel, per position, or not at all."""
-    activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
-    """Whether blocks keep only their input and run again in the backward pass: less memory, more time; exact."""
 
     def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)  # super() does not find the class that slots make
+        MethodRunConfig.__post_init__(self)  # super() does not find the class that slots make
         require(
             not self.pixel_stage or self.method.schedule in ("cascaded", "cascaded-noised"),
             f"pixel_stage with schedule {self.method.schedule}, expected cascaded or cascaded-noised: levels come "

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer import checkpoint as saved
+from trainer.compiled import compiled
 from trainer.distributed import World, joined_world
 from trainer.ema import WeightAverages
 from trainer.errors import MismatchError
@@ -125,6 +126,7 @@ class _LatentRun(Loop):
         self.normaliser = normaliser.to(world.device)
         self.model = _fresh_model(config).to(world.device)
         self.model.recompute = config.activation_checkpointing
+        self.objective = compiled(latent_forcing.loss) if config.compile else latent_forcing.loss
         self.optimizer = optimizer_of(self.model, config.optim)
         self.averages = WeightAverages(self.model, config.optim.ema_halflives_kimg, config.optim.ema_ramp)
         self._begin(origin)
@@ -157,7 +159,7 @@ class _LatentRun(Loop):
         )
         label = torch.where(draws.drop_label, config.model.num_classes, part.label)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            terms = latent_forcing.loss(
+            terms = self.objective(
                 self.model,
                 pixels,
                 latents,

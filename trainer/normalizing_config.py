@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.config import EXECUTION, STRICT, ModelConfig, Normalisation, RunConfig, require
+from trainer.config import STRICT, MethodRunConfig, ModelConfig, Normalisation, require
 from trainer.optim_config import RuledOptimConfig
 
 Trajectory = Literal["tokens", "canvases", "levels"]
@@ -152,7 +152,7 @@ class NormalizingOptimConfig(RuledOptimConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NormalizingTrainConfig(RunConfig):
+class NormalizingTrainConfig(MethodRunConfig):
     """One run of Normalizing Trajectory Models."""
 
     method_name: Literal["normalizing-trajectory"] = "normalizing-trajectory"
@@ -168,14 +168,16 @@ class NormalizingTrainConfig(RunConfig):
     """Run of Trajectory Forcing whose network predicts from the start, with an identity transporter."""
     distil_from: str | None = None
     """Run of this method that is frozen while its denoiser is trained on what the scores of its trajectories say."""
-    activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
-    """Whether blocks keep only their input and run again in the backward pass: less memory, more time; exact."""
 
     def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)  # super() does not find the class that slots make
+        MethodRunConfig.__post_init__(self)  # super() does not find the class that slots make
         require(
             self.init_from is None or self.distil_from is None,
             "init_from and distil_from: expected one of them, a denoiser is trained after the rest",
+        )
+        require(
+            not (self.compile and self.distil_from),
+            "compile and distil_from: expected one of them, a denoiser learns from gradients, which are no one graph",
         )
         require(
             self.init_from is None or self.method.t_min[0] > 0,

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer import checkpoint as saved
+from trainer.compiled import compiled
 from trainer.config import checked, from_mapping
 from trainer.distributed import World, joined_world
 from trainer.ema import WeightAverages
@@ -116,6 +117,7 @@ class _NormalizingRun(Loop):
         self.normaliser = _normaliser(config, index, origin).to(world.device)
         self.model = _fresh_model(config).to(world.device)
         self.flow = self._frozen_flow()
+        self.objective = compiled(method.loss) if config.compile else method.loss
         self.model.set_recompute(config.activation_checkpointing)
         optim = config.optim
         self.optimizer = optimizer_of(self.model, optim)
@@ -164,7 +166,7 @@ class _NormalizingRun(Loop):
     def _terms(self, chain: method.Chain, draws: method.Draws) -> dict[str, Tensor]:
         if self.config.distil_from:
             return {"loss": method.denoiser_loss(self.model, chain, draws.num_steps)}
-        return method.loss(
+        return self.objective(
             self.model,
             chain.states,
             chain.times,
@@ -172,7 +174,7 @@ class _NormalizingRun(Loop):
             num_steps=draws.num_steps,
             pair=draws.pair,
             flow=self.flow,
-            flow_weight=self._flow_weight(),
+            flow_weight=chain.states.new_tensor(self._flow_weight()),
         )
 
     def _flow_weight(self) -> float:

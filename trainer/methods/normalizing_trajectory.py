@@ -108,9 +108,9 @@ def transitions(network: Any, states: Tensor, times: Tensor, given: Given, num_s
     t, s = times[:, 1:].flatten(), times[:, :-1].flatten()
     u, log_det = network.transport(states[:, :-1].flatten(0, 1), s, many.level, num_steps)
     u = u.unflatten(0, (B, K))
-    u_t = torch.cat(
-        [u[:, 1:], _carried(network, states[:, -1], times[:, -1], given, num_steps)[:, None]], dim=1
-    )
+    last = states[:, -1]  # of a whole chain the state at t = 1, where there is no transporter
+    last = last if num_steps == K else _carried(network, last, times[:, -1], given, num_steps)
+    u_t = torch.cat([u[:, 1:], last[:, None]], dim=1)
     law = network.predict(u_t.flatten(0, 1), t, s, many, num_steps)
     mean, log_sigma = (part.unflatten(0, (B, K)) for part in law)
     z = (u - mean) * torch.exp(-log_sigma)
@@ -118,10 +118,8 @@ def transitions(network: Any, states: Tensor, times: Tensor, given: Given, num_s
 
 
 def _carried(network: Any, state: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
-    """u of the last state at hand; at t = 1 it is the state itself."""
+    """u of states that stand at t = 1 or before; at t = 1 it is the state itself."""
     is_end = t >= 1
-    if bool(is_end.all()):
-        return state
     u, _ = network.transport(state, torch.where(is_end, 0.5, t), given.level, num_steps)
     return torch.where(is_end[:, None, None, None], state, u)
 
@@ -135,7 +133,7 @@ def loss(
     num_steps: int,
     pair: Tensor | None = None,
     flow: Any = None,
-    flow_weight: float = 0.0,
+    flow_weight: float | Tensor = 0.0,
 ) -> dict[str, Tensor]:
     """The objective on a batch of whole chains; gradients flow from `["loss"]`.
 
@@ -160,7 +158,7 @@ def loss(
     }
     nats = parts["fit"] + parts["log_sigma"] - parts["log_det"]
     distance = states.new_zeros(())
-    if flow is not None and flow_weight:
+    if flow is not None:
         many, t, s = given.repeated(K), times[:, 1:].flatten(), times[:, :-1].flatten()
         with torch.no_grad():
             target = flow(states[:, 1:].flatten(0, 1), t, s, many, num_steps).mean
