@@ -55,6 +55,13 @@ def test_step_times(num_tokens: int, num_steps: int, expected: list[float]) -> N
     assert chains.step_times(num_steps, num_tokens).tolist() == pytest.approx(expected, abs=5e-5)
 
 
+def test_the_last_time_is_one_to_the_last_bit() -> None:
+    """There is no transporter at t = 1, and rounding must not bring it back."""
+    assert {
+        float(chains.step_times(T, N)[-1]) for T in range(1, 33) for N in (1, 6, 256, 300, 1024, 9999)
+    } == {1}
+
+
 def test_t_min_above_the_first_step_is_refused() -> None:
     with pytest.raises(UsageError, match=r"t_min is 0\.5.*below it"):
         chains.noise_times(torch.tensor([0.01, 0.5]), 4, 256)

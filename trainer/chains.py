@@ -43,8 +43,8 @@ def step_times(num_steps: int, num_tokens: int) -> Tensor:
     Source: C.4 and Table 5.
     """
     shift = math.exp(0.5 + 0.65 * (num_tokens - 256) / (4096 - 256))
-    even = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
-    return shift / (shift + 1 / even - 1)
+    k = torch.arange(1, num_steps + 1, dtype=torch.float64)
+    return shift * k / (shift * k + (num_steps - k))  # exactly 1 at the end, unlike e^μ/(e^μ + T/k − 1)
 
 
 def noise_times(t_min: Tensor, num_steps: int, num_tokens: int) -> Tensor:
