@@ -29,6 +29,7 @@ from hierarchy_builder.records import (
 from hierarchy_builder.shards import shard_name, sidecar
 from hierarchy_builder.statistics import Moments, merge_tree, per_channel, write_statistics
 from hierarchy_builder.units import stage_units, usable_rows
+from hierarchy_builder.wording import counted
 
 SUCCESS = "_SUCCESS"
 
@@ -165,10 +166,11 @@ def card_of(index: Mapping[str, Any]) -> str:
 
 # Teacher hierarchies
 
-{index["num_samples"]} images of {index["num_classes"]} classes in {len(index["shardlist"])} webdataset shards
-({total:,} bytes). Per image: patch features of `{encoder["name"]}` on a {height}×{width} grid and {levels - 1} nested
-maps of regions (object/background first), from which {levels} level canvases follow: each token replaced by the mean
-of its region; the last level is the features themselves.
+{counted(index["num_samples"], "image")} of {counted(index["num_classes"], "class", "classes")} in
+{counted(len(index["shardlist"]), "webdataset shard")} ({total:,} bytes). Per image: patch features of
+`{encoder["name"]}` on a {height}×{width} grid and {levels - 1} nested maps of regions (object/background first), from
+which {levels} level canvases follow: each token replaced by the mean of its region; the last level is the features
+themselves.
 
 | member | content |
 |---|---|

@@ -30,6 +30,7 @@ def test_every_artefact_is_there_and_in_order(tiny_build) -> None:
     names = {path.name for path in tiny_build.shards.iterdir()}
     assert {f"train-{n:06d}.tar" for n in range(4)} <= names
     assert {"index.json", "class_map.json", "statistics.npz", "README.md", "_SUCCESS"} <= names
+    assert "18 images of 3 classes in\n4 webdataset shards" in (tiny_build.shards / "README.md").read_text()
     table = read_index(tiny_build.index)
     assert set(table.column("status").to_pylist()) == {"ok"}
     assert set(table.column("width").to_pylist()) == {96}

@@ -130,7 +130,7 @@ def test_a_sweep_has_its_baselines(page: Any) -> None:
     fill(page, "Seeds", "0,1")
     fill(page, "Strengths", "1")
     page.get_by_role("button", name="Run the sweep").click()
-    says(page, "Swept 2 seeds.")
+    says(page, "Seeds swept: 2.")
     for arm in ("no edit", "other noise"):
         page.get_by_text(arm, exact=True).first.wait_for(state="attached")
     fill(page, "Strengths", "much")

@@ -187,7 +187,7 @@ def sweep_tab(desk: Desk) -> None:
                     f"{WARNING}no edit could be made: choose levels, and for shapes a region that can grow",
                 )
             shown = summary_table(summarise(rows))
-            return _frame(shown, list(shown[0])), f"Swept {len(config.seeds)} seeds."
+            return _frame(shown, list(shown[0])), f"Seeds swept: {len(config.seeds)}."
 
         run.click(go, [desk.bench, desk.label, kind, seeds, levels, strengths], [table, desk.status])
 
