@@ -19,7 +19,8 @@ from tiny_runs import FLOW
 
 from trainer import checkpoint as saved
 from trainer import cli
-from trainer.config import DecoderConfig, to_mapping
+from trainer.config import to_mapping
+from trainer.decoder_config import DecoderConfig
 from trainer.latent_config import LatentTrainConfig
 from trainer.run_folder import read_kept
 from trainer.train import train

@@ -20,8 +20,8 @@ from trainer import checkpoint as saved
 from trainer import train_decoder as room
 from trainer.adversary import Backbone, Discriminator
 from trainer.cli import app
-from trainer.config import DecoderConfig
 from trainer.decode import find_decoder, load_decoder, to_uint8
+from trainer.decoder_config import DecoderConfig
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.log import read_metrics
 from trainer.metrics.reconstruction import reconstruction

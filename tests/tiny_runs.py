@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from trainer import checkpoint as saved
-from trainer.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
+from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.decoder_config import DecoderConfig
 from trainer.latent_config import LatentModelConfig, LatentOptimConfig, LatentTrainConfig
 from trainer.loop import Loop
 from trainer.normalizing_config import NormalizingModelConfig, NormalizingOptimConfig, NormalizingTrainConfig

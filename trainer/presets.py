@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import TypeVar, get_args
 
-from trainer.config import DecoderConfig, DecoderSize, ModelConfig, OptimConfig, TrainConfig
+from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.decoder_config import DecoderConfig, DecoderSize
 from trainer.errors import UsageError
 
 Preset = TypeVar("Preset")

@@ -13,7 +13,8 @@ import typer
 import yaml
 from rich.table import Table
 
-from trainer.config import DecoderConfig, checked, to_mapping, with_settings
+from trainer.config import checked, to_mapping, with_settings
+from trainer.decoder_config import DecoderConfig
 from trainer.errors import UsageError
 from trainer.options import (
     PATH,

@@ -32,8 +32,8 @@ from trainer.adversary import (
     hinge_for_discriminator,
     load_discriminator,
 )
-from trainer.config import DecoderConfig
 from trainer.decode import CONFIG, WEIGHTS, RaeDecoder, RaeDecoderConfig, rae_state, to_uint8
+from trainer.decoder_config import DecoderConfig
 from trainer.distributed import World, joined_world
 from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, UsageError
