@@ -192,6 +192,21 @@ def test_a_fresh_network_predicts_zero() -> None:
     assert not latents.any()
 
 
+def test_fresh_layers_have_the_spread_of_the_matrices_of_the_release() -> None:
+    """Xavier's √(2/(fan_in + fan_out)), where q, k and v are one matrix of 3·D rows, and w1 and w3 one of 2·h."""
+    torch.manual_seed(0)
+    D, h = 192, 512
+    config = dataclasses.replace(TINY, width=D, depth=1, class_tokens_at=0, expert_depth=0)
+    network = PixelLatentTransformer(config)
+    attention, mlp = network.blocks[0].attention, network.blocks[0].mlp
+    rows = {"q": 3 * D, "k": 3 * D, "v": 3 * D, "out": D}
+    spreads = [(getattr(attention, name), D, fan_out) for name, fan_out in rows.items()]
+    spreads += [(mlp.w1, D, 2 * h), (mlp.w3, D, 2 * h), (mlp.w2, h, D)]
+    for layer, fan_in, fan_out in spreads:
+        assert layer.weight.shape[1] == fan_in
+        assert layer.weight.std().item() == pytest.approx((2 / (fan_in + fan_out)) ** 0.5, rel=0.02)
+
+
 @pytest.mark.parametrize("changes", [{"expert_depth": 0}, {"num_class_tokens": 0}, {"num_canvases": 3}])
 @torch.no_grad()
 def test_every_input_counts_in_every_variant(changes: dict[str, int]) -> None:

@@ -15,6 +15,8 @@ Source: Latent Forcing (2026), arXiv 2602.11401, on the network of JiT (2025), a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -201,6 +203,9 @@ class PixelLatentTransformer(nn.Module):
             _normal(embedding.hidden.weight, embedding.out.weight)
         _normal(self.class_table.weight, self.class_tokens)
         for module in self.modules():
+            if isinstance(module, AdaptiveBlock):
+                _as_one(module.attention.q, module.attention.k, module.attention.v)
+                _as_one(module.mlp.w1, module.mlp.w3)
             if isinstance(module, AdaptiveBlock | Output):
                 nn.init.zeros_(module.modulation.weight)
             if isinstance(module, Output):
@@ -222,6 +227,14 @@ class PixelLatentTransformer(nn.Module):
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
+
+
+@torch.no_grad()
+def _as_one(*layers: nn.Linear) -> None:
+    """Narrow Xavier's bound √(6/(fan_in + fan_out)) to that of one matrix of all of them, as the release has it."""
+    fan_out, fan_in = layers[0].weight.shape
+    for layer in layers:
+        layer.weight.mul_(math.sqrt((fan_in + fan_out) / (fan_in + len(layers) * fan_out)))
 
 
 def _normal(*weights: Tensor) -> None:
