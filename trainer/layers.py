@@ -154,7 +154,8 @@ def recomputed(block: nn.Module, x: Tensor, rotations: Tensor) -> Tensor:
     with torch.no_grad():
         out, tangent = unpack_dual(block(x, rotations))
     x = unpack_dual(x)[0]
-    out = _Recomputed.apply(block, out, x, rotations, *block.parameters())
+    trained = [p for p in block.parameters() if p.requires_grad]
+    out = _Recomputed.apply(block, out, x, rotations, *trained)
     return out if tangent is None else make_dual(out, tangent)
 
 
