@@ -63,8 +63,12 @@ def test_the_last_time_is_one_to_the_last_bit() -> None:
 
 
 def test_t_min_above_the_first_step_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"t_min is 0\.5.*below it"):
-        chains.noise_times(torch.tensor([0.01, 0.5]), 4, 256)
+    first = float(chains.step_times(4, 256)[0])
+    chains.check_first_step(0.99 * first, 4, 256)
+    with pytest.raises(
+        UsageError, match=r"t_min is up to 0\.355, the first of 4 steps on 256 tokens is 0\.355"
+    ):
+        chains.check_first_step(first, 4, 256)
 
 
 def test_chain_has_the_covariance_of_proposition_3() -> None:

@@ -48,14 +48,19 @@ def step_times(num_steps: int, num_tokens: int) -> Tensor:
 
 
 def noise_times(t_min: Tensor, num_steps: int, num_tokens: int) -> Tensor:
-    """t_0 … t_T of samples with `t_min` [B]: [B, T + 1] of its type. Raises UsageError if the first step is no step."""
+    """t_0 … t_T of samples with `t_min` [B], below t_1 (`check_first_step`): [B, T + 1] of its type."""
     times = step_times(num_steps, num_tokens).to(t_min)
-    if bool((t_min >= times[0]).any()):
-        raise UsageError(
-            f"t_min is {float(t_min.max()):.3g}, the first of {num_steps} steps on {num_tokens} tokens is "
-            f"{float(times[0]):.3g}: expected t_min below it; lower it, or take fewer steps"
-        )
     return torch.cat([t_min[:, None], times.expand(len(t_min), -1)], dim=1)
+
+
+def check_first_step(t_min: float, num_steps: int, num_tokens: int) -> None:
+    """Raise UsageError if the step from t_1 to the largest `t_min` is no step."""
+    first = float(step_times(num_steps, num_tokens)[0])
+    if t_min >= first:
+        raise UsageError(
+            f"t_min is up to {t_min:.3g}, the first of {num_steps} steps on {num_tokens} tokens is {first:.3g}: "
+            "expected t_min below it; lower method.t_min or method.sampling_t_min, or take fewer steps"
+        )
 
 
 def noise_chain(x: Tensor, times: Tensor, noise: Tensor) -> Tensor:

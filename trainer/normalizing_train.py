@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from trainer import checkpoint as saved
+from trainer.chains import check_first_step
 from trainer.compiled import compiled
-from trainer.config import checked, from_mapping
+from trainer.config import checked, from_mapping, identity
 from trainer.distributed import World, joined_world
 from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, UsageError
@@ -62,13 +63,26 @@ def fit_to_shards(
 ) -> NormalizingTrainConfig:
     """The config with the model's grid, channels, classes and levels as the shards have them.
 
-    The network of `distil_from` and the backbone of `init_from` come from those runs. asked: dotted names of the fields
-    that were set on purpose. Raises MismatchError naming both values where one of them is not that of the shards or
-    of the run, UsageError where the run is of another method than it has to be.
+    The network of `distil_from` and the backbone of `init_from` come from those runs, `init_from` as the checkpoint it
+    is now. asked: dotted names of the fields that were set on purpose. Raises MismatchError naming both values where
+    one of them is not that of the shards or of the run, UsageError where the run is of another method than it has to
+    be and where t_min leaves no first step.
     """
-    if config.distil_from is not None:
-        return _distilling(config, Path(config.distil_from), index)
-    model = config.model
+    run = config.distil_from
+    fitted = _fitted(config, index) if run is None else _distilling(config, Path(run), index)
+    wanted, found = identity(config), identity(fitted)
+    for name in asked:
+        if name in wanted and name != "init_from" and wanted[name] != found[name]:
+            raise MismatchError(
+                f"{name} is {wanted[name]}, {index.url} or the run to start from has {found[name]}: leave it out"
+            )
+    if fitted.model.trajectory != "levels":
+        t_min = max(fitted.method.t_min[1], fitted.method.sampling_t_min)
+        check_first_step(t_min, max(fitted.model.num_steps), math.prod(fitted.model.grid))
+    return fitted
+
+
+def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTrainConfig:
     found: dict[str, Any] = {
         "grid": index.grid,
         "in_channels": index.width,
@@ -76,17 +90,15 @@ def fit_to_shards(
         "num_levels": index.num_levels,
     }
     if config.init_from is not None:
-        found |= {"trajectory": "canvases", "backbone": _flow_config(Path(config.init_from)).model}
-        config = dataclasses.replace(config, normalise=_flow_config(Path(config.init_from)).normalise)
-    if found.get("trajectory", model.trajectory) == "levels":
+        source = saved.find_checkpoint(
+            config.init_from
+        )  # its network pulls to the end, however far that run goes
+        flow = _flow_config(source)
+        found |= {"trajectory": "canvases", "backbone": flow.model}
+        config = dataclasses.replace(config, init_from=str(source), normalise=flow.normalise)
+    if found.get("trajectory", config.model.trajectory) == "levels":
         found["num_steps"] = (index.num_levels,)
-    for name, value in found.items():
-        wanted = getattr(model, name)
-        if f"model.{name}" in asked and wanted != value:
-            raise MismatchError(
-                f"model.{name} is {wanted}, {index.url} or the run to start from has {value}: leave it out"
-            )
-    config = dataclasses.replace(config, model=dataclasses.replace(model, **found))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
     _check_backbone(config, index)
     return config
 
@@ -222,9 +234,11 @@ def _fresh_model(config: NormalizingTrainConfig) -> NormalizingNetwork:
     if config.distil_from is not None:
         folder = saved.find_checkpoint(config.distil_from)
         name = average_of(_own_config(folder), "auto")
-        own = {name: p for name, p in network.state_dict().items() if name.startswith("denoiser.")}
         weights = saved.load_weights(folder, name)
-        network.load_state_dict({**{n: p for n, p in weights.items() if n not in own}, **own})
+        frozen = {name: weights[name] for name in network.state_dict() if not name.startswith("denoiser.")}
+        network.load_state_dict(
+            frozen, strict=False
+        )  # of the denoiser nothing: it starts anew, maybe in other depth
         network.requires_grad_(False)
         assert network.denoiser is not None
         network.denoiser.requires_grad_(True)
