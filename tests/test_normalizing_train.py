@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_bits_fall(pairs: str, shards: str, tmp_path: Path) -> None:
 
 def test_samples_of_every_kind(runs: dict[str, Path]) -> None:
     for name, run in runs.items():
-        for ending in ("inverse", "score"):
+        for ending in ("score",) if name == "levels" else ("inverse", "score"):
             pipe = load_pipeline(run, ending=ending)  # type: ignore[arg-type]
             together = pipe(["ant", "bee"], seed=3)
             assert together[1].levels.shape == (1 if name == "tokens" else 4, 4, 4, 3)
@@ -176,6 +177,65 @@ def test_a_run_to_start_from_has_to_be_of_the_right_method(
         tiny(init_from=str(flow_run))
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("num_steps", r"\[8\], .* has \[4\]"),
+        ("width", "48, .* has 16"),
+        ("trajectory", "levels, .* has tokens"),
+    ],
+)
+def test_fields_of_the_run_to_distil_are_not_asked_for(
+    asked: str, found: str, shards: str, runs: dict[str, Path]
+) -> None:
+    values = {"num_steps": (8,), "width": 48, "trajectory": "levels"}
+    model = dataclasses.replace(TINY.model, **{asked: values[asked]})
+    config = dataclasses.replace(TINY, distil_from=str(runs["tokens"]), model=model)
+    with pytest.raises(MismatchError, match=f"model.{asked} is {found}: leave it out"):
+        room.fit_to_shards(config, open_index(shards), [f"model.{asked}"])
+    assert room.fit_to_shards(config, open_index(shards)).model.num_steps == (4,)
+
+
+def test_units_of_the_flow_are_not_asked_for(shards: str, flow_run: Path) -> None:
+    config = tiny(
+        init_from=str(flow_run), method=NormalizingMethodConfig(t_min=(0.02, 0.05)), normalise="position"
+    )
+    with pytest.raises(MismatchError, match=r"normalise is position, .* has channel: leave it out"):
+        room.fit_to_shards(config, open_index(shards), ["normalise", "init_from"])
+
+
+def test_the_flow_that_pulls_stays_the_one_of_the_start(shards: str, flow_run: Path, tmp_path: Path) -> None:
+    """The run it came from may go on meanwhile; its later network is another one."""
+    source = Path(shutil.copytree(flow_run, tmp_path / "flow"))
+    config = tiny(init_from=str(source), method=NormalizingMethodConfig(t_min=(0.02, 0.05)), total_images=16)
+    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    newest = saved.find_checkpoint(source)
+    shutil.copytree(newest, newest.with_name("step-00009999"))
+    longer = dataclasses.replace(config, total_images=32)
+    with pytest.raises(MismatchError, match=rf"init_from: '{newest}' there, .*step-00009999' now"):
+        room.train(longer, shards, str(tmp_path / "run"), quiet=True)
+    room.train(dataclasses.replace(longer, init_from=str(newest)), shards, str(tmp_path / "run"), quiet=True)
+
+
+def test_t_min_that_leaves_no_first_step_is_refused_before_the_start(shards: str) -> None:
+    model = dataclasses.replace(TINY.model, num_steps=(4, 16))
+    config = dataclasses.replace(TINY, model=model, method=NormalizingMethodConfig(t_min=(0.0, 0.3)))
+    with pytest.raises(UsageError, match=r"t_min is up to 0\.3, the first of 16 steps on 16 tokens is"):
+        room.fit_to_shards(config, open_index(shards))
+
+
+def test_a_denoiser_is_distilled_with_blocks_run_again(
+    shards: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Weights that are frozen get no gradient there either."""
+    for name in (False, True):
+        config = tiny(distil_from=str(runs["tokens"]), total_images=16, activation_checkpointing=name)
+        room.train(config, shards, str(tmp_path / str(name)), quiet=True)
+    plain, again = (weights(tmp_path / str(name)) for name in (False, True))
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("trajectory", ["tokens", "levels"])
 def test_the_denoiser_learns_what_the_score_says(
     trajectory: str, shards: str, runs: dict[str, Path], tmp_path: Path
@@ -190,6 +250,13 @@ def test_the_denoiser_learns_what_the_score_says(
     assert load_pipeline(tmp_path / "run").ending == "denoiser"  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="the model has none"):
         load_pipeline(runs[trajectory], ending="denoiser")
+    two_blocks = dataclasses.replace(TINY.model, denoiser_depth=2)
+    again = dataclasses.replace(TINY, distil_from=str(tmp_path / "run"), model=two_blocks)
+    deeper = room._fresh_model(room.fit_to_shards(again, open_index(shards)))  # its denoiser starts anew
+    assert len(deeper.denoiser.trunk.blocks) == 2
+    assert torch.equal(
+        deeper.transporter.blocks[0].out.weight, after["model/transporter.blocks.0.out.weight"]
+    )
 
 
 def test_likelihoods_do_not_depend_on_neighbours(shards: str, runs: dict[str, Path]) -> None:
@@ -302,6 +369,18 @@ def test_verbs(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
     assert "Surprise" in (runs["levels"] / "report.html").read_text()
     out = str(tmp_path / "samples")
     done = RUNNER.invoke(
-        app, ["sample", run, "--labels", "bee", "--seeds", "0", "--ending", "inverse", "--out", out]
+        app,
+        [
+            "sample",
+            str(runs["canvases"]),
+            "--labels",
+            "bee",
+            "--seeds",
+            "0",
+            "--ending",
+            "inverse",
+            "--out",
+            out,
+        ],
     )
     assert done.exit_code == 0, done.output

@@ -164,6 +164,20 @@ def test_the_score_returns_the_posterior_mean_at_every_state(num_steps: int) -> 
     torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-7, atol=1e-9)
 
 
+def test_scores_of_many_images_are_those_of_each() -> None:
+    """They are taken some states at a time, for their memory."""
+    network, (states, times) = awake(), chain_of(9, 4)
+    covariance, scale, who = chains.noise_covariance(times), 1 - times[:, :-1], given(9)
+    assert 2 * method.SCORED_TOGETHER < 9 * 4
+    found = method.denoised(network, states, times, who, 4, covariance, scale, clip=0.9)
+    for row in range(9):
+        one = [value[row : row + 1] for value in (states, times, covariance, scale)]
+        alone = method.denoised(
+            network, *one[:2], Given(*(v[row : row + 1] for v in who)), 4, *one[2:], clip=0.9
+        )
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-9, atol=1e-9)
+
+
 def test_clipped_scores_move_states_less() -> None:
     states, times = chain_of(3, 4)
     covariance, scale = chains.noise_covariance(times), 1 - times[:, :-1]
@@ -268,6 +282,10 @@ def test_sampling_with_every_ending(trajectory: str, ending: str) -> None:
     network, how = awake(config, size=0.1).float(), HowToSample(num_steps=4, ending=ending, guidance=1.0)
     label = torch.tensor([0, 2])
     noise = normal(num_noises(network, 4), 2, *GRID, C).float()
+    if (trajectory, ending) == ("levels", "inverse"):
+        with pytest.raises(UsageError, match="leaves the noise of a level in"):
+            sample_canvases(network, NormalizingMethodConfig(), label, noise, how)
+        return
     found = sample_canvases(network, NormalizingMethodConfig(), label, noise, how)
     assert found.shape == (2, 1 if trajectory == "tokens" else 4, *GRID, C)
     assert bool(found.isfinite().all())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.chains import posterior
-from trainer.errors import MismatchError, UsageError
+from trainer.errors import MismatchError
 from trainer.layers import (
     Block,
     RMSNorm,
@@ -199,11 +199,8 @@ class NormalizingNetwork(nn.Module):
         return self.predictor(u, t, s, given, num_steps)
 
     def denoise(self, u: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
-        """Clean canvas of u_{t_0} by the learned denoiser. Raises UsageError for a network without one."""
-        if self.denoiser is None:
-            raise UsageError(
-                "the model has no learned denoiser: train one with --set distil_from=RUN, or end by inverse or score"
-            )
+        """Clean canvas of u_{t_0} by the learned denoiser, of a network that has one."""
+        assert self.denoiser is not None
         return self.denoiser(u, t, given, num_steps)
 
     def set_recompute(self, recompute: bool) -> None:

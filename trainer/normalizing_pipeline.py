@@ -25,7 +25,7 @@ from trainer.loading import average_of, best_device, decoder_for, fill, weights_
 from trainer.normalisation import RAW, Normaliser
 from trainer.normalizing_config import Ending, NormalizingMethodConfig, NormalizingTrainConfig
 from trainer.normalizing_model import NormalizingNetwork
-from trainer.normalizing_sample import HowToSample, num_noises, sample_canvases
+from trainer.normalizing_sample import HowToSample, check_ending, num_noises, sample_canvases
 from trainer.pipeline import Decoder, TrajectoryPipeline
 from trainer.sample import level_noise
 from trainer.trajectory import Trajectory
@@ -53,16 +53,12 @@ class NormalizingPipeline(TrajectoryPipeline):
     ) -> None:
         """method: as trained. ending: `denoiser` where the network has one, else `score`, if it is not given.
 
-        Raises UsageError for the ending `denoiser` of a network without one.
+        Raises UsageError for an ending that the network has not, see `check_ending`.
         """
         super().__init__(model, class_names, encoder, decoder, normaliser, weights)  # type: ignore[arg-type]
-        if ending == "denoiser" and model.denoiser is None:
-            raise UsageError(
-                "ending 'denoiser': the model has none; train one with --set distil_from=RUN, or end by inverse or "
-                "score"
-            )
         self.method = method or NormalizingMethodConfig()
         self.ending: Ending = ending or ("score" if model.denoiser is None else "denoiser")
+        check_ending(model, self.ending)
 
     @classmethod
     def from_pretrained(

@@ -2,7 +2,7 @@
 
     B images, T transitions, L levels, H×W grid, C channels
 
-    inverse     the transporter's inverse, token by token; the noise of the cleanest state stays in
+    inverse     the transporter's inverse, token by token; the noise of the cleanest state stays in; not of levels
     score       the inverse of all states, then their noise removed by the trajectory's own score
     denoiser    the learned denoiser: no inverse and no gradient
 
@@ -41,6 +41,19 @@ class HowToSample:
     """Share of the scores of an image that is not cut to the largest of them; None cuts none."""
 
 
+def check_ending(network: NormalizingNetwork, ending: Ending) -> None:
+    """Raise UsageError where a network has no such ending."""
+    if ending == "denoiser" and network.denoiser is None:
+        raise UsageError(
+            "ending 'denoiser': the model has none; train one with --set distil_from=RUN, or end by inverse or score"
+        )
+    if ending == "inverse" and network.config.trajectory == "levels":
+        raise UsageError(
+            "ending 'inverse': it leaves the noise of a level in, and the next level of trajectory 'levels' would take "
+            "it for the canvas; end by score or denoiser"
+        )
+
+
 def num_noises(network: NormalizingNetwork, num_steps: int) -> int:
     """Canvases of noise that one image takes: T + 1, for each level where canvases are modelled; 2·L for levels."""
     config = network.config
@@ -72,6 +85,7 @@ def sample_canvases(
             "guidance was asked of a model trained without label dropout: leave it out, or train with "
             "method.label_dropout=0.1"
         )
+    check_ending(network, how.ending)
     network.check(noise[0], how.num_steps)
     prev = torch.zeros_like(noise[0]) if previous is None else normaliser.apply(previous)
     num_levels = 1 if network.config.trajectory == "tokens" else network.config.num_levels
@@ -151,8 +165,6 @@ def _next_level(
     if how.ending == "denoiser":
         return network.denoise(u, s, given, how.num_steps)
     x = network.untransport(u, s, given.level, how.num_steps)
-    if how.ending == "inverse":
-        return x
     states, times = torch.stack([x, before], dim=1), torch.stack([s, t], dim=1)
     scale = torch.ones_like(times[:, :1])
     covariance = (sigma**2 * scale)[..., None]

@@ -28,6 +28,8 @@ from trainer.normalizing_model import Gaussian, Given, NormalizingNetwork
 from trainer.schedules import mixed_seed
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+SCORED_TOGETHER = 16
+"""States whose scores are taken in one pass; at 16 blocks of width 768 each holds half a GB while it lasts."""
 
 
 class Chain(NamedTuple):
@@ -193,6 +195,26 @@ def denoised(
     clip: share of the absolute scores of a sample that is kept as it is; larger ones are cut to the largest of them.
     Source: equation 3.5 and Algorithm 3, with −log p summed over dimensions.
     """
+    together = max(1, SCORED_TOGETHER // covariance.shape[1])  # images do not mix
+    parts = (value.split(together) for value in (states, times, *given, covariance, scale))
+    return torch.cat(
+        [
+            _denoised(network, states, times, Given(label, level, prev), num_steps, covariance, scale, clip)
+            for states, times, label, level, prev, covariance, scale in zip(*parts, strict=True)
+        ]
+    )
+
+
+def _denoised(
+    network: Any,
+    states: Tensor,
+    times: Tensor,
+    given: Given,
+    num_steps: int,
+    covariance: Tensor,
+    scale: Tensor,
+    clip: float | None,
+) -> Tensor:
     with torch.enable_grad():
         seen = states.detach()[:, :-1].requires_grad_()
         chain = torch.cat([seen, states[:, -1:].detach()], dim=1)
