@@ -202,6 +202,19 @@ def test_guidance_and_autoguidance_change_samples(run: Path) -> None:
         dispatch.load_pipeline(run)("ant", 1, weak_scale=1.0)
 
 
+def test_a_weak_network_sees_what_the_other_does(
+    run: Path, levels_run: Path, shards: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        MismatchError, match=r"weak model .*: model.num_canvases is 4, that of .*tokens.* is 1"
+    ):
+        dispatch.load_pipeline(run, weak=levels_run)
+    smaller = dataclasses.replace(TINY, method=LatentMethodConfig(latent_scale=0.3), total_images=8)
+    dispatch.train(smaller, shards, str(tmp_path), quiet=True)
+    with pytest.raises(MismatchError, match="it sees features normalised otherwise than"):
+        dispatch.load_pipeline(run, weak=tmp_path)
+
+
 def test_a_pixel_stage_draws_the_canvases_of_trajectory_forcing(
     run: Path, levels_run: Path, shards: str, tmp_path: Path
 ) -> None:

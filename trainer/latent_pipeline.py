@@ -31,7 +31,7 @@ from trainer.decode import ConditionalDecoder
 from trainer.errors import MismatchError, UsageError
 from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
 from trainer.latent_sample import UNGUIDED, ClockGuidance, sample_pixels
-from trainer.loading import average_of, best_device, fill, weights_note
+from trainer.loading import average_of, best_device, check_weak, fill, weights_note
 from trainer.methods.latent_forcing import TIME_FLOOR
 from trainer.normalisation import RAW, Normaliser
 from trainer.pipeline import Decoder, TrajectoryPipeline
@@ -194,7 +194,7 @@ class LatentPipeline(TrajectoryPipeline):
         config = checked(LatentTrainConfig, state.config, str(path))
         method = config.method if shift is None else _shifted(config.method, shift)
         model, name = _load_network(path, config, ema)
-        weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), model, ema)
+        weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), path, model, ema)
         device = best_device(device)
         return cls(
             model.to(device),
@@ -340,12 +340,13 @@ def _load_network(
     return model, name
 
 
-def _load_weak(path: Path, model: PixelLatentTransformer, ema: float | str | None) -> PixelLatentTransformer:
+def _load_weak(
+    path: Path, strong: Path, model: PixelLatentTransformer, ema: float | str | None
+) -> PixelLatentTransformer:
+    """A weak network for autoguidance; see `check_weak`."""
     config = checked(LatentTrainConfig, saved.load_state(path).config, str(path))
-    for name in ("grid", "patch_px", "in_channels", "num_canvases", "num_classes"):
-        here, there = getattr(config.model, name), getattr(model.config, name)
-        if here != there:
-            raise MismatchError(f"weak model {path}: model.{name} is {here}, that of the other is {there}")
+    fields = ("grid", "patch_px", "in_channels", "num_canvases", "num_classes")
+    check_weak(path, strong, config.model, model.config, fields)
     return _load_network(path, config, ema)[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,22 @@ def fill(network: nn.Module, path: Path, name: str | None) -> None:
         raise MismatchError(
             f"{path}: the weights are not of the network in {saved.STATE}; use another checkpoint"
         ) from None
+
+
+def check_weak(weak: Path, strong: Path, here: Any, there: Any, fields: Sequence[str]) -> None:
+    """That the model of a weak checkpoint sees and draws what the strong one does, whatever its width and depth.
+
+    here, there: configurations of the two models. fields: those that have to agree. Raises MismatchError.
+    """
+    for name in fields:
+        if getattr(here, name) != getattr(there, name):
+            raise MismatchError(
+                f"weak model {weak}: model.{name} is {getattr(here, name)}, that of {strong} is "
+                f"{getattr(there, name)}"
+            )
+    ours, theirs = saved.load_normaliser(weak), saved.load_normaliser(strong)
+    if not (torch.equal(ours.mean, theirs.mean) and torch.equal(ours.std, theirs.std)):
+        raise MismatchError(f"weak model {weak}: it sees features normalised otherwise than {strong}")
 
 
 def weights_note(path: Path, name: str | None) -> dict[str, str]:

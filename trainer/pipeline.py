@@ -23,7 +23,7 @@ from hierarchy_builder.hierarchy import build_hierarchy
 from trainer import checkpoint as saved
 from trainer.config import from_mapping
 from trainer.errors import MismatchError, UsageError
-from trainer.loading import average_of, best_device, decoder_for, fill, weights_note
+from trainer.loading import average_of, best_device, check_weak, decoder_for, fill, weights_note
 from trainer.model import TrajectoryTransformer
 from trainer.normalisation import RAW, Normaliser
 from trainer.sample import check_seed, level_noise, sample_levels
@@ -321,15 +321,10 @@ def _load_model(
 def _load_weak(
     path: Path, strong: Path, model: TrajectoryTransformer, ema: float | str | None
 ) -> TrajectoryTransformer:
-    """A weak model for autoguidance; any width and depth, but it has to see and draw what the strong one does."""
+    """A weak model for autoguidance; see `check_weak`."""
     weak, _ = _load_model(path, saved.load_state(path), ema)
-    for name in ("grid", "in_channels", "num_levels", "num_classes", "guidance"):
-        here, there = getattr(weak.config, name), getattr(model.config, name)
-        if here != there:
-            raise MismatchError(f"weak model {path}: model.{name} is {here}, that of {strong} is {there}")
-    ours, theirs = saved.load_normaliser(path), saved.load_normaliser(strong)
-    if not (torch.equal(ours.mean, theirs.mean) and torch.equal(ours.std, theirs.std)):
-        raise MismatchError(f"weak model {path}: it sees features normalised otherwise than {strong}")
+    fields = ("grid", "in_channels", "num_levels", "num_classes", "guidance")
+    check_weak(path, strong, weak.config, model.config, fields)
     return weak
 
 
