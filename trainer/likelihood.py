@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
-from trainer.chains import chain_entropy, posterior
+from trainer.chains import chain_entropy, noise_times, posterior
 from trainer.errors import NonFiniteLossError, UsageError
 from trainer.methods.normalizing_trajectory import HALF_LOG_2PI, Chain, build_chain, transitions
 from trainer.normalizing_pipeline import NormalizingPipeline
@@ -117,12 +117,11 @@ def likelihood(
 ) -> tuple[list[tuple[str, float]], list[Measured]]:
     """(name, value) of each metric, means over at most `max_real` images spread evenly, and what they are means of.
 
-    bits_per_dim: of a chain of states, exact, per number of all its states; with noise chains the bound on that of the
-    cleanest state stands beside it. bits_per_dim_gaussian: what independent Gaussians, one for each channel, would need
-    for the same with its noise: of the training statistics for tokens, and of each level's own over these images for a
-    hierarchy. added_bits_per_dim: see above, of a whole chain and all levels per number of one canvas; all also by
-    level, added bits of noise chains also by transition, clean → noisy. noise: deviation of the noise on what is
-    measured, in units of normalised features. follow: shows how far it is.
+    bits_per_dim: of a chain of states, exact, per number of all its states. bits_per_dim_bound, of noise chains: the
+    upper bound on that of the cleanest state. Both with _gaussian: what independent Gaussians would need for the same,
+    see `gaussian_bits`. added_bits_per_dim: see above, of a whole chain and all levels per number of one canvas; all
+    also by level, added bits of noise chains also by transition, clean → noisy. noise: deviation of the noise on what
+    is measured, in units of normalised features. follow: shows how far it is.
     Raises UsageError for a run of another method.
     """
     if not isinstance(pipe, NormalizingPipeline):
@@ -137,15 +136,15 @@ def likelihood(
     bound = np.stack([image.bound for image in images]).mean(axis=0) / dims
     is_hierarchy = config.trajectory == "levels"
     rows = [("noise", pipe.method.level_noise if is_hierarchy else pipe.method.sampling_t_min)]
-    rows += [("bits_per_dim", float(bits.mean()))]
-    rows += [] if is_hierarchy else [("bits_per_dim_bound", float(bound.mean()))]
-    gaussian = _gaussian_bits(pipe, images, rows[0][1], is_hierarchy)
-    rows += [("bits_per_dim_gaussian", float(gaussian.mean()))]
+    gaussian, cleanest = gaussian_bits(pipe, images)
+    rows += [("bits_per_dim", float(bits.mean())), ("bits_per_dim_gaussian", float(gaussian.mean()))]
+    if not is_hierarchy:
+        rows += [("bits_per_dim_bound", float(bound.mean()))]
+        rows += [("bits_per_dim_bound_gaussian", float(cleanest.mean()))]
     rows += [("added_bits_per_dim", float(added.sum()))]
     if len(bits) > 1:
         rows += [(f"bits_per_dim_level_{level}", float(v)) for level, v in enumerate(bits.mean(axis=1))]
-        if is_hierarchy:
-            rows += [(f"bits_per_dim_gaussian_level_{level}", float(v)) for level, v in enumerate(gaussian)]
+        rows += [(f"bits_per_dim_gaussian_level_{level}", float(v)) for level, v in enumerate(gaussian)]
         rows += [(f"added_bits_per_dim_level_{level}", float(v)) for level, v in enumerate(added.sum(axis=1))]
     if bits.shape[1] > 1:
         rows += [(f"added_bits_per_dim_step_{k}", float(value)) for k, value in enumerate(added.mean(axis=0))]
@@ -215,18 +214,53 @@ def _log_volume(pipe: NormalizingPipeline) -> Tensor:
     return std.log().sum(dim=-1) if std.ndim else channels * std.log()
 
 
-def _gaussian_bits(
-    pipe: NormalizingPipeline, images: list[Measured], noise: float, is_hierarchy: bool
-) -> np.ndarray:
-    """Bits per number of each level, in units of features, under Gaussians without any dependence: float64 [levels]."""
-    variance = np.array([[(1 - noise) ** 2 + noise**2]])
-    if is_hierarchy:
-        mean, square = (
-            np.stack([image.moments for image in images]).mean(axis=0, dtype=np.float64).swapaxes(0, 1)
-        )
-        variance = square - mean**2 + noise**2
-    volume = float(_log_volume(pipe).mean()) / pipe.model.config.in_channels
-    return (HALF_LOG_2PI + 0.5 + 0.5 * np.log(variance).mean(axis=1) + volume) / math.log(2)
+def gaussian_bits(pipe: NormalizingPipeline, images: list[Measured]) -> tuple[np.ndarray, np.ndarray]:
+    """What independent Gaussians, one for each channel, need for the chains of `images`, and for their cleanest states.
+
+    Bits per number of all states and of the first one, in units of features, float64 [levels] each. Means and variances
+    of clean canvases are those of training for tokens (their own where the run knows none), and each level's own over
+    `images` for canvases; the noise of the chain is the same for all. Expected over that noise, in closed form.
+    """
+    config, num_steps = pipe.model.config, images[0].bits.shape[1]
+    mean, square = np.stack([image.moments for image in images]).mean(axis=0, dtype=np.float64).swapaxes(0, 1)
+    own = square - mean**2
+    if config.trajectory == "levels":  # one state of each level, whatever came before it
+        noisy = own + pipe.method.level_noise**2
+        chain = cleanest = _cross_entropy(noisy, noisy).mean(axis=1)
+    else:
+        t_min = torch.tensor([pipe.method.sampling_t_min], dtype=torch.float64)
+        times = noise_times(t_min, num_steps, math.prod(config.grid))[0].numpy()
+        if config.trajectory == "canvases":
+            seen, variance = own, own
+        elif pipe.normaliser.std.ndim:  # tokens had mean 0 and variance 1 in training
+            seen, variance = square[-1:], np.ones_like(square[-1:])
+        else:
+            seen, variance = own[-1:], own[-1:]
+        chain, cleanest = _gaussian_chain(seen, variance, times)
+    volume = float(_log_volume(pipe).mean()) / config.in_channels
+    return (chain + volume) / math.log(2), (cleanest + volume) / math.log(2)
+
+
+def _gaussian_chain(
+    seen: np.ndarray, variance: np.ndarray, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nats per number of states 0 … T−1 of noise chains given the last one, and of state 0 alone: [levels] each.
+
+    seen: mean square of clean numbers around the mean of their Gaussian, whose `variance` is given: [levels, C]. times:
+    t_0 … t_T. x_t = α·x_s + σ·e makes p(x_s | x_t) = N(g·x_t, V_s·σ²/V_t), g = α·V_s/V_t, V_t = (1−t)²·variance + t².
+    """
+    s, t = times[:-1], times[1:]
+    alpha = (1 - t) / (1 - s)
+    V, Q = ((1 - times) ** 2 * moment[..., None] + times**2 for moment in (variance, seen))
+    gain = alpha * V[..., :-1] / V[..., 1:]
+    left = V[..., :-1] * (t**2 - (alpha * s) ** 2) / V[..., 1:]
+    error = Q[..., :-1] * (1 - 2 * gain * alpha) + gain**2 * Q[..., 1:]
+    return _cross_entropy(error, left).mean(axis=(1, 2)), _cross_entropy(Q[..., 0], V[..., 0]).mean(axis=1)
+
+
+def _cross_entropy(seen: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Nats of a number whose mean square is `seen`, under N(0, variance)."""
+    return HALF_LOG_2PI + 0.5 * (np.log(variance) + seen / variance)
 
 
 def _seed(number: int) -> int:
