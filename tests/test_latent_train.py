@@ -20,15 +20,18 @@ from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
 from trainer import cli, dispatch
 from trainer.board import draw_board
+from trainer.clocks import sampling_grid
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
-from trainer.latent_pipeline import LatentPipeline, PixelStage, latents_of, load_pixel_stage
+from trainer.latent_pipeline import LatentPipeline, PixelStage, latents_of, load_pixel_stage, pixel_noise
+from trainer.latent_sample import ClockGuidance, sample_pixels
 from trainer.log import read_metrics
 from trainer.normalisation import Normaliser
 from trainer.photos import start_from_shards
 from trainer.report_inputs import run_page
 from trainer.run_kinds import ALL_PRESETS, config_of, preset_of
+from trainer.sample import level_noise
 from trainer.shards import open_index
 from trainer.trajectory import Trajectory
 from trainer.workbench import Workbench
@@ -200,6 +203,37 @@ def test_guidance_and_autoguidance_change_samples(run: Path) -> None:
         assert (pipe("ant", 1, num_steps=2, **how).levels - plain).abs().max() > 1e-4  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="weak model"):
         dispatch.load_pipeline(run)("ant", 1, weak_scale=1.0)
+
+
+@pytest.mark.parametrize("how", [{}, {"guidance": 3.0}, {"weak_scale": 2.0}])
+def test_pixels_of_a_cascade_are_guided_as_its_latents(
+    run: Path, tmp_path: Path, how: dict[str, float]
+) -> None:
+    """Latents now and pixels on demand are what the whole path gives, also after the file."""
+    pipe = dispatch.load_pipeline(run, weak=run / "checkpoints" / "step-00000004")
+    assert isinstance(pipe, LatentPipeline)
+    trajectory = pipe("ant", 1, num_steps=2, **how)  # type: ignore[call-overload]
+    config = pipe.model.config
+    acting = ClockGuidance(scale=how.get("guidance", 1 + how.get("weak_scale", 0.0)))
+    pixels, _ = sample_pixels(
+        pipe.model,
+        torch.tensor([0]),
+        pixel_noise(1, config.image_px)[None],
+        level_noise([1], 1, config.grid, config.in_channels)[0],
+        sampling_grid("cascaded", 4),
+        pixel_guidance=acting,
+        latent_guidance=acting,
+        weak_network=pipe.weak if "weak_scale" in how else None,
+        clean_ends=True,
+    )
+    trajectory.save(tmp_path / "one.safetensors")
+    for each in (trajectory, pipe.adopt(Trajectory.load(tmp_path / "one.safetensors"))):
+        assert isinstance(each.decoder, PixelStage)
+        found = each.decoder.of(0, 1)(each.levels).permute(0, 2, 3, 1)
+        torch.testing.assert_close(2 * found - 1, pixels, rtol=1e-4, atol=1e-4)
+    if "weak_scale" in how:
+        with pytest.raises(UsageError, match="weak model"):
+            dispatch.load_pipeline(run).adopt(trajectory)
 
 
 def test_a_weak_network_sees_what_the_other_does(

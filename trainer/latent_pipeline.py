@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
@@ -65,7 +65,8 @@ def pixel_noise(seed: int, image_px: tuple[int, int]) -> Tensor:
 class PixelStage(ConditionalDecoder):
     """Canvases → pixels by a network of Latent Forcing: what stands for a decoder that was never trained.
 
-    label: class that is drawn; without one the null class. seed: of the noise of the pixels.
+    label: class that is drawn; without one the null class. seed: of the noise of the pixels. weak: the network that
+    guides, else this one without class.
     """
 
     network: PixelLatentTransformer
@@ -73,6 +74,7 @@ class PixelStage(ConditionalDecoder):
     num_steps: int = STEPS_PER_STAGE
     time_floor: float = TIME_FLOOR
     guidance: ClockGuidance = UNGUIDED
+    weak: nn.Module | None = None
     label: int | None = None
     seed: int = 0
 
@@ -122,6 +124,7 @@ class PixelStage(ConditionalDecoder):
             torch.cat([latents[..., :given], noise[..., given:]], dim=-1),
             (torch.linspace(1, 0, self.num_steps + 1), times),
             pixel_guidance=self.guidance,
+            weak_network=self.weak,
             time_floor=self.time_floor,
         )
         return (pixels.permute(0, 3, 1, 2) + 1) / 2
@@ -240,11 +243,7 @@ class LatentPipeline(TrajectoryPipeline):
         c = self.model.config
         if level + 1 == c.num_canvases:
             return trajectory.levels[:0]
-        how = {
-            "num_steps": trajectory.num_steps,
-            "guidance": trajectory.guidance,
-            "weak_scale": trajectory.weak_scale,
-        }
+        how = _drawn_how(trajectory)
         steps, given = _steps(trajectory.num_steps), (level + 1) * c.in_channels
         levels = self.normaliser.apply(trajectory.levels.to(self._device))
         own = level_noise(seeds, c.num_canvases, c.grid, c.in_channels)
@@ -258,9 +257,13 @@ class LatentPipeline(TrajectoryPipeline):
         return self.normaliser.undo(_apart(latents, c.num_canvases))[0, level + 1 :].cpu()
 
     def adopt(self, trajectory: Trajectory) -> Trajectory:
-        """As `TrajectoryPipeline.adopt`; its pictures are drawn by this network's pixel stage."""
-        how = {"num_steps": trajectory.num_steps, "guidance": trajectory.guidance}
-        return dataclasses.replace(super().adopt(trajectory), decoder=self.decoder or self._stage(how))
+        """As `TrajectoryPipeline.adopt`; its pictures are drawn by this network's pixel stage.
+
+        Raises UsageError for a trajectory of autoguidance where there is no weak network.
+        """
+        return dataclasses.replace(
+            super().adopt(trajectory), decoder=self.decoder or self._stage(_drawn_how(trajectory))
+        )
 
     @property
     def _device(self) -> torch.device:
@@ -268,7 +271,10 @@ class LatentPipeline(TrajectoryPipeline):
 
     def _stage(self, how: dict[str, Any]) -> PixelStage:
         stage = self.pixel_stage(_steps(how["num_steps"]))
-        return dataclasses.replace(stage, guidance=_guidance(how.get("guidance"), 0.0))
+        guidance, weak_scale = how["guidance"], how["weak_scale"]
+        return dataclasses.replace(
+            stage, guidance=_guidance(guidance, weak_scale), weak=self._weak_for(weak_scale)
+        )
 
     def _flow(
         self, ids: list[int], pixels: Tensor, latents: Tensor, part: slice, how: dict[str, Any]
@@ -348,6 +354,10 @@ def _load_weak(
     fields = ("grid", "patch_px", "in_channels", "num_canvases", "num_classes")
     check_weak(path, strong, config.model, model.config, fields)
     return _load_network(path, config, ema)[0]
+
+
+def _drawn_how(trajectory: Trajectory) -> dict[str, Any]:
+    return {name: getattr(trajectory, name) for name in ("num_steps", "guidance", "weak_scale")}
 
 
 def _steps(num_steps: int) -> int:
