@@ -35,8 +35,12 @@ except ImportError as error:
         f'error: {error}; this job needs pip install "trajectory-hierarchies[cluster]"'
     ) from None
 
-PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
-"""Workers load torch before they answer, from a shared disk often; Ray's own 30 s are short. Set values win."""
+OF_TRAINING = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+}
+"""Workers load torch before they answer, from a shared disk often; Ray's own 30 s are short. A rank that reserves no GPU
+sees none, so that it computes where its gloo does. Set values win."""
 
 app = typer.Typer(pretty_exceptions_show_locals=False)
 
@@ -58,7 +62,7 @@ def train(
     out = _run_folder(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # refuses a wrong command here, before any worker starts
         cli.app(["train", *arguments, "--dry-run"], standalone_mode=False)
-    for name, value in {**QUIET, **PATIENCE}.items():
+    for name, value in {**QUIET, **OF_TRAINING}.items():
         os.environ.setdefault(name, value)
     if address is None:
         ray.init(log_to_driver=True, include_dashboard=False)

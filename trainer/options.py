@@ -102,6 +102,25 @@ def parse_ending(text: str | None) -> Ending | None:
     return known[text] if text is not None else None
 
 
+OF_SAMPLES = (
+    *("samples_per_class", "guidance", "weak", "weak_scale", "ending", "shift", "decoder", "pixel_stage"),
+    *("inception", "reference", "space", "edits", "alignment"),
+)
+"""Options of `evaluate` that say how samples are drawn, or what is measured of them."""
+
+
+def refuse_beside_likelihood(context: typer.Context) -> None:
+    """Raise UsageError where `evaluate --likelihood`, which draws no samples, is asked for with options of samples."""
+    sources = {name: context.get_parameter_source(name) for name in OF_SAMPLES}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if context.params["likelihood"] and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(
+            f"--likelihood does not go with {flags}: it is of real images and draws no samples; leave out the one or "
+            "the other"
+        )
+
+
 ConfigFile = Annotated[
     Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over the preset or size.")
 ]
@@ -114,7 +133,9 @@ MaxSeconds = Annotated[
     float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
 ]
 Resume = Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration only.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the command and print the resolved configuration, no more.")
+]
 
 MOST_NUMBERS = 10_000_000
 """Seeds of one command; more than the images of any data set."""

@@ -69,6 +69,7 @@ def train(
 ) -> None:
     """Shards → checkpoints. Under torchrun every process is a rank."""
     from trainer import dispatch
+    from trainer.run_folder import check_same_run, find_origin
     from trainer.shards import open_index
 
     base = _base(preset_name, method, out, quiet)
@@ -79,8 +80,10 @@ def train(
     in_file = flattened(_load_yaml(config)) if config else {}
     given |= {"pixel_stage": True} if pixel_stage else {}
     asked = {**in_file, **_assignments(settings or []), **given}
-    resolved = dispatch.fit_to_shards(with_settings(base, asked), open_index(shards), asked)
+    index = open_index(shards)
+    resolved = dispatch.fit_to_shards(with_settings(base, asked), index, asked)
     if dry_run:
+        check_same_run(out, find_origin(out, resume), resolved, index)
         print_result(to_mapping(resolved), as_json)
         return
     _run_and_print(
