@@ -39,8 +39,8 @@ OF_TRAINING = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
-"""Workers load torch before they answer, from a shared disk often; Ray's own 30 s are short. A rank that reserves no GPU
-sees none, so that it computes where its gloo does. Set values win."""
+"""Workers load torch before they answer, from a shared disk often; Ray's own 30 s are short. A rank that reserves no
+GPU sees none, so that it computes where its gloo does. Set values win."""
 
 app = typer.Typer(pretty_exceptions_show_locals=False)
 
