@@ -236,6 +236,30 @@ def test_pixels_of_a_cascade_are_guided_as_its_latents(
             dispatch.load_pipeline(run).adopt(trajectory)
 
 
+def test_a_network_trained_without_classes_draws_none(levels_run: Path) -> None:
+    """Rows of classes that training never touched count neither in levels, drawn or drawn again, nor in pictures."""
+    pipe = dispatch.load_pipeline(levels_run)
+    assert isinstance(pipe, LatentPipeline)
+    pipe.method = dataclasses.replace(pipe.method, label_dropout=1.0)
+    ant, cat = (pipe(name, 3, num_steps=2).resume(1, seeds=9) for name in ("ant", "cat"))
+    assert (ant.class_name, cat.class_name) == ("ant", "cat")
+    assert torch.equal(ant.levels, cat.levels)
+    np.testing.assert_array_equal(ant.decode(), cat.decode())
+
+
+def test_guidance_needs_label_dropout(run: Path, shards: str, tmp_path: Path) -> None:
+    """Without it the row of the null class is as it was drawn at first."""
+    always = dataclasses.replace(TINY, method=LatentMethodConfig(label_dropout=0.0), total_images=8)
+    dispatch.train(always, shards, str(tmp_path), quiet=True)
+    pipe = dispatch.load_pipeline(tmp_path, weak=run)
+    for how in ({}, {"guidance": 1.0}, {"weak_scale": 0.5}):
+        pipe("ant", num_steps=2, **how)  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="trained without label dropout"):
+        pipe("ant", num_steps=2, guidance=2.0)
+    with pytest.raises(UsageError, match="it guides without class, but was trained without label dropout"):
+        dispatch.load_pipeline(run, weak=tmp_path)
+
+
 def test_a_weak_network_sees_what_the_other_does(
     run: Path, levels_run: Path, shards: str, tmp_path: Path
 ) -> None:

@@ -65,8 +65,8 @@ def pixel_noise(seed: int, image_px: tuple[int, int]) -> Tensor:
 class PixelStage(ConditionalDecoder):
     """Canvases → pixels by a network of Latent Forcing: what stands for a decoder that was never trained.
 
-    label: class that is drawn; without one the null class. seed: of the noise of the pixels. weak: the network that
-    guides, else this one without class.
+    weak: the network that guides, else this one without class. knows_classes: whether it was trained with any. label:
+    class that is drawn; without one the null class. seed: of the noise of the pixels.
     """
 
     network: PixelLatentTransformer
@@ -75,12 +75,13 @@ class PixelStage(ConditionalDecoder):
     time_floor: float = TIME_FLOOR
     guidance: ClockGuidance = UNGUIDED
     weak: nn.Module | None = None
+    knows_classes: bool = True
     label: int | None = None
     seed: int = 0
 
     def of(self, label: int, seed: int) -> PixelStage:
         """The same for a trajectory of this class and seed."""
-        return dataclasses.replace(self, label=label, seed=seed)
+        return dataclasses.replace(self, label=label if self.knows_classes else None, seed=seed)
 
     @torch.no_grad()
     def __call__(self, canvases: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class LatentPipeline(TrajectoryPipeline):
 
     num_steps of a call counts steps of Heun's method per stage; 1 stands for STEPS_PER_STAGE. guidance (scale, low,
     high) acts on both clocks between those times. weak_scale s moves away from the weak network, which sees no class:
-    guidance of scale 1 + s.
+    guidance of scale 1 + s. A network trained without classes (label dropout 1) draws the null class whatever is asked.
     """
 
     model: PixelLatentTransformer  # type: ignore[assignment]
@@ -212,9 +213,12 @@ class LatentPipeline(TrajectoryPipeline):
 
     def pixel_stage(self, num_steps: int = STEPS_PER_STAGE) -> PixelStage:
         """The decoder that this network is, for trajectories of any method on the same features."""
-        floor = self.method.time_floor
         return PixelStage(
-            network=self.model, normaliser=self.normaliser, num_steps=num_steps, time_floor=floor
+            network=self.model,
+            normaliser=self.normaliser,
+            num_steps=num_steps,
+            time_floor=self.method.time_floor,
+            knows_classes=self._knows_classes,
         )
 
     def _sample(self, ids: list[int], seeds: list[int], how: dict[str, Any]) -> list[Trajectory]:
@@ -271,10 +275,25 @@ class LatentPipeline(TrajectoryPipeline):
 
     def _stage(self, how: dict[str, Any]) -> PixelStage:
         stage = self.pixel_stage(_steps(how["num_steps"]))
-        guidance, weak_scale = how["guidance"], how["weak_scale"]
         return dataclasses.replace(
-            stage, guidance=_guidance(guidance, weak_scale), weak=self._weak_for(weak_scale)
+            stage, guidance=self._guidance(how), weak=self._weak_for(how["weak_scale"])
         )
+
+    @property
+    def _knows_classes(self) -> bool:
+        return self.method.label_dropout < 1
+
+    def _guidance(self, how: dict[str, Any]) -> ClockGuidance:
+        """What acts on either clock. Raises UsageError where a network without null class would be its own guide."""
+        if how["weak_scale"]:
+            return ClockGuidance(scale=1 + how["weak_scale"])
+        scale, low, high = how["guidance"] or (1.0, 0.0, 1.0)
+        if scale != 1 and not self.method.label_dropout:
+            raise UsageError(
+                "guidance was asked of a model trained without label dropout: leave it out, or train with "
+                "method.label_dropout=0.1"
+            )
+        return ClockGuidance(scale=scale, low=low, high=high)
 
     def _flow(
         self, ids: list[int], pixels: Tensor, latents: Tensor, part: slice, how: dict[str, Any]
@@ -286,10 +305,11 @@ class LatentPipeline(TrajectoryPipeline):
         t_pixels, t_latents = sampling_grid(
             method.schedule, steps, num_canvases=K, shift=method.shift, offset=method.offset
         )
-        acting = _guidance(how["guidance"], how["weak_scale"])
+        acting = self._guidance(how)
+        labels = ids if self._knows_classes else [self.model.config.num_classes] * len(ids)
         return sample_pixels(
             self.model,
-            torch.tensor(ids, device=self._device),
+            torch.tensor(labels, device=self._device),
             pixels,
             latents,
             (t_pixels[part], t_latents[part]),
@@ -349,10 +369,15 @@ def _load_network(
 def _load_weak(
     path: Path, strong: Path, model: PixelLatentTransformer, ema: float | str | None
 ) -> PixelLatentTransformer:
-    """A weak network for autoguidance; see `check_weak`."""
+    """A weak network for autoguidance; see `check_weak`. Raises UsageError for one that always saw a class."""
     config = checked(LatentTrainConfig, saved.load_state(path).config, str(path))
     fields = ("grid", "patch_px", "in_channels", "num_canvases", "num_classes")
     check_weak(path, strong, config.model, model.config, fields)
+    if not config.method.label_dropout:
+        raise UsageError(
+            f"weak model {path}: it guides without class, but was trained without label dropout; take another, or "
+            "train one with method.label_dropout=0.1"
+        )
     return _load_network(path, config, ema)[0]
 
 
@@ -362,13 +387,6 @@ def _drawn_how(trajectory: Trajectory) -> dict[str, Any]:
 
 def _steps(num_steps: int) -> int:
     return STEPS_PER_STAGE if num_steps == 1 else num_steps
-
-
-def _guidance(guidance: tuple[float, float, float] | None, weak_scale: float) -> ClockGuidance:
-    if weak_scale:
-        return ClockGuidance(scale=1 + weak_scale)
-    scale, low, high = guidance or (1.0, 0.0, 1.0)
-    return ClockGuidance(scale=scale, low=low, high=high)
 
 
 def _latent_noise(seeds: Sequence[int], config: Any, device: torch.device) -> Tensor:
