@@ -22,6 +22,12 @@ Config = TypeVar("Config")
 Normalisation = Literal["none", "channel", "position"]
 STRICT = pydantic.ConfigDict(extra="forbid")
 EXECUTION = {"execution": True}
+MOST = 1_000_000
+"""No width, count of classes or tokens exceeds this: a larger one is a slip, or damage, and would take all memory."""
+MOST_BLOCKS = 1000
+"""Nor the depth of a network this."""
+MOST_ROWS = 1024
+"""Nor a side of its grid this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,13 +77,17 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
 
     def __post_init__(self) -> None:
-        positive = ("in_channels", "num_classes", "width", "depth", "num_heads", "mlp_ratio", "rope_theta")
-        for name in positive:
-            require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, expected above 0")
+        for name in ("in_channels", "num_classes", "width", "num_heads", "mlp_ratio"):
+            require_size(name, getattr(self, name))
+        require(
+            0 < self.rope_theta < math.inf, f"rope_theta is {self.rope_theta}, expected above 0, and finite"
+        )
         for name in ("class", "time", "level", "guidance", "interval"):
             count = getattr(self, f"num_{name}_tokens")
-            require(count >= 0, f"num_{name}_tokens is {count}, expected 0 or more")
-        require(min(self.grid) >= 1, f"grid is {self.grid}, expected rows and columns of 1 or more")
+            require(0 <= count <= MOST, f"num_{name}_tokens is {count}, expected 0 to {MOST:,}")
+        for side in self.grid:
+            require_size("a side of the grid", side, MOST_ROWS)
+        require_size("depth", self.depth, MOST_BLOCKS)
         require(
             0 < self.head_depth <= self.depth,
             f"head_depth {self.head_depth}, expected 1 to depth {self.depth}",
@@ -86,7 +96,8 @@ class ModelConfig:
             self.width % (4 * self.num_heads) == 0,
             f"width {self.width}, expected a multiple of 4 × num_heads = {4 * self.num_heads} (rotary pairs)",
         )
-        require(self.num_levels >= 2, f"num_levels is {self.num_levels}, expected 2 or more")
+        require(2 <= self.num_levels <= MOST, f"num_levels is {self.num_levels}, expected 2 to {MOST:,}")
+        require(0 <= self.norm_eps < 1, f"norm_eps is {self.norm_eps}, expected 0 up to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -342,3 +353,8 @@ def require(condition: bool, message: str) -> None:
     """Refuse a value of a configuration; `checked` names the field and the file."""
     if not condition:
         raise ValueError(message)
+
+
+def require_size(name: str, value: float, most: int = MOST) -> None:
+    """Refuse a size of a network that is not above 0, or that no network has."""
+    require(0 < value <= most, f"{name} is {value}, expected above 0 and at most {most:,}")

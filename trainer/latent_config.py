@@ -8,7 +8,16 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.config import STRICT, MethodRunConfig, Normalisation, require
+from trainer.config import (
+    MOST,
+    MOST_BLOCKS,
+    MOST_ROWS,
+    STRICT,
+    MethodRunConfig,
+    Normalisation,
+    require,
+    require_size,
+)
 from trainer.optim_config import RuledOptimConfig
 
 Schedule = Literal[
@@ -61,12 +70,15 @@ class LatentModelConfig:
     """Epsilon of every RMSNorm."""
 
     def __post_init__(self) -> None:
-        positive = ("patch_px", "in_channels", "num_canvases", "num_classes", "width", "depth", "num_heads")
+        positive = ("patch_px", "in_channels", "num_canvases", "num_classes", "width", "num_heads")
         for name in (*positive, "pixel_bottleneck", "latent_bottleneck", "expert_width", "mlp_ratio"):
-            require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, expected above 0")
-        for name in ("num_class_tokens", "expert_depth"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
-        require(min(self.grid) >= 1, f"grid is {self.grid}, expected rows and columns of 1 or more")
+            require_size(name, getattr(self, name))
+        tokens, depth = self.num_class_tokens, self.expert_depth
+        require(0 <= tokens <= MOST, f"num_class_tokens is {tokens}, expected 0 to {MOST:,}")
+        require(0 <= depth <= MOST_BLOCKS, f"expert_depth is {depth}, expected 0 to {MOST_BLOCKS:,}")
+        for side in self.grid:
+            require_size("a side of the grid", side, MOST_ROWS)
+        require_size("depth", self.depth, MOST_BLOCKS)
         require(
             self.width % (4 * self.num_heads) == 0,
             f"width {self.width}, expected a multiple of 4 × num_heads = {4 * self.num_heads} (rotary pairs)",
