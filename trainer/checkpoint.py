@@ -96,20 +96,27 @@ def save_checkpoint(
 
 
 def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
-    """Write the checkpoint folder `target` from tensors by file name, one file in memory at a time."""
+    """Write the checkpoint folder `target` from tensors by file name, one file in memory at a time.
+
+    On any exception nothing of it is left.
+    """
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     if partial.exists():  # of a process that was killed; in containers ids come again
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    for name, content in files:
-        data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
-        state.files[name], state.checksums[name] = len(data), f"{zlib.crc32(data):08x}"
-        _write(partial / name, data)
-        del content, data  # before the next file's tensors come
-    _write(partial / STATE, json.dumps(asdict(state), indent=1).encode())
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    try:
+        for name, content in files:
+            data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
+            state.files[name], state.checksums[name] = len(data), f"{zlib.crc32(data):08x}"
+            _write(partial / name, data)
+            del content, data  # before the next file's tensors come
+        _write(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _sync_folder(target.parent)
 
 
