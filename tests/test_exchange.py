@@ -11,11 +11,12 @@ import msgpack
 import pytest
 import torch
 from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
-from test_official import golden  # noqa: F401
+from test_official import changed, golden  # noqa: F401
 from test_trainer_cli import SETTINGS, call
 
 from trainer import checkpoint as saved
 from trainer.config import ModelConfig
+from trainer.errors import MismatchError, UsageError
 from trainer.exchange import export_official, import_official
 from trainer.model import TrajectoryTransformer
 from trainer.official import load_checkpoint, official_config, save_checkpoint
@@ -181,4 +182,70 @@ def test_import_refuses_files_that_do_not_fit(tmp_path: Path, capsys: pytest.Cap
     assert "cut is truncated or not a checkpoint" in capsys.readouterr().err
     assert call("import-official", file, "--out", run) == 0
     assert call("import-official", file, "--out", run) == 2
-    assert "holds checkpoints; import into another folder" in capsys.readouterr().err
+    assert (
+        "holds a run, its checkpoints or config.yaml; import into another folder" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("step",), "five", "found 'five' where a number of steps belongs"),
+        (("opt_state",), "text", "found str where an array belongs"),
+        (
+            ("opt_state", "inner_states", "muon", "inner_state", "0", "count"),
+            {},
+            "opt_state is not that of Muon",
+        ),
+        (("opt_state", "inner_states", "adam", "inner_state", "0", "nu"), {}, "net/class_tokens is missing"),
+        (("ema_params", "2000"), {}, "does not fit the configuration"),
+        (("ema_params", "../x"), {}, "holds the weight average '../x', expected half-lives"),
+    ],
+)
+def test_a_file_damaged_within_leaves_no_run(
+    golden: Path,  # noqa: F811
+    tmp_path: Path,
+    place: tuple[str, ...],
+    value: Any,
+    message: str,
+) -> None:
+    file = changed(golden, tmp_path / "file", value, place)
+    with pytest.raises(MismatchError, match=message):
+        import_official(file, tmp_path / "run", golden / "config.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "run").mkdir()
+    with pytest.raises(MismatchError, match=message):
+        import_official(file, tmp_path / "run", golden / "config.json")
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] in (
+        [],
+        [tmp_path / "run" / ".lock"],
+    )
+
+
+def test_files_need_a_step_and_weights_and_may_hold_more(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+    whole = content(golden / "flax" / "checkpoint_1234")
+    config = golden / "config.json"
+    for lacking, message in (("step", "it holds no step"), ("params", "it holds no weights")):
+        parts = {name: part for name, part in whole.items() if name != lacking}
+        (tmp_path / "file").write_bytes(msgpack.packb(parts))
+        with pytest.raises(MismatchError, match=f"not a checkpoint of the release: {message}"):
+            import_official(tmp_path / "file", tmp_path / "run", config, ema="500")
+    (tmp_path / "file").write_bytes(msgpack.packb(whole | {"batch_stats": {"count": 5}}))
+    assert import_official(tmp_path / "file", tmp_path / "run", config)["step"] == 1234
+
+
+def test_import_keeps_what_is_there(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "theirs")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("of: something else")
+    with pytest.raises(UsageError, match=r"holds a run, its checkpoints or config\.yaml"):
+        import_official(file, tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "of: something else"
+
+
+def test_a_link_into_a_store_has_its_configuration_beside_it(tmp_path: Path) -> None:
+    file = official_file(tmp_path / "theirs")
+    (tmp_path / "store").mkdir()
+    blob = file.rename(tmp_path / "store" / "0f3a")
+    file.symlink_to(blob)
+    assert import_official(file, tmp_path / "run")["step"] == 5

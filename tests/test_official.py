@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,96 @@ def test_other_files_are_refused(golden, tmp_path):
         (tmp_path / "other").write_bytes(content)
         with pytest.raises(MismatchError, match="not a checkpoint of the release"):
             load_checkpoint(tmp_path / "other", golden / "config.json", ema=None)
+
+
+KERNEL = ("params", "net", "x_embedder", "proj", "_flax_linear", "kernel")
+
+
+def changed(golden: Path, to: Path, value: Any, place: tuple[str, ...] = KERNEL) -> Path:
+    """A checkpoint with another value at one place; an array of it is given as (shape, dtype, bytes)."""
+    tree = msgpack.unpackb(
+        (golden / "flax" / "checkpoint_1234").read_bytes(), raw=False, strict_map_key=False
+    )
+    branch = tree
+    for name in place[:-1]:
+        branch = branch[name]
+    if isinstance(value, tuple):
+        value = msgpack.ExtType(1, msgpack.packb(value))
+    branch[place[-1]] = value
+    to.write_bytes(msgpack.packb(tree))
+    return to
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "text",
+        msgpack.ExtType(1, msgpack.packb(5)),
+        msgpack.ExtType(1, b"\xc1"),
+        msgpack.ExtType(7, b""),
+        ("ab", "float32", b"0123"),
+        (None, "float32", b"0123"),
+        ([1], ["float32"], b"0123"),
+        ([1], "int64", b"01234567"),
+        ([2], "float32", b"0123"),
+        ([1], "float32", b"012"),
+        ([1], "float32", 2**60),
+        ([1], "float32", "text"),
+        {"__msgpack_chunked_array__": True},
+        {"__msgpack_chunked_array__": True, "shape": [1], "chunks": {"0": "text"}},
+        {"__msgpack_chunked_array__": True, "shape": None, "chunks": None},
+    ],
+)
+def test_arrays_that_are_none_are_refused(golden, tmp_path, value):
+    file = changed(golden, tmp_path / "odd", value)
+    with pytest.raises(MismatchError, match="odd is truncated or not a checkpoint of the release"):
+        load_checkpoint(file, golden / "config.json", ema=None)
+
+
+@pytest.mark.parametrize("step", [None, "five", -1, 1.5, [1], True, ([2], "int32", b"01234567")])
+def test_steps_that_are_none_are_refused(golden, tmp_path, step):
+    file = changed(golden, tmp_path / "odd", step, ("step",))
+    with pytest.raises(MismatchError, match="where a number of steps belongs"):
+        list(read_parts(file, "step".__eq__))
+
+
+def test_bytes_after_the_end_are_noticed(golden, tmp_path):
+    (tmp_path / "twice").write_bytes((golden / "flax" / "checkpoint_1234").read_bytes() * 2)
+    with pytest.raises(MismatchError, match=r"twice is truncated or not .* bytes after its end"):
+        list(read_parts(tmp_path / "twice", lambda name: False))
+
+
+def test_weights_are_finite_and_become_float32(golden, tmp_path):
+    kernel = load(golden).x_embedder.weight.mT.detach().contiguous()
+
+    def file(tensor):
+        data = tensor.view(torch.uint8).numpy().tobytes()
+        return changed(golden, tmp_path / "c", (list(tensor.shape), str(tensor.dtype)[6:], data))
+
+    model = load_checkpoint(file(kernel.bfloat16()), golden / "config.json", ema=None)
+    assert model.x_embedder.weight.dtype == torch.float32
+    assert torch.equal(model.x_embedder.weight, kernel.mT.bfloat16().float())
+    for wrong, message in (
+        (kernel.int(), "kernel is int32, expected floating-point numbers"),
+        (kernel.clone().fill_(torch.nan), "kernel holds NaN or infinite values"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            load_checkpoint(file(wrong), golden / "config.json", ema=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_classes": 10**30}, "num_classes is .* at most 1,000,000"),
+        ({"input_size": 10**30}, "a side of the grid is .* at most 1,024"),
+        ({"depth": 10**6}, "depth is 1000000, expected above 0 and at most 1,000"),
+        ({"mlp_ratio": 1e300}, "mlp_ratio is 1e.300, expected above 0"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(golden, fields, message):
+    with pytest.raises(UsageError, match=message):
+        read_config(json.loads((golden / "config.json").read_text()) | fields)
 
 
 @pytest.mark.parametrize(

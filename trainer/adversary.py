@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from trainer.decode import IMAGENET_MEAN, IMAGENET_STD, read_weights
+from trainer.decode import IMAGENET_MEAN, IMAGENET_STD
 from trainer.errors import MismatchError
+from trainer.release_files import read_weights
 
 BLOCKS = (2, 5, 8, 11)
 KERNEL = 9

@@ -7,21 +7,21 @@ canvases [B, H, W, C] → pictures [B, 3, H·P, W·P], RGB, 0 black and 1 white
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.canvases.dct import DctBasis
+from trainer.config import MOST_BLOCKS, MOST_ROWS, checked, require, require_size
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.layers import grid_positions
+from trainer.release_files import check_weights, read_fields, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -82,6 +82,26 @@ class RaeDecoderConfig:
     """Epsilon of every LayerNorm."""
     qkv_bias: bool = True
     """Whether query, key and value have biases."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "patch_size", "image_size"):
+            require_size(name, getattr(self, name))
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+            require_size(f"decoder_{name}", getattr(self, f"decoder_{name}"))
+        require_size("decoder_num_hidden_layers", self.decoder_num_hidden_layers, MOST_BLOCKS)
+        require(
+            self.image_size % self.patch_size == 0,
+            f"image_size {self.image_size}, expected a multiple of patch_size {self.patch_size}",
+        )
+        require_size("image_size / patch_size", self.grid, MOST_ROWS)
+        require(
+            self.decoder_hidden_size % self.decoder_num_attention_heads == 0,
+            f"decoder_hidden_size {self.decoder_hidden_size}, expected a multiple of "
+            f"{self.decoder_num_attention_heads} heads",
+        )
+        require(
+            0 <= self.layer_norm_eps < 1, f"layer_norm_eps is {self.layer_norm_eps}, expected 0 up to below 1"
+        )
 
     @classmethod
     def of_size(cls, size: str, channels: int, grid: int, patch_size: int) -> RaeDecoderConfig:
@@ -220,20 +240,15 @@ def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path
     config: its config.json, as a mapping or a file.
     Raises UsageError for an incomplete config, MismatchError when weights and config do not belong together.
     """
-    decoder = RaeDecoder(_read_config(config))
-    state = {_rename(name): value for name, value in read_weights(Path(weights)).items()}
-    expected = decoder.state_dict()
-    wrong = [f"{name} is missing" for name in expected if name not in state]
-    wrong += [f"{name} is unknown" for name in state if name not in expected]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, expected {list(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise MismatchError(f"{weights} does not fit the decoder config: {'; '.join(wrong[:3])}{more}")
-    decoder.load_state_dict(state)
+    shape = _read_config(config)
+    given = read_weights(Path(weights))
+    with torch.device("meta"):
+        expected = {
+            _release_name(name): value.shape for name, value in RaeDecoder(shape).state_dict().items()
+        }
+    check_weights(weights, given, expected)
+    decoder = RaeDecoder(shape)
+    decoder.load_state_dict({_rename(name): value for name, value in given.items()})
     return decoder.eval().requires_grad_(False)
 
 
@@ -255,8 +270,10 @@ def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeD
             f"{folder}: found no RAE decoder, expected {CONFIG} beside model.pt or model.safetensors"
         )
     decoder = load_rae_decoder(weights[0], folder / CONFIG)
-    own = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("encoder")
-    if own and encoder:
+    own = read_fields(folder / CONFIG).get("encoder") or {}
+    if not isinstance(own, dict):
+        raise UsageError(f"{folder / CONFIG}: encoder is {own!r}, expected its description")
+    if encoder:
         differing = [
             f"{name} {own[name]!r} there, {encoder[name]!r} here"
             for name in ("name", "weights_hash", "width", "grid")
@@ -298,41 +315,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _read_config(config: Mapping[str, Any] | str | Path) -> RaeDecoderConfig:
     where = "decoder config" if isinstance(config, Mapping) else f"decoder config {config}"
-    try:
-        values: dict[str, Any] = dict(
-            config if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{where}: {error}") from None
-    fields = dataclasses.fields(RaeDecoderConfig)
-    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
-        raise UsageError(f"{where}: {', '.join(missing)} missing")
+    values = config if isinstance(config, Mapping) else read_fields(Path(config))
     if values.get("hidden_act", "gelu") != "gelu":
         raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
-    read = RaeDecoderConfig(**{f.name: values[f.name] for f in fields if f.name in values})
-    counts = [f.name for f in fields if f.default is dataclasses.MISSING]
-    if wrong := [name for name in counts if type(values[name]) is not int or values[name] < 1]:
-        raise UsageError(f"{where}: {wrong[0]} is {values[wrong[0]]!r}, expected a positive integer")
-    if read.image_size % read.patch_size or read.decoder_hidden_size % read.decoder_num_attention_heads:
-        raise UsageError(
-            f"{where}: image_size {read.image_size} must be a multiple of patch_size {read.patch_size}, and "
-            f"decoder_hidden_size {read.decoder_hidden_size} of {read.decoder_num_attention_heads} heads"
-        )
-    return read
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TrainerError(f"decoder weights {path} not found") from None
-    except Exception as error:  # each format has its own errors
-        reason = " ".join(str(error).partition(". ")[0].split())[:200]
-        raise TrainerError(
-            f"decoder weights {path}: expected plain tensors, .pt or .safetensors: {reason}"
-        ) from None
+    known = {field.name for field in dataclasses.fields(RaeDecoderConfig)}
+    return checked(RaeDecoderConfig, {name: values[name] for name in known & values.keys()}, where)
 
 
 def _rename(name: str) -> str:

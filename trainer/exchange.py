@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +29,9 @@ from trainer.model import TrajectoryTransformer
 from trainer.normalisation import RAW
 from trainer.optim import NEWTON_SCHULZ, MuonAdam
 from trainer.presets import preset
-from trainer.run_folder import CONFIG
-from trainer.whole_files import write_bytes
+from trainer.release_files import check_weights, read_fields
+from trainer.run_folder import CONFIG, locked
+from trainer.whole_files import check_free, write_bytes
 
 CONFIG_FILE = "config.json"
 BATCH_SIZE = "batch_size"
@@ -62,25 +65,26 @@ def import_official(
     Raises UsageError if the configuration is missing or `out` holds checkpoints, MismatchError if the file is damaged,
     does not fit it, or lacks the average.
     """
-    given = official.read_json(config or _find_config(file))
-    model_config = official.read_config(given)
+    place = config or _find_config(file)
+    given = read_fields(place)
+    model_config = official.read_config(given, str(place))
     names = [name for name, _ in official.read_parts(file, lambda name: False)]
-    if official.part_name(ema) not in names:
-        raise official.missing_weights(names, file, ema)
+    for needed in (None, ema):
+        if official.part_name(needed) not in names:
+            raise official.missing_weights(names, file, needed)
     halflives = [name.removeprefix(official.AVERAGE) for name in names if name.startswith(official.AVERAGE)]
     halflives.sort(key=lambda name: name != ema)
-    train_config = _train_config(model_config, given, halflives)
-    if saved.list_checkpoints(out):
-        raise UsageError(f"{out} holds checkpoints; import into another folder")
+    train_config = _train_config(
+        model_config, given, [_halflife(name, file) for name in halflives], str(place)
+    )
+    if saved.list_checkpoints(out) or (out / CONFIG).exists():
+        raise UsageError(f"{out} holds a run, its checkpoints or {CONFIG}; import into another folder")
     state = saved.RunState(
         step=0, images_seen=0, config=to_mapping(train_config), shards=_unknown_shards(model_config, encoder)
     )
-    state.step = next(int(step) for name, step in official.read_parts(file, "step".__eq__) if name == "step")
+    state.step = _step(file)
     state.images_seen = state.step * train_config.batch_size
-    target = saved.checkpoint_folder(out, state.step)
-    saved.write_folder(target, state, _converted(file, train_config, state))
-    content = {"config": state.config, "shards": state.shards, "version": version("trajectory-hierarchies")}
-    write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    _write_run(out, state, _converted(file, train_config, state))
     return {
         "run": str(out),
         "step": state.step,
@@ -112,7 +116,7 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
         theirs: getattr(config.method, ours) for ours, theirs in METHOD_NAMES.items()
     }
     halflives = saved.averages_of(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    check_free(out / CONFIG_FILE)
     file = out / f"checkpoint_{state.step}"
     official.write_checkpoint(
         file,
@@ -133,8 +137,47 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
     return {"file": str(file), "step": state.step, "averages": halflives}
 
 
+def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapping[str, Tensor]]]) -> None:
+    """The run folder of one checkpoint; a folder that was not there before is whole or absent."""
+    is_new = not out.exists()
+    with locked(out):
+        try:
+            saved.write_folder(saved.checkpoint_folder(out, state.step), state, files)
+            content = {
+                "config": state.config,
+                "shards": state.shards,
+                "version": version("trajectory-hierarchies"),
+            }
+            write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+        except BaseException:
+            if is_new:
+                shutil.rmtree(out)
+            raise
+
+
+def _step(file: Path) -> int:
+    for name, step in official.read_parts(file, "step".__eq__):
+        if name == "step":
+            return int(step)
+    raise MismatchError(f"{file} is not a checkpoint of the release: it holds no step")
+
+
+def _halflife(name: str, file: Path) -> float:
+    """Half-life of a weight average of the file, by its name."""
+    try:
+        halflife = float(name)
+    except ValueError:
+        halflife = math.nan
+    if not 0 < halflife < math.inf:
+        raise MismatchError(f"{file} holds the weight average {name!r}, expected half-lives in kimg")
+    return halflife
+
+
 def _find_config(file: Path) -> Path:
-    places = [folder / CONFIG_FILE for folder in file.resolve().parents[:2]]
+    # Beside the name that was given first: it may link into a store of downloads.
+    places = [
+        folder / CONFIG_FILE for path in (file.absolute(), file.resolve()) for folder in path.parents[:2]
+    ]
     for place in places:
         if place.exists():
             return place
@@ -144,10 +187,11 @@ def _find_config(file: Path) -> Path:
     )
 
 
-def _train_config(model: ModelConfig, given: Mapping[str, Any], halflives: list[str]) -> TrainConfig:
+def _train_config(
+    model: ModelConfig, given: Mapping[str, Any], halflives: list[float], where: str
+) -> TrainConfig:
     """The configuration of the release that trained the file: a preset, with what its own configuration says."""
     letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
-    where = "configuration of the checkpoint"
     base = preset(f"TF-{letter[1]}" if letter else "TF-B")
     size = {BATCH_SIZE: given.get(BATCH_SIZE, base.batch_size)}
     base = checked(TrainConfig, to_mapping(base) | size, where)
@@ -160,7 +204,7 @@ def _train_config(model: ModelConfig, given: Mapping[str, Any], halflives: list[
         base,
         model=model,
         method=checked(MethodConfig, to_mapping(base.method) | method, where),
-        optim=dataclasses.replace(base.optim, ema_halflives_kimg=tuple(map(float, halflives))),
+        optim=dataclasses.replace(base.optim, ema_halflives_kimg=tuple(halflives)),
     )
 
 
@@ -189,39 +233,47 @@ def _converted(
     optimizer = MuonAdam(model.named_parameters(), config.optim)
     _, state.optimizer = saved.optimizer_tensors(optimizer)
     moments: dict[str, Tensor] = {}
-    for name, content in official.read_parts(file):
+    kept = ("params", official.AVERAGE, "opt_state")
+    for name, content in official.read_parts(file, lambda name: name.startswith(kept)):
         if name == "params":
             yield saved.MODEL, official.from_official(model, content, file)
         elif name.startswith(official.AVERAGE):
             halflife = float(name.removeprefix(official.AVERAGE))
             yield f"ema-{halflife:g}.safetensors", official.from_official(model, content, file)
         elif name == "opt_state":
-            moments = _moments(content, state.optimizer, file)
+            moments = _moments(content, model, state.optimizer, file)
         del content  # before the next part is read
     yield saved.OPTIMIZER, moments
     yield saved.NORMALISER, {"mean": RAW.mean, "std": RAW.std}
 
 
-def _moments(content: Mapping[str, Tensor], groups: list[dict[str, Any]], file: Path) -> dict[str, Tensor]:
+def _moments(
+    content: Mapping[str, Tensor], model: TrajectoryTransformer, groups: list[dict[str, Any]], file: Path
+) -> dict[str, Tensor]:
     """The optimiser's tensors as checkpoints name them; sets the number of updates in `groups`.
 
     A state without moments means a fresh optimiser; one of another optimiser is refused.
     """
-    found: dict[str, Tensor] = {}
     if not content:
-        return found
-    try:
-        for group in groups:
-            rule = group["rule"]
-            inner = STATE.format(rule=rule)
-            group["step"] = int(content[f"{inner}/count"])
-            for slot, theirs in SLOTS[rule].items():
-                for name in group["param_names"]:
-                    tensor = content[f"{inner}/{theirs}/{official.official_name(name)}"]
-                    found[f"{slot}/{name}"] = tensor.mT if tensor.ndim == 2 else tensor
-    except KeyError as error:
-        raise MismatchError(f"{file}: opt_state is not that of Muon with Adam, it lacks {error}") from None
-    return found
+        return {}
+    shapes = official.official_shapes(model)
+    places: dict[str, str] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        inner = STATE.format(rule=group["rule"])
+        for slot, theirs in SLOTS[group["rule"]].items():
+            for name in group["param_names"]:
+                place = f"{inner}/{theirs}/{official.official_name(name)}"
+                places[f"{slot}/{name}"], expected[place] = place, shapes[official.official_name(name)]
+        try:
+            group["step"] = official.count_of(content.get(f"{inner}/count"))
+        except ValueError as error:
+            raise MismatchError(
+                f"{file}: opt_state is not that of Muon with Adam: {inner}/count, {error}"
+            ) from None
+    found = {place: content[place] for place in expected if place in content}
+    check_weights(f"{file}: opt_state, expected that of Muon with Adam,", found, expected)
+    return {name: official.inward(found[place]) for name, place in places.items()}
 
 
 def _official_optimizer(folder: Path, state: saved.RunState, config: TrainConfig) -> dict[str, Any]:

@@ -11,16 +11,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.checkpoint import load_tensors
+from trainer.config import checked
 from trainer.errors import MismatchError, UsageError
 from trainer.latent_config import LatentModelConfig
 from trainer.pixel_latent import PIXEL_CHANNELS, PixelLatentTransformer
+from trainer.release_files import check_weights, read_fields, read_weights
+from trainer.whole_files import whole_file, write_bytes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CONFIG_NAMES = {
@@ -80,14 +81,18 @@ def load_latent_forcing(folder: str | Path) -> PixelLatentTransformer:
 
     It is called as network(pixels, latents, t_pixels=, t_latents=, label=) → (pixels, latents): channels-last, and
     t = 1 is noise. Raises UsageError if the configuration is incomplete, TrainerError if the weights cannot be read,
-    MismatchError if they do not fit it.
+    MismatchError if they do not fit it or are not finite.
     """
     folder = Path(folder)
-    model = PixelLatentTransformer(read_config(folder / CONFIG))
-    given = load_tensors(folder / WEIGHTS)
-    found = {name: _taken(name, given) for name in model.state_dict()}
-    _check(folder / WEIGHTS, model, found, given)
-    model.load_state_dict(found, assign=False)
+    config = read_config(folder / CONFIG)
+    given = read_weights(folder / WEIGHTS)
+    with torch.device("meta"):
+        ours = to_official(PixelLatentTransformer(config))
+    expected = {name: array.shape for name, array in ours.items() if name != POSITIONS or name in given}
+    check_weights(folder / WEIGHTS, given, expected)
+    model = PixelLatentTransformer(config)
+    _check_positions(folder / WEIGHTS, model, given)
+    model.load_state_dict({name: _taken(name, given) for name in model.state_dict()})
     return model.eval()
 
 
@@ -97,33 +102,47 @@ def save_latent_forcing(model: PixelLatentTransformer, folder: str | Path) -> No
     if c.num_canvases != 1 or c.grid[0] != c.grid[1]:
         raise UsageError(f"{c.num_canvases} canvases on a grid of {c.grid}, expected 1 on a square one")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"input_size": c.image_px[0], "in_channels": PIXEL_CHANNELS}
     config |= {theirs: getattr(c, ours) for ours, theirs in CONFIG_NAMES.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in to_official(model).items()}
+    with whole_file(folder / WEIGHTS) as partial:
+        save_file(tensors, partial)
+    write_bytes(folder / CONFIG, json.dumps(config, indent=1).encode())
+
+
+def to_official(model: PixelLatentTransformer) -> dict[str, Tensor]:
+    """The arrays of the release, by its names and in its shapes, that hold the weights of a network."""
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         theirs, part, _ = official_name(name)
-        parts.setdefault(theirs, {})[part] = tensor.detach().cpu()
-    tensors = {
-        name: _outward(name, torch.cat([part for _, part in sorted(found.items())]), c)
+        parts.setdefault(theirs, {})[part] = tensor.detach()
+    arrays = {
+        name: _outward(name, torch.cat([part for _, part in sorted(found.items())]), model.config)
         for name, found in parts.items()
     }
-    tensors[POSITIONS] = model.positions.cpu()[None]
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+    return arrays | {POSITIONS: model.positions[None]}
 
 
 def read_config(path: str | Path) -> LatentModelConfig:
     """The network that a configuration of the release describes. Raises UsageError if it is none."""
-    try:
-        given: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        fields = {ours: int(given[theirs]) for ours, theirs in CONFIG_NAMES.items()}
-        side, rest = divmod(int(given["input_size"]), fields["patch_px"])
-        if rest:
-            raise ValueError(f"input_size {given['input_size']} is no multiple of patch_size")
-        return LatentModelConfig(grid=(side, side), **fields)  # type: ignore[arg-type]
-    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{path} is no configuration of Latent Forcing: {error!r}") from None
+    path = Path(path)
+    given = {"in_channels": PIXEL_CHANNELS} | read_fields(path)
+    needed = ("input_size", "in_channels", *CONFIG_NAMES.values())
+    wrong = [
+        f"{name} is {given.get(name, 'missing')!r}" for name in needed if type(given.get(name)) is not int
+    ]
+    if wrong:
+        raise UsageError(
+            f"{path} is no configuration of Latent Forcing: {', '.join(wrong[:3])}; expected whole numbers"
+        )
+    side, rest = divmod(given["input_size"], given["patch_size"] or 1)
+    if rest or given["in_channels"] != PIXEL_CHANNELS:
+        raise UsageError(
+            f"{path}: pictures of {given['input_size']} pixels a side and {given['in_channels']} channels, expected "
+            f"a multiple of patch_size {given['patch_size']}, and {PIXEL_CHANNELS}"
+        )
+    fields = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items()}
+    return checked(LatentModelConfig, fields | {"grid": (side, side)}, str(path))
 
 
 def official_name(name: str) -> tuple[str, int, int]:
@@ -138,11 +157,9 @@ def official_name(name: str) -> tuple[str, int, int]:
     return name, part, parts
 
 
-def _taken(name: str, given: Mapping[str, Tensor]) -> Tensor | None:
-    """Our parameter out of the release's arrays, None where they lack it."""
+def _taken(name: str, given: Mapping[str, Tensor]) -> Tensor:
+    """Our parameter out of the release's arrays."""
     theirs, part, parts = official_name(name)
-    if theirs not in given:
-        return None
     array = given[theirs]
     if array.ndim == 4:  # a convolution over a patch: [out, channels, rows, columns]
         array = array.permute(0, 2, 3, 1).flatten(1)
@@ -157,23 +174,12 @@ def _outward(name: str, array: Tensor, config: LatentModelConfig) -> Tensor:
     return array.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
 
 
-def _check(
-    path: Path, model: PixelLatentTransformer, found: Mapping[str, Tensor | None], given: Mapping[str, Tensor]
-) -> None:
-    problems = []
-    for name, own in model.state_dict().items():
-        tensor, theirs = found[name], official_name(name)[0]
-        if tensor is None:
-            problems.append(f"{theirs} is missing")
-        elif tensor.shape != own.shape:
-            problems.append(
-                f"{theirs} has shape {tuple(given[theirs].shape)}, which does not give {tuple(own.shape)}"
-            )
-    unknown = given.keys() - {official_name(name)[0] for name in found} - {POSITIONS}
-    problems += [f"{name} has no place in the network" for name in sorted(unknown)]
-    positions = given.get(POSITIONS)
-    if positions is not None and not torch.allclose(positions[0].float(), model.positions, atol=1e-5):
-        problems.append(f"{POSITIONS} is not the fixed embedding of a grid of {model.config.grid}")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise MismatchError(f"{path} does not fit {CONFIG}: {'; '.join(problems[:3])}{more}")
+def _check_positions(path: Path, model: PixelLatentTransformer, given: Mapping[str, Tensor]) -> None:
+    if POSITIONS not in given:
+        return
+    positions = given[POSITIONS]
+    rounding = max(1e-5, torch.finfo(positions.dtype).eps)
+    if not torch.allclose(positions[0].float(), model.positions, atol=rounding):
+        raise MismatchError(
+            f"{path}: {POSITIONS} is not the fixed embedding of a grid of {model.config.grid}"
+        )

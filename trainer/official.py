@@ -9,7 +9,6 @@ asked for are decoded, and written one array after the other, so memory stays ne
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from trainer.config import ModelConfig, checked
 from trainer.errors import MismatchError, UsageError
 from trainer.latent_official import load_latent_forcing as load_latent_forcing
 from trainer.model import TrajectoryTransformer
+from trainer.release_files import check_weights, read_fields
 from trainer.whole_files import whole_file
 
 NDARRAY_EXTENSION = 1
@@ -39,6 +39,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int32": torch.int32,
 }
+
+DAMAGE = (RuntimeError, msgpack.UnpackException, ValueError, TypeError, KeyError, OverflowError, MemoryError)
+"""What reading bytes that are no such file can raise."""
 
 SIZES = {"B": (768, 16, 12), "L": (1024, 32, 16), "H": (1280, 48, 16)}
 """Width, depth and heads by the letter in `model_str`."""
@@ -102,11 +105,15 @@ def load_checkpoint(
     Raises UsageError if the configuration is incomplete or asks what the network does not have, MismatchError
     if the file is damaged, holds no such average, or its arrays do not fit the configuration.
     """
-    model = TrajectoryTransformer(config if isinstance(config, ModelConfig) else read_config(config))
+    sizes = config if isinstance(config, ModelConfig) else read_config(config)
+    with torch.device("meta"):  # a configuration of another file may ask for any memory
+        shapes = TrajectoryTransformer(sizes)
     names = []
     for name, arrays in read_parts(path, part_name(ema).__eq__):
         if arrays is not None:
-            model.load_state_dict(from_official(model, arrays, path))
+            weights = from_official(shapes, arrays, path)
+            model = TrajectoryTransformer(sizes)
+            model.load_state_dict(weights)
             return model.eval()
         names.append(name)
     raise missing_weights(names, path, ema)
@@ -115,23 +122,44 @@ def load_checkpoint(
 def from_official(
     model: TrajectoryTransformer, arrays: Mapping[str, Tensor], path: object
 ) -> dict[str, Tensor]:
-    """Weights under our names from arrays by the release's paths. Raises MismatchError unless they fit the model."""
-    _check_shapes(model, arrays, path)
-    found = {name: arrays[official_name(name)] for name, _ in model.named_parameters()}
-    return {name: array.mT if array.ndim == 2 else array for name, array in found.items()}
+    """Weights, float32, under our names from arrays by the release's paths.
+
+    Raises MismatchError unless they fit the model and are finite.
+    """
+    check_weights(path, arrays, official_shapes(model), _hint)
+    return {name: inward(arrays[official_name(name)]) for name, _ in model.named_parameters()}
 
 
-def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConfig:
+def official_shapes(model: TrajectoryTransformer) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter as the release has it, by the release's path."""
+    return {
+        official_name(name): tuple(p.mT.shape if p.ndim == 2 else p.shape)
+        for name, p in model.named_parameters()
+    }
+
+
+def inward(array: Tensor) -> Tensor:
+    """An array of the release as we hold it: float32, and [out, in]."""
+    return array.mT.float() if array.ndim == 2 else array.float()
+
+
+def read_config(
+    config: Mapping[str, Any] | str | os.PathLike[str], where: str = "configuration of the checkpoint"
+) -> ModelConfig:
     """The network that a configuration of the release describes; other fields of it are ignored.
 
+    where: what messages call a configuration that is given as a mapping.
     Raises UsageError if a size is missing, or if the network would lack a part that ours always has.
     """
-    given = config if isinstance(config, Mapping) else read_json(Path(config))
+    given = config if isinstance(config, Mapping) else read_fields(Path(config))
+    where = where if isinstance(config, Mapping) else str(config)
     for switch in ("use_level_cond", "use_prev_cond", "use_token_embed"):
         if not given.get(switch, True):
-            raise UsageError(f"{switch} is false; only networks with all conditioning inputs can be read")
+            raise UsageError(
+                f"{where}: {switch} is false; only networks with all conditioning inputs can be read"
+            )
     if (mode := given.get("cond_token_mode", "fused")) != "fused":
-        raise UsageError(f"cond_token_mode is {mode!r}; only 'fused' checkpoints can be read")
+        raise UsageError(f"{where}: cond_token_mode is {mode!r}; only 'fused' checkpoints can be read")
     fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in given}
     letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
     if letter:
@@ -140,21 +168,9 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ModelConf
     missing = needed - given.keys()
     missing |= {CONFIG_NAMES[name] for name in ("width", "depth", "num_heads") if name not in fields}
     if missing:
-        raise UsageError(f"configuration of the checkpoint lacks {', '.join(sorted(missing))}")
+        raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")
     fields["grid"] = (given["input_size"], given["input_size"])
-    where = "configuration of the checkpoint" if isinstance(config, Mapping) else str(config)
     return checked(ModelConfig, fields, where)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The fields of a configuration file of the release. Raises UsageError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"configuration {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"configuration {path}: found {type(content).__name__}, expected fields by name")
-    return content
 
 
 def save_checkpoint(
@@ -218,7 +234,7 @@ def read_parts(
     with open(path, "rb") as file:
         try:
             yield from _parts(file, wanted)
-        except (RuntimeError, msgpack.UnpackException, ValueError) as error:
+        except DAMAGE as error:
             detail = str(error) or type(error).__name__
             raise MismatchError(
                 f"{path} is truncated or not a checkpoint of the release ({detail}): copy it again"
@@ -234,7 +250,7 @@ def missing_weights(names: Iterable[str], path: object, ema: int | str | None) -
     """What to raise for a file of parts `names` that lacks the weights asked for: lists those there."""
     there = [name.removeprefix(AVERAGE) for name in names if name.startswith(AVERAGE)]
     if ema is None or not (there or "params" in names):
-        return MismatchError(f"{path} is not a checkpoint of the release: it holds no weights")
+        return MismatchError(f"{path} is not a checkpoint of the release: it holds no weights (params)")
     return MismatchError(
         f"{path} holds no weight average {ema}; it holds: {', '.join(there) or 'none'} "
         "(ema=None takes the raw weights)"
@@ -247,10 +263,23 @@ def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
         names = (f"{AVERAGE}{halflife}" for halflife in _keys(unpacker)) if part == "ema_params" else [part]
         for name in names:
             if wanted(name):
-                yield name, unpacker.unpack() if name == "step" else dict(_flatten(unpacker.unpack() or {}))
+                content = unpacker.unpack()
+                yield name, count_of(content) if name == "step" else dict(_flatten(content or {}))
+                del content  # before the next part is read
             else:
                 unpacker.skip()
                 yield name, None
+    if rest := os.fstat(file.fileno()).st_size - unpacker.tell():
+        raise ValueError(f"{rest} bytes after its end")
+
+
+def count_of(value: object) -> int:
+    """A number of steps, as a plain integer or an array of one. Raises ValueError."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if type(value) is not int or value < 0:
+        raise ValueError(f"found {value!r} where a number of steps belongs")
+    return value
 
 
 def _keys(unpacker: msgpack.Unpacker) -> Iterator[str]:
@@ -286,7 +315,11 @@ def _decode(code: int, data: bytes) -> Tensor:
     if dtype not in DTYPES:
         raise ValueError(f"array of type {dtype}, expected one of {', '.join(DTYPES)}")
     kind = DTYPES[dtype]
-    flat = torch.frombuffer(bytearray(content), dtype=kind) if content else torch.empty(0, dtype=kind)
+    flat = (
+        torch.frombuffer(bytearray(memoryview(content)), dtype=kind)
+        if content
+        else torch.empty(0, dtype=kind)
+    )
     return flat.reshape(shape)
 
 
@@ -334,31 +367,12 @@ def to_official(weights: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _check_shapes(model: TrajectoryTransformer, arrays: Mapping[str, Tensor], path: object) -> None:
-    """Raise MismatchError naming the first arrays that do not fit, and the configuration field behind them."""
-    expected = {
-        official_name(name): tuple(p.mT.shape if p.ndim == 2 else p.shape)
-        for name, p in model.named_parameters()
-    }
-    problems = [f"{name} is missing" for name in expected.keys() - arrays.keys()]
-    problems += [f"{name} has no place in this network" for name in arrays.keys() - expected.keys()]
-    for name in expected.keys() & arrays.keys():
-        shape = tuple(arrays[name].shape)
-        if shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, expected {expected[name]}{_hint(name, shape)}")
-    if problems:
-        # Those with an explanation first: a wrong width makes hundreds.
-        problems.sort(key=lambda line: (";" not in line, line))
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise MismatchError(f"{path} does not fit the configuration: {' | '.join(problems[:3])}{more}")
-
-
 def _hint(name: str, shape: tuple[int, ...]) -> str:
     """The field of the configuration that an array's shape tells."""
     if name == "net/y_embedder/embedding_table/embedding" and len(shape) == 3:
-        return f"; the checkpoint has num_classes {shape[1] - 1}"
+        return f"the checkpoint has num_classes {shape[1] - 1}"
     if name == "net/level_embedder/embedding_table/embedding" and len(shape) == 3:
-        return f"; the checkpoint has num_levels {shape[1] - 1}"
+        return f"the checkpoint has num_levels {shape[1] - 1}"
     if name == "net/x_embedder/proj/_flax_linear/kernel" and len(shape) == 2:
-        return f"; the checkpoint has in_channels {shape[0]} and hidden_size {shape[1]}"
+        return f"the checkpoint has in_channels {shape[0]} and hidden_size {shape[1]}"
     return ""

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.decode import read_weights
 from trainer.errors import MismatchError, TrainerError
+from trainer.release_files import read_weights
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """Width and number of the 3×3 convolutions between two poolings of VGG16; the last of each is compared."""

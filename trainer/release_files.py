@@ -1,0 +1,80 @@
+"""What the files of every release have in common: a configuration in JSON, tensors by name, and whether they fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trainer.errors import MismatchError, TrainerError, UsageError
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a configuration file of a release. Raises UsageError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"configuration {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"configuration {path}: found {type(content).__name__}, expected fields by name")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU: .safetensors, or a plain state dict that torch saved.
+
+    Raises TrainerError if there are none to read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise ValueError(f"found {type(content).__name__}, not names of tensors")
+    except FileNotFoundError:
+        raise TrainerError(f"weights {path} not found") from None
+    except Exception as error:  # each format has its own errors
+        reason = " ".join(str(error).partition(". ")[0].split())[:200] or type(error).__name__
+        raise TrainerError(
+            f"weights {path}: expected plain tensors, .pt or .safetensors: {reason}; copy the file again"
+        ) from None
+    return content
+
+
+def check_weights(
+    where: object,
+    given: Mapping[str, Tensor],
+    expected: Mapping[str, Sequence[int]],
+    hint: Callable[[str, tuple[int, ...]], str] = lambda name, shape: "",
+) -> None:
+    """Raise MismatchError, naming the first that differ, unless `given` are finite weights of the `expected` shapes.
+
+    hint: what a wrong shape of an array tells about the configuration; problems with one are named first.
+    """
+    problems = []
+    for name, shape in expected.items():
+        if problem := _problem(given.get(name), tuple(shape)):
+            told = hint(name, tuple(given[name].shape)) if "has shape" in problem else ""
+            problems.append((not told, f"{name} {problem}{told and f' ({told})'}"))
+    problems += [(True, f"{name} has no place in the network") for name in given if name not in expected]
+    if problems:
+        lines = [line for _, line in sorted(problems, key=lambda problem: problem[0])]
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise MismatchError(f"{where} does not fit the configuration: {'; '.join(lines[:3])}{more}")
+
+
+def _problem(tensor: Any, shape: tuple[int, ...]) -> str:
+    if tensor is None:
+        return "is missing"
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+        return "is no plain tensor"
+    if tuple(tensor.shape) != shape:
+        return f"has shape {tuple(tensor.shape)}, expected {shape}"
+    if not tensor.is_floating_point():
+        return f"is {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers"
+    return "" if tensor.isfinite().all() else "holds NaN or infinite values"
