@@ -115,6 +115,18 @@ def test_samples_of_every_kind(runs: dict[str, Path]) -> None:
             assert alone.num_steps == 4, name
 
 
+def test_a_run_without_classes_knows_none(shards: str, tmp_path: Path) -> None:
+    """Rows of classes that no step has trained take no part in samples and likelihoods."""
+    config = tiny(method=NormalizingMethodConfig(label_dropout=1.0), total_images=16)
+    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    pipe = NormalizingPipeline.from_pretrained(tmp_path / "run")
+    before = pipe("ant", seed=3).levels, next(iter(measure(pipe, open_index(shards), [0]))).bits
+    with torch.no_grad():
+        pipe.model.predictor.trunk.class_table[:, :-1] += 5.0
+    assert torch.equal(pipe("bee", seed=3).levels, before[0])
+    np.testing.assert_array_equal(next(iter(measure(pipe, open_index(shards), [0]))).bits, before[1])
+
+
 def test_levels_can_be_edited_and_resumed(runs: dict[str, Path]) -> None:
     for name in ("levels", "canvases"):
         trajectory = load_pipeline(runs[name])("bee", seed=3)

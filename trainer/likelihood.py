@@ -29,6 +29,7 @@ from trainer.chains import chain_entropy, noise_times, posterior
 from trainer.errors import NonFiniteLossError, UsageError
 from trainer.methods.normalizing_trajectory import HALF_LOG_2PI, Chain, build_chain, transitions
 from trainer.normalizing_pipeline import NormalizingPipeline
+from trainer.normalizing_sample import seen_label
 from trainer.progress import Follow, unseen
 from trainer.reader import ShardReader
 from trainer.sample import level_noise
@@ -169,7 +170,7 @@ def _levels(
     for level in range(own_levels):
         chain = build_chain(
             canvases.to(device),
-            label.to(device),
+            seen_label(label.to(device), pipe.model, pipe.method),
             torch.full_like(label, level).to(device),
             noise=noise[:, level * (num_steps + 1) : (level + 1) * (num_steps + 1)].to(device),
             t_min=torch.full((B,), pipe.method.sampling_t_min, device=device),

@@ -41,6 +41,11 @@ class HowToSample:
     """Share of the scores of an image that is not cut to the largest of them; None cuts none."""
 
 
+def seen_label(label: Tensor, network: NormalizingNetwork, method: NormalizingMethodConfig) -> Tensor:
+    """Labels as training showed them: all of the null class where it dropped every one."""
+    return torch.full_like(label, network.config.num_classes) if method.label_dropout == 1 else label
+
+
 def check_ending(network: NormalizingNetwork, ending: Ending) -> None:
     """Raise UsageError where a network has no such ending."""
     if ending == "denoiser" and network.denoiser is None:
@@ -88,6 +93,7 @@ def sample_canvases(
     check_ending(network, how.ending)
     network.check(noise[0], how.num_steps)
     prev = torch.zeros_like(noise[0]) if previous is None else normaliser.apply(previous)
+    label = seen_label(label, network, method)
     num_levels = 1 if network.config.trajectory == "tokens" else network.config.num_levels
     each, canvases = len(noise) // num_levels, []
     for level in range(start_level, num_levels):
