@@ -24,11 +24,12 @@ from trainer.clocks import sampling_grid
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
-from trainer.latent_pipeline import LatentPipeline, PixelStage, latents_of, load_pixel_stage, pixel_noise
+from trainer.latent_pipeline import LatentPipeline, latents_of, load_pixel_stage
 from trainer.latent_sample import ClockGuidance, sample_pixels
 from trainer.log import read_metrics
 from trainer.normalisation import Normaliser
 from trainer.photos import start_from_shards
+from trainer.pixel_stage import PixelStage, pixel_noise
 from trainer.report_inputs import run_page
 from trainer.run_kinds import ALL_PRESETS, config_of, preset_of
 from trainer.sample import level_noise

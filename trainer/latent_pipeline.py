@@ -16,32 +16,35 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from trainer import checkpoint as saved
 from trainer.clocks import sampling_grid
 from trainer.config import checked
-from trainer.decode import ConditionalDecoder
 from trainer.errors import MismatchError, UsageError
 from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
-from trainer.latent_sample import UNGUIDED, ClockGuidance, sample_pixels
+from trainer.latent_sample import ClockGuidance, sample_pixels
 from trainer.loading import average_of, best_device, check_weak, fill, weights_note
-from trainer.methods.latent_forcing import TIME_FLOOR
 from trainer.normalisation import RAW, Normaliser
 from trainer.pipeline import Decoder, TrajectoryPipeline
-from trainer.pixel_latent import PIXEL_CHANNELS, PixelLatentTransformer
+from trainer.pixel_latent import PixelLatentTransformer
+from trainer.pixel_stage import (
+    STEPS_PER_STAGE,
+    Drawn,
+    PixelStage,
+    apart,
+    latent_noise,
+    pixel_noise,
+    side_by_side,
+)
 from trainer.sample import level_noise
-from trainer.schedules import mixed_seed
 from trainer.trajectory import Trajectory
 
-STEPS_PER_STAGE = 25
-"""Steps of each canvas and of the pixels where 1 is asked for, too few for any picture; the paper's 50 in all."""
 CASCADED = ("cascaded", "cascaded-noised")
 SHIFTED = ("shifted", "independent")
 
@@ -52,98 +55,7 @@ def latents_of(features: Tensor, regions: Tensor | None, normaliser: Normaliser)
     regions: integer [B, L−1, H, W], for every level's canvas (K = L); None for the features alone (K = 1).
     """
     tokens = normaliser.apply(features)
-    return tokens if regions is None else _side_by_side(level_canvases(tokens, regions))
-
-
-def pixel_noise(seed: int, image_px: tuple[int, int]) -> Tensor:
-    """Noise of the pixels of an image, float32 [h, w, 3] on the CPU; independent of that of its levels."""
-    generator = torch.Generator().manual_seed(mixed_seed(seed, 1))
-    return torch.randn(*image_px, PIXEL_CHANNELS, generator=generator)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PixelStage(ConditionalDecoder):
-    """Canvases → pixels by a network of Latent Forcing: what stands for a decoder that was never trained.
-
-    weak: the network that guides, else this one without class. knows_classes: whether it was trained with any. label:
-    class that is drawn; without one the null class. seed: of the noise of the pixels.
-    """
-
-    network: PixelLatentTransformer
-    normaliser: Normaliser = RAW
-    num_steps: int = STEPS_PER_STAGE
-    time_floor: float = TIME_FLOOR
-    guidance: ClockGuidance = UNGUIDED
-    weak: nn.Module | None = None
-    knows_classes: bool = True
-    label: int | None = None
-    seed: int = 0
-
-    def of(self, label: int, seed: int) -> PixelStage:
-        """The same for a trajectory of this class and seed."""
-        return dataclasses.replace(self, label=label if self.knows_classes else None, seed=seed)
-
-    @torch.no_grad()
-    def __call__(self, canvases: Tensor) -> Tensor:
-        """Raw canvases [B, H, W, C] → RGB [B, 3, h, w] in [0, 1], all of one class and seed.
-
-        A network of one latent draws a picture of each canvas. One of all levels takes the L levels of a trajectory,
-        coarse → fine, or those of several; picture ℓ is drawn given levels 0 to ℓ.
-        Raises MismatchError if canvases do not fit the network.
-        """
-        latents = self._latents(canvases)
-        pictures = [self._drawn(latents, level) for level in range(self.network.config.num_canvases)]
-        return torch.stack(pictures, dim=1).flatten(0, 1)
-
-    @torch.no_grad()
-    def at(self, canvases: Tensor, level: int) -> Tensor:
-        """The picture of one level of a trajectory, RGB [3, h, w]."""
-        latents, K = self._latents(canvases), self.network.config.num_canvases
-        return self._drawn(latents[level // K][None], level % K)[0]
-
-    def _latents(self, canvases: Tensor) -> Tensor:
-        """Canvases of T trajectories as the network sees them, [T, H, W, K·C]."""
-        c = self.network.config
-        if canvases.shape[1:] != (*c.grid, c.in_channels) or len(canvases) % c.num_canvases:
-            raise MismatchError(
-                f"canvases are {tuple(canvases.shape)}, the pixel stage expects {(*c.grid, c.in_channels)} each, and "
-                f"a multiple of {c.num_canvases}"
-            )
-        device = next(self.network.parameters()).device
-        return _side_by_side(self.normaliser.apply(canvases.to(device)).unflatten(0, (-1, c.num_canvases)))
-
-    def _drawn(self, latents: Tensor, level: int) -> Tensor:
-        """Pictures RGB [T, 3, h, w] given levels 0 to `level` of T trajectories [T, H, W, K·C]."""
-        c, count, device = self.network.config, len(latents), latents.device
-        given = (level + 1) * c.in_channels
-        noise = _latent_noise([self.seed], c, device).expand(count, -1, -1, -1)
-        times = (torch.arange(c.num_canvases) > level).float().expand(self.num_steps + 1, -1)
-        pixels, _ = sample_pixels(
-            self.network,
-            torch.full((count,), c.num_classes if self.label is None else self.label, device=device),
-            pixel_noise(self.seed, c.image_px).to(device).expand(count, -1, -1, -1),
-            torch.cat([latents[..., :given], noise[..., given:]], dim=-1),
-            (torch.linspace(1, 0, self.num_steps + 1), times),
-            pixel_guidance=self.guidance,
-            weak_network=self.weak,
-            time_floor=self.time_floor,
-        )
-        return (pixels.permute(0, 3, 1, 2) + 1) / 2
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Drawn(ConditionalDecoder):
-    """Stands for a decoder where pixels came together with the latents: their picture, RGB [1, 3, h, w]."""
-
-    picture: Tensor
-
-    def of(self, label: int, seed: int) -> Drawn:
-        """Itself: it was drawn for one trajectory."""
-        return self
-
-    def __call__(self, canvases: Tensor) -> Tensor:
-        """The picture, once for each canvas."""
-        return self.picture.expand(len(canvases), -1, -1, -1)
+    return tokens if regions is None else side_by_side(level_canvases(tokens, regions))
 
 
 class LatentPipeline(TrajectoryPipeline):
@@ -225,14 +137,14 @@ class LatentPipeline(TrajectoryPipeline):
         c = self.model.config
         steps = _steps(how["num_steps"])
         how = {**how, "num_steps": steps}
-        latents = _latent_noise(seeds, c, self._device)
+        latents = latent_noise(seeds, c, self._device)
         pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self._device)
         # The pixel stage of a cascade comes on demand.
         is_cascade = self.method.schedule in CASCADED
         end = c.num_canvases * steps + 1 if is_cascade else None
         pixels, latents = self._flow(ids, pixels, latents, slice(end), how)
         pictures = (pixels.permute(0, 3, 1, 2).cpu() + 1) / 2
-        levels = self.normaliser.undo(_apart(latents, c.num_canvases)).cpu()
+        levels = self.normaliser.undo(apart(latents, c.num_canvases)).cpu()
         found = []
         for row, (label, seed) in enumerate(zip(ids, seeds, strict=True)):
             trajectory = self._trajectory(levels[row], label, seed, **how)
@@ -253,12 +165,12 @@ class LatentPipeline(TrajectoryPipeline):
         own = level_noise(seeds, c.num_canvases, c.grid, c.in_channels)
         noise = own[torch.arange(c.num_canvases), torch.arange(c.num_canvases)].to(self._device)
         latents = torch.cat(
-            [_side_by_side(levels[None])[..., :given], _side_by_side(noise[None])[..., given:]], -1
+            [side_by_side(levels[None])[..., :given], side_by_side(noise[None])[..., given:]], -1
         )
         part = slice((level + 1) * steps, c.num_canvases * steps + 1)
         pixels = pixel_noise(seeds[-1], c.image_px)[None].to(self._device)
         _, latents = self._flow([trajectory.label], pixels, latents, part, how)
-        return self.normaliser.undo(_apart(latents, c.num_canvases))[0, level + 1 :].cpu()
+        return self.normaliser.undo(apart(latents, c.num_canvases))[0, level + 1 :].cpu()
 
     def adopt(self, trajectory: Trajectory) -> Trajectory:
         """As `TrajectoryPipeline.adopt`; its pictures are drawn by this network's pixel stage.
@@ -387,19 +299,3 @@ def _drawn_how(trajectory: Trajectory) -> dict[str, Any]:
 
 def _steps(num_steps: int) -> int:
     return STEPS_PER_STAGE if num_steps == 1 else num_steps
-
-
-def _latent_noise(seeds: Sequence[int], config: Any, device: torch.device) -> Tensor:
-    """[B, H, W, K·C], the same as a trajectory's levels are drawn from."""
-    noise = level_noise(seeds, config.num_canvases, config.grid, config.in_channels)
-    return _side_by_side(noise.transpose(0, 1)).to(device)
-
-
-def _side_by_side(canvases: Tensor) -> Tensor:
-    """[B, K, H, W, C] → [B, H, W, K·C]."""
-    return canvases.permute(0, 2, 3, 1, 4).flatten(3)
-
-
-def _apart(latents: Tensor, num_canvases: int) -> Tensor:
-    """[B, H, W, K·C] → [B, K, H, W, C]."""
-    return latents.unflatten(3, (num_canvases, -1)).permute(0, 3, 1, 2, 4)
