@@ -35,10 +35,17 @@ TRAJECTORY_TEXT = (
     "before it. The slider sweeps a canvas and its decoded picture together."
 )
 ONE_LEVEL_TEXT = "What the model makes of a label and a seed: the canvas, and the picture it is decoded to."
-CURVES_TEXT = (
-    "From metrics.jsonl. The losses of u and v are divided by their own size and stay near 1; the squared errors "
-    "behind them are what falls. Long curves are means of equal runs of points; the band spans least to greatest."
-)
+CURVES_TEXT = "Long curves are means of equal runs of points; the band spans least to greatest."
+LOSSES_TEXT = {
+    "trajectory-forcing": "The losses of u and v are divided by their own size and stay near 1; the squared errors "
+    "behind them are what falls.",
+    "latent-forcing": "loss_pixels and loss_latents are squared errors of v, means over the whole batch: a "
+    "sample that does not train one of the two counts as 0 in it.",
+    "normalizing-trajectory": "bits are −log₂ of the density of chains of normalised features, per number of a "
+    "canvas, and may fall below 0: fit + log_sigma − log_det, which are in nats as the loss is. The loss of a learned "
+    "denoiser is its squared distance to what the scores say.",
+}
+"""Method → what the curves of its losses are."""
 LOSSES = ("loss", "loss_u", "loss_v", "region")
 LOSS_TITLE = "losses"
 PER_LEVEL = re.compile(r"(.+?)[_/](?:level_?)?(\d+)")
@@ -76,6 +83,7 @@ def training_page(
     more: Sequence[Section] = (),
     intro: str = "",
     palette: Palette | None = None,
+    method: str = "trajectory-forcing",
 ) -> Page:
     """The report of a run; parts that are empty are left out.
 
@@ -83,7 +91,7 @@ def training_page(
     metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config: plain data, shown as
     YAML. more: sections after the samples.
     palette: where it is not given, it is fitted on the teachers' tokens if there are any, since early samples may lie
-    anywhere.
+    anywhere. method: whose losses the log holds.
     Write it with `canvases.gallery.write_page`.
     """
     palette = palette or page_palette(trajectories, teachers)
@@ -91,6 +99,7 @@ def training_page(
     sample_gallery = Gallery(viewers=[_viewer(trajectory, palette) for trajectory in trajectories], start=-1)
     configuration = yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True)
     plots = training_plots(log)
+    curves_text = f"From metrics.jsonl. {LOSSES_TEXT[method]} {CURVES_TEXT}"
     candidates = [
         (facts, Section(title="Summary", blocks=[Facts(entries=facts)])),
         (
@@ -100,7 +109,7 @@ def training_page(
         (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
         *((section, section) for section in more),
         (metrics, Section(title="Metrics", blocks=metrics)),
-        (plots, Section(title="Curves", text=CURVES_TEXT, blocks=[Plots(plots=plots)])),
+        (plots, Section(title="Curves", text=curves_text, blocks=[Plots(plots=plots)])),
         (stages, Section(title="Stages", blocks=[Table(rows=stages)])),
         (
             config,

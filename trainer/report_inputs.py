@@ -84,7 +84,8 @@ def run_page(
     normaliser = pipe.normaliser.to("cpu")
     seen = state.shards.get("num_samples")
     num_images = "unknown" if seen is None else f"{seen:,}"  # an imported checkpoint does not say
-    method = state.config.get("method_name", "trajectory-forcing").replace("-", " ").title()
+    method = state.config.get("method_name", "trajectory-forcing")
+    title = method.replace("-", " ").title()
     facts = {
         "preset": state.config["preset"],
         "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
@@ -96,7 +97,7 @@ def run_page(
         "classes": len(state.shards["class_names"]),
     }
     page = training_page(
-        title=f"{method}: {state.config['preset']} on {num_images} image{'' if seen == 1 else 's'}",
+        title=f"{title}: {state.config['preset']} on {num_images} image{'' if seen == 1 else 's'}",
         facts=facts,
         trajectories=trajectory_views(trajectories),
         teachers=[] if index is None else teacher_views(index, SHOWN_TEACHERS, pipe.decoder, normaliser),
@@ -108,6 +109,7 @@ def run_page(
         stages=stages,
         more=more,
         config=content["config"],
+        method=method,
     )
     if index is None or not isinstance(pipe, NormalizingPipeline):
         return page

@@ -1,0 +1,50 @@
+"""What `evaluate`, `sample` and `report` say of runs of each method, and what they refuse before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from tiny_runs import FLOW, LATENT, NORMALIZING
+from typer.testing import CliRunner, Result
+
+from trainer import dispatch
+from trainer.cli import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}
+
+
+@pytest.fixture(scope="module")
+def runs(picture_shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two steps of each method."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, config in METHODS.items():
+        config = dataclasses.replace(config, total_images=16, log_images=8, sample_images=None)
+        dispatch.train(config, picture_shards, str(folder / name), quiet=True)  # type: ignore[arg-type]
+    return {name: folder / name for name in METHODS}
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("trajectory-forcing", "losses of u and v"),
+        ("latent-forcing", "loss_latents"),
+        ("normalizing-trajectory", "bits"),
+    ],
+)
+def test_curves_are_explained_by_method(
+    method: str, said: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    done = call("report", runs[method], "--out", tmp_path / "report.html")
+    assert done.exit_code == 0, done.output
+    section = re.search(r"From metrics.jsonl\.[^<]*", (tmp_path / "report.html").read_text())
+    assert section is not None
+    assert said in section[0]
+    assert ("stay near 1" in section[0]) == (method == "trajectory-forcing")
