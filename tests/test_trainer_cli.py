@@ -149,6 +149,11 @@ def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.Capture
         (["--set", "method.guidance_max=0.5"], 2, "guidance_max is 0.5, expected 1 or more"),
         (["--set", "model.num_heads=0"], 2, "num_heads is 0, expected above 0"),
         (["--set", "model.num_class_tokens=-1"], 2, "num_class_tokens is -1"),
+        (
+            ["--set", "method_name=other"],
+            2,
+            "method_name is 'other', expected 'trajectory-forcing': --method",
+        ),
     ],
 )
 def test_train_refuses(

@@ -305,9 +305,15 @@ def identity(config: Any) -> dict[str, Any]:
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """The config with fields replaced by dotted name, for example `{"optim.lr": 0.005}`.
 
-    Raises UsageError for an unknown field, naming the nearest, and for a value the field does not take.
+    Raises UsageError for an unknown field, naming the nearest, for a value the field does not take, and for another
+    method than that of `config`.
     """
     mapping, kind = to_mapping(config), type(config)
+    own = _method_in(mapping)
+    if isinstance(config, MethodRunConfig) and (asked := settings.get("method_name", own)) != own:
+        raise UsageError(
+            f"method_name is {asked!r}, expected {own!r}: --method, or a preset, chooses the method"
+        )
     for name, value in settings.items():
         room, _, field_name = name.rpartition(".")
         if name not in known_fields(kind):
