@@ -145,9 +145,26 @@ def test_a_damaged_step_is_named_and_the_run_goes_on_without_it(
     code, error = call("sample", newest(run), *SAMPLE)
     assert code == 1
     assert re.search(message, error), error
-    assert call("sample", run, *SAMPLE)[0] == 0
-    assert call("train", shards, "--out", run, "--quiet")[0] == 0
+    for words in (("sample", run, *SAMPLE), ("train", shards, "--out", run, "--quiet")):
+        code, said = call(*words)
+        assert code == 0
+        warning = (
+            r"warning: .*step-00000002.*(state\.json|model\.safetensors).*; taking step-00000001 instead"
+        )
+        assert [bool(re.match(warning, line)) for line in said.splitlines() if "warning" in line] == [True]
     assert saved.load_state(newest(run)).step == 2
+    assert "warning" not in call("sample", run, *SAMPLE)[1]
+
+
+def test_a_run_without_a_whole_step_is_begun_anew_and_says_so(
+    run: Path, shards: str, call: Callable[..., tuple[int, str]]
+) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        (folder / saved.MODEL).write_bytes(b"")
+    code, said = call("train", shards, "--out", run, "--quiet")
+    assert code == 0
+    assert said.count("0 bytes, state.json says") == 2
+    assert said.count("; nothing before it is whole, starting anew\n") == 2
 
 
 def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -169,33 +170,42 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(f for f in folders if re.fullmatch(r"step-\d+", f.name))
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, or None; damaged ones are passed over."""
+def latest_checkpoint(run: Path, damaged: list[TrainerError] | None = None) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None; what is wrong with newer ones goes to `damaged`."""
     for folder in reversed(list_checkpoints(run)):
         try:
             load_state(folder)
-        except TrainerError:
+        except TrainerError as error:
+            if damaged is not None:
+                damaged.append(error)
             continue
         return folder
     return None
 
 
-def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint folder meant by `folder`: itself, or the newest of a run folder.
+def find_checkpoint(folder: str | Path, damaged: list[TrainerError] | None = None) -> Path:
+    """The checkpoint folder meant by `folder`: itself, or the newest whole one of a run folder.
 
-    Raises TrainerError when there is none.
+    damaged: see `latest_checkpoint`. Raises TrainerError when there is none.
     """
     path = Path(folder)
     if (path / STATE).exists():
         return path
-    found = latest_checkpoint(path)
+    found = latest_checkpoint(path, damaged)
     if found is None:
-        if damaged := list_checkpoints(path):
-            load_state(damaged[-1])  # says what is wrong with it
+        if steps := list_checkpoints(path):
+            load_state(steps[-1])  # says what is wrong with it
         raise TrainerError(
             f"{path}: found no checkpoint; give a run folder of `trainer train` or one step of it"
         )
     return found
+
+
+def warn_of(damaged: Iterable[TrainerError], taken: Path | None) -> None:
+    """Say on stderr which checkpoints were passed over, why, and what is `taken` instead; None: a new start."""
+    instead = "nothing before it is whole, starting anew" if taken is None else f"taking {taken.name} instead"
+    for error in damaged:
+        print(f"warning: {str(error).removesuffix(f'; {ADVICE}')}; {instead}", file=sys.stderr)
 
 
 def run_of(checkpoint: Path) -> Path:

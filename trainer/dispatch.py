@@ -11,7 +11,7 @@ from trainer import checkpoint as saved
 from trainer import latent_train, normalizing_train
 from trainer import train as trajectory_train
 from trainer.config import TrainConfig
-from trainer.errors import MismatchError, UsageError
+from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.latent_config import LatentTrainConfig
 from trainer.latent_pipeline import LatentPipeline, load_pixel_stage
 from trainer.loop import RunSummary
@@ -67,7 +67,10 @@ def load_pipeline(
     Trajectory Models, see `normalizing_sample`. shift: of a run of Latent Forcing whose schedule has one, see
     `clocks.sampling_grid`. Raises UsageError for an ending or a shift where the run has none.
     """
-    state = saved.load_state(saved.find_checkpoint(folder))
+    damaged: list[TrainerError] = []
+    path = saved.find_checkpoint(folder, damaged)
+    saved.warn_of(damaged, path)
+    state = saved.load_state(path)
     method = state.config.get("method_name", "trajectory-forcing")
     if method not in PIPELINES:
         raise MismatchError(f"{folder}: found a run of {method!r}, known are {', '.join(PIPELINES)}")

@@ -118,7 +118,7 @@ class _LatentRun(Loop):
         self.dataset = PictureDataset(index, self.plan, size, world.rank, world.size, verify, max_damaged)
         # Shards without pictures are refused before the start.
         some = self.dataset.samples(range(0, index.num_samples, -(-index.num_samples // CHECKED)))
-        origin = find_origin(out, resume)
+        origin = find_origin(out, resume, world.is_main)
         check_same_run(out, origin, config, index)
         normaliser = (
             saved.load_normaliser(origin) if origin else latent_normaliser(config, index, some.features)

@@ -124,7 +124,7 @@ class _NormalizingRun(Loop):
         self.plan = self._stream_plan()
         verify, max_damaged = config.verify_shards, config.max_damaged_shards
         self.dataset = BatchDataset(index, self.plan, world.rank, world.size, verify, max_damaged)
-        origin = find_origin(out, resume)
+        origin = find_origin(out, resume, world.is_main)
         check_same_run(out, origin, config, index)
         self.normaliser = _normaliser(config, index, origin).to(world.device)
         self.model = _fresh_model(config).to(world.device)

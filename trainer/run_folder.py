@@ -46,9 +46,17 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def find_origin(out: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start."""
-    own = saved.latest_checkpoint(out)
+def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; the main rank says which were passed over."""
+    damaged: list[TrainerError] = []
+    origin = _origin(out, resume, damaged)
+    if is_main:
+        saved.warn_of(damaged, origin)
+    return origin
+
+
+def _origin(out: Path, resume: str, damaged: list[TrainerError]) -> Path | None:
+    own = saved.latest_checkpoint(out, damaged)
     if resume == "auto":
         return own
     if resume == "never":
@@ -61,7 +69,7 @@ def find_origin(out: Path, resume: str) -> Path | None:
         raise UsageError(
             f"--resume {resume}: found no such folder, expected auto, never or a run or checkpoint"
         )
-    asked = saved.find_checkpoint(resume)
+    asked = saved.find_checkpoint(resume, damaged)
     # A rerun of a command that once started from elsewhere goes on from its own checkpoints.
     return own if own is not None and asked.parent.resolve() != own.parent.resolve() else asked
 

@@ -99,7 +99,7 @@ class _Run(Loop):
         self.dataset = BatchDataset(
             index, self.plan, world.rank, world.size, config.verify_shards, config.max_damaged_shards
         )
-        origin = find_origin(out, resume)
+        origin = find_origin(out, resume, world.is_main)
         check_same_run(out, origin, config, index)
         normaliser = saved.load_normaliser(origin) if origin else normaliser_of(config.normalise, index)
         self.normaliser = normaliser.to(world.device)

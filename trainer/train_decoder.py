@@ -119,7 +119,7 @@ class _DecoderRun(Loop):
         self.dataset.samples(
             self.measured_numbers[:1]
         )  # shards without pictures are refused before the start
-        origin = find_origin(out, resume)
+        origin = find_origin(out, resume, world.is_main)
         check_same_run(out, origin, config, index)
         mean, variance = read_statistics(index, ("channel_mean", "channel_variance"))
         self.normaliser = _centred(mean, variance).to(world.device)
