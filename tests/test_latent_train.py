@@ -22,6 +22,7 @@ from trainer import cli, dispatch
 from trainer.board import draw_board
 from trainer.clocks import sampling_grid
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.decode import to_uint8
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.latent_config import LatentMethodConfig, LatentTrainConfig
 from trainer.latent_pipeline import LatentPipeline, latents_of, load_pixel_stage
@@ -29,10 +30,11 @@ from trainer.latent_sample import ClockGuidance, sample_pixels
 from trainer.log import read_metrics
 from trainer.normalisation import Normaliser
 from trainer.photos import start_from_shards
-from trainer.pixel_stage import PixelStage, pixel_noise
+from trainer.pixel_stage import Drawn, PixelStage, pixel_noise
 from trainer.report_inputs import run_page
 from trainer.run_kinds import ALL_PRESETS, config_of, preset_of
 from trainer.sample import level_noise
+from trainer.selection import Selection
 from trainer.shards import open_index
 from trainer.trajectory import Trajectory
 from trainer.workbench import Workbench
@@ -164,6 +166,37 @@ def test_other_paths_draw_pixels_and_latents_together(run: Path, schedule: Any) 
     pipe.method = dataclasses.replace(pipe.method, schedule=schedule)
     trajectory = pipe("ant", 1, num_steps=2)
     assert trajectory.decode().shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize(("schedule", "draws_anew"), [("shifted", False), ("independent", True)])
+def test_a_picture_is_of_its_own_levels_alone(
+    run: Path, tmp_path: Path, schedule: Any, draws_anew: bool
+) -> None:
+    """An edited canvas shows no picture from before the edit, nor does one that was read or taken from a photograph."""
+    pipe = dispatch.load_pipeline(run)
+    assert isinstance(pipe, LatentPipeline)
+    pipe.method = dataclasses.replace(pipe.method, schedule=schedule)
+    drawn = pipe("ant", 1, num_steps=2)
+    edited = drawn.edit_features(
+        Selection.from_coordinates([(0, 0)], grid=GRID, level=0), torch.full((WIDTH,), 5.0)
+    )
+    edited.save(tmp_path / "edited.safetensors")
+    adopted = pipe.adopt(Trajectory.load(tmp_path / "edited.safetensors"))
+    photo = pipe.from_features(torch.zeros(*GRID, WIDTH), label="ant", seed=1)
+    assert [each.can_decode for each in (edited, adopted, photo)] == 3 * [draws_anew]
+    np.testing.assert_array_equal(edited.undo().decode(), drawn.decode())
+    if draws_anew:
+        assert (edited.decode() != drawn.decode()).any()
+        expected = to_uint8(pipe.pixel_stage(2).of(0, 1)(edited.levels))
+        np.testing.assert_array_equal(edited.decode(), expected)
+        np.testing.assert_array_equal(adopted.decode(), edited.decode())
+        assert photo.decode().shape == (1, 8, 8, 3)
+    else:
+        with pytest.raises(TrainerError, match="no decoder of their own"):
+            edited.decode()
+        assert isinstance(edited.decoder, Drawn)
+        with pytest.raises(MismatchError, match="not the levels that the picture was drawn with"):
+            edited.decoder(edited.levels)
 
 
 def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(

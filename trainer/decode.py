@@ -212,6 +212,10 @@ class ConditionalDecoder(ABC):
     def __call__(self, canvases: Tensor) -> Tensor:
         """Levels [L, H, W, C] of a trajectory → RGB [L, 3, h, w] in [0, 1]."""
 
+    def draws(self, canvases: Tensor) -> bool:
+        """Whether it has pictures of these levels."""
+        return True
+
     def at(self, canvases: Tensor, level: int) -> Tensor:
         """One of those pictures, RGB [3, h, w], without drawing the others where that can be."""
         return self(canvases)[level]

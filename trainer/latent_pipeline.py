@@ -46,6 +46,8 @@ from trainer.sample import level_noise
 from trainer.trajectory import Trajectory
 
 CASCADED = ("cascaded", "cascaded-noised")
+PIXELS_LAST = (*CASCADED, "independent")
+"""Schedules whose networks draw pictures of canvases they are given: they saw pixels as noise beside clean ones."""
 SHIFTED = ("shifted", "independent")
 
 
@@ -148,9 +150,9 @@ class LatentPipeline(TrajectoryPipeline):
         found = []
         for row, (label, seed) in enumerate(zip(ids, seeds, strict=True)):
             trajectory = self._trajectory(levels[row], label, seed, **how)
-            if self.decoder is None:
-                decoder = self._stage(how) if is_cascade else Drawn(pictures[row : row + 1])
-                trajectory = dataclasses.replace(trajectory, decoder=decoder)
+            if self.decoder is None and not is_cascade:
+                drawn = Drawn(trajectory.levels, pictures[row : row + 1], self._stage(how))
+                trajectory = dataclasses.replace(trajectory, decoder=drawn)
             found.append(trajectory)
         return found
 
@@ -173,19 +175,27 @@ class LatentPipeline(TrajectoryPipeline):
         return self.normaliser.undo(apart(latents, c.num_canvases))[0, level + 1 :].cpu()
 
     def adopt(self, trajectory: Trajectory) -> Trajectory:
-        """As `TrajectoryPipeline.adopt`; its pictures are drawn by this network's pixel stage.
+        """As `TrajectoryPipeline.adopt`; its pictures are drawn by this network's pixel stage, where it has one.
 
         Raises UsageError for a trajectory of autoguidance where there is no weak network.
         """
-        return dataclasses.replace(
-            super().adopt(trajectory), decoder=self.decoder or self._stage(_drawn_how(trajectory))
-        )
+        return self._decoded(super().adopt(trajectory))
+
+    def _trajectory(self, levels: Tensor, label: int, seed: int, **fields: Any) -> Trajectory:
+        return self._decoded(super()._trajectory(levels, label, seed, **fields))
+
+    def _decoded(self, trajectory: Trajectory) -> Trajectory:
+        """With the pixel stage where no decoder was given."""
+        decoder = self.decoder or self._stage(_drawn_how(trajectory)) or trajectory.decoder
+        return dataclasses.replace(trajectory, decoder=decoder)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _stage(self, how: dict[str, Any]) -> PixelStage:
+    def _stage(self, how: dict[str, Any]) -> PixelStage | None:
+        if self.method.schedule not in PIXELS_LAST:
+            return None
         stage = self.pixel_stage(_steps(how["num_steps"]))
         return dataclasses.replace(
             stage, guidance=self._guidance(how), weak=self._weak_for(how["weak_scale"])
@@ -242,7 +252,7 @@ def load_pixel_stage(
     clean canvases.
     """
     pipe = LatentPipeline.from_pretrained(folder, ema)
-    if pipe.method.schedule not in (*CASCADED, "independent"):
+    if pipe.method.schedule not in PIXELS_LAST:
         raise MismatchError(
             f"pixel stage {folder}: trained with schedule {pipe.method.schedule}, expected {', '.join(CASCADED)} or "
             "independent, which draw pixels after the canvases"

@@ -104,17 +104,33 @@ class PixelStage(ConditionalDecoder):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn(ConditionalDecoder):
-    """Stands for a decoder where pixels came together with the latents: their picture, RGB [1, 3, h, w]."""
+    """Stands for a decoder where pixels came together with the latents.
 
+    picture: RGB [1, 3, h, w] that came with these levels [1, H, W, C]. stage: what draws pictures of others, edited
+    ones, where the network can.
+    """
+
+    levels: Tensor
     picture: Tensor
+    stage: PixelStage | None
 
     def of(self, label: int, seed: int) -> Drawn:
-        """Itself: it was drawn for one trajectory."""
-        return self
+        """The same, with the stage of a trajectory of this class and seed."""
+        return self if self.stage is None else dataclasses.replace(self, stage=self.stage.of(label, seed))
+
+    def draws(self, canvases: Tensor) -> bool:
+        """Whether these are the levels that the picture came with, or there is a stage."""
+        return self.stage is not None or torch.equal(canvases, self.levels)
 
     def __call__(self, canvases: Tensor) -> Tensor:
-        """The picture, once for each canvas."""
-        return self.picture.expand(len(canvases), -1, -1, -1)
+        """The picture of its own levels, or that of others, [1, 3, h, w]. Raises MismatchError without a stage."""
+        if torch.equal(canvases, self.levels):
+            return self.picture
+        if self.stage is None:
+            raise MismatchError(
+                "these are not the levels that the picture was drawn with, and there is no other"
+            )
+        return self.stage(canvases)
 
 
 def latent_noise(seeds: Sequence[int], config: LatentModelConfig, device: torch.device) -> Tensor:

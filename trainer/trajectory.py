@@ -85,16 +85,24 @@ class Trajectory:
     @property
     def can_decode(self) -> bool:
         """Whether `decode` has a decoder."""
-        return self.decoder is not None or bool(self.encoder.get("decoder"))
+        return self._decoder is not None
+
+    @property
+    def _decoder(self) -> Decoder | None:
+        """Its decoder where that draws these levels, else the encoder's own."""
+        given = self.decoder
+        if given is None or (isinstance(given, ConditionalDecoder) and not given.draws(self.levels)):
+            return decoder_from_spec(self.encoder.get("decoder"))
+        return given
 
     @torch.no_grad()
     def decode(self, level: int | None = None) -> np.ndarray:
         """Every level as a picture: uint8 [L, h, w, 3]; or one, [h, w, 3]. Raises TrainerError without a decoder."""
-        decoder = self.decoder or decoder_from_spec(self.encoder.get("decoder"))
+        decoder = self._decoder
         if decoder is None:
             raise TrainerError(
                 f"features of encoder {self.encoder.get('name', 'unknown')!r} have no decoder of their own; "
-                "pass decoder=FOLDER (an RAE decoder) to from_pretrained, or --decoder FOLDER"
+                "pass decoder=FOLDER (an RAE decoder) to from_pretrained, or --decoder FOLDER, or --pixel-stage RUN"
             )
         if isinstance(decoder, ConditionalDecoder):
             own = decoder.of(self.label, self.seeds[-1])
@@ -112,7 +120,7 @@ class Trajectory:
             seed=self.seeds[-1],
             canvases=self.levels.numpy(),
             decoded=self.decode() if self.can_decode else None,
-            notes={"steps per level": self.num_steps},
+            notes={"steps": self.num_steps},
         )
 
     def to_html(self, path: str | Path | None = None) -> str:
