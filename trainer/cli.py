@@ -140,6 +140,7 @@ def evaluate(
     from trainer import studies
     from trainer.dispatch import load_pipeline
     from trainer.evaluate import evaluate as measure
+    from trainer.likelihood_page import measure_likelihood
     from trainer.metrics.frechet import inception_features, read_reference
     from trainer.photos import load_own_encoder
     from trainer.report_inputs import EVALUATION, shown_labels
@@ -156,7 +157,7 @@ def evaluate(
     )
     follow = _follow(as_json or quiet)
     if likelihood:
-        _print_metrics(_measured(run, pipe, index, max_real, steps, ema, follow), as_json)
+        _print_metrics(measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
         return
     strength = _strength(weak, weak_scale)
     measured = measure(
@@ -350,22 +351,6 @@ def main() -> NoReturn:
         stderr.print(f"error: {explained(error)}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     sys.exit(0)
-
-
-def _measured(
-    run: Path, pipe: Any, index: Any, max_real: int, steps: int, ema: str, follow: Follow
-) -> list[dict[str, Any]]:
-    """Rows of `evaluate --likelihood`, kept in RUN with the bits of every image."""
-    from trainer.evaluate import check_fits
-    from trainer.likelihood import likelihood
-    from trainer.likelihood_page import write_likelihood
-
-    check_fits(pipe, index)
-    metrics, images = likelihood(pipe, index, max_real, steps, follow)
-    rows = [{"name": name, "value": value} for name, value in metrics]
-    setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": steps, "ema": ema}
-    write_likelihood(run, setup, rows, images)
-    return rows
 
 
 def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:

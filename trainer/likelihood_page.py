@@ -17,8 +17,10 @@ from PIL import Image
 from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Section, View
 from hierarchy_builder.canvases.views import REGIONS, level_names
-from trainer.likelihood import Measured, measure
+from trainer.evaluate import check_fits
+from trainer.likelihood import Measured, likelihood, measure
 from trainer.normalizing_pipeline import NormalizingPipeline
+from trainer.progress import Follow
 from trainer.reader import ShardReader
 from trainer.run_folder import read_kept
 from trainer.shards import ShardIndex
@@ -35,6 +37,21 @@ TEXT = (
     "need the fewest: of {count} measured. Maps by token rest on the order in which the model reads tokens; their sums "
     "do not."
 )
+
+
+def measure_likelihood(
+    run: Path, pipe: Any, index: ShardIndex, max_real: int, num_steps: int, ema: str, follow: Follow
+) -> list[dict[str, Any]]:
+    """Rows name/value of `trainer evaluate --likelihood`, kept in `run` with the bits of every image.
+
+    Arguments and errors as for `likelihood`; raises MismatchError if the shards do not fit the model.
+    """
+    check_fits(pipe, index)
+    metrics, images = likelihood(pipe, index, max_real, num_steps, follow)
+    rows = [{"name": name, "value": value} for name, value in metrics]
+    setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": num_steps, "ema": ema}
+    write_likelihood(run, setup, rows, images)
+    return rows
 
 
 def write_likelihood(
