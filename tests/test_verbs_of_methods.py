@@ -32,6 +32,20 @@ def call(*words: object) -> Result:
 
 
 @pytest.mark.parametrize(
+    ("method", "taken"), [("trajectory-forcing", 1), ("latent-forcing", 25), ("normalizing-trajectory", 4)]
+)
+def test_pages_say_how_many_steps_were_taken(
+    method: str, taken: int, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    done = call(
+        "sample", runs[method], "--labels", "bee", "--seeds", "0", "--format", "html", "--out", tmp_path
+    )
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall(r"<dt>steps[^<]*</dt>\s*<dd>(\d+)</dd>", page) == [str(taken)]
+
+
+@pytest.mark.parametrize(
     ("method", "said"),
     [
         ("trajectory-forcing", "losses of u and v"),

@@ -82,7 +82,7 @@ def sample(
     pairs = [(label, seed) for label in ids for seed in numbers]
     strength = _strength(weak, weak_scale)
     drawn = pipe.stream([label for label, _ in pairs], [seed for _, seed in pairs], steps, guidance, strength)
-    facts = {"run": run.resolve().name, "weights": ema, "steps per level": steps, "samples": len(pairs)}
+    facts = {"run": run.resolve().name, "weights": ema, "samples": len(pairs)}
     facts |= {"guidance": guidance} if guidance else {}
     facts |= {"autoguidance": strength} if strength else {}
     written = write_samples(drawn, out, names, len(pairs), facts)
