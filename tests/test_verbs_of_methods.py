@@ -31,6 +31,34 @@ def call(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+def refusal(*words: object) -> str:
+    """What a UsageError says."""
+    done = call(*words)
+    assert getattr(done.exception, "exit_code", None) == 2, done.output
+    return str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--edits",),
+        ("--alignment",),
+        ("--inception", "hub"),
+        ("--space", "hierarchy_builder.encoders:load_encoder:dct"),
+        ("--guidance", "2", "--samples-per-class", "3"),
+        ("--ending", "inverse"),
+    ],
+)
+def test_likelihood_refuses_options_of_samples(
+    words: tuple[str, ...], runs: dict[str, Path], picture_shards: str
+) -> None:
+    run = runs["normalizing-trajectory"]
+    said = refusal("evaluate", run, "--shards", picture_shards, "--likelihood", *words)
+    flags = ", ".join(reversed([word for word in words if word.startswith("--")]))
+    assert f"--likelihood does not go with {flags}" in said
+    assert not (run / "likelihood.json").exists()
+
+
 @pytest.mark.parametrize(
     ("method", "taken"), [("trajectory-forcing", 1), ("latent-forcing", 25), ("normalizing-trajectory", 4)]
 )

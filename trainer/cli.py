@@ -32,6 +32,7 @@ try:
         parse_ending,
         parse_seeds,
         reads,
+        refuse_beside_likelihood,
     )
     from trainer.printing import print_result, stderr, write_json
     from trainer.progress import Follow, shown_on, unseen
@@ -97,6 +98,7 @@ for verb in (edit_commands.encode, edit_commands.edit, edit_commands.compare, ed
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     run: Run,
     shards: Annotated[str, typer.Option(help="Shards of real images to compare with.")],
     samples_per_class: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 8,
@@ -146,6 +148,7 @@ def evaluate(
     from trainer.report_inputs import EVALUATION, shown_labels
     from trainer.shards import open_index
 
+    refuse_beside_likelihood(context)
     if inception not in (None, "hub") and not Path(inception).is_file():
         raise UsageError(
             f"--inception {inception} does not exist, expected a file of Inception weights, or hub"

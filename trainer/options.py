@@ -103,8 +103,19 @@ def parse_ending(text: str | None) -> Ending | None:
 
 
 OF_SAMPLES = (
-    *("samples_per_class", "guidance", "weak", "weak_scale", "ending", "shift", "decoder", "pixel_stage"),
-    *("inception", "reference", "space", "edits", "alignment"),
+    "samples_per_class",
+    "guidance",
+    "weak",
+    "weak_scale",
+    "ending",
+    "shift",
+    "decoder",
+    "pixel_stage",
+    "inception",
+    "reference",
+    "space",
+    "edits",
+    "alignment",
 )
 """Options of `evaluate` that say how samples are drawn, or what is measured of them."""
 
