@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from trainer import dispatch
 from trainer.cli import app
+from trainer.pipeline import TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}
@@ -36,6 +37,16 @@ def refusal(*words: object) -> str:
     done = call(*words)
     assert getattr(done.exception, "exit_code", None) == 2, done.output
     return str(done.exception)
+
+
+@pytest.mark.parametrize("method", ["latent-forcing", "normalizing-trajectory"])
+def test_alignment_is_refused_before_samples_are_drawn(
+    method: str, runs: dict[str, Path], picture_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
+    said = refusal("evaluate", runs[method], "--shards", picture_shards, "--alignment")
+    assert "alignment asks for a model of Trajectory Forcing" in said
+    assert not (runs[method] / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import ModelConfig
 from trainer.errors import UsageError
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
 from trainer.metrics.spread import spread
@@ -68,7 +67,8 @@ def alignment(
     regions as the partition it is held against. Columns: label, seed, level, partition, t, f, regions.
     Raises UsageError for models of another method, whose paths are others.
     """
-    config = _config_of(pipe)
+    check_has_paths(pipe)
+    config = pipe.model.config
     units = list(itertools.product(labels, seeds))
     for label, seed in follow(units, "paths", len(units)):
         noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
@@ -89,7 +89,8 @@ def alignment_of_photos(
 
     photos: trajectories that start from photographs (`trainer.photos`). Columns and errors as of `alignment`.
     """
-    config = _config_of(pipe)
+    check_has_paths(pipe)
+    config = pipe.model.config
     for photo in follow(photos, "paths from photos", len(photos)):
         seed = photo.seeds[-1]
         noise = level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
@@ -113,12 +114,13 @@ def _rows(
                 yield {**unit, "level": level, "partition": name, "t": t, "f": score, "regions": count}
 
 
-def _config_of(pipe: TrajectoryPipeline) -> ModelConfig:
+def check_has_paths(pipe: TrajectoryPipeline) -> None:
+    """Raise UsageError unless the model is one of Trajectory Forcing, whose paths are measured here."""
     if not isinstance(pipe.model, TrajectoryTransformer):
         raise UsageError(
-            f"alignment asks for a model of Trajectory Forcing, found {type(pipe.model).__name__}"
+            f"alignment asks for a model of Trajectory Forcing, found {type(pipe.model).__name__}: leave out "
+            "--alignment"
         )
-    return pipe.model.config
 
 
 def partitions(levels: Tensor, generator: torch.Generator) -> list[dict[str, Tensor]]:

@@ -140,6 +140,7 @@ def evaluate(
 ) -> None:
     """Metrics of samples, beside real images, noise and chance; kept in RUN for the report."""
     from trainer import studies
+    from trainer.alignment import check_has_paths
     from trainer.dispatch import load_pipeline
     from trainer.evaluate import evaluate as measure
     from trainer.likelihood_page import measure_likelihood
@@ -162,6 +163,8 @@ def evaluate(
     if likelihood:
         _print_metrics(measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
         return
+    if alignment:
+        check_has_paths(pipe)
     strength = _strength(weak, weak_scale)
     measured = measure(
         pipe,
