@@ -16,7 +16,7 @@ from test_trainer_cli import SETTINGS, call
 
 from trainer import checkpoint as saved
 from trainer.config import ModelConfig
-from trainer.errors import MismatchError, UsageError
+from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.exchange import export_official, import_official
 from trainer.model import TrajectoryTransformer
 from trainer.official import load_checkpoint, official_config, save_checkpoint
@@ -249,3 +249,34 @@ def test_a_link_into_a_store_has_its_configuration_beside_it(tmp_path: Path) -> 
     blob = file.rename(tmp_path / "store" / "0f3a")
     file.symlink_to(blob)
     assert import_official(file, tmp_path / "run")["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {}}, r"model\.safetensors does not fit the configuration: .* has shape"),
+        ({"optimizer": []}, "its optimiser is not that of Muon with Adam for this network"),
+        ({"optimizer": [{}, {}]}, "its optimiser is not that of Muon with Adam for this network"),
+        ({"config": {"method_name": "latent-forcing"}}, "found a run of latent-forcing, expected one of"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_itself_is_not_exported(
+    golden: Path,  # noqa: F811
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
+    file = saved.find_checkpoint(tmp_path / "run") / saved.STATE
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(MismatchError, match=message):
+        export_official(tmp_path / "run", tmp_path / "theirs")
+    assert not list(tmp_path.glob("theirs/*"))
+
+
+def test_export_overwrites_no_folder(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+    import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
+    (tmp_path / "theirs" / "config.json").mkdir(parents=True)
+    with pytest.raises(TrainerError, match=r"config\.json is a folder, expected the name of a file"):
+        export_official(tmp_path / "run", tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"]

@@ -101,8 +101,8 @@ def import_official(
 def export_official(run: Path, out: Path) -> dict[str, Any]:
     """Write the newest checkpoint of a run as `out`/checkpoint_<step> and `out`/config.json.
 
-    Raises MismatchError for a run on normalised features, which the release's format cannot tell, and UsageError for
-    a network it cannot hold.
+    Raises MismatchError for a run of another method or on normalised features, which the release's format cannot
+    tell, or whose weights are not finite and of its configuration; UsageError for a network it cannot hold.
     """
     folder = saved.find_checkpoint(run)
     state = saved.load_state(folder)
@@ -117,16 +117,17 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
     }
     halflives = saved.averages_of(folder)
     check_free(out / CONFIG_FILE)
+    with torch.device("meta"):
+        model = TrajectoryTransformer(config.model)
     file = out / f"checkpoint_{state.step}"
     official.write_checkpoint(
         file,
         {
             "step": state.step,
-            "params": lambda: official.to_official(saved.load_weights(folder, None)),
-            "opt_state": lambda: _official_optimizer(folder, state, config),
+            "params": lambda: _official_weights(folder, None, model),
+            "opt_state": lambda: _official_optimizer(folder, state, model, config),
             "ema_params": {
-                name: lambda name=name: official.to_official(saved.load_weights(folder, name))
-                for name in halflives
+                name: lambda name=name: _official_weights(folder, name, model) for name in halflives
             },
         },
     )
@@ -276,11 +277,25 @@ def _moments(
     return {name: official.inward(found[place]) for name, place in places.items()}
 
 
-def _official_optimizer(folder: Path, state: saved.RunState, config: TrainConfig) -> dict[str, Any]:
+def _official_weights(folder: Path, ema: str | None, model: TrajectoryTransformer) -> dict[str, Any]:
+    weights = saved.load_weights(folder, ema)
+    name = saved.MODEL if ema is None else f"ema-{ema}.safetensors"
+    check_weights(folder / name, weights, {name: p.shape for name, p in model.named_parameters()})
+    return official.to_official(weights)
+
+
+def _official_optimizer(
+    folder: Path, state: saved.RunState, model: TrajectoryTransformer, config: TrainConfig
+) -> dict[str, Any]:
     """The optimiser's state as the release nests it: parameters of the other rule are empty maps."""
     tensors = saved.load_tensors(folder / saved.OPTIMIZER)
     if not tensors:
         return {}
+    _, groups = saved.optimizer_tensors(MuonAdam(model.named_parameters(), config.optim))
+    if [(g.keys(), g.get("param_names")) for g in state.optimizer] != [
+        (g.keys(), g["param_names"]) for g in groups
+    ]:
+        raise MismatchError(f"{folder}: its optimiser is not that of Muon with Adam for this network")
     names = [name for group in state.optimizer for name in group["param_names"]]
     rules: dict[str, Any] = {}
     for group in state.optimizer:
