@@ -278,6 +278,7 @@ def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeD
     if not isinstance(own, dict):
         raise UsageError(f"{folder / CONFIG}: encoder is {own!r}, expected its description")
     if encoder:
+        own = {"width": decoder.config.hidden_size, "grid": [decoder.config.grid] * 2} | own
         differing = [
             f"{name} {own[name]!r} there, {encoder[name]!r} here"
             for name in ("name", "weights_hash", "width", "grid")
