@@ -49,6 +49,8 @@ CASCADED = ("cascaded", "cascaded-noised")
 PIXELS_LAST = (*CASCADED, "independent")
 """Schedules whose networks draw pictures of canvases they are given: they saw pixels as noise beside clean ones."""
 SHIFTED = ("shifted", "independent")
+WEAK_LAST = 0.001
+"""Time that all latents have to come to before a weak network takes part that guides the pixels alone."""
 
 
 def latents_of(features: Tensor, regions: Tensor | None, normaliser: Normaliser) -> Tensor:
@@ -65,7 +67,8 @@ class LatentPipeline(TrajectoryPipeline):
 
     num_steps of a call counts steps of Heun's method per stage; 1 stands for STEPS_PER_STAGE. guidance (scale, low,
     high) acts on both clocks between those times. weak_scale s moves away from the weak network, which sees no class:
-    guidance of scale 1 + s. A network trained without classes (label dropout 1) draws the null class whatever is asked.
+    guidance of scale 1 + s; with both, guidance is of the latents and the weak network of the pixels. A network trained
+    without classes (label dropout 1) draws the null class whatever is asked.
     """
 
     model: PixelLatentTransformer  # type: ignore[assignment]
@@ -143,6 +146,7 @@ class LatentPipeline(TrajectoryPipeline):
         pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self._device)
         # The pixel stage of a cascade comes on demand.
         is_cascade = self.method.schedule in CASCADED
+        has_pictures = not is_cascade and self.method.schedule != "latents-only"
         end = c.num_canvases * steps + 1 if is_cascade else None
         pixels, latents = self._flow(ids, pixels, latents, slice(end), how)
         pictures = (pixels.permute(0, 3, 1, 2).cpu() + 1) / 2
@@ -150,7 +154,7 @@ class LatentPipeline(TrajectoryPipeline):
         found = []
         for row, (label, seed) in enumerate(zip(ids, seeds, strict=True)):
             trajectory = self._trajectory(levels[row], label, seed, **how)
-            if self.decoder is None and not is_cascade:
+            if self.decoder is None and has_pictures:
                 drawn = Drawn(trajectory.levels, pictures[row : row + 1], self._stage(how))
                 trajectory = dataclasses.replace(trajectory, decoder=drawn)
             found.append(trajectory)
@@ -198,24 +202,25 @@ class LatentPipeline(TrajectoryPipeline):
             return None
         stage = self.pixel_stage(_steps(how["num_steps"]))
         return dataclasses.replace(
-            stage, guidance=self._guidance(how), weak=self._weak_for(how["weak_scale"])
+            stage, guidance=self._guidance(how)[0], weak=self._weak_for(how["weak_scale"])
         )
 
     @property
     def _knows_classes(self) -> bool:
         return self.method.label_dropout < 1
 
-    def _guidance(self, how: dict[str, Any]) -> ClockGuidance:
-        """What acts on either clock. Raises UsageError where a network without null class would be its own guide."""
-        if how["weak_scale"]:
-            return ClockGuidance(scale=1 + how["weak_scale"])
+    def _guidance(self, how: dict[str, Any]) -> tuple[ClockGuidance, ClockGuidance]:
+        """(of the pixels, of the latents). Raises UsageError where a network without null class would guide itself."""
         scale, low, high = how["guidance"] or (1.0, 0.0, 1.0)
         if scale != 1 and not self.method.label_dropout:
             raise UsageError(
                 "guidance was asked of a model trained without label dropout: leave it out, or train with "
                 "method.label_dropout=0.1"
             )
-        return ClockGuidance(scale=scale, low=low, high=high)
+        own, weak = ClockGuidance(scale=scale, low=low, high=high), ClockGuidance(scale=1 + how["weak_scale"])
+        if not how["weak_scale"]:
+            return own, own
+        return weak, own if how["guidance"] else weak
 
     def _flow(
         self, ids: list[int], pixels: Tensor, latents: Tensor, part: slice, how: dict[str, Any]
@@ -227,7 +232,7 @@ class LatentPipeline(TrajectoryPipeline):
         t_pixels, t_latents = sampling_grid(
             method.schedule, steps, num_canvases=K, shift=method.shift, offset=method.offset
         )
-        acting = self._guidance(how)
+        for_pixels, for_latents = self._guidance(how)
         labels = ids if self._knows_classes else [self.model.config.num_classes] * len(ids)
         return sample_pixels(
             self.model,
@@ -235,9 +240,10 @@ class LatentPipeline(TrajectoryPipeline):
             pixels,
             latents,
             (t_pixels[part], t_latents[part]),
-            pixel_guidance=acting,
-            latent_guidance=acting,
+            pixel_guidance=for_pixels,
+            latent_guidance=for_latents,
             weak_network=self._weak_for(how["weak_scale"]),
+            weak_from=WEAK_LAST if how["guidance"] else 1.0,
             clean_ends=True,
             time_floor=method.time_floor,
         )
