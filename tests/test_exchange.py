@@ -198,7 +198,7 @@ def test_import_refuses_files_that_do_not_fit(tmp_path: Path, capsys: pytest.Cap
             "opt_state is not that of Muon",
         ),
         (("opt_state", "inner_states", "adam", "inner_state", "0", "nu"), {}, "net/class_tokens is missing"),
-        (("ema_params", "2000"), {}, "does not fit the configuration"),
+        (("ema_params", "2000"), {}, "does not fit the network"),
         (("ema_params", "../x"), {}, "holds the weight average '../x', expected half-lives"),
     ],
 )
@@ -254,7 +254,7 @@ def test_a_link_into_a_store_has_its_configuration_beside_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {}}, r"model\.safetensors does not fit the configuration: .* has shape"),
+        ({"config": {}}, r"model\.safetensors does not fit the network: .* has shape"),
         ({"optimizer": []}, "its optimiser is not that of Muon with Adam for this network"),
         ({"optimizer": [{}, {}]}, "its optimiser is not that of Muon with Adam for this network"),
         ({"config": {"method_name": "latent-forcing"}}, "found a run of latent-forcing, expected one of"),

@@ -97,7 +97,7 @@ def test_weights_are_finite_and_of_their_shapes(changes: dict[str, Any], message
     check_weights("the file", given, expected)
     given = {name: value for name, value in (given | changes).items() if value is not None}
     with pytest.raises(
-        MismatchError, match=message.replace("the file:", "the file does not fit the configuration:")
+        MismatchError, match=message.replace("the file:", "the file does not fit the network:")
     ):
         check_weights("the file", given, expected, lambda name, shape: "3 rows" if name == "b" else "")
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from trainer.decode import IMAGENET_MEAN, IMAGENET_STD
-from trainer.errors import MismatchError
-from trainer.release_files import read_weights
+from trainer.release_files import check_weights, read_weights
 
 BLOCKS = (2, 5, 8, 11)
 KERNEL = 9
@@ -118,11 +117,10 @@ def _convolved(width: int, kernel: int) -> nn.Sequential:
 
 def load_discriminator(weights: str | Path) -> Discriminator:
     """A fresh discriminator on DINO's ViT-S/8. Raises MismatchError when the weights are of another network."""
-    backbone = Backbone()
-    try:
-        backbone.load_state_dict(read_weights(Path(weights)))
-    except RuntimeError as error:
-        raise MismatchError(f"{weights} does not hold DINO's ViT-S/8: {str(error)[:200]}") from None
+    backbone, given = Backbone(), read_weights(Path(weights))
+    expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
+    check_weights(f"{weights}, expected DINO's ViT-S/8,", given, expected)
+    backbone.load_state_dict(given)
     return Discriminator(backbone)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import MismatchError, TrainerError
-from trainer.release_files import read_weights
+from trainer.errors import TrainerError
+from trainer.release_files import check_weights, read_weights
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """Width and number of the 3×3 convolutions between two poolings of VGG16; the last of each is compared."""
@@ -70,23 +70,20 @@ def load_lpips(folder: str | Path) -> Lpips:
     """
     backbone, heads = (_read(Path(folder), name) for name in (BACKBONE, HEADS))
     lpips = Lpips()
-    wanted: dict[str, tuple[Tensor, Tensor | None]] = {}
+    wanted: dict[str, Tensor] = {}
     number = 0
     for layer in lpips.layers:
         for module in layer.children():
             for kind, parameter in module.named_parameters():
-                wanted[f"features.{number}.{kind}"] = parameter, backbone.get(f"features.{number}.{kind}")
+                wanted[f"features.{number}.{kind}"] = parameter
             number += 1
-    for i, head in enumerate(lpips.heads):
-        found = heads.get(f"lin{i}.model.1.weight")
-        wanted[f"lin{i}.model.1.weight"] = head, None if found is None else found.flatten()
-    for name, (own, tensor) in wanted.items():
-        if tensor is None or tensor.shape != own.shape:
-            shape = "missing" if tensor is None else list(tensor.shape)
-            raise MismatchError(
-                f"{folder}: {name} is {shape}, expected {list(own.shape)} (VGG16, LPIPS v0.1)"
-            )
-        own.copy_(tensor)
+    wanted |= {f"lin{i}.model.1.weight": head[None, :, None, None] for i, head in enumerate(lpips.heads)}
+    given = {name: tensor for name, tensor in (backbone | heads).items() if name in wanted}
+    check_weights(
+        f"{folder}, expected VGG16 and LPIPS v0.1,", given, {name: own.shape for name, own in wanted.items()}
+    )
+    for name, own in wanted.items():
+        own.copy_(given[name])
     return lpips
 
 

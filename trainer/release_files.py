@@ -65,7 +65,7 @@ def check_weights(
     if problems:
         lines = [line for _, line in sorted(problems, key=lambda problem: problem[0])]
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise MismatchError(f"{where} does not fit the configuration: {'; '.join(lines[:3])}{more}")
+        raise MismatchError(f"{where} does not fit the network: {'; '.join(lines[:3])}{more}")
 
 
 def _problem(tensor: Any, shape: tuple[int, ...]) -> str:
