@@ -49,6 +49,32 @@ def test_alignment_is_refused_before_samples_are_drawn(
     assert not (runs[method] / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize("method", ["latent-forcing", "normalizing-trajectory"])
+def test_edits_are_refused_of_samples_with_one_level(
+    method: str, runs: dict[str, Path], picture_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
+    said = refusal("evaluate", runs[method], "--shards", picture_shards, "--edits")
+    assert "samples of this run have one level: leave out --edits" in said
+
+
+def test_a_space_needs_pictures_before_samples_are_drawn(
+    runs: dict[str, Path], shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
+    space = ("--space", "hierarchy_builder.encoders:load_encoder:dct")
+    done = call("evaluate", runs["trajectory-forcing"], "--shards", shards, *space)
+    assert "holds no picture" in str(done.exception)
+
+
+def test_a_reference_needs_the_space_it_is_of(
+    runs: dict[str, Path], picture_shards: str, tmp_path: Path
+) -> None:
+    (tmp_path / "real.npz").write_bytes(b"")
+    words = ("--shards", picture_shards, "--reference", tmp_path / "real.npz")
+    assert "add --inception FILE" in refusal("evaluate", runs["trajectory-forcing"], *words)
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -154,6 +154,8 @@ def evaluate(
         raise UsageError(
             f"--inception {inception} does not exist, expected a file of Inception weights, or hub"
         )
+    if reference is not None and inception is None:
+        raise UsageError("--reference is of real images in the space of Inception: add --inception FILE")
     index = open_index(shards)
     ending_name = parse_ending(ending)
     pipe = load_pipeline(
@@ -165,6 +167,8 @@ def evaluate(
         return
     if alignment:
         check_has_paths(pipe)
+    if edits:
+        studies.check_has_levels(pipe)
     strength = _strength(weak, weak_scale)
     measured = measure(
         pipe,

@@ -63,6 +63,10 @@ def evaluate(
             f"{index.url} holds {index.num_samples} images, expected {FEWEST} or more: real images are halved, and "
             "each half needs a spread"
         )
+    if space is not None:  # shards without pictures are refused before samples are drawn
+        reader = ShardReader(index)
+        picture_of(reader.read(0, extras=True), index.grid)
+        reader.close()
     labels = list(range(index.num_classes)) * samples_per_class
     seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
     sampled = _Sampled(pipe, inception, space)

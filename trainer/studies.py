@@ -19,6 +19,7 @@ from trainer.alignment import (
     alignment_of_photos,
     summarise_alignment,
 )
+from trainer.errors import UsageError
 from trainer.photos import start_from_shards
 from trainer.pipeline import TrajectoryPipeline
 from trainer.printing import write_json
@@ -31,6 +32,14 @@ EDITS, ALIGNMENT = "edits.json", "alignment.json"
 """Files of a run folder."""
 PATH_STEPS = 16
 """Network evaluations per level along the path."""
+
+
+def check_has_levels(pipe: TrajectoryPipeline) -> None:
+    """Raise UsageError where samples have one level: the effect of an edit is looked for in the levels after it."""
+    if pipe.drawn_levels == 1:
+        raise UsageError(
+            "edits are measured in the levels after theirs, and samples of this run have one level: leave out --edits"
+        )
 
 
 def edit_study(
