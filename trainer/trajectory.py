@@ -45,7 +45,7 @@ class Trajectory:
     seeds: tuple[int, ...]
     """Noise seed of each level; level l takes slice l of the noise of its seed."""
     num_steps: int = 1
-    """Steps that were taken: evaluations of a level, of Latent Forcing steps of a stage, else transitions of a chain."""
+    """Steps that were taken: evaluations of a level; of Latent Forcing those of a stage; transitions of a chain."""
     guidance: tuple[float, float, float] | None = None
     """Guidance scale omega and the interval of t it acts in."""
     weak_scale: float = 0.0
