@@ -168,7 +168,9 @@ def read_config(
     missing = needed - given.keys()
     missing |= {CONFIG_NAMES[name] for name in ("width", "depth", "num_heads") if name not in fields}
     if missing:
-        raise UsageError(f"{where} lacks {', '.join(sorted(missing))}")
+        raise UsageError(
+            f"{where} lacks {', '.join(sorted(missing))}; give the configuration it was trained with"
+        )
     fields["grid"] = (given["input_size"], given["input_size"])
     return checked(ModelConfig, fields, where)
 
