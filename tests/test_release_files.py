@@ -58,6 +58,7 @@ def test_a_configuration_is_fields_by_name(tmp_path: Path) -> None:
         read_fields(tmp_path)
 
 
+@pytest.mark.filterwarnings("error")
 def test_tensors_come_from_plain_files_only(rae: Path, tmp_path: Path) -> None:
     whole = (rae / "model.pt").read_bytes()
     file = tmp_path / "model.pt"
