@@ -274,6 +274,17 @@ def test_a_checkpoint_that_does_not_fit_itself_is_not_exported(
     assert not list(tmp_path.glob("theirs/*"))
 
 
+def test_export_says_which_checkpoint_it_passes_over(
+    golden: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
+    saved.checkpoint_folder(tmp_path / "run", 1235).mkdir()
+    assert export_official(tmp_path / "run", tmp_path / "theirs")["step"] == 1234
+    assert capsys.readouterr().err.endswith("; taking step-00001234 instead\n")
+
+
 def test_export_overwrites_no_folder(golden: Path, tmp_path: Path) -> None:  # noqa: F811
     import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
     (tmp_path / "theirs" / "config.json").mkdir(parents=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from trainer import checkpoint as saved
 from trainer import official
 from trainer.config import MethodConfig, ModelConfig, TrainConfig, checked, from_mapping, to_mapping
-from trainer.errors import MismatchError, UsageError
+from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.model import TrajectoryTransformer
 from trainer.normalisation import RAW
 from trainer.optim import NEWTON_SCHULZ, MuonAdam
@@ -62,7 +62,7 @@ def import_official(
 
     config: its configuration; else config.json beside the file or in the folder above. ema: half-life in kimg of the
     weight average that sampling takes; else the first. encoder: name of the encoder whose features it was trained on.
-    Raises UsageError if the configuration is missing or `out` holds checkpoints, MismatchError if the file is damaged,
+    Raises UsageError if the configuration is missing or `out` holds a run, MismatchError if the file is damaged,
     does not fit it, or lacks the average.
     """
     place = config or _find_config(file)
@@ -104,7 +104,9 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
     Raises MismatchError for a run of another method or on normalised features, which the release's format cannot
     tell, or whose weights are not finite and of its configuration; UsageError for a network it cannot hold.
     """
-    folder = saved.find_checkpoint(run)
+    damaged: list[TrainerError] = []
+    folder = saved.find_checkpoint(run, damaged)
+    saved.warn_of(damaged, folder)
     state = saved.load_state(folder)
     config = from_mapping(state.config, str(folder))
     normaliser = saved.load_normaliser(folder)
