@@ -70,7 +70,6 @@ def test_rerunning_changes_no_byte(tiny_build, tiny_photos) -> None:
     assert digests(tiny_build.root) == before
 
 
-@pytest.mark.timeout(180)
 def test_ray_makes_the_same_bytes(tiny_build, tiny_photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     try:
