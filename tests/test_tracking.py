@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ def test_sheets_of_samples_leave_the_run_as_it_is(tmp_path: Path) -> None:
     assert_same_state(tmp_path / "plain", tmp_path / "watched", 2)
 
 
-def test_event_files_hold_the_numbers_and_sheets(tmp_path: Path) -> None:
+def test_event_files_hold_the_numbers_and_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -44,6 +45,10 @@ def test_event_files_hold_the_numbers_and_sheets(tmp_path: Path) -> None:
     tracker.scalars({"loss": 1.5}, 16)
     tracker.picture("samples", Image.new("RGB", (6, 4), "red"), 16)
     tracker.close()
+    later = (
+        time.time() + 1
+    )  # files are read in the order of their names: by seconds, then by a number without zeros
+    monkeypatch.setattr(time, "time", lambda: later)
     again = TensorBoard(tmp_path, 8)  # a run that goes on from image 8
     again.scalars({"loss": 1.0}, 16)
     again.close()
