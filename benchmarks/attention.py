@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer import layers
-from trainer.config import MethodConfig, ModelConfig
-from trainer.methods import trajectory_forcing
-from trainer.model import Prediction, TrajectoryTransformer
+from trainer.methods.trajectory_forcing import objective as trajectory_forcing
+from trainer.methods.trajectory_forcing.network import Prediction, TrajectoryTransformer
+from trainer.training.config import MethodConfig, ModelConfig
 
 BY_HAND = layers.attend
 

@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import workers as pools
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build import workers as pools
+from hierarchy_builder.build.session import Session
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Meter, Reporter
-from hierarchy_builder.session import Session
+from hierarchy_builder.store.artefacts import BuildFolder
 
 ENCODER = "pixel_encoder:load"
 DISTINCT = 200
@@ -118,13 +118,13 @@ def shares(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
     from pixel_encoder import load
 
-    from hierarchy_builder.decoding import crop_square, decode_image
-    from hierarchy_builder.encoding import finite_rows
-    from hierarchy_builder.hierarchy import build_hierarchy
-    from hierarchy_builder.images import open_source
-    from hierarchy_builder.samples import FACTS, make_sample
-    from hierarchy_builder.shards import TarWriter, encode_sample
-    from hierarchy_builder.statistics import moments_of
+    from hierarchy_builder.encoders.encoding import finite_rows
+    from hierarchy_builder.hierarchy.recipe import build_hierarchy
+    from hierarchy_builder.images.decoding import crop_square, decode_image
+    from hierarchy_builder.images.sources import open_source
+    from hierarchy_builder.store.samples import FACTS, make_sample
+    from hierarchy_builder.store.shards import TarWriter, encode_sample
+    from hierarchy_builder.store.statistics import moments_of
 
     torch.set_num_threads(1)
     source, encoder, config = open_source(arguments.images), load(), ShardConfig()

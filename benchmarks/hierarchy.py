@@ -79,7 +79,7 @@ def main() -> None:
 def _ours(threads: int) -> Callable[[np.ndarray], object]:
     import torch
 
-    from hierarchy_builder.hierarchy import build_hierarchy
+    from hierarchy_builder.hierarchy.recipe import build_hierarchy
 
     torch.set_num_threads(1)
     return partial(build_hierarchy, threads=threads)

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hierarchy_builder.records import Sample
-from hierarchy_builder.shards import write_shard
-from trainer.shards import ShardIndex
-from trainer.stream import BatchDataset, StreamPlan, batch_loader
-from trainer.tars import ShardEntry
+from hierarchy_builder.store.shards import write_shard
+from trainer.data.shards import ShardIndex
+from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
+from trainer.data.tars import ShardEntry
 
 NUM_LEVELS, NUM_CLASSES = 4, 1000
 REGION_KEYS = ("objbg_ids", "parts_ids", "subparts_ids_global")

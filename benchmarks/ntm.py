@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.chains import noise_times
-from trainer.methods import normalizing_trajectory as method
-from trainer.normalizing_config import NormalizingMethodConfig, NormalizingModelConfig
-from trainer.normalizing_model import NormalizingNetwork
-from trainer.normalizing_sample import HowToSample, num_noises, sample_canvases
+from trainer.methods.normalizing_trajectory import objective as method
+from trainer.methods.normalizing_trajectory.chains import noise_times
+from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingModelConfig
+from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
+from trainer.methods.normalizing_trajectory.sample import HowToSample, num_noises, sample_canvases
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ import argparse
 import numpy as np
 import torch
 
-from trainer.decode import to_uint8
-from trainer.latent_pipeline import LatentPipeline
+from trainer.data.pictures import PictureDataset
+from trainer.data.shards import open_index
+from trainer.data.stream import StreamPlan
+from trainer.decode.rae import to_uint8
+from trainer.methods.latent_forcing.pipeline import LatentPipeline
 from trainer.metrics.reconstruction import reconstruction
-from trainer.picture_stream import PictureDataset
-from trainer.shards import open_index
-from trainer.stream import StreamPlan
 
 
 def main() -> None:

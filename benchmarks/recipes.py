@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hierarchy_builder.assessment import NUM_SEEDS, Views, encode_views, seed_scores, view_scores
 from hierarchy_builder.config import HierarchyRecipe
-from hierarchy_builder.decoding import crop_square, decode_image
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
-from hierarchy_builder.hierarchy import build_hierarchy, check_nesting
-from hierarchy_builder.images import open_source
-from hierarchy_builder.masks import open_masks
-from hierarchy_builder.quality import Quality, baselines, cells_of, human_scores, region_scores
+from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
+from hierarchy_builder.images.decoding import crop_square, decode_image
+from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.images.sources import open_source
+from hierarchy_builder.quality.assessment import NUM_SEEDS, Views, encode_views, seed_scores, view_scores
+from hierarchy_builder.quality.scores import Quality, baselines, cells_of, human_scores, region_scores
 from hierarchy_builder.records import FEATURE_DTYPE
 
 PAPER, STABLE = HierarchyRecipe.paper(), HierarchyRecipe.stable()

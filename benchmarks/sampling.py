@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.dispatch import load_pipeline
-from trainer.pipeline import TrajectoryPipeline
+from trainer.methods.dispatch import load_pipeline
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
 def main() -> None:

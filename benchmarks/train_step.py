@@ -9,11 +9,11 @@ import time
 
 import torch
 
-from trainer.config import MethodConfig, ModelConfig, OptimConfig
-from trainer.ema import WeightAverages
-from trainer.methods import trajectory_forcing
-from trainer.model import TrajectoryTransformer
-from trainer.optim import MuonAdam
+from trainer.methods.trajectory_forcing import objective as trajectory_forcing
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.training.config import MethodConfig, ModelConfig, OptimConfig
+from trainer.training.optim import MuonAdam
+from trainer.training.weights import WeightAverages
 
 
 def main() -> None:

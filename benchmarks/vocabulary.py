@@ -22,12 +22,12 @@ import faiss
 import numpy as np
 import torch
 
-from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build.vocabulary import TokenSource
 from hierarchy_builder.config import VocabularyConfig
-from hierarchy_builder.kmeans import fit_prototypes, sum_clusters
-from hierarchy_builder.vocabulary import draw_tokens
-from hierarchy_builder.vocabulary_fit import TokenSource
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.vocabulary.kmeans import fit_prototypes, sum_clusters
+from hierarchy_builder.vocabulary.prototypes import draw_tokens
 
 
 def main() -> None:

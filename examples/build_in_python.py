@@ -7,7 +7,7 @@ import numpy as np
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import HierarchyRecipe
-from hierarchy_builder.hierarchy import build_hierarchy, cut_levels
+from hierarchy_builder.hierarchy.recipe import build_hierarchy, cut_levels
 
 random = np.random.default_rng(0)
 features = random.normal(size=(4, 16, 16, 64)).astype(np.float32)

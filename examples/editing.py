@@ -6,9 +6,9 @@ python examples/editing.py runs/demo/run
 import sys
 
 from trainer import TrajectoryPipeline
-from trainer.compare import compare, comparison_png
 from trainer.metrics.edit_locality import latent_invariance
-from trainer.selection import Selection
+from trainer.trajectories.compare import compare, comparison_png
+from trainer.trajectories.selection import Selection
 
 run = sys.argv[1] if len(sys.argv) > 1 else "runs/demo/run"
 pipe = TrajectoryPipeline.from_pretrained(run)

@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hierarchy_builder.artefacts import BuildFolder, read_json, remove, write_json
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_json
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two plain lines."""

@@ -14,14 +14,14 @@ from typing import Annotated
 
 import typer
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import console
-from hierarchy_builder import options as opt
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder import terminal as console
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.publish import publish_to
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.remote import publish_to
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store.artefacts import BuildFolder
 
 app = typer.Typer(pretty_exceptions_show_locals=False)
 

@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import ray
 import typer
 
+from hierarchy_builder.build.workers import QUIET, join
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.workers import QUIET, join
-from trainer import checkpoint as saved
-from trainer import cli
+from trainer.cli import app as cli
 from trainer.errors import InterruptedRunError, TrainerError, UsageError
 from trainer.printing import print_result
+from trainer.training import checkpoint as saved
 
 try:
     import ray.train

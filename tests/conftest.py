@@ -43,7 +43,7 @@ def no_ray_is_left() -> Iterator[None]:
     if ray is not None and ray.is_initialized():
         ray.shutdown()
         pytest.fail(
-            "these tests left a Ray: call hierarchy_builder.workers.shutdown() after the test that needs it"
+            "these tests left a Ray: call hierarchy_builder.build.workers.shutdown() after the test that needs it"
         )
 
 

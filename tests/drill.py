@@ -27,10 +27,10 @@ from unittest import mock
 
 from pictures import write_tree
 
-from hierarchy_builder.artefacts import BuildFolder, read_json, sha256_file
-from hierarchy_builder.shards import read_shard, sidecar
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import QUIET
+from hierarchy_builder.build.workers import QUIET
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, sha256_file
+from hierarchy_builder.store.shards import read_shard, sidecar
+from hierarchy_builder.verify.checks import find_problems
 
 STAGES = ("extract", "cluster", "shard")
 BLOCK_ROWS, PER_SHARD = 4, 5
@@ -50,7 +50,7 @@ SMALL_CLUSTER = {
 
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
-    ["hierarchy_builder.cli", "hierarchy_builder.repair", "hierarchy_builder.encoders.dct"]
+    ["hierarchy_builder.cli", "hierarchy_builder.verify.repair", "hierarchy_builder.encoders.dct"]
 )
 
 
@@ -63,7 +63,7 @@ def command(words: Sequence[str], log: str, file_bytes: int | None, environment:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["hierarchy-builder", *words]
-    from hierarchy_builder.cli import main
+    from hierarchy_builder.cli.app import main
 
     main()
 

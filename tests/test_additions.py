@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from pictures import CLASSES, draw_picture, write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import stores
-from hierarchy_builder.additions import append
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.additions import append
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import ConfigMismatchError
-from hierarchy_builder.index import read_index
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.repair import repair
-from hierarchy_builder.shards import read_shard
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.index import read_index
+from hierarchy_builder.store.shards import read_shard
+from hierarchy_builder.verify.checks import find_problems
+from hierarchy_builder.verify.repair import repair
 
 PLAN = steps.BuildPlan(
     extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),
@@ -145,7 +145,7 @@ def test_an_interrupted_addition_is_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"hierarchy_builder.additions.{end_at}", end)
+        patched.setattr(f"hierarchy_builder.build.additions.{end_at}", end)
         with pytest.raises(KeyboardInterrupt):
             steps.build(folder, str(photos), PLAN, SESSION, accept_new_files=True)
     steps.build(folder, str(photos), PLAN, SESSION, accept_new_files=True)

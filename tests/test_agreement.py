@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import entropy
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
-from hierarchy_builder.agreement import (
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.hierarchy.agreement import (
     adjusted_rand,
     boundaries,
     boundary_f,
@@ -18,7 +19,6 @@ from hierarchy_builder.agreement import (
     object_iou,
     variation_of_information,
 )
-from hierarchy_builder.errors import BuilderError
 
 partitions = arrays(np.int64, (3, 4, 5), elements=st.integers(0, 6))
 

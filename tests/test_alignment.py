@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
-from trainer.alignment import (
+from trainer.data.normalisation import Normaliser
+from trainer.evaluation.path_alignment import (
     alignment,
     alignment_of_photos,
     alignment_table,
@@ -14,10 +15,9 @@ from trainer.alignment import (
     partitions,
     summarise_alignment,
 )
+from trainer.methods.trajectory_forcing.sample import level_noise
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
-from trainer.normalisation import Normaliser
-from trainer.regions import divide
-from trainer.sample import level_noise
+from trainer.metrics.regions import divide
 
 HALVES = torch.arange(64).view(8, 8) // 32
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hierarchy_builder", "trainer", "pipelines")
-RAY_ROOMS = {"hierarchy_builder/workers.py"}
+RAY_ROOMS = {"hierarchy_builder/build/workers.py"}
 TRAINER_MAY_USE = ("records", "canvases", "hierarchy")
 
 
@@ -55,12 +55,12 @@ def test_trainer_takes_only_the_shared_rooms() -> None:
     ("module", "absent"),
     [
         ("trainer", ("ray", "zarr", "torchvision", "numba")),
-        ("trainer.train", ("ray", "zarr")),
-        ("trainer.pipeline", ("ray", "zarr")),
+        ("trainer.methods.trajectory_forcing.train", ("ray", "zarr")),
+        ("trainer.trajectories.pipeline", ("ray", "zarr")),
         ("hierarchy_builder.records", ("ray", "zarr", "torch")),
         ("hierarchy_builder.canvases", ("ray", "zarr", "numba")),
         ("hierarchy_builder.cli", ("ray", "torch", "zarr")),
-        ("hierarchy_builder.stages", ("ray",)),
+        ("hierarchy_builder.build.stages", ("ray",)),
     ],
 )
 def test_a_fresh_process_loads_only_what_it_needs(module: str, absent: tuple[str, ...]) -> None:

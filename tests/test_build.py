@@ -7,22 +7,23 @@ import pytest
 from pictures import CLASSES, write_tree
 from tiny_builds import PLAN, digests, session
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import extraction, stores
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import extraction
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.clustering import recut
+from hierarchy_builder.build.workers import Workers, _gpus_per_worker, map_units, shutdown
 from hierarchy_builder.canvases import level_canvases
-from hierarchy_builder.clustering import recut
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError
-from hierarchy_builder.index import read_index
-from hierarchy_builder.inspection import write_report
-from hierarchy_builder.ledger import stage_entry
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.quality.inspection import write_report
 from hierarchy_builder.records import Block
-from hierarchy_builder.shards import read_shard
-from hierarchy_builder.units import progress_of
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers, _gpus_per_worker, map_units, shutdown
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.index import read_index
+from hierarchy_builder.store.ledger import stage_entry
+from hierarchy_builder.store.shards import read_shard
+from hierarchy_builder.store.units import progress_of
+from hierarchy_builder.verify.checks import find_problems
 
 
 def test_every_artefact_is_there_and_in_order(tiny_build) -> None:
@@ -112,7 +113,7 @@ def test_interrupted_build_resumes_to_the_same_bytes(
 
     for _ in range(4):  # every stage is interrupted once, then left to finish
         with monkeypatch.context() as patched:
-            patched.setattr("hierarchy_builder.session.map_units", dying)
+            patched.setattr("hierarchy_builder.build.session.map_units", dying)
             with pytest.raises(KeyboardInterrupt):
                 steps.build(folder, str(tiny_photos), PLAN, session())
         stage = next(row for row in progress_of(folder) if row["state"] == "unfinished")["stage"]

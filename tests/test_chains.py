@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer import chains
 from trainer.errors import UsageError
+from trainer.methods.normalizing_trajectory import chains
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:

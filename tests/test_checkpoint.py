@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import checkpoint as saved
-from trainer.config import ModelConfig, OptimConfig
-from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.model import TrajectoryTransformer
-from trainer.optim import MuonAdam
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.training import checkpoint as saved
+from trainer.training.config import ModelConfig, OptimConfig
+from trainer.training.optim import MuonAdam
+from trainer.training.weights import WeightAverages
 
 TINY = ModelConfig(grid=(2, 2), in_channels=3, num_classes=2, width=16, depth=2, head_depth=1, num_heads=2)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.clocks import draw_clocks, sampling_grid, shifted
 from trainer.errors import UsageError
-from trainer.latent_config import LatentMethodConfig
+from trainer.methods.latent_forcing.clocks import draw_clocks, sampling_grid, shifted
+from trainer.methods.latent_forcing.config import LatentMethodConfig
 
 
 def clocks(schedule: str, n: int = 40_000, num_canvases: int = 1, **fields: Any) -> Any:

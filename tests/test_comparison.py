@@ -10,15 +10,15 @@ from pictures import write_tree
 from sklearn.metrics import adjusted_rand_score
 from typer.testing import CliRunner
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.cli import app
-from hierarchy_builder.comparison import compare_builds, write_comparison
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.quality.comparison import compare_builds, write_comparison
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 

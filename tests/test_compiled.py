@@ -17,13 +17,13 @@ from test_model import awake
 from tiny_runs import LATENT, NORMALIZING
 from torch import Tensor
 
-from trainer import dispatch
-from trainer.compiled import compiled
-from trainer.config import MethodConfig, ModelConfig
 from trainer.errors import TrainerError
-from trainer.log import read_metrics
-from trainer.methods import trajectory_forcing as tf
-from trainer.normalizing_config import NormalizingMethodConfig
+from trainer.methods import dispatch
+from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig
+from trainer.methods.trajectory_forcing import objective as tf
+from trainer.training.compiled import compiled
+from trainer.training.config import MethodConfig, ModelConfig
+from trainer.training.log import read_metrics
 
 SMALLEST = ModelConfig(
     grid=(2, 2),

@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hierarchy_builder.constrained_linkage import APART, FREE, GIVEN, PHASE, constrained_pairs, pair_phases
-from hierarchy_builder.linkage import average_linkage, cut_merges
+from hierarchy_builder.hierarchy.constrained_linkage import (
+    APART,
+    FREE,
+    GIVEN,
+    PHASE,
+    constrained_pairs,
+    pair_phases,
+)
+from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
 
 
 def by_definition(distance: np.ndarray, phases: np.ndarray) -> list[tuple[frozenset[int], float]]:

@@ -28,10 +28,10 @@ __import__(module, fromlist=["main"]).main()
     ("stop_at", "words"),
     [
         ("typer", ["trainer.cli", "presets"]),
-        ("trainer.options", ["trainer.cli", "presets"]),
+        ("trainer.cli.options", ["trainer.cli", "presets"]),
         ("torch", ["trainer.cli", "sample", ".", "--labels", "0", "--out", "samples"]),
         ("typer", ["hierarchy_builder.cli", "encoders"]),
-        ("hierarchy_builder.artefacts", ["hierarchy_builder.cli", "encoders"]),
+        ("hierarchy_builder.store.artefacts", ["hierarchy_builder.cli", "encoders"]),
         ("torch", ["hierarchy_builder.cli", "encoders"]),
     ],
 )

@@ -17,13 +17,13 @@ from fixture_shards import write_shards
 from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
 
-from trainer import checkpoint as saved
-from trainer import cli
-from trainer.config import to_mapping
-from trainer.decoder_config import DecoderConfig
-from trainer.latent_config import LatentTrainConfig
-from trainer.run_folder import read_kept
-from trainer.train import train
+from trainer.cli import app as cli
+from trainer.decode.config import DecoderConfig
+from trainer.methods.latent_forcing.config import LatentTrainConfig
+from trainer.methods.trajectory_forcing.train import train
+from trainer.training import checkpoint as saved
+from trainer.training.config import to_mapping
+from trainer.training.run_folder import read_kept
 
 TINY = dataclasses.replace(
     FLOW, preset="tiny-cpu", total_images=16, checkpoint_images=8, sample_images=None, tensorboard=False

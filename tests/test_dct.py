@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from hierarchy_builder.canvases.dct import DctBasis
-from hierarchy_builder.decoding import crop_square
+from hierarchy_builder.images.decoding import crop_square
 
 BASIS = DctBasis.default()
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from hierarchy_builder.canvases.dct import DctBasis
-from trainer.decode import decoder_from_spec, load_rae_decoder, to_uint8
+from trainer.decode.rae import decoder_from_spec, load_rae_decoder, to_uint8
 from trainer.errors import MismatchError, TrainerError, UsageError
 
 

@@ -7,9 +7,9 @@ import pytest
 from pictures import NOISE, encoded
 from PIL import Image
 
-from hierarchy_builder.decoding import crop_square, decode_image
 from hierarchy_builder.errors import ImageError
-from hierarchy_builder.images import open_source
+from hierarchy_builder.images.decoding import crop_square, decode_image
+from hierarchy_builder.images.sources import open_source
 
 
 def reason(data: bytes, **options: int) -> str:

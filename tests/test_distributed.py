@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.distributed import World, check_equal
 from trainer.errors import TrainerError
+from trainer.training.distributed import World, check_equal
 
 
 def test_numbers_that_differ_between_ranks_are_refused() -> None:

@@ -12,7 +12,8 @@ import torch
 from documented import undocumented
 from tiny_pipeline import tiny_pipeline
 
-from trainer.distribution import (
+from trainer.errors import UsageError
+from trainer.evaluation.distribution import (
     TOKENS_PER_IMAGE,
     Crowd,
     Pictures,
@@ -21,9 +22,8 @@ from trainer.distribution import (
     picture_distances,
     seen_by,
 )
-from trainer.errors import UsageError
+from trainer.evaluation.studies import alignment_study, edit_study
 from trainer.metrics.frechet import Gaussian
-from trainer.studies import alignment_study, edit_study
 
 
 def crowd(images: int, shift: float = 0.0, seed: int = 0) -> Crowd:

@@ -10,13 +10,20 @@ import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
 from hierarchy_builder.canvases import level_canvases
-from hierarchy_builder.hierarchy import build_hierarchy
-from trainer.edit import Source, as_source, move_tokens, prototype, replace_features, tokens_of
+from hierarchy_builder.hierarchy.recipe import build_hierarchy
+from trainer.data.normalisation import Normaliser
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.normalisation import Normaliser
-from trainer.pipeline import TrajectoryPipeline
-from trainer.selection import Selection
-from trainer.trajectory import Trajectory
+from trainer.trajectories.edit import (
+    Source,
+    as_source,
+    move_tokens,
+    prototype,
+    replace_features,
+    tokens_of,
+)
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.selection import Selection
+from trainer.trajectories.trajectory import Trajectory
 
 
 @pytest.fixture(scope="module")

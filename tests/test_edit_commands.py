@@ -15,13 +15,9 @@ from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline, tiny_run
 from typer.testing import CliRunner
 
-from trainer.cli import app
-from trainer.compare import compare, edited_tokens, encoder_of, heat_map
+from trainer.cli.app import app
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.photos import load_own_encoder, read_square
-from trainer.pipeline import TrajectoryPipeline
-from trainer.selection import Selection
-from trainer.sweep import (
+from trainer.evaluation.sweep import (
     EDIT,
     NO_EDIT,
     OTHER_NOISE,
@@ -31,7 +27,11 @@ from trainer.sweep import (
     summary_table,
     sweep,
 )
-from trainer.trajectory import Trajectory
+from trainer.trajectories.compare import compare, edited_tokens, encoder_of, heat_map
+from trainer.trajectories.photos import load_own_encoder, read_square
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.selection import Selection
+from trainer.trajectories.trajectory import Trajectory
 
 ENCODER = "test_edit_commands:TinyEncoder"
 

@@ -12,9 +12,9 @@ from tiny_pipeline import tiny_pipeline
 
 from hierarchy_builder.canvases.gallery import Gallery, Plots, Table
 from hierarchy_builder.canvases.plots import Plot, Series, draw
-from trainer.edit_report import edits_section, read_sweep, sweep_section, unedited
 from trainer.errors import TrainerError
-from trainer.sweep import SweepConfig, summarise, sweep
+from trainer.evaluation.edit_page import edits_section, read_sweep, sweep_section, unedited
+from trainer.evaluation.sweep import SweepConfig, summarise, sweep
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from tiny_runs import DECODER, FLOW, LATENT, NORMALIZING, assert_same_state, before_step, signal_at
 
-from trainer import checkpoint as saved
-from trainer import dispatch, train_decoder
+from trainer.decode import train as train_decoder
 from trainer.errors import InterruptedRunError, NonFiniteLossError, TrainerError
-from trainer.loop import Loop
-from trainer.run_folder import locked
+from trainer.methods import dispatch
+from trainer.training import checkpoint as saved
+from trainer.training.loop import Loop
+from trainer.training.run_folder import locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {

@@ -14,14 +14,14 @@ from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
 from test_official import changed, golden  # noqa: F401
 from test_trainer_cli import SETTINGS, call
 
-from trainer import checkpoint as saved
-from trainer.config import ModelConfig
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.exchange import export_official, import_official
-from trainer.model import TrajectoryTransformer
-from trainer.official import load_checkpoint, official_config, save_checkpoint
-from trainer.pipeline import TrajectoryPipeline
-from trainer.sample import level_noise, sample_levels
+from trainer.methods.trajectory_forcing.exchange import export_official, import_official
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.release import load_checkpoint, official_config, save_checkpoint
+from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
+from trainer.training import checkpoint as saved
+from trainer.training.config import ModelConfig
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
 def content(file: Path) -> Any:

@@ -9,16 +9,16 @@ import torch
 from patch_means import PatchMeans
 from pictures import write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder.artefacts import BuildFolder, read_json
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.fused import FuseStage
+from hierarchy_builder.build.session import Session
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
-from hierarchy_builder.fused import FuseStage
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.repair import repair
-from hierarchy_builder.session import Session
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.verify.checks import find_problems
+from hierarchy_builder.verify.repair import repair
 
 IN_PROCESS = Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 PLAN = steps.BuildPlan(

@@ -38,8 +38,14 @@ from hierarchy_builder.canvases.views import (
     region_captions,
     shared_palette,
 )
-from hierarchy_builder.report import hierarchy_page
-from trainer.report import TrajectoryView, page_palette, training_page, training_plots, trajectory_grid_png
+from hierarchy_builder.quality.report import hierarchy_page
+from trainer.trajectories.view import (
+    TrajectoryView,
+    page_palette,
+    training_page,
+    training_plots,
+    trajectory_grid_png,
+)
 
 
 def blobs(seed: int = 0, side: int = 16, channels: int = 8) -> tuple[np.ndarray, np.ndarray]:

@@ -15,8 +15,8 @@ from scipy.spatial.distance import squareform
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.hierarchy import Flag, build_hierarchy, check_nesting, cut_levels
-from hierarchy_builder.linkage import average_linkage, cut_merges
+from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
+from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy, check_nesting, cut_levels
 
 
 def smooth_features(num_images: int, height: int, width: int, num_channels: int, noise: float, seed: int = 0):

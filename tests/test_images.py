@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pictures import NOISE, encoded
 
 from hierarchy_builder.errors import BuilderError, ImageError, UsageError
-from hierarchy_builder.images import open_reader, open_source
-from hierarchy_builder.keys import assign_keys
+from hierarchy_builder.images.keys import assign_keys
+from hierarchy_builder.images.sources import open_reader, open_source
 
 
 def tree(root: Path, *paths: str) -> Path:

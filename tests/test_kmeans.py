@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.kmeans import (
+from hierarchy_builder.vocabulary.kmeans import (
     FARTHEST_TOKENS,
     ClusterSums,
     first_centroids,

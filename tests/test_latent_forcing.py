@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.clocks import sampling_grid
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.latent_config import LatentMethodConfig, LatentModelConfig
-from trainer.latent_official import save_latent_forcing
-from trainer.latent_sample import ClockGuidance, sample_pixels
-from trainer.methods import latent_forcing
-from trainer.official import load_latent_forcing
-from trainer.pixel_latent import PixelLatentTransformer
+from trainer.methods.latent_forcing import objective as latent_forcing
+from trainer.methods.latent_forcing.clocks import sampling_grid
+from trainer.methods.latent_forcing.config import LatentMethodConfig, LatentModelConfig
+from trainer.methods.latent_forcing.network import PixelLatentTransformer
+from trainer.methods.latent_forcing.release import save_latent_forcing
+from trainer.methods.latent_forcing.sample import ClockGuidance, sample_pixels
+from trainer.methods.trajectory_forcing.release import load_latent_forcing
 
 TINY = LatentModelConfig(
     grid=(2, 4),

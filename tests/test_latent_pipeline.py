@@ -14,22 +14,23 @@ import torch
 from fixture_shards import GRID, NUM_LEVELS, WIDTH
 from tiny_runs import LATENT as TINY
 
-from trainer import cli, dispatch
-from trainer.board import draw_board
-from trainer.clocks import sampling_grid
-from trainer.config import ModelConfig, OptimConfig, TrainConfig
-from trainer.decode import to_uint8
+from trainer.cli import app as cli
+from trainer.data.shards import open_index
+from trainer.decode.rae import to_uint8
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.latent_config import LatentMethodConfig
-from trainer.latent_pipeline import LatentPipeline, load_pixel_stage
-from trainer.latent_sample import ClockGuidance, sample_pixels
-from trainer.photos import start_from_shards
-from trainer.pixel_stage import Drawn, PixelStage, pixel_noise
-from trainer.sample import level_noise
-from trainer.selection import Selection
-from trainer.shards import open_index
-from trainer.trajectory import Trajectory
-from trainer.workbench import Workbench
+from trainer.methods import dispatch
+from trainer.methods.latent_forcing.clocks import sampling_grid
+from trainer.methods.latent_forcing.config import LatentMethodConfig
+from trainer.methods.latent_forcing.pipeline import LatentPipeline, load_pixel_stage
+from trainer.methods.latent_forcing.pixel_stage import Drawn, PixelStage, pixel_noise
+from trainer.methods.latent_forcing.sample import ClockGuidance, sample_pixels
+from trainer.methods.trajectory_forcing.sample import level_noise
+from trainer.studio.board import draw_board
+from trainer.studio.workbench import Workbench
+from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.trajectories.photos import start_from_shards
+from trainer.trajectories.selection import Selection
+from trainer.trajectories.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = dataclasses.replace(TINY, pixel_stage=True)

@@ -16,17 +16,18 @@ from PIL import Image
 from tiny_runs import LATENT as TINY
 
 from hierarchy_builder.canvases import level_canvases
-from trainer import checkpoint as saved
-from trainer import cli, dispatch
-from trainer.config import TrainConfig
+from trainer.cli import app as cli
+from trainer.data.normalisation import Normaliser
+from trainer.data.shards import open_index
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
-from trainer.latent_config import LatentTrainConfig
-from trainer.latent_pipeline import LatentPipeline, latents_of
-from trainer.log import read_metrics
-from trainer.normalisation import Normaliser
-from trainer.report_inputs import run_page
-from trainer.run_kinds import ALL_PRESETS, config_of, preset_of
-from trainer.shards import open_index
+from trainer.evaluation.run_page import run_page
+from trainer.methods import dispatch
+from trainer.methods.latent_forcing.config import LatentTrainConfig
+from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of
+from trainer.methods.registry import ALL_PRESETS, config_of, preset_of
+from trainer.training import checkpoint as saved
+from trainer.training.config import TrainConfig
+from trainer.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = dataclasses.replace(TINY, pixel_stage=True)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from hierarchy_builder.artefacts import BuildFolder, atomic_file, write_bytes
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
-from hierarchy_builder.ledger import Ledger, begin_stage, open_ledger, read_manifest, stage_entry
+from hierarchy_builder.store.artefacts import BuildFolder, atomic_file, write_bytes
+from hierarchy_builder.store.ledger import Ledger, begin_stage, open_ledger, read_manifest, stage_entry
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ import pytest
 from pictures import write_tree
 from test_trainer_cli import SETTINGS, call
 
-from hierarchy_builder import build as steps
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.inspection import write_report
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.shards import read_shard
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
-from trainer.pipeline import Trajectory
+from hierarchy_builder.quality.inspection import write_report
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.shards import read_shard
+from hierarchy_builder.verify.checks import find_problems
+from trainer.trajectories.pipeline import Trajectory
 
 RECIPES = {
     2: HierarchyRecipe(cuts=()),

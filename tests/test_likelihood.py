@@ -12,14 +12,14 @@ from documented import undocumented
 from torch import Tensor, nn
 
 from hierarchy_builder.canvases import level_canvases
-from trainer.chains import noise_covariance, noise_times
-from trainer.likelihood import _gaussian_chain, likelihood
-from trainer.normalisation import Normaliser, normaliser_of
-from trainer.normalizing_config import NormalizingModelConfig
-from trainer.normalizing_model import Gaussian, Given
-from trainer.normalizing_pipeline import NormalizingPipeline
-from trainer.reader import ShardReader
-from trainer.shards import ShardIndex, open_index
+from trainer.data.normalisation import Normaliser, normaliser_of
+from trainer.data.reader import ShardReader
+from trainer.data.shards import ShardIndex, open_index
+from trainer.methods.normalizing_trajectory.chains import noise_covariance, noise_times
+from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
+from trainer.methods.normalizing_trajectory.likelihood import _gaussian_chain, likelihood
+from trainer.methods.normalizing_trajectory.network import Gaussian, Given
+from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

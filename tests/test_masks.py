@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hierarchy_builder.decoding import crop_square
 from hierarchy_builder.errors import ImageError, UsageError
-from hierarchy_builder.masks import open_masks, read_mask
+from hierarchy_builder.images.decoding import crop_square
+from hierarchy_builder.images.masks import open_masks, read_mask
 
 COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])
 

@@ -9,10 +9,10 @@ from documented import undocumented
 from rich.console import Console
 from tiny_pipeline import tiny_pipeline
 
-from trainer import sweep as room
-from trainer.metric_tables import metric_tables
-from trainer.progress import shown_on, unseen
-from trainer.sweep import EDIT, SweepConfig, summarise, summary_table, sweep
+from trainer.evaluation import sweep as room
+from trainer.evaluation.progress import shown_on, unseen
+from trainer.evaluation.sweep import EDIT, SweepConfig, summarise, summary_table, sweep
+from trainer.evaluation.tables import metric_tables
 
 
 def test_topics_have_tables_of_their_own_with_references_beside() -> None:

@@ -11,9 +11,9 @@ from fixture_shards import write_shards
 from pictures import write_tree
 from tiny_pipeline import tiny_pipeline, tiny_run
 
-from hierarchy_builder import cli as builder
-from hierarchy_builder.workers import shutdown
-from trainer import cli as trainer
+from hierarchy_builder.build.workers import shutdown
+from hierarchy_builder.cli import app as builder
+from trainer.cli import app as trainer
 
 TRAINER = (
     "train NO --out OUT --preset tiny-cpu",

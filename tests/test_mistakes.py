@@ -14,13 +14,13 @@ from fixture_shards import write_shards
 from PIL import Image
 from tiny_pipeline import tiny_pipeline, tiny_run
 
-from trainer import cli
-from trainer.compare import encoder_of
-from trainer.edit import prototype
+from trainer.cli import app as cli
 from trainer.errors import TrainerError, UsageError, explained
 from trainer.metrics.frechet import read_reference
-from trainer.pipeline import TrajectoryPipeline
-from trainer.sample_files import FORMATS, write_samples
+from trainer.trajectories.compare import encoder_of
+from trainer.trajectories.edit import prototype
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.sample_files import FORMATS, write_samples
 
 Call = Callable[..., tuple[int, str]]
 NAMES = ["tench, Tinca tinca", "tench", "<b>Käse</b> & 'Brot'", "日本語 %s", "2", '100 %, "weiß"']

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import ModelConfig
 from trainer.errors import MismatchError, UsageError
 from trainer.layers import attend, grid_rotations, rotate
-from trainer.model import TrajectoryTransformer, velocity
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer, velocity
+from trainer.training.config import ModelConfig
 
 SMALL = ModelConfig(grid=(3, 5), in_channels=6, num_classes=7, width=32, depth=3, head_depth=1, num_heads=2)
 

@@ -15,17 +15,17 @@ from fixture_shards import NUM_LEVELS, WIDTH, write_shards
 from tiny_runs import FLOW
 
 from hierarchy_builder.canvases import level_canvases
-from trainer import checkpoint as saved
-from trainer import train as room
-from trainer.config import Normalisation
+from trainer.data.normalisation import FLOOR, RAW, Normaliser, normaliser_of
+from trainer.data.reader import ShardReader
+from trainer.data.shards import open_index
+from trainer.data.stream import Batch
 from trainer.errors import MismatchError, TrainerError
-from trainer.evaluate import evaluate
-from trainer.normalisation import FLOOR, RAW, Normaliser, normaliser_of
-from trainer.pipeline import Trajectory, TrajectoryPipeline
-from trainer.reader import ShardReader
-from trainer.sample import level_noise, sample_levels
-from trainer.shards import open_index
-from trainer.stream import Batch
+from trainer.evaluation.evaluate import evaluate
+from trainer.methods.trajectory_forcing import train as room
+from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
+from trainer.training import checkpoint as saved
+from trainer.training.config import Normalisation
+from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OFFSET = 60.0

@@ -18,23 +18,20 @@ from tiny_runs import NORMALIZING as TINY
 from typer.testing import CliRunner
 
 from hierarchy_builder.canvases import level_canvases
-from trainer import checkpoint as saved
-from trainer import normalizing_train as room
-from trainer import train as trajectory_train
-from trainer.cli import app
-from trainer.config import OptimConfig
-from trainer.dispatch import load_pipeline
+from trainer.cli.app import app
+from trainer.data.reader import ShardReader
+from trainer.data.shards import open_index
 from trainer.errors import MismatchError, NonFiniteLossError, UsageError
-from trainer.likelihood import likelihood, measure
-from trainer.log import read_metrics
-from trainer.normalizing_config import (
-    NormalizingMethodConfig,
-    NormalizingTrainConfig,
-)
-from trainer.normalizing_pipeline import NormalizingPipeline
-from trainer.reader import ShardReader
-from trainer.run_kinds import config_of, preset_of
-from trainer.shards import open_index
+from trainer.methods.dispatch import load_pipeline
+from trainer.methods.normalizing_trajectory import train as room
+from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingTrainConfig
+from trainer.methods.normalizing_trajectory.likelihood import likelihood, measure
+from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
+from trainer.methods.registry import config_of, preset_of
+from trainer.methods.trajectory_forcing import train as trajectory_train
+from trainer.training import checkpoint as saved
+from trainer.training.config import OptimConfig
+from trainer.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUNNER = CliRunner()

@@ -10,14 +10,19 @@ import torch
 from tiny_normalizing import GRID, TINY, C, awake, normal
 from torch import Tensor
 
-from trainer import chains
-from trainer.config import ModelConfig
 from trainer.errors import MismatchError, UsageError
-from trainer.methods import normalizing_trajectory as method
-from trainer.model import TrajectoryTransformer
-from trainer.normalizing_config import NormalizingMethodConfig, NormalizingModelConfig
-from trainer.normalizing_model import FlowPredictor, Gaussian, Given, NormalizingNetwork
-from trainer.normalizing_sample import HowToSample, draw_states, num_noises, sample_canvases
+from trainer.methods.normalizing_trajectory import chains
+from trainer.methods.normalizing_trajectory import objective as method
+from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingModelConfig
+from trainer.methods.normalizing_trajectory.network import FlowPredictor, Gaussian, Given, NormalizingNetwork
+from trainer.methods.normalizing_trajectory.sample import (
+    HowToSample,
+    draw_states,
+    num_noises,
+    sample_canvases,
+)
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.training.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,17 +12,17 @@ import pytest
 from odd_pictures import PICTURE, Odd, encoded, odd_pictures, write_odd_tree
 from pictures import CLASSES, draw_picture, write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError, UsageError
-from hierarchy_builder.index import read_index
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.shards import read_shard
-from hierarchy_builder.units import progress_of
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.index import read_index
+from hierarchy_builder.store.shards import read_shard
+from hierarchy_builder.store.units import progress_of
+from hierarchy_builder.verify.checks import find_problems
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 PLAN = steps.BuildPlan(
@@ -148,7 +148,7 @@ def test_mended_images_make_the_build_they_would_have_made(
     mend(photos)
     encoded_images = []
     monkeypatch.setattr(
-        "hierarchy_builder.encoding.encode",
+        "hierarchy_builder.encoders.encoding.encode",
         lambda encoder, images: encoded_images.append(len(images)) or encoder.encode(images),
     )
     summaries = steps.build(folder, str(photos), PLAN, SESSION, retry_failed=True)
@@ -184,7 +184,7 @@ def test_an_interrupted_retry_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"hierarchy_builder.retry.{end_at}", end)
+        patched.setattr(f"hierarchy_builder.build.changes.{end_at}", end)
         with pytest.raises(KeyboardInterrupt):
             steps.build(folder, str(photos), PLAN, SESSION, retry_failed=True)
     again = end_at == "_take_back"  # nothing was recorded yet: the plain command would refuse the new listing
@@ -211,7 +211,7 @@ def test_half_mended_is_half_better(broken: tuple[BuildFolder, Path]) -> None:
 def test_a_file_that_reads_again_needs_no_other_listing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hierarchy_builder.images import FileReader
+    from hierarchy_builder.images.sources import FileReader
 
     photos, folder = write_tree(tmp_path / "photos", per_class=3), BuildFolder(tmp_path / "build")
     read = FileReader.read

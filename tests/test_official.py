@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config import ModelConfig
-from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, UsageError
-from trainer.model import Guidance, TrajectoryTransformer
-from trainer.official import (
+from trainer.methods.trajectory_forcing.network import Guidance, TrajectoryTransformer
+from trainer.methods.trajectory_forcing.release import (
     load_checkpoint,
     official_config,
     official_name,
@@ -22,6 +20,8 @@ from trainer.official import (
     save_checkpoint,
     write_checkpoint,
 )
+from trainer.training.config import ModelConfig
+from trainer.training.weights import WeightAverages
 
 
 def golden_arrays(path: Path) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ def test_saved_checkpoint_reads_back_exactly(golden, tmp_path):
 
 
 def test_large_arrays_are_chunked_and_joined(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.official.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("trainer.methods.trajectory_forcing.release.CHUNK_BYTES", 1000)
     model = TrajectoryTransformer(
         ModelConfig(grid=(2, 2), in_channels=3, width=16, depth=2, head_depth=1, num_heads=2)
     )

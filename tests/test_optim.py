@@ -7,15 +7,15 @@ import torch
 from test_official import golden, golden_arrays, worst  # noqa: F401
 from torch import nn
 
-from trainer.config import ModelConfig, OptimConfig
-from trainer.ema import WeightAverages
 from trainer.errors import MismatchError, UsageError
-from trainer.latent_config import LatentModelConfig, LatentOptimConfig
-from trainer.model import TrajectoryTransformer
-from trainer.normalizing_config import NormalizingOptimConfig
-from trainer.optim import MuonAdam, optimizer_of, orthogonalise
-from trainer.pixel_latent import PixelLatentTransformer
-from trainer.schedules import ema_beta
+from trainer.methods.latent_forcing.config import LatentModelConfig, LatentOptimConfig
+from trainer.methods.latent_forcing.network import PixelLatentTransformer
+from trainer.methods.normalizing_trajectory.config import NormalizingOptimConfig
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.training.config import ModelConfig, OptimConfig
+from trainer.training.optim import MuonAdam, optimizer_of, orthogonalise
+from trainer.training.schedules import ema_beta
+from trainer.training.weights import WeightAverages
 
 
 def test_three_updates_match_the_release(golden):  # noqa: F811
@@ -87,7 +87,7 @@ def test_the_rule_chooses_and_tables_of_embeddings_take_adam() -> None:
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (1, 5)])
 def test_matrices_stacked_together_move_as_if_alone(shape, monkeypatch):
     def moved(stacked: int) -> list[torch.Tensor]:
-        monkeypatch.setattr("trainer.optim.STACK_ELEMENTS", stacked)
+        monkeypatch.setattr("trainer.training.optim.STACK_ELEMENTS", stacked)
         g = torch.Generator().manual_seed(0)
         parameters = [nn.Parameter(torch.randn(shape, generator=g)) for _ in range(5)]
         optimiser = MuonAdam([(str(i), p) for i, p in enumerate(parameters)], OptimConfig())

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from hierarchy_builder.encoders.timm_vit import timm
-from trainer.adversary import Backbone, Discriminator, augmented, balanced_weight, load_discriminator
+from trainer.decode.adversary import (
+    Backbone,
+    Discriminator,
+    augmented,
+    balanced_weight,
+    load_discriminator,
+)
+from trainer.decode.perceptual import SCALE, SHIFT, load_lpips
 from trainer.errors import MismatchError, TrainerError
-from trainer.perceptual import SCALE, SHIFT, load_lpips
 
 PLAN = "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M"
 """VGG16 as torchvision numbers it: a convolution and a ReLU for each width, and poolings."""

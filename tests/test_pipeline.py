@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 
 import trainer
 from hierarchy_builder.canvases.dct import DctBasis
-from trainer import checkpoint as saved
-from trainer.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
-from trainer.ema import WeightAverages
+from trainer.cli.options import parse_seeds
 from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import two_region_share, two_region_variance
-from trainer.model import TrajectoryTransformer
-from trainer.optim import MuonAdam
-from trainer.options import parse_seeds
-from trainer.pipeline import Trajectory, TrajectoryPipeline
+from trainer.training import checkpoint as saved
+from trainer.training.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
+from trainer.training.optim import MuonAdam
+from trainer.training.weights import WeightAverages
+from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline
 
 CLASSES = ["ant", "bee", "emu"]
 

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from pictures import write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import QUIET, Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.workers import QUIET, Workers
+from hierarchy_builder.store.artefacts import BuildFolder
 
 CLUSTER = Path(__file__).resolve().parents[1] / "pipelines" / "cluster"
 

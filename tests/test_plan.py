@@ -12,15 +12,17 @@ import pytest
 from pictures import CLASSES, write_tree
 from typer.testing import CliRunner
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import cli, rehearsal, space, stores
-from hierarchy_builder.artefacts import BuildFolder, size_on_disk
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build import rehearsal, space
+from hierarchy_builder.build.forecast import Plan, plan_tables
+from hierarchy_builder.build.plan import make_plan
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
-from hierarchy_builder.forecast import Plan, plan_tables
-from hierarchy_builder.plan import make_plan
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder, size_on_disk
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 PLAN = steps.BuildPlan(

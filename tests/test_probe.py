@@ -16,18 +16,18 @@ from pictures import write_tree
 from PIL import Image
 from typer.testing import CliRunner
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import cli
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.encoders import load_encoder, probe
 from hierarchy_builder.encoders.probe import TOLERANCES, agrees, check_probe, probe_report, probe_value
 from hierarchy_builder.encoders.references import REFERENCES
 from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
 from hierarchy_builder.errors import ConfigMismatchError
-from hierarchy_builder.ledger import stage_entry
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.ledger import stage_entry
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 

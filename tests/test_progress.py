@@ -10,14 +10,14 @@ from pictures import write_tree
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hierarchy_builder.artefacts import BuildFolder, write_json
-from hierarchy_builder.build import BuildPlan, build
-from hierarchy_builder.cli import app
+from hierarchy_builder.build.pipeline import BuildPlan, build
+from hierarchy_builder.build.session import Session
+from hierarchy_builder.build.stages import ExtractStage
+from hierarchy_builder.build.workers import Workers, _Metrics
+from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Meter, Reporter, as_duration, running_stage
-from hierarchy_builder.session import Session
-from hierarchy_builder.stages import ExtractStage
-from hierarchy_builder.workers import Workers, _Metrics
+from hierarchy_builder.store.artefacts import BuildFolder, write_json
 
 
 def test_a_stage_tells_how_far_how_fast_and_how_long(monkeypatch) -> None:

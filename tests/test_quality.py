@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from hierarchy_builder.config import HierarchyRecipe
-from hierarchy_builder.hierarchy import Flag, build_hierarchy
-from hierarchy_builder.quality import (
+from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy
+from hierarchy_builder.quality.scores import (
     Quality,
     baselines,
     count_regions,

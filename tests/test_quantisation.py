@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.quantisation import changed_share, dequantise, measure_quantisation, quantise
 from hierarchy_builder.records import Block, Sample
-from hierarchy_builder.shards import (
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.quantisation import changed_share, dequantise, measure_quantisation, quantise
+from hierarchy_builder.store.shards import (
     decode_sample,
     encode_sample,
     read_shard,
@@ -29,8 +30,7 @@ from hierarchy_builder.shards import (
     sidecar,
     write_shard,
 )
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.verify.checks import find_problems
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 PLAN = steps.BuildPlan(

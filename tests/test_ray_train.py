@@ -17,9 +17,9 @@ import yaml
 from fixture_shards import write_shards
 from test_train import TINY
 
-from trainer import train as room
-from trainer.config import to_mapping
-from trainer.log import read_metrics
+from trainer.methods.trajectory_forcing import train as room
+from trainer.training.config import to_mapping
+from trainer.training.log import read_metrics
 
 needs_ray_train = pytest.mark.skipif(
     importlib.util.find_spec("pandas") is None, reason='Ray Train needs pandas: pip install "ray[train]"'

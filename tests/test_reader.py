@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainer_cli import SETTINGS, call
 
+from trainer.data.reader import ShardReader
+from trainer.data.shards import open_index
+from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
+from trainer.data.tars import OpenTar, ShardEntry
 from trainer.errors import DamagedShardError, TrainerError
-from trainer.log import read_metrics
-from trainer.reader import ShardReader
-from trainer.shards import open_index
-from trainer.stream import BatchDataset, StreamPlan, batch_loader
-from trainer.tars import OpenTar, ShardEntry
+from trainer.training.log import read_metrics
 
 
 @pytest.fixture

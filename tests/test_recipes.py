@@ -13,9 +13,9 @@ from test_hierarchy import partition, smooth_features
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.hierarchy import Flag, build_hierarchy, check_nesting, cut_levels, given_levels
-from hierarchy_builder.normalized_cut import SHARPNESS, normalized_cut
-from hierarchy_builder.two_means import two_means
+from hierarchy_builder.hierarchy.normalized_cut import SHARPNESS, normalized_cut
+from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy, check_nesting, cut_levels, given_levels
+from hierarchy_builder.hierarchy.two_means import two_means
 
 
 def grams(features: np.ndarray) -> np.ndarray:

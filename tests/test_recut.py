@@ -14,20 +14,20 @@ from pictures import write_tree
 from PIL import Image
 from typer.testing import CliRunner
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import recut as recutting
-from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.cli import app
-from hierarchy_builder.clustering import recut
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build import recut as recutting
+from hierarchy_builder.build.clustering import recut
+from hierarchy_builder.build.session import Session
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
-from hierarchy_builder.hierarchy import Flag
+from hierarchy_builder.hierarchy.recipe import Flag
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.session import Session
-from hierarchy_builder.units import progress_of
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.units import progress_of
+from hierarchy_builder.verify.checks import find_problems
 
 SESSION = Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 CUTS = (0.8, 0.5, 0.2)

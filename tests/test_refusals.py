@@ -11,16 +11,16 @@ import typer
 from pictures import write_tree
 from typer.testing import CliRunner
 
-from hierarchy_builder import build as steps
-from hierarchy_builder.artefacts import BuildFolder, read_json
-from hierarchy_builder.cli import app
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli.app import app
+from hierarchy_builder.cli.options import resolve_recipe
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError, VerificationError
-from hierarchy_builder.ledger import begin_stage, check_manifest, read_manifest
-from hierarchy_builder.options import resolve_recipe
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.workers import Workers
-from trainer.cli import app as trainer_app
+from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.ledger import begin_stage, check_manifest, read_manifest
+from trainer.cli.app import app as trainer_app
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 

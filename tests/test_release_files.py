@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.decode import load_decoder
+from trainer.decode.rae import load_decoder
 from trainer.errors import MismatchError, TrainerError, UsageError
-from trainer.official import load_latent_forcing
-from trainer.release_files import check_weights, read_fields, read_weights
+from trainer.methods.trajectory_forcing.release import load_latent_forcing
+from trainer.training.release_files import check_weights, read_fields, read_weights
 
 
 @pytest.fixture

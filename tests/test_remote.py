@@ -8,16 +8,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pictures import write_tree
 from typer.testing import CliRunner
 
-from hierarchy_builder.artefacts import BuildFolder
-from hierarchy_builder.build import BuildPlan, build
-from hierarchy_builder.cli import app
+from hierarchy_builder.build.pipeline import BuildPlan, build
+from hierarchy_builder.build.publish import publish_to
+from hierarchy_builder.build.session import Session
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.images import open_source
+from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.remote import publish_to
-from hierarchy_builder.session import Session
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store.artefacts import BuildFolder
 
 QUIET = Reporter(quiet=True)
 
@@ -96,7 +96,7 @@ def test_a_stopped_transfer_goes_on_with_what_is_missing(folder, url, monkeypatc
             raise OSError("connection reset")
         return original(self, local, remote, **options)
 
-    monkeypatch.setattr("hierarchy_builder.remote.TRANSFERS", 1)
+    monkeypatch.setattr("hierarchy_builder.build.publish.TRANSFERS", 1)
     monkeypatch.setattr(type(fs), "put_file", fail_at_third)
     with pytest.raises(BuilderError, match="connection reset; the same command goes on"):
         publish_to(folder, url, QUIET)

@@ -13,19 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 from pictures import write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import stages, stores
-from hierarchy_builder.artefacts import BuildFolder, read_json, sha256_file, write_json
-from hierarchy_builder.clustering import recut
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build import stages
+from hierarchy_builder.build.clustering import recut
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import TooManySkippedError, UsageError, VerificationError
-from hierarchy_builder.ledger import Ledger, write_manifest
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
-from hierarchy_builder.repair import repair
-from hierarchy_builder.shards import read_shard, write_shard
-from hierarchy_builder.verify import find_damage, find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, sha256_file, write_json
+from hierarchy_builder.store.ledger import Ledger, write_manifest
+from hierarchy_builder.store.shards import read_shard, write_shard
+from hierarchy_builder.verify.checks import find_damage, find_problems
+from hierarchy_builder.verify.repair import repair
 
 PLAN = steps.BuildPlan(
     extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),
@@ -256,7 +257,7 @@ def test_only_what_failed_is_done_again(folder: BuildFolder, monkeypatch: pytest
         done.append((ledger.folder.name, unit.number))
         return perform(stage, unit, threads, ledger)
 
-    monkeypatch.setattr("hierarchy_builder.workers.perform", count)
+    monkeypatch.setattr("hierarchy_builder.build.workers.perform", count)
     flip(chunk(folder.features, "features", 1), 0.3)
     flip(folder.shards / "train-000002.tar")
     repair(folder, SESSION)

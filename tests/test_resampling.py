@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hierarchy_builder.decoding import crop_square, decode_image
-from hierarchy_builder.resampling import resize_centre
+from hierarchy_builder.images.decoding import crop_square, decode_image
+from hierarchy_builder.images.resampling import resize_centre
 
 
 def with_pillow(pixels: np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:

@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from odd_pictures import PICTURE, encoded
 
-from hierarchy_builder import build as steps
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, load_yaml
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.images import open_source
-from hierarchy_builder.keys import check_key
+from hierarchy_builder.images.keys import check_key
+from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Sample
-from hierarchy_builder.shards import read_shard, write_shard
-from hierarchy_builder.vocabulary import load_vocabulary
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.shards import read_shard, write_shard
+from hierarchy_builder.vocabulary.prototypes import load_vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_BY_LOADING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

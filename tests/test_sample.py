@@ -8,8 +8,8 @@ from test_model import SMALL, awake
 from test_official import golden, golden_arrays, load, worst  # noqa: F401
 
 from trainer.errors import UsageError
-from trainer.model import Prediction
-from trainer.sample import level_noise, sample_levels
+from trainer.methods.trajectory_forcing.network import Prediction
+from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])

@@ -13,11 +13,11 @@ import webdataset
 from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline
 
-from trainer import sample_files
 from trainer.errors import UsageError
-from trainer.pipeline import TrajectoryPipeline
-from trainer.sample_files import FORMATS, parse_formats, write_samples
-from trainer.trajectory import Trajectory
+from trainer.trajectories import sample_files
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.sample_files import FORMATS, parse_formats, write_samples
+from trainer.trajectories.trajectory import Trajectory
 
 LABELS, SEEDS = ["ant", "bee", "ant", "emu", "bee"], [0, 1, 2, 3, 4]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.schedules import ema_beta, learning_rate, logit_normal, plateau_logit_normal
+from trainer.training.schedules import ema_beta, learning_rate, logit_normal, plateau_logit_normal
 
 
 @pytest.mark.parametrize(

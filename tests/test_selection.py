@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.errors import UsageError
-from trainer.regions import extract_regions, max_regions
-from trainer.selection import Selection
+from trainer.metrics.regions import extract_regions, max_regions
+from trainer.trajectories.selection import Selection
 
 GRID = (3, 4)
 masks = st.lists(st.booleans(), min_size=12, max_size=12).map(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import Sample
-from hierarchy_builder.shards import (
+from hierarchy_builder.store.shards import (
     TarWriter,
     decode_sample,
     encode_sample,

@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import statistics, stores
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import blocks_of
-from hierarchy_builder.statistics import (
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store import statistics
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.statistics import (
     Moments,
     merge_tree,
     moments_of,
@@ -27,8 +29,7 @@ from hierarchy_builder.statistics import (
     scatter_of,
     write_statistics,
 )
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.verify.checks import find_problems
 
 VALUES = arrays.arrays(
     np.float32, st.tuples(st.integers(1, 30), st.just(2), st.just(3)), elements=st.floats(-100, 100, width=16)

@@ -14,23 +14,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import cli
-from hierarchy_builder.artefacts import BuildFolder, read_json
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build.plan import make_plan
+from hierarchy_builder.build.space import later_bytes
+from hierarchy_builder.build.workers import Workers
+from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, from_mapping, identity
-from hierarchy_builder.decoding import crop_square
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
-from hierarchy_builder.plan import make_plan
+from hierarchy_builder.images.decoding import crop_square
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.repair import repair
-from hierarchy_builder.shards import read_shard
-from hierarchy_builder.space import later_bytes
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.workers import Workers
+from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.shards import read_shard
+from hierarchy_builder.verify.checks import find_problems
+from hierarchy_builder.verify.repair import repair
 from pipelines.build import app as pipelines_app
-from trainer.picture_stream import PictureDataset
-from trainer.shards import open_index
-from trainer.stream import StreamPlan
+from trainer.data.pictures import PictureDataset
+from trainer.data.shards import open_index
+from trainer.data.stream import StreamPlan
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 PLAN = steps.BuildPlan(

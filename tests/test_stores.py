@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hierarchy_builder import stores
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import Block, blocks_of
+from hierarchy_builder.store import arrays as stores
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
-from trainer.board import CELL_PX, GAP_PX, HEADER_PX
-from trainer.trajectory import Trajectory
+from trainer.studio.board import CELL_PX, GAP_PX, HEADER_PX
+from trainer.trajectories.trajectory import Trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio.*")
 pytest.importorskip("gradio", reason="the extra studio is not installed")
@@ -20,7 +20,7 @@ pytest.importorskip("gradio", reason="the extra studio is not installed")
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    from trainer.studio import launch
+    from trainer.studio.app import launch
 
     folder = tmp_path_factory.mktemp("studio") / "kept"
     page, url = launch(tiny_pipeline(), folder, block=False)

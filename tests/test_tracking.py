@@ -14,9 +14,9 @@ from fixture_shards import write_shards
 from PIL import Image
 from test_train import TINY, assert_same_state
 
-from trainer import train as room
 from trainer.errors import UsageError
-from trainer.tracking import FOLDER, TensorBoard, open_trackers
+from trainer.methods.trajectory_forcing import train as room
+from trainer.training.tracking import FOLDER, TensorBoard, open_trackers
 
 
 def shown(**fields: Any) -> Any:

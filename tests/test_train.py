@@ -20,12 +20,12 @@ from fixture_shards import write_shards
 from tiny_runs import FLOW as TINY
 from tiny_runs import assert_same_state, signal_at, tensors_of
 
-from trainer import checkpoint as saved
-from trainer import train as room
-from trainer.config import TrainConfig
+from trainer.data.stream import Batch
 from trainer.errors import InterruptedRunError, MismatchError, NonFiniteLossError, TrainerError, UsageError
-from trainer.log import read_metrics
-from trainer.stream import Batch
+from trainer.methods.trajectory_forcing import train as room
+from trainer.training import checkpoint as saved
+from trainer.training.config import TrainConfig
+from trainer.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,8 +166,8 @@ def test_two_processes_take_the_same_steps(shards: str, whole: Path, tmp_path: P
     script = tmp_path / "ranks.py"
     script.write_text(
         "import json, sys\n"
-        "from trainer.config import from_mapping\n"
-        "from trainer.train import train\n"
+        "from trainer.training.config import from_mapping\n"
+        "from trainer.methods.trajectory_forcing.train import train\n"
         "train(from_mapping(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], quiet=True)\n"
     )
     out = tmp_path / "run"

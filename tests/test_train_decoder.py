@@ -16,17 +16,17 @@ from tiny_runs import DECODER as SMALL
 from tiny_runs import assert_same_state, tensors_of
 from typer.testing import CliRunner
 
-from trainer import checkpoint as saved
-from trainer import train_decoder as room
-from trainer.adversary import Backbone, Discriminator
-from trainer.cli import app
-from trainer.decode import find_decoder, load_decoder, to_uint8
-from trainer.decoder_config import DecoderConfig
+from trainer.cli.app import app
+from trainer.data.shards import open_index
+from trainer.data.stream import StreamPlan
+from trainer.decode import train as room
+from trainer.decode.adversary import Backbone, Discriminator
+from trainer.decode.config import DecoderConfig
+from trainer.decode.rae import find_decoder, load_decoder, to_uint8
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
-from trainer.log import read_metrics
 from trainer.metrics.reconstruction import reconstruction
-from trainer.shards import open_index
-from trainer.stream import StreamPlan
+from trainer.training import checkpoint as saved
+from trainer.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,11 +17,11 @@ from documented import undocumented
 from fixture_shards import write_shards
 from PIL import Image
 
-from trainer import cli
-from trainer import train as room
-from trainer.config import known_fields
-from trainer.pipeline import Trajectory
-from trainer.run_kinds import ALL_PRESETS
+from trainer.cli import app as cli
+from trainer.methods.registry import ALL_PRESETS
+from trainer.methods.trajectory_forcing import train as room
+from trainer.training.config import known_fields
+from trainer.trajectories.pipeline import Trajectory
 
 TINY = (
     "model.width=16",

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_model import SMALL, awake
 from test_official import golden, golden_arrays, load, worst  # noqa: F401
 
-from trainer.config import MethodConfig
-from trainer.methods import trajectory_forcing as tf
-from trainer.model import Guidance, Prediction
-from trainer.official import official_name
+from trainer.methods.trajectory_forcing import objective as tf
+from trainer.methods.trajectory_forcing.network import Guidance, Prediction
+from trainer.methods.trajectory_forcing.release import official_name
+from trainer.training.config import MethodConfig
 
 
 def golden_loss(golden):  # noqa: F811

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_normalizing import GRID, TINY, C, awake, normal
 
-from trainer.normalizing_model import NormalizingNetwork
-from trainer.transporter import bounded
+from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
+from trainer.methods.normalizing_trajectory.transporter import bounded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from hierarchy_builder.two_means import two_means
+from hierarchy_builder.hierarchy.two_means import two_means
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17])

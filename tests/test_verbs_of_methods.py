@@ -10,9 +10,9 @@ import pytest
 from tiny_runs import FLOW, LATENT, NORMALIZING
 from typer.testing import CliRunner, Result
 
-from trainer import dispatch
-from trainer.cli import app
-from trainer.pipeline import TrajectoryPipeline
+from trainer.cli.app import app
+from trainer.methods import dispatch
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 from tiny_builds import PLAN, digests, session
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import stores
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.records import Block
-from hierarchy_builder.verify import find_problems
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.verify.checks import find_problems
 
 
 def test_verify_compares_what_stands_beside_the_tars(tiny_build, tmp_path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.kmeans import fit_prototypes, nearest_prototype
-from hierarchy_builder.vocabulary import (
+from hierarchy_builder.vocabulary.kmeans import fit_prototypes, nearest_prototype
+from hierarchy_builder.vocabulary.prototypes import (
     NO_REGION,
     Vocabulary,
     draw_tokens,
@@ -161,7 +161,7 @@ def test_damaged_missing_and_newer_files(
     path = tmp_path / "vocabulary.npz"
     with pytest.raises(BuilderError, match=r"vocabulary .*vocabulary\.npz cannot be read"):
         load_vocabulary(path)
-    monkeypatch.setattr("hierarchy_builder.vocabulary.FORMAT_VERSION", 99)
+    monkeypatch.setattr("hierarchy_builder.vocabulary.prototypes.FORMAT_VERSION", 99)
     save_vocabulary(path, fitted, CONFIG)
     monkeypatch.undo()
     with pytest.raises(BuilderError, match="has format version 99"):

@@ -12,20 +12,26 @@ import numpy as np
 import pytest
 from pictures import write_tree
 
-from hierarchy_builder import build as steps
-from hierarchy_builder import stores, vocabulary_fit
-from hierarchy_builder.artefacts import BuildFolder
+from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build import vocabulary as vocabulary_fit
+from hierarchy_builder.build.vocabulary import TokenSource
+from hierarchy_builder.build.workers import UNITS_AHEAD, Workers, _OnRay, shutdown
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
-from hierarchy_builder.kmeans import fit_prototypes, nearest_prototype
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.quality.vocabulary_page import (
+    Parts,
+    choose_prototypes,
+    part_picture,
+    write_vocabulary_page,
+)
 from hierarchy_builder.records import blocks_of
-from hierarchy_builder.shards import read_shard
-from hierarchy_builder.verify import find_problems
-from hierarchy_builder.vocabulary import NO_REGION, load_vocabulary
-from hierarchy_builder.vocabulary_fit import TokenSource
-from hierarchy_builder.vocabulary_page import Parts, choose_prototypes, part_picture, write_vocabulary_page
-from hierarchy_builder.workers import UNITS_AHEAD, Workers, _OnRay, shutdown
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.shards import read_shard
+from hierarchy_builder.verify.checks import find_problems
+from hierarchy_builder.vocabulary.kmeans import fit_prototypes, nearest_prototype
+from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 
 CONFIG = VocabularyConfig(sizes=(3, 12), sampled_tokens=3000, iterations=5)
 
@@ -356,7 +362,7 @@ def test_results_come_in_order_and_never_far_ahead(monkeypatch: pytest.MonkeyPat
     yielded: list[int] = []
     most: list[int] = []
     monkeypatch.setattr(_OnRay, "_wait", end)
-    monkeypatch.setattr("hierarchy_builder.workers._result", lambda reference: reference)
+    monkeypatch.setattr("hierarchy_builder.build.workers._result", lambda reference: reference)
     for result in _OnRay(lambda: None, start, 2).map(None, blocks_of(30, 1)):
         yielded.append(result)
     assert yielded == sorted(outstanding) == list(range(30))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hierarchy_builder.console import print_stages
-from hierarchy_builder.session import StageSummary
+from hierarchy_builder.build.session import StageSummary
+from hierarchy_builder.terminal import print_stages
 from hierarchy_builder.wording import counted
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
-from trainer.board import CELL_PX, GAP_PX, HEADER_PX, draw_board
 from trainer.errors import UsageError
-from trainer.pipeline import TrajectoryPipeline
-from trainer.studio_files import StudioFolder
-from trainer.workbench import Workbench, history_lines, markdown_report
+from trainer.studio.board import CELL_PX, GAP_PX, HEADER_PX, draw_board
+from trainer.studio.folder import StudioFolder
+from trainer.studio.workbench import Workbench, history_lines, markdown_report
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
 @pytest.fixture(scope="module")

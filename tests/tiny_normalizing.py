@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.normalizing_config import NormalizingModelConfig
-from trainer.normalizing_model import NormalizingNetwork
+from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
+from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
 
 GRID, C = (2, 3), 4
 TINY = NormalizingModelConfig(

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from hierarchy_builder.canvases.dct import DctBasis
-from trainer import checkpoint as saved
-from trainer.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
-from trainer.ema import WeightAverages
-from trainer.model import TrajectoryTransformer
-from trainer.normalisation import RAW, Normaliser
-from trainer.optim import MuonAdam
-from trainer.pipeline import TrajectoryPipeline
+from trainer.data.normalisation import RAW, Normaliser
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.training import checkpoint as saved
+from trainer.training.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
+from trainer.training.optim import MuonAdam
+from trainer.training.weights import WeightAverages
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 GRID = (6, 5)
 

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint as saved
-from trainer.config import ModelConfig, OptimConfig, TrainConfig
-from trainer.decoder_config import DecoderConfig
-from trainer.latent_config import LatentModelConfig, LatentOptimConfig, LatentTrainConfig
-from trainer.loop import Loop
-from trainer.normalizing_config import NormalizingModelConfig, NormalizingOptimConfig, NormalizingTrainConfig
+from trainer.decode.config import DecoderConfig
+from trainer.methods.latent_forcing.config import LatentModelConfig, LatentOptimConfig, LatentTrainConfig
+from trainer.methods.normalizing_trajectory.config import (
+    NormalizingModelConfig,
+    NormalizingOptimConfig,
+    NormalizingTrainConfig,
+)
+from trainer.training import checkpoint as saved
+from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.training.loop import Loop
 
 FLOW = TrainConfig(
     preset="test",

@@ -10,7 +10,7 @@ __all__ = ["Trajectory", "TrajectoryPipeline"]
 def __getattr__(name: str) -> Any:
     """Load the public face on first use, so that `import trainer` stays light."""
     if name in __all__:
-        from trainer import pipeline
+        from trainer.trajectories import pipeline
 
         return getattr(pipeline, name)
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")

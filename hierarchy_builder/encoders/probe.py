@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hierarchy_builder.decoding import crop_square
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
 from hierarchy_builder.encoders.references import REFERENCES
 from hierarchy_builder.errors import ConfigMismatchError
+from hierarchy_builder.images.decoding import crop_square
 
 SIGNIFICANT_DIGITS = 5
 PICTURE_SIZE = (500, 375)

@@ -3,7 +3,7 @@
     L levels (coarse → fine), H×W grid, N = H·W tokens, C channels, h×w pixels
 
 Definitions, sources and deviations: docs/metrics.md. How regions of generated canvases are found:
-`trainer.regions.extract_regions`.
+`trainer.metrics.regions.extract_regions`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from hierarchy_builder.canvases import region_means
 from trainer.errors import UsageError
 from trainer.metrics.edit_locality import cosine_distance
-from trainer.regions import extract_regions
+from trainer.metrics.regions import extract_regions
 
 
 def parent_misrouting(

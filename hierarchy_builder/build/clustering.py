@@ -1,0 +1,153 @@
+"""The steps from features to regions: cluster, other cuts, the vocabulary and which of its prototypes each part is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from hierarchy_builder.build.recut import RecutStage, settle_recut
+from hierarchy_builder.build.session import Session, StageSummary, do_units
+from hierarchy_builder.build.stages import ClusterStage, LinkStage
+from hierarchy_builder.build.vocabulary import fit_vocabulary
+from hierarchy_builder.config import (
+    HierarchyRecipe,
+    VocabularyConfig,
+    from_mapping,
+    identity,
+    to_mapping,
+)
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.records import Block, blocks_of
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder, remove, sha256_file, size_on_disk
+from hierarchy_builder.store.index import read_index
+from hierarchy_builder.store.ledger import (
+    Ledger,
+    begin_stage,
+    hash_of,
+    open_ledger,
+    replace_regions,
+    stage_entry,
+)
+from hierarchy_builder.store.samples import PART_LEVEL
+from hierarchy_builder.store.units import finished_stage, store_layout, usable_rows
+from hierarchy_builder.vocabulary.prototypes import save_vocabulary
+
+
+def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> StageSummary:
+    """features.zarr → regions.zarr."""
+    extracted = finished_stage(folder, "extract")
+    inputs = {"config": identity(recipe), "extract": extracted["hash"]}
+    if not len(usable_rows(folder)):
+        raise BuilderError(f"{folder.root}: no image could be used, {folder.index.name} says why")
+    if recipe.masks is not None:
+        masks = open_masks(Path(recipe.masks))
+        masks.check_photos(read_index(folder.index).column("path").to_pylist())
+        inputs["masks"] = masks.digest()
+    ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
+    settle_recut(folder)
+    num_rows, block_rows, encoder = store_layout(extracted)
+    stores.create_regions(
+        folder.regions,
+        num_rows=num_rows,
+        block_rows=block_rows,
+        grid=tuple(encoder["grid"]),
+        num_levels=recipe.num_levels,
+    )
+    blocks = blocks_of(num_rows, block_rows)
+    load = partial(ClusterStage.load, folder, recipe, encoder["image_size_px"])
+    done, seconds = do_units(load, ledger, blocks, session, "cluster")
+    return _regions_summary(folder, ledger, blocks, done, seconds)
+
+
+def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> StageSummary:
+    """Other levels of regions.zarr from the trees it holds; features are not read."""
+    settle_recut(folder)
+    clustered = finished_stage(folder, "cluster")
+    recipe = from_mapping(HierarchyRecipe, {**clustered["request"], "cuts": list(cuts)}, "--recut")
+    inputs = {**clustered["inputs"], "config": identity(recipe)}
+    num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
+    blocks = blocks_of(num_rows, block_rows)
+    done, seconds = 0, 0.0
+    if inputs != clustered["inputs"]:
+        ledger = Ledger(folder.ledger("recut"), hash_of("cluster", inputs))
+        if not any(ledger.is_done(block.number) for block in blocks):  # levels somebody began and left
+            remove(folder.recut)
+            remove(ledger.folder)
+        grid = tuple(encoder["grid"])
+        stores.create_levels(
+            folder.recut, num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=recipe.num_levels
+        )
+        done, seconds = do_units(partial(RecutStage.load, folder, recipe), ledger, blocks, session, "recut")
+        replace_regions(folder, inputs, {"request": to_mapping(recipe)})
+        settle_recut(folder)
+    return _regions_summary(folder, open_ledger(folder, "cluster"), blocks, done, seconds)
+
+
+def _regions_summary(
+    folder: BuildFolder, ledger: Ledger, blocks: Sequence[Block], done: int, seconds: float
+) -> StageSummary:
+    results = ledger.results(range(len(blocks)))
+    images = sum(result["images"] for result in results)
+    totals = [sum(level) for level in zip(*(result["regions"] for result in results), strict=True)]
+    flagged = {name: sum(result["flags"][name] for result in results) for name in results[0]["flags"]}
+    return StageSummary(
+        stage="cluster",
+        images=images,
+        new_images=done,
+        seconds=seconds,
+        num_bytes=size_on_disk(folder.regions),
+        notes={
+            "regions_per_image": [round(total / max(images, 1), 2) for total in totals],
+            **{name: count for name, count in flagged.items() if count or name == "degenerate"},
+        },
+    )
+
+
+def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) -> StageSummary:
+    """features.zarr → vocabulary.npz, whatever the regions are; a fit that was stopped goes on."""
+    inputs = {"config": identity(config), "extract": finished_stage(folder, "extract")["hash"]}
+    ledger = begin_stage(folder, "vocabulary", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
+    images, is_new, started = len(usable_rows(folder)), not ledger.is_done(0), time.perf_counter()
+    if is_new:
+        fitted = fit_vocabulary(folder, config, session.workers, session.reporter)
+        save_vocabulary(folder.vocabulary, fitted, config, config_hash=ledger.stage_hash)
+        remove(folder.vocabulary_work)
+        seconds = round(time.perf_counter() - started, 3)
+        facts = {
+            "tokens": int(fitted.counts[-1].sum()),
+            "inertia": fitted.inertia[-1],
+            "sha256": sha256_file(folder.vocabulary),
+        }
+        ledger.finish(0, {"images": images, "seconds": seconds, **facts})
+    (result,) = ledger.results([0])
+    return StageSummary(
+        stage="vocabulary",
+        images=images,
+        new_images=images if is_new else 0,
+        seconds=time.perf_counter() - started,
+        num_bytes=size_on_disk(folder.vocabulary),
+        notes={"sizes": list(config.sizes), "tokens": result["tokens"], "inertia": result["inertia"]},
+    )
+
+
+def link(folder: BuildFolder, session: Session) -> StageSummary:
+    """vocabulary.npz and regions.zarr → the prototype of each part; regions cut anew only need this anew."""
+    fitted, clustered = finished_stage(folder, "vocabulary"), finished_stage(folder, "cluster")
+    level = min(PART_LEVEL, len(clustered["inputs"]["config"]["cuts"]))
+    inputs = {"config": {"level": level}, "vocabulary": fitted["hash"], "cluster": clustered["hash"]}
+    ledger = begin_stage(folder, "link", inputs, {}, fresh=session.fresh)
+    num_rows, block_rows, _ = store_layout(stage_entry(folder, "extract"))
+    stores.create_prototypes(folder.regions, num_rows=num_rows, block_rows=block_rows)
+    blocks = blocks_of(num_rows, block_rows)
+    done, seconds = do_units(partial(LinkStage.load, folder, level), ledger, blocks, session, "link")
+    return StageSummary(
+        stage="link",
+        images=sum(result["images"] for result in ledger.results(range(len(blocks)))),
+        new_images=done,
+        seconds=seconds,
+        num_bytes=size_on_disk(folder.regions / "prototypes"),
+    )

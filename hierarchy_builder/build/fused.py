@@ -1,0 +1,288 @@
+"""`build --fused`: images → shards in one pass, with no store of features or regions between.
+
+A unit decodes, encodes, divides and writes a block of rows while its batches are in memory; `parts.py` cuts the
+shards from what the units leave. The shards are those of the stages done one by one, byte for byte: what the stages
+would have been made with stands in the manifest, and so do their hashes.
+
+    n images of a block, b of a batch, H×W grid, C channels, L levels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hierarchy_builder.build.extraction import (
+    check_skipped,
+    count_statuses,
+    extract_inputs,
+    list_images,
+    probe_of,
+    settle,
+    smaller_batches,
+)
+from hierarchy_builder.build.parts import Assembly, write_part_moments
+from hierarchy_builder.build.session import Session, StageSummary, do_units
+from hierarchy_builder.build.space import check_space, later_bytes
+from hierarchy_builder.build.stages import count_regions, tell_status
+from hierarchy_builder.config import (
+    ExtractConfig,
+    HierarchyRecipe,
+    ShardConfig,
+    from_mapping,
+    identity,
+    to_mapping,
+)
+from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome, ahead
+from hierarchy_builder.encoders.probe import check_probe, probe_value
+from hierarchy_builder.errors import UsageError
+from hierarchy_builder.hierarchy.recipe import build_hierarchy
+from hierarchy_builder.hierarchy.similarity import single_threaded_blas
+from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.images.sources import ImageSource, open_reader
+from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
+from hierarchy_builder.store.artefacts import BuildFolder, atomic_file, remove, size_on_disk, write_json
+from hierarchy_builder.store.index import in_build_order, read_index, records_of, write_index
+from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry
+from hierarchy_builder.store.samples import make_sample, picture_of
+from hierarchy_builder.store.shard_set import publish_shards
+from hierarchy_builder.store.shards import TarWriter, encode_sample
+from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of
+from hierarchy_builder.store.units import relative_source, samples_per_shard
+
+
+@dataclass(slots=True)
+class FuseStage:
+    """A block of images → the samples of its usable rows as one tar, and the statistics of their features."""
+
+    folder: BuildFolder
+    recipe: HierarchyRecipe
+    config: ShardConfig
+    images: ImageEncoder
+    index: pa.Table
+    masks: Any
+
+    @classmethod
+    def load(
+        cls,
+        folder: BuildFolder,
+        source: str,
+        extract: ExtractConfig,
+        recipe: HierarchyRecipe,
+        config: ShardConfig,
+    ) -> FuseStage:
+        """Raises ConfigMismatchError where the encoder sees here what it did not see when the build began."""
+        encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)
+        check_probe(encoder, probe_value(encoder), extract.precision, stage_entry(folder, "fuse")["probe"])
+        images = ImageEncoder(encoder, open_reader(source), extract.batch_size, extract.max_pixels)
+        if config.images:
+            images.keep = lambda image, crop: picture_of(image, encoder.image_size_px, config, crop)
+        masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
+        return cls(folder, recipe, config, images, read_index(folder.index), masks)
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        records = records_of(self.index.slice(unit.start, len(unit)))
+        outcomes: list[Outcome] = [{} for _ in records]
+        encoder, num_levels = self.images.encoder, self.recipe.num_levels
+        features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)
+        regions = np.zeros((len(unit), num_levels - 1, *encoder.grid), REGION_DTYPE)
+        flags, status = np.zeros(len(unit), np.uint8), np.full(len(unit), Status.SKIPPED, np.uint8)
+
+        def divide(batch: EncodedBatch) -> list[tuple[str, dict[str, bytes]]]:
+            status[batch.rows] = np.where(batch.finite, Status.OK, Status.NONFINITE)
+            features[batch.rows] = batch.features
+            pictures = dict(zip(batch.rows, batch.pictures, strict=True))
+            rows = np.array(batch.rows)[batch.finite]
+            drawn = self._masks([records[row] for row in rows], [outcomes[row] for row in rows])
+            hierarchy = build_hierarchy(batch.features[batch.finite], self.recipe, drawn, threads=1)
+            regions[rows], flags[rows] = hierarchy.regions, hierarchy.flags
+            return [
+                self._members(
+                    records[row], outcomes[row], pictures[row], features[row], regions[row], flags[row]
+                )
+                for row in rows.tolist()
+            ]
+
+        # Threads enter and leave build_hierarchy's own limit at odd moments; this one holds throughout.
+        with (
+            single_threaded_blas(),
+            ThreadPoolExecutor(threads) as pool,
+            atomic_file(self.folder.part(unit.number)) as file,
+        ):
+            writer = TarWriter(file)
+            for samples in ahead(pool, divide, self.images.batches(records, outcomes, pool), 2):
+                for key, members in samples:
+                    writer.add(key, members)
+            facts = writer.close()
+        tell_status(outcomes, status)
+        usable = status == Status.OK
+        self._write_moments(unit, features[usable] if not usable.all() else features, threads)
+        return {
+            **count_regions(regions[usable], flags[usable]),
+            **facts,
+            "images": len(unit),
+            "sizes": writer.sizes,
+            "outcomes": outcomes,
+            "batch_size": self.images.batch_size,
+        }
+
+    def _members(
+        self,
+        record: ImageRecord,
+        outcome: Outcome,
+        image: bytes | None,
+        features: np.ndarray,
+        regions: np.ndarray,
+        flags: np.ndarray,
+    ) -> tuple[str, dict[str, bytes]]:
+        row = {"features": features, "regions": regions, "flags": flags}
+        return record.key, encode_sample(make_sample(record, outcome, row, self.config, image))
+
+    def _masks(self, records: list[ImageRecord], outcomes: list[Outcome]) -> np.ndarray | None:
+        """Label maps on the tokens of these photos, [b,H,W], or None where the recipe asks for none."""
+        if self.masks is None:
+            return None
+        encoder = self.images.encoder
+        maps = [
+            self.masks.tokens(
+                path=record.path,
+                width=outcome["width"],
+                height=outcome["height"],
+                image_size_px=encoder.image_size_px,
+                grid=encoder.grid,
+            )
+            for record, outcome in zip(records, outcomes, strict=True)
+        ]
+        return np.stack(maps) if maps else np.zeros((0, *encoder.grid), np.int64)
+
+    def _write_moments(self, unit: Block, usable: np.ndarray, threads: int) -> None:
+        moments, scatter = moments_of(usable), None
+        if self.config.covariance:
+            scatter = scatter_of(usable, per_channel(moments).mean, threads)
+        write_part_moments(self.folder, unit.number, moments, scatter)
+
+
+def fuse(
+    folder: BuildFolder,
+    source: str | ImageSource | None,
+    extract: ExtractConfig,
+    recipe: HierarchyRecipe,
+    config: ShardConfig,
+    session: Session,
+    *,
+    class_map: str | None = None,
+) -> StageSummary:
+    """Images → shards; the same call goes on from the last finished unit. Without `source` the one in the manifest.
+
+    Raises what `extract` raises, and UsageError for what needs the features again.
+    """
+    if config.feature_dtype == "int8":
+        raise UsageError("--fused keeps no features to measure what int8 costs: build without --fused")
+    images = source if isinstance(source, ImageSource) else list_images(folder, source, extract, class_map)
+    for warning in images.warnings:
+        session.reporter.say(f"warning: {warning}")
+    images, extract = settle_fused_rows(folder, images, extract, config, session)
+    records = images.records
+    assert extract.block_rows is not None
+    encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)
+    inputs = fused_inputs(extract_inputs(images, extract, encoder), recipe, config, images)
+    needed = later_bytes(recipe, None, config, len(records), encoder.describe())
+    check_space(folder, {"shards": needed["shards"]}, force=session.force)
+    facts = {
+        "source": relative_source(folder, images.location),
+        "probe": probe_of(folder, encoder, extract, session),
+        "request": {
+            "extract": to_mapping(extract),
+            "cluster": to_mapping(recipe),
+            "shard": to_mapping(config),
+        },
+        "class_map": images.class_map,
+    }
+    ledger = begin_stage(folder, "fuse", inputs, facts, fresh=session.fresh)
+    write_json(folder.class_map, images.class_map)
+    write_index(folder.listing, records)
+    if not folder.index.exists():
+        write_index(folder.index, records)
+    blocks = blocks_of(len(records), extract.block_rows)
+    per_shard = samples_per_shard(config, {"inputs": inputs["extract"]}, {"inputs": inputs["cluster"]})
+    shards = Ledger(folder.ledger("shard"), hash_of("shard", inputs["shard"]))
+    assembly = Assembly(folder, config.split, per_shard, blocks, ledger, shards)
+    assembly.forget_lost()
+    del encoder
+    load = partial(FuseStage.load, folder, images.location, extract, recipe, config)
+    done, seconds = do_units(
+        load, ledger, blocks, session, "fuse", uses_gpu=True, after_unit=assembly.advance
+    )
+    assembly.advance()
+    results = ledger.results(range(len(blocks)))
+    outcomes = [row for result in results for row in result["outcomes"]]
+    write_index(folder.index, records, outcomes)
+    check_skipped(folder, outcomes, extract.max_bad_fraction, session)
+    publish_shards(folder, config, assembly.results())
+    for temporary in folder.part(0).parent.glob("*.tmp-*"):  # of a run that was killed
+        remove(temporary)
+    return StageSummary(
+        stage="fuse",
+        images=len(records),
+        new_images=done,
+        seconds=seconds,
+        num_bytes=size_on_disk(folder.shards),
+        notes={
+            **count_statuses(outcomes),
+            **smaller_batches(results, extract),
+            "shards": len(assembly.results()),
+        },
+    )
+
+
+def fuse_again(folder: BuildFolder, session: Session) -> StageSummary:
+    """Do what is missing of a build in one pass, as its manifest says it was asked for."""
+    asked = stage_entry(folder, "fuse")["request"]
+    return fuse(
+        folder,
+        None,
+        from_mapping(ExtractConfig, asked["extract"], "extract"),
+        from_mapping(HierarchyRecipe, asked["cluster"], "cluster"),
+        from_mapping(ShardConfig, asked["shard"], "shard"),
+        session,
+    )
+
+
+def settle_fused_rows(
+    folder: BuildFolder, images: ImageSource, extract: ExtractConfig, config: ShardConfig, session: Session
+) -> tuple[ImageSource, ExtractConfig]:
+    """The images in the order of rows, and the configuration with its open fields settled."""
+    images = replace(images, records=in_build_order(images.records, extract.order))
+    return images, settle(folder, _blocks_as_shards(extract, config, len(images.records)), session)
+
+
+def _blocks_as_shards(extract: ExtractConfig, config: ShardConfig, num_images: int) -> ExtractConfig:
+    """The same with block_rows settled: where there are many shards a block is one, and is not copied again."""
+    if (
+        extract.block_rows is None
+        and config.shard_bytes is None
+        and num_images >= 16 * config.samples_per_shard
+    ):
+        return replace(extract, block_rows=config.samples_per_shard)
+    return extract.for_images(num_images)
+
+
+def fused_inputs(
+    extracted: Mapping[str, Any], recipe: HierarchyRecipe, config: ShardConfig, images: ImageSource
+) -> dict[str, Any]:
+    """What each stage would be made with by itself."""
+    clustered: dict[str, Any] = {"config": identity(recipe), "extract": hash_of("extract", extracted)}
+    if recipe.masks is not None:
+        masks = open_masks(Path(recipe.masks))
+        masks.check_photos([record.path for record in images.records])
+        clustered["masks"] = masks.digest()
+    sharded = {"config": identity(config), "cluster": hash_of("cluster", clustered), "link": None}
+    return {"extract": dict(extracted), "cluster": clustered, "shard": sharded}

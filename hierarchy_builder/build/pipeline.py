@@ -1,0 +1,172 @@
+"""The stages as whole steps over a build folder: list, check against the manifest, do what is missing, sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hierarchy_builder.build.clustering import cluster, link, vocabulary
+from hierarchy_builder.build.extraction import extract
+from hierarchy_builder.build.fused import fuse
+from hierarchy_builder.build.session import Session, StageSummary, do_units
+from hierarchy_builder.build.space import later_bytes
+from hierarchy_builder.build.stages import CovarianceStage, ShardStage
+from hierarchy_builder.config import (
+    ExtractConfig,
+    HierarchyRecipe,
+    ShardConfig,
+    VocabularyConfig,
+    identity,
+    to_mapping,
+)
+from hierarchy_builder.errors import UsageError
+from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.images.sources import ImageSource
+from hierarchy_builder.records import Block, blocks_of
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove
+from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest, stage_entry
+from hierarchy_builder.store.shard_set import publish_shards
+from hierarchy_builder.store.shards import shard_name, sidecar
+from hierarchy_builder.store.units import (
+    finished_stage,
+    samples_per_shard,
+    stage_units,
+    stored_source,
+    usable_rows,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    """The configuration of every step of one build."""
+
+    extract: ExtractConfig
+    hierarchy: HierarchyRecipe
+    shard: ShardConfig
+    vocabulary: VocabularyConfig | None = None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """All sections as plain data, as a config file holds them."""
+        return to_mapping(self)
+
+
+def build(
+    folder: BuildFolder,
+    source: str | ImageSource,
+    plan: BuildPlan,
+    session: Session,
+    *,
+    class_map: str | None = None,
+    retry_failed: bool = False,
+    accept_new_files: bool = False,
+    fused: bool = False,
+) -> list[StageSummary]:
+    """Every step in order; `session.fresh` starts over from the first, `retry_failed` tries failed images again.
+
+    fused: in one pass, without stores of features and regions; see `fused.py`.
+    """
+    if plan.hierarchy.masks is not None:
+        open_masks(Path(plan.hierarchy.masks))  # refused before any image is read
+    if fused:
+        check_fused(plan, retry_failed=retry_failed, accept_new_files=accept_new_files)
+        sections = (plan.extract, plan.hierarchy, plan.shard)
+        return [fuse(folder, source, *sections, session, class_map=class_map)]
+    later = partial(later_bytes, plan.hierarchy, plan.vocabulary, plan.shard)
+    summaries = [
+        extract(
+            folder,
+            source,
+            plan.extract,
+            session,
+            class_map=class_map,
+            retry_failed=retry_failed,
+            accept_new_files=accept_new_files,
+            later=later,
+        )
+    ]
+    session = replace(session, fresh=False)
+    if plan.vocabulary is not None:
+        summaries.append(vocabulary(folder, plan.vocabulary, session))
+    summaries.append(cluster(folder, plan.hierarchy, session))
+    if plan.vocabulary is not None:
+        summaries.append(link(folder, session))
+    summaries.append(shard(folder, plan.shard, session))
+    return summaries
+
+
+def check_fused(plan: BuildPlan, *, retry_failed: bool = False, accept_new_files: bool = False) -> None:
+    """Raise UsageError where one pass is asked for what needs stores."""
+    given = {
+        "--retry-failed": retry_failed,
+        "--accept-new-files": accept_new_files,
+        "--vocabulary": plan.vocabulary is not None,
+    }
+    if flags := [flag for flag, is_given in given.items() if is_given]:
+        raise UsageError(
+            f"{flags[0]} reads the stored features, which --fused does not keep: leave one of them out"
+        )
+
+
+def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSummary:
+    """Stores → webdataset tars with their index, class map, statistics and card; `_SUCCESS` last."""
+    clustered = finished_stage(folder, "cluster")
+    extracted = stage_entry(folder, "extract")
+    is_linked = "link" in read_manifest(folder)["stages"]
+    inputs = {
+        "config": identity(config),
+        "cluster": clustered["hash"],
+        "link": finished_stage(folder, "link")["hash"] if is_linked else None,
+    }
+    ledger = begin_stage(folder, "shard", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
+    units = blocks_of(len(usable_rows(folder)), samples_per_shard(config, extracted, clustered))
+    _forget_lost_tars(folder, config, ledger, units)
+    load = partial(
+        ShardStage.load,
+        folder,
+        stored_source(folder),
+        config,
+        extracted["inputs"]["encoder"]["image_size_px"],
+        extracted["inputs"]["config"]["max_pixels"],
+        ledger.stage_hash,
+    )
+    done, seconds = do_units(load, ledger, units, session, "shard")
+    results = ledger.results(range(len(units)))
+    if config.covariance:
+        sum_covariance(folder, extracted["hash"], session)
+    publish_shards(folder, config, results)
+    return StageSummary(
+        stage="shard",
+        images=sum(result["images"] for result in results),
+        new_images=done,
+        seconds=seconds,
+        num_bytes=sum(result["bytes"] for result in results),
+        notes={"shards": len(units)},
+    )
+
+
+def sum_covariance(folder: BuildFolder, features_hash: str, session: Session) -> None:
+    """The scatter matrix of each block of features.zarr, where it is not there yet."""
+    ledger = Ledger(folder.ledger("covariance"), features_hash)
+    if not stores.has_scatter(folder.features):  # the features were made anew
+        remove(ledger.folder)
+        stores.create_scatter(folder.features)
+    do_units(
+        partial(CovarianceStage.load, folder), ledger, stage_units(folder, "extract"), session, "covariance"
+    )
+
+
+def _forget_lost_tars(
+    folder: BuildFolder, config: ShardConfig, ledger: Ledger, units: Sequence[Block]
+) -> None:
+    """Take back the markers of tars that are gone, cut short or without their sidecar."""
+    for unit in units:
+        tar = folder.shards / shard_name(config.split, unit.number)
+        if not ledger.is_done(unit.number):
+            continue
+        size = tar.stat().st_size if tar.is_file() else None
+        if size != read_json(ledger.marker(unit.number))["bytes"] or not sidecar(tar).is_file():
+            remove(ledger.marker(unit.number))

@@ -1,0 +1,69 @@
+"""How a step is carried out: on which workers, told to whom, and what it says of itself at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hierarchy_builder.build.stages import Stage, count_failed
+from hierarchy_builder.build.workers import Workers, map_units
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.records import Block
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.ledger import Ledger
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSummary:
+    """What one step did: images in the whole artefact, those done now, seconds of this run, bytes on disk."""
+
+    stage: str
+    images: int
+    new_images: int
+    seconds: float
+    num_bytes: int
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.new_images / self.seconds if self.seconds else 0.0
+
+    def as_row(self) -> dict[str, Any]:
+        """The summary as plain data."""
+        return {**asdict(self), "images_per_second": round(self.images_per_second, 2)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """How steps are carried out, whatever they do."""
+
+    workers: Workers = field(default_factory=Workers)
+    reporter: Reporter = field(default_factory=Reporter)
+    fresh: bool = False
+    force: bool = False
+    """Begin also what will not fit on the disk."""
+
+
+def do_units(
+    load: Callable[[], Stage],
+    ledger: Ledger,
+    units: Sequence[Block],
+    session: Session,
+    stage: str,
+    *,
+    uses_gpu: bool = False,
+    after_unit: Callable[[], None] = lambda: None,
+) -> tuple[int, float]:
+    """Do the units that are not marked; returns (images done now, seconds).
+
+    after_unit: called here whenever one more of them is done, in their order.
+    """
+    todo = [unit for unit in units if not ledger.is_done(unit.number)]
+    total, waiting = sum(map(len, units)), sum(map(len, todo))
+    live = BuildFolder(ledger.folder.parents[1]).live
+    with session.reporter.stage(stage, total, total - waiting, live) as meter:
+        for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu):
+            meter.advance(result["images"], count_failed(result))
+            after_unit()
+        return meter.done, meter.seconds

@@ -1,0 +1,94 @@
+"""Whether a build fits on its disk, from the shapes of what it will hold: checked before anything is encoded.
+
+    N images, H×W grid, C channels, L levels, T = H·W tokens
+
+Arrays are counted as if nothing could be compressed, so these are upper bounds, a few per cent above the truth where
+features make up most of a build. `plan.py` measures instead, and takes some seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.records import MAX_REGIONS
+from hierarchy_builder.store.artefacts import BuildFolder, size_on_disk
+from hierarchy_builder.store.shards import sample_bytes
+
+LISTED_BYTES = 400
+"""A row of index.parquet and of the ledger, with long names."""
+
+
+def extract_bytes(num_images: int, encoder: Mapping[str, Any], block_rows: int) -> dict[str, int]:
+    """Most bytes of what `extract` writes, by name in the build folder; `encoder` is its description."""
+    values = math.prod(encoder["grid"]) * encoder["width"]
+    blocks = -(-num_images // block_rows)
+    return {
+        "index.parquet": num_images * LISTED_BYTES,
+        "features.zarr": num_images * (values * 2 + 1) + blocks * values * 16,
+    }
+
+
+def later_bytes(
+    recipe: HierarchyRecipe,
+    vocabulary: VocabularyConfig | None,
+    shard: ShardConfig,
+    num_images: int,
+    encoder: Mapping[str, Any],
+) -> dict[str, int]:
+    """Most bytes of what follows in `build`, by name in the build folder."""
+    tokens, width = math.prod(encoder["grid"]), encoder["width"]
+    row = tokens * (recipe.num_levels - 1) + (tokens - 1) * 12 + 9
+    needed = {"regions.zarr": num_images * row, "vocabulary.npz": 0, "vocabulary": 0}
+    if vocabulary is not None:
+        needed["regions.zarr"] += num_images * MAX_REGIONS * 6
+        needed["vocabulary.npz"] = sum(vocabulary.sizes) * (width * 4 + 16)
+        needed["vocabulary"] = fitting_bytes(vocabulary, num_images * tokens, width)
+    size = sample_bytes(
+        grid=tuple(encoder["grid"]),
+        width=width,
+        num_levels=recipe.num_levels,
+        canvases=shard.canvases,
+        image_size_px=shard.stored_px(encoder["image_size_px"]),
+        feature_dtype=shard.feature_dtype,
+    )
+    return {**needed, "shards": num_images * size}
+
+
+def fitting_bytes(config: VocabularyConfig, num_tokens: int, width: int) -> int:
+    """Bytes of the files in use while a vocabulary is fitted: drawn tokens, float16, and the prototypes."""
+    drawn = min(config.sampled_tokens or num_tokens, num_tokens)
+    return drawn * width * 2 + config.num_prototypes * width * 4
+
+
+def free_bytes(root: Path) -> int:
+    """Bytes that can still be written where the folder `root` is or will be."""
+    return shutil.disk_usage(nearest_folder(root)).free
+
+
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def check_space(folder: BuildFolder, needed: Mapping[str, int], *, force: bool) -> None:
+    """Raise BuilderError with the numbers where `needed` exceeds what is free; what lies there already counts as free.
+
+    needed: bytes by name in the build folder. force: never raise.
+    """
+    free, total = free_bytes(folder.root), sum(needed.values())
+    if force or total <= free:
+        return
+    there = sum(size_on_disk(folder.root / name) for name in needed)
+    if total > free + there:
+        parts = ", ".join(f"{name} {size:,}" for name, size in needed.items() if size)
+        raise BuilderError(
+            f"{folder.root} needs up to {total:,} bytes ({parts}), {free:,} are free there and {there:,} in what it "
+            "holds: make room, choose another --out, or go on with --force; `hierarchy-builder plan` measures what "
+            "compression saves"
+        )

@@ -1,0 +1,308 @@
+"""extract, cluster, link, covariance and shard as functions of one unit of work.
+
+A stage is loaded once per worker and then called with units. `run(unit)` reads what the stage before it wrote,
+writes its own rows, and returns what the marker keeps. It knows neither Ray nor the other units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+import zarr
+
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
+from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.encoders.encoding import ImageEncoder
+from hierarchy_builder.encoders.probe import check_probe, probe_value
+from hierarchy_builder.errors import BuilderError, ImageError
+from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy
+from hierarchy_builder.images.decoding import decode_image
+from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.images.sources import Reader, open_reader
+from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
+from hierarchy_builder.store.ledger import Ledger, stage_entry
+from hierarchy_builder.store.samples import FACTS, make_sample, picture_of
+from hierarchy_builder.store.shards import shard_name, write_shard
+from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of
+from hierarchy_builder.store.units import usable_rows
+from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary, part_prototypes
+
+
+class Stage(Protocol):
+    """A stage, loaded in a worker."""
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        """Do one unit on up to `threads` threads and write it; returns what its marker keeps, at least `images`."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch sum on one thread meanwhile.
+
+    Its last bits depend on how many there are, and the bytes of a result must not depend on the machine; so units,
+    images and tokens are what is spread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def perform(stage: Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str, Any]:
+    """Run one unit and mark it done once everything it wrote is on disk."""
+    started = time.perf_counter()
+    result = stage.run(unit, threads)
+    result["seconds"] = round(time.perf_counter() - started, 3)
+    ledger.finish(unit.number, result)
+    return result
+
+
+@dataclass(slots=True)
+class ExtractStage:
+    """A block of images → features, status and statistics of features.zarr; outcomes go into the marker.
+
+    keep_usable: rows that are ok in the index keep their features and outcome, only the others are done.
+    """
+
+    folder: BuildFolder
+    source: str
+    config: ExtractConfig
+    keep_usable: bool
+    images: ImageEncoder
+    index: pa.Table
+
+    @classmethod
+    def load(
+        cls, folder: BuildFolder, source: str, config: ExtractConfig, keep_usable: bool = False
+    ) -> ExtractStage:
+        """Raises ConfigMismatchError where the encoder sees here what it did not see when the stage began."""
+        encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
+        check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
+        images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
+        return cls(folder, source, config, keep_usable, images, read_index(folder.index))
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        records = records_of(self.index.slice(unit.start, len(unit)))
+        features, status, outcomes = self._kept(unit)
+        with ThreadPoolExecutor(threads) as pool:
+            for batch in self.images.batches(records, outcomes, pool):
+                features[batch.rows] = batch.features
+                status[batch.rows] = np.where(batch.finite, Status.OK, Status.NONFINITE)
+        tell_status(outcomes, status)
+        digests = stores.write_block(self.folder.features, unit, {"features": features, "status": status})
+        moments = moments_of(features[status == Status.OK])
+        digests |= stores.write_block_moments(self.folder.features, unit, moments)
+        batch_size = self.images.batch_size
+        return {"images": len(unit), "outcomes": outcomes, "digests": digests, "batch_size": batch_size}
+
+    def _kept(self, unit: Block) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Features, status and outcomes of the block before anything is done; an outcome to come is empty."""
+        encoder = self.images.encoder
+        features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)
+        status = np.full(len(unit), Status.SKIPPED, np.uint8)
+        outcomes: list[dict[str, Any]] = [{} for _ in range(len(unit))]
+        if self.keep_usable:
+            features = stores.read_block(self.folder.features, "features", unit)
+            told = self.index.slice(unit.start, len(unit)).select(OUTCOME_COLUMNS).to_pylist()
+            for row, outcome in enumerate(told):
+                if outcome["status"] == status_name(Status.OK):
+                    status[row] = Status.OK
+                    outcomes[row] = {name: value for name, value in outcome.items() if value is not None}
+        return features, status, outcomes
+
+
+@dataclass(slots=True)
+class ClusterStage:
+    """A block of features → regions, merges, flags and scores of regions.zarr."""
+
+    folder: BuildFolder
+    recipe: HierarchyRecipe
+    image_size_px: int
+
+    @classmethod
+    def load(cls, folder: BuildFolder, recipe: HierarchyRecipe, image_size_px: int) -> ClusterStage:
+        return cls(folder, recipe, image_size_px)
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
+        features = stores.read_block(self.folder.features, "features", unit)
+        masks = self._masks(unit, features.shape[1:3])
+        drawn = None if masks is None else masks[usable]
+        hierarchy = build_hierarchy(features[usable], self.recipe, drawn, threads=threads)
+        parts = {name: getattr(hierarchy, name) for name in ("regions", "merges", "flags", "scores")}
+        rows = {name: scatter_rows(values, usable) for name, values in parts.items()}
+        digests = stores.write_block(self.folder.regions, unit, rows)
+        return {**count_regions(hierarchy.regions, hierarchy.flags), "digests": digests}
+
+    def _masks(self, unit: Block, grid: tuple[int, int]) -> np.ndarray | None:
+        """Label maps of a block's photos on their tokens, or None where the recipe asks for none."""
+        if self.recipe.masks is None:
+            return None
+        rows = read_index(self.folder.index).slice(unit.start, len(unit))
+        photos = rows.select(["path", "width", "height"]).to_pylist()
+        maps = open_masks(Path(self.recipe.masks))
+        return np.stack(
+            [maps.tokens(**photo, image_size_px=self.image_size_px, grid=grid) for photo in photos]
+        )
+
+
+@dataclass(slots=True)
+class LinkStage:
+    """A block of parts → the dataset-wide prototype nearest to each, `prototypes` of regions.zarr."""
+
+    folder: BuildFolder
+    level: int
+    centroids: np.ndarray
+
+    @classmethod
+    def load(cls, folder: BuildFolder, level: int) -> LinkStage:
+        return cls(folder, level, load_vocabulary(folder.vocabulary)[0].centroids[-1])
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
+        features = stores.read_block(self.folder.features, "features", unit)[usable]
+        regions = stores.read_block(self.folder.regions, "regions", unit)[usable]
+        found, distances = part_prototypes(features, regions, self.centroids, level=self.level)
+        rows = {
+            "prototypes": scatter_rows(found, usable, fill=NO_REGION),
+            "prototype_distances": scatter_rows(distances, usable, fill=np.nan),
+        }
+        digests = stores.write_block(self.folder.regions, unit, rows)
+        return {"images": int(usable.sum()), "digests": digests}
+
+
+@dataclass(slots=True)
+class CovarianceStage:
+    """A block of features → the scatter matrix of its tokens, `block_scatter` of features.zarr."""
+
+    folder: BuildFolder
+
+    @classmethod
+    def load(cls, folder: BuildFolder) -> CovarianceStage:
+        return cls(folder)
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
+        features = stores.read_block(self.folder.features, "features", unit)[usable]
+        mean = per_channel(stores.read_block_moments(self.folder.features, unit)).mean
+        scatter = scatter_of(features, mean, threads)
+        digests = stores.write_block_scatter(self.folder.features, unit, scatter)
+        return {"images": len(unit), "digests": digests}
+
+
+@dataclass
+class ShardStage:
+    """A run of usable rows → one tar. A unit counts usable rows, `start` ≤ i < `stop`, not rows of the index."""
+
+    folder: BuildFolder
+    source: str
+    config: ShardConfig
+    image_size_px: int
+    max_pixels: int
+    stage_hash: str
+
+    @classmethod
+    def load(
+        cls,
+        folder: BuildFolder,
+        source: str,
+        config: ShardConfig,
+        image_size_px: int,
+        max_pixels: int,
+        stage_hash: str,
+    ) -> ShardStage:
+        return cls(folder, source, config, image_size_px, max_pixels, stage_hash)
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        tar = self.folder.shards / shard_name(self.config.split, unit.number)
+        facts = write_shard(tar, self._samples(unit), config_hash=self.stage_hash)
+        return {"images": facts["count"], **facts}
+
+    @cached_property
+    def usable_rows(self) -> np.ndarray:
+        """Index rows that go into shards, rising."""
+        return usable_rows(self.folder)
+
+    @cached_property
+    def index(self) -> pa.Table:
+        return read_index(self.folder.index)
+
+    def _samples(self, unit: Block) -> Iterator[Sample]:
+        rows = self.usable_rows[unit.start : unit.stop]
+        features, regions = stores.open_store(self.folder.features), stores.open_store(self.folder.regions)
+        step = stores.ROWS_PER_CHUNK * 16
+        for some in (rows[i : i + step] for i in range(0, len(rows), step)):
+            span = slice(int(some[0]), int(some[-1]) + 1)
+            table = self.index.slice(span.start, span.stop - span.start)
+            arrays = {
+                "features": stores.read_rows(features, "features", span),
+                **{name: stores.read_rows(regions, name, span) for name in _region_arrays(regions)},
+            }
+            records = records_of(table)
+            outcomes = table.select(FACTS).to_pylist()
+            for offset in (some - span.start).tolist():
+                row = {name: values[offset] for name, values in arrays.items()}
+                image = self._jpeg(records[offset]) if self.config.images else None
+                yield make_sample(records[offset], outcomes[offset], row, self.config, image)
+
+    def _jpeg(self, record: ImageRecord) -> bytes:
+        try:
+            image, _ = decode_image(self._reader.read(record.path), max_pixels=self.max_pixels)
+        except ImageError as error:
+            raise BuilderError(
+                f"{record.path} of {self.source}: {error}; bring it back, or shard with --no-images"
+            ) from None
+        return picture_of(image, self.image_size_px, self.config)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return open_reader(self.source)
+
+
+def _region_arrays(group: zarr.Group) -> list[str]:
+    return [name for name in ("regions", "flags", "prototypes") if name in group]
+
+
+def count_regions(regions: np.ndarray, flags: np.ndarray) -> dict[str, Any]:
+    """What the marker of a block of hierarchies keeps: images, region ids of each level, images of each flag."""
+    counts = regions.max(axis=(2, 3), initial=0).astype(int) + 1
+    return {
+        "images": len(regions),
+        "regions": counts.sum(axis=0).tolist(),
+        "flags": {flag.name.lower(): int(((flags & flag) != 0).sum()) for flag in Flag if flag.name},
+    }
+
+
+def scatter_rows(values: np.ndarray, usable: np.ndarray, fill: float = 0) -> np.ndarray:
+    """Rows of the usable images back at their places in the block; `fill` elsewhere."""
+    block = np.full((len(usable), *values.shape[1:]), fill, values.dtype)
+    block[usable] = values
+    return block
+
+
+def tell_status(outcomes: list[dict[str, Any]], status: np.ndarray) -> None:
+    """Put the words for `status` uint8 [n] into the outcomes of these rows, and the reason where features are bad."""
+    for outcome, value in zip(outcomes, status.tolist(), strict=True):
+        outcome["status"] = status_name(Status(value))
+        if value == Status.NONFINITE:
+            outcome["reason"] = "features are not finite in float16"
+
+
+def count_failed(result: Mapping[str, Any]) -> int:
+    """Images that could not be used, of what the marker of a unit keeps."""
+    return sum(outcome["status"] != status_name(Status.OK) for outcome in result.get("outcomes", ()))

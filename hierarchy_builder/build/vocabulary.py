@@ -1,0 +1,212 @@
+"""Fit a vocabulary to all features of a build: draw tokens, iterate, add the coarser levels; resumable throughout.
+
+Tokens are drawn block by block into files below `vocabulary/`, and summed run by run (a run is some whole blocks) by
+workers that all see these files; the driver holds the centroids and adds the sums in the order of the runs. The
+centroids are saved after every move, so that a fit that was stopped goes on from there and ends with the same bytes.
+
+    N images, M tokens of the fit, K prototypes of the finest level, C channels
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from hierarchy_builder.build.stages import one_thread
+from hierarchy_builder.build.workers import Pool, Workers, open_pool
+from hierarchy_builder.config import VocabularyConfig
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.records import Block, Status, blocks_of
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder, write_bytes
+from hierarchy_builder.store.ledger import stage_entry
+from hierarchy_builder.store.units import store_layout, usable_rows
+from hierarchy_builder.vocabulary.kmeans import (
+    ClusterSums,
+    Prototypes,
+    check_tokens,
+    first_centroids,
+    fit_prototypes,
+    lloyd,
+    num_start_tokens,
+    start_rows,
+    sum_clusters,
+)
+from hierarchy_builder.vocabulary.prototypes import Vocabulary, draw_tokens, nest_prototypes, token_shares
+
+RUN_TOKENS = 32_768
+"""Fewest tokens of a run: forming their sums takes a hundred times as long as sending them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenSource:
+    """The tokens of a fit, as every worker sees them.
+
+    given, drawn: int64 [N], tokens each row of the index gives to the fit, and those drawn of it into files. They
+    are the same where a sample is fitted; where all tokens are, files hold only those k-means++ starts from.
+    """
+
+    folder: BuildFolder
+    config: VocabularyConfig
+    block_rows: int
+    given: np.ndarray
+    drawn: np.ndarray
+
+    @classmethod
+    def load(cls, folder: BuildFolder, config: VocabularyConfig) -> TokenSource:
+        """Plan what is drawn, evenly over all usable images."""
+        num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
+        usable, per_image = usable_rows(folder), encoder["grid"][0] * encoder["grid"][1]
+        available = len(usable) * per_image
+        wanted = min(config.sampled_tokens or available, available)
+        given, drawn = np.zeros((2, num_rows), np.int64)
+        given[usable] = token_shares(len(usable), wanted)
+        drawn[usable] = (
+            given[usable]
+            if wanted < available
+            else token_shares(len(usable), num_start_tokens(available, config))
+        )
+        return cls(folder=folder, config=config, block_rows=block_rows, given=given, drawn=drawn)
+
+    @property
+    def num_tokens(self) -> int:
+        """M."""
+        return int(self.given.sum())
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Blocks of the store, each of which gives one file of drawn tokens."""
+        return blocks_of(len(self.given), self.block_rows)
+
+    def file(self, block: Block) -> Path:
+        return self.folder.vocabulary_work / f"tokens-{block.number:06d}.npy"
+
+    def runs(self) -> list[Block]:
+        """Whole blocks together until they give RUN_TOKENS tokens: the units of an iteration."""
+        runs, start, tokens = list[Block](), 0, 0
+        for block in self.blocks:
+            tokens += int(self.given[block.start : block.stop].sum())
+            if tokens >= RUN_TOKENS or (block.stop == len(self.given) and tokens):
+                runs.append(Block(number=len(runs), start=start, stop=block.stop))
+                start, tokens = block.stop, 0
+        return runs
+
+    def draw(self, block: Block, threads: int) -> int:
+        """Draw the tokens of a block into its file; returns the number of images read."""
+        shares = self.drawn[block.start : block.stop]
+        features = stores.read_block(self.folder.features, "features", block)
+        tokens = draw_tokens(features, range(block.start, block.stop), shares, self.config.seed)
+        buffer = io.BytesIO()
+        np.save(buffer, tokens, allow_pickle=False)
+        write_bytes(self.file(block), buffer.getvalue())
+        return len(block)
+
+    def drawn_tokens(self, block: Block) -> np.ndarray:
+        """What `draw` wrote, float16 [m, C]. Raises BuilderError for a missing or damaged file."""
+        path = self.file(block)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BuilderError(
+                f"{path} is damaged ({error}): remove it and run the same command again"
+            ) from None
+
+    def tokens(self, run: Block) -> np.ndarray:
+        """All tokens a run gives to the fit, float16 [m, C]."""
+        blocks = [block for block in self.blocks if run.start <= block.start < run.stop]
+        if np.array_equal(self.given, self.drawn):
+            return np.concatenate([self.drawn_tokens(block) for block in blocks])
+        usable = stores.read_block(self.folder.features, "status", run) == Status.OK
+        features = stores.read_block(self.folder.features, "features", run)
+        return features[usable].reshape(-1, features.shape[-1])
+
+    def sums(self, run: Block, threads: int, centroids: np.ndarray) -> ClusterSums:
+        """What a run contributes to an iteration."""
+        return sum_clusters(self.tokens(run), centroids, threads=threads)
+
+
+def fit_vocabulary(
+    folder: BuildFolder, config: VocabularyConfig, workers: Workers, reporter: Reporter
+) -> Vocabulary:
+    """The vocabulary of all usable features; calls again after an interruption go on where it stopped.
+
+    Engine torch spreads over all workers. faiss and cuml work in this process on all tokens of the fit at once, 6·M·C
+    bytes of memory, and start over when they were interrupted.
+    Raises UsageError if there are fewer tokens than prototypes, BuilderError where the engine's library is missing.
+    """
+    load = partial(TokenSource.load, folder, config)
+    source, is_spread = load(), config.backend == "torch"
+    check_tokens(source.num_tokens, config)
+    with open_pool(load, workers, len(source.blocks), uses_gpu=is_spread) as pool, one_thread():
+        _draw(source, pool, reporter)
+        if is_spread:
+            return nest_prototypes(_iterate(source, pool, reporter), config)
+    with one_thread():
+        reporter.say(f"vocabulary: {config.backend} fits {source.num_tokens:,} tokens in this process")
+        tokens = np.concatenate([source.tokens(run) for run in source.runs()])
+        return nest_prototypes(fit_prototypes(tokens, config), config)
+
+
+def _draw(source: TokenSource, pool: Pool, reporter: Reporter) -> None:
+    waiting = [block for block in source.blocks if not source.file(block).exists()]
+    images = sum(map(len, source.blocks))
+    if waiting:
+        with reporter.stage("tokens", images, images - sum(map(len, waiting))) as meter:
+            for num_images in pool.map(TokenSource.draw, waiting):
+                meter.advance(num_images)
+
+
+def _iterate(source: TokenSource, pool: Pool, reporter: Reporter) -> Prototypes:
+    config, runs = source.config, source.runs()
+    state = source.folder.vocabulary_work / "state.npz"
+    centroids, inertia = _read_state(state, reporter) or (_first_centroids(source), [])
+
+    def after_move(centroids: np.ndarray, inertia: list[float]) -> None:
+        _write_state(state, centroids, inertia)
+        reporter.say(
+            f"vocabulary: iteration {len(inertia)} of at most {config.iterations}, inertia"
+            f" {inertia[-1] / source.num_tokens:.6g} per token before it"
+        )
+
+    return lloyd(
+        lambda centroids: pool.map(TokenSource.sums, runs, centroids),
+        centroids,
+        config.iterations,
+        inertia=inertia,
+        after_move=after_move,
+    )
+
+
+def _first_centroids(source: TokenSource) -> np.ndarray:
+    """k-means++ on some of the drawn tokens."""
+    rows = start_rows(int(source.drawn.sum()), source.config)
+    chosen, passed = [], 0
+    for block in source.blocks:
+        tokens = source.drawn_tokens(block)
+        inside = rows[np.searchsorted(rows, passed) : np.searchsorted(rows, passed + len(tokens))]
+        chosen.append(tokens[inside - passed])
+        passed += len(tokens)
+    return first_centroids(np.concatenate(chosen), source.config)
+
+
+def _write_state(path: Path, centroids: np.ndarray, inertia: list[float]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, centroids=centroids, inertia=np.asarray(inertia))
+    write_bytes(path, buffer.getvalue())
+
+
+def _read_state(path: Path, reporter: Reporter) -> tuple[np.ndarray, list[float]] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return content["centroids"], content["inertia"].tolist()
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reporter.say(f"warning: {path} is damaged ({error}); the fit starts over, with the same result")
+        return None

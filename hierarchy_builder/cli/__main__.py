@@ -1,0 +1,3 @@
+from hierarchy_builder.cli.app import main
+
+main()

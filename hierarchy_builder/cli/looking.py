@@ -1,0 +1,205 @@
+"""Verbs that look at builds and change nothing: `status`, `verify`, `report`, `compare`, `encoders`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from hierarchy_builder.cli import options as opt
+from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.terminal import print_json, print_table, stderr, stdout
+from hierarchy_builder.wording import counted
+
+
+def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
+    """What is done, stage by stage, read from the markers; and how the run goes that works on it now."""
+    from hierarchy_builder.progress import as_duration, running_stage
+    from hierarchy_builder.store.units import progress_of
+
+    build_folder = BuildFolder(folder).require()
+    rows, running = progress_of(build_folder), running_stage(build_folder)
+    if as_json:
+        of_stage = running["stage"] if running else None
+        print_json([{**row, "running": running if row["stage"] == of_stage else None} for row in rows])
+        return
+    table = Table("stage", "units", "images", "unit seconds", "bytes", "state")
+    for row in rows:
+        units = f"{row['units_done']}/{row['units']}"
+        table.add_row(
+            row["stage"],
+            units,
+            f"{row['images']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['bytes']:,}",
+            row["state"],
+        )
+    stdout.print(table)
+    if running:
+        left = running["remaining_s"]
+        stdout.print(
+            f"running: {running['stage']}, {running['images_done']}/{running['images']} images, "
+            f"{running['images_per_second']:.1f} images/s, {running['failed']} could not be used, "
+            f"{'?' if left is None else as_duration(left)} left",
+            highlight=False,
+        )
+
+
+def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
+    """Read everything and check it against what was written; exit code 4 when something is wrong."""
+    from hierarchy_builder.verify.checks import find_problems
+
+    build_folder = BuildFolder(folder)
+    _refuse_running(build_folder)
+    problems = list(find_problems(build_folder))
+    if problems:
+        _refuse_running(build_folder)  # one that began meanwhile
+    if as_json:
+        print_json({"problems": problems})
+    else:
+        for problem in problems:
+            stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise VerificationError(
+            f"{folder}: found {counted(len(problems), 'problem')}, expected none; "
+            f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
+        )
+    if not as_json:
+        stdout.print(f"{folder}: everything is in order")
+
+
+def report(
+    folder: opt.Folder,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            **opt.PATH, help="The page; by default DIR/report.html, quality.html or vocabulary.html."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images, spread evenly over the classes: 48 on the page, with --quality 200 scored."
+        ),
+    ] = None,
+    keys: Annotated[str | None, typer.Option(help="Keys of the images instead, comma separated.")] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Score the regions and their stability; also DIR/quality.json.")
+    ] = False,
+    masks: Annotated[
+        Path | None, typer.Option(help="With --quality: folder of label maps <stem>_<k>.png to agree with.")
+    ] = None,
+    vocabulary: Annotated[
+        bool, typer.Option("--vocabulary", help="Show the prototypes by the parts nearest to them instead.")
+    ] = False,
+    prototypes: Annotated[int, typer.Option(min=1, help="With --vocabulary: prototypes on the page.")] = 64,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """A self-contained page: photo, region maps, PCA colours, decoded levels, with a slider coarse → fine."""
+    build_folder, chosen = BuildFolder(folder).require(), keys.split(",") if keys else None
+    if quality and vocabulary:
+        raise UsageError("--quality and --vocabulary are two pages: ask for one at a time")
+    if quality:
+        _report_quality(build_folder, out, samples or 200, chosen, masks, as_json, quiet)
+        return
+    if masks is not None or as_json:
+        raise UsageError("--masks and --json belong to --quality, which is not given")
+    if vocabulary:
+        from hierarchy_builder.quality.vocabulary_page import write_vocabulary_page
+
+        page = write_vocabulary_page(build_folder, out or build_folder.vocabulary_page, limit=prototypes)
+    else:
+        from hierarchy_builder.quality.inspection import write_report
+
+        page = write_report(build_folder, out or build_folder.report, limit=samples or 48, keys=chosen)
+    stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a build.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another build of the same images.")],
+    out: Annotated[
+        Path | None, typer.Option(**opt.PATH, help="Also write a page of the images that changed most.")
+    ] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """How far the regions of two builds differ: agreement per level, counts, the images that changed most."""
+    from hierarchy_builder.quality.comparison import compare_builds, comparison_tables, write_comparison
+
+    folders = BuildFolder(a).require(), BuildFolder(b).require()
+    found = compare_builds(*folders)
+    if out is not None:
+        write_comparison(*folders, found, out)
+    if as_json:
+        print_json(found.as_json())
+        return
+    for title, rows in comparison_tables(*folders, found).items():
+        print_table(title, rows)
+    if out is not None:
+        stdout.print(str(out), markup=False, highlight=False, soft_wrap=True)
+
+
+def encoders(
+    probe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What this encoder sees of the probe pictures instead.")
+    ] = None,
+    weights: opt.Weights = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """The encoders that can be named with --encoder."""
+    from hierarchy_builder.encoders import list_encoders
+    from hierarchy_builder.encoders.probe import probe_report
+
+    if weights is not None and probe is None:
+        raise UsageError("--weights are those of --probe NAME, which is not given")
+    if probe is None:
+        rows = [dataclasses.asdict(row) for row in list_encoders()]
+    else:
+        rows = [probe_report(probe, weights)]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    stdout.print(table)
+
+
+def _refuse_running(folder: BuildFolder) -> None:
+    """Raise BuilderError while another process writes the build: what is not there yet is no damage."""
+    if folder.is_locked():
+        raise BuilderError(
+            f"{folder.root} is being written by another process: verify it when that has ended; "
+            f"`hierarchy-builder status {folder.root}` shows how far it is"
+        )
+
+
+def _report_quality(
+    folder: BuildFolder,
+    out: Path | None,
+    samples: int,
+    keys: Sequence[str] | None,
+    masks: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from hierarchy_builder.progress import Reporter
+    from hierarchy_builder.quality.assessment import assess_build
+    from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
+
+    reporter = Reporter(quiet=quiet, console=stderr)
+    found = assess_build(folder, limit=samples, keys=keys, masks=masks, reporter=reporter)
+    page = write_quality(folder, found, out or folder.quality_page)
+    if as_json:
+        print_json(found.as_json())
+        return
+    print_table("Summary", [{"name": name, "value": value} for name, value in summary(found).items()])
+    for title, rows in score_tables(found).items():
+        print_table(title, rows)
+    stdout.print(f"{folder.quality}\n{page}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,167 @@
+"""Pictures → features of one unit: read, decode and crop in threads, ahead of the encoder in a thread of its own.
+
+b images of a batch, S pixels a side, H×W grid, C channels
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hierarchy_builder.encoders import Encoder, encode
+from hierarchy_builder.errors import BuilderError, ImageError
+from hierarchy_builder.images.decoding import ImageFacts, crop_square, decode_image
+from hierarchy_builder.images.sources import Reader
+from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+FLOAT16_EXPONENT = np.uint16(0x7C00)
+"""Exponent bits of a float16, all of them set in NaN and infinity."""
+
+Outcome = dict[str, Any]
+"""What index.parquet tells of an image from `status` on; empty while it is to be done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedBatch:
+    """Rows of a unit with their features float16 [b,H,W,C].
+
+    finite: bool [b]; where the features are not finite in float16 they are zeros. pictures: what `keep` made of them.
+    """
+
+    rows: list[int]
+    features: np.ndarray
+    finite: np.ndarray
+    pictures: list[bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A crop uint8 [S,S,3] and what is kept beside its features."""
+
+    crop: np.ndarray
+    picture: bytes | None
+
+
+@dataclass(slots=True)
+class ImageEncoder:
+    """An encoder and what brings pictures to it; kept by a worker from unit to unit.
+
+    batch_size: images in one evaluation; where memory of the device runs out it is halved, and stays so.
+    keep: makes of an upright photograph and its crop uint8 [S,S,3] what is kept of them beside the features.
+    """
+
+    encoder: Encoder
+    reader: Reader
+    batch_size: int
+    max_pixels: int
+    keep: Callable[[Image.Image, np.ndarray], bytes | None] = lambda image, crop: None
+
+    def batches(
+        self, records: list[ImageRecord], outcomes: list[Outcome], pool: Executor
+    ) -> Iterator[EncodedBatch]:
+        """Encode the pictures that have no outcome yet, in order; fills in their outcomes.
+
+        `pool` decodes a bounded number of pictures ahead, while another thread encodes the batch before.
+        Raises BuilderError where the encoder fails; a picture that cannot be used is only skipped.
+        """
+        todo = [row for row, outcome in enumerate(outcomes) if not outcome]
+        crops = ahead(pool, self._load, (records[row] for row in todo), 2 * self.batch_size)
+        with ThreadPoolExecutor(1) as device:
+            yield from ahead(device, self._encode, self._gather(todo, crops, outcomes), 1)
+
+    def _gather(
+        self, todo: list[int], loaded: Iterator[tuple[_Loaded | None, Outcome]], outcomes: list[Outcome]
+    ) -> Iterator[tuple[list[int], list[_Loaded]]]:
+        rows: list[int] = []
+        found: list[_Loaded] = []
+        for row, (one, outcome) in zip(todo, loaded, strict=True):
+            outcomes[row] = outcome
+            if one is not None:
+                rows.append(row)
+                found.append(one)
+            if len(rows) >= self.batch_size:
+                yield rows, found
+                rows, found = [], []
+        if rows:
+            yield rows, found
+
+    def _encode(self, batch: tuple[list[int], list[_Loaded]]) -> EncodedBatch:
+        rows, loaded = batch
+        parts = list(self._evaluate(np.stack([one.crop for one in loaded])))
+        with np.errstate(over="ignore"):
+            stored = np.concatenate([values.astype(FEATURE_DTYPE) for values in parts])
+        finite = finite_rows(stored)
+        if not finite.all():
+            stored[~finite] = 0
+        pictures = [one.picture for one in loaded]
+        return EncodedBatch(rows=rows, features=stored, finite=finite, pictures=pictures)
+
+    def _evaluate(self, crops: np.ndarray) -> Iterator[np.ndarray]:
+        """Features of consecutive parts of a batch: one part unless memory runs out."""
+        start = 0
+        while start < len(crops):
+            part = crops[start : start + self.batch_size]
+            try:
+                values = encode(self.encoder, part)
+            except BuilderError as error:
+                if not isinstance(error.__cause__, torch.OutOfMemoryError) or len(part) == 1:
+                    raise
+                self.batch_size = len(part) // 2
+            else:
+                yield values
+                start += len(part)
+                continue
+            torch.cuda.empty_cache()  # here, where the failed evaluation is no longer held by its traceback
+
+    def _load(self, record: ImageRecord) -> tuple[_Loaded | None, Outcome]:
+        try:
+            image, facts = decode_image(self.reader.read(record.path), max_pixels=self.max_pixels)
+            crop = crop_square(image, self.encoder.image_size_px)
+            return _Loaded(crop, self.keep(image, crop)), _outcome(facts)
+        except ImageError as error:
+            return None, {"reason": str(error)}
+        except OSError as error:
+            return None, {"reason": f"unreadable: {error.strerror or error}"}
+
+
+def ahead(
+    pool: Executor, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], depth: int
+) -> Iterator[ResultT]:
+    """`map` in a pool, in order, with at most `depth` results done or under way beside the one waited for."""
+    waiting: deque[Future[ResultT]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def finite_rows(features: np.ndarray) -> np.ndarray:
+    """Which rows of float16 [b, ...] hold neither NaN nor infinity: bool [b]; isfinite takes 7 times as long."""
+    bits = features.view(np.uint16) & FLOAT16_EXPONENT
+    return bits.reshape(len(features), -1).max(axis=1) != FLOAT16_EXPONENT
+
+
+def _outcome(facts: ImageFacts) -> Outcome:
+    return {
+        "width": facts.width,
+        "height": facts.height,
+        "mode": facts.mode,
+        "frames": facts.frames,
+        "orientation": facts.orientation,
+    }

@@ -1,0 +1,5 @@
+"""Features → nested regions of each image."""
+
+from hierarchy_builder.hierarchy.recipe import Flag, Hierarchy, build_hierarchy, check_nesting, cut_levels
+
+__all__ = ["Flag", "Hierarchy", "build_hierarchy", "check_nesting", "cut_levels"]

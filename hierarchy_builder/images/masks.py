@@ -1,0 +1,156 @@
+"""Label maps that people drew: found by the name of the photo, and cut exactly as the photo.
+
+A map is a PNG of one plane of whole numbers, as large as the upright photo: `<stem>.png`, or `<stem>_<k>.png` of the
+k-th person, in one folder or in folders like those of the images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from hierarchy_builder.config import config_hash
+from hierarchy_builder.errors import ImageError, UsageError
+from hierarchy_builder.images.decoding import crop_square
+from hierarchy_builder.store.artefacts import sha256_file
+
+LABEL_MODES = ("1", "L", "P", "I", "I;16")
+VOTES_PER_SIDE = 8
+"""Cells along each side of a token that vote for its label."""
+NUMBERED = re.compile(r"(.+)_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFolder:
+    """Label maps by the photo they belong to: the end of its path, without extension."""
+
+    root: Path
+    files: dict[str, list[Path]]
+
+    def digest(self) -> str:
+        """SHA-256 over the maps' names and bytes, 64 hex digits."""
+        listed = sorted({file for files in self.files.values() for file in files})
+        return config_hash({file.relative_to(self.root).as_posix(): sha256_file(file) for file in listed})
+
+    def of(self, path: str) -> list[Path]:
+        """Maps of the photo listed at `path`, in the order of their numbers; empty where nobody drew."""
+        parts = PurePosixPath(path).with_suffix("").parts
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        return next((self.files[end] for end in ends if end in self.files), [])
+
+    def tokens(
+        self,
+        path: str,
+        width: int | None,
+        height: int | None,
+        *,
+        image_size_px: int,
+        grid: tuple[int, int],
+    ) -> np.ndarray:
+        """The first usable map of a photo on its tokens, int64 [H, W]: the label most cells of a token have.
+
+        −1 throughout where there is none. width, height: of the upright photo in pixels.
+        """
+        if width is not None and height is not None:
+            cells = (grid[0] * VOTES_PER_SIDE, grid[1] * VOTES_PER_SIDE)
+            maps, _ = self.read(path, (width, height), image_size_px, cells)
+            if len(maps):
+                return majority(maps[0], grid)
+        return np.full(grid, -1, dtype=np.int64)
+
+    def check_photos(self, paths: Sequence[str]) -> None:
+        """Raise UsageError when no photo has a map, or one map fits two of them."""
+        owners: dict[Path, str] = {}
+        for path in paths:
+            for file in self.of(path):
+                if owners.setdefault(file, path) != path:
+                    raise UsageError(
+                        f"--masks {self.root}: {file.name} fits both {owners[file]} and {path}: put the maps into "
+                        "folders like those of the images"
+                    )
+        if not owners:
+            stem = PurePosixPath(paths[0]).stem
+            raise UsageError(
+                f"--masks {self.root} has no map of any of {len(paths)} images: expected, for {paths[0]}, "
+                f"{stem}.png or {stem}_0.png"
+            )
+
+    def read(
+        self, path: str, photo_size: tuple[int, int], image_size_px: int, cells: tuple[int, int]
+    ) -> tuple[np.ndarray, list[ImageError]]:
+        """Maps of one photo as `read_mask` gives them, int64 [M, h, w], and why others cannot be used."""
+        maps, refused = [], []
+        for file in self.of(path):
+            try:
+                maps.append(read_mask(file, photo_size, image_size_px, cells))
+            except ImageError as error:
+                refused.append(error)
+        return np.stack(maps) if maps else np.empty((0, *cells), dtype=np.int64), refused
+
+
+def open_masks(root: Path) -> MaskFolder:
+    """List a folder of label maps. Raises UsageError when it holds none."""
+    files: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(root.rglob("*.png")):
+        stem = path.relative_to(root).with_suffix("").as_posix()
+        files.setdefault(stem, []).append((-1, path))
+        if numbered := NUMBERED.fullmatch(stem):
+            files.setdefault(numbered[1], []).append((int(numbered[2]), path))
+    if not files:
+        raise UsageError(
+            f"--masks {root} holds no label maps: expected <stem>.png or <stem>_<k>.png of photos"
+        )
+    return MaskFolder(root, {stem: [path for _, path in sorted(found)] for stem, found in files.items()})
+
+
+def majority(cells: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Label most frequent among the cells of each token, int64 [H, W]; the smallest where several are."""
+    height, width = grid
+    side = (cells.shape[0] // height, cells.shape[1] // width)
+    tokens = cells.reshape(height, side[0], width, side[1]).swapaxes(1, 2).reshape(height * width, -1)
+    votes = (tokens[:, :, None] == tokens[:, None, :]).sum(axis=2)
+    wins = votes == votes.max(axis=1, keepdims=True)
+    return np.where(wins, tokens, tokens.max(initial=0) + 1).min(axis=1).reshape(height, width)
+
+
+def read_mask(
+    path: Path, photo_size: tuple[int, int], image_size_px: int, cells: tuple[int, int]
+) -> np.ndarray:
+    """One label map, cut as its photo, at `cells` = (h, w): int64 [h, w]; 0 stays 0, other labels count from 1.
+
+    photo_size: (width, height) of the upright photo. A cell has the label of the pixel at its centre.
+    Raises ImageError with reason `not_a_label_map` or `wrong_size`.
+    """
+    square = crop_square(_open_labels(path, photo_size), image_size_px, Image.Resampling.NEAREST)
+    rows, columns = (_centres(number, image_size_px) for number in cells)
+    labels = square[rows[:, None], columns]
+    values, ids = np.unique(labels, return_inverse=True)
+    return ids.reshape(labels.shape) + int(values[0] != 0)
+
+
+def _open_labels(path: Path, photo_size: tuple[int, int]) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            if image.size != photo_size:
+                found, expected = ("×".join(map(str, size)) for size in (image.size, photo_size))
+                raise ImageError(
+                    "wrong_size", f"{path.name} has {found} pixels, expected {expected} of its photo"
+                )
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError("not_a_label_map", f"{path.name}: {error}") from None
+    if image.mode not in LABEL_MODES:
+        raise ImageError(
+            "not_a_label_map", f"{path.name} has mode {image.mode}, expected one plane of labels"
+        )
+    return image
+
+
+def _centres(num_cells: int, size_px: int) -> np.ndarray:
+    """Pixels at the centres of `num_cells` equal cells of a side of `size_px` pixels."""
+    return ((np.arange(num_cells) + 0.5) * size_px / num_cells).astype(np.int64)

@@ -1,0 +1,1 @@
+"""How good a build is, and what it looks like."""

@@ -1,0 +1,312 @@
+"""How good the hierarchies of a build are, and how stable when a photo is seen a little differently.
+
+    N images, L levels (coarse → fine), H×W grid, C channels, M label maps of one image
+
+Stability is the adjusted Rand index of two hierarchies of one photo, per image and level. Photos are decoded
+and encoded again a batch at a time, so memory does not grow with the sample.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, from_mapping
+from hierarchy_builder.encoders import Encoder, encode, load_encoder
+from hierarchy_builder.errors import BuilderError, ImageError
+from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
+from hierarchy_builder.images.decoding import crop_square, decode_image
+from hierarchy_builder.images.masks import MaskFolder, open_masks
+from hierarchy_builder.images.sources import Reader, open_reader
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.quality.inspection import choose_rows
+from hierarchy_builder.quality.scores import (
+    Quality,
+    baselines,
+    cells_of,
+    flag_shares,
+    human_scores,
+    join,
+    region_scores,
+    stability,
+)
+from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.ledger import stage_entry
+from hierarchy_builder.store.units import finished_stage, stored_source, usable_rows
+
+BATCH_IMAGES = 32
+DECODING_THREADS = 4
+NUM_SEEDS = 2
+FROM_MAPS = "regions come from label maps, so their stability is not that of the features"
+VIEW_SCORES = ("flip", "shift", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Views:
+    """Features of the same photos seen four ways, float [N, H, W, C] each.
+
+    plain: the crop as built, not rounded. mirrored: that crop flipped left to right. upper_left, lower_right:
+    two windows of a crop larger by one token, one token apart, down and right.
+    """
+
+    plain: np.ndarray
+    mirrored: np.ndarray
+    upper_left: np.ndarray
+    lower_right: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Assessment:
+    """What `assess_build` found.
+
+    rows, keys: the images of the sample. quality: their scores. baselines: those of partitions with as many
+    regions that do not look at the image. facts: plain data on what was assessed, and on what could not be.
+    """
+
+    rows: list[int]
+    keys: list[str]
+    quality: Quality
+    baselines: Mapping[str, Quality]
+    facts: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of quality.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **self.facts,
+            "violations": int(self.quality.violations.sum()),
+            "levels": self.quality.by_level(),
+            "baselines": {name: quality.by_level() for name, quality in self.baselines.items()},
+            "per_image": [{"key": key, **self.quality.of_image(n)} for n, key in enumerate(self.keys)],
+        }
+
+
+def assess_build(
+    folder: BuildFolder,
+    *,
+    limit: int = 200,
+    keys: Sequence[str] | None = None,
+    masks: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Assessment:
+    """Score the stored hierarchies of some images of a build.
+
+    limit: images, taken in turn from every class. keys: these images instead. masks: folder of people's label
+    maps, see `masks`.
+    Where a photo, the encoder or a label map cannot be used, the scores that need it are left out for these
+    images; `facts` counts them and says why.
+    Raises BuilderError when clustering is not finished, UsageError for an unknown key or when no map fits.
+    """
+    clustered = finished_stage(folder, "cluster")
+    recipe = from_mapping(HierarchyRecipe, clustered["request"], str(folder.manifest))
+    index = read_index(folder.index)
+    rows = sorted(set(choose_rows(folder, records_of(index), limit, keys)))
+    index = index.take(rows)
+    camera = _Camera(why_not=FROM_MAPS) if recipe.masks else _open_camera(folder)
+    people = None if masks is None else _open_people(folder, masks, index)
+    batches: list[tuple[Quality, dict[str, Quality]]] = []
+    with (reporter or Reporter(quiet=True)).stage("quality", len(rows)) as meter:
+        for start in range(0, len(rows), BATCH_IMAGES):
+            some = slice(start, start + BATCH_IMAGES)
+            photos = index.slice(start, BATCH_IMAGES)
+            batches.append(_assess_batch(folder, np.array(rows[some]), photos, recipe, camera, people))
+            meter.advance(len(photos))
+    every = stores.read_rows(stores.open_store(folder.regions), "flags", usable_rows(folder))
+    facts = {
+        "cluster": clustered["hash"],
+        "num_images": len(every),
+        "num_sampled": len(rows),
+        "flagged": flag_shares(every),
+        "photos": camera.facts(),
+        "masks": None if people is None else people.facts(),
+    }
+    return Assessment(
+        rows=rows,
+        keys=index.column("key").to_pylist(),
+        quality=join([scored for scored, _ in batches]),
+        baselines={name: join([blind[name] for _, blind in batches]) for name in batches[0][1]},
+        facts=facts,
+    )
+
+
+def encode_views(encoder: Encoder, photos: Sequence[Image.Image]) -> Views:
+    """Crop and encode upright RGB photos, float32 as the encoder gives them."""
+    size_px = encoder.image_size_px
+    down, right = (round(size_px / tokens) for tokens in encoder.grid)
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        crops = np.stack(list(pool.map(partial(crop_square, size_px=size_px), photos)))
+        larger = np.stack(list(pool.map(partial(crop_square, size_px=size_px + max(down, right)), photos)))
+    return Views(
+        plain=_encode(encoder, crops),
+        mirrored=_encode(encoder, crops[:, :, ::-1]),
+        upper_left=_encode(encoder, larger[:, :size_px, :size_px]),
+        lower_right=_encode(encoder, larger[:, down : down + size_px, right : right + size_px]),
+    )
+
+
+def view_scores(views: Views, regions: np.ndarray, recipe: HierarchyRecipe) -> dict[str, np.ndarray]:
+    """Stability when the photo is seen differently: float64 [N, L−1] each, named as in VIEW_SCORES.
+
+    flip: against the mirrored photo, mirrored back. shift: between two crops one token apart, on the tokens they
+    share. float16, bfloat16: of features rounded so, against the unrounded.
+    regions: [N, L−1, H, W], what the recipe makes of plain features rounded to float16, as stores hold them.
+    """
+    upper_left = _divide(views.upper_left.astype(FEATURE_DTYPE), recipe)
+    lower_right = _divide(views.lower_right.astype(FEATURE_DTYPE), recipe)
+    mirrored = _divide(views.mirrored.astype(FEATURE_DTYPE), recipe)
+    plain = views.plain.astype(np.float32)
+    unrounded = _divide(plain, recipe)
+    bfloat16 = _divide(torch.from_numpy(plain).bfloat16().float().numpy(), recipe)
+    scores = (
+        stability(regions, mirrored[..., ::-1]),
+        stability(upper_left[..., 1:, 1:], lower_right[..., :-1, :-1]),
+        stability(unrounded, regions),
+        stability(unrounded, bfloat16),
+    )
+    return dict(zip(VIEW_SCORES, scores, strict=True))
+
+
+def seed_scores(
+    features: np.ndarray, regions: np.ndarray, recipe: HierarchyRecipe, num_seeds: int = 1
+) -> np.ndarray:
+    """Stability against the next `num_seeds` seeds, their mean: float64 [N, L−1]; 1 where nothing is drawn.
+
+    features: float16 [N, H, W, C]. regions: what the recipe makes of them.
+    """
+    seeds = [(recipe.seed + number) % 2**32 for number in range(1, num_seeds + 1)]
+    found = [stability(regions, _divide(features, replace(recipe, seed=seed))) for seed in seeds]
+    return np.mean(found, axis=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Camera:
+    """Sees photos again; without encoder or reader `why_not` says why it cannot."""
+
+    encoder: Encoder | None = None
+    reader: Reader | None = None
+    max_pixels: int = 0
+    why_not: str = ""
+    num_seen: int = 0
+    unreadable: Counter[str] = field(default_factory=Counter)
+
+    def look(self, paths: Sequence[str]) -> tuple[np.ndarray, Views | None]:
+        """(bool [n], which photos could be read; their views)."""
+        if self.encoder is None or self.reader is None:
+            return np.zeros(len(paths), dtype=bool), None
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            found = list(pool.map(self._read, paths))
+        photos = [photo for photo in found if not isinstance(photo, ImageError)]
+        self.num_seen += len(photos)
+        self.unreadable.update(error.reason for error in found if isinstance(error, ImageError))
+        seen = np.array([not isinstance(photo, ImageError) for photo in found])
+        return seen, encode_views(self.encoder, photos) if photos else None
+
+    def facts(self) -> dict[str, Any]:
+        return {"read": self.num_seen, "unreadable": dict(self.unreadable), "why_not": self.why_not}
+
+    def _read(self, path: str) -> Image.Image | ImageError:
+        assert self.reader is not None
+        try:
+            return decode_image(self.reader.read(path), max_pixels=self.max_pixels)[0]
+        except ImageError as error:
+            return error
+
+
+@dataclass(kw_only=True, slots=True)
+class _People:
+    """Label maps of the photos of a build."""
+
+    masks: MaskFolder
+    image_size_px: int
+    cells: tuple[int, int]
+    num_images: int = 0
+    num_maps: int = 0
+    refused: list[str] = field(default_factory=list)
+
+    def maps_of(self, photos: pa.Table) -> list[np.ndarray]:
+        """int64 [M, h, w] of each row of the index."""
+        columns = (photos.column(name).to_pylist() for name in ("path", "width", "height"))
+        found = []
+        for path, width, height in zip(*columns, strict=True):
+            maps, refused = self.masks.read(path, (width, height), self.image_size_px, self.cells)
+            self.num_images += bool(len(maps))
+            self.num_maps += len(maps)
+            self.refused += map(str, refused)
+            found.append(maps)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        return {"images": self.num_images, "maps": self.num_maps, "refused": self.refused}
+
+
+def _assess_batch(
+    folder: BuildFolder,
+    rows: np.ndarray,
+    photos: pa.Table,
+    recipe: HierarchyRecipe,
+    camera: _Camera,
+    people: _People | None,
+) -> tuple[Quality, dict[str, Quality]]:
+    """Scores of a few images, and those of the baselines."""
+    features = stores.read_rows(stores.open_store(folder.features), "features", rows)
+    store = stores.open_store(folder.regions)
+    regions, flags = (stores.read_rows(store, name, rows) for name in ("regions", "flags"))
+    humans = None if people is None else people.maps_of(photos)
+    seen, views = camera.look(photos.column("path").to_pylist())
+    scores = region_scores(features, regions)
+    scores |= {name: np.full(regions.shape[:2], np.nan) for name in ("seed", *VIEW_SCORES)}
+    if not recipe.masks:
+        scores["seed"] = seed_scores(features, regions, recipe, NUM_SEEDS)
+    if views is not None:
+        for name, values in view_scores(views, regions[seen], recipe).items():
+            scores[name][seen] = values
+    if humans is not None:
+        scores |= human_scores(regions, humans)
+    scored = Quality(scores=scores, violations=np.asarray(check_nesting(regions)), flags=flags)
+    return scored, baselines(features, scores["regions"], humans, seed=int(rows[0]))
+
+
+def _open_camera(folder: BuildFolder) -> _Camera:
+    """The encoder and the photos of a build, as far as they are still there."""
+    extracted = stage_entry(folder, "extract")
+    config = from_mapping(ExtractConfig, extracted["request"], str(folder.manifest))
+    try:
+        encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
+        if encoder.weights_hash != extracted["inputs"]["encoder"]["weights_hash"]:
+            return _Camera(
+                why_not=f"encoder {encoder.name} now has other weights than the build was made with"
+            )
+        return _Camera(
+            encoder=encoder, reader=open_reader(stored_source(folder)), max_pixels=config.max_pixels
+        )
+    except (BuilderError, OSError) as error:
+        return _Camera(why_not=str(error))
+
+
+def _open_people(folder: BuildFolder, masks: Path, index: pa.Table) -> _People:
+    opened = open_masks(masks)
+    opened.check_photos(index.column("path").to_pylist())
+    encoder = stage_entry(folder, "extract")["inputs"]["encoder"]
+    return _People(masks=opened, image_size_px=encoder["image_size_px"], cells=cells_of(encoder["grid"]))
+
+
+def _divide(features: np.ndarray, recipe: HierarchyRecipe) -> np.ndarray:
+    return build_hierarchy(features, recipe).regions
+
+
+def _encode(encoder: Encoder, crops: np.ndarray) -> np.ndarray:
+    batches = (crops[start : start + BATCH_IMAGES] for start in range(0, len(crops), BATCH_IMAGES))
+    return np.concatenate([encode(encoder, np.ascontiguousarray(batch)) for batch in batches])

@@ -1,0 +1,254 @@
+"""Two builds of the same images: how far their regions differ, level by level, and on which images most.
+
+N images in both, L levels (coarse → fine), H×W grid
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from hierarchy_builder.canvases.colours import hierarchy_colours
+from hierarchy_builder.canvases.gallery import (
+    Gallery,
+    LevelViewer,
+    Page,
+    Section,
+    Table,
+    View,
+    write_page,
+)
+from hierarchy_builder.canvases.views import HierarchyView, level_names
+from hierarchy_builder.errors import ConfigMismatchError, UsageError
+from hierarchy_builder.hierarchy.agreement import adjusted_rand, variation_of_information
+from hierarchy_builder.quality.inspection import hierarchy_views
+from hierarchy_builder.quality.scores import count_regions
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.ledger import stage_entry
+from hierarchy_builder.store.units import finished_stage, usable_rows
+
+ROWS_AT_ONCE = 1024
+IMAGES_SHOWN = 24
+SCORES = {
+    "adjusted_rand": "adjusted Rand index",
+    "variation_of_information": "variation of information, nats",
+    "identical": "images alike",
+    "regions_a": "regions of A",
+    "regions_b": "regions of B",
+    "count_shift": "regions of B less those of A",
+    "count_changed": "images of another count",
+}
+TEXTS = {
+    "Summary": "Images are matched by key, levels from the coarsest on.",
+    "Levels in both": (
+        "Means over the images in both builds. Adjusted Rand index: 1 where regions are the same, 0 on average for "
+        "unrelated ones. Variation of information in nats: 0 where they are the same. Background counts as a region."
+    ),
+    "Most changed": (
+        "Smallest mean adjusted Rand index first; the number beside a level is its index there. Each map has the "
+        "colours of its own build."
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Comparison:
+    """What `compare_builds` found, on the levels both builds have (level l of one against level l of the other).
+
+    keys: images in both. rows_a, rows_b: int64 [N], their rows. adjusted_rand, variation_of_information (nats):
+    float64 [N, l]. counts_a, counts_b: regions, int64 [N, l]. only_a, only_b: usable images of one build alone.
+    num_levels: L of each build.
+    """
+
+    keys: list[str]
+    rows_a: np.ndarray
+    rows_b: np.ndarray
+    adjusted_rand: np.ndarray
+    variation_of_information: np.ndarray
+    counts_a: np.ndarray
+    counts_b: np.ndarray
+    only_a: int
+    only_b: int
+    num_levels: tuple[int, int]
+
+    def by_level(self) -> list[dict[str, float]]:
+        """Means over the images, one mapping per common level."""
+        shift = self.counts_b - self.counts_a
+        columns = {
+            "adjusted_rand": self.adjusted_rand.mean(axis=0),
+            "variation_of_information": self.variation_of_information.mean(axis=0),
+            "identical": (self.adjusted_rand == 1).mean(axis=0),
+            "regions_a": self.counts_a.mean(axis=0),
+            "regions_b": self.counts_b.mean(axis=0),
+            "count_shift": shift.mean(axis=0),
+            "count_changed": (shift != 0).mean(axis=0),
+        }
+        return [
+            {name: round(float(values[level]), 6) for name, values in columns.items()}
+            for level in range(self.adjusted_rand.shape[1])
+        ]
+
+    def most_changed(self) -> np.ndarray:
+        """Images from the most changed one on, by mean adjusted Rand index: int64, those that differ at all."""
+        mean = self.adjusted_rand.mean(axis=1)
+        order = np.argsort(mean, kind="stable")
+        return order[mean[order] < 1]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: counts, means per level, and the images that changed most with their indices per level."""
+        return {
+            "num_images": len(self.keys),
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "num_levels": list(self.num_levels),
+            "levels": self.by_level(),
+            "changed": len(self.most_changed()),
+            "most_changed": [
+                {"key": self.keys[n], "adjusted_rand": self.adjusted_rand[n].round(6).tolist()}
+                for n in self.most_changed()[:IMAGES_SHOWN]
+            ],
+        }
+
+
+def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
+    """Compare the regions of two clustered builds, image by image, matched by key.
+
+    Raises ConfigMismatchError when the token grids differ, UsageError when no image is in both, BuilderError when
+    one is not clustered yet.
+    """
+    rows_a, rows_b = _rows_by_key(a), _rows_by_key(b)
+    _check_grids(a, b)
+    keys = [key for key in rows_a if key in rows_b]
+    if not keys:
+        raise UsageError(
+            f"{a.root} and {b.root} have no image in common: {len(rows_a)} keys such as {next(iter(rows_a), None)!r} "
+            f"there, {len(rows_b)} such as {next(iter(rows_b), None)!r} here; expected builds of the same images"
+        )
+    in_a, in_b = np.array([rows_a[key] for key in keys]), np.array([rows_b[key] for key in keys])
+    stored = stores.open_store(a.regions), stores.open_store(b.regions)
+    num_levels = [stores.array_of(group, "regions").shape[1] for group in stored]
+    parts = []
+    for start in range(0, len(keys), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        both = (_read(group, rows[some]) for group, rows in zip(stored, (in_a, in_b), strict=True))
+        parts.append(_compare(*(regions[:, : min(num_levels)] for regions in both)))
+    indices, information, counts_a, counts_b = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Comparison(
+        keys=keys,
+        rows_a=in_a,
+        rows_b=in_b,
+        adjusted_rand=indices,
+        variation_of_information=information,
+        counts_a=counts_a,
+        counts_b=counts_b,
+        only_a=len(rows_a) - len(keys),
+        only_b=len(rows_b) - len(keys),
+        num_levels=(num_levels[0] + 1, num_levels[1] + 1),
+    )
+
+
+def comparison_tables(a: BuildFolder, b: BuildFolder, found: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """Title → rows of name and value, for the terminal and the page."""
+    facts = {
+        "A": str(a.root),
+        "B": str(b.root),
+        "levels of A, of B": list(found.num_levels),
+        "images in both": len(found.keys),
+        "only in A, only in B": [found.only_a, found.only_b],
+        "images that differ": len(found.most_changed()),
+    }
+    levels = found.by_level()
+    names = level_names(len(levels) + 1)
+    worst = found.most_changed()[:IMAGES_SHOWN]
+    tables = {
+        "Summary": [{"name": name, "value": value} for name, value in facts.items()],
+        "Levels in both": [
+            {"score": word, **dict(zip(names, (round(level[score], 3) for level in levels), strict=False))}
+            for score, word in SCORES.items()
+        ],
+        "Most changed": [
+            {"key": found.keys[n], **dict(zip(names, found.adjusted_rand[n].round(3).tolist(), strict=False))}
+            for n in worst
+        ],
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def write_comparison(a: BuildFolder, b: BuildFolder, found: Comparison, path: Path) -> Path:
+    """Write a page with both hierarchies of the most changed images side by side to `path` and return it."""
+    tables = comparison_tables(a, b, found)
+    sections = [
+        Section(title=title, text=TEXTS[title], blocks=[Table(rows=rows)]) for title, rows in tables.items()
+    ]
+    if "Most changed" in tables:
+        shown = found.most_changed()[:IMAGES_SHOWN]
+        sections[-1] = Section(
+            title="Most changed",
+            text=TEXTS["Most changed"],
+            blocks=[Gallery(viewers=_viewers(a, b, found, shown), start=-1)],
+        )
+    write_page(Page(title="Two builds of the same images", sections=sections), path)
+    return path
+
+
+def _rows_by_key(folder: BuildFolder) -> dict[str, int]:
+    """Key → row of the usable images, in the order of the rows."""
+    finished_stage(folder, "cluster")
+    rows = usable_rows(folder)
+    keys = read_index(folder.index).column("key").take(rows).to_pylist()
+    return dict(zip(keys, rows.tolist(), strict=True))
+
+
+def _check_grids(a: BuildFolder, b: BuildFolder) -> None:
+    grids = [stage_entry(folder, "extract")["inputs"]["encoder"]["grid"] for folder in (a, b)]
+    if grids[0] != grids[1]:
+        shown = ["×".join(map(str, grid)) for grid in grids]
+        raise ConfigMismatchError(
+            f"{a.root} has {shown[0]} tokens, {b.root} has {shown[1]}: regions can only be compared on one grid, "
+            "build both with encoders of the same grid"
+        )
+
+
+def _read(group: zarr.Group, rows: np.ndarray) -> np.ndarray:
+    """Regions of rows in any order."""
+    order = np.argsort(rows)
+    return stores.read_rows(group, "regions", rows[order])[np.argsort(order)]
+
+
+def _compare(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """a, b: uint8 [n, l, H, W]. Adjusted Rand index, variation of information, regions of a, regions of b: [n, l]."""
+    levels = [(a[:, level], b[:, level]) for level in range(a.shape[1])]
+    indices = np.stack([adjusted_rand(*level) for level in levels], axis=1)
+    information = np.stack([variation_of_information(*level) for level in levels], axis=1)
+    return indices, information, count_regions(a), count_regions(b)
+
+
+def _viewers(a: BuildFolder, b: BuildFolder, found: Comparison, shown: np.ndarray) -> list[LevelViewer]:
+    encoder = stage_entry(a, "extract")["inputs"]["encoder"]
+    views = hierarchy_views(a, records_of(read_index(a.index)), found.rows_a[shown].tolist(), encoder)
+    others = _read(stores.open_store(b.regions), found.rows_b[shown])
+    return [
+        _viewer(view, other, found, n) for view, other, n in zip(views, others, shown.tolist(), strict=True)
+    ]
+
+
+def _viewer(view: HierarchyView, other: np.ndarray, found: Comparison, n: int) -> LevelViewer:
+    num_levels = found.adjusted_rand.shape[1]
+    levels = zip(found.adjusted_rand[n], found.counts_a[n], found.counts_b[n], strict=True)
+    return LevelViewer(
+        title=view.class_name,
+        subtitle=view.key,
+        level_names=level_names(num_levels + 1)[:-1],
+        captions=[f"{index:.2f}: {first} and {second} regions" for index, first, second in levels],
+        views=[
+            View(name=name, layers=hierarchy_colours(regions[:num_levels])[:-1])
+            for name, regions in (("A", view.regions), ("B", other))
+        ],
+        reveal=view.photo,
+    )

@@ -1,0 +1,238 @@
+"""Scores of region hierarchies, as functions of arrays: what regions are like, how stable, how close to people's.
+
+    N images, L levels (coarse → fine), H×W grid, T = H·W tokens, C channels, K regions of one image and level
+
+Regions are read as plain partitions: the background counts like any other region. A score is one number per image
+and level, float64 [N, L−1], NaN where it has no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from hierarchy_builder.canvases import region_means
+from hierarchy_builder.hierarchy.agreement import (
+    CELLS_PER_TOKEN,
+    adjusted_rand,
+    boundary_f,
+    covering,
+    object_iou,
+)
+from hierarchy_builder.hierarchy.recipe import Flag
+
+NORM_EPSILON = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Quality:
+    """Scores of N images. scores: name → float64 [N, L−1]. violations: int64 [N]. flags: uint8 [N], of `Flag`."""
+
+    scores: Mapping[str, np.ndarray]
+    violations: np.ndarray
+    flags: np.ndarray
+
+    def by_level(self) -> list[dict[str, float | None]]:
+        """Mean of every score over the images that have it, one mapping per level; None where none has."""
+        num_levels = next(iter(self.scores.values())).shape[1]
+        return [
+            {name: _mean(values[:, level]) for name, values in self.scores.items()}
+            for level in range(num_levels)
+        ]
+
+    def of_image(self, row: int) -> dict[str, Any]:
+        """Every number of one image as plain data; scores as lists over levels."""
+        facts = {"violations": int(self.violations[row]), "flags": flag_names(int(self.flags[row]))}
+        return facts | {
+            name: [_mean(v) for v in values[row, :, None]] for name, values in self.scores.items()
+        }
+
+
+def join(parts: Sequence[Quality]) -> Quality:
+    """Scores of all images of `parts`, which have the same scores and levels."""
+    return Quality(
+        scores={name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
+        violations=np.concatenate([part.violations for part in parts]),
+        flags=np.concatenate([part.flags for part in parts]),
+    )
+
+
+def flag_names(value: int) -> list[str]:
+    """The flags that are set in `Hierarchy.flags` of one image, in lower case."""
+    return [str(flag.name).lower() for flag in Flag(value)]
+
+
+def flag_shares(flags: np.ndarray) -> dict[str, float]:
+    """Share of images with each flag; flags: uint8 [N], N ≥ 1."""
+    return {str(flag.name).lower(): float(((flags & flag.value) != 0).mean()) for flag in Flag}
+
+
+def count_regions(regions: np.ndarray) -> np.ndarray:
+    """Different ids of every image and level: int64 [N, L−1]. regions: integer [N, L−1, H, W]."""
+    ids = np.sort(regions.reshape(*regions.shape[:2], -1), axis=2)
+    return 1 + (np.diff(ids, axis=2) != 0).sum(axis=2)
+
+
+def region_scores(features: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray]:
+    """What the regions of every image and level are like.
+
+    features: float [N, H, W, C]. regions: integer [N, L−1, H, W], ids from 0.
+    regions: their number. smallest, median, largest: tokens of a region. connected: share of regions that are one
+    piece (4-connected). within: mean cosine of a token and the mean token of its region. between: mean cosine
+    of the mean tokens of two regions, NaN where there is only one. Tokens are L2-normalised first.
+    """
+    tokens = features.astype(np.float32)
+    tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True) + NORM_EPSILON
+    levels = [_level_scores(tokens, regions[:, level]) for level in range(regions.shape[1])]
+    scores = {name: np.stack([level[name] for level in levels], axis=1) for name in levels[0]}
+    return scores | {"connected": _count_connected(regions) / scores["regions"]}
+
+
+def stability(regions: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Adjusted Rand index of every level: float64 [N, L−1]. regions, others: integer [N, L−1, H, W]."""
+    levels = range(regions.shape[1])
+    return np.stack([adjusted_rand(regions[:, level], others[:, level]) for level in levels], axis=1)
+
+
+def human_scores(regions: np.ndarray, humans: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Agreement with people's label maps: covering, boundary precision, recall and F; object IoU of level 0.
+
+    regions: integer [N, L−1, H, W]. humans: N integer arrays [M, h, w] at the cells of `cells_of`.
+    Defined in `agreement`; means over images are means of each image's score.
+    """
+    cells = regions.repeat(CELLS_PER_TOKEN, axis=2).repeat(CELLS_PER_TOKEN, axis=3)
+    levels = [_level_agreement(level, humans) for level in cells.swapaxes(0, 1)]
+    scores = {name: np.stack([level[name] for level in levels], axis=1) for name in levels[0]}
+    iou = np.full(regions.shape[:2], np.nan)
+    iou[:, 0] = object_iou(cells[:, 0] != 0, humans)
+    return {"object_iou": iou, **scores}
+
+
+def cells_of(grid: Sequence[int]) -> tuple[int, int]:
+    """Cells (h, w) at which label maps are compared with regions of a grid of tokens (H, W)."""
+    return grid[0] * CELLS_PER_TOKEN, grid[1] * CELLS_PER_TOKEN
+
+
+def baselines(
+    features: np.ndarray, counts: np.ndarray, humans: Sequence[np.ndarray] | None, seed: int = 0
+) -> dict[str, Quality]:
+    """The same scores for partitions that do not look at the image: `grid` and `random`.
+
+    counts: regions wanted in every image and level, integer [N, L−1]; a level gets at least those of a coarser one.
+    """
+    counts, grid = np.maximum.accumulate(counts.astype(np.int64), axis=1), features.shape[1:3]
+    found = {
+        "grid": grid_regions(counts, grid),
+        "random": random_regions(counts, grid, seed),
+    }
+    nothing = np.zeros(len(counts), dtype=np.int64)
+    return {
+        name: Quality(
+            scores=region_scores(features, blind)
+            | (human_scores(blind, humans) if humans is not None else {}),
+            violations=nothing,
+            flags=nothing.astype(np.uint8),
+        )
+        for name, blind in found.items()
+    }
+
+
+def grid_regions(counts: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """Regular blocks, as many as asked for.
+
+    counts: int [N, L−1], 1 to T, not falling from coarse to fine. The largest block is halved across its longer
+    side until there are enough, so 4 and 16 blocks of a square are 2×2 and 4×4, and levels are nested.
+    Returns int64 [N, L−1, H, W], ids from 0.
+    """
+    blocks = [(slice(0, grid[0]), slice(0, grid[1]))]
+    planes = np.zeros((int(counts.max()), *grid), dtype=np.int64)
+    for number in range(1, len(planes)):
+        largest = max(range(number), key=lambda n: _length(blocks[n][0]) * _length(blocks[n][1]))
+        blocks[largest], half = _halve(*blocks[largest])
+        blocks.append(half)
+        planes[number:, half[0], half[1]] = number
+    return planes[counts - 1]
+
+
+def random_regions(counts: np.ndarray, grid: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Voronoi cells of random tokens, as many as asked for; coarser levels join each cell to the nearest kept one.
+
+    counts: int [N, L−1], 1 to T, not falling from coarse to fine. Nested. Returns int64 [N, L−1, H, W], ids from 0.
+    """
+    positions = np.indices(grid).reshape(2, -1).T
+    random = np.random.default_rng(seed)
+    regions = np.empty((*counts.shape, len(positions)), dtype=np.int64)
+    for image, wanted in enumerate(counts.tolist()):
+        centres = positions[random.permutation(len(positions))]
+        cells, points = np.arange(len(positions)), positions
+        for level in reversed(range(len(wanted))):
+            kept = centres[: wanted[level]]
+            nearest = ((points[:, None] - kept[None]) ** 2).sum(axis=-1).argmin(axis=1)
+            cells, points = nearest[cells], kept
+            regions[image, level] = cells
+    return regions.reshape(*counts.shape, *grid)
+
+
+def _level_scores(tokens: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray]:
+    """tokens: unit vectors float32 [N, H, W, C]. regions: [N, H, W]."""
+    means, counts = region_means(tokens, regions)
+    number = (counts > 0).sum(axis=1)
+    sizes = np.where(counts > 0, counts, np.nan)
+    lengths = np.linalg.norm(means.astype(np.float64), axis=-1)
+    directions = means / np.maximum(lengths, NORM_EPSILON)[..., None]
+    # Of unit vectors: the mean cosine to their mean is its length; Σ_{k≠l} d_k·d_l = |Σ d|² − Σ |d|².
+    pairs = (directions.sum(axis=1) ** 2).sum(axis=-1) - (directions**2).sum(axis=(1, 2))
+    return {
+        "regions": number.astype(np.float64),
+        "smallest": np.nanmin(sizes, axis=1),
+        "median": np.nanmedian(sizes, axis=1),
+        "largest": np.nanmax(sizes, axis=1),
+        "within": (lengths * counts).sum(axis=1) / counts.sum(axis=1),
+        "between": np.where(number > 1, pairs / np.maximum(number * (number - 1), 1), np.nan),
+    }
+
+
+def _level_agreement(cells: np.ndarray, humans: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    precision, recall, f = boundary_f(cells, humans)
+    return {"covering": covering(cells, humans), "precision": precision, "recall": recall, "boundary_f": f}
+
+
+def _count_connected(regions: np.ndarray) -> np.ndarray:
+    """How many regions are one 4-connected piece: int64 [N, L−1]."""
+    planes = regions.reshape(-1, *regions.shape[2:]).astype(np.int64)
+    tokens = np.arange(planes.size).reshape(planes.shape)
+    down, right = planes[:, 1:] == planes[:, :-1], planes[:, :, 1:] == planes[:, :, :-1]
+    edges = (
+        np.concatenate([tokens[:, 1:][down], tokens[:, :, 1:][right]]),
+        np.concatenate([tokens[:, :-1][down], tokens[:, :, :-1][right]]),
+    )
+    graph = csr_array((np.ones(len(edges[0]), dtype=bool), edges), shape=(planes.size, planes.size))
+    num_pieces, piece = connected_components(graph, directed=False)
+    num_ids = int(planes.max()) + 1
+    region = planes + np.arange(0, len(planes) * num_ids, num_ids)[:, None, None]
+    region_of_piece = np.empty(num_pieces, dtype=np.int64)
+    region_of_piece[piece] = region.ravel()
+    pieces = np.bincount(region_of_piece, minlength=len(planes) * num_ids)
+    return (pieces == 1).reshape(*regions.shape[:2], num_ids).sum(axis=2)
+
+
+def _halve(rows: slice, columns: slice) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    if _length(rows) >= _length(columns):
+        middle = (rows.start + rows.stop + 1) // 2
+        return (slice(rows.start, middle), columns), (slice(middle, rows.stop), columns)
+    middle = (columns.start + columns.stop + 1) // 2
+    return (rows, slice(columns.start, middle)), (rows, slice(middle, columns.stop))
+
+
+def _length(span: slice) -> int:
+    return int(span.stop - span.start)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return round(float(finite.mean()), 6) if len(finite) else None

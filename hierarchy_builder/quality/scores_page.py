@@ -1,0 +1,193 @@
+"""The quality of a build as tables for the terminal and as a page: scores per level, distributions, worst images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hierarchy_builder.canvases.gallery import Facts, Gallery, Page, Plots, Section, Table, write_page
+from hierarchy_builder.canvases.plots import Plot, Series
+from hierarchy_builder.canvases.views import hierarchy_viewers, level_names, shared_palette
+from hierarchy_builder.quality.assessment import Assessment
+from hierarchy_builder.quality.inspection import hierarchy_views
+from hierarchy_builder.store.artefacts import BuildFolder, write_json
+from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.ledger import stage_entry
+
+WORST_IMAGES = 12
+BUILD = "build"
+SIZES = ("regions", "smallest", "median", "largest")
+"""Scores that are not shown of the baselines: their regions are as many by design."""
+SCORES = {
+    "Regions": {
+        "regions": "regions",
+        "smallest": "smallest, tokens",
+        "median": "median, tokens",
+        "largest": "largest, tokens",
+        "connected": "connected",
+        "within": "similarity within",
+        "between": "similarity between",
+    },
+    "Stability": {
+        "flip": "mirrored",
+        "shift": "moved by a token",
+        "seed": "other seeds",
+        "float16": "in float16",
+        "bfloat16": "in bfloat16",
+    },
+    "Agreement with people": {
+        "object_iou": "object IoU",
+        "covering": "covering",
+        "precision": "boundary precision",
+        "recall": "boundary recall",
+        "boundary_f": "boundary F",
+    },
+}
+"""The tables, and the words for each score in them."""
+
+TEXTS = {
+    "Regions": (
+        "Means over images. Connected is the share of regions in one piece; similarity the mean cosine of a token and "
+        "its region's mean (within) and of two regions' means (between). Grid and random are partitions with as "
+        "many regions that do not look at the image."
+    ),
+    "Stability": (
+        "Adjusted Rand index between two hierarchies of one photo, 1 where nothing changes: mirrored, cropped one "
+        "token further, with other seeds, and from features rounded to 16 bits."
+    ),
+    "Agreement with people": (
+        "Means over images. Label maps are read at 4 cells a token and side, and outlines match within half a token. "
+        "Covering is the best overlap of each drawn segment, weighted by area."
+    ),
+}
+
+
+def score_tables(found: Assessment) -> dict[str, list[dict[str, Any]]]:
+    """Title → rows of name and value: one row per score and partition, one column per level.
+
+    Scores nobody has are left out, and so are tables without any.
+    """
+    partitions = {BUILD: found.quality.by_level()}
+    partitions |= {name: quality.by_level() for name, quality in found.baselines.items()}
+    names = level_names(len(partitions[BUILD]) + 1)
+    tables = {}
+    for title, words in SCORES.items():
+        rows = []
+        for score, word in words.items():
+            for name, means in partitions.items():
+                if name != BUILD and score in SIZES:
+                    continue
+                values = [level.get(score) for level in means]
+                if any(value is not None for value in values):
+                    cells = dict(zip(names, map(_rounded, values), strict=False))
+                    rows.append({"score": word, "partition": name, **cells})
+        if rows:
+            tables[title] = rows
+    return tables
+
+
+def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
+    """Write quality.json into the build and a self-contained page to `path`, and return the latter."""
+    write_json(folder.quality, found.as_json())
+    sections = [Section(title="Summary", blocks=[Facts(entries=summary(found))])]
+    for title, rows in score_tables(found).items():
+        sections.append(Section(title=title, text=TEXTS[title], blocks=[Table(rows=rows)]))
+    sections.append(Section(title="Distributions", blocks=[Plots(plots=_plots(found.quality.scores))]))
+    for title, text, names in (
+        (
+            "Least stable",
+            "Smallest adjusted Rand index, mean of flip, shift and seed; below each card level by level.",
+            ("flip", "shift", "seed"),
+        ),
+        ("Furthest from people", "Smallest covering of the drawn segments, mean over levels.", ("covering",)),
+    ):
+        gallery = _worst(folder, found, names)
+        if gallery is not None:
+            sections.append(Section(title=title, text=text, blocks=[gallery]))
+    name = folder.root.resolve().name
+    write_page(Page(title=f"Quality of hierarchies: {name}", sections=sections), path)
+    return path
+
+
+def summary(found: Assessment) -> dict[str, Any]:
+    """What was assessed and what could not be, as names and values."""
+    facts = found.facts
+    entries = {
+        "images": f"{facts['num_sampled']:,} of {facts['num_images']:,}",
+        "nesting violations": int(found.quality.violations.sum()),
+        **{f"{name}, all images": f"{share:.2%}" for name, share in facts["flagged"].items()},
+        "photos seen again": facts["photos"]["read"],
+    }
+    if facts["photos"]["why_not"]:
+        entries["photos not seen again"] = facts["photos"]["why_not"]
+    if facts["photos"]["unreadable"]:
+        entries["photos not readable"] = facts["photos"]["unreadable"]
+    if facts["masks"]:
+        entries["label maps"] = f"{facts['masks']['maps']:,} of {facts['masks']['images']:,} images"
+        if facts["masks"]["refused"]:
+            refused = facts["masks"]["refused"]
+            entries["label maps left out"] = f"{len(refused):,}, the first: {refused[0]}"
+    return entries
+
+
+def _plots(scores: Mapping[str, np.ndarray]) -> list[Plot]:
+    candidates = [
+        ("regions", "Regions of an image", "regions", None),
+        ("connected", "Connected regions", "share in one piece", (0.0, 1.0)),
+        ("flip", "Stability: mirrored", "adjusted Rand index", (0.0, 1.0)),
+        ("shift", "Stability: one token further", "adjusted Rand index", (0.0, 1.0)),
+        ("covering", "Covering of drawn segments", "covering", (0.0, 1.0)),
+        ("boundary_f", "Boundary F", "F", (0.0, 1.0)),
+    ]
+    plots = []
+    for score, title, label, span in candidates:
+        if score not in scores or not np.isfinite(scores[score]).any():
+            continue
+        names = level_names(scores[score].shape[1] + 1)
+        columns = zip(names, scores[score].T, strict=False)
+        series = [_histogram(name, values, span) for name, values in columns]
+        plots.append(Plot(title=title, x_label=label, y_label="share of images", series=series))
+    return plots
+
+
+def _histogram(name: str, values: np.ndarray, span: tuple[float, float] | None, num_bins: int = 20) -> Series:
+    """Share of images in each bin as the outline of bars; without a span one bin per whole number."""
+    values = values[np.isfinite(values)]
+    if span is None:
+        edges = np.arange(0, values.max(initial=0) + 2) + 0.5
+    else:
+        edges = np.linspace(*span, num_bins + 1)
+        values = values.clip(*span)
+    shares = np.histogram(values, edges)[0] / max(len(values), 1)
+    return Series(name=name, x=edges.repeat(2)[1:-1].tolist(), y=shares.repeat(2).tolist())
+
+
+def _worst(folder: BuildFolder, found: Assessment, names: Sequence[str]) -> Gallery | None:
+    """Cards of the images with the smallest mean of some scores, their values below; None where none is below 1."""
+    scores = {name: found.quality.scores[name] for name in names if name in found.quality.scores}
+    if not scores:
+        return None
+    means = np.ma.masked_invalid(np.stack(list(scores.values()))).mean(axis=(0, 2)).filled(1.0)
+    worst = [n for n in np.argsort(means, kind="stable")[:WORST_IMAGES].tolist() if means[n] < 1]
+    if not worst:
+        return None
+    encoder = stage_entry(folder, "extract")["inputs"]["encoder"]
+    records = records_of(read_index(folder.index))
+    views = hierarchy_views(folder, records, [found.rows[n] for n in worst], encoder)
+    noted = [
+        replace(view, notes={**view.notes, **{name: _short(values[n]) for name, values in scores.items()}})
+        for view, n in zip(views, worst, strict=True)
+    ]
+    return Gallery(viewers=hierarchy_viewers(noted, shared_palette(view.tokens() for view in noted)), start=1)
+
+
+def _short(values: np.ndarray) -> str:
+    return ", ".join("–" if np.isnan(value) else f"{value:.2f}" for value in values)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,243 @@
+"""What the prototypes of a vocabulary stand for: of each, the parts of images nearest to it, on one page.
+
+N images, P parts of all images, K prototypes of the finest level, H×W grid, S pixels a side of a photo
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hierarchy_builder.canvases.gallery import Facts, Page, Plots, Section, Strip, Strips, write_page
+from hierarchy_builder.canvases.plots import Plot, Series
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.quality.inspection import photo_reader, read_photo
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.ledger import read_manifest, stage_entry
+from hierarchy_builder.store.units import finished_stage, stage_units
+from hierarchy_builder.vocabulary.prototypes import NO_REGION, Vocabulary, load_vocabulary
+from hierarchy_builder.wording import counted
+
+Groups = dict[int, list[int]]
+"""Finest prototypes by prototype of the coarsest level."""
+
+PICTURE_PX = 144
+MARGIN_TOKENS = 1
+MIN_TOKENS = 6
+"""Tokens a side that a picture shows at least: less of a photo is hard to recognise."""
+GROUP_ROWS = 8
+"""Prototypes shown of each group, where there are more than the page takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Parts:
+    """All parts of a build: int64 rows of the index, region ids, prototypes, squared distances to them; [P] each."""
+
+    rows: np.ndarray
+    regions: np.ndarray
+    prototypes: np.ndarray
+    distances: np.ndarray
+
+    @classmethod
+    def read(cls, folder: BuildFolder) -> Parts:
+        """Block by block from regions.zarr."""
+        found = []
+        for block in stage_units(folder, "link"):
+            prototypes = stores.read_block(folder.regions, "prototypes", block)
+            distances = stores.read_block(folder.regions, "prototype_distances", block)
+            rows, regions = np.nonzero(prototypes != NO_REGION)
+            found.append((rows + block.start, regions, prototypes[rows, regions], distances[rows, regions]))
+        rows, regions, prototypes, distances = (np.concatenate(some) for some in zip(*found, strict=True))
+        return cls(rows=rows, regions=regions, prototypes=prototypes, distances=distances)
+
+    def nearest(self, prototype: int, count: int) -> np.ndarray:
+        """Up to `count` parts nearest to a prototype among those that carry it, one of each image; int64."""
+        mine = np.flatnonzero(self.prototypes == prototype)
+        mine = mine[np.argsort(self.distances[mine], kind="stable")]
+        _, first = np.unique(self.rows[mine], return_index=True)
+        return mine[np.sort(first)][:count]
+
+
+def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, examples: int = 8) -> Path:
+    """Write the page of a linked build to `path` and return it.
+
+    limit: prototypes shown, the most used ones; where there are coarser levels, the most used of each group of the
+    coarsest. examples: parts shown of each.
+    Raises BuilderError where parts are not linked yet.
+    """
+    if "link" not in read_manifest(folder)["stages"]:
+        raise BuilderError(
+            f"{folder.root} has no parts linked to prototypes: run `hierarchy-builder cluster {folder.root} "
+            "--vocabulary 256` first"
+        )
+    linked = finished_stage(folder, "link")
+    vocabulary, config, _ = load_vocabulary(folder.vocabulary)
+    parts = Parts.read(folder)
+    uses = np.bincount(parts.prototypes, minlength=config.num_prototypes)
+    groups = choose_prototypes(vocabulary, uses, limit)
+    strips = _strips(folder, linked["inputs"]["config"]["level"], parts, vocabulary, groups, examples)
+    num_tokens = int(vocabulary.counts[-1].sum())
+    facts = {
+        "prototypes": " → ".join(f"{size:,}" for size in vocabulary.sizes),
+        "carried by a part": f"{np.count_nonzero(uses):,} of {config.num_prototypes:,}",
+        "parts": len(parts.rows),
+        "tokens fitted": num_tokens,
+        "engine": config.backend,
+        "prototypes shown": sum(map(len, groups.values())),
+    }
+    summary = Section(
+        title="Summary", blocks=[Facts(entries=facts), _inertia_plot(vocabulary.inertia, num_tokens)]
+    )
+    page = Page(
+        title=f"Vocabulary: {folder.root.resolve().name}",
+        intro="Prototypes of the whole data set, and the parts of images nearest to each: the region is outlined, "
+        "the rest of the photo dimmed.",
+        sections=[summary, *_sections(vocabulary, uses, strips)],
+    )
+    write_page(page, path)
+    return path
+
+
+def choose_prototypes(vocabulary: Vocabulary, uses: np.ndarray, limit: int) -> Groups:
+    """Which finest prototypes to show, by prototype of the coarsest level, the most used first.
+
+    uses: int64 [K]. With one level all are in group 0. Prototypes no part carries are left out.
+    """
+    used = [k for k in np.argsort(-uses, kind="stable").tolist() if uses[k]]
+    if len(vocabulary.sizes) == 1:
+        return {0: used[:limit]}
+    ancestors = vocabulary.climb(np.arange(len(uses)), 0)
+    totals = np.bincount(ancestors, uses, vocabulary.sizes[0])
+    share = max(GROUP_ROWS, limit // vocabulary.sizes[0])
+    groups: Groups = {}
+    for group in np.argsort(-totals, kind="stable").tolist():
+        room = limit - sum(map(len, groups.values()))
+        if members := [k for k in used if ancestors[k] == group][: min(share, room)]:
+            groups[group] = members
+    return groups
+
+
+def part_picture(photo: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
+    """A square cut around a region: outlined, the rest dimmed. uint8 [PICTURE_PX, PICTURE_PX, 3].
+
+    photo: uint8 [S, S, 3], or None for the region alone. mask: bool [H, W].
+    """
+    left, top, extent = _window(mask)
+    steps = (np.arange(PICTURE_PX) + 0.5) / PICTURE_PX * extent
+    rows, columns = ((corner + steps) * size for corner, size in zip((top, left), mask.shape, strict=True))
+    inside = mask[rows.astype(int)[:, None], columns.astype(int)]
+    if photo is None:
+        return _highlight(np.full((PICTURE_PX, PICTURE_PX, 3), 150, np.uint8), inside)
+    left_px, top_px, extent_px = (edge * len(photo) for edge in (left, top, extent))
+    picture = Image.fromarray(photo).resize(
+        (PICTURE_PX, PICTURE_PX),
+        Image.Resampling.LANCZOS,
+        box=(left_px, top_px, left_px + extent_px, top_px + extent_px),
+    )
+    return _highlight(np.asarray(picture), inside)
+
+
+def _window(mask: np.ndarray) -> tuple[float, float, float]:
+    """Left, top and side of the square around a region, as shares of the photo's side."""
+    spans = [np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1)]  # columns, rows
+    sizes = mask.shape[::-1]
+    extent = max(
+        max(np.ptp(span) + 1 + 2 * MARGIN_TOKENS, MIN_TOKENS) / size
+        for span, size in zip(spans, sizes, strict=True)
+    )
+    extent = min(1.0, extent)
+    left, top = (
+        min(max((span[0] + span[-1] + 1) / (2 * size) - extent / 2, 0.0), 1 - extent)
+        for span, size in zip(spans, sizes, strict=True)
+    )
+    return left, top, extent
+
+
+def _highlight(picture: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Dim what is not `inside` (bool [P, P]) and draw its border, two pixels wide; not along the picture's edge."""
+    dimmed = 0.45 * picture.mean(axis=-1, keepdims=True) + 20
+    padded = np.pad(inside, 2, mode="edge")
+    kept = inside.copy()
+    for down, right in ((0, 2), (4, 2), (2, 0), (2, 4)):
+        kept &= padded[down : down + len(inside), right : right + len(inside)]
+    shown = np.where(inside[..., None], picture, dimmed)
+    return np.where((inside & ~kept)[..., None], 255, shown).astype(np.uint8)
+
+
+def _strips(
+    folder: BuildFolder, level: int, parts: Parts, vocabulary: Vocabulary, groups: Groups, examples: int
+) -> dict[int, list[Strip]]:
+    chosen = {k: parts.nearest(k, examples) for members in groups.values() for k in members}
+    needed = np.concatenate(list(chosen.values()))
+    rows = np.unique(parts.rows[needed])
+    keys = dict(
+        zip(rows.tolist(), read_index(folder.index).column("key").take(rows).to_pylist(), strict=True)
+    )
+    pictures = _pictures(folder, level, parts, needed)
+    strips = {}
+    for k, found in chosen.items():
+        strips[k] = Strip(
+            title=" › ".join(map(str, _lineage(vocabulary, k))),
+            subtitle=counted(int(np.count_nonzero(parts.prototypes == k)), "part"),
+            pictures=[pictures[part] for part in found.tolist()],
+            captions=[keys[row] for row in parts.rows[found].tolist()],
+        )
+    return {
+        group: [strips[k] for k in sorted(members, key=lambda k: _lineage(vocabulary, k)[:-1])]
+        for group, members in groups.items()
+    }
+
+
+def _pictures(folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray) -> dict[int, np.ndarray]:
+    """The picture of each needed part; every photo is decoded once, in threads."""
+    index, reader = read_index(folder.index), photo_reader(folder)
+    size_px = stage_entry(folder, "extract")["inputs"]["encoder"]["image_size_px"]
+    regions = stores.open_store(folder.regions)
+
+    def draw(row: int) -> dict[int, np.ndarray]:
+        photo = read_photo(reader, records_of(index.slice(row, 1))[0], size_px)
+        ids = stores.read_rows(regions, "regions", slice(row, row + 1))[0, level]
+        mine = needed[parts.rows[needed] == row].tolist()
+        return {part: part_picture(photo, ids == parts.regions[part]) for part in mine}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(draw, np.unique(parts.rows[needed]).tolist())
+        return {part: picture for some in drawn for part, picture in some.items()}
+
+
+def _lineage(vocabulary: Vocabulary, prototype: int) -> tuple[int, ...]:
+    """Ids of a finest prototype and its ancestors, coarse → fine."""
+    finest = np.array([prototype])
+    return tuple(int(vocabulary.climb(finest, level)[0]) for level in range(len(vocabulary.sizes)))
+
+
+def _sections(vocabulary: Vocabulary, uses: np.ndarray, strips: dict[int, list[Strip]]) -> Iterator[Section]:
+    """One section, or one of each group of the coarsest level."""
+    if len(vocabulary.sizes) == 1:
+        text = "The most used first; the number is the id of the prototype."
+        yield Section(title="Prototypes", text=text, blocks=[Strips(strips=strips[0])])
+        return
+    ancestors = vocabulary.climb(np.arange(len(uses)), 0)
+    for group, rows in strips.items():
+        mine = uses[ancestors == group]
+        text = (
+            f"{counted(int(mine.sum()), 'part')} with one of {counted(int((mine > 0).sum()), 'prototype')} below "
+            f"prototype {group} of the coarsest level; {len(rows)} shown, named by the ids of their ancestors, "
+            "coarse → fine."
+        )
+        yield Section(title=f"Group {group}", text=text, blocks=[Strips(strips=rows)])
+
+
+def _inertia_plot(inertia: Sequence[float], num_tokens: int) -> Plots:
+    points = Series(
+        name="inertia", x=list(range(len(inertia))), y=[value / max(num_tokens, 1) for value in inertia]
+    )
+    return Plots(plots=[Plot(title="Mean squared distance of a token", x_label="iteration", series=[points])])

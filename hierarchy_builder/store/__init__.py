@@ -1,0 +1,1 @@
+"""Everything a build keeps on disk."""

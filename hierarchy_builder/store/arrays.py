@@ -1,0 +1,341 @@
+"""The zarr stores between the stages: features.zarr and regions.zarr, written one whole block at a time.
+
+    N images, B rows in a block, H×W grid, C channels, L levels, T = H·W tokens
+
+A block is one zarr shard of every array, so a block has one writer and is replaced whole. Chunks carry a crc32c,
+since a flipped byte passes unnoticed otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
+from hierarchy_builder.store.artefacts import remove
+from hierarchy_builder.store.statistics import Moments
+
+NOT_STORED = 2**64 - 1
+"""Length in the index of a shard of a chunk that holds only zeros."""
+ROWS_PER_CHUNK = 8
+"""Rows read together at random access; a block is a whole number of chunks or a single short one."""
+
+
+MOMENTS = ("block_count", "block_mean", "block_m2")
+"""Arrays of features.zarr with one value per block."""
+
+Layout = dict[str, dict[str, Any]]
+"""Arrays of a store by name: shape, shards, chunks and dtype."""
+
+
+def create_features(path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> None:
+    """Create features.zarr, see `features_layout`. An existing store of the same shape is kept."""
+    create(path, features_layout(num_rows=num_rows, block_rows=block_rows, grid=grid, width=width))
+
+
+def features_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> Layout:
+    """`features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
+
+    `block_count` int64 [blocks], `block_mean` and `block_m2` float64 [blocks,H,W,C] hold count, mean and sum of
+    squared deviations of a block's usable rows.
+    """
+    token_shape = (*grid, width)
+    num_blocks = -(-num_rows // block_rows)
+    return {
+        "features": _by_rows(num_rows, block_rows, token_shape, FEATURE_DTYPE),
+        "status": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
+        "block_count": _by_blocks(num_blocks, (), np.dtype("int64")),
+        "block_mean": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
+        "block_m2": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
+    }
+
+
+def has_scatter(path: Path) -> bool:
+    """Whether `create_scatter` was called on features.zarr."""
+    return "block_scatter" in open_store(path)
+
+
+def create_scatter(path: Path) -> None:
+    """Add `block_scatter` float64 [blocks,C,C] to features.zarr: scatter matrix of the tokens of each block."""
+    num_blocks, *_, width = array_of(open_store(path), "block_mean").shape
+    create(path, scatter_layout(num_blocks=num_blocks, width=width))
+
+
+def scatter_layout(*, num_blocks: int, width: int) -> Layout:
+    """`block_scatter` float64 [blocks,C,C]."""
+    return {"block_scatter": _by_blocks(num_blocks, (width, width), np.dtype("float64"))}
+
+
+def create_regions(
+    path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
+) -> None:
+    """Create regions.zarr, see `regions_layout`. An existing store of the same shape is kept."""
+    create(path, regions_layout(num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=num_levels))
+
+
+def regions_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int) -> Layout:
+    """`regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N] and `scores` float32 [N,2].
+
+    See `hierarchy.Hierarchy` for what they hold.
+    """
+    return {
+        "regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE),
+        "merges": _by_rows(num_rows, block_rows, (grid[0] * grid[1] - 1, 3), np.dtype("float32")),
+        "flags": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
+        "scores": _by_rows(num_rows, block_rows, (2,), np.dtype("float32")),
+    }
+
+
+def create_levels(
+    path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
+) -> None:
+    """Create a store of `regions` alone."""
+    create(path, {"regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE)})
+
+
+def create_prototypes(path: Path, *, num_rows: int, block_rows: int) -> None:
+    """Add to regions.zarr what `prototypes_layout` says."""
+    create(path, prototypes_layout(num_rows=num_rows, block_rows=block_rows))
+
+
+def prototypes_layout(*, num_rows: int, block_rows: int) -> Layout:
+    """`prototypes` uint16 [N,256], nearest dataset-wide prototype of each part, by region id.
+
+    `prototype_distances` float32 [N,256] holds the squared distances to them.
+    """
+    row = (MAX_REGIONS,)
+    return {
+        "prototypes": _by_rows(num_rows, block_rows, row, np.dtype("uint16")),
+        "prototype_distances": _by_rows(num_rows, block_rows, row, np.dtype("float32")),
+    }
+
+
+def create(path: Path, layout: Layout) -> None:
+    """Create the arrays of `layout` in the store `path`; those there are kept.
+
+    Raises BuilderError where one there has another shape or the store is damaged.
+    """
+    try:
+        group = zarr.open_group(path, mode="a", zarr_format=3)
+    except (OSError, ValueError, KeyError) as error:
+        raise BuilderError(
+            f"{path} is damaged ({error}): run `hierarchy-builder repair`, or start its stage over with --fresh"
+        ) from None
+    if group.attrs.get("format_version") != FORMAT_VERSION:
+        group.attrs["format_version"] = FORMAT_VERSION
+    for name, array in layout.items():
+        if (path / name / "zarr.json").exists():
+            if array_of(group, name).shape != array["shape"]:
+                raise BuilderError(
+                    f"{path}/{name} has shape {array_of(group, name).shape}, expected {array['shape']}: "
+                    "start the stage over with --fresh"
+                )
+            continue
+        _create_array(group, name, array)
+
+
+def damaged_layout(path: Path, layout: Layout) -> list[str]:
+    """Which of the descriptions `zarr.json` are not those `create` writes: names of arrays, "." for the store."""
+    expected = zarr.create_group(MemoryStore(), zarr_format=3)
+    damaged = [] if is_store(path) else ["."]
+    for name, array in layout.items():
+        try:
+            found = zarr.open_array(path / name, mode="r").metadata
+        except (OSError, ValueError, KeyError, TypeError):
+            damaged.append(name)
+            continue
+        if found != _create_array(expected, name, array).metadata:
+            damaged.append(name)
+    return damaged
+
+
+def mend_layout(path: Path, layout: Layout) -> None:
+    """Write the damaged descriptions of a store anew; the chunks stay as they are."""
+    for name in damaged_layout(path, layout):
+        remove(path / name / "zarr.json")
+    create(path, layout)
+
+
+def grow(path: Path, *, num_rows: int, num_blocks: int) -> None:
+    """Make room in all arrays of a store for more rows; what is there stays."""
+    group = open_store(path, "r+")
+    for name, array in group.arrays():
+        first = num_blocks if name.startswith("block_") else num_rows
+        if array.shape[0] < first:
+            array.resize((first, *array.shape[1:]))
+
+
+def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Write rows of `block` into each named array; returns the SHA-256 of each.
+
+    Raises BuilderError on a wrong shape.
+    """
+    group, digests = open_store(path, "r+"), {}
+    for name, values in arrays.items():
+        target = array_of(group, name)
+        expected = (len(block), *target.shape[1:])
+        if values.shape != expected:
+            raise BuilderError(
+                f"{path}/{name}: block {block.number} has shape {values.shape}, expected {expected}"
+            )
+        # zarr would read the last shard, which is short, to write it; where it is damaged that fails.
+        shard_file(path, name, block).unlink(missing_ok=True)
+        target[block.start : block.stop] = values
+        digests[name] = _digest(values, target.dtype)
+    return digests
+
+
+def shard_file(path: Path, name: str, block: Block) -> Path:
+    """Where the rows of a block of one array lie."""
+    num_axes = len(array_of(open_store(path), name).shape)
+    return path.joinpath(name, "c", str(block.number), *"0" * (num_axes - 1))
+
+
+def write_block_moments(path: Path, block: Block, moments: Moments) -> dict[str, str]:
+    """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`; returns the SHA-256 of each."""
+    values = zip(MOMENTS, (moments.count, moments.mean, moments.m2), strict=True)
+    return _write_of_block(path, block, {name: np.asarray(value) for name, value in values})
+
+
+def write_block_scatter(path: Path, block: Block, scatter: np.ndarray) -> dict[str, str]:
+    """Write the scatter matrix (float64 [C,C]) of the usable tokens of `block`; returns its SHA-256."""
+    return _write_of_block(path, block, {"block_scatter": scatter})
+
+
+def read_written(path: Path, block: Block, name: str) -> tuple[np.ndarray, str]:
+    """What one array holds of `block`, and its SHA-256. Raises BuilderError when stored bytes are damaged."""
+    of_block = name.startswith("block_")
+    rows = slice(block.number, block.number + 1) if of_block else slice(block.start, block.stop)
+    values = read_rows(open_store(path), name, rows)
+    return values, _digest(values, values.dtype)
+
+
+def read_block_moments(path: Path, block: Block) -> Moments:
+    """What `write_block_moments` wrote."""
+    group, row = open_store(path), slice(block.number, block.number + 1)
+    count, mean, m2 = (read_rows(group, name, row)[0] for name in ("block_count", "block_mean", "block_m2"))
+    return Moments(int(count), mean, m2)
+
+
+def read_block_scatter(path: Path, block: Block) -> np.ndarray:
+    """What `write_block_scatter` wrote."""
+    return read_rows(open_store(path), "block_scatter", slice(block.number, block.number + 1))[0]
+
+
+def read_block(path: Path, name: str, block: Block) -> np.ndarray:
+    """Rows of `block` of one array. Raises BuilderError when the stored bytes are damaged."""
+    return read_rows(open_store(path), name, slice(block.start, block.stop))
+
+
+def read_rows(group: zarr.Group, name: str, rows: slice | np.ndarray) -> np.ndarray:
+    """Rows of one array; an index array must rise. Raises BuilderError when the stored bytes are damaged."""
+    array = array_of(group, name)
+    try:
+        return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
+    except (ValueError, RuntimeError) as error:
+        raise BuilderError(
+            f"{group.store_path}/{name}: rows are damaged ({error}): run `hierarchy-builder verify`"
+        ) from None
+
+
+def chunk_bytes(path: Path, name: str) -> np.ndarray:
+    """Bytes each chunk of an array takes on disk, int64 in the order of rows; 0 where all values are 0.
+
+    A file of a shard ends in an index: offset and length of each of its chunks, and 4 bytes of checksum.
+    """
+    array = array_of(open_store(path), name)
+    assert array.shards is not None
+    per_shard = array.shards[0] // array.chunks[0]
+    sizes = np.zeros((-(-array.shape[0] // array.shards[0]), per_shard), np.int64)
+    for number, row in enumerate(sizes):
+        file = path.joinpath(name, "c", str(number), *"0" * (len(array.shape) - 1))
+        if file.is_file():
+            with file.open("rb") as content:
+                content.seek(-shard_index_bytes(per_shard), os.SEEK_END)
+                found = np.frombuffer(content.read(16 * per_shard), "<u8").reshape(per_shard, 2)[:, 1]
+            row[:] = np.where(found == NOT_STORED, 0, found)
+    return sizes.ravel()[: -(-array.shape[0] // array.chunks[0])]
+
+
+def shard_index_bytes(num_chunks: int) -> int:
+    """Bytes of the index at the end of a shard of so many chunks."""
+    return 16 * num_chunks + 4
+
+
+def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    """Open a store; raises BuilderError when it is missing or of another format version."""
+    try:
+        group = zarr.open_group(path, mode=mode)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BuilderError(f"{path} is missing or not a zarr store: {error}") from None
+    version = group.attrs.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BuilderError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
+    return group
+
+
+def is_store(path: Path) -> bool:
+    """Whether `open_store` opens it."""
+    try:
+        open_store(path)
+    except BuilderError:
+        return False
+    return True
+
+
+def array_of(group: zarr.Group, name: str) -> zarr.Array:
+    """One array of a store; raises BuilderError naming those there."""
+    try:
+        array = group[name]
+    except KeyError:
+        raise BuilderError(
+            f"{group.store_path} has no array {name!r}, found {sorted(group.keys())}"
+        ) from None
+    except ValueError as error:
+        raise BuilderError(
+            f"{group.store_path}/{name} is damaged ({error}): start its stage over with --fresh"
+        ) from None
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def _by_rows(num_rows: int, block_rows: int, row: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    chunk = ROWS_PER_CHUNK if row and block_rows % ROWS_PER_CHUNK == 0 else block_rows
+    return {
+        "shape": (num_rows, *row),
+        "shards": (block_rows, *row),
+        "chunks": (chunk, *row),
+        "dtype": dtype,
+    }
+
+
+def _by_blocks(num_blocks: int, value: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    return {"shape": (num_blocks, *value), "chunks": (1, *value), "dtype": dtype}
+
+
+def _create_array(group: zarr.Group, name: str, layout: dict[str, Any]) -> zarr.Array:
+    return group.create_array(
+        name, fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=False, **layout
+    )
+
+
+def _write_of_block(path: Path, block: Block, values: Mapping[str, np.ndarray]) -> dict[str, str]:
+    group, digests = open_store(path, "r+"), {}
+    for name, value in values.items():
+        target = array_of(group, name)
+        target[block.number] = value
+        digests[name] = _digest(value, target.dtype)
+    return digests
+
+
+def _digest(values: np.ndarray, dtype: np.dtype) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype).data).hexdigest()

@@ -1,0 +1,88 @@
+"""index.parquet: one row per image, in the order of every store; after extraction with the outcome of each."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.records import FORMAT_VERSION, ImageRecord, Status
+from hierarchy_builder.store.artefacts import write_bytes
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("class_name", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("mode", pa.string()),
+        pa.field("frames", pa.int32()),
+        pa.field("orientation", pa.int8()),
+    ],
+    metadata={"format_version": str(FORMAT_VERSION)},
+)
+OUTCOME_COLUMNS = ("status", "reason", "width", "height", "mode", "frames", "orientation")
+
+
+def in_build_order(records: Sequence[ImageRecord], order: str) -> list[ImageRecord]:
+    """Rows as they will be stored: `listed`, or `shuffled` by the SHA-256 of their keys (the same everywhere)."""
+    if order == "listed":
+        return list(records)
+    return sorted(records, key=lambda record: hashlib.sha256(record.key.encode()).digest())
+
+
+def write_index(
+    path: Path, records: Sequence[ImageRecord], outcomes: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Write the index, whole or not at all; without `outcomes` every row is pending.
+
+    outcomes: one mapping per row with the columns from `status` on.
+    """
+    columns: dict[str, list[Any]] = {
+        "key": [record.key for record in records],
+        "path": [record.path for record in records],
+        "label": [record.label for record in records],
+        "class_name": [record.class_name for record in records],
+        "bytes": [record.num_bytes for record in records],
+    }
+    rows = outcomes if outcomes is not None else [{"status": status_name(Status.PENDING)}] * len(records)
+    for name in OUTCOME_COLUMNS:
+        columns[name] = [row.get(name) for row in rows]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
+    write_bytes(path, buffer.getvalue())
+
+
+def read_index(path: Path) -> pa.Table:
+    """The whole index. Raises BuilderError when it is missing or damaged."""
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise BuilderError(
+            f"{path} is missing or damaged ({error}): run `hierarchy-builder extract` again"
+        ) from None
+
+
+def records_of(table: pa.Table) -> list[ImageRecord]:
+    """The rows of (a slice of) the index as records."""
+    columns = (table.column(name).to_pylist() for name in ("key", "path", "label", "class_name", "bytes"))
+    return [
+        ImageRecord(key=key, path=path, label=label, class_name=class_name, num_bytes=num_bytes)
+        for key, path, label, class_name, num_bytes in zip(*columns, strict=True)
+    ]
+
+
+def status_name(status: Status) -> str:
+    """The word index.parquet holds for a status, for example `ok`."""
+    return status.name.lower()

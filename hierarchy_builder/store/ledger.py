@@ -1,0 +1,253 @@
+"""What an output was made with, and which units of it are done: resume, or refuse.
+
+manifest.json holds, per stage, everything that decides the result and its hash. ledger/<stage>/NNNNNN.json marks
+one finished unit and carries that hash, so that a marker of another configuration never counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hierarchy_builder import __version__
+from hierarchy_builder.config import config_hash
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError
+from hierarchy_builder.records import FORMAT_VERSION
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_json
+
+STAGES = ("extract", "vocabulary", "cluster", "link", "shard", "fuse")
+"""In the order of the data; starting a stage afresh removes it and all stages after it.
+
+`fuse` is extract, cluster and shard in one pass (`fused.py`); its inputs are those of the three, by name.
+"""
+
+VERBS = {
+    "extract": "extract",
+    "vocabulary": "cluster",
+    "cluster": "cluster",
+    "link": "cluster",
+    "shard": "shard",
+    "fuse": "build IMAGES --fused --out",
+}
+"""The command that does a stage; `cluster DIR` also takes up the vocabulary a build was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Markers of one stage of one build."""
+
+    folder: Path
+    stage_hash: str
+
+    def marker(self, unit: int) -> Path:
+        return self.folder / f"{unit:06d}.json"
+
+    def is_done(self, unit: int) -> bool:
+        """Whether `unit` was finished under this configuration; a damaged marker counts for nothing."""
+        try:
+            return read_json(self.marker(unit)).get("stage_hash") == self.stage_hash
+        except BuilderError:
+            return False
+
+    def finish(self, unit: int, result: Mapping[str, Any]) -> None:
+        """Mark `unit` as finished; called after everything it wrote is on disk."""
+        write_json(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
+
+    def results(self, units: Iterable[int]) -> list[dict[str, Any]]:
+        """What the markers of `units` hold, in that order. Raises BuilderError when one is missing."""
+        found = [read_json(self.marker(unit)) for unit in units]
+        for unit, result in zip(units, found, strict=True):
+            if result.get("stage_hash") != self.stage_hash:
+                raise BuilderError(
+                    f"{self.marker(unit)} belongs to another configuration: run the stage again"
+                )
+        return found
+
+
+def read_manifest(folder: BuildFolder) -> dict[str, Any]:
+    """The manifest of a build, or an empty one. Raises BuilderError for a newer format version."""
+    if not folder.manifest.exists():
+        return {"format_version": FORMAT_VERSION, "stages": {}}
+    return check_manifest(folder.manifest)
+
+
+def check_manifest(path: Path) -> dict[str, Any]:
+    """What a manifest (or its copy) holds. Raises BuilderError where it is missing, damaged or newer."""
+    manifest = read_json(path)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BuilderError(
+            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
+            "use the release that wrote it, or build again into another folder"
+        )
+    if not isinstance(manifest.get("stages"), dict):
+        raise BuilderError(
+            f"{path} has no stages: run `hierarchy-builder repair`, or remove it and begin again"
+        )
+    return manifest
+
+
+def write_manifest(folder: BuildFolder, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest and its copy."""
+    write_json(folder.manifest, manifest)
+    write_json(folder.manifest_copy, manifest)
+
+
+def stage_entry(folder: BuildFolder, stage: str) -> dict[str, Any]:
+    """What the manifest holds of `stage`. Raises BuilderError naming the command to run first."""
+    entry = known_entry(folder, stage)
+    if entry is None:
+        raise BuilderError(
+            f"{folder.root} has no {stage} stage yet: run `hierarchy-builder {VERBS[stage]} {folder.root}` first"
+        )
+    return entry
+
+
+def known_entry(folder: BuildFolder, stage: str) -> dict[str, Any] | None:
+    """What the manifest holds of `stage`, if anything; of a build in one pass what the stage would have by itself."""
+    stages = read_manifest(folder)["stages"]
+    fused = stages.get("fuse", {"inputs": {}})
+    if stage in stages or stage not in fused["inputs"]:
+        return stages.get(stage)
+    inputs = fused["inputs"][stage]
+    return {**fused, "inputs": inputs, "hash": hash_of(stage, inputs), "request": fused["request"][stage]}
+
+
+def is_fused(folder: BuildFolder) -> bool:
+    """Whether the shards were made in one pass, without stores."""
+    return "fuse" in read_manifest(folder)["stages"]
+
+
+def open_ledger(folder: BuildFolder, stage: str) -> Ledger:
+    """The ledger of a stage that is already in the manifest."""
+    return Ledger(folder.ledger(stage), stage_entry(folder, stage)["hash"])
+
+
+def begin_stage(
+    folder: BuildFolder, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any], *, fresh: bool
+) -> Ledger:
+    """Record what `stage` is made with before it starts, or check that it is what the output was made with.
+
+    inputs: everything that decides the result. facts: things worth keeping that do not, such as where the input
+    lies now.
+    fresh: remove this stage and those after it first.
+    Units whose store was taken away are to do again; what was begun without a unit done may be begun anew.
+    Raises ConfigMismatchError listing the differing keys side by side.
+    """
+    manifest = read_manifest(folder)
+    if fresh and stage in ("extract", "fuse"):
+        _forget(folder, manifest, STAGES)
+    elif ("fuse" in manifest["stages"]) != (stage == "fuse") and manifest["stages"]:
+        made, now = ("by stages", "in one pass") if stage == "fuse" else ("in one pass", "by stages")
+        raise ConfigMismatchError(
+            f"{folder.root} was made {made} and is asked for {now}: repeat the command that made it, choose another "
+            "--out, or start over with --fresh"
+        )
+    elif fresh:
+        _forget(folder, manifest, STAGES[STAGES.index(stage) : STAGES.index("fuse")])
+    if not all(path.exists() for path in _stores_of(folder, stage)):
+        remove(folder.ledger(stage))
+    stored = manifest["stages"].get(stage)
+    if stored is not None and stored["inputs"] != dict(inputs):
+        if any(folder.ledger(stage).glob("*.json")):
+            raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
+        _forget(folder, manifest, [stage])
+        stored = None
+    code_version = __version__ if stored is None else stored.get("code_version", __version__)
+    return _record(folder, manifest, stage, inputs, {**facts, "code_version": code_version})
+
+
+def hash_of(stage: str, inputs: Mapping[str, Any]) -> str:
+    """What the markers of a stage made with these inputs carry."""
+    return config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
+
+
+def replace_regions(folder: BuildFolder, inputs: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Record other inputs of `cluster` whose result lies ready, and forget which prototypes its parts had.
+
+    Shards of the former regions stay; their stage is refused until it is started afresh.
+    """
+    manifest = read_manifest(folder)
+    _forget(folder, manifest, ["link"])
+    _record(folder, manifest, "cluster", inputs, {**facts, "code_version": __version__})
+
+
+def _record(
+    folder: BuildFolder,
+    manifest: dict[str, Any],
+    stage: str,
+    inputs: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> Ledger:
+    stage_hash = hash_of(stage, inputs)
+    manifest["stages"][stage] = {"inputs": dict(inputs), "hash": stage_hash, **facts}
+    write_manifest(folder, manifest)
+    return Ledger(folder.ledger(stage), stage_hash)
+
+
+def _stores_of(folder: BuildFolder, stage: str) -> list[Path]:
+    """What the units of a stage write into; the tars of `shard` are looked at one by one."""
+    return {
+        "extract": [folder.features],
+        "vocabulary": [folder.vocabulary],
+        "cluster": [folder.regions],
+        "link": _links_of(folder),
+    }.get(stage, [])
+
+
+def _links_of(folder: BuildFolder) -> list[Path]:
+    return [folder.regions / "prototypes", folder.regions / "prototype_distances"]
+
+
+def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
+    outputs = {
+        "extract": [folder.listing, folder.index, folder.class_map, folder.features],
+        "vocabulary": [folder.vocabulary, folder.vocabulary_work],
+        "cluster": [folder.regions, folder.recut, folder.ledger("recut")],
+        "link": _links_of(folder),
+        "shard": [folder.shards],
+        "fuse": [
+            *(folder.listing, folder.index, folder.class_map, folder.shards, folder.part(0).parent),
+            folder.ledger("shard"),
+        ],
+    }
+    for stage in stages:
+        manifest["stages"].pop(stage, None)
+        for path in [folder.ledger(stage), *outputs[stage]]:
+            remove(path)
+    write_manifest(folder, manifest)
+
+
+def _describe_mismatch(
+    folder: BuildFolder, stage: str, stored: Mapping[str, Any], asked: Mapping[str, Any]
+) -> str:
+    has_grown = stage == "extract" and asked.get("num_images", 0) > stored.get("num_images", 0)
+    lines = [
+        f"  {name}: {before!r} there, {now!r} now"
+        for name, before, now in differences(dict(stored), dict(asked))
+    ]
+    if stage in ("extract", "fuse"):
+        again = "start over with --fresh"
+    else:
+        again = f"start over, with the flags you want now: hierarchy-builder {VERBS[stage]} {folder.root} … --fresh"
+    return (
+        f"{folder.root} was made with another {stage} configuration or input:\n"
+        + "\n".join(lines)
+        + ("\nappend images that are new with --accept-new-files" if has_grown else "")
+        + f"\nrepeat the command with the stored values, choose another folder, or {again}"
+    )
+
+
+def differences(
+    stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    for name in sorted(stored.keys() | asked.keys()):
+        before, now = stored.get(name), asked.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            found.append((prefix + name, before, now))
+    return found

@@ -1,0 +1,88 @@
+"""Features as int8, one scale per token, in half the bytes; and what that costs, measured on a sample of a build.
+
+    N images, H×W grid, C channels
+
+The largest value of a token becomes 127, so outliers are kept and the small channels beside them lose most.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from hierarchy_builder.config import HierarchyRecipe
+from hierarchy_builder.hierarchy.agreement import adjusted_rand
+from hierarchy_builder.hierarchy.recipe import build_hierarchy
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder
+
+LARGEST = 127
+"""Largest int8 in use: −128 is left out, so that the range is symmetric and zero stays zero."""
+
+SAMPLED_IMAGES = 256
+"""Images whose features and regions are compared before and after; they lie evenly in the build."""
+
+
+def quantise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features → int8 [..., C] and scale float32 [..., 1], with value = int8 · scale.
+
+    features: float [..., C], finite. The scale of a token is max|x|/127, so an error is at most half of that.
+    """
+    wide = features.astype(np.float32)
+    scale = np.abs(wide).max(axis=-1, keepdims=True) / np.float32(LARGEST)
+    steps = wide / np.where(scale > 0, scale, 1)
+    # In the smallest numbers of float32 the division rounds up to 128.
+    return np.clip(np.rint(steps), -LARGEST, LARGEST).astype(np.int8), scale
+
+
+def dequantise(features: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """int8 [..., C] and scale float32 [..., 1] → float32 [..., C]."""
+    return features.astype(np.float32) * scale
+
+
+def measure_quantisation(folder: BuildFolder, recipe: HierarchyRecipe, rows: np.ndarray) -> dict[str, Any]:
+    """What int8 does to the features of a build and to the regions `recipe` finds in them.
+
+    rows: usable rows of the index, rising; up to 256 of them, spread evenly, are read.
+    Returns plain data: `images`, `relative_error` (root of squared error over squared length), `cosine` (smallest
+    of a token and its stored form), and per level, coarse → fine, `tokens_changed` (share of tokens outside the
+    best one-to-one matching of regions before and after) and `agreement` (mean adjusted Rand index).
+    """
+    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_IMAGES)).astype(np.int64)]
+    exact = stores.read_rows(stores.open_store(folder.features), "features", chosen).astype(np.float32)
+    stored = dequantise(*quantise(exact))
+    before, after = (build_hierarchy(values, recipe).regions for values in (exact, stored))
+    levels = range(before.shape[1])
+    products, squares, kept = (
+        (a * b).sum(axis=-1) for a, b in ((exact, stored), (exact, exact), (stored, stored))
+    )
+    lengths = np.sqrt(squares * kept)
+    error = ((stored - exact) ** 2).sum() / max(float(squares.sum()), 1e-30)
+    return {
+        "images": len(chosen),
+        "relative_error": _digits(np.sqrt(error)),
+        "cosine": _digits((products[lengths > 0] / lengths[lengths > 0]).min(initial=1)),
+        "tokens_changed": [_digits(changed_share(before[:, n], after[:, n]).mean()) for n in levels],
+        "agreement": [_digits(adjusted_rand(before[:, n], after[:, n]).mean()) for n in levels],
+    }
+
+
+def changed_share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Share of an image's tokens that lie outside the best one-to-one matching of regions, float64 [N].
+
+    before, after: uint8 [N, H, W]. Ids may be numbered otherwise; only which tokens are together counts.
+    """
+    return np.array([_changed_share(a.ravel(), b.ravel()) for a, b in zip(before, after, strict=True)])
+
+
+def _changed_share(before: np.ndarray, after: np.ndarray) -> float:
+    table = np.zeros((int(before.max()) + 1, int(after.max()) + 1), np.int64)
+    np.add.at(table, (before, after), 1)
+    return 1 - table[linear_sum_assignment(table, maximize=True)].sum() / before.size
+
+
+def _digits(value: float) -> float:
+    """Six significant digits: the last bits differ between machines, index.json must not."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,225 @@
+"""What stands beside the tars: index, class map, statistics, dataset card; `_SUCCESS` last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hierarchy_builder import __version__
+from hierarchy_builder.build.parts import read_part_moments, read_part_scatter
+from hierarchy_builder.config import HierarchyRecipe, ShardConfig, from_mapping
+from hierarchy_builder.records import (
+    CANVASES_MEMBER,
+    FEATURES_MEMBER,
+    FORMAT_VERSION,
+    IMAGE_MEMBER,
+    LABEL_MEMBER,
+    METADATA_MEMBER,
+    REGIONS_MEMBER,
+    SCALE_MEMBER,
+    Block,
+)
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_bytes, write_json
+from hierarchy_builder.store.ledger import is_fused, read_manifest, stage_entry
+from hierarchy_builder.store.quantisation import measure_quantisation
+from hierarchy_builder.store.shards import shard_name, sidecar
+from hierarchy_builder.store.statistics import Moments, merge_tree, per_channel, write_statistics
+from hierarchy_builder.store.units import stage_units, usable_rows
+from hierarchy_builder.wording import counted
+
+SUCCESS = "_SUCCESS"
+
+
+def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write the files of the whole set once every tar is there. `results` are the markers of the tars, in order."""
+    shards = folder.shards
+    remove_strays(shards, config.split, len(results))
+    index = index_of(folder, config, results)
+    if config.feature_dtype == "int8":
+        index["quantisation"] = _quantisation(folder, index["recipe"])
+    write_json(shards / "index.json", index)
+    write_json(shards / "class_map.json", read_json(folder.class_map))
+    joint = dataset_joint_moments(folder) if config.covariance else None
+    write_statistics(shards / "statistics.npz", dataset_moments(folder), joint)
+    if index["vocabulary"]:
+        write_bytes(shards / folder.vocabulary.name, folder.vocabulary.read_bytes())
+    else:
+        remove(shards / folder.vocabulary.name)
+    write_bytes(shards / "README.md", card_of(index).encode())
+    digest = hashlib.sha256((shards / "index.json").read_bytes()).hexdigest()
+    write_json(shards / SUCCESS, {"count": index["num_samples"], "index_sha256": digest})
+
+
+def dataset_moments(folder: BuildFolder) -> Moments:
+    """Moments of all usable features per position and channel, merged over a fixed tree of blocks."""
+    blocks = stage_units(folder, "extract")
+    return merge_tree(_moments(folder, block) for block in blocks)
+
+
+def dataset_joint_moments(folder: BuildFolder) -> Moments:
+    """Mean [C] and scatter matrix [C, C] of all usable tokens, merged over the same tree.
+
+    Raises BuilderError where the scatter matrices of the blocks were not computed.
+    """
+    return merge_tree(_joint_moments(folder, block) for block in stage_units(folder, "extract"))
+
+
+def _joint_moments(folder: BuildFolder, block: Block) -> Moments:
+    channel = per_channel(_moments(folder, block))
+    if is_fused(folder):
+        return Moments(channel.count, channel.mean, read_part_scatter(folder, block.number))
+    return Moments(channel.count, channel.mean, stores.read_block_scatter(folder.features, block))
+
+
+def _moments(folder: BuildFolder, block: Block) -> Moments:
+    if is_fused(folder):
+        return read_part_moments(folder, block.number)
+    return stores.read_block_moments(folder.features, block)
+
+
+def remove_strays(shards: Path, split: str, num_shards: int) -> None:
+    """Remove tars and temporary files that a longer or interrupted earlier run left behind."""
+    expected = {shard_name(split, number) for number in range(num_shards)}
+    for tar in shards.glob("*.tar"):
+        if tar.name not in expected:
+            remove(sidecar(tar))
+            remove(tar)
+    for temporary in shards.glob("*.tmp-*"):
+        remove(temporary)
+
+
+def index_of(
+    folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of index.json, without what has to be measured."""
+    extracted, clustered = stage_entry(folder, "extract")["inputs"], stage_entry(folder, "cluster")["inputs"]
+    encoder, recipe = extracted["encoder"], clustered["config"]
+    members = [FEATURES_MEMBER, REGIONS_MEMBER, LABEL_MEMBER, METADATA_MEMBER]
+    is_int8 = config.feature_dtype == "int8"
+    members += [SCALE_MEMBER] * is_int8 + [CANVASES_MEMBER] * config.canvases + [IMAGE_MEMBER] * config.images
+    return {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "format_version": FORMAT_VERSION,
+        "code_version": __version__,
+        "name": f"teacher-hierarchies-{encoder['name']}",
+        "split": config.split,
+        "shardlist": [
+            {
+                "url": shard_name(config.split, number),
+                "nsamples": result["count"],
+                "filesize": result["bytes"],
+                "sha256": result["sha256"],
+            }
+            for number, result in enumerate(results)
+        ],
+        "num_samples": sum(result["count"] for result in results),
+        "num_levels": len(recipe["cuts"]) + 2,
+        "grid": list(encoder["grid"]),
+        "width": encoder["width"],
+        "num_classes": extracted["num_classes"],
+        "members": sorted(members),
+        "feature_dtype": config.feature_dtype,
+        "quantisation": None,
+        "encoder": encoder,
+        "recipe": recipe,
+        "vocabulary": _vocabulary_sizes(folder),
+        "config_hash": stage_entry(folder, "shard")["hash"],
+        **({"image_px": config.image_px} if config.image_px is not None else {}),
+    }
+
+
+def _quantisation(folder: BuildFolder, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What int8 costs, measured on this build with the recipe of its regions (label maps left aside)."""
+    return measure_quantisation(folder, from_mapping(HierarchyRecipe, recipe), usable_rows(folder))
+
+
+def _vocabulary_sizes(folder: BuildFolder) -> list[int] | None:
+    """Prototypes of each level where the parts are linked to them."""
+    stages = read_manifest(folder)["stages"]
+    return stages["vocabulary"]["inputs"]["config"]["sizes"] if "link" in stages else None
+
+
+def card_of(index: Mapping[str, Any]) -> str:
+    """The dataset card, from index.json alone."""
+    encoder, levels = index["encoder"], index["num_levels"]
+    height, width = index["grid"]
+    total = sum(entry["filesize"] for entry in index["shardlist"])
+    head = {
+        "pretty_name": f"Teacher hierarchies ({encoder['name']})",
+        "task_categories": ["unconditional-image-generation", "image-segmentation"],
+        "size_categories": [_size_category(index["num_samples"])],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": index["split"], "path": f"{index['split']}-*.tar"}],
+            }
+        ],
+    }
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# Teacher hierarchies
+
+{counted(index["num_samples"], "image")} of {counted(index["num_classes"], "class", "classes")} in
+{counted(len(index["shardlist"]), "webdataset shard")} ({total:,} bytes). Per image: patch features of
+`{encoder["name"]}` on a {height}×{width} grid and {levels - 1} nested maps of regions (object/background first), from
+which {levels} level canvases follow: each token replaced by the mean of its region; the last level is the features
+themselves.
+
+| member | content |
+|---|---|
+{_feature_rows(index)}
+| `regions.npy` | uint8 [{levels - 1}, {height}, {width}], nested ids, coarse → fine; level 0: 0 background, 1 object |
+| `cls` | class id as decimal text, see `class_map.json` |
+| `json` | path of the image, class name, size, regions per level{_prototypes_note(index["vocabulary"])} |
+| `jpg` | optional: the crop the features came from{_picture_note(index)} |
+| `canvases.npy` | optional: float16 [{levels}, {height}, {width}, {index["width"]}] |
+
+{_quantisation_note(index["quantisation"])}Encoder weights: `{encoder["weights_hash"]}`.
+Recipe: `{dict(index["recipe"])}`.
+Configuration: `{index["config_hash"]}`. `statistics.npz` holds exact moments per channel and per position.
+
+The licence of the source images applies to everything derived from them.
+"""
+
+
+def _feature_rows(index: Mapping[str, Any]) -> str:
+    height, width = index["grid"]
+    row = f"| `features.npy` | {index['feature_dtype']} [{height}, {width}, {index['width']}] |"
+    if index["quantisation"] is None:
+        return row
+    return f"{row}\n| `scale.npy` | float32 [{height}, {width}, 1]; a feature is int8 · scale |"
+
+
+def _picture_note(index: Mapping[str, Any]) -> str:
+    return f", of {index['image_px']} px a side" if "image_px" in index else ""
+
+
+def _quantisation_note(found: Mapping[str, Any] | None) -> str:
+    """What int8 costs, in a paragraph; nothing for float16."""
+    if found is None:
+        return ""
+    changed = ", ".join(f"{share:.3%}" for share in found["tokens_changed"])
+    agreement = ", ".join(f"{index:.4f}" for index in found["agreement"])
+    return f"""Features are int8 with one scale per token. Measured on {found["images"]} of these images: relative error
+{found["relative_error"]:.3%}, smallest cosine of a token and its stored form {found["cosine"]:.6f}. The regions above
+are those of the unrounded features; from the stored ones the recipe would put {changed} of the tokens elsewhere
+(levels coarse → fine; adjusted Rand index {agreement}).
+
+"""
+
+
+def _prototypes_note(sizes: Sequence[int] | None) -> str:
+    return "" if sizes is None else f", prototype of each part (of {sizes[-1]:,} in `vocabulary.npz`)"
+
+
+def _size_category(count: int) -> str:
+    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    return next((name for bound, name in bounds if count < bound), "1M<n<10M")

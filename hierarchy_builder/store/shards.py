@@ -1,0 +1,215 @@
+"""Samples ↔ tar members, and the files beside the tars.
+
+A tar of ours is plain webdataset: the members of a sample are adjacent and named `<key>.<member>`. mtime, uid and
+gid are 0, members are sorted, so equal samples give equal bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.images.keys import check_key
+from hierarchy_builder.records import (
+    CANVASES_MEMBER,
+    FEATURES_MEMBER,
+    IMAGE_MEMBER,
+    LABEL_MEMBER,
+    METADATA_MEMBER,
+    REGIONS_MEMBER,
+    SCALE_MEMBER,
+    Sample,
+)
+from hierarchy_builder.store.artefacts import atomic_file, write_json
+
+TAR_BLOCK = 512
+JPEG_BYTES_PER_PIXEL = 0.55
+"""Average of 1,000 photographs at quality 95 and 256 px, from which single ones differ by 30 %; shards aim by it.
+
+Small pictures take more a pixel (64 px: 0.9), large ones less (512 px: 0.35).
+"""
+
+ARRAY_MEMBERS = (FEATURES_MEMBER, SCALE_MEMBER, REGIONS_MEMBER, CANVASES_MEMBER)
+
+
+def shard_name(split: str, number: int) -> str:
+    """`train-000000.tar`: a dash, six digits, contiguous from 0."""
+    return f"{split}-{number:06d}.tar"
+
+
+def sidecar(tar: Path) -> Path:
+    """The JSON beside a tar: count, bytes, sha256 and the hash of its configuration."""
+    return tar.with_suffix(".json")
+
+
+def encode_sample(sample: Sample) -> dict[str, bytes]:
+    """Members of a sample by name; arrays as .npy without pickle, the label as decimal text, JSON with sorted keys."""
+    arrays = {
+        FEATURES_MEMBER: sample.features,
+        SCALE_MEMBER: sample.scale,
+        REGIONS_MEMBER: sample.regions,
+        CANVASES_MEMBER: sample.canvases,
+    }
+    members = {name: _npy(array) for name, array in arrays.items() if array is not None}
+    members[LABEL_MEMBER] = str(sample.label).encode()
+    members[METADATA_MEMBER] = json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False).encode()
+    if sample.image is not None:
+        members[IMAGE_MEMBER] = sample.image
+    return members
+
+
+def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
+    """The inverse of `encode_sample`. Raises BuilderError naming the key and the member that is missing or damaged."""
+    for name in (FEATURES_MEMBER, REGIONS_MEMBER, LABEL_MEMBER, METADATA_MEMBER):
+        if name not in members:
+            raise BuilderError(f"sample {key} has no {name}, found {', '.join(sorted(members)) or 'nothing'}")
+    try:
+        arrays = {
+            name: np.load(io.BytesIO(members[name]), allow_pickle=False)
+            for name in ARRAY_MEMBERS
+            if name in members
+        }
+        label, metadata = int(members[LABEL_MEMBER]), json.loads(members[METADATA_MEMBER])
+    except ValueError as error:
+        raise BuilderError(f"sample {key} is damaged: {error}") from None
+    if (arrays[FEATURES_MEMBER].dtype == np.int8) != (SCALE_MEMBER in arrays):
+        raise BuilderError(
+            f"sample {key} has {FEATURES_MEMBER} of {arrays[FEATURES_MEMBER].dtype} "
+            f"{'with' if SCALE_MEMBER in arrays else 'without'} {SCALE_MEMBER}: it belongs to int8 and only there"
+        )
+    return Sample(
+        key=key,
+        label=label,
+        features=arrays[FEATURES_MEMBER],
+        scale=arrays.get(SCALE_MEMBER),
+        regions=arrays[REGIONS_MEMBER],
+        canvases=arrays.get(CANVASES_MEMBER),
+        metadata=metadata,
+        image=members.get(IMAGE_MEMBER),
+    )
+
+
+def write_shard(tar: Path, samples: Iterable[Sample], *, config_hash: str) -> dict[str, Any]:
+    """Write one tar and its sidecar, whole or not at all; returns the sidecar's content.
+
+    Raises BuilderError when two samples share a key.
+    """
+    with atomic_file(tar) as file:
+        writer = TarWriter(file)
+        for sample in samples:
+            if sample.key in writer.keys:
+                raise BuilderError(f"{tar.name}: key {sample.key} occurs twice")
+            writer.add(sample.key, encode_sample(sample))
+        facts = {**writer.close(), "config_hash": config_hash}
+    write_json(sidecar(tar), facts)
+    return facts
+
+
+def read_shard(tar: Path) -> Iterator[Sample]:
+    """Samples of a tar in order; nothing is unpacked, and no link followed.
+
+    Raises BuilderError naming the tar, and the key when it is known.
+    """
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            key, members = "", dict[str, bytes]()
+            for info in archive:
+                found, _, member = info.name.partition(".")  # keys hold no dot
+                if members and found != key:
+                    yield decode_sample(key, members)
+                    members = {}
+                key = check_key(found, f"{tar.name}, member {info.name}")
+                content = archive.extractfile(info) if info.isreg() else None
+                if content is None:
+                    raise BuilderError(f"{tar.name}: member {info.name} is not a file")
+                members[member] = content.read()
+            if members:
+                yield decode_sample(key, members)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise BuilderError(f"{tar}: not a whole tar ({error})") from None
+
+
+def sample_bytes(
+    *,
+    grid: tuple[int, int],
+    width: int,
+    num_levels: int,
+    canvases: bool,
+    image_size_px: int | None,
+    feature_dtype: str = "float16",
+) -> int:
+    """Bytes one sample takes in a tar: members with their headers, padded; pictures by an average."""
+    tokens = grid[0] * grid[1]
+    feature_bytes = tokens * width * np.dtype(feature_dtype).itemsize
+    members = [128 + feature_bytes, 128 + tokens * (num_levels - 1), 4, 512]
+    if feature_dtype == "int8":
+        members.append(128 + tokens * 4)
+    if canvases:
+        members.append(128 + num_levels * tokens * width * 2)
+    if image_size_px is not None:
+        members.append(int(image_size_px**2 * JPEG_BYTES_PER_PIXEL))
+    return sum(TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK for size in members)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    """The bytes numpy.save writes, in one copy of the values."""
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return b"".join((_npy_header(array.dtype, array.shape), array.view(np.uint8).data))
+
+
+@functools.lru_cache(maxsize=64)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
+
+
+class TarWriter:
+    """Writes a tar member by member, in few large pieces; knows its SHA-256 and the length of every sample."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.keys: set[str] = set()
+        self.sizes: list[int] = []
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """One sample; its members in the order of their names. Raises BuilderError for an unsafe key."""
+        self.keys.add(check_key(key, "sample"))
+        size = 0
+        for name in sorted(members):
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size, info.mode = len(members[name]), 0o444
+            padding = bytes(-info.size % TAR_BLOCK)
+            for piece in (info.tobuf(tarfile.PAX_FORMAT), members[name], padding):
+                self._write(piece)
+                size += len(piece)
+        self.sizes.append(size)
+
+    def copy(self, samples: bytes, sizes: Sequence[int]) -> None:
+        """Samples as they lie in another tar."""
+        self._write(samples)
+        self.sizes += sizes
+
+    def close(self) -> dict[str, Any]:
+        """Write the end of the tar; returns `count`, `bytes` and `sha256` of the whole."""
+        length = sum(self.sizes)
+        end = 2 * TAR_BLOCK
+        end += -(length + end) % tarfile.RECORDSIZE
+        self._write(bytes(end))
+        return {"count": len(self.sizes), "bytes": length + end, "sha256": self._digest.hexdigest()}
+
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)

@@ -1,0 +1,135 @@
+"""Exact, mergeable statistics of the stored features: count, mean and sum of squared deviations in float64.
+
+Blocks are merged over a fixed binary tree in block order, so the result has the same bytes for any number of
+workers. Source: Chan, Golub and LeVeque (1979), pairwise update of mean and M2.
+
+    H×W grid, C channels
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from hierarchy_builder.store.artefacts import write_bytes
+
+SCATTER_VALUES = 2**22
+"""Values made float64 at once by one thread (32 MiB); fixed, since the order of a sum decides its last bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of `count` arrays of one shape: their mean and M2 = Σ (x − mean)², float64 of that shape.
+
+    Of vectors [C], m2 may also be the scatter matrix Σ (x − mean)(x − mean)ᵀ [C, C], whose diagonal is M2.
+    """
+
+    count: int
+    mean: np.ndarray
+    m2: np.ndarray
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Population variance (or covariance) M2 / count; zeros when nothing was counted."""
+        return self.m2 / self.count if self.count else np.zeros_like(self.m2)
+
+
+def moments_of(values: np.ndarray) -> Moments:
+    """Moments over the first axis of `values` [n, m, ...]; n may be 0."""
+    count = len(values)
+    mean, m2 = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
+    if count == 0:
+        return Moments(0, mean, m2)
+    for place in range(values.shape[1]):  # float64 of a whole block would take four times its memory
+        wide = values[:, place].astype(np.float64)
+        mean[place] = wide.mean(axis=0)
+        wide -= mean[place]
+        m2[place] = np.einsum("n...,n...->...", wide, wide)
+    return Moments(count, mean, m2)
+
+
+def scatter_of(features: np.ndarray, mean: np.ndarray, threads: int = 1) -> np.ndarray:
+    """Scatter matrix Σ (x − mean)(x − mean)ᵀ of all tokens x about their mean: float64 [C, C], symmetric.
+
+    features: [n, H, W, C], n may be 0. mean: float64 [C]. The bits do not depend on `threads`: each sums its own
+    images, and the sums are added in order.
+    """
+    step = max(1, SCATTER_VALUES // features[:1].size) if len(features) else 1
+
+    def part(start: int) -> np.ndarray:
+        wide = features[start : start + step].reshape(-1, len(mean)).astype(np.float64)
+        wide -= mean
+        return wide.T @ wide
+
+    total = np.zeros((len(mean), len(mean)))
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        for scatter in pool.map(part, range(0, len(features), step)):
+            total += scatter
+    return total
+
+
+def merge(left: Moments, right: Moments) -> Moments:
+    """Moments of the union of two disjoint sets."""
+    if left.count == 0 or right.count == 0:
+        return right if left.count == 0 else left
+    count = left.count + right.count
+    delta = right.mean - left.mean
+    squares = delta**2 if left.m2.shape == delta.shape else np.outer(delta, delta)
+    mean = left.mean + delta * (right.count / count)
+    return Moments(count, mean, left.m2 + right.m2 + squares * (left.count * right.count / count))
+
+
+def merge_tree(parts: Iterable[Moments]) -> Moments:
+    """Merge equal subtrees as they fill up, like a binary counter; at least one part.
+
+    The tree depends on the number of parts only, and no more than log2 of them are held at once.
+    """
+    waiting: list[tuple[int, Moments]] = []
+    for part in parts:
+        height = 0
+        while waiting and waiting[-1][0] == height:
+            part = merge(waiting.pop()[1], part)
+            height += 1
+        waiting.append((height, part))
+    _, total = waiting.pop()
+    while waiting:
+        total = merge(waiting.pop()[1], total)
+    return total
+
+
+def per_channel(position: Moments) -> Moments:
+    """Moments per channel [C] from moments per position and channel [H, W, C], positions pooled."""
+    tokens = position.mean.reshape(-1, position.mean.shape[-1])
+    squares = position.m2.reshape(tokens.shape)
+    return merge_tree([Moments(position.count, mean, m2) for mean, m2 in zip(tokens, squares, strict=True)])
+
+
+def write_statistics(path: Path, position: Moments, joint: Moments | None = None) -> None:
+    """Write statistics.npz; its arrays are listed in docs/formats.md.
+
+    position: moments [H, W, C]; those per channel follow from them. joint: moments of all tokens with their
+    scatter matrix [C, C], from which `covariance` is written; without it there is none.
+    """
+    channel = per_channel(position)
+    arrays: dict[str, Any] = {
+        "count": np.int64(position.count),
+        "mean": position.mean,
+        "variance": position.variance,
+        "m2": position.m2,
+        "channel_count": np.int64(channel.count),
+        "channel_mean": channel.mean,
+        "channel_variance": channel.variance,
+        "channel_m2": channel.m2,
+    }
+    if joint is not None:
+        arrays["covariance"] = joint.variance
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_bytes(path, buffer.getvalue())

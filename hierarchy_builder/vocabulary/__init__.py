@@ -1,0 +1,1 @@
+"""Prototypes of a whole data set."""

@@ -1,0 +1,3 @@
+from trainer.cli.app import main
+
+main()

@@ -1,0 +1,126 @@
+"""Shards built with `--images` → batches of features and the pictures they came from, in the order of `stream`.
+
+b images of one rank, H×W grid of tokens, C channels, L levels, h×w pixels
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from hierarchy_builder.records import Sample
+from trainer.data.shards import ShardIndex
+from trainer.data.stream import RankShare, StreamPlan
+from trainer.errors import MismatchError, TrainerError
+
+
+@dataclass(kw_only=True, slots=True)
+class PictureBatch:
+    """One rank's share of a global batch."""
+
+    features: Tensor
+    """float16 [b, H, W, C]"""
+    pictures: Tensor
+    """uint8 [b, 3, h, w], RGB"""
+    regions: Tensor
+    """uint8 [b, L−1, H, W]"""
+    label: Tensor
+    """int64 [b]"""
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self, start: int, stop: int) -> PictureBatch:
+        """Rows `start` ≤ i < `stop`."""
+        return self._map(lambda tensor: tensor[start:stop], self.keys[start:stop])
+
+    def to(self, device: torch.device) -> PictureBatch:
+        """The same batch on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
+
+    def _map(self, change: Callable[[Tensor], Tensor], keys: list[str]) -> PictureBatch:
+        return PictureBatch(
+            features=change(self.features),
+            pictures=change(self.pictures),
+            regions=change(self.regions),
+            label=change(self.label),
+            keys=keys,
+        )
+
+
+class PictureDataset(RankShare):
+    """Item n is rank `rank`'s share of global batch n of `plan`, with pictures; see `RankShare`.
+
+    size_px: (h, w) that pictures are resized to. Raises TrainerError when the shards hold no pictures or a picture
+    cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        plan: StreamPlan,
+        size_px: tuple[int, int],
+        rank: int = 0,
+        world_size: int = 1,
+        verify: bool = True,
+        max_damaged: int = 0,
+    ) -> None:
+        super().__init__(index, plan, rank, world_size, verify, max_damaged)
+        self._size = size_px
+
+    def read(self, number: int, pin_memory: bool = False) -> PictureBatch:
+        """Item `number`, in page-locked memory if that is asked for."""
+        numbers, _ = self.places(number)
+        batch = self.samples(numbers.tolist())
+        return batch._map(Tensor.pin_memory, batch.keys) if pin_memory else batch
+
+    def samples(self, numbers: Sequence[int]) -> PictureBatch:
+        """The samples of these numbers, counted through all shards."""
+        samples = [self._reader.read(number, extras=True) for number in numbers]
+        pictures = np.stack([picture_of(sample, self._size) for sample in samples])
+        return PictureBatch(
+            features=torch.from_numpy(np.stack([sample.features for sample in samples])),
+            pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+            regions=torch.from_numpy(np.stack([sample.regions for sample in samples])),
+            label=torch.tensor([sample.label for sample in samples]),
+            keys=[sample.key for sample in samples],
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of an item, about."""
+        tokens = self._index.grid[0] * self._index.grid[1]
+        return self._share * (2 * tokens * self._index.width + 3 * self._size[0] * self._size[1])
+
+
+def picture_of(sample: Sample, size_px: tuple[int, int]) -> np.ndarray:
+    """The picture that a sample of shards was made from, resized to (h, w): RGB uint8 [h, w, 3].
+
+    Raises TrainerError when it holds none, or none that can be decoded, MismatchError when it is of another shape.
+    """
+    if sample.image is None:
+        raise TrainerError(
+            f"sample {sample.key} holds no picture; make the shards with "
+            "`hierarchy-builder shard DIR --images --fresh`"
+        )
+    try:
+        with Image.open(io.BytesIO(sample.image)) as picture:
+            rgb = picture.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise TrainerError(f"sample {sample.key}: its picture cannot be decoded: {error}") from None
+    height, width = size_px
+    if rgb.width * height != rgb.height * width:
+        raise MismatchError(
+            f"sample {sample.key}: its picture has {rgb.width}×{rgb.height} pixels, which is not the shape of the "
+            f"grid of tokens, {width}×{height} pixels; build the shards again"
+        )
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)

@@ -1,0 +1,268 @@
+"""Samples of a shard folder by number, one by one or read straight into a batch.
+
+Every sample can be read at any time (see `tars`), so no shuffle buffer stands between the order that was asked for
+and the order that comes.
+
+    B samples, H×W grid of tokens, C channels, L levels
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hierarchy_builder.records import (
+    CANVASES_MEMBER,
+    FEATURE_DTYPE,
+    FEATURES_MEMBER,
+    IMAGE_MEMBER,
+    LABEL_MEMBER,
+    METADATA_MEMBER,
+    REGIONS_MEMBER,
+    SCALE_MEMBER,
+    Sample,
+)
+from trainer.data.shards import INDEX, ShardIndex
+from trainer.data.tars import Members, OpenTar, check_sha256, check_size, local_path
+from trainer.errors import DamagedShardError, TrainerError, UsageError
+
+
+def default_cache() -> str:
+    """Folder where remote shards are kept: `TRAINER_CACHE`, else under the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.environ.get("TRAINER_CACHE") or str(Path(base) / "trajectory-hierarchies")
+
+
+@dataclass(kw_only=True, slots=True)
+class Rows:
+    """Samples as they are stored, one row each.
+
+    features: float16 or int8 [B, H, W, C]. scale: float32 [B, H, W, 1] where features are int8, else None; a feature
+    is the product of the two. regions: uint8 [B, L−1, H, W]. label: int64 [B].
+    """
+
+    features: Tensor
+    scale: Tensor | None
+    regions: Tensor
+    label: Tensor
+    keys: list[str]
+
+
+class ShardReader:
+    """Samples of a shard folder by number, counted through the shards in order; several threads may read at once.
+
+    Keeps at most `max_open` tars open with the places of their members. verifies: whether this reader checks a
+    shard's SHA-256 on first use; the ranks of a run share that work. max_damaged: how many damaged shards to go on
+    without, 0 stops at the first: sample i of a damaged shard becomes sample i (modulo its size) of the next shard
+    that is whole, whoever reads it.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        verifies: Callable[[int], bool] = lambda shard: True,
+        max_open: int = 64,
+        cache: str | None = None,
+        max_damaged: int = 0,
+    ) -> None:
+        self.index = index
+        self._verifies = verifies
+        self._max_open = max_open
+        self._cache = cache
+        self._max_damaged = max_damaged
+        self._open: OrderedDict[int, OpenTar] = OrderedDict()
+        self._verified: set[int] = set()
+        self._damaged: set[int] = set()
+        self._order = Lock()
+        self._opening = [Lock() for _ in index.shards]
+        sizes = [shard.num_samples for shard in index.shards]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def read(self, number: int, extras: bool = False) -> Sample:
+        """Sample `number`, features as float16; metadata, image and stored canvases only with `extras`.
+
+        Raises TrainerError naming shard and key when the sample is damaged or of another shape.
+        """
+        rows = self.read_rows([number])
+        features = rows.features[0].numpy()
+        if rows.scale is not None:
+            features = (features * rows.scale[0].numpy()).astype(FEATURE_DTYPE)
+        sample = Sample(
+            key=rows.keys[0], label=int(rows.label[0]), features=features, regions=rows.regions[0].numpy()
+        )
+        if extras:
+            name, tar, (key, members) = self._find(number)
+            with _named(name, key):
+                self._add_extras(sample, tar, members)
+        return sample
+
+    def read_rows(self, numbers: Sequence[int], pin_memory: bool = False) -> Rows:
+        """Samples `numbers` as they are stored, each read from the file into its row.
+
+        Raises TrainerError naming shard and key when a sample is damaged or of another shape.
+        """
+        found = [self._find(number) for number in numbers]
+        is_int8 = SCALE_MEMBER in found[0][2][1]
+        rows = self._empty_rows(len(found), is_int8, pin_memory)
+        scale = [(SCALE_MEMBER, rows.scale.numpy())] if rows.scale is not None else []
+        arrays = [(FEATURES_MEMBER, rows.features.numpy()), (REGIONS_MEMBER, rows.regions.numpy()), *scale]
+        headers = {name: _npy_header(array[0]) for name, array in arrays}
+        labels = []
+        for row, (shard, tar, (key, members)) in enumerate(found):
+            with _named(shard, key):
+                if (SCALE_MEMBER in members) != is_int8:
+                    raise ValueError("features are int8 in some samples and float16 in others")
+                for name, array in arrays:
+                    _read_array(tar, members, name, headers[name], array[row])
+                if scale and not np.isfinite(scale[0][1][row]).all():
+                    raise ValueError("scale is not finite")
+                labels.append(self._label(tar, members))
+            rows.keys.append(key)
+        rows.label = torch.tensor(labels)
+        return rows
+
+    def number_of(self, key: str) -> int:
+        """The number of the sample of that key. Raises UsageError if there is none; reads tars until it is found."""
+        for shard in range(len(self.index.shards)):
+            tar = self._open.get(shard) or self._opened(shard)
+            keys = [] if tar is None else [found for found, _ in tar.samples]
+            if key in keys:
+                return int(self._starts[shard]) + keys.index(key)
+        raise UsageError(f"{self.index.url}: no sample has the key {key!r}; keys are like {keys[:1]}")
+
+    def damaged_shards(self) -> list[str]:
+        """Names of the shards found damaged so far, in order."""
+        return [self.index.shards[shard].name for shard in sorted(self._damaged)]
+
+    def close(self) -> None:
+        """Close all tars."""
+        self._open.clear()
+
+    def _find(self, number: int) -> tuple[str, OpenTar, tuple[str, Members]]:
+        """Name and tar of the shard that sample `number` is taken from, and its key and members there."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        row = number - int(self._starts[shard])
+        for candidate in (*range(shard, len(self.index.shards)), *range(shard)):
+            tar = self._open.get(candidate) or self._opened(candidate)
+            if tar is not None:
+                return self.index.shards[candidate].name, tar, tar.samples[row % len(tar.samples)]
+        raise DamagedShardError(f"{self.index.url}: all shards are damaged; copy or build them again")
+
+    def _opened(self, shard: int) -> OpenTar | None:
+        """The tar, opened by the first thread that comes; None if it is damaged and one may go on without it."""
+        with self._opening[shard]:
+            if shard in self._open or shard in self._damaged:
+                return self._open.get(shard)
+            try:
+                tar = self._checked(shard)
+            except DamagedShardError as error:
+                self._tolerate(shard, error)
+                return None
+            with self._order:
+                # Closed when the last thread that reads from it lets go.
+                while len(self._open) >= self._max_open:
+                    self._open.popitem(last=False)
+                self._open[shard] = tar
+            return tar
+
+    def _checked(self, shard: int) -> OpenTar:
+        entry = self.index.shards[shard]
+        path = local_path(self.index.url, entry, self._cache or default_cache())
+        check_size(path, entry)
+        if self._verifies(shard) and shard not in self._verified:
+            check_sha256(path, entry)
+            self._verified.add(shard)
+        return OpenTar(path, entry)
+
+    def _tolerate(self, shard: int, error: DamagedShardError) -> None:
+        if self._max_damaged == 0:
+            raise error
+        self._damaged.add(shard)
+        if len(self._damaged) > self._max_damaged:
+            count, allowed = len(self._damaged), self._max_damaged
+            raise DamagedShardError(f"{error}; {count} damaged shards, max_damaged_shards is {allowed}")
+        print(f"warning: {error}; samples of the next shard take their place", file=sys.stderr)
+
+    def _empty_rows(self, count: int, is_int8: bool, pin_memory: bool) -> Rows:
+        empty = partial(torch.empty, pin_memory=pin_memory)
+        height, width = self.index.grid
+        dtype = torch.int8 if is_int8 else torch.float16
+        return Rows(
+            features=empty(count, height, width, self.index.width, dtype=dtype),
+            scale=empty(count, height, width, 1, dtype=torch.float32) if is_int8 else None,
+            regions=empty(count, self.index.num_levels - 1, height, width, dtype=torch.uint8),
+            label=torch.empty(0),
+            keys=[],
+        )
+
+    def _label(self, tar: OpenTar, members: Members) -> int:
+        label = int(tar.read(*_span(members, LABEL_MEMBER)))
+        if not 0 <= label < self.index.num_classes:
+            raise ValueError(f"label {label}, expected 0 to {self.index.num_classes - 1}")
+        return label
+
+    def _add_extras(self, sample: Sample, tar: OpenTar, members: Members) -> None:
+        if METADATA_MEMBER in members:
+            sample.metadata = json.loads(tar.read(*members[METADATA_MEMBER]))
+        if CANVASES_MEMBER in members:
+            sample.canvases = _parse_npy(tar.read(*members[CANVASES_MEMBER]))
+        if IMAGE_MEMBER in members:
+            sample.image = tar.read(*members[IMAGE_MEMBER])
+
+
+@contextmanager
+def _named(shard: str, key: str) -> Iterator[None]:
+    """Errors of what is inside name the shard and the sample."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        raise TrainerError(f"{shard}, sample {key}: {error}") from None
+
+
+def _read_array(tar: OpenTar, members: Members, name: str, header: np.ndarray, row: np.ndarray) -> None:
+    """Read one .npy member into `row`, in one call where its header is the one expected."""
+    offset, size = _span(members, name)
+    found, data = np.empty_like(header), row.reshape(-1).view(np.uint8)
+    is_whole = size == len(header) + len(data) and tar.read_into([found, data], offset) == size
+    if is_whole and found.tobytes() == header.tobytes():
+        return
+    array = _parse_npy(tar.read(offset, size))
+    if array.shape != row.shape or array.dtype != row.dtype:
+        what = name.removesuffix(".npy")
+        raise ValueError(
+            f"{what} is {array.dtype}{list(array.shape)}, {INDEX} says {row.dtype}{list(row.shape)}"
+        )
+    row[...] = array
+
+
+def _span(members: Members, name: str) -> tuple[int, int]:
+    if name not in members:
+        raise ValueError(f"member {name} is missing")
+    return members[name]
+
+
+def _npy_header(array: np.ndarray) -> np.ndarray:
+    """What stands before the data of such an array in a .npy file, uint8."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+    return np.frombuffer(stream.getvalue(), dtype=np.uint8)
+
+
+def _parse_npy(data: bytes) -> np.ndarray:
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

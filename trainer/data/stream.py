@@ -1,0 +1,278 @@
+"""Shards → batches: an order that is a pure function of (seed, epoch), read by any number of ranks and threads.
+
+Shards are permuted, taken in windows of `shuffle_shards`, and samples are shuffled within each window. The
+run is one endless line of images: epoch 0 in its order, then epoch 1 in its own, and global batch b is places
+b·B to (b+1)·B of that line. So a batch depends neither on the number of ranks nor of reading threads, and
+the number of images seen is all a checkpoint has to keep. The level a sample is trained at is a function of (seed,
+epoch, sample): in each run of L epochs it meets all L levels, in a random order of its own. `level_counts` audits that.
+
+    B images in a global batch, b images of one rank in it, H×W grid, C channels, L levels
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hierarchy_builder.canvases import level_canvases
+from trainer.data.normalisation import RAW, Normaliser
+from trainer.data.reader import ShardReader
+from trainer.data.shards import ShardIndex
+from trainer.errors import TrainerError, UsageError
+
+AHEAD_BYTES = 2**32
+"""Memory that batches read ahead may take, per rank."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One rank's share of a global batch. Level l asks for canvas l, given canvas l−1."""
+
+    features: Tensor
+    """float16 [b, H, W, C], or int8 with `scale`"""
+    regions: Tensor
+    """uint8 [b, L−1, H, W]"""
+    label: Tensor
+    """int64 [b]"""
+    level: Tensor
+    """int64 [b]"""
+    keys: list[str]
+    scale: Tensor | None = None
+    """float32 [b, H, W, 1], where features are int8: a feature is the product of the two."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows `start` ≤ i < `stop`."""
+        return self._map(lambda tensor: tensor[start:stop], self.keys[start:stop])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
+
+    def tokens(self, normaliser: Normaliser = RAW) -> Tensor:
+        """Features as the network sees them, float32 [b, H, W, C]."""
+        return normaliser.apply(self.features.float() if self.scale is None else self.features * self.scale)
+
+    def canvases(self, normaliser: Normaliser = RAW) -> Tensor:
+        """Canvases of all levels, float32 [b, L, H, W, C]: means of normalised features."""
+        return level_canvases(self.tokens(normaliser), self.regions)
+
+    def targets(self, normaliser: Normaliser = RAW) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, prev, regions) of each row's level: its canvas, the one before, and the level's region ids.
+
+        Canvases are the means of normalised features, made where the batch lies.
+        x, prev: float32 [b, H, W, C], prev zeros at level 0. regions: uint8 [b, H, W]; the last level, which has
+        none, repeats those of the level before.
+        """
+        canvases = self.canvases(normaliser)
+        row = torch.arange(len(self), device=self.level.device)
+        prev = canvases[row, (self.level - 1).clamp(min=0)]
+        is_first = (self.level == 0)[:, None, None, None]
+        regions = self.regions[row, self.level.clamp(max=self.regions.shape[1] - 1)]
+        return canvases[row, self.level], prev.masked_fill(is_first, 0.0), regions
+
+    def _map(self, change: Callable[[Tensor], Tensor], keys: list[str]) -> Batch:
+        return Batch(
+            features=change(self.features),
+            regions=change(self.regions),
+            label=change(self.label),
+            level=change(self.level),
+            keys=keys,
+            scale=None if self.scale is None else change(self.scale),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamPlan:
+    """Which sample and level stands at which place of the run; small, picklable, reads no file."""
+
+    shard_sizes: tuple[int, ...]
+    """Samples in each shard."""
+    num_levels: int
+    batch_size: int
+    """Images in a global batch."""
+    seed: int = 0
+    shuffle_shards: int = 64
+    level_per: str = "sample"
+    """`sample` gives each sample a level of its own in each epoch, `batch` one to each global batch."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in an epoch."""
+        return sum(self.shard_sizes)
+
+    def places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(sample, level), int64 [stop − start], at places `start` ≤ p < `stop` of the run."""
+        place = np.arange(start, stop, dtype=np.int64)
+        epoch, slot = place // self.num_samples, place % self.num_samples
+        sample = np.empty_like(place)
+        for number in np.unique(epoch):
+            here = epoch == number
+            order = epoch_order(self.shard_sizes, self.seed, int(number), self.shuffle_shards)
+            sample[here] = order[slot[here]]
+        if self.level_per == "batch":
+            drawn = _hash(self.seed, place // self.batch_size, np.zeros_like(place))
+            scaled = (drawn >> np.uint64(32)) * np.uint64(self.num_levels) >> np.uint64(32)
+            return sample, scaled.astype(np.int64)
+        return sample, self._levels(epoch, sample)
+
+    def _levels(self, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        """Entry `epoch` modulo L of a random order of the levels, drawn anew by each sample for every L epochs.
+
+        Uniform in each epoch, as a draw of each epoch's own would be; but after 8 of those, 38 % of the samples
+        would still lack one of 4 levels.
+        """
+        L = self.num_levels
+        keys = [_hash(self.seed, epoch // L * L + turn, sample) for turn in range(L)]
+        return np.argsort(np.stack(keys, axis=1), axis=1)[np.arange(len(sample)), epoch % L]
+
+    def level_counts(self, start: int, stop: int) -> np.ndarray:
+        """How often each sample meets each level between two places: int64 [num_samples, L]."""
+        counts = np.zeros(self.num_samples * self.num_levels, dtype=np.int64)
+        for begin in range(start, stop, self.num_samples):
+            sample, level = self.places(begin, min(begin + self.num_samples, stop))
+            counts += np.bincount(sample * self.num_levels + level, minlength=counts.size)
+        return counts.reshape(self.num_samples, self.num_levels)
+
+
+def coverage(counts: np.ndarray) -> dict[str, list[int]]:
+    """The audit of `level_counts` [N, L]: images per level, samples by the number of levels they met, and pairs of
+    sample and level by how often they occurred."""
+    met = np.bincount((counts > 0).sum(axis=1), minlength=counts.shape[1] + 1)
+    return {
+        "images_per_level": counts.sum(axis=0).tolist(),
+        "samples_by_levels_met": met.tolist(),
+        "pairs_by_times_met": np.bincount(counts.ravel()).tolist(),
+    }
+
+
+@lru_cache(maxsize=4)
+def epoch_order(shard_sizes: tuple[int, ...], seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
+    """Sample numbers of one epoch in the order they are seen, int64 [sum of shard_sizes], each once."""
+    generator = np.random.default_rng([seed, epoch])
+    starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
+    shards = generator.permutation(len(shard_sizes))
+    windows = []
+    for first in range(0, len(shards), shuffle_shards):
+        window = [np.arange(starts[s], starts[s + 1]) for s in shards[first : first + shuffle_shards]]
+        windows.append(generator.permutation(np.concatenate(window)))
+    order = np.concatenate(windows)
+    order.flags.writeable = False
+    return order
+
+
+def _hash(seed: int, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """uint64 hash of each (seed, epoch, sample): a round of SplitMix64 (Steele et al., 2014) for each part."""
+    state = np.zeros(sample.shape, dtype=np.uint64)
+    for part in (np.uint64(seed), epoch.astype(np.uint64), sample.astype(np.uint64)):
+        state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state
+
+
+class RankShare:
+    """What one rank reads of every global batch; several threads may ask at once.
+
+    verify: check the SHA-256 of each shard when it is first read. max_damaged: damaged shards that are gone without,
+    see `ShardReader`; `damaged_shards` names them.
+    Raises TrainerError for fewer samples than one batch, UsageError for batches that do not divide by the ranks.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        plan: StreamPlan,
+        rank: int = 0,
+        world_size: int = 1,
+        verify: bool = True,
+        max_damaged: int = 0,
+    ) -> None:
+        if plan.num_samples < plan.batch_size:
+            raise TrainerError(
+                f"{index.url}: {plan.num_samples} samples to train on, fewer than one batch of {plan.batch_size}; "
+                "lower batch_size or shard more images"
+            )
+        if plan.batch_size % world_size:
+            raise UsageError(f"batch_size {plan.batch_size} does not divide by {world_size} processes")
+        self._index, self._plan, self._rank = index, plan, rank
+        self._share = plan.batch_size // world_size
+        # Ranks share the checks of SHA-256; but to leave a shard out, all have to know that it is damaged.
+        checked_by = 1 if max_damaged else world_size
+        self._reader = ShardReader(
+            index,
+            verifies=lambda shard: verify and shard % checked_by == rank % checked_by,
+            max_open=2 * plan.shuffle_shards,  # around the border of two windows both are in use
+            max_damaged=max_damaged,
+        )
+
+    def places(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and levels of this rank in global batch `number`, int64 [B]."""
+        start = number * self._plan.batch_size + self._rank * self._share
+        return self._plan.places(start, start + self._share)
+
+    def damaged_shards(self) -> list[str]:
+        """Names of the shards that this rank found damaged and went on without."""
+        return self._reader.damaged_shards()
+
+
+class BatchDataset(RankShare):
+    """Item n is rank `rank`'s share of global batch n, see `RankShare`."""
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.read(number)
+
+    def read(self, number: int, pin_memory: bool = False) -> Batch:
+        """Item `number`, read into page-locked memory if that is asked for."""
+        numbers, levels = self.places(number)
+        rows = self._reader.read_rows(numbers.tolist(), pin_memory)
+        return Batch(
+            features=rows.features,
+            scale=rows.scale,
+            regions=rows.regions,
+            label=rows.label,
+            level=torch.from_numpy(levels),
+            keys=rows.keys,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of an item, about."""
+        height, width = self._index.grid
+        return self._share * height * width * (2 * self._index.width + self._index.num_levels)
+
+
+def batch_loader(
+    dataset: BatchDataset, batches: range, workers: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The global batches `batches`, in order, each already this rank's share.
+
+    `workers` threads read ahead, two batches each or as many as fit AHEAD_BYTES. Threads, because a batch then lies
+    where it was read, in page-locked memory if asked for. From other processes it would come through shared memory,
+    whose pages took four times as long to fill as reading takes; and reading seldom holds the interpreter's lock.
+    """
+    if not workers:
+        yield from (dataset.read(number, pin_memory) for number in batches)
+        return
+    depth = max(workers, min(2 * workers, AHEAD_BYTES // dataset.num_bytes))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+    ahead: deque[Future[Batch]] = deque()
+    try:
+        for number in batches:
+            if len(ahead) == depth:
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(dataset.read, number, pin_memory))
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,163 @@
+"""The discriminator that a decoder can be trained against: small heads on the features of a frozen ViT.
+
+B pictures, h×w pixels, N tokens, D width of the ViT
+
+Source: RAE (Zheng et al. 2025), after StyleGAN-T (Sauer et al. 2023): frozen DINO ViT-S/8 and convolutional heads
+over tokens with spectral and batch normalisation, hinge losses, differentiable augmentation. Deviation: heads
+stand on blocks 3, 6, 9 and 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from trainer.decode.rae import IMAGENET_MEAN, IMAGENET_STD
+from trainer.training.release_files import check_weights, read_weights
+
+BLOCKS = (2, 5, 8, 11)
+KERNEL = 9
+LARGEST_WEIGHT = 1e4
+SHIFT = 0.125
+"""Largest translation of the augmentation, as a share of the side."""
+
+
+class Backbone(nn.Module):
+    """A ViT with the names of DINO's checkpoints (Caron et al. 2021), frozen. Defaults are ViT-S/8 at 224 px."""
+
+    def __init__(
+        self, size_px: int = 224, patch_px: int = 8, width: int = 384, depth: int = 12, heads: int = 6
+    ) -> None:
+        super().__init__()
+        self.size_px, self.width = size_px, width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size_px // patch_px) ** 2, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_px, patch_px)})
+        self.blocks = nn.ModuleList(_VitBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pictures: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Normalised pictures [B, 3, size, size] → tokens [B, N, D] after each of `blocks`."""
+        patches = self.patch_embed["proj"](pictures).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        found = []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in blocks:
+                found.append(x[:, 1:])
+        return found
+
+
+class _VitBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class Discriminator(nn.Module):
+    """Logits of a picture being real, one per head and token.
+
+    The backbone is no part of the state that is saved.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone, blocks: Sequence[int] = BLOCKS) -> None:
+        super().__init__()
+        self._held = [backbone]
+        self._blocks = list(blocks)
+        self.heads = nn.ModuleList(_head(backbone.width) for _ in blocks)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """RGB pictures [B, 3, h, w] in [0, 1] → logits [B, heads · N]."""
+        backbone = self._held[0].to(pictures.device)
+        size = (backbone.size_px, backbone.size_px)
+        x = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
+        features = backbone((x - self.mean) / self.std, self._blocks)
+        logits = [head(f.mT) for head, f in zip(self.heads, features, strict=True)]
+        return torch.cat([each.flatten(1) for each in logits], dim=1)
+
+
+class _Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) + x) / 2**0.5
+
+
+def _head(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        _convolved(width, 1), _Residual(_convolved(width, KERNEL)), spectral_norm(nn.Conv1d(width, 1, 1))
+    )
+
+
+def _convolved(width: int, kernel: int) -> nn.Sequential:
+    convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, padding_mode="circular")
+    return nn.Sequential(spectral_norm(convolution), nn.BatchNorm1d(width), nn.LeakyReLU(0.2))
+
+
+def load_discriminator(weights: str | Path) -> Discriminator:
+    """A fresh discriminator on DINO's ViT-S/8. Raises MismatchError when the weights are of another network."""
+    backbone, given = Backbone(), read_weights(Path(weights))
+    expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
+    check_weights(f"{weights}, expected DINO's ViT-S/8,", given, expected)
+    backbone.load_state_dict(given)
+    return Discriminator(backbone)
+
+
+def hinge_for_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean hinge loss of logits of real and decoded pictures."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def balanced_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+    """Ratio of the gradients of two losses at the last layer, at most 1e4: what makes them pull alike.
+
+    Source: Esser et al. (2021), VQGAN, eq. 7.
+    """
+    a, b = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reconstruction, adversarial))
+    return (a.norm() / (b.norm() + 1e-6)).clamp(max=LARGEST_WEIGHT).detach()
+
+
+def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Random brightness, saturation, contrast and translation of each picture [B, 3, h, w], differentiable.
+
+    Source: Zhao et al. (2020), DiffAugment, without cutout.
+    """
+    B, _, height, width = pictures.shape
+    device = pictures.device
+    light, colour, contrast = torch.rand(3, B, 1, 1, 1, generator=generator, device=device)
+    x = pictures + (light - 0.5)
+    grey = x.mean(dim=1, keepdim=True)
+    x = (x - grey) * (2 * colour) + grey
+    middle = x.mean(dim=(1, 2, 3), keepdim=True)
+    x = (x - middle) * (contrast + 0.5) + middle
+    reach = torch.tensor([int(SHIFT * height + 0.5), int(SHIFT * width + 0.5)], device=device)
+    shift = (torch.rand(B, 2, generator=generator, device=device) * (2 * reach + 1)).floor().long() - reach
+    rows = torch.arange(height, device=device) + shift[:, :1]
+    columns = torch.arange(width, device=device) + shift[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
+        :, None, None, :
+    ]
+    batch = torch.arange(B, device=device)[:, None, None]
+    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+    return x.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2) * inside

@@ -1,0 +1,68 @@
+"""What a training of a decoder is: the fields of every run, with shape, losses and their schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainer.training.config import EXECUTION, RunConfig, require
+
+DecoderSize = Literal["tiny", "B", "L", "XL"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig(RunConfig):
+    """One training of a decoder. Defaults are RAE's, for features of ImageNet.
+
+    Source: RAE (Zheng et al. 2025), first stage, as its code has it.
+    """
+
+    size: DecoderSize = "XL"
+    """Shape of the decoder; B, L and XL are RAE's, tiny is made for a CPU."""
+    total_images: int = field(default=20_480_000, metadata=EXECUTION)
+    """Images seen until the run ends (16 epochs of ImageNet); the shares below are of them."""
+    batch_size: int = 512
+    """Images in one optimiser step, over all ranks."""
+    patch_size: int = 16
+    """Pixels per side that one token is decoded to; pictures are resized to grid × patch_size."""
+    noise: float = 0.8
+    """Noise on tokens in training: σ·N(0, 1), σ uniform up to this, in units of the features' root mean square."""
+    lr: float = 2e-4
+    """Learning rate of Adam after the warm-up; it falls along a cosine to a tenth at the end."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's first and second moments."""
+    warmup_fraction: float = 1 / 16
+    """Share of the run, at its start, over which the learning rate rises from 0."""
+    ema_halflife_kimg: float = 161.0
+    """Half-life of the weight average that decodes, in thousands of images (RAE: 0.9978 a step of 512)."""
+    held_out_shards: int = 0
+    """Shards, the last ones, that are not trained on but measured at the end of each epoch."""
+    lpips_weights: str | None = None
+    """Folder with `vgg16` and `lpips` weights for the perceptual loss; none without it."""
+    lpips_weight: float = 1.0
+    """Weight of the perceptual loss."""
+    gan_weights: str | None = None
+    """Weights of DINO's ViT-S/8 for the adversarial loss; none without it."""
+    gan_weight: float = 0.75
+    """Weight of the adversarial loss, on top of its balance with the others."""
+    discriminator_start: float = 6 / 16
+    """Share of the run after which the discriminator trains."""
+    gan_start: float = 8 / 16
+    """Share of the run after which the decoder trains against it."""
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        require(self.patch_size >= 1, f"patch_size is {self.patch_size}, expected 1 or more")
+        require(self.held_out_shards >= 0, f"held_out_shards is {self.held_out_shards}, expected 0 or more")
+        for name in ("noise", "lpips_weight", "gan_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more, and finite")
+        for name in ("lr", "ema_halflife_kimg"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+        for name in ("warmup_fraction", "discriminator_start", "gan_start"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+        for decay in self.adam_betas:
+            require(0 <= decay < 1, f"adam_betas hold {decay}, expected 0 up to below 1")

@@ -1,0 +1,346 @@
+"""Canvases → pixels: the RAE ViT decoder with the authors' weights, and the inverse of the `dct` encoder.
+
+B canvases, H×W grid of tokens, C channels of the encoder, D width, N = 1 + H·W tokens, P pixels per patch
+canvases [B, H, W, C] → pictures [B, 3, H·P, W·P], RGB, 0 black and 1 white
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hierarchy_builder.canvases.dct import DctBasis
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.layers import grid_positions
+from trainer.training.config import MOST_BLOCKS, MOST_ROWS, checked, require, require_size
+from trainer.training.release_files import check_weights, read_fields, read_weights
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Names inside a block of the checkpoint → names here.
+RUN_DECODER = "decoder"
+"""Folder of a run in which its decoder is looked for: config.json and the weights."""
+WEIGHTS = ("model.safetensors", "model.pt")
+CONFIG = "config.json"
+SIZES = {
+    "tiny": (4, 192, 3, 768),
+    "B": (12, 768, 12, 3072),
+    "L": (24, 1024, 16, 4096),
+    "XL": (28, 1152, 16, 4096),
+}
+"""Blocks, width, heads and hidden width of the MLP; B, L and XL are the release's."""
+
+BLOCK_NAMES = {
+    "layernorm_before": "norm1",
+    "attention.attention.query": "query",
+    "attention.attention.key": "key",
+    "attention.attention.value": "value",
+    "attention.output.dense": "out",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "expand",
+    "output.dense": "contract",
+}
+NAMES = {
+    "decoder_embed": "embed",
+    "trainable_cls_token": "class_token",
+    "decoder_pos_embed": "positions",
+    "decoder_norm": "norm",
+    "decoder_pred": "predict",
+}
+RELEASE_BLOCK_NAMES = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
+RELEASE_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaeDecoderConfig:
+    """Shape of a decoder, under the names of its config.json; keys that say nothing about shape are ignored."""
+
+    hidden_size: int
+    """C, channels of the encoder."""
+    patch_size: int
+    """P, pixels per side of a patch."""
+    image_size: int
+    """Pixels per side of the decoded picture."""
+    decoder_hidden_size: int
+    """D, width of the transformer."""
+    decoder_intermediate_size: int
+    """Hidden width of the MLP."""
+    decoder_num_attention_heads: int
+    """Attention heads."""
+    decoder_num_hidden_layers: int
+    """Blocks."""
+    layer_norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
+    qkv_bias: bool = True
+    """Whether query, key and value have biases."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "patch_size", "image_size"):
+            require_size(name, getattr(self, name))
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+            require_size(f"decoder_{name}", getattr(self, f"decoder_{name}"))
+        require_size("decoder_num_hidden_layers", self.decoder_num_hidden_layers, MOST_BLOCKS)
+        require(
+            self.image_size % self.patch_size == 0,
+            f"image_size {self.image_size}, expected a multiple of patch_size {self.patch_size}",
+        )
+        require_size("image_size / patch_size", self.grid, MOST_ROWS)
+        require(
+            self.decoder_hidden_size % self.decoder_num_attention_heads == 0,
+            f"decoder_hidden_size {self.decoder_hidden_size}, expected a multiple of "
+            f"{self.decoder_num_attention_heads} heads",
+        )
+        require(
+            0 <= self.layer_norm_eps < 1, f"layer_norm_eps is {self.layer_norm_eps}, expected 0 up to below 1"
+        )
+
+    @classmethod
+    def of_size(cls, size: str, channels: int, grid: int, patch_size: int) -> RaeDecoderConfig:
+        """The decoder called `size` for `channels` × `grid`² tokens. Raises UsageError naming the sizes."""
+        if size not in SIZES:
+            raise UsageError(f"decoder size {size!r}, known are {', '.join(SIZES)}")
+        depth, width, heads, hidden = SIZES[size]
+        return cls(
+            hidden_size=channels,
+            patch_size=patch_size,
+            image_size=grid * patch_size,
+            decoder_hidden_size=width,
+            decoder_intermediate_size=hidden,
+            decoder_num_attention_heads=heads,
+            decoder_num_hidden_layers=depth,
+        )
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side."""
+        return self.image_size // self.patch_size
+
+
+class DecoderBlock(nn.Module):
+    """Pre-LayerNorm attention and MLP (exact GELU)."""
+
+    def __init__(self, config: RaeDecoderConfig) -> None:
+        super().__init__()
+        width, hidden = config.decoder_hidden_size, config.decoder_intermediate_size
+        self.num_heads = config.decoder_num_attention_heads
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.query = nn.Linear(width, width, bias=config.qkv_bias)
+        self.key = nn.Linear(width, width, bias=config.qkv_bias)
+        self.value = nn.Linear(width, width, bias=config.qkv_bias)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        h = self.norm1(x_BND)
+        q, k, v = (
+            layer(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x_BND = x_BND + self.out(attended)
+        return x_BND + self.contract(F.gelu(self.expand(self.norm2(x_BND))))
+
+
+class RaeDecoder(nn.Module):
+    """The ViT decoder of RAE (Zheng et al. 2025, "Diffusion Transformers with Representation Autoencoders").
+
+    Freshly built it is ready to be trained: weights N(0, 0.02²) from torch's global generator, biases 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: RaeDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions = F.pad(grid_positions(config.grid, config.grid, width), (0, 0, 1, 0))  # the class token: 0
+        self.positions = nn.Parameter(positions[None], requires_grad=False)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.predict = nn.Linear(width, config.patch_size**2 * 3)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Canvases [B, H, W, C] → normalised patches [B, H·W, P·P·3], each in rows, columns, channels."""
+        expected = (self.config.grid, self.config.grid, self.config.hidden_size)
+        if z.ndim != 4 or tuple(z.shape[1:]) != expected:
+            raise MismatchError(
+                f"canvases are {tuple(z.shape)}, the decoder expects [B, H, W, C] of {expected}"
+            )
+        tokens = self.embed(z.flatten(1, 2).to(self.embed.weight))  # on its device, in its dtype
+        x_BND = torch.cat([self.class_token.expand(len(z), -1, -1), tokens], dim=1) + self.positions
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        return self.predict(self.norm(x_BND))[:, 1:]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Canvases [B, H, W, C] → RGB [B, 3, H·P, W·P], de-normalised and not clamped."""
+        grid, patch = self.config.grid, self.config.patch_size
+        patches = self.logits(z).unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, 3))
+        image = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return image * self.std + self.mean
+
+
+class ConditionalDecoder(ABC):
+    """A decoder that draws pictures by class and seed, out of all levels of a trajectory at once."""
+
+    @abstractmethod
+    def of(self, label: int, seed: int) -> ConditionalDecoder:
+        """The decoder of a trajectory of this class and seed."""
+
+    @abstractmethod
+    def __call__(self, canvases: Tensor) -> Tensor:
+        """Levels [L, H, W, C] of a trajectory → RGB [L, 3, h, w] in [0, 1]."""
+
+    def draws(self, canvases: Tensor) -> bool:
+        """Whether it has pictures of these levels."""
+        return True
+
+    def at(self, canvases: Tensor, level: int) -> Tensor:
+        """One of those pictures, RGB [3, h, w], without drawing the others where that can be."""
+        return self(canvases)[level]
+
+
+class DctDecoder(nn.Module):
+    """Pixels out of features of the `dct` encoder."""
+
+    def __init__(self, basis: DctBasis) -> None:
+        super().__init__()
+        self.basis = basis
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Canvases [B, H, W, C] → RGB [B, 3, H·P, W·P] in [0, 1]."""
+        if z.ndim != 4 or z.shape[-1] != self.basis.width:
+            raise MismatchError(
+                f"canvases are {tuple(z.shape)}, the decoder expects [B, H, W, {self.basis.width}]"
+            )
+        return self.basis.inverse(z.to(self.basis.offset))
+
+
+def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path) -> RaeDecoder:
+    """Load RAE's decoder, frozen and in evaluation mode.
+
+    weights: the release's model.pt (a plain state dict) or the same tensors as .safetensors.
+    config: its config.json, as a mapping or a file.
+    Raises UsageError for an incomplete config, MismatchError when weights and config do not belong together.
+    """
+    shape = _read_config(config)
+    given = read_weights(Path(weights))
+    with torch.device("meta"):
+        expected = {
+            _release_name(name): value.shape for name, value in RaeDecoder(shape).state_dict().items()
+        }
+    check_weights(weights, given, expected)
+    decoder = RaeDecoder(shape)
+    decoder.load_state_dict({_rename(name): value for name, value in given.items()})
+    return decoder.eval().requires_grad_(False)
+
+
+def rae_state(decoder: RaeDecoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a decoder under the release's names; `weights` stand in for its parameters where given."""
+    state = {**decoder.state_dict(), **(weights or {})}
+    return {_release_name(name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+
+
+def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeDecoder:
+    """The RAE decoder of a folder that holds config.json and its weights.
+
+    encoder: description of the encoder whose features are to be decoded; a decoder trained here knows its own.
+    Raises TrainerError when a file is missing, MismatchError when it was trained for another encoder.
+    """
+    weights = [folder / name for name in WEIGHTS if (folder / name).exists()]
+    if not weights or not (folder / CONFIG).exists():
+        raise TrainerError(
+            f"{folder}: found no RAE decoder, expected {CONFIG} beside model.pt or model.safetensors"
+        )
+    decoder = load_rae_decoder(weights[0], folder / CONFIG)
+    own = read_fields(folder / CONFIG).get("encoder") or {}
+    if not isinstance(own, dict):
+        raise UsageError(f"{folder / CONFIG}: encoder is {own!r}, expected its description")
+    if encoder:
+        own = {"width": decoder.config.hidden_size, "grid": [decoder.config.grid] * 2} | own
+        differing = [
+            f"{name} {own[name]!r} there, {encoder[name]!r} here"
+            for name in ("name", "weights_hash", "width", "grid")
+            if name in own and name in encoder and own[name] != encoder[name]
+        ]
+        if differing:
+            raise MismatchError(
+                f"{folder} decodes features of another encoder: {'; '.join(differing)}; "
+                "train one with `trainer train-decoder`"
+            )
+    return decoder
+
+
+def find_decoder(run: Path, encoder: Mapping[str, Any]) -> RaeDecoder | DctDecoder | None:
+    """The decoder in the folder `decoder` of a run, else the one its encoder declares, else None."""
+    folder = run / RUN_DECODER
+    if (folder / CONFIG).exists():
+        return load_decoder(folder, encoder)
+    return decoder_from_spec(encoder.get("decoder"))
+
+
+def decoder_from_spec(spec: Mapping[str, Any] | None) -> DctDecoder | None:
+    """The decoder that an encoder declares in the index of its shards, or None where it declares none.
+
+    Raises UsageError for a description that is not understood.
+    """
+    if spec is None:
+        return None
+    try:
+        return DctDecoder(DctBasis.from_spec(dict(spec))).eval()
+    except ValueError as error:
+        raise UsageError(f"decoder of the shards: {error}") from None
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """RGB [B, 3, h, w], clamped to [0, 1] → uint8 [B, h, w, 3]."""
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _read_config(config: Mapping[str, Any] | str | Path) -> RaeDecoderConfig:
+    where = "decoder config" if isinstance(config, Mapping) else f"decoder config {config}"
+    values = config if isinstance(config, Mapping) else read_fields(Path(config))
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
+    known = {field.name for field in dataclasses.fields(RaeDecoderConfig)}
+    return checked(RaeDecoderConfig, {name: values[name] for name in known & values.keys()}, where)
+
+
+def _rename(name: str) -> str:
+    """A parameter's name in the checkpoint → here; an unknown one is returned as it is."""
+    head, _, rest = name.partition(".")
+    if head == "decoder_layers":
+        number, _, inner = rest.partition(".")
+        layer, _, kind = inner.rpartition(".")
+        return f"blocks.{number}.{BLOCK_NAMES.get(layer, layer)}.{kind}"
+    return ".".join([NAMES.get(head, head), *([rest] if rest else [])])
+
+
+def _release_name(name: str) -> str:
+    """The inverse of `_rename` for a name of ours."""
+    head, _, rest = name.partition(".")
+    if head == "blocks":
+        number, layer, kind = rest.split(".")
+        return f"decoder_layers.{number}.{RELEASE_BLOCK_NAMES[layer]}.{kind}"
+    return ".".join([RELEASE_NAMES.get(head, head), *([rest] if rest else [])])

@@ -1,0 +1,204 @@
+"""The same edit over many classes, seeds, levels and strengths, each beside what happens without it.
+
+An edited trajectory differs from another one for three reasons: the edit, other noise, and rounding. So each edit
+comes with two arms without it: `no edit`, the same trajectory resumed from the same level with the same noise, and
+`other noise`, resumed with that of another seed. Edits are measured against the first. The arms without an edit know
+no strength: they are measured once, on the tokens that an edit touches, and stand beside every strength.
+
+    K classes, ℓ* edited level, ℓ measured level
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from trainer.errors import UsageError
+from trainer.evaluation.progress import Follow, unseen
+from trainer.metrics.spread import spread
+from trainer.trajectories.compare import Encode, encoder_of, locality
+from trainer.trajectories.edit import Source
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.selection import Selection
+from trainer.trajectories.trajectory import Trajectory
+
+Kind = Literal["features", "shape"]
+KINDS: tuple[Kind, ...] = ("features", "shape")
+EDIT, NO_EDIT, OTHER_NOISE = "edit", "no edit", "other noise"
+OTHER_SEED = 2**31
+"""Added to (or, of large seeds, taken from) a seed for the noise of `other noise`."""
+UNIT = ("label", "class", "seed")
+SETTING = ("kind", "level", "strength", "arm", "measured")
+BASELINES = (
+    "edit, other noise: against the same trajectory unedited, resumed from the edited level with the same noise. "
+    "no edit: that one, against the trajectory as first drawn. The two without an edit know no strength: measured once."
+)
+"""What the numbers of a sweep are measured against."""
+SHOWN = ("lis", "gain", "pixel_outside")
+"""Measures in the table of a summary."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """What is edited, and how."""
+
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    levels: tuple[int, ...] | None = None
+    """Levels to edit; None all of them."""
+    strengths: tuple[float, ...] = (1.0,)
+    """Of feature edits; a shape edit grows the region by this many tokens, rounded up."""
+    kind: Kind = "features"
+    num_steps: int = 1
+    """Network evaluations per level."""
+
+
+def sweep(
+    pipe: TrajectoryPipeline,
+    config: SweepConfig,
+    selection: Selection | None = None,
+    encode: Encode | None = None,
+    follow: Follow = unseen,
+) -> Iterator[dict[str, Any]]:
+    """Rows of numbers, one for each class, seed, edited level, strength, arm and measured level ≥ the edited one.
+
+    What is edited is `selection` taken at each level, else the largest region of the object (`main_region`). A feature
+    edit puts in the mean of the largest region of the object that the next class draws with the same seed.
+    Columns: those of `compare.locality`, and label, class, seed, kind, level, strength, arm, measured, tokens.
+    An edit that cannot be made, such as growing a region that is the whole canvas, gives no rows.
+    Raises UsageError for levels or a kind there are none of.
+    """
+    num_levels, num_classes = pipe.drawn_levels, pipe.model.config.num_classes
+    levels = tuple(range(num_levels)) if config.levels is None else config.levels
+    if wrong := [level for level in levels if not 0 <= level < num_levels]:
+        raise UsageError(f"level {wrong[0]}, expected 0 to {num_levels - 1}")
+    if config.kind not in KINDS:
+        raise UsageError(f"kind {config.kind!r}, expected one of {', '.join(KINDS)}")
+    units = list(itertools.product(config.labels, config.seeds))
+    for label, seed in follow(units, "editing", len(units)):
+        start, donor = (pipe(each, seed, config.num_steps) for each in (label, (label + 1) % num_classes))
+        judge = encode or encoder_of(start)
+        unit = {"label": start.label, "class": start.class_name, "seed": seed}
+        for level in levels:
+            chosen = main_region(start, level) if selection is None else selection.at(level)
+            for row in _arms(start, donor, chosen, config, judge):
+                yield {**unit, **row}
+
+
+def main_region(trajectory: Trajectory, level: int) -> Selection:
+    """The largest region of a level that is not the background (the lowest id of several)."""
+    ids = trajectory.regions()[level].long()
+    sizes = torch.bincount(ids.flatten())
+    if len(sizes) > 1:
+        sizes[0] = 0
+    return Selection.from_region(ids, int(sizes.argmax()), level=level)
+
+
+def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, standard deviation and 95 % interval of every measure over classes and seeds, for each setting.
+
+    Columns: kind, level, strength, arm, measured, units, and <measure>_mean, _std, _low, _high.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SETTING), []).append(row)
+    summary = []
+    for setting, members in groups.items():
+        line = {**dict(zip(SETTING, setting, strict=True)), "units": len(members)}
+        for name in members[0]:
+            if name not in (*UNIT, *SETTING, "tokens"):
+                values = spread(row[name] for row in members)._asdict()
+                line |= {f"{name}_{part}": value for part, value in values.items() if part != "n"}
+        summary.append(line)
+    return summary
+
+
+def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A summary to be read: a row for each edited level, strength, arm and measure, a column for each measured level.
+
+    Cells are the mean and half the width of its interval. Arms that are the same at every strength have one row, of
+    strength "any".
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    columns = sorted({line["measured"] for line in summary})
+    for line in summary:
+        for name in SHOWN:
+            mean, high = line.get(f"{name}_mean", math.nan), line.get(f"{name}_high", math.nan)
+            if math.isnan(mean):
+                continue
+            place = {
+                "level": line["level"],
+                "strength": line["strength"],
+                "arm": line["arm"],
+                "measure": name,
+            }
+            row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(map(_column, columns), ""))
+            row[_column(line["measured"])] = f"{mean:.2g}±{high - mean:.1g}"
+    return _without_repeats(list(rows.values()))
+
+
+def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the arms without an edit once where they are equal at every strength."""
+
+    def content(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(value for name, value in row.items() if name != "strength")
+
+    strengths = {row["strength"] for row in rows}
+    counts = Counter(content(row) for row in rows if row["arm"] != EDIT)
+    kept: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(rows):
+        if counts[content(row)] == len(strengths) > 1:
+            kept.setdefault(content(row), {**row, "strength": "any"})
+        else:
+            kept[number] = row
+    return list(kept.values())
+
+
+def _column(measured: int) -> str:
+    return f"→{measured}"
+
+
+def _arms(
+    start: Trajectory, donor: Trajectory, chosen: Selection, config: SweepConfig, encode: Encode | None
+) -> Iterator[dict[str, Any]]:
+    """Rows of one class, seed and level."""
+    level, seed = chosen.level, start.seeds[-1]
+    unedited = start.resume(level)
+    others = start.resume(level, seed + OTHER_SEED if seed < OTHER_SEED else seed - OTHER_SEED)
+    baselines: dict[tuple[int, ...], dict[str, dict[int, dict[str, float]]]] = {}  # by touched tokens
+    for strength in config.strengths:
+        try:
+            edited, touched, source = _edited(start, donor, chosen, config.kind, strength)
+        except UsageError:
+            continue
+        how = (touched, source, encode)
+        if (place := tuple(touched.tokens)) not in baselines:
+            baselines[place] = {
+                NO_EDIT: locality(start, unedited, *how),
+                OTHER_NOISE: locality(unedited, others, *how),
+            }
+        arms = {EDIT: locality(unedited, edited.resume(level), *how), **baselines[place]}
+        for arm, found in arms.items():
+            setting = {"kind": config.kind, "level": level, "strength": strength, "arm": arm}
+            for measured, values in found.items():
+                yield {**setting, "measured": measured, "tokens": touched.count, **values}
+
+
+def _edited(
+    start: Trajectory, donor: Trajectory, chosen: Selection, kind: Kind, strength: float
+) -> tuple[Trajectory, Selection, Source]:
+    """The edit, the tokens it touched, and the features it put in."""
+    if kind == "features":
+        source = donor.mean_of(main_region(donor, chosen.level))
+        return start.edit_features(chosen, source, strength), chosen, source
+    ring = chosen.grow(max(1, int(-(-strength // 1)))) - chosen
+    ids = start.regions()[chosen.level].long()
+    region = int(ids[chosen.mask].mode().values)
+    inside = Selection.from_region(ids, region, level=chosen.level)
+    return start.edit_shape(ring, region), ring, start.mean_of(inside)

@@ -1,0 +1,226 @@
+"""What a run of Latent Forcing is: the fields of every run, with a network, a method and an optimiser of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import pydantic
+
+from trainer.training.config import (
+    MOST,
+    MOST_BLOCKS,
+    MOST_ROWS,
+    STRICT,
+    MethodRunConfig,
+    Normalisation,
+    require,
+    require_size,
+)
+from trainer.training.optim_config import RuledOptimConfig
+
+Schedule = Literal[
+    "cascaded", "cascaded-noised", "shifted", "offset", "independent", "latents-only", "pixels-only"
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentModelConfig:
+    """The network; stored in every checkpoint, enough to rebuild it. Defaults are LM/16 on DINOv2-B features.
+
+    Grid, channels, classes and canvases are those of the shards a run trains on.
+    """
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of tokens."""
+    patch_px: int = 16
+    """Pixels a side of the picture under one token; pictures are resized to grid × patch_px."""
+    in_channels: int = 768
+    """Channels of one latent token, the width of the encoder."""
+    num_canvases: int = 1
+    """K, canvases that are latents: 1 for the raw tokens alone, L for every level of the hierarchy."""
+    num_classes: int = 1000
+    """Classes; the label table has one row more, the null class."""
+    width: int = 1024
+    """Width of the trunk."""
+    depth: int = 20
+    """Blocks of the trunk."""
+    num_heads: int = 16
+    """Attention heads of the trunk; experts have heads of the same width."""
+    pixel_bottleneck: int = 128
+    """Width between the two layers that embed a patch of pixels."""
+    latent_bottleneck: int = 128
+    """Width between the two layers that embed a latent token."""
+    num_class_tokens: int = 32
+    """Class tokens that stand before the image tokens from block `class_tokens_at` to the end of the trunk."""
+    class_tokens_at: int = 8
+    """Block, counted from 0, before which they enter."""
+    expert_depth: int = 2
+    """Blocks of each output expert; 0 for one output layer that both share."""
+    expert_width: int = 1024
+    """Width of the output experts."""
+    mlp_ratio: float = 8 / 3
+    """Hidden width of the SwiGLU as a multiple of the width."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+
+    def __post_init__(self) -> None:
+        positive = ("patch_px", "in_channels", "num_canvases", "num_classes", "width", "num_heads")
+        for name in (*positive, "pixel_bottleneck", "latent_bottleneck", "expert_width", "mlp_ratio"):
+            require_size(name, getattr(self, name))
+        tokens, depth = self.num_class_tokens, self.expert_depth
+        require(0 <= tokens <= MOST, f"num_class_tokens is {tokens}, expected 0 to {MOST:,}")
+        require(0 <= depth <= MOST_BLOCKS, f"expert_depth is {depth}, expected 0 to {MOST_BLOCKS:,}")
+        for side in self.grid:
+            require_size("a side of the grid", side, MOST_ROWS)
+        require_size("depth", self.depth, MOST_BLOCKS)
+        require(
+            self.width % (4 * self.num_heads) == 0,
+            f"width {self.width}, expected a multiple of 4 × num_heads = {4 * self.num_heads} (rotary pairs)",
+        )
+        require(
+            not self.expert_depth or self.expert_width % (self.width // self.num_heads) == 0,
+            f"expert_width {self.expert_width}, expected a multiple of {self.width // self.num_heads}, the width "
+            "of a head",
+        )
+        require(
+            not self.num_class_tokens or 0 <= self.class_tokens_at < self.depth,
+            f"class_tokens_at {self.class_tokens_at}, expected 0 to depth − 1 = {self.depth - 1}",
+        )
+
+    @property
+    def image_px(self) -> tuple[int, int]:
+        """Rows and columns of a picture in pixels."""
+        return self.grid[0] * self.patch_px, self.grid[1] * self.patch_px
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of a trajectory, K."""
+        return self.num_canvases
+
+    @property
+    def latent_channels(self) -> int:
+        """K·C, channels of all canvases of a token."""
+        return self.num_canvases * self.in_channels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentMethodConfig:
+    """Latent Forcing's objective: how the two clocks are drawn, and the weight of the latent loss.
+
+    t = 1 is noise. The paper's laws are of 1 − t: means change their sign, intervals are mirrored.
+    """
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    schedule: Schedule = "cascaded-noised"
+    """Joint law of the clocks, see `trainer.methods.latent_forcing.clocks`."""
+    latent_share: float = 0.4
+    """Probability that a sample trains a latent and not the pixels, where a sample trains one of them."""
+    latent_weight: float = 1 / 3
+    """Weight of the latent loss; the paper has 0.333 for DINOv2 and 0.25 for Data2Vec2."""
+    latent_time_mean: float = 1.2
+    """Mean of logit(t) of the latents."""
+    latent_time_std: float = 1.0
+    """Standard deviation of logit(t) of the latents."""
+    pixel_time_mean: float = 0.4
+    """Mean of logit(t) of the pixels."""
+    pixel_time_std: float = 0.8
+    """Standard deviation of logit(t) of the pixels."""
+    pixel_uniform_share: float = 0.1
+    """Cascaded schedules: share of samples whose pixel time is uniform on [0.5, 1] instead."""
+    condition_noise: float = 0.25
+    """Schedule `cascaded-noised`: latents that are given have t uniform up to this."""
+    prefix_share: float = 0.5
+    """With several canvases: share of the samples that train pixels given the first levels only, any number."""
+    shift: float = 9.0
+    """α of `shifted`: latents are α times (in amplitude) ahead of the pixels."""
+    offset: float = 0.1
+    """Schedule `offset`: how far the latents have come before the pixels start."""
+    uniform_shift: float = 2.0
+    """Schedule `independent`: uniform times are shifted by this towards noise."""
+    time_floor: float = 0.05
+    """Velocities divide by t no smaller than this. With `independent`, whose times are often small, 0.05 leaves little
+    of the loss to what is noisy, and a third is better."""
+    latent_scale: float = 0.485
+    """Standard deviation that normalised latents are brought to, about that of pixels."""
+    label_dropout: float = 0.1
+    """Probability that the label is replaced by the null class; 1 trains without classes."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "latent_share",
+            "pixel_uniform_share",
+            "condition_noise",
+            "prefix_share",
+            "label_dropout",
+        ):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+        for name in (
+            "latent_time_std",
+            "pixel_time_std",
+            "shift",
+            "uniform_shift",
+            "latent_scale",
+            "time_floor",
+        ):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+        for name in ("latent_time_mean", "pixel_time_mean"):
+            require(math.isfinite(getattr(self, name)), f"{name} is {getattr(self, name)}, expected finite")
+        require(
+            0 <= self.latent_weight < math.inf, f"latent_weight is {self.latent_weight}, expected 0 or more"
+        )
+        require(0 <= self.offset < 1, f"offset is {self.offset}, expected 0 up to below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentOptimConfig(RuledOptimConfig):
+    """Warm-up, then a constant rate, at the end perhaps a cooldown. Defaults are the paper's."""
+
+    lr: float = 2e-4
+    """Learning rate after the warm-up, constant until the cooldown; the paper's is 5e-5 · batch size / 256."""
+    warmup_images: int = 5 * 1_281_167
+    """Images over which the learning rate rises linearly from 0: 5 epochs of ImageNet."""
+    cooldown_fraction: float = 0.0
+    """Share of the run, at its end, over which the learning rate falls linearly to 0."""
+    ema_halflives_kimg: tuple[float, ...] = (7097.0, 3548.0)
+    """Half-lives of the weight averages in thousands of images: decays of 0.9999 and 0.9998 at a batch of 1,024."""
+    ema_ramp: float = 0.1
+    """A half-life never exceeds this share of the images seen so far; the release has no such limit."""
+
+    def __post_init__(self) -> None:
+        RuledOptimConfig.__post_init__(self)  # super() does not find the class that slots make
+        require(self.warmup_images >= 0, f"warmup_images is {self.warmup_images}, expected 0 or more")
+        self.check_shares("cooldown_fraction")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentTrainConfig(MethodRunConfig):
+    """One run of Latent Forcing."""
+
+    method_name: Literal["latent-forcing"] = "latent-forcing"
+    """Tells this configuration from one of Trajectory Forcing."""
+    preset: str = "LF-LM"
+    """Name of the preset the run started from."""
+    model: LatentModelConfig = field(default_factory=LatentModelConfig)
+    method: LatentMethodConfig = field(default_factory=LatentMethodConfig)
+    optim: LatentOptimConfig = field(default_factory=LatentOptimConfig)
+    pixel_stage: bool = False
+    """Whether every level's canvas is a latent, object → parts → tokens → pixels in one network, or only the last."""
+    normalise: Normalisation = "channel"
+    """By which statistics latents get mean 0 and spread `latent_scale`: per channel, per position, or not at all."""
+
+    def __post_init__(self) -> None:
+        MethodRunConfig.__post_init__(self)  # super() does not find the class that slots make
+        require(
+            not self.pixel_stage or self.method.schedule in ("cascaded", "cascaded-noised"),
+            f"pixel_stage with schedule {self.method.schedule}, expected cascaded or cascaded-noised: levels come "
+            "one after the other",
+        )

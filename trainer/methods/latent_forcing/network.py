@@ -1,0 +1,242 @@
+"""The network of Latent Forcing: noisy pixels and noisy latents in, both clean out; each has a clock of its own.
+
+    B batch, H×W grid, N = H·W tokens, P pixels a side of a patch, K canvases, C channels of a canvas, D width
+
+A patch of pixels and the latents of the same place are embedded through a bottleneck and summed: N tokens, whatever
+is generated. Clocks and class modulate every norm (adaLN-Zero); from one block on, class tokens stand before the
+image tokens. After the trunk two experts, of blocks of their own, end in pixels and in latents. The network knows
+no noise and no loss.
+
+t = 1 is noise, as everywhere here. The release counts from noise 0 to data 1, and so do its weights: the one place
+that turns the clock round is `_condition`.
+
+Source: Latent Forcing (2026), arXiv 2602.11401, on the network of JiT (2025), arXiv 2511.13720.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import MismatchError
+from trainer.layers import (
+    Attention,
+    RMSNorm,
+    ScalarEmbedding,
+    SwiGLU,
+    at_least_float32,
+    grid_positions,
+    grid_rotations,
+    linear,
+)
+from trainer.methods.latent_forcing.config import LatentModelConfig
+
+PIXEL_CHANNELS = 3
+EMBEDDING_STD = 0.02
+"""Deviation of fresh class tables, class tokens and time embeddings."""
+
+
+class Bottleneck(nn.Module):
+    """Two linear layers, the first without bias: tokens [..., F] → [..., D]."""
+
+    def __init__(self, fan_in: int, bottleneck: int, width: int) -> None:
+        super().__init__()
+        self.down, self.up = linear(fan_in, bottleneck, bias=False), linear(bottleneck, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class AdaptiveBlock(nn.Module):
+    """Attention and SwiGLU behind RMSNorms; shifts, scales and gates are read off a condition [B, D_c]."""
+
+    def __init__(self, config: LatentModelConfig, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width, config.norm_eps)
+        self.attention = Attention(width, num_heads, config.norm_eps, bias=True)
+        self.mlp_norm = RMSNorm(width, config.norm_eps)
+        self.mlp = SwiGLU(width, int(config.mlp_ratio * width), bias=True)
+        self.modulation = linear(config.width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rotations: Tensor) -> Tensor:
+        for_attention, for_mlp = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        shift, scale, gate = for_attention.chunk(3, dim=-1)
+        x = x + gate * self.attention(_modulated(self.attention_norm(x), shift, scale), rotations)
+        shift, scale, gate = for_mlp.chunk(3, dim=-1)
+        return x + gate * self.mlp(_modulated(self.mlp_norm(x), shift, scale))
+
+
+class Output(nn.Module):
+    """A modulated RMSNorm and a linear layer: [B, N, D] → float32 [B, N, F]."""
+
+    def __init__(self, config: LatentModelConfig, width: int, fan_out: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, config.norm_eps)
+        self.modulation = linear(config.width, 2 * width)
+        self.out = linear(width, fan_out)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        return at_least_float32(self.out(_modulated(self.norm(x), shift, scale)))
+
+
+class Expert(nn.Module):
+    """What makes one modality of the trunk's tokens: a projection, blocks, an output."""
+
+    def __init__(self, config: LatentModelConfig, fan_out: int) -> None:
+        super().__init__()
+        c, width = config, config.expert_width
+        self.projection = linear(c.width, width)
+        num_heads = width * c.num_heads // c.width
+        self.blocks = nn.ModuleList(AdaptiveBlock(c, width, num_heads) for _ in range(c.expert_depth))
+        self.output = Output(c, width, fan_out)
+
+
+class PixelLatentTransformer(nn.Module):
+    """The network of `LatentModelConfig`, float32, freshly initialised from torch's global generator."""
+
+    rotations: Tensor
+    positions: Tensor
+    recompute: bool = False
+    """Whether blocks keep only their input for reverse mode and run again in it: less memory, more time."""
+
+    def __init__(self, config: LatentModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, D = config, config.width
+        patch = PIXEL_CHANNELS * c.patch_px**2
+        self.pixel_embedder = Bottleneck(patch, c.pixel_bottleneck, D)
+        self.latent_embedder = Bottleneck(c.latent_channels, c.latent_bottleneck, D)
+        self.pixel_clock = ScalarEmbedding(D)
+        self.latent_clocks = nn.ModuleList(ScalarEmbedding(D) for _ in range(c.num_canvases))
+        self.class_table = nn.Embedding(c.num_classes + 1, D)
+        self.class_tokens = nn.Parameter(torch.empty(1, c.num_class_tokens, D))
+        self.blocks = nn.ModuleList(AdaptiveBlock(c, D, c.num_heads) for _ in range(c.depth))
+        if c.expert_depth:
+            self.pixel_expert, self.latent_expert = Expert(c, patch), Expert(c, c.latent_channels)
+        else:
+            self.output = Output(c, D, patch + c.latent_channels)
+        self.register_buffer("positions", grid_positions(*c.grid, D), persistent=False)
+        grid = grid_rotations(*c.grid, D // c.num_heads, c.rope_theta)
+        still = torch.ones(c.num_class_tokens, grid.shape[-1], dtype=grid.dtype)
+        rotations = torch.view_as_real(torch.cat([still, grid])[:, None])
+        self.register_buffer("rotations", rotations, persistent=False)
+        self._initialise()
+
+    def forward(
+        self, pixels: Tensor, latents: Tensor, *, t_pixels: Tensor, t_latents: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the clean pixels and latents from noisy ones.
+
+        pixels: float [B, H·P, W·P, 3], clean ones lie in [−1, 1]. latents: float [B, H, W, K·C], canvas after canvas,
+        normalised. t_pixels: float [B], 1 is noise. t_latents: float [B], or [B, K] with a clock for each canvas.
+        label: int64 [B]; `num_classes` is the null class. Returns float32 of the same two shapes.
+        Raises MismatchError if pixels or latents do not fit the network.
+        """
+        self._check(pixels, latents)
+        condition, label_BD = self._condition(t_pixels, t_latents, label)
+        x = self.pixel_embedder(self._patches(pixels)) + self.latent_embedder(latents.flatten(1, 2))
+        x = self._trunk(x + self.positions, condition, label_BD)
+        if self.config.expert_depth:
+            patches, canvas = (self._expert(e, x, condition) for e in (self.pixel_expert, self.latent_expert))
+        else:
+            both = self.output(x, condition)
+            patches, canvas = both.tensor_split([both.shape[-1] - self.config.latent_channels], dim=-1)
+        return self._picture(patches), canvas.unflatten(1, self.config.grid)
+
+    def _condition(self, t_pixels: Tensor, t_latents: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """What modulates the norms, [B, D], and the embedded class [B, D]; weights know data as time 1."""
+        label_BD = self.class_table(label)
+        clocks = t_latents[:, None].expand(-1, len(self.latent_clocks)) if t_latents.ndim == 1 else t_latents
+        total = self.pixel_clock(1 - t_pixels) + label_BD
+        for embed, t in zip(self.latent_clocks, clocks.unbind(dim=1), strict=True):
+            total = total + embed(1 - t)
+        return F.silu(total), label_BD
+
+    def _trunk(self, x: Tensor, condition: Tensor, label_BD: Tensor) -> Tensor:
+        c = self.config
+        everything = torch.view_as_complex(at_least_float32(self.rotations))
+        rotations = everything[c.num_class_tokens :]
+        for number, block in enumerate(self.blocks):
+            if number == c.class_tokens_at and c.num_class_tokens:
+                x = torch.cat([(label_BD[:, None] + self.class_tokens).to(x.dtype), x], dim=1)
+                rotations = everything
+            x = self._pass(block, x, condition, rotations)
+        return x[:, x.shape[1] - len(self.positions) :]
+
+    def _expert(self, expert: Expert, x: Tensor, condition: Tensor) -> Tensor:
+        x = expert.projection(x)
+        rotations = torch.view_as_complex(at_least_float32(self.rotations))[self.config.num_class_tokens :]
+        for block in expert.blocks:
+            x = self._pass(block, x, condition, rotations)
+        return expert.output(x, condition)
+
+    def _pass(self, block: nn.Module, x: Tensor, condition: Tensor, rotations: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, condition, rotations, use_reentrant=False, preserve_rng_state=False)
+        return block(x, condition, rotations)
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """[B, H·P, W·P, 3] → [B, N, P·P·3], a patch by rows, columns, channels."""
+        rows, columns = self.config.grid
+        tokens = pixels.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+        return tokens.flatten(3).flatten(1, 2)
+
+    def _picture(self, patches: Tensor) -> Tensor:
+        """[B, N, P·P·3] → [B, H·P, W·P, 3]."""
+        P = self.config.patch_px
+        tokens = patches.unflatten(-1, (P, P, PIXEL_CHANNELS)).unflatten(1, self.config.grid)
+        return tokens.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _initialise(self) -> None:
+        """Xavier-uniform layers without bias; what modulates, and the outputs, start at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.pixel_clock, *self.latent_clocks):
+            _normal(embedding.hidden.weight, embedding.out.weight)
+        _normal(self.class_table.weight, self.class_tokens)
+        for module in self.modules():
+            if isinstance(module, AdaptiveBlock):
+                _as_one(module.attention.q, module.attention.k, module.attention.v)
+                _as_one(module.mlp.w1, module.mlp.w3)
+            if isinstance(module, AdaptiveBlock | Output):
+                nn.init.zeros_(module.modulation.weight)
+            if isinstance(module, Output):
+                nn.init.zeros_(module.out.weight)
+
+    def _check(self, pixels: Tensor, latents: Tensor) -> None:
+        c = self.config
+        expected = {
+            "pixels": (pixels, (len(pixels), *c.image_px, PIXEL_CHANNELS)),
+            "latents": (latents, (len(pixels), *c.grid, c.latent_channels)),
+        }
+        for name, (found, shape) in expected.items():
+            if tuple(found.shape) != shape:
+                raise MismatchError(
+                    f"{name} have shape {tuple(found.shape)}, the network expects {shape}: build it with the grid, "
+                    "patch_px and in_channels of the data"
+                )
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+@torch.no_grad()
+def _as_one(*layers: nn.Linear) -> None:
+    """Narrow Xavier's bound √(6/(fan_in + fan_out)) to that of one matrix of all of them, as the release has it."""
+    fan_out, fan_in = layers[0].weight.shape
+    for layer in layers:
+        layer.weight.mul_(math.sqrt((fan_in + fan_out) / (fan_in + len(layers) * fan_out)))
+
+
+def _normal(*weights: Tensor) -> None:
+    for weight in weights:
+        nn.init.normal_(weight, std=EMBEDDING_STD)

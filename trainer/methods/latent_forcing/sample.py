@@ -1,0 +1,133 @@
+"""Noise → latents → pixels along the clocks of `trainer.methods.latent_forcing.clocks`, by Heun's method or Euler's.
+
+    B images, H×W grid, K canvases, C channels of one, h×w pixels, S steps
+
+t = 1 is noise, t = 0 is data. Both modalities take every step; one whose clock stands still stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UsageError
+from trainer.methods.latent_forcing.objective import TIME_FLOOR, per_channel, velocity
+
+Solver = Literal["heun", "euler"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClockGuidance:
+    """Guidance of one modality: v_u + scale·(v_c − v_u) while low < t < high on its own clock, t = 1 also if high is 1.
+
+    The paper's intervals are of 1 − t: its (0.06, 1) is low 0, high 0.94 here.
+    """
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def at(self, t: float) -> float:
+        """The scale at time t."""
+        return self.scale if self.low < t and (t < self.high or self.high >= 1) else 1.0
+
+
+UNGUIDED = ClockGuidance()
+
+
+@torch.no_grad()
+def sample_pixels(
+    network: Any,
+    label: Tensor,
+    noise_pixels: Tensor,
+    noise_latents: Tensor,
+    grid: tuple[Tensor, Tensor],
+    *,
+    solver: Solver = "heun",
+    pixel_guidance: ClockGuidance = UNGUIDED,
+    latent_guidance: ClockGuidance = UNGUIDED,
+    weak_network: Any = None,
+    weak_from: float = 1.0,
+    clean_ends: bool = False,
+    time_floor: float = TIME_FLOOR,
+) -> tuple[Tensor, Tensor]:
+    """Sample (pixels, latents), float32 of the shapes of the noise.
+
+    label: int64 [B]. noise_pixels: [B, h, w, 3]; noise_latents: [B, H, W, K·C]: where the grid starts, so clean
+    latents and a grid that has them at 0 throughout sample the pixels of given latents. grid: t_pixels [S + 1] and
+    t_latents [S + 1, K], see `clocks.sampling_grid`.
+    What guides is the network itself without class, or weak_network, without class too (autoguidance). weak_from:
+    the weak network guides once all latents have come to this time, the network itself before: 1 is always, 0.001
+    the pixel stage alone, as in the paper's best setting.
+    Heun's method takes its last step as Euler's does. clean_ends: and each step in which a latent arrives at t = 0,
+    where the release takes Heun's; half the noise of that step then stays, since a clean latent has no velocity.
+    time_floor: as in training.
+    Raises UsageError when the grid does not run from a time to a smaller one.
+    """
+    t_pixels, t_latents = (times.to(noise_pixels.device) for times in grid)
+    for times in (t_pixels, t_latents):
+        if len(times) < 2 or len(t_pixels) != len(t_latents) or (times.diff(dim=0) > 0).any():
+            raise UsageError("the grid is not one of times that fall, as many for pixels as for latents")
+    field = _Field(network, label, pixel_guidance, latent_guidance, weak_network, weak_from, time_floor)
+    z: Pair = (noise_pixels, noise_latents)
+    last = len(t_pixels) - 2
+    for step in range(last + 1):
+        now, then = (t_pixels[step], t_latents[step]), (t_pixels[step + 1], t_latents[step + 1])
+        v = field.velocities(z, now)
+        ahead = _moved(z, v, now, then)
+        arrives = clean_ends and bool(((then[1] == 0) & (now[1] > 0)).any())
+        if solver == "heun" and step < last and not arrives:
+            after = field.velocities(ahead, then)
+            v = ((v[0] + after[0]) / 2, (v[1] + after[1]) / 2)
+            ahead = _moved(z, v, now, then)
+        z = ahead
+    return z
+
+
+Pair = tuple[Tensor, Tensor]
+"""Something of the pixels and the same of the latents."""
+
+
+@dataclass(frozen=True, kw_only=False, slots=True)
+class _Field:
+    """The guided velocities of both modalities."""
+
+    network: Any
+    label: Tensor
+    pixel_guidance: ClockGuidance
+    latent_guidance: ClockGuidance
+    weak_network: Any
+    weak_from: float
+    time_floor: float
+
+    def velocities(self, z: Pair, times: Pair) -> Pair:
+        guided = self._velocities(self.network, self.label, z, times)
+        scales = [[self.latent_guidance.at(float(t)) for t in times[1]]]
+        pixel_scale, latent_scale = (
+            self.pixel_guidance.at(float(times[0])),
+            torch.tensor(scales, device=z[1].device),
+        )
+        if pixel_scale == 1.0 and bool((latent_scale == 1.0).all()):
+            return guided
+        use_weak = self.weak_network is not None and float(times[1].max()) <= self.weak_from
+        network = self.weak_network if use_weak else self.network
+        null = torch.full_like(self.label, network.config.num_classes)
+        plain = self._velocities(network, null, z, times)
+        return (
+            plain[0] + pixel_scale * (guided[0] - plain[0]),
+            plain[1] + per_channel(latent_scale, z[1]) * (guided[1] - plain[1]),
+        )
+
+    def _velocities(self, network: Any, label: Tensor, z: Pair, times: Pair) -> Pair:
+        t_pixels, t_latents = times[0].expand(len(label)), times[1].expand(len(label), -1)
+        x = network(*z, t_pixels=t_pixels, t_latents=t_latents, label=label)
+        floor = self.time_floor
+        return velocity(z[0], x[0], t_pixels, floor), velocity(z[1], x[1], t_latents, floor)
+
+
+def _moved(z: Pair, v: Pair, now: Pair, then: Pair) -> Pair:
+    pixel_step, latent_step = now[0] - then[0], per_channel((now[1] - then[1])[None], z[1])
+    return z[0] - pixel_step * v[0], z[1] - latent_step * v[1]

@@ -1,0 +1,233 @@
+"""The network of Normalizing Trajectory Models: transporter x ↔ u, predictor of u_s from u_t, learned denoiser.
+
+    B batch, H×W grid, N = H·W tokens, C channels, D width, T transitions
+
+The predictor sees one state and predicts the next cleaner one, all tokens at once; it never sees what it predicts, so
+the likelihood is exact. A state's own time, the number of transitions and, where canvases of several levels are
+modelled, the level are added to every token; the class stands before them as tokens. Everything that ends in a number
+starts at 0: a fresh network predicts N(a·u_t, 1) through an identity.
+
+Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, §3 and A.1–A.3. Its predictor has no skip of u_t; here a
+network narrower than a token can still pass on what the state before it had.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import MismatchError
+from trainer.layers import (
+    Block,
+    RMSNorm,
+    ScalarEmbedding,
+    at_least_float32,
+    grid_rotations,
+    linear,
+    recomputed,
+)
+from trainer.methods.normalizing_trajectory.chains import posterior
+from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
+from trainer.methods.normalizing_trajectory.transporter import Transporter, bounded
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+
+TIME_SCALE = 100.0
+"""Times are multiplied by this before they are embedded, so that states near t = 0 are told apart."""
+
+
+class Gaussian(NamedTuple):
+    """Mean and logarithm of the deviation of each number, float32 [B, H, W, C]."""
+
+    mean: Tensor
+    log_sigma: Tensor
+
+
+class Given(NamedTuple):
+    """What a trajectory is conditioned on. label: int64 [B], `num_classes` is the null class. level: int64 [B].
+    prev: float32 [B, H, W, C], the clean canvas of the level before. The last two are read where canvases are modelled.
+    """
+
+    label: Tensor
+    level: Tensor
+    prev: Tensor
+
+    def repeated(self, times: int) -> Given:
+        """Each sample `times` times in a row."""
+        return Given(*(part.repeat_interleave(times, dim=0) for part in self))
+
+
+class SpatialTransformer(nn.Module):
+    """Canvases [B, H, W, C_in] → tokens [B, N, D]: blocks over all tokens, behind class tokens."""
+
+    rotations: Tensor
+    recompute: bool = False
+
+    def __init__(self, config: NormalizingModelConfig, depth: int, channels_in: int) -> None:
+        super().__init__()
+        c, D = config, config.width
+        self.num_class_tokens = c.num_class_tokens
+        self.embedder = linear(channels_in, D)
+        self.class_tokens = nn.Parameter(torch.randn(1, c.num_class_tokens, D) / D**0.5)
+        self.class_table = nn.Parameter(torch.randn(1, c.num_classes + 1, D) / D**0.5)
+        grid = grid_rotations(*c.grid, D // c.num_heads, c.rope_theta)
+        still = torch.ones(c.num_class_tokens, grid.shape[-1], dtype=grid.dtype)
+        rotations = torch.view_as_real(torch.cat([still, grid])[:, None])
+        self.register_buffer("rotations", rotations, persistent=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
+        self.blocks = nn.ModuleList(Block(D, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(depth))
+        self.norm = RMSNorm(D, c.norm_eps)
+
+    def forward(self, canvases: Tensor, label: Tensor, condition: Tensor) -> Tensor:
+        image = self.embedder(canvases.flatten(1, 2)) + condition[:, None]
+        classes = self.class_tokens + self.class_table[0][label][:, None]
+        x = torch.cat([classes, image], dim=1) + self.positions
+        rotations = torch.view_as_complex(at_least_float32(self.rotations))
+        for block in self.blocks:
+            x = recomputed(block, x, rotations) if self.recompute else block(x, rotations)
+        return self.norm(x[:, self.num_class_tokens :])
+
+
+class Predictor(nn.Module):
+    """Predicts the next state of a trajectory; trained from scratch."""
+
+    def __init__(self, config: NormalizingModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.in_channels * (2 if config.knows_levels else 1)
+        self.trunk = SpatialTransformer(config, config.depth, channels)
+        self.target_time = ScalarEmbedding(config.width)
+        self.condition = Condition(config, config.width)
+        self.out = linear(config.width, 2 * config.in_channels, 0.0)
+
+    def forward(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
+        condition = self.condition(t, given.level, num_steps) + self.target_time(TIME_SCALE * s)
+        seen = torch.cat([u, given.prev], dim=-1) if self.config.knows_levels else u
+        tokens = self.trunk(seen, given.label, condition)
+        mean, scale = at_least_float32(self.out(tokens)).unflatten(1, self.config.grid).chunk(2, dim=-1)
+        return Gaussian(_per_sample(self._skip(t, s)) * u + mean, bounded(scale))
+
+    def _skip(self, t: Tensor, s: Tensor) -> Tensor:
+        """Share of u_t in the mean before training: the posterior's; a level starts from the one before it."""
+        return (t < 1).to(t.dtype) if self.config.trajectory == "levels" else posterior(t, s).a
+
+
+class FlowPredictor(nn.Module):
+    """Predicts the next state by a flow-matching network: at first, exactly as its posterior sampler would.
+
+    û₀ = u_t − t·v,   μ = A·u_t + B·û₀,   σ = C·exp(δ),   δ a linear layer of the last hidden tokens, 0 at first
+    """
+
+    def __init__(self, config: NormalizingModelConfig) -> None:
+        super().__init__()
+        assert config.backbone is not None
+        self.backbone = TrajectoryTransformer(config.backbone)
+        self.delta = linear(config.backbone.width, config.in_channels, 0.0)
+
+    def forward(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
+        v, hidden = self.backbone.velocity_and_hidden(u, t=t, **given._asdict())
+        a, b, c = (_per_sample(factor) for factor in posterior(t, s))
+        delta = at_least_float32(self.delta(hidden)).unflatten(1, u.shape[1:3])
+        return Gaussian(a * u + b * (u - _per_sample(t) * v), torch.log(c) + bounded(delta))
+
+
+class Denoiser(nn.Module):
+    """u_{t_0} → clean canvas [B, H, W, C], learned from what the trajectory's own score says; its input stays in it."""
+
+    def __init__(self, config: NormalizingModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.in_channels * (2 if config.knows_levels else 1)
+        self.trunk = SpatialTransformer(config, config.denoiser_depth, channels)
+        self.condition = Condition(config, config.width)
+        self.out = linear(config.width, config.in_channels, 0.0)
+
+    def forward(self, u: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
+        seen = torch.cat([u, given.prev], dim=-1) if self.config.knows_levels else u
+        tokens = self.trunk(seen, given.label, self.condition(t, given.level, num_steps))
+        return u + at_least_float32(self.out(tokens)).unflatten(1, self.config.grid)
+
+
+class Condition(nn.Module):
+    """What is known about a state, [B, D]: its time, the number of transitions, the level of the canvas."""
+
+    def __init__(self, config: NormalizingModelConfig, width: int) -> None:
+        super().__init__()
+        self.num_steps = config.num_steps
+        self.time = ScalarEmbedding(width)
+        several, levels = len(config.num_steps) > 1, config.knows_levels
+        self.steps = _table(len(config.num_steps), width) if several else None
+        self.levels = _table(config.num_levels, width) if levels else None
+
+    def forward(self, t: Tensor, level: Tensor, num_steps: int) -> Tensor:
+        condition = self.time(TIME_SCALE * t)
+        if self.steps is not None:
+            condition = condition + self.steps[0, self.num_steps.index(num_steps)]
+        if self.levels is not None:
+            condition = condition + self.levels[0][level]
+        return condition
+
+
+class NormalizingNetwork(nn.Module):
+    """The whole network of `NormalizingModelConfig`, float32, freshly initialised from torch's global generator."""
+
+    def __init__(self, config: NormalizingModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.flow_condition = Condition(config, config.flow_width)
+        self.transporter = Transporter(config)
+        self.predictor = FlowPredictor(config) if config.backbone else Predictor(config)
+        self.denoiser = Denoiser(config) if config.denoiser_depth else None
+
+    def transport(self, x: Tensor, t: Tensor, level: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        """States x [B, H, W, C] at times t [B] → (u, log|det ∂u/∂x| [B, H, W], whose sum over tokens is exact)."""
+        self.check(x, num_steps)
+        u, log_det = self.transporter(x.flatten(1, 2), self.flow_condition(t, level, num_steps))
+        return u.unflatten(1, x.shape[1:3]), log_det.unflatten(1, x.shape[1:3])
+
+    @torch.no_grad()
+    def untransport(self, u: Tensor, t: Tensor, level: Tensor, num_steps: int) -> Tensor:
+        """The inverse of `transport`, token by token."""
+        self.check(u, num_steps)
+        x = self.transporter.inverse(u.flatten(1, 2), self.flow_condition(t, level, num_steps))
+        return x.unflatten(1, u.shape[1:3])
+
+    def predict(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
+        """Law of u_s given u_t [B, H, W, C]; t, s float [B], s < t."""
+        self.check(u, num_steps)
+        return self.predictor(u, t, s, given, num_steps)
+
+    def denoise(self, u: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
+        """Clean canvas of u_{t_0} by the learned denoiser, of a network that has one."""
+        assert self.denoiser is not None
+        return self.denoiser(u, t, given, num_steps)
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether blocks keep only their input for reverse mode and run again in it."""
+        for module in self.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = recompute  # type: ignore[assignment]
+
+    def check(self, x: Tensor, num_steps: int) -> None:
+        """Raise MismatchError unless states and the number of transitions are those of the network."""
+        expected = (len(x), *self.config.grid, self.config.in_channels)
+        if tuple(x.shape) != expected:
+            raise MismatchError(
+                f"states have shape {tuple(x.shape)}, the network expects {expected}: give features of the encoder "
+                "and grid it was trained on"
+            )
+        if num_steps not in self.config.num_steps:
+            known = " or ".join(map(str, self.config.num_steps))
+            raise MismatchError(
+                f"{num_steps} transitions, the network was trained on {known}: use {known}, or train one with "
+                f"model.num_steps=[{num_steps}]"
+            )
+
+
+def _table(count: int, width: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(1, count, width) / width**0.5)
+
+
+def _per_sample(value: Tensor) -> Tensor:
+    return value[:, None, None, None]

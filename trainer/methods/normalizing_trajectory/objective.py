@@ -1,0 +1,289 @@
+"""Normalizing Trajectory Models: every transition of a trajectory is a conditional flow of exact likelihood.
+
+    B batch, T transitions of a chain, K of them at hand, H×W grid, C channels
+
+State 0 is the cleanest, state T stands at t = 1. With u = f(x, t) by the transporter and (μ, σ) by the predictor,
+
+    −log p(x_s | x_t) = Σ ½z² + log σ + ½ ln 2π − log|det ∂u_s/∂x_s|,   z = (u_s − μ(u_t))/σ(u_t)
+
+At t = 1 there is no transporter: u_T = x_T, which is pure noise (or nothing, where the chain is the hierarchy itself).
+All pairs are folded into the batch, so a trajectory trains in parallel.
+
+Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, Algorithms 1–3, equation 3.5 and C.5. The text also
+speaks of a predictor that sees all levels; an exact likelihood forbids that, so it is Algorithm 1 that stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.methods.normalizing_trajectory import chains
+from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, Trajectory
+from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork
+from trainer.training.schedules import mixed_seed
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+SCORED_TOGETHER = 16
+"""States whose scores are taken in one pass; at 16 blocks of width 768 each holds half a GB while it lasts."""
+
+
+class Chain(NamedTuple):
+    """States of a batch, the cleanest first, and what they are conditioned on."""
+
+    states: Tensor
+    """float32 [B, T+1, H, W, C]."""
+    times: Tensor
+    """float32 [B, T+1]; the last one is 1."""
+    given: Given
+    covariance: Tensor
+    """float32 [B, T, T], of states 0 … T−1 given the clean canvases."""
+    scale: Tensor
+    """float32 [B, T], what clean canvases are multiplied by in each state."""
+
+
+def build_chain(
+    canvases: Tensor,
+    label: Tensor,
+    level: Tensor,
+    *,
+    noise: Tensor,
+    t_min: Tensor,
+    trajectory: Trajectory,
+    level_noise: float,
+) -> Chain:
+    """The chain of T transitions that a sample trains or is measured on.
+
+    canvases: float32 [B, L, H, W, C], normalised; with trajectory `tokens` only the last is looked at. label, level:
+    int64 [B]; the level is that of the canvas with trajectory `canvases`. noise: N(0, 1) [B, T+1, H, W, C]. t_min: [B].
+    """
+    B, L, H, W, _ = canvases.shape
+    if trajectory == "levels":
+        times = chains.level_times(L, B, canvases)
+        covariance = level_noise**2 * torch.eye(L, device=canvases.device).expand(B, L, L)
+        given = Given(label, torch.zeros_like(label), torch.zeros_like(canvases[:, 0]))
+        return Chain(
+            chains.level_chain(canvases, noise, level_noise),
+            times,
+            given,
+            covariance,
+            torch.ones_like(times[:, 1:]),
+        )
+    level = torch.full_like(level, L - 1) if trajectory == "tokens" else level
+    row = torch.arange(B, device=label.device)
+    prev = canvases[row, (level - 1).clamp(min=0)].masked_fill((level == 0)[:, None, None, None], 0.0)
+    times = chains.noise_times(t_min, noise.shape[1] - 1, H * W)
+    states = chains.noise_chain(canvases[row, level], times, noise)
+    return Chain(states, times, Given(label, level, prev), chains.noise_covariance(times), 1 - times[:, :-1])
+
+
+class Transitions(NamedTuple):
+    """K transitions of a batch, the cleanest first."""
+
+    z: Tensor
+    """float32 [B, K, H, W, C], N(0, 1) under the model."""
+    log_sigma: Tensor
+    """float32 [B, K, H, W, C]."""
+    log_det: Tensor
+    """float32 [B, K, H, W], the parts of tokens; only their sum is a determinant."""
+    mean: Tensor
+    """float32 [B, K, H, W, C], the predictor's mean of u_s."""
+
+    def nats(self) -> Tensor:
+        """−log p(x_s | x_t) by token, [B, K, H, W]; its sum over tokens is exact."""
+        terms = 0.5 * self.z.square() + self.log_sigma + HALF_LOG_2PI
+        return terms.sum(dim=-1) - self.log_det
+
+
+def transitions(network: Any, states: Tensor, times: Tensor, given: Given, num_steps: int) -> Transitions:
+    """What the model makes of consecutive states.
+
+    network: a NormalizingNetwork, or anything with its `transport` and `predict`. states: float32 [B, K+1, H, W, C],
+    the cleanest first: a whole chain (K = T) or part of one. times: float [B, K+1]. num_steps: T.
+    """
+    B, K = len(states), states.shape[1] - 1
+    many = given.repeated(K)
+    t, s = times[:, 1:].flatten(), times[:, :-1].flatten()
+    u, log_det = network.transport(states[:, :-1].flatten(0, 1), s, many.level, num_steps)
+    u = u.unflatten(0, (B, K))
+    last = states[:, -1]  # of a whole chain the state at t = 1, where there is no transporter
+    last = last if num_steps == K else _carried(network, last, times[:, -1], given, num_steps)
+    u_t = torch.cat([u[:, 1:], last[:, None]], dim=1)
+    law = network.predict(u_t.flatten(0, 1), t, s, many, num_steps)
+    mean, log_sigma = (part.unflatten(0, (B, K)) for part in law)
+    z = (u - mean) * torch.exp(-log_sigma)
+    return Transitions(z, log_sigma, log_det.unflatten(0, (B, K)), mean)
+
+
+def _carried(network: Any, state: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
+    """u of states that stand at t = 1 or before; at t = 1 it is the state itself."""
+    is_end = t >= 1
+    u, _ = network.transport(state, torch.where(is_end, 0.5, t), given.level, num_steps)
+    return torch.where(is_end[:, None, None, None], state, u)
+
+
+def loss(
+    network: Any,
+    states: Tensor,
+    times: Tensor,
+    given: Given,
+    *,
+    num_steps: int,
+    pair: Tensor | None = None,
+    flow: Any = None,
+    flow_weight: float | Tensor = 0.0,
+) -> dict[str, Tensor]:
+    """The objective on a batch of whole chains; gradients flow from `["loss"]`.
+
+    states: float32 [B, T+1, H, W, C]; times: float32 [B, T+1]. pair: int64 [B], the one transition of each sample that
+    is trained, weighted by T, so that its expectation is the whole; None trains all. flow: frozen predictor of the
+    flow-matching network, run on states x themselves; its means pull with `flow_weight`.
+
+    Returns scalars: loss in nats per number of a canvas, summed over the T transitions, with the pull of the flow;
+    bits, the same without it in bits; fit, log_sigma and log_det, its parts in nats; flow, the squared distance.
+    """
+    if pair is not None:
+        row = torch.arange(len(states), device=states.device)
+        states = torch.stack([states[row, pair], states[row, pair + 1]], dim=1)
+        times = torch.stack([times[row, pair], times[row, pair + 1]], dim=1)
+    found = transitions(network, states, times, given, num_steps)
+    B, K, C = len(states), states.shape[1] - 1, states.shape[-1]
+    whole = num_steps / K
+    parts = {
+        "fit": whole * (0.5 * found.z.square() + HALF_LOG_2PI).mean(dim=(0, 2, 3, 4)).sum(),
+        "log_sigma": whole * found.log_sigma.mean(dim=(0, 2, 3, 4)).sum(),
+        "log_det": whole * found.log_det.mean(dim=(0, 2, 3)).sum() / C,
+    }
+    nats = parts["fit"] + parts["log_sigma"] - parts["log_det"]
+    distance = states.new_zeros(())
+    if flow is not None:
+        many, t, s = given.repeated(K), times[:, 1:].flatten(), times[:, :-1].flatten()
+        with torch.no_grad():
+            target = flow(states[:, 1:].flatten(0, 1), t, s, many, num_steps).mean
+        squares = (found.mean - target.unflatten(0, (B, K))).square()
+        distance = whole * squares.mean(dim=(0, 2, 3, 4)).sum()
+    return {"loss": nats + flow_weight * distance, "bits": nats / math.log(2), **parts, "flow": distance}
+
+
+def guided(law: Gaussian, unconditional: Gaussian, scale: float) -> Gaussian:
+    """The Gaussian ∝ p^(1+w)·p_u^(−w), w = scale; where p is wider than p_u its excess counts as none. Source: C.5."""
+    w = scale
+    share = torch.exp(2 * (law.log_sigma - unconditional.log_sigma)).clamp(max=1)
+    precision = 1 + w - w * share
+    mean = ((1 + w) * law.mean - w * share * unconditional.mean) / precision
+    return Gaussian(mean, law.log_sigma - 0.5 * torch.log(precision))
+
+
+def denoised(
+    network: Any,
+    states: Tensor,
+    times: Tensor,
+    given: Given,
+    num_steps: int,
+    covariance: Tensor,
+    scale: Tensor,
+    clip: float | None = None,
+) -> Tensor:
+    """E[clean canvas | trajectory] read off each state by the trajectory's own score: float32 [B, K, H, W, C].
+
+    states: [B, K+1, H, W, C], times [B, K+1] as for `transitions`. covariance: [B, K, K] of states 0 … K−1 given the
+    clean canvas, which is `scale` [B, K] times itself in them. With the exact density all K of a noise chain agree.
+    clip: share of the absolute scores of a sample that is kept as it is; larger ones are cut to the largest of them.
+    Source: equation 3.5 and Algorithm 3, with −log p summed over dimensions.
+    """
+    together = max(1, SCORED_TOGETHER // covariance.shape[1])  # images do not mix
+    parts = (value.split(together) for value in (states, times, *given, covariance, scale))
+    return torch.cat(
+        [
+            _denoised(network, states, times, Given(label, level, prev), num_steps, covariance, scale, clip)
+            for states, times, label, level, prev, covariance, scale in zip(*parts, strict=True)
+        ]
+    )
+
+
+def _denoised(
+    network: Any,
+    states: Tensor,
+    times: Tensor,
+    given: Given,
+    num_steps: int,
+    covariance: Tensor,
+    scale: Tensor,
+    clip: float | None,
+) -> Tensor:
+    with torch.enable_grad():
+        seen = states.detach()[:, :-1].requires_grad_()
+        chain = torch.cat([seen, states[:, -1:].detach()], dim=1)
+        nats = transitions(network, chain, times, given, num_steps).nats().sum()
+        (score,) = torch.autograd.grad(nats, seen)
+    if clip is not None:
+        largest = torch.quantile(score.abs().flatten(1), clip, dim=1)[:, None, None, None, None]
+        score = score.clamp(-largest, largest)
+    moved = states[:, :-1] - torch.einsum("bij,bjhwc->bihwc", covariance, score)
+    return (moved / scale[..., None, None, None]).detach()
+
+
+def denoiser_loss(network: NormalizingNetwork, chain: Chain, num_steps: int) -> Tensor:
+    """Mean squared distance of the learned denoiser to what the score of real trajectories says; a scalar.
+
+    A chain of noise teaches its cleanest state, one of levels all of them. Gradients reach the denoiser alone.
+    Source: §3.4 and C.3.
+    """
+    target = denoised(
+        network, chain.states, chain.times, chain.given, num_steps, chain.covariance, chain.scale
+    )
+    K = target.shape[1] if network.config.trajectory == "levels" else 1
+    times, many = chain.times[:, :K].flatten(), chain.given.repeated(K)
+    with torch.no_grad():
+        u, _ = network.transport(chain.states[:, :K].flatten(0, 1), times, many.level, num_steps)
+    return (network.denoise(u, times, many, num_steps) - target[:, :K].flatten(0, 1)).square().mean()
+
+
+class Draws(NamedTuple):
+    """What one training step leaves to chance, for some rows of the global batch."""
+
+    num_steps: int
+    t_min: Tensor
+    noise: Tensor
+    pair: Tensor | None
+    drop_label: Tensor
+
+
+def draw_batch(
+    global_batch_size: int,
+    shape: Sequence[int],
+    config: NormalizingMethodConfig,
+    *,
+    num_steps: Sequence[int],
+    seed: int,
+    step: int,
+    rows: slice = slice(None),
+    device: torch.device | str = "cpu",
+) -> Draws:
+    """Draw T, noise of its T + 1 states, t_min, pairs and label dropout for `rows` of the batch of step `step`.
+
+    T is one for the whole batch. The rest of a row's draws depend on (seed, step, row) alone, so any split of the batch
+    over ranks trains the same run. noise: float32 [b, T+1, *shape].
+    """
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
+    T = num_steps[int(torch.randint(len(num_steps), (), generator=generator))]
+    low, high = config.t_min
+    t_min = low + (high - low) * torch.rand(global_batch_size, generator=generator)
+    drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
+    pair = torch.randint(T, (global_batch_size,), generator=generator)[rows].to(device)
+    on_device = torch.Generator(device)
+    noise = []
+    for row in range(global_batch_size)[rows]:
+        on_device.manual_seed(mixed_seed(seed, step, row))
+        noise.append(torch.randn(T + 1, *shape, generator=on_device, device=device))
+    return Draws(
+        num_steps=T,
+        t_min=t_min[rows].to(device),
+        noise=torch.stack(noise),
+        pair=pair if config.pairs == "one" else None,
+        drop_label=drop[rows].to(device),
+    )

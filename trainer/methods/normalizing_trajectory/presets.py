@@ -1,0 +1,68 @@
+"""Named starting points of Normalizing Trajectory Models; what the shards say comes from the shards.
+
+The paper trains 1.4 to 4 billion parameters at batches of 1,024 on 64 H100; B and L have its shape, two blocks of four
+layers before a deep predictor, at the widths of Trajectory Forcing. Hours and scores of these two: unmeasured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trainer.methods.normalizing_trajectory.config import (
+    NormalizingMethodConfig,
+    NormalizingModelConfig,
+    NormalizingOptimConfig,
+    NormalizingTrainConfig,
+)
+
+
+def tiny_normalizing() -> NormalizingTrainConfig:
+    """A network that trains for minutes on two CPU cores, one transition of a sample at a time.
+
+    Command: `trainer train SHARDS --out RUN --preset tiny-normalizing`. Hardware and time: see docs/results.md.
+    """
+    return NormalizingTrainConfig(
+        preset="tiny-normalizing",
+        model=NormalizingModelConfig(
+            width=96, depth=3, num_heads=3, num_class_tokens=4, flow_width=96, flow_depth=1, flow_heads=3
+        ),
+        method=NormalizingMethodConfig(pairs="one"),
+        optim=NormalizingOptimConfig(
+            rule="muon",
+            lr=0.02,
+            weight_decay=0.0,
+            warmup_fraction=0.05,
+            ema_halflives_kimg=(0.5,),
+            ema_ramp=0.1,
+        ),
+        total_images=9_000,
+        batch_size=16,
+        loader_workers=1,
+        checkpoint_images=4_500,
+        sample_images=None,
+        log_images=480,
+    )
+
+
+def NTM_B() -> NormalizingTrainConfig:  # noqa: N802 (named as its kin)
+    """16 blocks of width 768 behind a transporter of two blocks of four layers; bfloat16.
+
+    Command: `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NTM-B`.
+    """
+    return NormalizingTrainConfig(precision="bfloat16", micro_batch_size=16)
+
+
+def NTM_L() -> NormalizingTrainConfig:  # noqa: N802 (named as its kin)
+    """24 blocks of width 1024, a transporter of equal width; bfloat16.
+
+    Command: `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NTM-L`.
+    """
+    model = NormalizingModelConfig(width=1024, depth=24, num_heads=16, flow_width=1024, flow_heads=16)
+    return NormalizingTrainConfig(preset="NTM-L", model=model, precision="bfloat16", micro_batch_size=8)
+
+
+NORMALIZING_PRESETS: dict[str, Callable[[], NormalizingTrainConfig]] = {
+    "tiny-normalizing": tiny_normalizing,
+    "NTM-B": NTM_B,
+    "NTM-L": NTM_L,
+}

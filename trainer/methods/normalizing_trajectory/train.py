@@ -1,0 +1,298 @@
+"""Training of Normalizing Trajectory Models: shards in, checkpoints and metrics.jsonl out; the loop of every training.
+
+Three runs share it: from scratch; from a network of Trajectory Forcing (`init_from`), whose posterior sampler it
+starts as; and, with all of that frozen, the learned denoiser (`distil_from`). A step's chains are functions of (seed,
+step) for the whole global batch, and each rank takes its rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer.data.normalisation import Normaliser, normaliser_of
+from trainer.data.shards import ShardIndex, open_index
+from trainer.data.stream import Batch, BatchDataset
+from trainer.errors import MismatchError, UsageError
+from trainer.methods.normalizing_trajectory import objective as method
+from trainer.methods.normalizing_trajectory.chains import check_first_step
+from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig, NormalizingTrainConfig
+from trainer.methods.normalizing_trajectory.network import FlowPredictor, NormalizingNetwork
+from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
+from trainer.training import checkpoint as saved
+from trainer.training.compiled import compiled
+from trainer.training.config import checked, from_mapping, identity
+from trainer.training.distributed import World, joined_world
+from trainer.training.loading import average_of
+from trainer.training.loop import Loop, RunSummary
+from trainer.training.optim import optimizer_of
+from trainer.training.run_folder import check_same_run, find_origin
+from trainer.training.schedules import warmup_cosine
+from trainer.training.stopping import StopRequest, stop_signals
+from trainer.training.weights import WeightAverages
+from trainer.trajectories.preview import pipeline_sheet
+
+TERMS = ("loss", "bits", "fit", "log_sigma", "log_det", "flow")
+"""What a step reports: the loss and its parts, see `method.loss`; each a mean over the global batch."""
+
+
+def train(
+    config: NormalizingTrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
+) -> RunSummary:
+    """Train on the shards at `shards` until `total_images`, in the run folder `out`.
+
+    As `trainer.methods.trajectory_forcing.train.train`. A log-determinant that is not finite stops it as a
+    loss that is not finite does, with the seed and the keys of the samples.
+    """
+    index = open_index(shards)
+    config = fit_to_shards(config, index)
+    with joined_world() as world, stop_signals() as stop:
+        return _NormalizingRun(config, index, Path(out), resume, world, stop, quiet).train()
+
+
+def fit_to_shards(
+    config: NormalizingTrainConfig, index: ShardIndex, asked: Collection[str] = ()
+) -> NormalizingTrainConfig:
+    """The config with the model's grid, channels, classes and levels as the shards have them.
+
+    The network of `distil_from` and the backbone of `init_from` come from those runs, `init_from` as the checkpoint it
+    is now. asked: dotted names of the fields that were set on purpose. Raises MismatchError naming both values where
+    one of them is not that of the shards or of the run, UsageError where the run is of another method than it has to
+    be and where t_min leaves no first step.
+    """
+    run = config.distil_from
+    fitted = _fitted(config, index) if run is None else _distilling(config, Path(run), index)
+    wanted, found = identity(config), identity(fitted)
+    for name in asked:
+        if name in wanted and name != "init_from" and wanted[name] != found[name]:
+            raise MismatchError(
+                f"{name} is {wanted[name]}, {index.url} or the run to start from has {found[name]}: leave it out"
+            )
+    if fitted.model.trajectory != "levels":
+        t_min = max(fitted.method.t_min[1], fitted.method.sampling_t_min)
+        check_first_step(t_min, max(fitted.model.num_steps), math.prod(fitted.model.grid))
+    return fitted
+
+
+def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTrainConfig:
+    found: dict[str, Any] = {
+        "grid": index.grid,
+        "in_channels": index.width,
+        "num_classes": index.num_classes,
+        "num_levels": index.num_levels,
+    }
+    if config.init_from is not None:
+        source = saved.find_checkpoint(
+            config.init_from
+        )  # its network pulls to the end, however far that run goes
+        flow = _flow_config(source)
+        found |= {"trajectory": "canvases", "backbone": flow.model}
+        config = dataclasses.replace(config, init_from=str(source), normalise=flow.normalise)
+    if found.get("trajectory", config.model.trajectory) == "levels":
+        found["num_steps"] = (index.num_levels,)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
+    _check_backbone(config, index)
+    return config
+
+
+class _NormalizingRun(Loop):
+    """One run of Normalizing Trajectory Models in one process."""
+
+    model: NormalizingNetwork
+
+    def __init__(
+        self,
+        config: NormalizingTrainConfig,
+        index: ShardIndex,
+        out: Path,
+        resume: str,
+        world: World,
+        stop: StopRequest,
+        quiet: bool,
+    ) -> None:
+        super().__init__(config, index, out, world, stop, quiet)
+        self.terms = ("loss",) if config.distil_from else TERMS
+        self.shown = ("loss",) if config.distil_from else ("bits", "log_det")
+        self.plan = self._stream_plan()
+        verify, max_damaged = config.verify_shards, config.max_damaged_shards
+        self.dataset = BatchDataset(index, self.plan, world.rank, world.size, verify, max_damaged)
+        origin = find_origin(out, resume, world.is_main)
+        check_same_run(out, origin, config, index)
+        self.normaliser = _normaliser(config, index, origin).to(world.device)
+        self.model = _fresh_model(config).to(world.device)
+        self.flow = self._frozen_flow()
+        self.objective = compiled(method.loss) if config.compile else method.loss
+        self.model.set_recompute(config.activation_checkpointing)
+        optim = config.optim
+        self.optimizer = optimizer_of(self.model, optim)
+        self.averages = WeightAverages(self.model, optim.ema_halflives_kimg, optim.ema_ramp)
+        self._begin(origin)
+
+    def _rate(self) -> float:
+        config, optim = self.config, self.config.optim
+        seen = self.images_seen + config.batch_size
+        return warmup_cosine(
+            seen, config.total_images, optim.lr, optim.warmup_fraction, optim.final_lr_fraction
+        )
+
+    def _backward(self, batch: Batch, start: int, stop: int) -> Tensor:
+        """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of `terms`."""
+        config, device = self.config, self.world.device
+        first = self.world.rank * len(batch)
+        part = batch.rows(start, stop).to(device)
+        tokens_only = config.model.trajectory == "tokens"
+        canvases = part.tokens(self.normaliser)[:, None] if tokens_only else part.canvases(self.normaliser)
+        draws = method.draw_batch(
+            config.batch_size,
+            canvases.shape[2:],
+            config.method,
+            num_steps=config.model.num_steps,
+            seed=config.seed,
+            step=self.step,
+            rows=slice(first + start, first + stop),
+            device=device,
+        )
+        chain = method.build_chain(
+            canvases,
+            torch.where(draws.drop_label, config.model.num_classes, part.label),
+            part.level,
+            noise=draws.noise,
+            t_min=draws.t_min,
+            trajectory=config.model.trajectory,
+            level_noise=config.method.level_noise,
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            terms = self._terms(chain, draws)
+        share = len(part) / config.batch_size
+        (terms["loss"] * share).backward()
+        return torch.stack([terms[name] * share for name in self.terms]).detach().double()
+
+    def _terms(self, chain: method.Chain, draws: method.Draws) -> dict[str, Tensor]:
+        if self.config.distil_from:
+            return {"loss": method.denoiser_loss(self.model, chain, draws.num_steps)}
+        return self.objective(
+            self.model,
+            chain.states,
+            chain.times,
+            chain.given,
+            num_steps=draws.num_steps,
+            pair=draws.pair,
+            flow=self.flow,
+            flow_weight=chain.states.new_tensor(self._flow_weight()),
+        )
+
+    def _flow_weight(self) -> float:
+        """λ, which falls along a cosine over the run."""
+        share = min(1.0, self.images_seen / self.config.total_images)
+        return self.config.method.flow_weight * 0.5 * (1 + math.cos(math.pi * share))
+
+    def _frozen_flow(self) -> FlowPredictor | None:
+        """The predictor as it was before training, for the regulariser."""
+        if self.config.init_from is None or not self.config.method.flow_weight:
+            return None
+        assert isinstance(self.model.predictor, FlowPredictor)
+        return copy.deepcopy(self.model.predictor).eval().requires_grad_(False)
+
+    def _sheet(self) -> Image.Image:
+        """Samples of the model as it is, with its first weight average where there is one."""
+        with self._averaged():
+            pipe = NormalizingPipeline(
+                self.model,
+                self.index.class_names,
+                self.index.encoder,
+                None,
+                self.normaliser,
+                method=self.config.method,
+            )
+            sheet = pipeline_sheet(pipe)
+        self.model.train()
+        return sheet
+
+
+def _fresh_model(config: NormalizingTrainConfig) -> NormalizingNetwork:
+    """The network as a run begins with it: random, or with the weights of the run it starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = NormalizingNetwork(config.model)
+    if config.init_from is not None:
+        folder = saved.find_checkpoint(config.init_from)
+        name = average_of(from_mapping(saved.load_state(folder).config, str(folder)), "auto")
+        assert isinstance(network.predictor, FlowPredictor)
+        network.predictor.backbone.load_state_dict(saved.load_weights(folder, name))
+        # The u-head takes no part; a gradient it never gets would only be averaged over ranks.
+        for module in (network.predictor.backbone.u_blocks, network.predictor.backbone.u_norm):
+            module.requires_grad_(False)
+        network.predictor.backbone.u_out.requires_grad_(False)
+    if config.distil_from is not None:
+        folder = saved.find_checkpoint(config.distil_from)
+        name = average_of(_own_config(folder), "auto")
+        weights = saved.load_weights(folder, name)
+        frozen = {name: weights[name] for name in network.state_dict() if not name.startswith("denoiser.")}
+        network.load_state_dict(
+            frozen, strict=False
+        )  # of the denoiser nothing: it starts anew, maybe in other depth
+        network.requires_grad_(False)
+        assert network.denoiser is not None
+        network.denoiser.requires_grad_(True)
+    return network
+
+
+def _normaliser(config: NormalizingTrainConfig, index: ShardIndex, origin: Path | None) -> Normaliser:
+    source = origin or config.init_from or config.distil_from
+    return (
+        saved.load_normaliser(saved.find_checkpoint(source))
+        if source
+        else normaliser_of(config.normalise, index)
+    )
+
+
+def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) -> NormalizingTrainConfig:
+    """The network and method of the run to distil, with a denoiser as deep as asked, or a third of the predictor."""
+    whole = _own_config(saved.find_checkpoint(run))
+    model: NormalizingModelConfig = whole.model
+    found = (index.grid, index.width, index.num_levels, index.num_classes)
+    wanted = (model.grid, model.in_channels, model.num_levels, model.num_classes)
+    if found != wanted:
+        raise MismatchError(
+            f"{index.url} holds (grid, width, levels, classes) {found}, {run} was trained on {wanted}: give its shards"
+        )
+    depth = config.model.denoiser_depth or max(1, model.depth // 3)
+    model = dataclasses.replace(model, denoiser_depth=depth)
+    return dataclasses.replace(config, model=model, method=whole.method, normalise=whole.normalise)
+
+
+def _own_config(folder: Path) -> NormalizingTrainConfig:
+    state = saved.load_state(folder)
+    if state.config.get("method_name") != "normalizing-trajectory":
+        raise UsageError(f"distil_from={folder}: expected a run of Normalizing Trajectory Models")
+    return checked(NormalizingTrainConfig, state.config, str(folder))
+
+
+def _flow_config(run: Path) -> Any:
+    folder = saved.find_checkpoint(run)
+    state = saved.load_state(folder)
+    found = state.config.get("method_name", "trajectory-forcing")
+    if found != "trajectory-forcing":
+        raise UsageError(f"init_from={run}: found a run of {found}, expected one of trajectory-forcing")
+    return from_mapping(state.config, str(folder))
+
+
+def _check_backbone(config: NormalizingTrainConfig, index: ShardIndex) -> None:
+    backbone = config.model.backbone
+    if backbone is None:
+        return
+    found = (index.grid, index.width, index.num_levels, index.num_classes)
+    wanted = (backbone.grid, backbone.in_channels, backbone.num_levels, backbone.num_classes)
+    if found != wanted:
+        raise MismatchError(
+            f"{index.url} holds (grid, width, levels, classes) {found}, {config.init_from} was trained on {wanted}: "
+            "give shards of the same encoder, recipe and classes"
+        )

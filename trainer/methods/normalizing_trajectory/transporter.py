@@ -1,0 +1,182 @@
+"""The invertible map of Normalizing Trajectory Models: affine autoregressive blocks, in raster order and against it.
+
+    B batch, N tokens in raster order, C channels, D width, ℓ block
+
+    u^ℓ_n = (u^{ℓ−1}_n − μ^ℓ(u^{ℓ−1}_{<n})) / σ^ℓ(u^{ℓ−1}_{<n}),   log|det| = −Σ log σ
+
+One pass of causal attention gives all μ and σ, so the map is parallel and its inverse goes token by token, with the
+keys and values of tokens that are done kept. A start token stands first, so the first token is transformed too. The
+last layer starts at 0: a fresh transporter is the identity.
+
+Sources: Normalizing Trajectory Models (2026), arXiv 2605.08078; TARFlow (2024), arXiv 2412.06329; STARFlow (2025),
+arXiv 2506.06276, whose start token and bounded scales these are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.layers import (
+    Attention,
+    Block,
+    RMSNorm,
+    at_least_float32,
+    grid_rotations,
+    linear,
+    recomputed,
+    rotate,
+)
+from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
+
+LOG_SCALE_BOUND = 4.0
+"""Logarithms of scales are c·tanh(a/c): numbers are stretched by e^±4 at most, and never to infinity."""
+
+
+class KeyValues:
+    """Keys and values of the tokens that passed one attention layer so far, [B, H, N, d] each."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens, self.length = num_tokens, 0
+        self.keys, self.values = torch.empty(0), torch.empty(0)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, H, 1, d] of the next token; returns all there are."""
+        if not self.length:
+            B, H, _, d = keys.shape
+            self.keys, self.values = (new.new_empty(B, H, self.num_tokens, d) for new in (keys, values))
+        self.keys[:, :, self.length], self.values[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class CausalAttention(Attention):
+    """Attention to the tokens up to one's own; with a cache, of one more token to those before it."""
+
+    def forward(self, x: Tensor, rotations: Tensor, cache: KeyValues | None = None) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        q, k = rotate(self.q_norm(q), rotations).to(v.dtype), rotate(self.k_norm(k), rotations).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+
+class CausalBlock(Block):
+    """A block whose attention is causal."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float) -> None:
+        super().__init__(width, num_heads, mlp_ratio, norm_eps)
+        self.attention = CausalAttention(width, num_heads, norm_eps)
+
+    def forward(self, x: Tensor, rotations: Tensor, cache: KeyValues | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations, cache) * self.attention_gate
+        return x + self.mlp(self.mlp_norm(x)) * self.mlp_gate
+
+
+class Affine(NamedTuple):
+    """Shift and logarithm of the scale of each token, float32 [B, N, C]."""
+
+    mean: Tensor
+    log_scale: Tensor
+
+
+class AutoregressiveBlock(nn.Module):
+    """One affine autoregressive map; `flipped` goes through the tokens from the last to the first."""
+
+    rotations: Tensor
+    recompute: bool = False
+
+    def __init__(self, config: NormalizingModelConfig, flipped: bool) -> None:
+        super().__init__()
+        c, D = config, config.flow_width
+        self.flipped, self.max_log_scale = flipped, c.flow_max_log_scale
+        self.embedder = linear(c.in_channels, D)
+        self.start = nn.Parameter(torch.randn(1, 1, D) / D**0.5)
+        rotations = grid_rotations(*c.grid, D // c.flow_heads, c.rope_theta)
+        rotations = rotations.flip(0) if flipped else rotations
+        self.register_buffer("rotations", torch.view_as_real(rotations[:, None]), persistent=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
+        self.blocks = nn.ModuleList(
+            CausalBlock(D, c.flow_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.flow_depth)
+        )
+        self.norm = RMSNorm(D, c.norm_eps)
+        self.out = linear(D, 2 * c.in_channels, 0.0)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """x float32 [B, N, C], condition [B, D] → (u [B, N, C], log|det| by token [B, N])."""
+        x = self._ordered(x)
+        mean, log_scale = self._affine(x, condition)
+        u, log_det = (x - mean) * torch.exp(-log_scale), -log_scale.sum(dim=-1)
+        return self._ordered(u), self._ordered(log_det)
+
+    def inverse(self, u: Tensor, condition: Tensor) -> Tensor:
+        """x from u = forward(x)[0], token by token."""
+        u = self._ordered(u)
+        caches = [KeyValues(u.shape[1]) for _ in self.blocks]
+        rotations = torch.view_as_complex(at_least_float32(self.rotations))
+        x = torch.empty_like(u)
+        before = self.start.expand(len(u), 1, -1)
+        for n in range(u.shape[1]):
+            h = before + self.positions[:, n : n + 1] + condition[:, None]
+            for block, cache in zip(self.blocks, caches, strict=True):
+                h = block(h, rotations[n : n + 1], cache)
+            mean, log_scale = self._read(h)
+            x[:, n] = u[:, n] * torch.exp(log_scale[:, 0]) + mean[:, 0]
+            before = self.embedder(x[:, n : n + 1])
+        return self._ordered(x)
+
+    def _affine(self, x: Tensor, condition: Tensor) -> Affine:
+        """Parameters of every token from those before it in this block's order; x may hold the first tokens only."""
+        h = torch.cat([self.start.expand(len(x), 1, -1), self.embedder(x[:, :-1])], dim=1)
+        h = h + self.positions[:, : x.shape[1]] + condition[:, None]
+        rotations = torch.view_as_complex(at_least_float32(self.rotations[: x.shape[1]]))
+        for block in self.blocks:
+            h = recomputed(block, h, rotations) if self.recompute else block(h, rotations)
+        return self._read(h)
+
+    def _read(self, h: Tensor) -> Affine:
+        mean, scale = at_least_float32(self.out(self.norm(h))).chunk(2, dim=-1)
+        return Affine(mean, bounded(scale, self.max_log_scale))
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return x.flip(1) if self.flipped else x
+
+
+class Transporter(nn.Module):
+    """A stack of autoregressive blocks: x ↔ u of equal shape, given a condition."""
+
+    def __init__(self, config: NormalizingModelConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            AutoregressiveBlock(config, flipped=number % 2 == 1) for number in range(config.flow_blocks)
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """x float32 [B, N, C], condition float [B, D] → (u [B, N, C], log|det ∂u/∂x| [B, N], a part for each token).
+
+        The parts of tokens add up to the exact logarithm of the determinant.
+        """
+        log_det = x.new_zeros(x.shape[:2])
+        for block in self.blocks:
+            x, part = block(x, condition)
+            log_det = log_det + part
+        return x, log_det
+
+    @torch.no_grad()
+    def inverse(self, u: Tensor, condition: Tensor) -> Tensor:
+        """x of u [B, N, C]: N steps for each block, one token each."""
+        for block in reversed(self.blocks):
+            assert isinstance(block, AutoregressiveBlock)
+            u = block.inverse(u, condition)
+        return u
+
+
+def bounded(a: Tensor, highest: float = LOG_SCALE_BOUND) -> Tensor:
+    """The logarithm of a scale from what a network says: a near 0, above −4 and below `highest` everywhere."""
+    bound = torch.where(a > 0, highest, LOG_SCALE_BOUND)
+    return bound * torch.tanh(a / bound)

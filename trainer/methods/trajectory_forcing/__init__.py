@@ -1,0 +1,5 @@
+"""Trajectory Forcing."""
+
+from trainer.methods.trajectory_forcing.objective import loss
+
+__all__ = ["loss"]

@@ -1,0 +1,321 @@
+"""Checkpoints of the authors' release ↔ run folders, both ways without loss.
+
+A file of the release becomes a run folder with one checkpoint: raw weights, every weight average, the optimiser and
+the step, so that it can be sampled from and trained on; and such a checkpoint becomes a file again. Parts pass one
+by one: memory goes by the size of the network, about four times to import and once to export, not of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from trainer.data.normalisation import RAW
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.methods.trajectory_forcing import release as official
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.presets import preset
+from trainer.training import checkpoint as saved
+from trainer.training.config import (
+    MethodConfig,
+    ModelConfig,
+    TrainConfig,
+    checked,
+    from_mapping,
+    to_mapping,
+)
+from trainer.training.optim import NEWTON_SCHULZ, MuonAdam
+from trainer.training.release_files import check_weights, read_fields
+from trainer.training.run_folder import CONFIG, locked
+from trainer.whole_files import check_free, write_bytes
+
+CONFIG_FILE = "config.json"
+BATCH_SIZE = "batch_size"
+"""A field of config.json that the release lacks: it counts steps, we count images."""
+METHOD_NAMES = {
+    "time_mean": "P_mean",
+    "time_std": "P_std",
+    "time_shift": "time_dist_shift",
+    "uniform_fraction": "tr_uniform_prob",
+    "data_fraction": "data_proportion",
+    "region_weight": "region_var_weight",
+}
+"""Fields of MethodConfig and the release's names for them."""
+STATE = "inner_states/{rule}/inner_state/0"
+"""Where the release's optimiser state keeps what each rule needs."""
+SLOTS = {"muon": {"momentum": "mu"}, "adam": {"momentum": "mu", "square": "nu"}}
+"""Moments by rule: our name and the release's."""
+
+
+def import_official(
+    file: Path,
+    out: Path,
+    config: Path | None = None,
+    ema: str | None = None,
+    encoder: str = "dinov2-reg-base",
+) -> dict[str, Any]:
+    """Write the run folder `out` from a checkpoint file of the release; returns what it holds.
+
+    config: its configuration; else config.json beside the file or in the folder above. ema: half-life in kimg of the
+    weight average that sampling takes; else the first. encoder: name of the encoder whose features it was trained on.
+    Raises UsageError if the configuration is missing or `out` holds a run, MismatchError if the file is damaged,
+    does not fit it, or lacks the average.
+    """
+    place = config or _find_config(file)
+    given = read_fields(place)
+    model_config = official.read_config(given, str(place))
+    names = [name for name, _ in official.read_parts(file, lambda name: False)]
+    for needed in (None, ema):
+        if official.part_name(needed) not in names:
+            raise official.missing_weights(names, file, needed)
+    halflives = [name.removeprefix(official.AVERAGE) for name in names if name.startswith(official.AVERAGE)]
+    halflives.sort(key=lambda name: name != ema)
+    train_config = _train_config(
+        model_config, given, [_halflife(name, file) for name in halflives], str(place)
+    )
+    if saved.list_checkpoints(out) or (out / CONFIG).exists():
+        raise UsageError(f"{out} holds a run, its checkpoints or {CONFIG}; import into another folder")
+    state = saved.RunState(
+        step=0, images_seen=0, config=to_mapping(train_config), shards=_unknown_shards(model_config, encoder)
+    )
+    state.step = _step(file)
+    state.images_seen = state.step * train_config.batch_size
+    _write_run(out, state, _converted(file, train_config, state))
+    return {
+        "run": str(out),
+        "step": state.step,
+        "images_seen": state.images_seen,
+        "batch_size": train_config.batch_size,
+        "batch_size_from": CONFIG_FILE
+        if BATCH_SIZE in given
+        else f"preset {train_config.preset}, as the file does not say; images_seen follows from it",
+        "averages": halflives,
+        "optimizer_step": max((group["step"] for group in state.optimizer), default=0),
+    }
+
+
+def export_official(run: Path, out: Path) -> dict[str, Any]:
+    """Write the newest checkpoint of a run as `out`/checkpoint_<step> and `out`/config.json.
+
+    Raises MismatchError for a run of another method or on normalised features, which the release's format cannot
+    tell, or whose weights are not finite and of its configuration; UsageError for a network it cannot hold.
+    """
+    damaged: list[TrainerError] = []
+    folder = saved.find_checkpoint(run, damaged)
+    saved.warn_of(damaged, folder)
+    state = saved.load_state(folder)
+    config = from_mapping(state.config, str(folder))
+    normaliser = saved.load_normaliser(folder)
+    if bool(normaliser.mean.any()) or bool((normaliser.std != 1).any()):
+        raise MismatchError(
+            f"{folder}: trained with normalise={config.normalise}; the release's format has no place for that"
+        )
+    fields = official.official_config(config.model) | {
+        theirs: getattr(config.method, ours) for ours, theirs in METHOD_NAMES.items()
+    }
+    halflives = saved.averages_of(folder)
+    check_free(out / CONFIG_FILE)
+    with torch.device("meta"):
+        model = TrajectoryTransformer(config.model)
+    file = out / f"checkpoint_{state.step}"
+    official.write_checkpoint(
+        file,
+        {
+            "step": state.step,
+            "params": lambda: _official_weights(folder, None, model),
+            "opt_state": lambda: _official_optimizer(folder, state, model, config),
+            "ema_params": {
+                name: lambda name=name: _official_weights(folder, name, model) for name in halflives
+            },
+        },
+    )
+    write_bytes(
+        out / CONFIG_FILE,
+        json.dumps(fields | {"ckpt_step": state.step, BATCH_SIZE: config.batch_size}, indent=1).encode(),
+    )
+    return {"file": str(file), "step": state.step, "averages": halflives}
+
+
+def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapping[str, Tensor]]]) -> None:
+    """The run folder of one checkpoint; a folder that was not there before is whole or absent."""
+    is_new = not out.exists()
+    with locked(out):
+        try:
+            saved.write_folder(saved.checkpoint_folder(out, state.step), state, files)
+            content = {
+                "config": state.config,
+                "shards": state.shards,
+                "version": version("trajectory-hierarchies"),
+            }
+            write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+        except BaseException:
+            if is_new:
+                shutil.rmtree(out)
+            raise
+
+
+def _step(file: Path) -> int:
+    for name, step in official.read_parts(file, "step".__eq__):
+        if name == "step":
+            return int(step)
+    raise MismatchError(f"{file} is not a checkpoint of the release: it holds no step")
+
+
+def _halflife(name: str, file: Path) -> float:
+    """Half-life of a weight average of the file, by its name."""
+    try:
+        halflife = float(name)
+    except ValueError:
+        halflife = math.nan
+    if not 0 < halflife < math.inf:
+        raise MismatchError(f"{file} holds the weight average {name!r}, expected half-lives in kimg")
+    return halflife
+
+
+def _find_config(file: Path) -> Path:
+    # Beside the name that was given first: it may link into a store of downloads.
+    places = [
+        folder / CONFIG_FILE for path in (file.absolute(), file.resolve()) for folder in path.parents[:2]
+    ]
+    for place in places:
+        if place.exists():
+            return place
+    raise UsageError(
+        f"{file}: found no {CONFIG_FILE} beside it or in the folder above; give --config FILE with the "
+        "architecture of the checkpoint"
+    )
+
+
+def _train_config(
+    model: ModelConfig, given: Mapping[str, Any], halflives: list[float], where: str
+) -> TrainConfig:
+    """The configuration of the release that trained the file: a preset, with what its own configuration says."""
+    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
+    base = preset(f"TF-{letter[1]}" if letter else "TF-B")
+    size = {BATCH_SIZE: given.get(BATCH_SIZE, base.batch_size)}
+    base = checked(TrainConfig, to_mapping(base) | size, where)
+    method: dict[str, Any] = {ours: given[theirs] for ours, theirs in METHOD_NAMES.items() if theirs in given}
+    if not given.get("time_shift", True):
+        method["time_shift"] = 1.0
+    if not given.get("tr_uniform", True):
+        method["uniform_fraction"] = 0.0
+    return dataclasses.replace(
+        base,
+        model=model,
+        method=checked(MethodConfig, to_mapping(base.method) | method, where),
+        optim=dataclasses.replace(base.optim, ema_halflives_kimg=tuple(halflives)),
+    )
+
+
+def _unknown_shards(model: ModelConfig, encoder: str) -> dict[str, Any]:
+    """Description of shards of which only the encoder and the sizes are known; those of a run may take their place."""
+    grid = list(model.grid)
+    return {
+        "name": "",
+        "split": None,
+        "num_samples": None,
+        "num_levels": model.num_levels,
+        "grid": grid,
+        "width": model.in_channels,
+        "config_hash": None,
+        "encoder": {"name": encoder, "grid": grid, "width": model.in_channels},
+        "class_names": [str(label) for label in range(model.num_classes)],
+    }
+
+
+def _converted(
+    file: Path, config: TrainConfig, state: saved.RunState
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The files of the checkpoint folder, in the order of the parts; fills in the optimiser's groups of `state`."""
+    with torch.device("meta"):
+        model = TrajectoryTransformer(config.model)
+    optimizer = MuonAdam(model.named_parameters(), config.optim)
+    _, state.optimizer = saved.optimizer_tensors(optimizer)
+    moments: dict[str, Tensor] = {}
+    kept = ("params", official.AVERAGE, "opt_state")
+    for name, content in official.read_parts(file, lambda name: name.startswith(kept)):
+        if name == "params":
+            yield saved.MODEL, official.from_official(model, content, file)
+        elif name.startswith(official.AVERAGE):
+            halflife = float(name.removeprefix(official.AVERAGE))
+            yield f"ema-{halflife:g}.safetensors", official.from_official(model, content, file)
+        elif name == "opt_state":
+            moments = _moments(content, model, state.optimizer, file)
+        del content  # before the next part is read
+    yield saved.OPTIMIZER, moments
+    yield saved.NORMALISER, {"mean": RAW.mean, "std": RAW.std}
+
+
+def _moments(
+    content: Mapping[str, Tensor], model: TrajectoryTransformer, groups: list[dict[str, Any]], file: Path
+) -> dict[str, Tensor]:
+    """The optimiser's tensors as checkpoints name them; sets the number of updates in `groups`.
+
+    A state without moments means a fresh optimiser; one of another optimiser is refused.
+    """
+    if not content:
+        return {}
+    shapes = official.official_shapes(model)
+    places: dict[str, str] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        inner = STATE.format(rule=group["rule"])
+        for slot, theirs in SLOTS[group["rule"]].items():
+            for name in group["param_names"]:
+                place = f"{inner}/{theirs}/{official.official_name(name)}"
+                places[f"{slot}/{name}"], expected[place] = place, shapes[official.official_name(name)]
+        try:
+            group["step"] = official.count_of(content.get(f"{inner}/count"))
+        except ValueError as error:
+            raise MismatchError(
+                f"{file}: opt_state is not that of Muon with Adam: {inner}/count, {error}"
+            ) from None
+    found = {place: content[place] for place in expected if place in content}
+    check_weights(f"{file}: opt_state, expected that of Muon with Adam,", found, expected)
+    return {name: official.inward(found[place]) for name, place in places.items()}
+
+
+def _official_weights(folder: Path, ema: str | None, model: TrajectoryTransformer) -> dict[str, Any]:
+    weights = saved.load_weights(folder, ema)
+    name = saved.MODEL if ema is None else f"ema-{ema}.safetensors"
+    check_weights(folder / name, weights, {name: p.shape for name, p in model.named_parameters()})
+    return official.to_official(weights)
+
+
+def _official_optimizer(
+    folder: Path, state: saved.RunState, model: TrajectoryTransformer, config: TrainConfig
+) -> dict[str, Any]:
+    """The optimiser's state as the release nests it: parameters of the other rule are empty maps."""
+    tensors = saved.load_tensors(folder / saved.OPTIMIZER)
+    if not tensors:
+        return {}
+    _, groups = saved.optimizer_tensors(MuonAdam(model.named_parameters(), config.optim))
+    if [(g.keys(), g.get("param_names")) for g in state.optimizer] != [
+        (g.keys(), g["param_names"]) for g in groups
+    ]:
+        raise MismatchError(f"{folder}: its optimiser is not that of Muon with Adam for this network")
+    names = [name for group in state.optimizer for name in group["param_names"]]
+    rules: dict[str, Any] = {}
+    for group in state.optimizer:
+        rule, own = group["rule"], set(group["param_names"])
+        inner: dict[str, Any] = {"count": torch.tensor(group["step"], dtype=torch.int32)}
+        if rule == "muon":
+            inner["ns_coeffs"] = torch.tensor(NEWTON_SCHULZ)
+        for slot, theirs in SLOTS[rule].items():
+            moments: dict[str, Any] = {
+                name: tensors[f"{slot}/{name}"] if name in own else {} for name in names
+            }
+            inner[theirs] = official.to_official(moments)
+        rules[rule] = {"inner_state": {"0": inner, "1": {}, "2": {}}}
+    return {"inner_states": rules}

@@ -1,0 +1,380 @@
+"""Read and write the checkpoints of the authors' JAX release, without JAX.
+
+A checkpoint is one msgpack map: step, params, ema_params {"500", "1000", "2000"}, opt_state. Arrays are extension
+type 1 holding (shape, dtype name, bytes); larger ones are cut into chunks. Dense kernels lie [in, out] there and
+[out, in] here; every other array has the same shape on both sides. The file is streamed and only the weights
+asked for are decoded, and written one array after the other, so memory stays near the size of one network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+import torch
+from torch import Tensor
+
+from trainer.errors import MismatchError, UsageError
+from trainer.methods.latent_forcing.release import load_latent_forcing as load_latent_forcing
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.training.config import ModelConfig, checked
+from trainer.training.release_files import check_weights, read_fields
+from trainer.whole_files import whole_file
+
+NDARRAY_EXTENSION = 1
+CHUNKED = "__msgpack_chunked_array__"
+AVERAGE = "ema_params/"
+"""What the names of weight averages begin with."""
+CHUNK_BYTES = 2**30
+"""Flax cuts arrays larger than this."""
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
+}
+
+DAMAGE = (RuntimeError, msgpack.UnpackException, ValueError, TypeError, KeyError, OverflowError, MemoryError)
+"""What reading bytes that are no such file can raise."""
+
+SIZES = {"B": (768, 16, 12), "L": (1024, 32, 16), "H": (1280, 48, 16)}
+"""Width, depth and heads by the letter in `model_str`."""
+
+CONFIG_NAMES = {
+    "in_channels": "in_channels",
+    "num_classes": "num_classes",
+    "num_levels": "num_levels",
+    "width": "hidden_size",
+    "depth": "depth",
+    "head_depth": "aux_head_depth",
+    "num_heads": "num_heads",
+    "num_class_tokens": "num_class_tokens",
+    "num_time_tokens": "num_time_tokens",
+    "num_level_tokens": "num_level_tokens",
+    "guidance": "use_cfg",
+    "num_guidance_tokens": "num_cfg_tokens",
+    "num_interval_tokens": "num_interval_tokens",
+    "mlp_ratio": "mlp_ratio",
+    "rope_theta": "rope_theta",
+    "norm_eps": "norm_eps",
+}
+"""Fields of ModelConfig and the release's names for them."""
+
+RENAMES = [
+    (r"^(x|prev)_embedder\.", r"\1_embedder/proj/_flax_linear/"),
+    (r"^fusion\.", "cond_fuse_proj/_flax_linear/"),
+    (r"^class_table$", "y_embedder/embedding_table/embedding"),
+    (r"^level_table$", "level_embedder/embedding_table/embedding"),
+    (r"^positions$", "pos_embed"),
+    (r"^time_embedder\.", "h_embedder."),
+    (r"^t_min_embedder\.", "cfg_t_start_embedder."),
+    (r"^t_max_embedder\.", "cfg_t_end_embedder."),
+    (r"_embedder\.hidden\.", "_embedder/mlp/layers_0/_flax_linear/"),
+    (r"_embedder\.out\.", "_embedder/mlp/layers_2/_flax_linear/"),
+    (r"^shared_blocks\.(\d+)\.", r"shared_blocks_\1/"),
+    (r"^([uv])_blocks\.(\d+)\.", r"\1_heads_\2/"),
+    (r"^([uv])_norm\.", r"\1_final_layer/norm/"),
+    (r"^([uv])_out\.", r"\1_final_layer/linear/_flax_linear/"),
+    (r"/attention_gate$", "/attn_scale"),
+    (r"/mlp_gate$", "/mlp_scale"),
+    (r"/attention_norm\.", "/norm1/"),
+    (r"/mlp_norm\.", "/norm2/"),
+    (r"/attention\.([qkv])_norm\.", r"/attn/\1_norm/"),
+    (r"/attention\.(q|k|v|out)\.", r"/attn/\1_proj/_flax_linear/"),
+    (r"/mlp\.(w\d)\.", r"/mlp/\1/_flax_linear/"),
+    (r"weight$", "kernel"),
+]
+"""Our parameter names → the release's, applied in order."""
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    config: ModelConfig | Mapping[str, Any] | str | os.PathLike[str],
+    ema: int | None = 500,
+) -> TrajectoryTransformer:
+    """Read a checkpoint file of the release into a network, in evaluation mode.
+
+    config: the release's fields as a mapping or JSON file, or a ModelConfig. ema: half-life in kimg of the weight
+    average to take; None takes the raw weights.
+    Raises UsageError if the configuration is incomplete or asks what the network does not have, MismatchError
+    if the file is damaged, holds no such average, or its arrays do not fit the configuration.
+    """
+    sizes = config if isinstance(config, ModelConfig) else read_config(config)
+    with torch.device("meta"):  # a configuration of another file may ask for any memory
+        shapes = TrajectoryTransformer(sizes)
+    names = []
+    for name, arrays in read_parts(path, part_name(ema).__eq__):
+        if arrays is not None:
+            weights = from_official(shapes, arrays, path)
+            model = TrajectoryTransformer(sizes)
+            model.load_state_dict(weights)
+            return model.eval()
+        names.append(name)
+    raise missing_weights(names, path, ema)
+
+
+def from_official(
+    model: TrajectoryTransformer, arrays: Mapping[str, Tensor], path: object
+) -> dict[str, Tensor]:
+    """Weights, float32, under our names from arrays by the release's paths.
+
+    Raises MismatchError unless they fit the model and are finite.
+    """
+    check_weights(path, arrays, official_shapes(model), _hint)
+    return {name: inward(arrays[official_name(name)]) for name, _ in model.named_parameters()}
+
+
+def official_shapes(model: TrajectoryTransformer) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter as the release has it, by the release's path."""
+    return {
+        official_name(name): tuple(p.mT.shape if p.ndim == 2 else p.shape)
+        for name, p in model.named_parameters()
+    }
+
+
+def inward(array: Tensor) -> Tensor:
+    """An array of the release as we hold it: float32, and [out, in]."""
+    return array.mT.float() if array.ndim == 2 else array.float()
+
+
+def read_config(
+    config: Mapping[str, Any] | str | os.PathLike[str], where: str = "configuration of the checkpoint"
+) -> ModelConfig:
+    """The network that a configuration of the release describes; other fields of it are ignored.
+
+    where: what messages call a configuration that is given as a mapping.
+    Raises UsageError if a size is missing, or if the network would lack a part that ours always has.
+    """
+    given = config if isinstance(config, Mapping) else read_fields(Path(config))
+    where = where if isinstance(config, Mapping) else str(config)
+    for switch in ("use_level_cond", "use_prev_cond", "use_token_embed"):
+        if not given.get(switch, True):
+            raise UsageError(
+                f"{where}: {switch} is false; only networks with all conditioning inputs can be read"
+            )
+    if (mode := given.get("cond_token_mode", "fused")) != "fused":
+        raise UsageError(f"{where}: cond_token_mode is {mode!r}; only 'fused' checkpoints can be read")
+    fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in given}
+    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
+    if letter:
+        fields = dict(zip(("width", "depth", "num_heads"), SIZES[letter[1]], strict=True)) | fields
+    needed = {"input_size", *(CONFIG_NAMES[name] for name in ("in_channels", "num_classes", "num_levels"))}
+    missing = needed - given.keys()
+    missing |= {CONFIG_NAMES[name] for name in ("width", "depth", "num_heads") if name not in fields}
+    if missing:
+        raise UsageError(
+            f"{where} lacks {', '.join(sorted(missing))}; give the configuration it was trained with"
+        )
+    fields["grid"] = (given["input_size"], given["input_size"])
+    return checked(ModelConfig, fields, where)
+
+
+def save_checkpoint(
+    model: TrajectoryTransformer,
+    path: str | os.PathLike[str],
+    *,
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
+    step: int = 0,
+) -> None:
+    """Write weights, and averages such as `WeightAverages.state_dict()`, in the release's format.
+
+    The optimiser's state is not part of it, and there is no place for a normaliser: of a run with
+    `normalise` other than none, keep the run's normaliser.safetensors beside the file and pass it to
+    `sample_levels`. The file appears under its name only when complete.
+    """
+    write_checkpoint(
+        path,
+        {
+            "step": step,
+            "params": to_official(dict(model.named_parameters())),
+            "ema_params": {halflife: to_official(average) for halflife, average in (averages or {}).items()},
+        },
+    )
+
+
+def write_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
+    """Write a checkpoint file of the release from its parts, nested maps of tensors and plain values.
+
+    A function among them is called for what stands there when its turn comes, so that only one part need be in
+    memory. The file appears under its name only when complete.
+    """
+    with whole_file(Path(path)) as partial, open(partial, "wb") as file:
+        _pack(file, parts, msgpack.Packer())
+
+
+def official_name(name: str) -> str:
+    """The release's path for one of our parameters, such as net/shared_blocks_0/attn/q_proj/_flax_linear/kernel."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return f"net/{name}"
+
+
+def official_config(config: ModelConfig) -> dict[str, Any]:
+    """The release's configuration fields for a network, as `load_checkpoint` reads them."""
+    if config.fusion != "fused" or config.grid[0] != config.grid[1]:
+        raise UsageError(
+            f"grid {config.grid}, fusion {config.fusion!r}: the release's format holds square, fused networks only"
+        )
+    fields = dataclasses.asdict(config)
+    return {"input_size": config.grid[0]} | {theirs: fields[ours] for ours, theirs in CONFIG_NAMES.items()}
+
+
+def read_parts(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Any]]:
+    """Name and content of each part of a checkpoint file, in its order: `step`, `params`, `ema_params/500`, …
+
+    Arrays come as tensors by their path in the part. Parts that are not `wanted` are stepped over: None.
+    Raises MismatchError if the file is damaged or not a checkpoint of the release.
+    """
+    with open(path, "rb") as file:
+        try:
+            yield from _parts(file, wanted)
+        except DAMAGE as error:
+            detail = str(error) or type(error).__name__
+            raise MismatchError(
+                f"{path} is truncated or not a checkpoint of the release ({detail}): copy it again"
+            ) from None
+
+
+def part_name(ema: int | str | None) -> str:
+    """The part that holds one weight average, or the raw weights for None."""
+    return "params" if ema is None else f"{AVERAGE}{ema}"
+
+
+def missing_weights(names: Iterable[str], path: object, ema: int | str | None) -> MismatchError:
+    """What to raise for a file of parts `names` that lacks the weights asked for: lists those there."""
+    there = [name.removeprefix(AVERAGE) for name in names if name.startswith(AVERAGE)]
+    if ema is None or not (there or "params" in names):
+        return MismatchError(f"{path} is not a checkpoint of the release: it holds no weights (params)")
+    return MismatchError(
+        f"{path} holds no weight average {ema}; it holds: {', '.join(there) or 'none'} "
+        "(ema=None takes the raw weights)"
+    )
+
+
+def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
+    unpacker = msgpack.Unpacker(file, raw=False, ext_hook=_decode, max_buffer_size=0, strict_map_key=False)
+    for part in _keys(unpacker):
+        names = (f"{AVERAGE}{halflife}" for halflife in _keys(unpacker)) if part == "ema_params" else [part]
+        for name in names:
+            if wanted(name):
+                content = unpacker.unpack()
+                yield name, count_of(content) if name == "step" else dict(_flatten(content or {}))
+                del content  # before the next part is read
+            else:
+                unpacker.skip()
+                yield name, None
+    if rest := os.fstat(file.fileno()).st_size - unpacker.tell():
+        raise ValueError(f"{rest} bytes after its end")
+
+
+def count_of(value: object) -> int:
+    """A number of steps, as a plain integer or an array of one. Raises ValueError."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if type(value) is not int or value < 0:
+        raise ValueError(f"found {value!r} where a number of steps belongs")
+    return value
+
+
+def _keys(unpacker: msgpack.Unpacker) -> Iterator[str]:
+    """Keys of the map that comes next; whoever takes one reads its value before the next."""
+    for _ in range(unpacker.read_map_header()):
+        yield str(unpacker.unpack())
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every array under its path, joined by slashes."""
+    if isinstance(tree, Mapping) and CHUNKED not in tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}/{key}" if prefix else str(key))
+    else:
+        yield prefix, _joined(tree)
+
+
+def _joined(value: Any) -> Tensor:
+    """An array as it was unpacked, or made whole from its chunks."""
+    if isinstance(value, Mapping):
+        chunks = [_joined(value["chunks"][str(i)]) for i in range(len(value["chunks"]))]
+        return torch.cat(chunks).reshape([value["shape"][str(i)] for i in range(len(value["shape"]))])
+    if not isinstance(value, Tensor):
+        raise ValueError(f"found {type(value).__name__} where an array belongs")
+    return value
+
+
+def _decode(code: int, data: bytes) -> Tensor:
+    """An array as flax writes it, made while unpacking, so that its bytes need not be kept."""
+    if code != NDARRAY_EXTENSION:
+        raise ValueError(f"found extension type {code} where an array belongs")
+    shape, dtype, content = msgpack.unpackb(data, raw=False)
+    if dtype not in DTYPES:
+        raise ValueError(f"array of type {dtype}, expected one of {', '.join(DTYPES)}")
+    kind = DTYPES[dtype]
+    flat = (
+        torch.frombuffer(bytearray(memoryview(content)), dtype=kind)
+        if content
+        else torch.empty(0, dtype=kind)
+    )
+    return flat.reshape(shape)
+
+
+def _pack(file: BinaryIO, content: Any, packer: msgpack.Packer) -> None:
+    """Write nested maps array by array."""
+    if callable(content):
+        content = content()
+    if isinstance(content, Tensor):
+        content = _encode(content)
+    if isinstance(content, Mapping):
+        file.write(packer.pack_map_header(len(content)))
+        for key, value in content.items():
+            file.write(packer.pack(key))
+            _pack(file, value, packer)
+    else:
+        file.write(packer.pack(content))
+
+
+def _encode(tensor: Tensor) -> Any:
+    """A tensor as flax writes it; a large one as the map of its chunks."""
+    if tensor.nbytes > CHUNK_BYTES:
+        parts = tensor.flatten().split(CHUNK_BYTES // tensor.element_size())
+        return {CHUNKED: True, "shape": _numbered(tensor.shape), "chunks": _numbered(parts)}
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    content = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."), data)
+    return msgpack.ExtType(NDARRAY_EXTENSION, msgpack.packb(content))
+
+
+def _numbered(values: Iterable[Any]) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}
+
+
+def to_official(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested maps of CPU tensors under the release's names; what is no tensor stays as it is."""
+    tree: dict[str, Any] = {}
+    for name, tensor in weights.items():
+        *folders, leaf = official_name(name).split("/")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach().cpu()
+            tensor = tensor.mT if tensor.ndim == 2 else tensor
+        branch[leaf] = tensor
+    return tree
+
+
+def _hint(name: str, shape: tuple[int, ...]) -> str:
+    """The field of the configuration that an array's shape tells."""
+    if name == "net/y_embedder/embedding_table/embedding" and len(shape) == 3:
+        return f"the checkpoint has num_classes {shape[1] - 1}"
+    if name == "net/level_embedder/embedding_table/embedding" and len(shape) == 3:
+        return f"the checkpoint has num_levels {shape[1] - 1}"
+    if name == "net/x_embedder/proj/_flax_linear/kernel" and len(shape) == 2:
+        return f"the checkpoint has in_channels {shape[0]} and hidden_size {shape[1]}"
+    return ""

@@ -1,0 +1,134 @@
+"""The studio: a trajectory in a browser, to look at, edit, resume and measure.
+
+What happens is a step of `workbench.Workbench`; `studio_desk` says how a step is taken and shown, `studio_tabs` what
+else is on the page. Gradio is the extra `studio`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from trainer.errors import UsageError
+from trainer.studio.board import draw_board
+from trainer.studio.desk import Desk
+from trainer.studio.folder import StudioFolder
+from trainer.studio.tabs import compare_tab, edit_tab, files_tab, paint_tab, sweep_tab
+from trainer.studio.workbench import Workbench
+from trainer.trajectories.pipeline import TrajectoryPipeline
+
+LOOPBACK = "127.0.0.1"
+UPLOAD_LIMIT = "8mb"
+"""Of what a browser may send, which is paintings."""
+CSS = """
+#board img {cursor: crosshair}
+#status {min-height: 1.6rem}
+"""
+PICKS = [
+    ("whole region", "region"),
+    ("one token", "token"),
+    ("similar tokens", "similar"),
+    ("give the selection to this region", "give"),
+]
+
+
+def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None = None) -> gr.Blocks:
+    """The page for one model.
+
+    folder: where trajectories, pages and reports are saved; nothing else is read or written. vocabulary: a
+    vocabulary.npz of features of the same encoder, whose prototypes then are sources of edits.
+    """
+    with gr.Blocks(title="Trajectory studio", fill_width=True, analytics_enabled=False) as page:
+        desk = Desk(pipe, StudioFolder(folder), vocabulary)
+        desk.status.render()
+        with gr.Row():
+            with gr.Column(scale=3, min_width=480):
+                _generate_row(desk)
+                gr.Markdown("Every level, coarse → fine: its regions, its features as colours, its picture.")
+                desk.board.render()
+                _selection_row(desk)
+            with gr.Column(scale=2, min_width=380), gr.Tabs():
+                edit_tab(desk)
+                paint_tab(desk)
+                compare_tab(desk)
+                sweep_tab(desk)
+                files_tab(desk)
+    return page
+
+
+def launch(
+    pipe: TrajectoryPipeline,
+    folder: Path,
+    vocabulary: Path | None = None,
+    *,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    block: bool = True,
+) -> tuple[gr.Blocks, str]:
+    """Serve the studio until it is stopped; with block=False returns at once. Returns the page and its URL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Pictures of the page and paintings pass through files, which also belong into the folder.
+    os.environ["GRADIO_TEMP_DIR"] = str((folder / ".served").resolve())
+    page = build_studio(pipe, folder, vocabulary)
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=not block,
+        share=False,
+        quiet=not block,
+        footer_links=[],
+        css=CSS,
+        theme=gr.themes.Base(),
+        max_file_size=UPLOAD_LIMIT,
+    )
+    return page, url
+
+
+def _generate_row(desk: Desk) -> None:
+    with gr.Row(equal_height=True):
+        desk.label.render()
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90)
+        steps = gr.Number(1, label="Steps a level", precision=0, minimum=1, scale=1, min_width=90)
+        button = gr.Button("Generate", variant="primary", scale=1, min_width=110)
+
+    def generate(bench: Workbench, label: str, seed: float | None, steps: float | None) -> Workbench:
+        return bench.open(desk.pipe(label=label, seed=int(seed or 0), num_steps=int(steps or 1)))
+
+    desk.on(button.click, generate, [desk.label, seed, steps], "Click a region on the board to select it.")
+
+
+def _selection_row(desk: Desk) -> None:
+    with gr.Row(equal_height=True):
+        pick = gr.Radio(PICKS, value="region", label="A click means", scale=3)
+        desk.join.render()
+        cosine = gr.Slider(0.0, 1.0, 0.9, step=0.01, label="Similar from cosine", scale=1, min_width=140)
+    with gr.Row():
+        for how in ("invert", "grow", "shrink", "clear"):
+            button = gr.Button(f"{how.capitalize()} selection", size="sm", min_width=90)
+            desk.on(button.click, lambda bench, how=how: bench.reshape_selection(how))
+        undo, redo = (gr.Button(name, size="sm", min_width=70) for name in ("Undo", "Redo"))
+    desk.on(undo.click, Workbench.undo)
+    desk.on(redo.click, Workbench.redo)
+
+    def click(bench: Workbench, pick: str, join: str, cosine: float, event: gr.SelectData) -> tuple[Any, ...]:
+        return desk.take(lambda: _clicked(bench, event.index, pick, join, cosine), bench)
+
+    desk.board.select(click, [desk.bench, pick, desk.join, cosine], desk.shows)
+
+
+def _clicked(bench: Workbench, pixel: Any, pick: Any, join: Any, cosine: float) -> Workbench:
+    place = draw_board(bench.current(), bench.selection, bench.reference).place(*pixel)
+    if place is None:
+        return bench
+    level, row, column = place
+    if pick != "give":
+        return bench.click(level, row, column, pick, join, cosine)
+    selection = bench.chosen()
+    if level != selection.level:
+        raise UsageError(
+            f"the selection is of level {selection.level}, the click on level {level}: click a region of its level"
+        )
+    return bench.apply_shape(int(bench.current().regions()[level, row, column]))

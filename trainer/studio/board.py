@@ -1,0 +1,123 @@
+"""One picture of a whole trajectory, and which token of which level a place on it is.
+
+    L levels (coarse → fine), H×W grid of tokens, h×w pixels
+
+Rows are ways to look (regions, latent colours, decoded picture), columns are levels. Selected tokens keep their
+colours within a double outline; the others of that level are dimmed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from hierarchy_builder.canvases.colours import hierarchy_colours
+from hierarchy_builder.canvases.views import latent_views, level_names, shared_palette
+from trainer.trajectories.selection import Selection
+from trainer.trajectories.trajectory import Trajectory
+
+CELL_PX, GAP_PX, HEADER_PX = 232, 10, 26
+PAPER, INK = (252, 252, 250), (26, 27, 31)
+DIMMED = 0.4
+"""Share of its own colour that a token outside the selection keeps; the rest is the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Board:
+    """A drawn board and what lies where on it."""
+
+    picture: np.ndarray
+    """uint8 [h, w, 3]."""
+    num_levels: int
+    num_rows: int
+    grid: tuple[int, int]
+
+    def place(self, x: float, y: float) -> tuple[int, int, int] | None:
+        """Level, row and column of the token at a pixel, None between the cells."""
+        level, across = divmod(x, CELL_PX + GAP_PX)
+        view, down = divmod(y - HEADER_PX, CELL_PX + GAP_PX)
+        inside = 0 <= level < self.num_levels and 0 <= view < self.num_rows
+        if not inside or across >= CELL_PX or down >= CELL_PX:
+            return None
+        height, width = self.grid
+        return int(level), int(down * height / CELL_PX), int(across * width / CELL_PX)
+
+    def cell(self, level: int) -> np.ndarray:
+        """The lowest picture of a level, uint8 [h, w, 3]: decoded where there is a decoder."""
+        step = CELL_PX + GAP_PX
+        x, y = level * step, HEADER_PX + (self.num_rows - 1) * step
+        return self.picture[y : y + CELL_PX, x : x + CELL_PX]
+
+
+def draw_board(
+    trajectory: Trajectory, selection: Selection | None = None, like: Trajectory | None = None
+) -> Board:
+    """All levels of a trajectory in one view.
+
+    like: whose tokens decide the colours of features, itself where it is not given; boards of one sequence of edits
+    share them.
+    """
+    cells = [list(row) for row in _cells(trajectory, like or trajectory)]
+    if selection is not None and selection.count:
+        for row in cells:
+            row[selection.level] = _marked(row[selection.level], selection.mask.numpy())
+    return _assembled(cells, level_names(trajectory.num_levels), trajectory.grid)
+
+
+@functools.lru_cache(maxsize=16)
+def _cells(trajectory: Trajectory, like: Trajectory) -> tuple[tuple[np.ndarray, ...], ...]:
+    """Rows of pictures without a selection; selecting must not wait for a decoder."""
+    decoded = trajectory.decode() if trajectory.can_decode else None
+    palette = shared_palette([like.levels[-1].numpy()])
+    views = latent_views(trajectory.levels.numpy(), decoded, palette)
+    count = trajectory.num_levels
+    colours = hierarchy_colours(trajectory.regions()[: max(1, count - 1)].numpy())[-count:]
+    return tuple(tuple(map(_cell, layers)) for layers in (colours, *(view.layers for view in views)))
+
+
+def _assembled(cells: list[list[np.ndarray]], names: tuple[str, ...], grid: tuple[int, int]) -> Board:
+    step, levels = CELL_PX + GAP_PX, len(cells[0])
+    sheet = Image.new("RGB", (levels * step - GAP_PX, HEADER_PX + len(cells) * step - GAP_PX), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for level, name in enumerate(names):
+        draw.text((level * step, 2), f"{level}  {name}", INK, font=font)
+        for row, pictures in enumerate(cells):
+            sheet.paste(Image.fromarray(pictures[level]), (level * step, HEADER_PX + row * step))
+    return Board(picture=np.asarray(sheet), num_levels=levels, num_rows=len(cells), grid=grid)
+
+
+def _cell(picture: np.ndarray) -> np.ndarray:
+    enlarged = max(picture.shape[:2]) < CELL_PX
+    resampling = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+    return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((CELL_PX, CELL_PX), resampling))
+
+
+def _marked(cell: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    chosen = _enlarged(mask)
+    dimmed = np.rint(DIMMED * cell + (1 - DIMMED) * np.array(PAPER)).astype(np.uint8)
+    return _outlined(np.where(chosen[..., None], cell, dimmed), mask)
+
+
+def _outlined(cell: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """With a dark line on the outside and a light one on the inside of the tokens' border."""
+    chosen = _enlarged(mask)
+    outlined = cell.copy()
+    outlined[_border(~chosen)] = INK
+    outlined[_border(chosen)] = PAPER
+    return outlined
+
+
+def _enlarged(mask: np.ndarray) -> np.ndarray:
+    return np.array(Image.fromarray(mask).resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST))
+
+
+def _border(inside: np.ndarray, width: int = 2) -> np.ndarray:
+    """Pixels of `inside` within `width` pixels of others."""
+    core = inside
+    for _ in range(width):
+        padded = np.pad(core, 1, mode="edge")
+        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return inside & ~core

@@ -1,0 +1,118 @@
+"""What a run says while it trains: lines of metrics.jsonl, sheets of samples, a bar or plain lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer.training.tracking import Tracker
+from trainer.whole_files import write_bytes
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+"""Sheets of samples, in the run folder."""
+
+
+def truncate_metrics(run: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, so that a resumed run writes no step twice."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(run) if row["step"] <= step]
+    write_bytes(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl in order, up to a line that is cut off or no row."""
+    rows = []
+    for line in (run / METRICS).read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
+    return rows
+
+
+class RunLog:
+    """Writes rows to metrics.jsonl and shows them: to trackers, and in a bar on a terminal or plain lines."""
+
+    def __init__(
+        self,
+        run: Path,
+        total_images: int,
+        images_seen: int,
+        quiet: bool = False,
+        trackers: Sequence[Tracker] = (),
+        shown: Sequence[str] = ("loss", "raw_mse_u"),
+    ) -> None:
+        self._run, self._trackers, self._shown = run, trackers, shown
+        self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._total = total_images
+        self._quiet = quiet
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal and not quiet:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("images", total=total_images, completed=images_seen)
+            self._bar.start()
+
+    def advance(self, images_seen: int) -> None:
+        """Move the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=images_seen)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row and show it."""
+        self._file.write(f"{json.dumps(row)}\n")
+        self._file.flush()
+        if "loss" not in row:
+            return
+        for tracker in self._trackers:
+            tracker.scalars({k: v for k, v in row.items() if k not in ("images", "time")}, row["images"])
+        numbers = "  ".join(f"{name} {row[name]:.4f}" for name in self._shown if name in row)
+        text = f"{numbers}  {row['images_per_second']:.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, description=text)
+        elif not self._quiet:
+            seen = f"{row['images']}/{self._total} images"
+            print(f"step {row['step']}  {seen}  {text}", file=sys.stderr, flush=True)
+
+    def show_samples(self, sheet: Image.Image, step: int, images_seen: int) -> None:
+        """Keep a sheet as RUN/samples/step-NNNNNNNN.png."""
+        folder = self._run / SAMPLES
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"step-{step:08d}.png")
+        for tracker in self._trackers:
+            tracker.picture(SAMPLES, sheet, images_seen)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()

@@ -1,0 +1,282 @@
+"""The loop every training shares: steps over ranks and micro-batches, logs, checkpoints, stopping and going on.
+
+A step's gradients are summed by hand over micro-batches and ranks, so every part of a loss is scaled to the global
+batch before `backward`. All ranks stop at the same step, after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from trainer.data.normalisation import RAW, Normaliser
+from trainer.data.shards import ShardIndex
+from trainer.data.stream import StreamPlan, batch_loader
+from trainer.errors import InterruptedRunError, NonFiniteLossError
+from trainer.training import checkpoint as saved
+from trainer.training.config import to_mapping
+from trainer.training.distributed import World, check_equal
+from trainer.training.loading import fill
+from trainer.training.log import RunLog
+from trainer.training.run_folder import locked, prepare_folder
+from trainer.training.stopping import CTRL_C, OTHER_STOP, StopRequest
+from trainer.training.tracking import open_trackers
+from trainer.training.weights import WeightAverages
+
+SHOWN_KEYS = 8
+"""Sample keys named in an error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """How a run ended."""
+
+    run: str
+    step: int
+    images_seen: int
+    seconds: float
+    """Time spent training, over all resumptions."""
+    loss: float | None
+    """Loss in the last line of metrics.jsonl."""
+    checkpoint: str
+
+
+class Loop(ABC):
+    """One run in one process: the state that checkpoints keep, and the loop over it.
+
+    A kind of training sets `plan`, `dataset`, `model`, `optimizer` and `averages`, calls `_begin`, and says what a
+    step computes (`_backward`), its learning rate (`_rate`), and what is shown (`_sheet`) and audited (`_audit`).
+    """
+
+    terms: tuple[str, ...]
+    """What `_backward` returns, each a mean over the global batch; one is `loss`."""
+    shown: tuple[str, ...] = ("loss", "raw_mse_u")
+    """Numbers shown on stderr. The adaptive loss stays near 2 by construction; the squared error of u falls."""
+    rate_field: str = "optim.lr"
+    """Name of the learning rate in the configuration."""
+    plan: StreamPlan
+    dataset: Any
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: WeightAverages
+    normaliser: Normaliser = RAW
+
+    def __init__(
+        self, config: Any, index: ShardIndex, out: Path, world: World, stop: StopRequest, quiet: bool
+    ) -> None:
+        self.config, self.index, self.out, self.world, self.stop = config, index, out, world, stop
+        self.quiet = quiet
+        self.step = 0
+        self.seconds = 0.0
+        self.loss: float | None = None
+        self.sums: dict[str, float] = {}
+
+    def _begin(self, origin: Path | None) -> None:
+        """Go on from the checkpoint `origin`, if there is one, and make the run folder ready."""
+        if origin is not None:
+            self._restore(origin)
+        if self.world.is_main:
+            with locked(self.out):
+                prepare_folder(self.out, self.config, self.index, self.step)
+        self.world.barrier()
+
+    @abstractmethod
+    def _backward(self, batch: Any, start: int, stop: int) -> Tensor:
+        """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of `terms`."""
+
+    @abstractmethod
+    def _rate(self) -> float:
+        """Learning rate of the coming update."""
+
+    @abstractmethod
+    def _sheet(self) -> Image.Image:
+        """Picture of what the model makes now."""
+
+    def _audit(self) -> dict[str, Any]:
+        """What is written about the epochs that are finished, at the end of each: here, shards left out."""
+        damaged = self.dataset.damaged_shards()
+        return {"damaged_shards": damaged} if damaged else {}
+
+    def _stream_plan(self, shard_sizes: tuple[int, ...] | None = None, **fields: Any) -> StreamPlan:
+        """The order of samples that the configuration asks for; shard_sizes: of those trained on, all if None."""
+        return StreamPlan(
+            shard_sizes=shard_sizes or tuple(shard.num_samples for shard in self.index.shards),
+            num_levels=self.index.num_levels,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            shuffle_shards=self.config.shuffle_shards,
+            **fields,
+        )
+
+    def _averaged(self) -> AbstractContextManager[object]:
+        """Lends the model its first weight average, where there is one."""
+        halflives = list(self.averages.averages)
+        return self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.config.batch_size
+
+    def train(self) -> RunSummary:
+        """Take the remaining steps; checkpoints on the way, at the end and when asked to stop."""
+        config = self.config
+        batches = range(self.step, -(-config.total_images // config.batch_size))
+        loader = batch_loader(
+            self.dataset, batches, config.loader_workers, pin_memory=self.world.device.type == "cuda"
+        )
+        folder = saved.latest_checkpoint(self.out)
+        lock = locked(self.out) if self.world.is_main else nullcontext()
+        with lock, self._opened_log() as log:
+            began = now = time.monotonic()
+            for batch in loader:
+                time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)
+                terms, stopped = self._take_step(batch, time_is_up)
+                elapsed, now = time.monotonic() - now, time.monotonic()
+                self.seconds += elapsed
+                is_last = self.step == batches.stop
+                self._note(log, {**terms, "seconds": elapsed}, is_last)
+                if stopped or is_last or self._crosses(config.checkpoint_images):
+                    folder = self._save()
+                if stopped and not is_last:
+                    self._end(stopped)
+        return RunSummary(
+            run=str(self.out),
+            step=self.step,
+            images_seen=self.images_seen,
+            seconds=round(self.seconds, 3),
+            loss=self.loss,
+            checkpoint=str(folder),
+        )
+
+    def _opened_log(self) -> AbstractContextManager[RunLog | None]:
+        if not self.world.is_main:
+            return nullcontext()
+        config = self.config
+        trackers = open_trackers(
+            self.out,
+            self.images_seen,
+            tensorboard=config.tensorboard,
+            wandb_project=config.wandb_project,
+            config=to_mapping(config),
+            quiet=self.quiet,
+        )
+        return RunLog(self.out, config.total_images, self.images_seen, self.quiet, trackers, self.shown)
+
+    def _take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
+        """One optimiser step. Returns its terms, and why all ranks are to stop now, if any of them is."""
+        world, share = self.world, len(batch)
+        micro = self.config.micro_batch_size or share
+        sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=world.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, share, micro):
+            sums[: len(self.terms)] += self._backward(batch, start, min(start + micro, share))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        world.add_gradients(parameters)
+        # The wish to stop travels with the losses, so that all ranks stop at the same step.
+        sums[-3] = self.stop.signal == signal.SIGINT
+        sums[-2] = time_is_up or self.stop.signal != 0
+        sums[-1] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        rows = world.gather(sums).cpu()
+        *values, interrupted, stopped, _ = rows.sum(dim=0).tolist()
+        terms = {**dict(zip(self.terms, values, strict=True)), "grad_norm": float(rows[0, -1])}
+        if not rows.isfinite().all():
+            self._refuse(batch, terms)
+        check_equal(rows[:, -1], "the norm of the summed gradients")
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.step += 1
+        self.averages.update(self.model, self.images_seen, self.config.batch_size)
+        return terms, CTRL_C if interrupted else OTHER_STOP if stopped else ""
+
+    def _note(self, log: RunLog | None, terms: dict[str, float], is_last: bool) -> None:
+        """Add a step's terms to the running sums; write their means, and at the end of an epoch its audit."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums["steps"] = self.sums.get("steps", 0.0) + 1
+        if self._crosses(self.config.log_images) or is_last:
+            self._assert_equal_weights()
+            steps, seconds = self.sums.pop("steps"), self.sums.pop("seconds")
+            means = {name: total / steps for name, total in self.sums.items()}
+            self.loss, self.sums = means["loss"], {}
+            if log:
+                rate = steps * self.config.batch_size / seconds
+                log.write({**self._position(), **means, "images_per_second": rate, "time": self.seconds})
+        if log and self.config.sample_images and self._crosses(self.config.sample_images):
+            log.show_samples(self._sheet(), self.step, self.images_seen)
+        if log and self._crosses(self.plan.num_samples):
+            log.write({**self._position(), **self._audit()})
+        if log:
+            log.advance(self.images_seen)
+
+    def _position(self) -> dict[str, int]:
+        epoch = self.images_seen // self.plan.num_samples
+        return {"step": self.step, "images": self.images_seen, "epoch": epoch}
+
+    def _crosses(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` images."""
+        return self.images_seen // every > (self.images_seen - self.config.batch_size) // every
+
+    def _assert_equal_weights(self) -> None:
+        weights = [p.detach() for p in self.model.parameters()]
+        norms = self.world.gather(torch.nn.utils.get_total_norm(weights)[None])[:, 0]
+        check_equal(norms, "the norm of the weights")
+
+    def _refuse(self, batch: Any, terms: dict[str, float]) -> None:
+        finite = batch.features.isfinite().flatten(1).all(dim=1).tolist()
+        damaged = [key for key, is_fine in zip(batch.keys, finite, strict=True) if not is_fine]
+        keys = damaged or batch.keys
+        shown = ", ".join(keys[:SHOWN_KEYS]) + (
+            f" and {len(keys) - SHOWN_KEYS} more" * (len(keys) > SHOWN_KEYS)
+        )
+        what = "features not finite in" if damaged else "features finite; samples of this rank:"
+        bad = ", ".join(f"{name} {value}" for name, value in terms.items() if not math.isfinite(value))
+        raise NonFiniteLossError(
+            f"step {self.step}, seed {self.config.seed}: {bad}; {what} {shown}. "
+            f"Train into another folder with a lower {self.rate_field}, or on shards without the samples"
+        )
+
+    def _save(self) -> Path:
+        self._assert_equal_weights()
+        folder = saved.checkpoint_folder(self.out, self.step)
+        if self.world.is_main:
+            state = saved.RunState(
+                step=self.step,
+                images_seen=self.images_seen,
+                config=to_mapping(self.config),
+                shards=self.index.describe(),
+                seconds=self.seconds,
+                loss=self.loss,
+                log=self.sums,
+            )
+            averages = self.averages.state_dict()
+            saved.save_checkpoint(folder, state, self.model, averages, self.optimizer, self.normaliser)
+            saved.prune_checkpoints(self.out, self.config.keep_checkpoints)
+        self.world.barrier()
+        return folder
+
+    def _restore(self, folder: Path) -> None:
+        state = saved.load_state(folder)
+        fill(self.model, folder, None)
+        self.averages.load_state_dict({n: saved.load_weights(folder, n) for n in saved.averages_of(folder)})
+        saved.restore_optimizer(self.optimizer, saved.load_tensors(folder / saved.OPTIMIZER), state.optimizer)
+        self.step, self.seconds, self.loss, self.sums = state.step, state.seconds, state.loss, dict(state.log)
+
+    def _end(self, reason: str) -> None:
+        if reason == CTRL_C:
+            raise KeyboardInterrupt
+        raise InterruptedRunError(
+            f"{self.out}: stopped by {reason} at step {self.step}, {self.images_seen} images, after a checkpoint; "
+            "the same command goes on"
+        )

@@ -1,0 +1,165 @@
+"""The run folder: what may be continued in it, and by what.
+
+config.yaml     resolved configuration, and a description of the shards
+checkpoints/    see `trainer.training.checkpoint`
+metrics.jsonl   see `trainer.training.log`
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.data.shards import ShardIndex
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.training import checkpoint as saved
+from trainer.training.config import checked, identity, to_mapping
+from trainer.training.log import truncate_metrics
+from trainer.whole_files import write_bytes
+
+CONFIG = "config.yaml"
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for one writer; a second one raises TrainerError at once. Freed by the kernel on exit."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainerError(
+                f"{run} is being trained in by another process: wait for it, or choose another --out"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield
+
+
+def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; the main rank says which were passed over."""
+    damaged: list[TrainerError] = []
+    origin = _origin(out, resume, damaged)
+    if is_main:
+        saved.warn_of(damaged, origin)
+    return origin
+
+
+def _origin(out: Path, resume: str, damaged: list[TrainerError]) -> Path | None:
+    own = saved.latest_checkpoint(out, damaged)
+    if resume == "auto":
+        return own
+    if resume == "never":
+        if own is not None:
+            raise UsageError(
+                f"{out} holds checkpoints up to {own.name}; choose another folder or --resume auto"
+            )
+        return None
+    if not Path(resume).exists():
+        raise UsageError(
+            f"--resume {resume}: found no such folder, expected auto, never or a run or checkpoint"
+        )
+    asked = saved.find_checkpoint(resume, damaged)
+    # A rerun of a command that once started from elsewhere goes on from its own checkpoints.
+    return own if own is not None and asked.parent.resolve() != own.parent.resolve() else asked
+
+
+def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardIndex) -> None:
+    """Raise MismatchError, naming the differing keys, if `out` or `origin` were made with something else."""
+    wanted = _identity(config, index.describe())
+    if (out / CONFIG).exists():
+        _compare(str(out / CONFIG), read_config(out), wanted, type(config))
+    if origin is not None:
+        state = saved.load_state(origin)
+        found = {"config": state.config, "shards": state.shards}
+        _compare(str(origin), found, wanted, type(config))
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run: the fields of `config`, and what `shards` says of the data.
+
+    Raises MismatchError for another file of that name, TrainerError where there is none.
+    """
+    path = run / CONFIG
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG}") from None
+    except (ValueError, yaml.YAMLError):
+        content = None
+    parts = (content.get("config"), content.get("shards")) if isinstance(content, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise MismatchError(
+            f"{path} is not the configuration of a run, or damaged: give another folder, or remove it, and "
+            "`trainer train` with the preset and settings of the run writes it again"
+        )
+    return content
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """What `trainer evaluate` keeps with a run in a JSON file, with its `metrics`; without any before the first.
+
+    Raises TrainerError if the file is damaged.
+    """
+    if not path.exists():
+        return {"metrics": []}
+    try:
+        content = json.loads(path.read_bytes())
+        for row in content["metrics"]:
+            row["name"], row["value"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainerError(
+            f"{path} is damaged ({error!r}): remove it, `trainer evaluate` writes it again"
+        ) from None
+    return content
+
+
+def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any], kind: type) -> None:
+    try:
+        before = _identity(checked(kind, found["config"], where), found["shards"])
+    except (UsageError, KeyError, TypeError, ValueError) as error:
+        raise MismatchError(f"{where} holds no configuration of this release ({error})") from None
+    rows = [
+        f"  {name}: {before.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in sorted(before.keys() | wanted.keys())
+        if before.get(name) != wanted.get(name) and not _is_unknown(name, before)
+    ]
+    if rows:
+        differing = "\n".join(rows)
+        raise MismatchError(
+            f"{where} was made with another configuration; use the same one or another folder\n{differing}"
+        )
+
+
+def _is_unknown(name: str, before: dict[str, Any]) -> bool:
+    """Whether a checkpoint that was imported says nothing about this property of its shards."""
+    return name.startswith("shards.") and before.get(name) is None
+
+
+def _identity(config: Any, shards: dict[str, Any]) -> dict[str, Any]:
+    named = {f"shards.{name}": shards[name] for name in ("config_hash", "num_samples", "split")}
+    named["shards.encoder"] = dict(shards["encoder"]).get("name")
+    return {**identity(config), **named}
+
+
+def prepare_folder(out: Path, config: Any, index: ShardIndex, step: int) -> None:
+    """Write config.yaml and take back what later steps than `step` left in the folder."""
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": to_mapping(config),
+        "shards": index.describe(),
+        "version": version("trajectory-hierarchies"),
+    }
+    write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    truncate_metrics(out, step)
+    saved.drop_after(out, step)

@@ -1,0 +1,1 @@
+"""Trajectories: looked at, edited, kept."""

@@ -1,0 +1,183 @@
+"""Two trajectories side by side: what differs, level by level, in numbers and as a picture.
+
+L levels (coarse → fine), H×W grid of tokens, C channels, h×w pixels
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from hierarchy_builder.canvases.dct import DctBasis
+from hierarchy_builder.canvases.views import level_names, shared_palette
+from trainer.errors import UsageError
+from trainer.metrics.edit_locality import decoded_locality, effectiveness, latent_invariance, token_change
+from trainer.trajectories.edit import Source
+from trainer.trajectories.selection import Selection
+from trainer.trajectories.trajectory import Trajectory
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""uint8 [B, h, w, 3] → float [B, H, W, C]: whose eyes judge decoded pictures."""
+CHANGED = 1e-3
+"""1 − cos above which a token counts as changed: below it is what rounding and batch sizes do."""
+CELL_PX, GAP_PX, HEADER_PX, SIDE_PX = 112, 6, 26, 92
+PAPER, INK = (252, 252, 250), (26, 27, 31)
+HEAT = np.array(
+    [(12, 12, 40), (96, 28, 110), (214, 72, 66), (252, 190, 72), (255, 252, 220)], dtype=np.float64
+)
+
+
+def edited_tokens(after: Trajectory, before: Trajectory | None = None) -> Selection | None:
+    """The tokens that edits of `after` touched on the coarsest level that was edited; None where none was.
+
+    before: a trajectory that `after` was made from; its own edits do not count.
+    """
+    skipped = len(before.history) if before is not None and _begins_with(after, before) else 0
+    edits = [entry for entry in after.history[skipped:] if entry.get("edit") in ("features", "shape")]
+    if not edits:
+        return None
+    level = min(entry["level"] for entry in edits)
+    mask = torch.zeros(after.grid, dtype=torch.bool)
+    for entry in edits:
+        if entry["level"] == level:
+            mask.view(-1)[torch.tensor(entry["tokens"])] = True
+    return Selection(mask=mask, level=level)
+
+
+def compare(
+    before: Trajectory,
+    after: Trajectory,
+    selection: Selection | None = None,
+    source: Source | None = None,
+    encode: Encode | None = None,
+) -> list[dict[str, Any]]:
+    """One row for each level: how far the two are apart.
+
+    selection: the edited tokens, which gives LIS and what happened inside and outside them for its level and those
+    after it; None takes them from the history of `after`. source: what the edit put in, for its effect. encode: see
+    `encoder_of`. Numbers that were not asked for are NaN. Raises UsageError if levels, grid or channels differ.
+    """
+    if before.levels.shape != after.levels.shape:
+        raise UsageError(
+            f"trajectories have levels {tuple(before.levels.shape)} and {tuple(after.levels.shape)}: only those of one "
+            "model can be compared"
+        )
+    change = token_change(before.levels, after.levels)
+    rows = [
+        {
+            "level": level,
+            "equal": torch.equal(before.levels[level], after.levels[level]),
+            "change": float(change[level].mean()),
+            "changed_share": float((change[level] > CHANGED).double().mean()),
+            "largest": float((before.levels[level] - after.levels[level]).abs().max()),
+        }
+        for level in range(before.num_levels)
+    ]
+    selection = edited_tokens(after, before) if selection is None else selection
+    found = {} if selection is None else locality(before, after, selection, source, encode)
+    names = next(iter(found.values()), {})
+    nothing = dict.fromkeys(names, math.nan)
+    return [{**row, **found.get(level, nothing)} for level, row in enumerate(rows)]
+
+
+def by_measure(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `compare` with measures below each other and levels side by side; without those that are all NaN."""
+    return [
+        {"measure": name, **{f"level {row['level']}": row[name] for row in rows}}
+        for name in rows[0]
+        if name != "level" and not all(math.isnan(row[name]) for row in rows)
+    ]
+
+
+def locality(
+    before: Trajectory,
+    after: Trajectory,
+    selection: Selection,
+    source: Source | None = None,
+    encode: Encode | None = None,
+) -> dict[int, dict[str, float]]:
+    """For each level from the selection's on: LIS, effect inside, distances of decoded pictures (docs/metrics.md)."""
+    args = selection.mask, selection.level
+    scores = latent_invariance(before.levels, after.levels, *args)
+    wanted = before.levels[selection.level, selection.mask] if source is None else source.over(selection)
+    effects = effectiveness(before.levels, after.levels, wanted, *args)
+    decoded = {}
+    if before.can_decode and after.can_decode:
+        decoded = decoded_locality(before.decode(), after.decode(), *args, encode)
+    found = {}
+    for level, lis in scores.items():
+        effect = effects[level]._asdict()
+        if source is None:
+            effect = {"change": effect["change"], "gain": math.nan, "reached": math.nan}
+        found[level] = {"lis": lis, "inside": effect.pop("change"), **effect}
+        found[level] |= decoded[level]._asdict() if decoded else {}
+    return found
+
+
+def encoder_of(trajectory: Trajectory) -> Encode | None:
+    """The encoder whose features the levels are, where it needs no weights (`dct`); else None."""
+    spec = trajectory.encoder.get("decoder")
+    if not isinstance(spec, dict) or spec.get("kind") != "dct":
+        return None
+    basis = DctBasis.from_spec(spec)
+
+    side = trajectory.encoder.get("image_size_px")
+
+    def encode(pictures: np.ndarray) -> np.ndarray:
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        if side is not None and tuple(images.shape[2:]) != (side, side):  # drawn by a pixel stage
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return basis(images).numpy()
+
+    return encode
+
+
+def heat_map(change: np.ndarray, most: float) -> np.ndarray:
+    """Colours of 1 − cos: float [...] → uint8 [..., 3], dark at 0, light at `most`."""
+    position = np.clip(change / max(most, 1e-12), 0, 1) * (len(HEAT) - 1)
+    low = np.minimum(position.astype(int), len(HEAT) - 2)
+    share = (position - low)[..., None]
+    return np.rint(HEAT[low] * (1 - share) + HEAT[low + 1] * share).astype(np.uint8)
+
+
+def comparison_png(before: Trajectory, after: Trajectory) -> Image.Image:
+    """A sheet: columns are levels; rows the canvases before and after, the change, and decoded pictures.
+
+    Canvases share their colours; the change is 1 − cos of each token, as light as its share of the largest.
+    """
+    change = token_change(before.levels, after.levels).numpy()
+    palette = shared_palette([before.levels.numpy(), after.levels.numpy()])
+    rows: list[tuple[str, np.ndarray]] = []
+    if palette is not None:
+        rows += [
+            ("before", palette.apply(before.levels.numpy())),
+            ("after", palette.apply(after.levels.numpy())),
+        ]
+    rows.append(("change", heat_map(change, float(change.max()))))
+    if before.can_decode and after.can_decode:
+        rows += [("before", before.decode()), ("after", after.decode())]
+    names = level_names(before.num_levels)
+    step = CELL_PX + GAP_PX
+    sheet = Image.new("RGB", (SIDE_PX + len(names) * step, HEADER_PX + len(rows) * step), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for level, name in enumerate(names):
+        draw.text((SIDE_PX + level * step, GAP_PX), name, INK, font=font)
+    for number, (name, pictures) in enumerate(rows):
+        draw.text((GAP_PX, HEADER_PX + number * step + CELL_PX // 2 - 8), name, INK, font=font)
+        for level, picture in enumerate(pictures):
+            is_small = picture.shape[0] < CELL_PX
+            tile = Image.fromarray(np.ascontiguousarray(picture)).resize(
+                (CELL_PX, CELL_PX), Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
+            )
+            sheet.paste(tile, (SIDE_PX + level * step, HEADER_PX + number * step))
+    return sheet
+
+
+def _begins_with(after: Trajectory, before: Trajectory) -> bool:
+    return after.history[: len(before.history)] == before.history

@@ -1,0 +1,106 @@
+"""A photograph as the start of a trajectory: its hierarchy instead of sampled levels, to be edited and resumed.
+
+    S×S pixels, H×W grid of tokens, C channels
+
+Either a sample of shards, which holds features and regions, or a picture and the encoder the model was trained on. The
+encoder comes from outside, since the trainer has none: an object, or what `module:function` returns.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from trainer.data.reader import ShardReader
+from trainer.data.shards import ShardIndex
+from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.trajectory import Trajectory
+
+BY_NAME = "hierarchy_builder.encoders:load_encoder"
+
+
+class Encoder(Protocol):
+    """What is needed of an encoder; those of the builder are such."""
+
+    name: str
+    image_size_px: int
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C]."""
+        ...
+
+
+def start_from_shards(
+    pipe: TrajectoryPipeline, index: ShardIndex, sample: str | int, *, seed: int = 0
+) -> Trajectory:
+    """A trajectory that starts from a sample of shards, given by key or number; its class is the sample's.
+
+    Raises UsageError for an unknown sample, MismatchError if the shards are not of the model's encoder and recipe.
+    """
+    ours, theirs = pipe.encoder.get("name"), index.encoder.get("name")
+    if ours and theirs and ours != theirs:
+        raise MismatchError(f"{index.url} holds features of {theirs!r}, the model was trained on {ours!r}")
+    reader = ShardReader(index)
+    try:
+        number = sample if isinstance(sample, int) else reader.number_of(sample)
+        if not 0 <= number < len(reader):
+            raise UsageError(f"sample {number}, expected 0 to {len(reader) - 1}")
+        found = reader.read(number)
+    finally:
+        reader.close()
+    origin = {"source": "shards", "shards": index.name, "key": found.key}
+    return pipe.from_features(found.features, found.regions, label=found.label, seed=seed, origin=origin)
+
+
+def start_from_photo(
+    pipe: TrajectoryPipeline, photo: str | Path, encoder: Encoder, *, label: int | str, seed: int = 0
+) -> Trajectory:
+    """A trajectory that starts from a picture file, upright and cut to its centre square.
+
+    Regions are found by the recipe of the paper. label: class that levels drawn later get.
+    Raises TrainerError for a file that is no picture, MismatchError if the encoder is not the model's.
+    """
+    ours = pipe.encoder.get("name")
+    if ours and ours != encoder.name:
+        raise MismatchError(f"the model was trained on features of {ours!r}, not of {encoder.name!r}")
+    picture = read_square(photo, encoder.image_size_px)
+    origin = {"source": "photo", "name": Path(photo).name, "encoder": encoder.name}
+    return pipe.from_features(encoder.encode(picture[None])[0], label=label, seed=seed, origin=origin)
+
+
+def read_square(photo: str | Path, side_px: int) -> np.ndarray:
+    """The upright centre square of a picture file, bicubic: RGB uint8 [S, S, 3]. Raises TrainerError."""
+    try:
+        with Image.open(photo) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+            square = ImageOps.fit(upright, (side_px, side_px), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise TrainerError(f"{photo} is not a picture that can be read: {error}") from None
+    return np.array(square)
+
+
+def load_own_encoder(name: str) -> Encoder:
+    """The encoder that `module:function` or a class returns, called with what `module:function:ARGUMENT` says.
+
+    `BY_NAME:NAME` is any that the builder knows. Raises UsageError when there is none
+    of that name, or it has no `encode`.
+    """
+    module, _, rest = name.partition(":")
+    function, *argument = rest.split(":", 1)
+    if not function:
+        raise UsageError(
+            f"encoder {name!r}, expected module:function, a function that returns an encoder; one that the builder "
+            f"knows by its name is {BY_NAME}:{name or 'dct'}"
+        )
+    try:
+        encoder: Any = getattr(importlib.import_module(module), function)(*argument)
+    except Exception as error:  # whatever an encoder of somebody does when it is loaded
+        raise UsageError(f"encoder {name!r}: {error}") from None
+    if missing := [each for each in ("name", "image_size_px", "encode") if not hasattr(encoder, each)]:
+        raise UsageError(f"encoder {name!r} returns {type(encoder).__name__}, which has no {missing[0]}")
+    return encoder

@@ -1,0 +1,303 @@
+"""Trajectories → files, as they are drawn: sheets, pages, tars, arrays. Only a few are in memory at a time.
+
+    N trajectories, L levels, H×W grid of tokens, C channels, h×w pixels
+
+Every file appears under its name when it is whole. Sheets and pages of many trajectories are cut into several.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from hierarchy_builder.canvases.colours import Palette
+from hierarchy_builder.canvases.gallery import write_page
+from hierarchy_builder.records import CANVASES_MEMBER, LABEL_MEMBER, METADATA_MEMBER
+from trainer.errors import UsageError
+from trainer.trajectories.trajectory import Trajectory
+from trainer.trajectories.view import TrajectoryView, page_palette, training_page, trajectory_grid_png
+from trainer.whole_files import check_free, partial_name, sync, whole_file
+
+PER_SHEET = 64
+"""Trajectories on one sheet or page."""
+PER_TAR = 1000
+TITLE = "Generated trajectories"
+
+
+class Drawn:
+    """A trajectory and its pictures, decoded once and only if some file shows them."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+        self.label, self.seed = trajectory.label, trajectory.seeds[-1]
+        self.name = f"label{self.label:04d}-seed{self.seed:06d}"
+
+    @cached_property
+    def view(self) -> TrajectoryView:
+        """All levels with their pictures."""
+        return self.trajectory.view()
+
+    @cached_property
+    def picture(self) -> np.ndarray | None:
+        """The last level, uint8 [h, w, 3]; None without a decoder."""
+        if "view" in self.__dict__ or not self.trajectory.can_decode:
+            decoded = self.view.decoded
+            return None if decoded is None else decoded[-1]
+        return self.trajectory.decode(level=len(self.trajectory.levels) - 1)
+
+    def row(self) -> dict[str, Any]:
+        """What identifies it, as plain data."""
+        return {"label": self.label, "class": self.trajectory.class_name, "seed": self.seed}
+
+
+class SampleFiles(ABC):
+    """Files of one format in a folder: `add` takes each trajectory, `end` finishes the last file."""
+
+    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
+        """count: trajectories that will come. facts: name → value, for what shows them."""
+        self.out, self.count, self.facts = out, count, facts
+        self.files: list[Path] = []
+
+    @abstractmethod
+    def add(self, drawn: Drawn) -> None:
+        """Take one trajectory."""
+
+    @abstractmethod
+    def end(self, is_whole: bool) -> None:
+        """Finish the file that is open, or remove it where not all trajectories came."""
+
+
+class TrajectoryFiles(SampleFiles):
+    """`trajectories/label0207-seed000003.safetensors`: all there is to know, to edit and resume."""
+
+    def add(self, drawn: Drawn) -> None:
+        path = self.out / "trajectories" / f"{drawn.name}.safetensors"
+        drawn.trajectory.save(path)
+        self.files.append(path)
+
+    def end(self, is_whole: bool) -> None:
+        """No file is open: each holds one trajectory."""
+
+
+class Sheets(SampleFiles, ABC):
+    """Files of up to PER_SHEET trajectories each, in colours that all share."""
+
+    stem: str
+    suffix: str
+
+    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
+        super().__init__(out, count, facts)
+        self._views: list[TrajectoryView] = []
+        self._palette: Palette | None = None
+
+    def add(self, drawn: Drawn) -> None:
+        self._views.append(drawn.view)
+        if len(self._views) == PER_SHEET:
+            self.end(is_whole=True)
+
+    def end(self, is_whole: bool) -> None:
+        if not (self._views and is_whole):
+            return
+        number = f"-{len(self.files):04d}" if self.count > PER_SHEET else ""
+        path = self.out / f"{self.stem}{number}{self.suffix}"
+        self._palette = self._palette or page_palette(self._views)
+        self._write(path, self._views, self._palette)
+        self.files.append(path)
+        self._views = []
+
+    @abstractmethod
+    def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None: ...
+
+
+class PngSheets(Sheets):
+    """`grid.png`: rows are trajectories, columns levels."""
+
+    stem, suffix = "grid", ".png"
+
+    def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None:
+        with whole_file(path) as partial:
+            trajectory_grid_png(views, palette).save(partial, "PNG")
+
+
+class HtmlPages(Sheets):
+    """`index.html`: one page with everything in it."""
+
+    stem, suffix = "index", ".html"
+
+    def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None:
+        write_page(
+            training_page(title=TITLE, facts=self.facts, trajectories=views, palette=palette),
+            path,
+        )
+
+
+class Tars(SampleFiles):
+    """`samples-000000.tar` for webdataset: `canvases.npy` float16 [L, H, W, C], `cls`, `json`; `png` of level L−1."""
+
+    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
+        super().__init__(out, count, facts)
+        self._writer: webdataset.TarWriter | None = None
+        self._written = 0
+
+    def add(self, drawn: Drawn) -> None:
+        if self._writer is None:
+            check_free(self._path())
+            partial = str(partial_name(self._path()))
+            self._writer = webdataset.TarWriter(
+                partial, encoder=False, mtime=0, user="", group="", mode=0o444
+            )
+        self._writer.write({"__key__": drawn.name, **_members(drawn)})
+        self._written += 1
+        if self._written % PER_TAR == 0:
+            self.end(is_whole=True)
+
+    def end(self, is_whole: bool) -> None:
+        if self._writer is None:
+            return
+        writer, self._writer, path = self._writer, None, self._path()
+        partial = partial_name(path)
+        try:
+            writer.close()
+            if is_whole:
+                sync(partial)
+                partial.replace(path)
+                self.files.append(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _path(self) -> Path:
+        return self.out / f"samples-{len(self.files):06d}.tar"
+
+
+class Arrays(SampleFiles):
+    """`samples.npz`: `levels` float32 [N, L, H, W, C], `label` and `seed` int64 [N], `pictures` uint8 [N, h, w, 3]."""
+
+    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
+        super().__init__(out, count, facts)
+        self._folder = partial_name(out / "samples")
+        self._arrays: dict[str, np.memmap] = {}
+        self._filled = 0
+
+    def add(self, drawn: Drawn) -> None:
+        values = {
+            "levels": drawn.trajectory.levels.numpy(),
+            "label": np.asarray(drawn.label),
+            "seed": np.asarray(drawn.seed),
+        }
+        if drawn.picture is not None:
+            values["pictures"] = drawn.picture
+        if not self._arrays:
+            self._folder.mkdir(exist_ok=True)
+            for name, value in values.items():
+                self._arrays[name] = np.lib.format.open_memmap(
+                    self._folder / f"{name}.npy", "w+", value.dtype, (self.count, *value.shape)
+                )
+        for name, value in values.items():
+            self._arrays[name][self._filled] = value
+        self._filled += 1
+
+    def end(self, is_whole: bool) -> None:
+        try:
+            if is_whole:
+                self._pack()
+        finally:
+            self._arrays = {}
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _pack(self) -> None:
+        path = self.out / "samples.npz"
+        with (
+            whole_file(path) as partial,
+            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            for name, array in self._arrays.items():
+                array.flush()
+                archive.write(self._folder / f"{name}.npy", f"{name}.npy")
+        self.files.append(path)
+
+
+FORMATS: dict[str, Callable[[Path, int, Mapping[str, Any]], SampleFiles]] = {
+    "png": PngSheets,
+    "html": HtmlPages,
+    "safetensors": TrajectoryFiles,
+    "webdataset": Tars,
+    "npz": Arrays,
+}
+
+
+def parse_formats(text: str) -> list[str]:
+    """Names of formats separated by commas. Raises UsageError naming those there are."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise UsageError(f"unknown format {unknown[0]!r}, expected one or more of {', '.join(FORMATS)}")
+    return names
+
+
+def write_samples(
+    trajectories: Iterable[Trajectory],
+    out: Path,
+    formats: Sequence[str],
+    count: int,
+    facts: Mapping[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Write trajectories to `out` in every format as they come; yields a row about each.
+
+    count: how many will come. facts: name → value, shown on pages. A row has label, class, seed and, with the format
+    `safetensors`, the file. Files that are unfinished when something fails are removed.
+    """
+    sinks: list[SampleFiles] = []
+    is_whole = False
+
+    def end(sink: SampleFiles) -> None:
+        sink.end(is_whole)
+
+    with ExitStack() as ends:  # each is ended, also where the end of another fails
+        for trajectory in trajectories:
+            if not sinks:  # nothing is made before the first trajectory is there
+                out.mkdir(parents=True, exist_ok=True)
+                sinks = [FORMATS[name](out, count, facts) for name in formats]
+                for sink in sinks:
+                    ends.callback(end, sink)
+            drawn = Drawn(trajectory)
+            row = drawn.row()
+            for sink in sinks:
+                sink.add(drawn)
+                if isinstance(sink, TrajectoryFiles):
+                    row["file"] = str(sink.files[-1])
+            yield row
+        is_whole = True
+
+
+def _members(drawn: Drawn) -> dict[str, bytes]:
+    trajectory = drawn.trajectory
+    about = {
+        "seeds": trajectory.seeds,
+        "class_name": trajectory.class_name,
+        "num_steps": trajectory.num_steps,
+        "guidance": trajectory.guidance,
+        "weak_scale": trajectory.weak_scale,
+    }
+    canvases = io.BytesIO()
+    np.lib.format.write_array(canvases, trajectory.levels.numpy().astype(np.float16), allow_pickle=False)
+    members = {
+        CANVASES_MEMBER: canvases.getvalue(),
+        LABEL_MEMBER: str(drawn.label).encode(),
+        METADATA_MEMBER: json.dumps(about, ensure_ascii=False).encode(),
+    }
+    if drawn.picture is not None:
+        picture = io.BytesIO()
+        Image.fromarray(drawn.picture).save(picture, "PNG")
+        members["png"] = picture.getvalue()
+    return members
