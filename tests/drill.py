@@ -2,7 +2,7 @@
 
     python tests/drill.py [--seed 0] [--driver-kills 50] [--stops 8] [--worker-kills 10] [--tears 30] …
 
-prints the faults injected and survived; `tests/test_drill.py` does a few of each.
+prints the faults injected and survived; `tests/end_to_end/test_drill.py` does a few of each.
 """
 
 from __future__ import annotations

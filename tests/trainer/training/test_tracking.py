@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from fixture_shards import write_shards
 from PIL import Image
-from test_train import TINY, assert_same_state
+from tiny_runs import FLOW as TINY
+from tiny_runs import assert_same_state
 
 from trainer.errors import UsageError
 from trainer.methods.trajectory_forcing import train as room

@@ -10,9 +10,9 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from command_line import SETTINGS, call
 from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
-from test_official import changed, golden  # noqa: F401
-from test_trainer_cli import SETTINGS, call
+from released import changed, golden  # noqa: F401
 
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import SETTINGS, call
 from pictures import write_tree
-from test_trainer_cli import SETTINGS, call
 
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers

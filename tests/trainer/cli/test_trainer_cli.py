@@ -13,26 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import SETTINGS, call
 from documented import undocumented
 from fixture_shards import write_shards
 from PIL import Image
 
-from trainer.cli import app as cli
 from trainer.methods.registry import ALL_PRESETS
 from trainer.methods.trajectory_forcing import train as room
 from trainer.training.config import known_fields
 from trainer.trajectories.pipeline import Trajectory
-
-TINY = (
-    "model.width=16",
-    "model.depth=2",
-    "model.head_depth=1",
-    "model.num_heads=2",
-    "optim.ema_halflives_kimg=[0.05]",
-    "checkpoint_images=16",
-    "log_images=8",
-)
-SETTINGS = [part for setting in TINY for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +41,6 @@ def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(out: Path) -> list[str]:
     return ["--out", str(out), "--preset", "tiny-cpu", *SETTINGS, "--batch-size", "8", "--total-images", "32"]
-
-
-def call(*words: object) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["trainer", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 def test_train_prints_its_summary(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

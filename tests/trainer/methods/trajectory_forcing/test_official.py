@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import msgpack
-import numpy as np
 import pytest
 import torch
+from released import changed, golden_arrays, load, worst
 
 from trainer.errors import MismatchError, UsageError
 from trainer.methods.trajectory_forcing.network import Guidance, TrajectoryTransformer
@@ -22,26 +21,6 @@ from trainer.methods.trajectory_forcing.release import (
 )
 from trainer.training.config import ModelConfig
 from trainer.training.weights import WeightAverages
-
-
-def golden_arrays(path: Path) -> dict[str, torch.Tensor]:
-    """The arrays of an npz, integers as int64."""
-    arrays = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
-    return {name: a.long() if a.dtype == torch.int32 else a for name, a in arrays.items()}
-
-
-def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest expected value."""
-    return float((found.detach() - expected).abs().max() / expected.abs().max())
-
-
-@pytest.fixture(params=["tf_tiny", "tf_tiny_cfg"])
-def golden(request: pytest.FixtureRequest, shared: Path) -> Path:
-    return shared / "golden" / request.param
-
-
-def load(golden: Path, ema: int | None = None) -> TrajectoryTransformer:
-    return load_checkpoint(golden / "flax" / "checkpoint_1234", golden / "config.json", ema=ema)
 
 
 def forward_inputs(golden: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -206,24 +185,6 @@ def test_other_files_are_refused(golden, tmp_path):
         (tmp_path / "other").write_bytes(content)
         with pytest.raises(MismatchError, match="not a checkpoint of the release"):
             load_checkpoint(tmp_path / "other", golden / "config.json", ema=None)
-
-
-KERNEL = ("params", "net", "x_embedder", "proj", "_flax_linear", "kernel")
-
-
-def changed(golden: Path, to: Path, value: Any, place: tuple[str, ...] = KERNEL) -> Path:
-    """A checkpoint with another value at one place; an array of it is given as (shape, dtype, bytes)."""
-    tree = msgpack.unpackb(
-        (golden / "flax" / "checkpoint_1234").read_bytes(), raw=False, strict_map_key=False
-    )
-    branch = tree
-    for name in place[:-1]:
-        branch = branch[name]
-    if isinstance(value, tuple):
-        value = msgpack.ExtType(1, msgpack.packb(value))
-    branch[place[-1]] = value
-    to.write_bytes(msgpack.packb(tree))
-    return to
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_official import golden, golden_arrays, worst  # noqa: F401
+from released import golden, golden_arrays, worst  # noqa: F401
 from torch import nn
 
 from trainer.errors import MismatchError, UsageError

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_features import partition, smooth_features
 from reference_hierarchy import reference_regions
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
@@ -17,28 +18,6 @@ from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
 from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy, check_nesting, cut_levels
-
-
-def smooth_features(num_images: int, height: int, width: int, num_channels: int, noise: float, seed: int = 0):
-    """Random fields that vary over about a third of the image, plus white noise, around a common direction."""
-    random = np.random.default_rng(seed)
-    coarse = random.normal(size=(num_images, 4, 4, num_channels))
-    y, x = np.linspace(0, 3, height), np.linspace(0, 3, width)
-    weight_y = np.maximum(0, 1 - np.abs(y[:, None] - np.arange(4)))
-    weight_x = np.maximum(0, 1 - np.abs(x[:, None] - np.arange(4)))
-    field = np.einsum("yi,xj,nijc->nyxc", weight_y, weight_x, coarse)
-    field += 0.5 * random.normal(size=num_channels) + noise * random.normal(size=field.shape)
-    return field.astype(np.float16)
-
-
-def partition(regions: np.ndarray) -> np.ndarray:
-    """Ids replaced by the position of their first token: equal arrays mean equal partitions."""
-    flat = regions.reshape(-1, regions.shape[-2] * regions.shape[-1])
-    canonical = np.empty(flat.shape, dtype=np.int64)
-    for row, ids in enumerate(flat):
-        _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        canonical[row] = first[inverse]
-    return canonical.reshape(regions.shape)
 
 
 def assert_parity(regions: np.ndarray, expected: np.ndarray, images: float = 0.99, tokens: float = 0.999):

@@ -18,7 +18,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.artefacts import BuildFolder
 
-CLUSTER = Path(__file__).resolve().parents[1] / "pipelines" / "cluster"
+CLUSTER = Path(__file__).resolve().parents[2] / "pipelines" / "cluster"
 
 
 def test_no_cluster_at_the_address_is_said(tmp_path) -> None:

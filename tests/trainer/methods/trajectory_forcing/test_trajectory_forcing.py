@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import SMALL, awake
-from test_official import golden, golden_arrays, load, worst  # noqa: F401
+from released import golden, golden_arrays, load, worst  # noqa: F401
+from small_networks import SMALL, awake
 
 from trainer.methods.trajectory_forcing import objective as tf
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from test_model import awake
+from small_networks import awake
 from tiny_runs import LATENT, NORMALIZING
 from torch import Tensor
 

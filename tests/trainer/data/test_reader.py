@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import SETTINGS, call
 from fixture_shards import WIDTH, add_member, npy, reindex, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trainer_cli import SETTINGS, call
 
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index

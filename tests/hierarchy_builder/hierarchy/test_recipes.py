@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_features import partition, smooth_features
 from sklearn.cluster import KMeans
-from test_hierarchy import partition, smooth_features
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError

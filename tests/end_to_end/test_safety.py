@@ -27,7 +27,7 @@ from hierarchy_builder.store.artefacts import BuildFolder
 from hierarchy_builder.store.shards import read_shard, write_shard
 from hierarchy_builder.vocabulary.prototypes import load_vocabulary
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN_BY_LOADING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NEVER_CALLED = {
     "eval", "exec", "__import__", "os.system", "os.popen", "tempfile.mktemp", "pickle.load", "pickle.loads",

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import SMALL, awake
-from test_official import golden, golden_arrays, load, worst  # noqa: F401
+from released import golden, golden_arrays, load, worst  # noqa: F401
+from small_networks import SMALL, awake
 
 from trainer.errors import UsageError
 from trainer.methods.trajectory_forcing.network import Prediction

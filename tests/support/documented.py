@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 NUMBER = re.compile(r"(?<=_)(ℓ|[abk])(?=_|$)")
 """A letter of the page that stands for a number in a name."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from fixture_shards import write_shards
-from test_train import TINY
+from tiny_runs import FLOW as TINY
 
 from trainer.methods.trajectory_forcing import train as room
 from trainer.training.config import to_mapping
