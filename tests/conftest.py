@@ -20,6 +20,7 @@ import pytest
 import torch
 from fixture_shards import write_shards
 from pictures import write_tree
+from released import golden  # noqa: F401 (a fixture of many tests)
 
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 hypothesis.settings.register_profile("same-every-time", derandomize=True, deadline=None)
@@ -29,9 +30,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of golden vectors and real photographs; tests that need it skip where it is absent."""
+    """Folder of real photographs and their features, which a clone does not hold; tests that need it skip."""
     if not SHARED.is_dir():
-        pytest.skip(f"reference data not found at {SHARED}")
+        pytest.skip("needs real photographs or an encoder, which no clone holds")
     return SHARED
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from released import GOLDEN
 
 from hierarchy_builder.canvases.dct import DctBasis
 from trainer.decode.rae import decoder_from_spec, load_rae_decoder, to_uint8
@@ -14,8 +15,8 @@ from trainer.errors import MismatchError, TrainerError, UsageError
 
 
 @pytest.fixture
-def golden(shared: Path) -> Path:
-    return shared / "golden/rae_decoder_tiny"
+def golden() -> Path:
+    return GOLDEN / "rae_decoder_tiny"
 
 
 @pytest.fixture

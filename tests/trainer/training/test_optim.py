@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from released import golden, golden_arrays, worst  # noqa: F401
+from released import golden_arrays, worst
 from torch import nn
 
 from trainer.errors import MismatchError, UsageError
@@ -18,7 +18,7 @@ from trainer.training.schedules import ema_beta
 from trainer.training.weights import WeightAverages
 
 
-def test_three_updates_match_the_release(golden):  # noqa: F811
+def test_three_updates_match_the_release(golden):
     arrays = golden_arrays(golden / "muon.npz")
     paths = [name.partition("|")[2] for name in arrays if name.startswith("before|")]
     # Dense kernels lie [in, out] in the golden arrays and [out, in] here.

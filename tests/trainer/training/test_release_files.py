@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from released import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from trainer.decode.rae import load_decoder
@@ -18,13 +19,13 @@ from trainer.training.release_files import check_weights, read_fields, read_weig
 
 
 @pytest.fixture
-def latent(shared: Path) -> Path:
-    return shared / "golden" / "latent_forcing_tiny"
+def latent() -> Path:
+    return GOLDEN / "latent_forcing_tiny"
 
 
 @pytest.fixture
-def rae(shared: Path) -> Path:
-    return shared / "golden" / "rae_decoder_tiny"
+def rae() -> Path:
+    return GOLDEN / "rae_decoder_tiny"
 
 
 def copied(folder: Path, to: Path, weights: dict[str, Any] | bytes | None = None, **fields: Any) -> Path:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from released import GOLDEN
 
 from trainer.training.schedules import ema_beta, learning_rate, logit_normal, plateau_logit_normal
 
@@ -15,8 +16,8 @@ from trainer.training.schedules import ema_beta, learning_rate, logit_normal, pl
         ("shifted_a10_m0_s1", logit_normal, (0.0, 1.0, 10.0)),
     ],
 )
-def test_quantiles_match_the_release(shared, key, draw, law):
-    golden = np.load(shared / "golden" / "schedules.npz")
+def test_quantiles_match_the_release(key, draw, law):
+    golden = np.load(GOLDEN / "schedules.npz")
     n = 1_000_000
     values = np.sort(draw(n, *law, generator=torch.Generator().manual_seed(0)).numpy())
     levels = golden["quantile_levels"]
@@ -49,8 +50,8 @@ def test_equal_generators_draw_equal_times():
 
 
 @pytest.mark.parametrize("halflife", [500, 1000, 2000])
-def test_decay_of_averages_matches_the_release(shared, halflife):
-    golden = np.load(shared / "golden" / "schedules.npz")
+def test_decay_of_averages_matches_the_release(halflife):
+    golden = np.load(GOLDEN / "schedules.npz")
     betas = [ema_beta(int(step), halflife) for step in golden["ema_steps"]]
     np.testing.assert_allclose(betas, golden[f"ema_beta_{halflife}"], atol=1e-6)
 

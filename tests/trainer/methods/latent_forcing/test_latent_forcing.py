@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from released import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,8 +42,8 @@ TINY = LatentModelConfig(
 
 
 @pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "golden" / "latent_forcing_tiny"
+def folder() -> Path:
+    return GOLDEN / "latent_forcing_tiny"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import SETTINGS, call
 from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
-from released import changed, golden  # noqa: F401
+from released import changed
 
 from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
@@ -46,7 +46,7 @@ def official_file(folder: Path, **fields: Any) -> Path:
     return folder / "checkpoint_5"
 
 
-def test_a_round_trip_is_exact(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_round_trip_is_exact(golden: Path, tmp_path: Path) -> None:
     file = golden / "flax" / "checkpoint_1234"
     held = import_official(file, tmp_path / "run", ema="1000")
     assert (held["step"], held["images_seen"], held["averages"]) == (
@@ -62,7 +62,7 @@ def test_a_round_trip_is_exact(golden: Path, tmp_path: Path) -> None:  # noqa: F
     assert {name: back[name] for name in back} == {name: given[name] for name in back}
 
 
-def test_an_imported_folder_samples_with_the_average_asked_for(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_imported_folder_samples_with_the_average_asked_for(golden: Path, tmp_path: Path) -> None:
     file = golden / "flax" / "checkpoint_1234"
     import_official(file, tmp_path / "run", ema="2000")
     pipe = TrajectoryPipeline.from_pretrained(tmp_path / "run", device="cpu")
@@ -73,7 +73,7 @@ def test_an_imported_folder_samples_with_the_average_asked_for(golden: Path, tmp
 
 
 def test_training_goes_on_with_the_optimiser_of_the_file(
-    golden: Path,  # noqa: F811
+    golden: Path,
     tmp_path: Path,
 ) -> None:
     import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
@@ -203,7 +203,7 @@ def test_import_refuses_files_that_do_not_fit(tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_a_file_damaged_within_leaves_no_run(
-    golden: Path,  # noqa: F811
+    golden: Path,
     tmp_path: Path,
     place: tuple[str, ...],
     value: Any,
@@ -222,7 +222,7 @@ def test_a_file_damaged_within_leaves_no_run(
     )
 
 
-def test_files_need_a_step_and_weights_and_may_hold_more(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_files_need_a_step_and_weights_and_may_hold_more(golden: Path, tmp_path: Path) -> None:
     whole = content(golden / "flax" / "checkpoint_1234")
     config = golden / "config.json"
     for lacking, message in (("step", "it holds no step"), ("params", "it holds no weights")):
@@ -261,7 +261,7 @@ def test_a_link_into_a_store_has_its_configuration_beside_it(tmp_path: Path) -> 
     ],
 )
 def test_a_checkpoint_that_does_not_fit_itself_is_not_exported(
-    golden: Path,  # noqa: F811
+    golden: Path,
     tmp_path: Path,
     changes: dict[str, Any],
     message: str,
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_not_exported(
 
 
 def test_export_says_which_checkpoint_it_passes_over(
-    golden: Path,  # noqa: F811
+    golden: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -285,7 +285,7 @@ def test_export_says_which_checkpoint_it_passes_over(
     assert capsys.readouterr().err.endswith("; taking step-00001234 instead\n")
 
 
-def test_export_overwrites_no_folder(golden: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_export_overwrites_no_folder(golden: Path, tmp_path: Path) -> None:
     import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
     (tmp_path / "theirs" / "config.json").mkdir(parents=True)
     with pytest.raises(TrainerError, match=r"config\.json is a folder, expected the name of a file"):

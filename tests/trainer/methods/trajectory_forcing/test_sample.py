@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from released import golden, golden_arrays, load, worst  # noqa: F401
+from released import golden_arrays, load, worst
 from small_networks import SMALL, awake
 
 from trainer.errors import UsageError
@@ -13,7 +13,7 @@ from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
-def test_samples_match_the_release(golden, num_steps):  # noqa: F811
+def test_samples_match_the_release(golden, num_steps):
     arrays = golden_arrays(golden / f"sample_{num_steps}step.npz")
     levels = sample_levels(load(golden), arrays["y"], arrays["noise"], num_steps)
     assert worst(levels, arrays["levels"]) < 1e-4

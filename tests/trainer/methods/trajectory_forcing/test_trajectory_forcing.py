@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from released import golden, golden_arrays, load, worst  # noqa: F401
+from released import golden_arrays, load
 from small_networks import SMALL, awake
 
 from trainer.methods.trajectory_forcing import objective as tf
@@ -16,7 +16,7 @@ from trainer.methods.trajectory_forcing.release import official_name
 from trainer.training.config import MethodConfig
 
 
-def golden_loss(golden):  # noqa: F811
+def golden_loss(golden):
     arrays = golden_arrays(golden / "loss.npz")
     guidance = Guidance(arrays["omega"], arrays["t_min"], arrays["t_max"])
     model = load(golden)
@@ -31,7 +31,7 @@ def golden_loss(golden):  # noqa: F811
     return model, terms, arrays
 
 
-def test_loss_terms_match_the_release(golden):  # noqa: F811
+def test_loss_terms_match_the_release(golden):
     _, terms, arrays = golden_loss(golden)
     for ours, theirs in (
         ("loss", "loss"),
@@ -42,7 +42,7 @@ def test_loss_terms_match_the_release(golden):  # noqa: F811
         assert float(terms[ours].detach()) == pytest.approx(float(arrays[f"loss__{theirs}"]), rel=1e-4), ours
 
 
-def test_gradients_match_the_release(golden):  # noqa: F811
+def test_gradients_match_the_release(golden):
     model, terms, _ = golden_loss(golden)
     terms["loss"].backward()
     norms = json.loads((golden / "grad_norms.json").read_text())
@@ -50,7 +50,7 @@ def test_gradients_match_the_release(golden):  # noqa: F811
         assert float(p.grad.norm()) == pytest.approx(norms[official_name(name)], rel=1e-3), name
 
 
-def test_region_losses_match_the_release(golden):  # noqa: F811
+def test_region_losses_match_the_release(golden):
     arrays = golden_arrays(golden / "region_losses.npz")
     predicted, clean, regions = arrays["pred"], arrays["gt"], arrays["region_ids"]
     found = {
