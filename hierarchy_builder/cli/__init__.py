@@ -1,1 +1,14 @@
 """The command `hierarchy-builder`."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command and leave with its exit code; Ctrl-C while its modules load ends with 130, without a traceback."""
+    try:
+        from hierarchy_builder.cli.app import main as run_app
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    run_app()

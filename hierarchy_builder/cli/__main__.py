@@ -1,3 +1,3 @@
-from hierarchy_builder.cli.app import main
+from hierarchy_builder.cli import main
 
 main()

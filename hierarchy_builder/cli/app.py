@@ -9,31 +9,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-try:
-    import typer
+import typer
 
-    from hierarchy_builder.cli import looking as view_commands
-    from hierarchy_builder.cli import options as opt
-    from hierarchy_builder.config import (
-        ExtractConfig,
-        HierarchyRecipe,
-        ShardConfig,
-        to_mapping,
-    )
-    from hierarchy_builder.errors import UsageError
-    from hierarchy_builder.store.artefacts import BuildFolder
-    from hierarchy_builder.terminal import (
-        print_json,
-        print_stages,
-        print_table,
-        run,
-        show_config,
-        stderr,
-        stdout,
-    )
-    from hierarchy_builder.wording import counted
-except KeyboardInterrupt:  # Ctrl-C while they load; later ones are typer's
-    raise SystemExit(130) from None
+from hierarchy_builder.cli import looking as view_commands
+from hierarchy_builder.cli import options as opt
+from hierarchy_builder.config import (
+    ExtractConfig,
+    HierarchyRecipe,
+    ShardConfig,
+    to_mapping,
+)
+from hierarchy_builder.errors import UsageError
+from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.terminal import (
+    print_json,
+    print_stages,
+    print_table,
+    run,
+    show_config,
+    stderr,
+    stdout,
+)
+from hierarchy_builder.wording import counted
 
 app = typer.Typer(
     name="hierarchy-builder",

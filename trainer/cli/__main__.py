@@ -1,3 +1,3 @@
-from trainer.cli.app import main
+from trainer.cli import main
 
 main()

@@ -7,38 +7,35 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-try:
-    import typer
+import typer
 
-    from trainer.cli import editing as edit_commands
-    from trainer.cli import training as train_commands
-    from trainer.cli.options import (
-        A_TRAJECTORY,
-        PATH,
-        AsJson,
-        DecoderFolder,
-        Ema,
-        EndingName,
-        GuidanceScale,
-        PixelStageRun,
-        Quiet,
-        Run,
-        ShiftedBy,
-        Steps,
-        VocabularyFile,
-        Weak,
-        WeakScale,
-        parse_ending,
-        parse_seeds,
-        reads,
-        refuse_beside_likelihood,
-    )
-    from trainer.errors import TrainerError, UsageError, explained
-    from trainer.evaluation.progress import Follow, shown_on, unseen
-    from trainer.evaluation.tables import metric_tables
-    from trainer.printing import print_result, stderr, write_json
-except KeyboardInterrupt:  # Ctrl-C while they load; later ones are typer's
-    raise SystemExit(130) from None
+from trainer.cli import editing as edit_commands
+from trainer.cli import training as train_commands
+from trainer.cli.options import (
+    A_TRAJECTORY,
+    PATH,
+    AsJson,
+    DecoderFolder,
+    Ema,
+    EndingName,
+    GuidanceScale,
+    PixelStageRun,
+    Quiet,
+    Run,
+    ShiftedBy,
+    Steps,
+    VocabularyFile,
+    Weak,
+    WeakScale,
+    parse_ending,
+    parse_seeds,
+    reads,
+    refuse_beside_likelihood,
+)
+from trainer.errors import TrainerError, UsageError, explained
+from trainer.evaluation.progress import Follow, shown_on, unseen
+from trainer.evaluation.tables import metric_tables
+from trainer.printing import print_result, stderr, write_json
 
 app = typer.Typer(
     name="trainer",

@@ -29,8 +29,8 @@ def test_missing_gradients_count_as_zero() -> None:
 
 RANKS = """
 import sys, torch
-from trainer import distributed
-from trainer.distributed import check_equal, joined_world
+from trainer.training import distributed
+from trainer.training.distributed import check_equal, joined_world
 
 distributed.BUCKET_ELEMENTS = 4  # several buckets
 with joined_world(60) as world:
