@@ -11,11 +11,11 @@ comma  := ,
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test drill lint format bench docs clean
+.PHONY: help demo test drill lint format bench results docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3p' Makefile; echo; echo "targets: demo test drill lint format bench docs clean"
+	@sed -n '1,3p' Makefile; echo; echo "targets: demo test drill lint format bench results docs clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -34,12 +34,13 @@ test: .venv/.ready-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 drill: .venv/.ready-dev
-	$(BIN)/python tests/drill.py
+	$(BIN)/python tests/support/drill.py
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/records.py --check
 
 format: .venv/.ready-dev
 	$(BIN)/ruff check --fix .
@@ -48,6 +49,10 @@ format: .venv/.ready-dev
 bench: .venv/.ready-dev
 	$(BIN)/python benchmarks/hierarchy.py
 	$(BIN)/python benchmarks/train_step.py
+
+# The tables of docs/results.md and README.md, from benchmarks/records; a benchmark writes its record with --record.
+results: .venv/.ready-dev
+	$(BIN)/python benchmarks/records.py
 
 docs: .venv/.ready-docs
 	$(BIN)/mkdocs build --strict

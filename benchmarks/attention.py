@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import records
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,8 +67,17 @@ class Differences(nn.Module):
         return self.network(z, t=t, **inputs), (ahead - behind) / (2 * self.step)
 
 
+TITLES = {
+    "by hand": "tangent by formula, fused kernel for the value (default)",
+    "math": "`scaled_dot_product_attention`, MATH backend",
+    "explicit": "softmax(qkᵀ/√d)v written out",
+    "differences": "central differences of u",
+}
+"""Rows of the record."""
+
+
 def main() -> None:
-    options = parse_options()
+    options = make_parser().parse_args()
     torch.set_num_threads(options.threads)
     network = awake_network(options)
     ways: dict[str, tuple[Callable[..., Tensor], nn.Module]] = {
@@ -89,6 +99,7 @@ def main() -> None:
         f" {options.rounds} rounds"
     )
     print(f"{'':<12} seconds  to by hand  error of du/dt")
+    rows = []
     for name, (attention, model) in ways.items():
         layers.attend = attention
         found = derivative(model, options)
@@ -96,6 +107,19 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds[name], seconds["by hand"], strict=True)]
         median = statistics.median(seconds[name])
         print(f"{name:<12} {median:7.3f}  {statistics.median(ratios):10.2f}  {error:14.1e}")
+        rows.append([TITLES[name], f"{median:.2f}", f"{statistics.median(ratios):.2f}", f"{error:.0e}"])
+    records.write(
+        options.record,
+        columns=[
+            "attention under the derivative",
+            "processor seconds",
+            "ratio to the default",
+            "error of du/dt",
+        ],
+        rows=rows,
+        seeds=[0],
+        figures={"seconds": seconds},
+    )
 
 
 def awake_network(options: argparse.Namespace) -> TrajectoryTransformer:
@@ -151,7 +175,7 @@ def derivative(model: Any, options: argparse.Namespace) -> Tensor:
         return model.forward_with_derivative(z, direction, **batch)[1].detach()
 
 
-def parse_options() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -162,7 +186,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--step", type=float, default=1e-2, help="of the differences")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    return parser.parse_args()
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

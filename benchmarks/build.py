@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import records
 from PIL import Image
 
 from hierarchy_builder.build import pipeline as steps
@@ -110,6 +111,21 @@ def compare_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     ratio = statistics.median(row[last]["steady"] / row[first]["steady"] for row in rounds)
     print(f"{first} → {last} workers: {ratio:.2f} times as fast (median of rounds)")
     print(f"in one process {alone['cpu_ms']:.2f} ms of CPU an image, all threads and start-up")
+    rows = [
+        [f"images per second, {n} workers, steady", f"{rates['steady']:.0f}"] for n, rates in found.items()
+    ]
+    rows += [
+        [f"images per second, {n} workers, with the start", f"{rates['total']:.0f}"]
+        for n, rates in found.items()
+    ]
+    rows.append([f"{first} → {last} workers: speed-up", f"{ratio:.2f}"])
+    rows.append(["CPU time an image, one process, with the start", f"{alone['cpu_ms']:.2f} ms"])
+    records.write(
+        arguments.record,
+        columns=["measurement", "value"],
+        rows=rows,
+        figures={"rates": found, "ratio": ratio, "cpu_ms": alone["cpu_ms"]},
+    )
     return {"rates": found, "ratio": ratio, "cpu_ms": alone["cpu_ms"]}
 
 
@@ -185,6 +201,13 @@ def measure_memory(arguments: argparse.Namespace) -> dict[int, float]:
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[count] = json.loads(told)["peak_mib"]
         print(f"{count:7,} images: peak {found[count]:7.1f} MiB", flush=True)
+    records.write(
+        arguments.record,
+        columns=["drawn images", "peak memory of one process, MiB"],
+        rows=[[f"{count:,}", f"{peak:.0f}"] for count, peak in found.items()],
+        seeds=[0],
+        figures={"peak_mib": found},
+    )
     return found
 
 
@@ -208,19 +231,7 @@ def draw(folder: Path, count: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", nargs="?", help="any source a build takes")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--block", type=int, default=50, help="images in a unit, and in a shard")
-    parser.add_argument("--batch", type=int, default=16, help="images in one evaluation of the encoder")
-    parser.add_argument("--staged", action="store_true", help="stage by stage instead of in one pass")
-    parser.add_argument("--shares", action="store_true")
-    parser.add_argument("--memory", type=int, nargs="+")
-    parser.add_argument("--scratch", default=None, help="folder for what is built and removed")
-    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    parser = make_parser()
     arguments = parser.parse_args()
     here = str(Path(__file__).resolve().parent)  # where workers find the encoder
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
@@ -235,6 +246,24 @@ def main() -> None:
         print(json.dumps(shares(arguments)))
     else:
         print(json.dumps(compare_workers(arguments)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="?", help="any source a build takes")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--block", type=int, default=50, help="images in a unit, and in a shard")
+    parser.add_argument("--batch", type=int, default=16, help="images in one evaluation of the encoder")
+    parser.add_argument("--staged", action="store_true", help="stage by stage instead of in one pass")
+    parser.add_argument("--shares", action="store_true")
+    parser.add_argument("--memory", type=int, nargs="+")
+    parser.add_argument("--scratch", default=None, help="folder for what is built and removed")
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import records
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 
 def synthetic_features(num_images: int, num_channels: int) -> np.ndarray:
@@ -50,14 +51,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--channels", type=int, default=768)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = make_parser().parse_args()
     features = synthetic_features(arguments.images, arguments.channels)
 
     def workers() -> ProcessPoolExecutor:  # each starts with one BLAS and OpenMP thread
@@ -99,7 +93,27 @@ def _report(ms_per_image: np.ndarray, arguments: argparse.Namespace) -> None:
     print(
         f"ratio                  median of pairs {ratio:.1f}   of best rounds {reference_best / ours_best:.1f}"
     )
-    print(json.dumps({"reference_ms": reference_median, "ours_ms": ours_median, "ratio": ratio}))
+    figures = {"reference_ms": reference_median, "ours_ms": ours_median, "ratio": ratio}
+    print(json.dumps(figures))
+    records.write(
+        arguments.record,
+        columns=["threads", "scikit-learn and scipy, ms per image and core", "this project, ms", "ratio"],
+        rows=[[arguments.threads, f"{reference_median:.2f}", f"{ours_median:.2f}", f"{ratio:.1f}"]],
+        seeds=[0],
+        figures=figures,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--channels", type=int, default=768)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

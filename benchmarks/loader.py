@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import records
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -35,7 +36,7 @@ REGION_KEYS = ("objbg_ids", "parts_ids", "subparts_ids_global")
 
 
 def main() -> None:
-    options = parse_options()
+    options = make_parser().parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         loaders = prepare(Path(folder), options)
         rates: dict[str, list[float]] = {name: [] for name in loaders}
@@ -45,12 +46,20 @@ def main() -> None:
                 if number:  # the first round fills the page cache
                     rates[name].append(rate)
     base = statistics.median(rates["release style"])
+    rows = []
     for name, values in rates.items():
         found = statistics.median(values)
+        rows.append([name, f"{found:,.0f}", f"{found / base:.1f}"])
         print(
             f"{name:14} {found:7.0f} samples/s per worker (median of {len(values)}, "
             f"{min(values):.0f} to {max(values):.0f}), {found / base:.2f} times the release's style"
         )
+    records.write(
+        options.record,
+        columns=["loader", "samples per second of one reader (median)", "ratio"],
+        rows=rows,
+        figures={"samples_per_second": rates},
+    )
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[int], Iterable[int]]]:
@@ -204,7 +213,7 @@ def per_tar(samples: list[Sample], options: argparse.Namespace) -> Iterator[list
         yield samples[first : first + options.per_tar]
 
 
-def parse_options() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -212,7 +221,8 @@ def parse_options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=5, help="Epochs timed.")
     parser.add_argument("--folder", help="Where the samples are written meanwhile. Default: the system's.")
-    return parser.parse_args()
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

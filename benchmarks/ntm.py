@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import records
 import torch
 
 from trainer.methods.normalizing_trajectory import objective as method
@@ -21,7 +22,7 @@ from trainer.methods.normalizing_trajectory.sample import HowToSample, num_noise
 
 
 def main() -> None:
-    options = parse_options()
+    options = make_parser().parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     network = NormalizingNetwork(
@@ -43,6 +44,7 @@ def main() -> None:
         "sampling": sampling(network, options),
         "inverse of one state": inverting(network, options),
     }
+    table = []
     for title, rows in groups.items():
         print(f"\n{title} ({options.batch} images, {options.transitions} transitions, {options.device})")
         seconds = in_turns(rows, options)
@@ -50,6 +52,13 @@ def main() -> None:
         for name, each in seconds.items():
             rate = options.batch / each
             print(f"  {name:<44} {each:8.3f} s  {rate:8.2f} images/s  {slowest / each:6.1f}×")
+            table.append([title, name, f"{rate:.3g}", f"{slowest / each:.1f}"])
+    records.write(
+        options.record,
+        columns=["work", "way", "images per core second", "ratio to the slowest"],
+        rows=table,
+        seeds=[0],
+    )
 
 
 def training(network: NormalizingNetwork, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
@@ -141,7 +150,7 @@ def in_turns(rows: dict[str, Callable[[], object]], options: argparse.Namespace)
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def parse_options() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("grid", 16), ("channels", 48), ("width", 96), ("depth", 6), ("heads", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -150,7 +159,8 @@ def parse_options() -> argparse.Namespace:
     for name, value in (("turns", 3), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    return parser.parse_args()
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

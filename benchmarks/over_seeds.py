@@ -13,15 +13,12 @@ import json
 import statistics
 from pathlib import Path
 
+import records
+
 
 def main() -> None:
     """Print one line for every group and name."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("groups", nargs="+", metavar="NAME=FILE,FILE,…")
-    parser.add_argument("--names", help="metrics to print, with commas; all that every file holds by default")
-    given = parser.parse_args()
+    given = make_parser().parse_args()
     groups = {}
     for group in given.groups:
         name, _, files = group.partition("=")
@@ -30,11 +27,15 @@ def main() -> None:
     shared = [name for name in everywhere[0] if all(name in found for found in everywhere)]
     names = given.names.split(",") if given.names else shared
     width = max(map(len, groups))
+    rows = {group: [group] for group in groups}
     for name in names:
         print(name)
         for group, seeds in groups.items():
             values = [found[name] for found in seeds if name in found]
             print(f"  {group:<{width}}  {_summary(values)}")
+            rows[group].append(_summary(values))
+    seeds = range(max(map(len, groups.values())))
+    records.write(given.record, columns=["run", *names], rows=list(rows.values()), seeds=seeds)
 
 
 def _metrics(file: Path) -> dict[str, float]:
@@ -48,6 +49,16 @@ def _summary(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.4g}"
     return f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}  (n = {len(values)})"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="+", metavar="NAME=FILE,FILE,…")
+    parser.add_argument("--names", help="metrics to print, with commas; all that every file holds by default")
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

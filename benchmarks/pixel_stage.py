@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+import records
 import torch
 
 from trainer.data.pictures import PictureDataset
@@ -23,14 +24,7 @@ from trainer.metrics.reconstruction import reconstruction
 
 def main() -> None:
     """Print a row of scores for every level."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run")
-    parser.add_argument("shards")
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=8)
-    given = parser.parse_args()
+    given = make_parser().parse_args()
     index = open_index(given.shards)
     pipe = LatentPipeline.from_pretrained(given.run)
     sizes = tuple(shard.num_samples for shard in index.shards)
@@ -48,9 +42,25 @@ def main() -> None:
         .reshape(given.images, index.num_levels, *batch.pictures.shape[2:], 3)
     )
     truth = batch.pictures.permute(0, 2, 3, 1).numpy()
+    rows = []
     for level in range(index.num_levels):
         scores = reconstruction(pictures[:, level], truth)
         print(f"level {level}", *(f"{name} {value:.3f}" for name, value in scores))
+        rows.append([f"0 to {level}", *(f"{value:.3f}" for _, value in scores)])
+    columns = ["levels given", *(name for name, _ in scores)]
+    records.write(given.record, columns=columns, rows=rows, seeds=[0])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run")
+    parser.add_argument("shards")
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=8)
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import records
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
@@ -127,7 +128,10 @@ def predicted_objects(name: str, images: str, size_px: int, limit: int | None) -
 
 
 def main() -> None:
-    options = parse_options()
+    parser = make_parser()
+    options = parser.parse_args()
+    if unknown := set(options.recipes.split(",")) - RECIPES.keys():
+        parser.error(f"unknown recipes {', '.join(unknown)}: known are {', '.join(RECIPES)}")
     started = time.perf_counter()
     encoder = load_encoder(options.encoder)
     views, humans = load_photos(options.images, options.masks, encoder, options.limit)
@@ -150,7 +154,16 @@ def main() -> None:
         rows |= {f"{kind} as {name}": quality for kind, quality in blind.items()}
     print(table(rows))
     seconds = {"encode": encoded - started, "score": time.perf_counter() - encoded}
-    print(json.dumps({"seconds": seconds, **{name: quality.by_level() for name, quality in rows.items()}}))
+    figures = {name: quality.by_level() for name, quality in rows.items()}
+    print(json.dumps({"seconds": seconds, **figures}))
+    lines = [line.strip("| ").split(" | ") for line in table(rows).splitlines()[2:]]
+    records.write(
+        options.record,
+        columns=["partition", "level", *COLUMNS.values()],
+        rows=lines,
+        seeds=range(10) if any("seeds" in name for name in rows) else [0],
+        figures=figures,
+    )
 
 
 def asked(options: argparse.Namespace) -> dict[str, list[HierarchyRecipe]]:
@@ -168,7 +181,7 @@ def table(rows: dict[str, Quality]) -> str:
     return "\n".join(lines)
 
 
-def parse_options() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,10 +192,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--objects", help="encoder whose channels are logits of classes, 0 the background")
     parser.add_argument("--ablate", action="store_true", help="also change one field at a time")
     parser.add_argument("--limit", type=int, help="photos taken, from the first")
-    options = parser.parse_args()
-    if unknown := set(options.recipes.split(",")) - RECIPES.keys():
-        parser.error(f"unknown recipes {', '.join(unknown)}: known are {', '.join(RECIPES)}")
-    return options
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

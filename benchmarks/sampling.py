@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import records
 import torch
 
 from trainer.methods.dispatch import load_pipeline
@@ -23,21 +24,14 @@ from trainer.trajectories.pipeline import TrajectoryPipeline
 
 def main() -> None:
     """Print a row for every run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="steps a stage of Latent Forcing")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--pixel-stage", type=Path, help="what decodes where a run has no decoder of its own")
-    given = parser.parse_args()
+    given = make_parser().parse_args()
     pipes = {str(run): _opened(run, given.pixel_stage) for run in given.runs}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in pipes}
     for _ in range(given.turns):
         for name, pipe in pipes.items():
             seconds[name].append(_timed(pipe, given.images, given.steps))
     best = {name: min(sum(turn) for turn in turns) / given.images for name, turns in seconds.items()}
+    rows = []
     for name, pipe in pipes.items():
         drawing, decoding = (min(turn[part] for turn in seconds[name]) / given.images for part in (0, 1))
         evaluations = ", ".join(f"{count} {what}" for what, count in _evaluations(pipe, given.steps).items())
@@ -45,6 +39,14 @@ def main() -> None:
             f"{name}: {drawing:.3f} s drawn + {decoding:.3f} s decoded = {best[name]:.3f} s a sample, "
             f"{best[name] / min(best.values()):.1f}×; evaluations of {evaluations}"
         )
+        ratio = f"{best[name] / min(best.values()):.1f}"
+        rows.append([name, evaluations, f"{drawing:.3f} + {decoding:.3f}", ratio])
+    records.write(
+        given.record,
+        columns=["run", "evaluations", "core seconds, drawn + decoded", "ratio"],
+        rows=rows,
+        seeds=[0],
+    )
 
 
 def _opened(run: Path, pixel_stage: Path | None) -> TrajectoryPipeline:
@@ -94,6 +96,19 @@ def _evaluations(pipe: TrajectoryPipeline, steps: int) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return dict(counted)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="steps a stage of Latent Forcing")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--pixel-stage", type=Path, help="what decodes where a run has no decoder of its own")
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 
+import records
 import torch
 
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
@@ -17,7 +18,7 @@ from trainer.training.weights import WeightAverages
 
 
 def main() -> None:
-    options = parse_options()
+    options = make_parser().parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = TrajectoryTransformer(
@@ -39,6 +40,22 @@ def main() -> None:
     print(
         f"{statistics.median(seconds):.3f} s per step (median of {len(seconds)}, fastest {min(seconds):.3f}), "
         f"batch {options.batch}, {options.precision}, {options.device}, peak {peak:.2f} GiB"
+    )
+    shape = f"grid {options.grid}, {options.channels} channels, width {options.width}, depth {options.depth}"
+    records.write(
+        options.record,
+        columns=["network", "batch", "precision, device", "seconds per step (median)", "peak memory, GiB"],
+        rows=[
+            [
+                shape,
+                options.batch,
+                f"{options.precision}, {options.device}",
+                f"{statistics.median(seconds):.2f}",
+                f"{peak:.2f}",
+            ]
+        ],
+        seeds=[0],
+        figures={"seconds": seconds, "peak_gib": peak},
     )
 
 
@@ -76,7 +93,7 @@ def timed(step, number: int) -> float:
     return time.perf_counter() - start
 
 
-def parse_options() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("grid", 16), ("channels", 96), ("width", 192), ("depth", 8), ("head-depth", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -84,7 +101,8 @@ def parse_options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    return parser.parse_args()
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import records
 import torch
 
 from hierarchy_builder.build.vocabulary import TokenSource
@@ -31,17 +32,7 @@ from hierarchy_builder.vocabulary.prototypes import draw_tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("build", nargs="?", type=Path)
-    parser.add_argument("--prototypes", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=262_144)
-    parser.add_argument("--channels", type=int, default=768, help="of drawn tokens")
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = make_parser().parse_args()
     torch.set_num_threads(1)
     tokens = tokens_of(arguments.build, arguments.tokens) if arguments.build else drawn(arguments)
     rows = [compare(tokens, arguments, seed) for seed in range(arguments.seeds)]
@@ -119,15 +110,47 @@ def report(rows: list[dict[str, float]], tokens: np.ndarray, arguments: argparse
         )
     ratios = [row["torch"] / row["faiss"] for row in rows]
     times = [min(row["faiss_1_thread_s"], row["faiss_all_threads_s"]) / row["torch_s"] for row in rows]
-    print(
-        json.dumps(
-            {
-                "inertia_ratio_median": statistics.median(ratios),
-                "inertia_ratio_worst": max(ratios),
-                "times_as_fast_as_faiss": statistics.median(times),
-            }
-        )
+    figures = {
+        "inertia_ratio_median": statistics.median(ratios),
+        "inertia_ratio_worst": max(ratios),
+        "times_as_fast_as_faiss": statistics.median(times),
+    }
+    print(json.dumps(figures))
+    fastest = [min(row["faiss_1_thread_s"], row["faiss_all_threads_s"]) for row in rows]
+    records.write(
+        arguments.record,
+        columns=[
+            "tokens",
+            "inertia, this project over faiss.Kmeans",
+            "seconds, this project",
+            "seconds, faiss",
+        ],
+        rows=[
+            [
+                f"{len(tokens):,} × {tokens.shape[1]}",
+                ", ".join(f"{ratio:.3f}" for ratio in ratios),
+                ", ".join(f"{row['torch_s']:.1f}" for row in rows),
+                ", ".join(f"{seconds:.1f}" for seconds in fastest),
+            ]
+        ],
+        seeds=range(arguments.seeds),
+        figures=figures,
     )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("build", nargs="?", type=Path)
+    parser.add_argument("--prototypes", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--channels", type=int, default=768, help="of drawn tokens")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    records.add_option(parser)
+    return parser
 
 
 if __name__ == "__main__":

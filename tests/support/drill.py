@@ -1,6 +1,6 @@
 """Faults on purpose: builds are killed, stopped, starved and torn at random moments, and must end with the same bytes.
 
-    python tests/drill.py [--seed 0] [--driver-kills 50] [--stops 8] [--worker-kills 10] [--tears 30] …
+    python tests/support/drill.py [--seed 0] [--driver-kills 50] [--stops 8] [--worker-kills 10] [--tears 30] …
 
 prints the faults injected and survived; `tests/end_to_end/test_drill.py` does a few of each.
 """
@@ -305,21 +305,7 @@ def workers_of(driver: int) -> list[int]:
 
 def main() -> None:
     """Do the whole drill and print the count of faults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    for name, count in {
-        "driver-kills": 50,
-        "stops": 8,
-        "worker-kills": 10,
-        "tears": 30,
-        "disks": 5,
-        "stops-on-ray": 1,
-        "nodes": 1,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=count)
-    asked = parser.parse_args()
+    asked = make_parser().parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="drill-") as root:
         drill = Drill(Path(root), asked.seed)
@@ -337,6 +323,25 @@ def main() -> None:
             for name, count in (drill.faults - before).items():
                 print(f"{name:<16} {count:4} injected, {count:4} survived", flush=True)
     print(f"seed {asked.seed}, {time.perf_counter() - started:.0f} s; every build ended with the same bytes")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the drill."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    for name, count in {
+        "driver-kills": 50,
+        "stops": 8,
+        "worker-kills": 10,
+        "tears": 30,
+        "disks": 5,
+        "stops-on-ray": 1,
+        "nodes": 1,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=count)
+    return parser
 
 
 if __name__ == "__main__":
