@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command and leave with its exit code; Ctrl-C while its modules load ends with 130, without a traceback."""
+    """Run the command and leave with its exit code; Ctrl-C while modules load ends with 130 and no traceback."""
     try:
         from trainer.cli.app import main as run_app
     except KeyboardInterrupt:
