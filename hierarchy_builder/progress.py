@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_json
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_json
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two plain lines."""
@@ -166,7 +166,7 @@ def _shared(path: Path, meter: Meter) -> Iterator[Callable[[Meter], None]]:
     try:
         yield show
     finally:
-        remove(path)
+        path.unlink(missing_ok=True)
 
 
 def running_stage(folder: BuildFolder) -> dict[str, Any] | None:

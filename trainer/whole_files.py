@@ -14,10 +14,11 @@ from trainer.errors import TrainerError
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; the file written there is fsynced and takes the name `path`.
 
-    The folder of `path` is made. On any exception nothing new is left, and `path` stays as it was.
+    The folder of `path` is made. On any exception nothing new is left, and `path` stays as it was. A link stays one:
+    the file it leads to is written.
     Raises TrainerError where `path` is a folder, a device or a pipe, which no file may replace.
     """
-    check_free(path)
+    path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
     try:
@@ -31,8 +32,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 def check_free(path: Path) -> None:
     """Raise TrainerError where `path` is something that a file may not replace."""
     if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file"
+        what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
         raise TrainerError(f"{path} is {what}, expected the name of a file to write; choose another")
+
+
+def target_of(path: Path) -> Path:
+    """Where a file that shall be found at `path` is written: there, or where a link there leads; see `check_free`."""
+    check_free(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def write_bytes(path: Path, data: bytes) -> None:

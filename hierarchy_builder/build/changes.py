@@ -21,7 +21,7 @@ from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import ImageRecord, Status
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_json
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_json
 from hierarchy_builder.store.index import read_index, records_of, status_name
 from hierarchy_builder.store.ledger import STAGES, Ledger, hash_of, read_manifest, write_manifest
 from hierarchy_builder.store.shard_set import SUCCESS
@@ -134,14 +134,14 @@ def followed(stages: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, 
 
 def _take_back(folder: BuildFolder, blocks: Collection[int], kept_tars: int) -> None:
     for name in BY_SET:
-        for marker in folder.ledger(name).glob("*.json"):
+        for marker in folder.markers(name):
             if name != "shard" or int(marker.stem) >= kept_tars:
-                remove(marker)
-    remove(folder.vocabulary_work)
-    remove(folder.shards / SUCCESS)
+                folder.remove(marker)
+    folder.remove(folder.vocabulary_work)
+    folder.remove(folder.shards / SUCCESS)
     for name in BY_BLOCK:
         for block in blocks:
-            remove(Ledger(folder.ledger(name), "").marker(block))
+            folder.remove(Ledger(folder.ledger(name), "").marker(block))
 
 
 def _rename_sidecar(tar: Path, ledger: Ledger, number: int) -> None:
@@ -154,7 +154,7 @@ def _rename_sidecar(tar: Path, ledger: Ledger, number: int) -> None:
 def _rename_markers(folder: BuildFolder, name: str, old: str, new: str) -> None:
     if old == new:
         return
-    for marker in sorted(folder.ledger(name).glob("*.json")):
+    for marker in folder.markers(name):
         result = read_json(marker)
         if result.get("stage_hash") == old:
             write_json(marker, {**result, "stage_hash": new})

@@ -22,7 +22,7 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, remove, sha256_file, size_on_disk
+from hierarchy_builder.store.artefacts import BuildFolder, sha256_file, size_on_disk
 from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.ledger import (
     Ledger,
@@ -75,8 +75,8 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
     if inputs != clustered["inputs"]:
         ledger = Ledger(folder.ledger("recut"), hash_of("cluster", inputs))
         if not any(ledger.is_done(block.number) for block in blocks):  # levels somebody began and left
-            remove(folder.recut)
-            remove(ledger.folder)
+            folder.remove(folder.recut)
+            folder.remove(ledger.folder)
         grid = tuple(encoder["grid"])
         stores.create_levels(
             folder.recut, num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=recipe.num_levels
@@ -115,7 +115,7 @@ def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) 
     if is_new:
         fitted = fit_vocabulary(folder, config, session.workers, session.reporter)
         save_vocabulary(folder.vocabulary, fitted, config, config_hash=ledger.stage_hash)
-        remove(folder.vocabulary_work)
+        folder.remove(folder.vocabulary_work)
         seconds = round(time.perf_counter() - started, 3)
         facts = {
             "tokens": int(fitted.counts[-1].sum()),

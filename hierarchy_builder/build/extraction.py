@@ -158,7 +158,7 @@ def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, sessi
     began = None if session.fresh else known_entry(folder, "extract")
     # Of another encoder or without a unit done, the ledger decides whether the build may go on at all.
     same = began and began["inputs"]["encoder"] == encoder.describe()
-    markers = [*folder.ledger("extract").glob("*.json"), *folder.ledger("fuse").glob("*.json")]
+    markers = [*folder.markers("extract"), *folder.markers("fuse")]
     recorded = began["probe"] if began and same and markers else None
     value = probe_value(encoder)
     if check_probe(encoder, value, config.precision, recorded) == "new":

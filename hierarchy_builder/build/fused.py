@@ -49,7 +49,7 @@ from hierarchy_builder.hierarchy.similarity import single_threaded_blas
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource, open_reader
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
-from hierarchy_builder.store.artefacts import BuildFolder, atomic_file, remove, size_on_disk, write_json
+from hierarchy_builder.store.artefacts import BuildFolder, atomic_file, size_on_disk, write_json
 from hierarchy_builder.store.index import in_build_order, read_index, records_of, write_index
 from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry
 from hierarchy_builder.store.samples import make_sample, picture_of
@@ -227,8 +227,7 @@ def fuse(
     write_index(folder.index, records, outcomes)
     check_skipped(folder, outcomes, extract.max_bad_fraction, session)
     publish_shards(folder, config, assembly.results())
-    for temporary in folder.part(0).parent.glob("*.tmp-*"):  # of a run that was killed
-        remove(temporary)
+    folder.remove_leftovers(folder.part(0).parent)
     return StageSummary(
         stage="fuse",
         images=len(records),

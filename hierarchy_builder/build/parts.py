@@ -23,7 +23,6 @@ from hierarchy_builder.store.artefacts import (
     BuildFolder,
     atomic_file,
     read_json,
-    remove,
     write_bytes,
     write_json,
 )
@@ -113,14 +112,14 @@ class Assembly:
             tar, moments = self.folder.part(block.number), self.folder.part_moments(block.number)
             is_there = tar.is_file() and tar.stat().st_size == marker["bytes"]
             if not moments.is_file() or (needed and not is_there):
-                remove(self.parts.marker(block.number))
+                self.folder.remove(self.parts.marker(block.number))
 
     def advance(self) -> None:
         """Cut every shard whose parts are done and that is not there."""
         while self._next_part < len(self.blocks) and self.parts.is_done(self._next_part):
             offset, sizes = 0, read_json(self.parts.marker(self._next_part))["sizes"]
             if not sizes:  # no shard needs it, and so none would remove it
-                remove(self.folder.part(self._next_part))
+                self.folder.remove(self.folder.part(self._next_part))
             for size in sizes:
                 self._waiting.append(_Span(self._next_part, offset, size))
                 offset += size
@@ -141,7 +140,7 @@ class Assembly:
         self._next_shard += 1
         first_needed = self._waiting[0].part if self._waiting else self._next_part
         for part in range(spans[0].part, first_needed):
-            remove(self.folder.part(part))
+            self.folder.remove(self.folder.part(part))
 
     def _write(self, spans: Sequence[_Span]) -> dict[str, Any]:
         tar = self.folder.shards / shard_name(self.split, self._next_shard)

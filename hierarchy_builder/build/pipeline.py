@@ -27,7 +27,7 @@ from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove
+from hierarchy_builder.store.artefacts import BuildFolder, read_json
 from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest, stage_entry
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import shard_name, sidecar
@@ -152,7 +152,7 @@ def sum_covariance(folder: BuildFolder, features_hash: str, session: Session) ->
     """The scatter matrix of each block of features.zarr, where it is not there yet."""
     ledger = Ledger(folder.ledger("covariance"), features_hash)
     if not stores.has_scatter(folder.features):  # the features were made anew
-        remove(ledger.folder)
+        folder.remove(ledger.folder)
         stores.create_scatter(folder.features)
     do_units(
         partial(CovarianceStage.load, folder), ledger, stage_units(folder, "extract"), session, "covariance"
@@ -169,4 +169,4 @@ def _forget_lost_tars(
             continue
         size = tar.stat().st_size if tar.is_file() else None
         if size != read_json(ledger.marker(unit.number))["bytes"] or not sidecar(tar).is_file():
-            remove(ledger.marker(unit.number))
+            folder.remove(ledger.marker(unit.number))

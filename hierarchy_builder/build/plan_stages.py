@@ -85,7 +85,7 @@ class Standing:
             return ()
         if made != asked:
             return (f"made {made} there, {asked} now",)
-        if not any(self.folder.ledger(stage).glob("*.json")):
+        if not self.folder.markers(stage):
             return ()
         entry = self.stored.get(stage, {}).get("inputs", {})
         return tuple(
@@ -182,7 +182,7 @@ def stage_plans(
         if stage == "vocabulary" and todo and plan.vocabulary is not None:
             tokens = usable * math.prod(encoder["grid"])
             seconds += _fitting_seconds(plan.vocabulary, tokens, encoder["width"], session)
-        is_begun = any(standing.folder.ledger(stage).glob("*.json"))
+        is_begun = bool(standing.folder.markers(stage))
         differs = standing.differences(stage)
         stages.append(
             StagePlan(

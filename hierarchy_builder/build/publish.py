@@ -3,15 +3,21 @@
 An object store has no rename, so order takes its place: a tar, then its sidecar, which says the tar is whole; what
 describes the set after all tars, `_SUCCESS` last. `_SUCCESS` of another set is taken away before anything is changed.
 The same call goes on where one was stopped: a tar whose sidecar is there is not sent again.
+
+What lies there already is changed only where it is ours: `_PUBLISHING`, written first and removed last, names the files
+of a transfer; a finished set has its index.json. Anything else of the names to be written is refused.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -19,9 +25,18 @@ from fsspec.core import url_to_fs
 from hierarchy_builder.build.session import StageSummary
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.artefacts import BuildFolder, json_text, read_json
 from hierarchy_builder.store.shard_set import SUCCESS
 from hierarchy_builder.store.shards import sidecar
+
+PUBLISHING = "_PUBLISHING"
+"""Names the files of a set whose transfer began."""
+
+ABOUT = ("README.md", "class_map.json", "index.json", "statistics.npz", "vocabulary.npz", SUCCESS)
+"""What may stand beside the tars of a set."""
+
+SHARD_FILE = re.compile(r"\w+-\d{6}\.(?:tar|json)", re.ASCII)
+"""A tar or its sidecar."""
 
 TRANSFERS = 8
 """Tars on their way at once."""
@@ -30,8 +45,9 @@ TRANSFERS = 8
 def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummary:
     """Copy the finished shards of a build to `url`; the notes tell files sent and in all.
 
-    Tars, sidecars and `_SUCCESS` of a longer or other set there are removed; nothing else is.
-    Raises UsageError for a URL that is not understood, BuilderError where the shards are not finished, where the
+    Tars, sidecars and `_SUCCESS` of a longer or other set of builds there are removed; nothing else is.
+    Raises UsageError for a URL that is not understood and where files there that no build published have the names of
+    those to be written, BuilderError where the shards are not finished, where the
     store refuses, and where an object has another size than its file.
     """
     if not (folder.shards / SUCCESS).is_file():
@@ -64,8 +80,20 @@ def _send(
         {path for path in shards.iterdir() if path.is_file()} - {*tars, *markers, shards / SUCCESS}
     )
     changed = [path for path in [*markers, *about, shards / SUCCESS] if not place.holds(path)]
+    own = place.own_names()
     if not changed:
+        if PUBLISHING in own:
+            place.remove(PUBLISHING)
         return
+    files, split = (
+        [*tars, *markers, *about, shards / SUCCESS],
+        tars[0].name.rpartition("-")[0] if tars else "",
+    )
+    names = {path.name for path in files}
+    strays = place.tars_of(split) - names
+    theirs = [*files, shards / PUBLISHING, *(shards / name for name in sorted(strays))]
+    place.refuse_foreign([path for path in theirs if path.name not in own])
+    place.write(PUBLISHING, json_text({"publishes": "hierarchy-builder", "files": sorted(names | own)}))
     place.remove(SUCCESS)
     waiting = [tar for tar in tars if sidecar(tar) in changed]
     done = sum(counts[tar] for tar in tars if tar not in waiting)
@@ -80,11 +108,11 @@ def _send(
         if path in changed:
             place.send(path)
             yield path
-    place.remove_strays(
-        {path.name for path in (*tars, *markers)}, tars[0].name.rpartition("-")[0] if tars else ""
-    )
+    for name in sorted(strays):
+        place.remove(name)
     place.send(shards / SUCCESS)
     yield shards / SUCCESS
+    place.remove(PUBLISHING)
 
 
 def open_url(url: str) -> tuple[AbstractFileSystem, str]:
@@ -100,23 +128,57 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A folder of a file system."""
+    """A folder of a file system. kinds: what is there by name, `file` or something else."""
 
     fs: AbstractFileSystem
     root: str
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, url: str) -> _Place:
         fs, root = open_url(url)
         fs.makedirs(root, exist_ok=True)
-        return cls(fs, root.rstrip("/"))
+        root = root.rstrip("/")
+        try:
+            found = fs.ls(root, detail=True, refresh=True)
+        except FileNotFoundError:  # an object store has no empty folders
+            found = []
+        return cls(fs, root, {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in found})
 
     def holds(self, path: Path) -> bool:
         """Whether a small file is there with this content."""
-        try:
-            return self.fs.cat_file(self._name(path.name)) == path.read_bytes()
-        except FileNotFoundError:
-            return False
+        return self.kinds.get(path.name) == "file" and self._read(path.name) == path.read_bytes()
+
+    def own_names(self) -> set[str]:
+        """Names of the files there that a build published, or began to."""
+        begun, index = self._told(PUBLISHING), self._told("index.json")
+        own = set[str]()
+        if begun.get("publishes") == "hierarchy-builder":
+            own |= {PUBLISHING, *map(str, begun.get("files", []))}
+        if {"format_version", "config_hash", "shardlist"} <= index.keys():
+            tars = [Path(str(entry.get("url"))) for entry in index["shardlist"]]
+            own |= {*(tar.name for tar in tars), *(sidecar(tar).name for tar in tars), *ABOUT}
+        told = (name for name in self.kinds if name not in own and SHARD_FILE.fullmatch(name))
+        for name in told:  # of a transfer that was stopped before there was an index
+            if name.endswith(".json") and {"sha256", "config_hash"} <= self._told(name).keys():
+                own |= {name, Path(name).with_suffix(".tar").name}
+        return own & self.kinds.keys()
+
+    def tars_of(self, split: str) -> set[str]:
+        """Names there of tars of a split, and of their sidecars."""
+        shard_files = (name for name in self.kinds if SHARD_FILE.fullmatch(name))
+        return {name for name in shard_files if name.rpartition("-")[0] == split}
+
+    def refuse_foreign(self, paths: Iterable[Path]) -> None:
+        """Raise UsageError where other things than these files have their names there."""
+        there = [path for path in paths if path.name in self.kinds]
+        foreign = [path.name for path in there if not (path.name in ABOUT and self.holds(path))]
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise UsageError(
+                f"{self.root} holds {', '.join(foreign[:3])}{more}, which no build published, where these "
+                "shards would go: choose an empty or new folder, or move what is there away"
+            )
 
     def send_tar(self, tar: Path) -> Path:
         """A tar, then its sidecar; the one there goes first, since it vouches for another tar."""
@@ -135,18 +197,26 @@ class _Place:
                 f"{name} has {found:,} bytes after it was sent, expected {expected:,}: send it again"
             )
 
+    def write(self, name: str, data: bytes) -> None:
+        self.fs.pipe_file(self._name(name), data)
+        self.fs.invalidate_cache()
+
     def remove(self, name: str) -> None:
         if self.fs.exists(self._name(name)):
             self.fs.rm_file(self._name(name))
 
-    def remove_strays(self, names: set[str], split: str) -> None:
-        """Remove tars and sidecars of this split that are not among `names`."""
-        for place in self.fs.ls(self.root, detail=False, refresh=True):
-            name = place.rsplit("/", 1)[-1]
-            stem, _, ending = name.rpartition(".")
-            number = stem.removeprefix(f"{split}-")
-            if ending in ("tar", "json") and len(number) == 6 and number.isdigit() and name not in names:
-                self.fs.rm_file(self._name(name))
+    def _read(self, name: str) -> bytes:
+        return self.fs.cat_file(self._name(name))
+
+    def _told(self, name: str) -> dict[str, Any]:
+        """What a JSON object there holds; nothing where there is none."""
+        if self.kinds.get(name) != "file":
+            return {}
+        try:
+            content = json.loads(self._read(name))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def _name(self, name: str) -> str:
         return f"{self.root}/{name}"

@@ -13,10 +13,11 @@ from typing import Any
 
 from hierarchy_builder.build.stages import count_regions, scatter_rows
 from hierarchy_builder.config import HierarchyRecipe
+from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
 from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove
+from hierarchy_builder.store.artefacts import BuildFolder, read_json
 from hierarchy_builder.store.ledger import Ledger, stage_entry
 from hierarchy_builder.store.units import stage_units
 
@@ -50,11 +51,15 @@ def settle_recut(folder: BuildFolder) -> None:
     if not all(done.is_done(unit.number) for unit in units):
         return
     if (folder.recut / "regions").exists():
-        remove(folder.regions / "regions")
+        folder.remove(folder.regions / "regions")
+        if (folder.regions / "regions").exists():
+            raise BuilderError(
+                f"{folder.regions / 'regions'} holds files that no build wrote: move them away and repeat the command"
+            )
         os.replace(folder.recut / "regions", folder.regions / "regions")
     clustered = Ledger(folder.ledger("cluster"), stage_hash)
     for unit, result in zip(units, done.results([unit.number for unit in units]), strict=True):
         kept = read_json(clustered.marker(unit.number)).get("digests", {})
         clustered.finish(unit.number, {**result, "digests": {**kept, **result["digests"]}})
-    remove(folder.recut)
-    remove(done.folder)
+    folder.remove(folder.recut)
+    folder.remove(done.folder)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.artefacts import BuildFolder, target_of
 from hierarchy_builder.terminal import print_json, print_table, stderr, stdout
 from hierarchy_builder.wording import counted
 
@@ -103,6 +103,8 @@ def report(
 ) -> None:
     """A self-contained page: photo, region maps, PCA colours, decoded levels, with a slider coarse → fine."""
     build_folder, chosen = BuildFolder(folder).require(), keys.split(",") if keys else None
+    if out is not None:
+        target_of(out)  # refused before anything is read
     if quality and vocabulary:
         raise UsageError("--quality and --vocabulary are two pages: ask for one at a time")
     if quality:
@@ -133,6 +135,8 @@ def compare(
     from hierarchy_builder.quality.comparison import compare_builds, comparison_tables, write_comparison
 
     folders = BuildFolder(a).require(), BuildFolder(b).require()
+    if out is not None:
+        target_of(out)  # refused before anything is read
     found = compare_builds(*folders)
     if out is not None:
         write_comparison(*folders, found, out)

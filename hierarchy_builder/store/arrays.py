@@ -21,7 +21,6 @@ from zarr.storage import MemoryStore
 
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
-from hierarchy_builder.store.artefacts import remove
 from hierarchy_builder.store.statistics import Moments
 
 NOT_STORED = 2**64 - 1
@@ -161,7 +160,7 @@ def damaged_layout(path: Path, layout: Layout) -> list[str]:
 def mend_layout(path: Path, layout: Layout) -> None:
     """Write the damaged descriptions of a store anew; the chunks stay as they are."""
     for name in damaged_layout(path, layout):
-        remove(path / name / "zarr.json")
+        (path / name / "zarr.json").unlink(missing_ok=True)
     create(path, layout)
 
 

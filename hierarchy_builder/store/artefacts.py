@@ -4,16 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from hierarchy_builder.errors import BuilderError, UsageError
+
+OWN_FILES = r"""
+    (?:manifest|class_map|quality|\.progress)\.json | (?:index\.parquet|vocabulary\.npz)
+  | (?:report|quality|vocabulary)\.html
+  | ledger/(?:manifest\.json|listing\.parquet|\w+/\d{6}\.json)
+  | (?:features\.zarr|regions\.zarr|regions\.zarr\.recut)/(?:(?:\w+/)?zarr\.json|\w+/c(?:/\d+)+)
+  | parts/\d{6}\.(?:tar|npz)
+  | vocabulary/(?:tokens-\d{6}\.npy|state\.npz)
+  | shards/(?:SPLIT-\d{6}\.(?:tar|json)|(?:index|class_map)\.json|(?:statistics|vocabulary)\.npz|README\.md|_SUCCESS)
+"""
+"""Every file a build writes into its folder, as a pattern of its path from there; only such files are removed."""
+
+OWN_FOLDERS = r"""
+    ledger/\w+ | parts | vocabulary | shards
+  | (?:features\.zarr|regions\.zarr|regions\.zarr\.recut)(?:/\w+(?:/c(?:/\d+)*)?)?
+"""
+"""The folders it makes for them; only such are removed, once they are empty."""
+
+LEFTOVER = re.compile(
+    r"(?P<whole>.+)\.tmp-\d+|"
+    r"(?P<store>(?:features|regions)\.zarr(?:\.recut)?)/(?:.+/)?\.?(?:zarr|\d+)\.[0-9a-f]+\.partial",
+    re.ASCII,
+)
+"""What a killed run leaves of a file: the temporary name of `atomic_file`, and inside a store that of zarr."""
+
+MARKERS = "[0-9]" * 6 + ".json"
+"""Markers of units among the files of a ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +131,60 @@ class BuildFolder:
         """Folder of the markers of one stage."""
         return self.root / "ledger" / stage
 
+    def markers(self, stage: str) -> list[Path]:
+        """Markers of finished units of one stage, in order; `*` for those of all."""
+        return sorted((self.root / "ledger").glob(f"{stage}/{MARKERS}"))
+
+    def is_build(self) -> bool:
+        """Whether something here carries the mark of a build: its manifest, the copy, or the marker of a unit."""
+        marks = {"format_version": (self.manifest, self.manifest_copy), "stage_hash": self.markers("*")}
+        return any(mark in _told(path) for mark, paths in marks.items() for path in paths)
+
+    def own_files(self, place: Path, split: str | None = None) -> list[Path]:
+        """The file `place` or the files below it that a build writes; of tars only those of `split`, if given."""
+        own = _own_pattern(split)
+        return [path for path in _files_of(place) if own.fullmatch(self._name(path))]
+
+    def remove(self, place: Path, split: str | None = None) -> None:
+        """Remove what `own_files` finds, and the folders of a build that are empty then; nothing else."""
+        for path in self.own_files(place, split):
+            path.unlink(missing_ok=True)
+        own = re.compile(OWN_FOLDERS, re.VERBOSE | re.ASCII)
+        for parent, _, _ in os.walk(place, topdown=False):
+            if own.fullmatch(self._name(Path(parent))):
+                with contextlib.suppress(OSError):  # somebody else's files are in it, or it is a link
+                    os.rmdir(parent)
+
+    def remove_leftovers(self, place: Path | None = None) -> None:
+        """Remove what killed runs left of files that a build writes, below `place` or anywhere."""
+        own = _own_pattern()
+        places = [self.root / name for name in self._own_names()] if place is None else [place]
+        files = [*_files_of(self.root, is_deep=False)] if place is None else []
+        files += [file for place in places for file in _files_of(place)]
+        for path in files:
+            found = LEFTOVER.fullmatch(self._name(path))
+            if found and (found["store"] or own.fullmatch(found["whole"])):
+                path.unlink(missing_ok=True)
+
+    def refuse_foreign(self, places: Iterable[Path]) -> None:
+        """Raise UsageError naming those of `places` that are there, where they are no build's."""
+        if foreign := [str(place.relative_to(self.root)) for place in places if os.path.lexists(place)]:
+            raise UsageError(
+                f"{self.root} holds {', '.join(foreign)} but no build that made "
+                f"{'it' if len(foreign) == 1 else 'them'}, and would write there: choose an empty or new folder "
+                "with --out, or move what is there away"
+            )
+
+    def _own_names(self) -> list[str]:
+        files = (self.manifest, self.index, self.class_map, self.vocabulary, self.vocabulary_page, self.live)
+        pages = (self.report, self.quality, self.quality_page)
+        folders = (self.features, self.regions, self.recut, self.vocabulary_work, self.shards)
+        more = (self.part(0).parent, self.manifest_copy.parent)
+        return [place.name for place in (*files, *pages, *folders, *more)]
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
     def require(self, *, damaged: bool = False) -> BuildFolder:
         """Return self, or raise UsageError when this is not the folder of a build.
 
@@ -123,11 +205,12 @@ class BuildFolder:
         A folder in which nothing was begun is taken away again.
         """
         is_new = not self.root.exists()
-        self._refuse_foreign()
-        lock = self.root / ".lock"
+        if not self.is_build():
+            self.refuse_foreign(self.root / name for name in self._own_names())
+        lock = target_of(self.root / ".lock")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "w")  # noqa: SIM115 (closed below)
+            file = open(lock, "a")  # noqa: SIM115 (closed below)
         except OSError as error:
             raise UsageError(f"--out {self.root}: {error.strerror}, expected a folder to write to") from None
         with file:
@@ -143,7 +226,8 @@ class BuildFolder:
                 yield
             finally:
                 if is_new and os.listdir(self.root) == [lock.name]:
-                    remove(self.root)
+                    lock.unlink()
+                    self.root.rmdir()
 
     def is_locked(self) -> bool:
         """Whether a writer holds the build now."""
@@ -155,15 +239,6 @@ class BuildFolder:
         except OSError:
             return False
         return False
-
-    def _refuse_foreign(self) -> None:
-        places = (self.index, self.class_map, self.features, self.regions, self.vocabulary, self.shards)
-        foreign = [place.name for place in places if place.exists()]
-        if foreign and not self.manifest.exists() and not (self.root / "ledger").exists():
-            raise UsageError(
-                f"--out {self.root} holds {', '.join(foreign)} but no build ({self.manifest.name} is missing): "
-                "choose an empty or new folder"
-            )
 
     def check_apart(self, images: str) -> None:
         """Raise UsageError when the build would lie among the local folder `images`, as one of its classes."""
@@ -182,8 +257,10 @@ class BuildFolder:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; on success it is fsynced and takes the name `path`.
 
-    On any exception the temporary file is removed and `path` stays as it was.
+    On any exception the temporary file is removed and `path` stays as it was. A link stays one: the file it leads
+    to is written. Raises BuilderError where `path` is a folder, a device or a pipe.
     """
+    path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -194,6 +271,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def target_of(path: Path) -> Path:
+    """Where a file that shall be found at `path` is written: there, or where a link there leads.
+
+    Raises BuilderError where that is something a file may not replace.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
+        raise BuilderError(f"{path} is {what}, expected the name of a file to write; choose another")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -242,9 +330,26 @@ def size_on_disk(path: Path) -> int:
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
 
 
-def remove(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@functools.cache
+def _own_pattern(split: str | None = None) -> re.Pattern[str]:
+    names = OWN_FILES.replace("SPLIT", r"\w+" if split is None else re.escape(split))
+    return re.compile(names, re.VERBOSE | re.ASCII)
+
+
+def _files_of(place: Path, *, is_deep: bool = True) -> Iterator[Path]:
+    """`place` where it is a file, or the files below it; no link below it is followed."""
+    if not place.is_dir():
+        yield from [place] if os.path.lexists(place) else []
+        return
+    for parent, folders, names in os.walk(place):
+        yield from (Path(parent, name) for name in sorted(names))
+        if not is_deep:
+            folders.clear()
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What a JSON object holds, nothing where it cannot be read."""
+    try:
+        return read_json(path)
+    except (BuilderError, OSError):
+        return {}

@@ -15,7 +15,7 @@ from hierarchy_builder import __version__
 from hierarchy_builder.config import config_hash
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.records import FORMAT_VERSION
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_json
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_json
 
 STAGES = ("extract", "vocabulary", "cluster", "link", "shard", "fuse")
 """In the order of the data; starting a stage afresh removes it and all stages after it.
@@ -134,9 +134,13 @@ def begin_stage(
     lies now.
     fresh: remove this stage and those after it first.
     Units whose store was taken away are to do again; what was begun without a unit done may be begun anew.
-    Raises ConfigMismatchError listing the differing keys side by side.
+    Raises ConfigMismatchError listing the differing keys side by side, UsageError where files that no stage made lie
+    where this one writes.
     """
     manifest = read_manifest(folder)
+    known = {path for one in _begun(folder, manifest) for path in _outputs_of(folder, one)}
+    outputs = [path for path in _outputs_of(folder, stage) if path not in known]
+    folder.refuse_foreign(path for place in outputs for path in folder.own_files(place))
     if fresh and stage in ("extract", "fuse"):
         _forget(folder, manifest, STAGES)
     elif ("fuse" in manifest["stages"]) != (stage == "fuse") and manifest["stages"]:
@@ -148,10 +152,10 @@ def begin_stage(
     elif fresh:
         _forget(folder, manifest, STAGES[STAGES.index(stage) : STAGES.index("fuse")])
     if not all(path.exists() for path in _stores_of(folder, stage)):
-        remove(folder.ledger(stage))
+        folder.remove(folder.ledger(stage))
     stored = manifest["stages"].get(stage)
     if stored is not None and stored["inputs"] != dict(inputs):
-        if any(folder.ledger(stage).glob("*.json")):
+        if folder.markers(stage):
             raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
         _forget(folder, manifest, [stage])
         stored = None
@@ -201,7 +205,15 @@ def _links_of(folder: BuildFolder) -> list[Path]:
     return [folder.regions / "prototypes", folder.regions / "prototype_distances"]
 
 
-def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
+def _begun(folder: BuildFolder, manifest: Mapping[str, Any]) -> set[str]:
+    """Stages that made what lies where they write; of a lost manifest its copy and the markers tell."""
+    copy = folder.manifest_copy
+    kept = check_manifest(copy)["stages"] if not folder.manifest.exists() and copy.exists() else {}
+    return {*manifest["stages"], *kept, *(stage for stage in STAGES if folder.markers(stage))}
+
+
+def _outputs_of(folder: BuildFolder, stage: str) -> list[Path]:
+    """Where a stage writes, its markers included."""
     outputs = {
         "extract": [folder.listing, folder.index, folder.class_map, folder.features],
         "vocabulary": [folder.vocabulary, folder.vocabulary_work],
@@ -213,10 +225,23 @@ def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]
             folder.ledger("shard"),
         ],
     }
+    return [folder.ledger(stage), *outputs[stage]]
+
+
+def _split_of(manifest: Mapping[str, Any], stage: str) -> str | None:
+    """First part of the names of the tars a stage made, where it is known."""
+    inputs = manifest["stages"].get(stage, {}).get("inputs", {})
+    return inputs.get("shard", inputs).get("config", {}).get("split")
+
+
+def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
+    """Remove what these stages made, as far as they were begun, and take them out of the manifest."""
+    for stage in (stage for stage in STAGES if stage in stages and stage in _begun(folder, manifest)):
+        split = _split_of(manifest, stage)
+        for path in _outputs_of(folder, stage):
+            folder.remove(path, split)
     for stage in stages:
         manifest["stages"].pop(stage, None)
-        for path in [folder.ledger(stage), *outputs[stage]]:
-            remove(path)
     write_manifest(folder, manifest)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,7 +23,7 @@ from hierarchy_builder.records import (
     Block,
 )
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_bytes, write_json
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_bytes, write_json
 from hierarchy_builder.store.ledger import is_fused, read_manifest, stage_entry
 from hierarchy_builder.store.quantisation import measure_quantisation
 from hierarchy_builder.store.shards import shard_name, sidecar
@@ -38,7 +37,7 @@ SUCCESS = "_SUCCESS"
 def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> None:
     """Write the files of the whole set once every tar is there. `results` are the markers of the tars, in order."""
     shards = folder.shards
-    remove_strays(shards, config.split, len(results))
+    remove_strays(folder, config.split, len(results))
     index = index_of(folder, config, results)
     if config.feature_dtype == "int8":
         index["quantisation"] = _quantisation(folder, index["recipe"])
@@ -49,7 +48,7 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
     if index["vocabulary"]:
         write_bytes(shards / folder.vocabulary.name, folder.vocabulary.read_bytes())
     else:
-        remove(shards / folder.vocabulary.name)
+        folder.remove(shards / folder.vocabulary.name)
     write_bytes(shards / "README.md", card_of(index).encode())
     digest = hashlib.sha256((shards / "index.json").read_bytes()).hexdigest()
     write_json(shards / SUCCESS, {"count": index["num_samples"], "index_sha256": digest})
@@ -82,15 +81,14 @@ def _moments(folder: BuildFolder, block: Block) -> Moments:
     return stores.read_block_moments(folder.features, block)
 
 
-def remove_strays(shards: Path, split: str, num_shards: int) -> None:
+def remove_strays(folder: BuildFolder, split: str, num_shards: int) -> None:
     """Remove tars and temporary files that a longer or interrupted earlier run left behind."""
     expected = {shard_name(split, number) for number in range(num_shards)}
-    for tar in shards.glob("*.tar"):
+    for tar in folder.shards.glob("*.tar"):
         if tar.name not in expected:
-            remove(sidecar(tar))
-            remove(tar)
-    for temporary in shards.glob("*.tmp-*"):
-        remove(temporary)
+            folder.remove(sidecar(tar), split)
+            folder.remove(tar, split)
+    folder.remove_leftovers(folder.shards)
 
 
 def index_of(

@@ -94,7 +94,7 @@ def _check_layout(folder: BuildFolder, stage: str) -> Iterator[Damage]:
 def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
     names = {ledger.marker(unit.number).name for unit in units}
-    for stray in sorted(path for path in ledger.folder.glob("*.json") if path.name not in names):
+    for stray in (path for path in folder.markers(stage) if path.name not in names):
         yield Damage(
             stage=stage, unit=int(stray.stem), text=f"{stray} marks a unit that {stage} does not have"
         )

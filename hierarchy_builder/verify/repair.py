@@ -25,7 +25,7 @@ from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.images.sources import listing_hash
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, remove, write_bytes, write_json
+from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_bytes, write_json
 from hierarchy_builder.store.damage import MANIFEST, Damage
 from hierarchy_builder.store.index import read_index, records_of, write_index
 from hierarchy_builder.store.ledger import Ledger, check_manifest, is_fused, stage_entry
@@ -52,9 +52,7 @@ def repair(folder: BuildFolder, session: Session) -> list[Damage]:
 
     Raises VerificationError naming what could not be mended, and whatever a stage raises that is done again.
     """
-    for pattern in ("*.tmp-*", "*.partial"):  # what killed runs left behind
-        for path in folder.root.rglob(pattern):
-            remove(path)
+    folder.remove_leftovers()
     found: list[Damage] = []
     for _ in range(ROUNDS):
         damages = [damage for damage in find_damage(folder) if not damage.is_stale]
@@ -82,7 +80,7 @@ def _mend(folder: BuildFolder, damages: Iterable[Damage], session: Session) -> N
         _restore_listing(folder)
         for damage in damages:
             if damage.unit is not None:
-                remove(Ledger(folder.ledger(damage.stage), "").marker(damage.unit))
+                folder.remove(Ledger(folder.ledger(damage.stage), "").marker(damage.unit))
         fuse_again(folder, session)
         return
     for stage in (name for name in ORDER if name in by_stage):
@@ -120,7 +118,7 @@ def _restore_listing(folder: BuildFolder) -> None:
     if whole and folder.listing not in whole:
         write_index(folder.listing, records_of(read_index(folder.index)))
     for path in {folder.listing, folder.index}.difference(whole, [folder.listing] if whole else []):
-        remove(path)
+        folder.remove(path)
 
 
 def _is_listing(path: Any, entry: Mapping[str, Any]) -> bool:
@@ -146,7 +144,7 @@ def _take_back(folder: BuildFolder, stage: str, units: set[int]) -> dict[int, An
     existing = [unit for unit in stage_units(folder, _units_of(stage)) if unit.number in units]
     before = {unit.number: _written(folder, stage, unit) for unit in existing}
     for number in units:
-        remove(Ledger(folder.ledger(stage), "").marker(number))
+        folder.remove(Ledger(folder.ledger(stage), "").marker(number))
     return before
 
 
@@ -177,11 +175,11 @@ def _take_back_changed(folder: BuildFolder, stage: str, before: Mapping[int, Any
     by_block, whole = AFTER[stage]
     for name in by_block:
         for number in changed:
-            remove(Ledger(folder.ledger(name), "").marker(number))
+            folder.remove(Ledger(folder.ledger(name), "").marker(number))
     for name in whole:
-        remove(folder.ledger(name))
+        folder.remove(folder.ledger(name))
     if "vocabulary" in whole:
-        remove(folder.vocabulary_work)
+        folder.remove(folder.vocabulary_work)
 
 
 def _do_again(folder: BuildFolder, stage: str, session: Session) -> None:

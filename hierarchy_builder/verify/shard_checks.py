@@ -191,8 +191,9 @@ def _check_set(
     """index.json, class map, statistics, card, vocabulary, the last marker; and tars nobody asked for."""
     shards, index = folder.shards, index_of(folder, config, markers)
     listed = {entry["url"] for entry in index["shardlist"]}
-    for stray in sorted(path for path in shards.glob("*.tar") if path.name not in listed):
-        yield f"{stray} is not in index.json"
+    for stray in folder.own_files(shards, config.split):
+        if stray.suffix == ".tar" and stray.name not in listed:
+            yield f"{stray} is not in index.json"
     yield from _check_index(shards / "index.json", index)
     try:
         if read_json(shards / "class_map.json") != read_json(folder.class_map):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import MismatchError, TrainerError
+from trainer.whole_files import whole_file
 
 DISTANCES_AT_ONCE = 2**24
 """Distances between samples held at once, 64 MiB."""
@@ -100,10 +101,8 @@ def read_reference(path: str | Path) -> Gaussian:
 
 def save_reference(path: str | Path, gaussian: Gaussian) -> None:
     """Write `mu` and `sigma`, as `read_reference` reads them."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.tmp.npz")
-    np.savez(partial, allow_pickle=False, mu=gaussian.mean, sigma=gaussian.covariance)
-    partial.replace(path)
+    with whole_file(Path(path)) as partial, open(partial, "wb") as file:
+        np.savez(file, allow_pickle=False, mu=gaussian.mean, sigma=gaussian.covariance)
 
 
 def precision_recall(real: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from trainer.studio.folder import SUFFIX
 from trainer.studio.workbench import Join, Workbench, markdown_report
 from trainer.trajectories.edit import prototype
 from trainer.trajectories.trajectory import Trajectory
+from trainer.whole_files import write_bytes
 
 TAKEN = "Taken. Select where it shall go, then Apply."
 EDITED = "Edited. Resume to draw the levels after it."
@@ -248,7 +249,7 @@ def _export_html(desk: Desk, bench: Workbench, name: str) -> Path:
 
 def _export_report(desk: Desk, bench: Workbench, name: str) -> Path:
     path = desk.folder.path(name, ".md")
-    path.write_text(markdown_report(bench), encoding="utf-8")
+    write_bytes(path, markdown_report(bench).encode())
     return path
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.training.tracking import Tracker
-from trainer.whole_files import write_bytes
+from trainer.whole_files import whole_file, write_bytes
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
@@ -98,7 +98,8 @@ class RunLog:
         """Keep a sheet as RUN/samples/step-NNNNNNNN.png."""
         folder = self._run / SAMPLES
         folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step-{step:08d}.png")
+        with whole_file(folder / f"step-{step:08d}.png") as partial:
+            sheet.save(partial, "PNG")
         for tracker in self._trackers:
             tracker.picture(SAMPLES, sheet, images_seen)
 

@@ -33,7 +33,7 @@ LOCK = ".lock"
 def locked(run: Path) -> Iterator[None]:
     """Hold a run folder for one writer; a second one raises TrainerError at once. Freed by the kernel on exit."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "w") as file:
+    with open(run / LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -28,7 +28,7 @@ from hierarchy_builder.records import CANVASES_MEMBER, LABEL_MEMBER, METADATA_ME
 from trainer.errors import UsageError
 from trainer.trajectories.trajectory import Trajectory
 from trainer.trajectories.view import TrajectoryView, page_palette, training_page, trajectory_grid_png
-from trainer.whole_files import check_free, partial_name, sync, whole_file
+from trainer.whole_files import partial_name, sync, target_of, whole_file
 
 PER_SHEET = 64
 """Trajectories on one sheet or page."""
@@ -153,7 +153,6 @@ class Tars(SampleFiles):
 
     def add(self, drawn: Drawn) -> None:
         if self._writer is None:
-            check_free(self._path())
             partial = str(partial_name(self._path()))
             self._writer = webdataset.TarWriter(
                 partial, encoder=False, mtime=0, user="", group="", mode=0o444
@@ -178,7 +177,7 @@ class Tars(SampleFiles):
             partial.unlink(missing_ok=True)
 
     def _path(self) -> Path:
-        return self.out / f"samples-{len(self.files):06d}.tar"
+        return target_of(self.out / f"samples-{len(self.files):06d}.tar")
 
 
 class Arrays(SampleFiles):
