@@ -254,8 +254,10 @@ def report(
     from trainer.evaluation.run_page import run_page, shown_labels
     from trainer.methods.dispatch import load_pipeline
     from trainer.trajectories.trajectory import Trajectory
+    from trainer.whole_files import target_of
 
     numbers = parse_seeds(seeds)
+    target = target_of(out or run / "report.html")  # refused before anything is drawn
     pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage)
     index = open_index(shards) if shards else None
     if index is not None:
@@ -268,9 +270,8 @@ def report(
     if edits:
         more.insert(0, edits_section([pipe.adopt(Trajectory.load(path)) for path in edits]))
     page = run_page(run, pipe, trajectories, index, rows, more)
-    target = out or run / "report.html"
     write_page(page, target)
-    print(target)
+    print(out or run / "report.html")
 
 
 @app.command()

@@ -139,7 +139,7 @@ class HtmlPages(Sheets):
     def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None:
         write_page(
             training_page(title=TITLE, facts=self.facts, trajectories=views, palette=palette),
-            path,
+            target_of(path),
         )
 
 

@@ -27,6 +27,7 @@ from trainer.trajectories.edit import Source, as_source, mean_of, move_tokens, r
 from trainer.trajectories.file import ENTRIES, read_trajectory, write_trajectory
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.view import TrajectoryView, training_page
+from trainer.whole_files import target_of
 
 Decoder = Callable[[Tensor], Tensor]
 """[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""
@@ -128,7 +129,7 @@ class Trajectory:
         facts = {"class": self.class_name, "seeds": ", ".join(map(str, self.seeds))}
         page = training_page(title=self.class_name, facts=facts, trajectories=[self.view()])
         if path is not None:
-            write_page(page, path)
+            write_page(page, target_of(Path(path)))
         return render(page)
 
     def regions(self) -> Tensor:

@@ -97,7 +97,7 @@ def test_a_recut_that_was_stopped_anywhere_is_finished_by_the_next(
 
         with monkeypatch.context() as patch:
             patch.setattr("os.replace", stopping(recutting.os.replace))
-            patch.setattr(recutting, "remove", stopping(recutting.remove))
+            patch.setattr(BuildFolder, "remove", stopping(BuildFolder.remove))
             try:
                 recut(folder, CUTS, SESSION)
             except StoppedError:

@@ -188,9 +188,11 @@ def test_a_damaged_state_is_said_and_changes_nothing(folder: BuildFolder, monkey
     assert [line for line in reporter.said if "iteration 1 of at most 5, inertia" in line]
 
 
-def test_a_damaged_token_file_is_named(folder: BuildFolder) -> None:
+def test_a_damaged_token_file_is_named(folder: BuildFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     source = TokenSource.load(folder, CONFIG)
-    folder.vocabulary_work.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(TokenSource, "sums", lambda *arguments: 1 / 0)
+        fit(folder)
     source.file(source.blocks[1]).write_bytes(b"\x93NUMPY")
     with pytest.raises(BuilderError, match=r"tokens-000001\.npy is damaged .*remove it and run the same"):
         fit(folder)
