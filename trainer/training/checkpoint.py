@@ -9,13 +9,18 @@
 Everything random in a run is a function of (seed, step), so no generator state is kept. A checkpoint counts
 when state.json, written last, is there and the files have the sizes it lists; a file's checksum is compared when
 its tensors are read.
+
+What is not a whole checkpoint of this program is never removed. Commands that only read pass over it with a warning;
+training stops before it changes anything, because it would come to write in that place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import zlib
@@ -37,9 +42,20 @@ STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NORMALISER = "normaliser.safetensors"
-ADVICE = "use another checkpoint, or remove this one and go on from the one before"
+ADVICE = "use another checkpoint, or move this one away and go on from the one before"
 FORMAT_VERSION = 1
 """Version of the checkpoint folder; readers refuse another."""
+STEP_FOLDER = re.compile(r"step-(\d+)")
+PARTIAL_FOLDER = re.compile(r"step-\d{8,}\.tmp-\d+")
+OWN_FILE = re.compile(r"state\.json|(model|optimizer|normaliser|ema-[\w.+-]+)\.safetensors")
+
+
+class ForeignCheckpointError(TrainerError):
+    """A folder has the name of a checkpoint, but its content is not that of one."""
+
+
+class UnreadableCheckpointError(TrainerError):
+    """The system failed to read a checkpoint, which may be a passing error."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,11 +115,11 @@ def save_checkpoint(
 def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
     """Write the checkpoint folder `target` from tensors by file name, one file in memory at a time.
 
-    On any exception nothing of it is left.
+    On any exception nothing of it is left. Raises TrainerError if `target` exists.
     """
-    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    if partial.exists():  # of a process that was killed; in containers ids come again
-        shutil.rmtree(partial)
+    if os.path.lexists(target):
+        raise TrainerError(f"{target} exists, nothing was written there; {_advice(target)}")
+    partial = _vacant_partial(target)
     partial.mkdir(parents=True)
     try:
         for name, content in files:
@@ -112,8 +128,6 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
             _write(partial / name, data)
             del content, data  # before the next file's tensors come
         _write(partial / STATE, json.dumps(asdict(state), indent=1).encode())
-        if target.exists():
-            shutil.rmtree(target)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,29 +138,42 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
 def load_state(folder: Path) -> RunState:
     """state.json of a checkpoint folder.
 
-    Raises TrainerError when it is missing, unreadable, or a file beside it has not the size it lists.
+    Raises MismatchError for another version, ForeignCheckpointError where the folder is not a checkpoint,
+    UnreadableCheckpointError where the system cannot read it, and TrainerError where a file is damaged.
     """
     try:
         content = json.loads((folder / STATE).read_bytes())
         version = content["format_version"]
         if version != FORMAT_VERSION:
-            raise MismatchError(f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION}")
+            raise MismatchError(
+                f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION}: "
+                "use the release that wrote it"
+            )
         state = pydantic.TypeAdapter(RunState).validate_python(content)
         if lacking := {"encoder", "class_names", "config_hash"} - state.shards.keys():
             raise KeyError(*sorted(lacking))
         if not (isinstance(state.shards["encoder"], dict) and isinstance(state.shards["class_names"], list)):
             raise TypeError("shards.encoder must be a mapping, shards.class_names a list")
+        sizes = {name: _size(folder / name) for name in state.files}
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise TrainerError(f"{folder} is not a checkpoint: {STATE}, {where}: {problem['msg']}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainerError(f"{folder} is not a checkpoint: {STATE}: {error!r}") from None
+        raise ForeignCheckpointError(
+            f"{folder} is not a checkpoint: {STATE}, {where}: {problem['msg']}"
+        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ForeignCheckpointError(f"{folder} is not a checkpoint: found no {STATE} in it") from None
+    except (KeyError, TypeError) as error:
+        raise ForeignCheckpointError(f"{folder} is not a checkpoint: {STATE}: {error!r}") from None
+    except ValueError as error:
+        raise TrainerError(f"{folder / STATE} is damaged: {error!r}; {_advice(folder)}") from None
+    except OSError as error:
+        raise UnreadableCheckpointError(f"{error.filename or folder} cannot be read: {error}") from None
     for name, size in state.files.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else 0
-        if found != size:
-            raise TrainerError(f"{path}: {found} bytes, {STATE} says {size}; {ADVICE}")
+        if sizes[name] != size:
+            raise TrainerError(
+                f"{folder / name}: {sizes[name]} bytes, {STATE} says {size}; {_advice(folder)}"
+            )
     return state
 
 
@@ -158,16 +185,29 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         listed = _listed_checksum(path)
         if listed is not None and (found := _checksum(path)) != listed:
-            raise TrainerError(f"{path}: its checksum is {found}, {STATE} says {listed}; {ADVICE}")
+            raise TrainerError(
+                f"{path}: its checksum is {found}, {STATE} says {listed}; {_advice(path.parent)}"
+            )
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise TrainerError(f"{path}: {error}; {ADVICE}") from None
+        raise TrainerError(f"{path}: {error}; {_advice(path.parent)}") from None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Folders `checkpoints/step-*` of a run, oldest first."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted(f for f in folders if re.fullmatch(r"step-\d+", f.name))
+    """Whatever a run has under the name `checkpoints/step-<number>`, in the order of the numbers.
+
+    Raises UnreadableCheckpointError where the folder cannot be listed: it may hold checkpoints.
+    """
+    try:
+        names = os.listdir(run / "checkpoints")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UnreadableCheckpointError(
+            f"{run / 'checkpoints'} cannot be listed: {error}; "
+            "if the error may have passed, give the same command again, else use another folder"
+        ) from None
+    return sorted((run / "checkpoints" / n for n in names if STEP_FOLDER.fullmatch(n)), key=_number)
 
 
 def latest_checkpoint(run: Path, damaged: list[TrainerError] | None = None) -> Path | None:
@@ -201,11 +241,44 @@ def find_checkpoint(folder: str | Path, damaged: list[TrainerError] | None = Non
     return found
 
 
-def warn_of(damaged: Iterable[TrainerError], taken: Path | None) -> None:
-    """Say on stderr which checkpoints were passed over, why, and what is `taken` instead; None: a new start."""
-    instead = "nothing before it is whole, starting anew" if taken is None else f"taking {taken.name} instead"
+def warn_of(damaged: Iterable[TrainerError], taken: Path) -> None:
+    """Say on stderr which checkpoints were passed over, why, and what is `taken` instead."""
     for error in damaged:
-        print(f"warning: {str(error).removesuffix(f'; {ADVICE}')}; {instead}", file=sys.stderr)
+        print(f"warning: {_problem(error)}; taking {taken.name} instead", file=sys.stderr)
+
+
+def checkpoint_to_resume(run: Path) -> Path | None:
+    """The newest checkpoint of a run, for training to go on from; None where there is no folder `step-*`.
+
+    Raises MismatchError or TrainerError where the newest folder `step-*` is not a whole checkpoint.
+    """
+    unknown: dict[Path, TrainerError] = {}
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            _load_own(folder)
+        except TrainerError as error:
+            unknown[folder] = error
+            continue
+        _refuse(unknown, folder)
+        return folder
+    _refuse(unknown, None)
+    return None
+
+
+def later_checkpoints(run: Path, step: int, origin: Path | None) -> list[Path]:
+    """Checkpoints of later steps than `step`, which training removes when it goes on from `origin`.
+
+    Raises MismatchError or TrainerError where one of them is not a whole checkpoint, or holds anything else.
+    """
+    later = [folder for folder in list_checkpoints(run) if _number(folder) > step]
+    unknown: dict[Path, TrainerError] = {}
+    for folder in reversed(later):
+        try:
+            _check_removable(folder)
+        except TrainerError as error:
+            unknown[folder] = error
+    _refuse(unknown, origin)
+    return later
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -239,23 +312,35 @@ def load_normaliser(folder: Path) -> Normaliser:
     path = folder / NORMALISER
     tensors = load_tensors(path) if path.exists() else {}
     if not tensors.keys() <= {"mean", "std"}:
-        raise TrainerError(f"{path}: found {', '.join(tensors)}, expected mean and std; {ADVICE}")
+        raise TrainerError(f"{path}: found {', '.join(tensors)}, expected mean and std; {_advice(folder)}")
     return Normaliser(**tensors) if tensors else RAW
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps than `step`, damaged or of a course that was given up."""
-    for folder in list_checkpoints(run):
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
+    """Remove the checkpoints of later steps than `step`, which belong to a course that was given up.
+
+    Raises, before it removes anything, what `later_checkpoints` raises.
+    """
+    origin = checkpoint_folder(run, step) if step else None
+    for folder in later_checkpoints(run, step, origin):
+        _remove(folder)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what interrupted writes left behind."""
-    for folder in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
-    for leftover in (run / "checkpoints").glob("step-*.tmp-*"):
-        shutil.rmtree(leftover)
+    """Remove all but the newest `keep` checkpoints, and what interrupted writes left behind.
+
+    Whatever is not a whole checkpoint, or holds anything else, stays and does not count.
+    """
+    own = []
+    for folder in list_checkpoints(run):
+        with contextlib.suppress(TrainerError):
+            _check_removable(folder)
+            own.append(folder)
+    for folder in own[:-keep]:
+        _remove(folder)
+    for folder in (run / "checkpoints").iterdir():
+        if _is_partial(folder):
+            shutil.rmtree(folder)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -286,6 +371,115 @@ def restore_optimizer(
         state.setdefault(numbers[name], {})[slot] = tensor
     merged = [{**saved, "params": mine["params"]} for saved, mine in zip(groups, own, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _load_own(folder: Path) -> RunState:
+    """Raises what `load_state` raises, and ForeignCheckpointError where the folder is named for another step."""
+    state = load_state(folder)
+    if state.step != _number(folder):
+        raise ForeignCheckpointError(f"{folder} holds the checkpoint of another step, {state.step}")
+    return state
+
+
+def _check_removable(folder: Path) -> None:
+    """Raise TrainerError unless the folder is a whole checkpoint and holds nothing else."""
+    _load_own(folder)
+    if folder.is_symlink():
+        raise ForeignCheckpointError(f"{folder} is a link, which this program did not make")
+    if strangers := _strangers(folder):
+        raise ForeignCheckpointError(
+            f"{folder} holds {', '.join(strangers)}, which is not part of a checkpoint"
+        )
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Names of all that is in a folder besides the files of a checkpoint."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if not (entry.is_file(follow_symlinks=False) and OWN_FILE.fullmatch(entry.name))
+            )
+    except OSError as error:
+        raise UnreadableCheckpointError(f"{folder} cannot be listed: {error}") from None
+
+
+def _is_partial(folder: Path) -> bool:
+    """Whether a folder is what an interrupted write or removal left: by its name and by all that it holds."""
+    if not PARTIAL_FOLDER.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    with contextlib.suppress(UnreadableCheckpointError):
+        return not _strangers(folder)
+    return False
+
+
+def _vacant_partial(target: Path) -> Path:
+    """The name under which this process writes or removes `target`, with nothing in that place."""
+    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    if _is_partial(partial):  # of a process that was killed; in containers ids come again
+        shutil.rmtree(partial)
+    if os.path.lexists(partial):
+        raise TrainerError(
+            f"{partial} is not a checkpoint that was being written, and is in its place; move it away and give "
+            f"the same command again: {_move(partial)}"
+        )
+    return partial
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint. After a kill in between, the rest of it does not have the name of a checkpoint."""
+    partial = _vacant_partial(folder)
+    folder.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _refuse(unknown: Mapping[Path, TrainerError], origin: Path | None) -> None:
+    """Raise the error of the newest of the `unknown` folders, newest first, with what to do about all of them.
+
+    origin: where training goes on once they are moved away.
+    """
+    if not unknown:
+        return
+    first = next(iter(unknown.values()))
+    others = f" (and {len(unknown) - 1} more like it)" if len(unknown) > 1 else ""
+    retry = "if that error may have passed, give the same command again; else "
+    then = "starts anew" if origin is None else f"goes on from {origin.name}"
+    message = (
+        f"{_problem(first)}{others}; nothing was changed: "
+        f"{retry if isinstance(first, UnreadableCheckpointError) else ''}train into another --out, or move "
+        f"{'it' if len(unknown) == 1 else 'them'} away, and the same command {then}: "
+        f"{' && '.join(map(_move, unknown))}"
+    )
+    is_foreign = isinstance(first, ForeignCheckpointError | MismatchError)
+    raise (MismatchError if is_foreign else TrainerError)(message)
+
+
+def _problem(error: TrainerError) -> str:
+    """What an error of `load_state` says, without the advice."""
+    return str(error).partition(f"; {ADVICE}")[0]
+
+
+def _advice(folder: Path) -> str:
+    return f"{ADVICE}: {_move(folder)}"
+
+
+def _move(folder: Path) -> str:
+    """The shell command that gives a folder a name beside it which no checkpoint has."""
+    names = (folder.with_name(f"{folder.name}.aside{number}") for number in ("", *range(2, 1000)))
+    target = next(path for path in names if not os.path.lexists(path))
+    return shlex.join(["mv", "--", str(folder), str(target)])
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:

@@ -85,6 +85,7 @@ class Loop(ABC):
         """Go on from the checkpoint `origin`, if there is one, and make the run folder ready."""
         if origin is not None:
             self._restore(origin)
+        self.world.barrier()  # until all ranks have read the folder that the main one is to change
         if self.world.is_main:
             with locked(self.out):
                 prepare_folder(self.out, self.config, self.index, self.step)

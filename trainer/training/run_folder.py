@@ -47,31 +47,34 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start; the main rank says which were passed over."""
-    damaged: list[TrainerError] = []
-    origin = _origin(out, resume, damaged)
-    if is_main:
-        saved.warn_of(damaged, origin)
-    return origin
+    """The checkpoint to go on from, or None for a fresh start.
 
-
-def _origin(out: Path, resume: str, damaged: list[TrainerError]) -> Path | None:
-    own = saved.latest_checkpoint(out, damaged)
+    The main rank says which checkpoints of another run were passed over. Raises MismatchError or TrainerError where
+    `out` has a later folder `step-*` that is not a whole checkpoint, as training would have to remove it.
+    """
     if resume == "auto":
-        return own
+        return saved.checkpoint_to_resume(out)
     if resume == "never":
-        if own is not None:
+        if steps := saved.list_checkpoints(out):
             raise UsageError(
-                f"{out} holds checkpoints up to {own.name}; choose another folder or --resume auto"
+                f"{out} holds checkpoints up to {steps[-1].name}; choose another folder or --resume auto"
             )
         return None
     if not Path(resume).exists():
         raise UsageError(
             f"--resume {resume}: found no such folder, expected auto, never or a run or checkpoint"
         )
+    damaged: list[TrainerError] = []
     asked = saved.find_checkpoint(resume, damaged)
-    # A rerun of a command that once started from elsewhere goes on from its own checkpoints.
-    return own if own is not None and asked.parent.resolve() != own.parent.resolve() else asked
+    if asked.parent.resolve() == (out / "checkpoints").resolve():
+        saved.later_checkpoints(out, saved.load_state(asked).step, asked)
+        return asked
+    own = saved.checkpoint_to_resume(out)
+    if own is not None:
+        return own  # a rerun of a command that once started from elsewhere goes on from its own checkpoints
+    if is_main:
+        saved.warn_of(damaged, asked)
+    return asked
 
 
 def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardIndex) -> None:
@@ -154,6 +157,7 @@ def _identity(config: Any, shards: dict[str, Any]) -> dict[str, Any]:
 
 def prepare_folder(out: Path, config: Any, index: ShardIndex, step: int) -> None:
     """Write config.yaml and take back what later steps than `step` left in the folder."""
+    saved.drop_after(out, step)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     content = {
         "config": to_mapping(config),
@@ -162,4 +166,3 @@ def prepare_folder(out: Path, config: Any, index: ShardIndex, step: int) -> None
     }
     write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     truncate_metrics(out, step)
-    saved.drop_after(out, step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -185,7 +186,7 @@ class Arrays(SampleFiles):
 
     def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
         super().__init__(out, count, facts)
-        self._folder = partial_name(out / "samples")
+        self._folder: Path | None = None
         self._arrays: dict[str, np.memmap] = {}
         self._filled = 0
 
@@ -197,8 +198,8 @@ class Arrays(SampleFiles):
         }
         if drawn.picture is not None:
             values["pictures"] = drawn.picture
-        if not self._arrays:
-            self._folder.mkdir(exist_ok=True)
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="samples.tmp-", dir=self.out))
             for name, value in values.items():
                 self._arrays[name] = np.lib.format.open_memmap(
                     self._folder / f"{name}.npy", "w+", value.dtype, (self.count, *value.shape)
@@ -213,7 +214,8 @@ class Arrays(SampleFiles):
                 self._pack()
         finally:
             self._arrays = {}
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _pack(self) -> None:
         path = self.out / "samples.npz"
@@ -223,7 +225,7 @@ class Arrays(SampleFiles):
         ):
             for name, array in self._arrays.items():
                 array.flush()
-                archive.write(self._folder / f"{name}.npy", f"{name}.npy")
+                archive.write(str(array.filename), f"{name}.npy")
         self.files.append(path)
 
 
