@@ -121,6 +121,94 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert [folder.name for folder in saved.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
 
 
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+def test_prune_leaves_alone_and_does_not_count_what_is_not_a_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5, 6):
+        save(tmp_path, step=step)
+    one, two, *_, five, six = saved.list_checkpoints(tmp_path)
+    (one / "notes.txt").write_text("mine")
+    (two / saved.MODEL).write_bytes(b"damaged")
+    (five / saved.STATE).unlink()
+    (six / saved.STATE).write_text('{"format_version": 2}')
+    outside = tmp_path / "outside"
+    six.with_name("step-00000003").rename(outside)
+    six.with_name("step-00000003").symlink_to(outside)
+    save(tmp_path, step=7)
+    save(tmp_path, step=8)
+    before = listing(tmp_path)
+    saved.prune_checkpoints(tmp_path, keep=2)
+    after = listing(tmp_path)
+    gone = before.keys() - after.keys()
+    assert after == {name: data for name, data in before.items() if name not in gone}
+    assert {Path(name).parts[1] for name in gone} == {"step-00000004"}
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("step-00000004.tmp-7", "notes.txt"),
+        ("step-00000004.tmp-7", "state.json/deep"),
+        ("step-00000004.tmp-mine", "model.safetensors"),
+        ("step-4.tmp-7", "model.safetensors"),
+        ("step-final.tmp-7", "model.safetensors"),
+    ],
+)
+def test_a_folder_of_another_shape_is_not_taken_for_an_interrupted_write(
+    tmp_path: Path, name: str, file: str
+) -> None:
+    save(tmp_path, step=3)
+    path = tmp_path / "checkpoints" / name / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    saved.prune_checkpoints(tmp_path, keep=1)
+    assert path.read_bytes() == b"mine"
+
+
+def test_writing_replaces_no_folder(tmp_path: Path) -> None:
+    target = saved.checkpoint_folder(tmp_path, 4)
+    in_place = target.with_name(f"{target.name}.tmp-{os.getpid()}") / "notes.txt"
+    in_place.parent.mkdir(parents=True)
+    in_place.write_bytes(b"mine")
+    with pytest.raises(TrainerError, match=r"give the same command again: mv -- .*tmp-\d+ .*aside"):
+        save(tmp_path, step=4)
+    target.mkdir()
+    with pytest.raises(TrainerError, match=r"step-00000004 exists, nothing was written there; .* mv -- "):
+        save(tmp_path, step=4)
+    assert listing(tmp_path / "checkpoints").keys() == {
+        target.name,
+        in_place.parent.name,
+        f"{in_place.parent.name}/notes.txt",
+    }
+
+
+def test_a_kill_during_a_removal_leaves_no_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step=step)
+
+    def killed(path: Path) -> None:
+        (path / saved.STATE).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saved.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            saved.drop_after(tmp_path, 1)
+    assert saved.checkpoint_to_resume(tmp_path) == saved.checkpoint_folder(tmp_path, 1)
+    saved.prune_checkpoints(tmp_path, keep=2)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_steps_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step=step)
+    assert saved.latest_checkpoint(tmp_path) == saved.checkpoint_folder(tmp_path, 100_000_000)
+
+
 def test_newer_checkpoint_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path)
     path = saved.find_checkpoint(tmp_path) / saved.STATE

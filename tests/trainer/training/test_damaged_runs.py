@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +27,7 @@ from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.trajectory_forcing.train import train
 from trainer.training import checkpoint as saved
 from trainer.training.config import to_mapping
-from trainer.training.run_folder import read_kept
+from trainer.training.run_folder import LOCK, read_kept
 
 TINY = dataclasses.replace(
     FLOW, preset="tiny-cpu", total_images=16, checkpoint_images=8, sample_images=None, tensorboard=False
@@ -69,6 +73,21 @@ def call(
     return call
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """Every path in a folder, but for the lock, with a digest of the file there."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
+        for path in folder.rglob("*")
+        if path.name != LOCK
+    }
+
+
+def follow(error: str) -> None:
+    """Run the shell command that a message ends with."""
+    command = error.rstrip().rpartition(": mv ")[2]
+    subprocess.run(f"mv {command}", shell=True, check=True)
+
+
 def newest(run: Path) -> Path:
     return max((run / "checkpoints").iterdir())
 
@@ -100,11 +119,11 @@ def test_a_flipped_bit_is_found_by_whatever_reads_the_file(
         code, error = call(*words)
         assert code == 1, words
         assert "step-00000002/model.safetensors: its checksum is" in error, words
-        assert "remove this one and go on from the one before" in error
+        assert "move this one away and go on from the one before: mv -- " in error
     assert not (run.parent / "out").exists() or not [*(run.parent / "out").rglob("*.*")]
-    shutil.rmtree(newest(run))
+    follow(error)
     assert call("train", shards, "--out", run, "--quiet")[0] == 0
-    assert newest(run).name == "step-00000002"
+    assert saved.load_state(saved.find_checkpoint(run)).step == 2
 
 
 def test_each_file_of_a_checkpoint_has_its_checksum(run: Path) -> None:
@@ -123,48 +142,199 @@ def test_a_checkpoint_without_checksums_is_read(run: Path) -> None:
     assert saved.load_tensors(newest(run) / saved.MODEL)
 
 
+DAMAGES = [
+    (lambda folder: (folder / saved.STATE).unlink(), 5, "found no state.json in it"),
+    (
+        lambda folder: (folder / saved.STATE).write_bytes(b"\xff{"),
+        1,
+        "state.json is damaged: UnicodeDecodeError",
+    ),
+    (lambda folder: (folder / saved.MODEL).unlink(), 1, "model.safetensors: 0 bytes, state.json says"),
+    (lambda folder: change_state(folder, step="two"), 5, "state.json, step: .*valid integer"),
+    (lambda folder: change_state(folder, optimizer={}), 5, "state.json, optimizer: .*list"),
+    (lambda folder: change_state(folder, colour="red"), 5, "state.json, colour: Unexpected"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), [(damage, message) for damage, _, message in DAMAGES])
+def test_verbs_that_only_read_name_a_damaged_step_and_pass_over_it(
+    run: Path, call: Callable[..., tuple[int, str]], damage: Callable[[Path], object], message: str
+) -> None:
+    damage(newest(run))
+    before = content(run)
+    if (newest(run) / saved.STATE).exists():
+        code, error = call("sample", newest(run), *SAMPLE)
+        assert code == 1
+        assert re.search(message, error), error
+    code, said = call("sample", run, *SAMPLE)
+    assert code == 0
+    warning = r"warning: .*step-00000002.*(state\.json|model\.safetensors).*; taking step-00000001 instead"
+    assert [bool(re.match(warning, line)) for line in said.splitlines() if "warning" in line] == [True]
+    assert content(run) == before
+
+
+def unreadable(folder: Path) -> None:
+    """state.json cannot be read, as in a passing error of the disk: the system says so of a folder, even to root."""
+    (folder / saved.STATE).rename(folder / "kept")
+    (folder / saved.STATE).mkdir()
+
+
+def foreign(folder: Path) -> None:
+    """Another program uses the same name."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"weights of another program")
+
+
+def renamed(folder: Path) -> None:
+    """A copy of the step before, under the name of this one."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step-00000001"), folder)
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "code", "message"),
     [
-        (lambda folder: (folder / saved.STATE).unlink(), "found no checkpoint"),
-        (lambda folder: (folder / saved.STATE).write_bytes(b"\xff{"), "state.json: UnicodeDecodeError"),
-        (lambda folder: (folder / saved.MODEL).unlink(), "model.safetensors: 0 bytes, state.json says"),
-        (lambda folder: change_state(folder, step="two"), "state.json, step: .*valid integer"),
-        (lambda folder: change_state(folder, optimizer={}), "state.json, optimizer: .*list"),
-        (lambda folder: change_state(folder, colour="red"), "state.json, colour: Unexpected"),
+        *DAMAGES,
+        (
+            lambda folder: change_state(folder, format_version=2),
+            5,
+            "format 2, this program reads 1: use the rel",
+        ),
+        (unreadable, 1, "cannot be read: .* give the same command again; else train"),
+        (foreign, 5, "found no state.json in it"),
+        (renamed, 5, "holds the checkpoint of another step, 1"),
     ],
 )
-def test_a_damaged_step_is_named_and_the_run_goes_on_without_it(
+def test_training_stops_at_a_step_that_it_cannot_read_and_goes_on_once_it_is_moved_away(
     run: Path,
     shards: str,
     call: Callable[..., tuple[int, str]],
     damage: Callable[[Path], object],
+    code: int,
     message: str,
 ) -> None:
-    damage(newest(run))
-    code, error = call("sample", newest(run), *SAMPLE)
+    folder = newest(run)
+    damage(folder)
+    before = content(run)
+    train = ("train", shards, "--out", run, "--quiet")
+    for words in (train, (*train, "--dry-run"), (*train, "--resume", folder.with_name("step-00000001"))):
+        found, error = call(*words)
+        assert found == code, error
+        assert re.search(rf"^error: .*step-00000002.*{message}", error), error
+        assert "nothing was changed" in error
+        assert "the same command goes on from step-00000001: mv -- " in error
+        assert len(error.splitlines()) == 1
+    assert content(run) == before
+    follow(error)
+    aside = folder.with_name("step-00000002.aside")
+    kept = content(aside)
+    assert call(*train)[0] == 0
+    assert saved.load_state(folder).step == 2
+    assert (
+        content(aside)
+        == kept
+        == {
+            name.removeprefix("checkpoints/step-00000002/"): digest
+            for name, digest in before.items()
+            if name.startswith("checkpoints/step-00000002/")
+        }
+    )
+
+
+def test_training_goes_on_by_itself_once_an_error_of_the_disk_has_passed(
+    run: Path, shards: str, call: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(run)
+    read = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == saved.STATE:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)
+        code, error = call("train", shards, "--out", run, "--quiet")
     assert code == 1
-    assert re.search(message, error), error
-    for words in (("sample", run, *SAMPLE), ("train", shards, "--out", run, "--quiet")):
-        code, said = call(*words)
-        assert code == 0
-        warning = (
-            r"warning: .*step-00000002.*(state\.json|model\.safetensors).*; taking step-00000001 instead"
-        )
-        assert [bool(re.match(warning, line)) for line in said.splitlines() if "warning" in line] == [True]
-    assert saved.load_state(newest(run)).step == 2
-    assert "warning" not in call("sample", run, *SAMPLE)[1]
+    assert "step-00000002/state.json cannot be read: [Errno 5] Input/output error" in error
+    assert "(and 1 more like it); nothing was changed: if that error may have passed" in error
+    assert content(run) == before
+    assert call("train", shards, "--out", run, "--quiet")[0] == 0
+    assert content(run / "checkpoints") == {
+        name.removeprefix("checkpoints/"): digest
+        for name, digest in before.items()
+        if name.startswith("checkpoints/")
+    }
 
 
-def test_a_run_without_a_whole_step_is_begun_anew_and_says_so(
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    run: Path, shards: str, call: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(run)
+    listdir = os.listdir
+
+    def fail(path: Any) -> list[str]:
+        if Path(path).name == "checkpoints":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return listdir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", fail)
+        code, error = call("train", shards, "--out", run, "--quiet")
+    assert code == 1
+    assert "checkpoints cannot be listed" in error
+    assert content(run) == before
+
+
+def test_a_run_without_a_whole_step_starts_anew_only_after_all_are_moved_away(
     run: Path, shards: str, call: Callable[..., tuple[int, str]]
 ) -> None:
     for folder in (run / "checkpoints").iterdir():
         (folder / saved.MODEL).write_bytes(b"")
-    code, said = call("train", shards, "--out", run, "--quiet")
-    assert code == 0
-    assert said.count("0 bytes, state.json says") == 2
-    assert said.count("; nothing before it is whole, starting anew\n") == 2
+    before = content(run)
+    code, error = call("train", shards, "--out", run, "--quiet")
+    assert code == 1
+    assert "step-00000002/model.safetensors: 0 bytes" in error
+    assert "and the same command starts anew: mv -- " in error
+    assert content(run) == before
+    follow(error)
+    assert call("train", shards, "--out", run, "--quiet")[0] == 0
+    assert [folder.name for folder in saved.list_checkpoints(run)] == ["step-00000001", "step-00000002"]
+    assert len(list((run / "checkpoints").glob("*.aside"))) == 2
+
+
+def test_resume_never_reads_and_removes_nothing(
+    run: Path, shards: str, call: Callable[..., tuple[int, str]]
+) -> None:
+    foreign(newest(run))
+    before = content(run)
+    code, error = call("train", shards, "--out", run, "--quiet", "--resume", "never")
+    assert (code, "holds checkpoints up to step-00000002" in error) == (2, True)
+    assert content(run) == before
+
+
+def test_a_course_that_is_given_up_takes_nothing_else_with_it(
+    run: Path, shards: str, call: Callable[..., tuple[int, str]]
+) -> None:
+    (newest(run) / "notes.txt").write_text("the best one so far")
+    before = content(run)
+    earlier = run / "checkpoints" / "step-00000001"
+    code, error = call("train", shards, "--out", run, "--quiet", "--resume", earlier)
+    assert code == 5
+    assert "step-00000002 holds notes.txt, which is not part of a checkpoint" in error
+    assert content(run) == before
+    follow(error)
+    assert call("train", shards, "--out", run, "--quiet", "--resume", earlier)[0] == 0
+    assert (run / "checkpoints" / "step-00000002.aside" / "notes.txt").exists()
+
+
+def test_what_interrupted_writes_left_does_not_stop_a_training(
+    run: Path, shards: str, call: Callable[..., tuple[int, str]]
+) -> None:
+    newest(run).rename(newest(run).with_name("step-00000002.tmp-7"))
+    assert call("train", shards, "--out", run, "--quiet")[0] == 0
+    assert {folder.name for folder in (run / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
 
 
 def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(
