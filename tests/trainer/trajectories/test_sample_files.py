@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,3 +160,12 @@ def test_order_and_neighbours_do_not_matter(pipe: TrajectoryPipeline) -> None:
         # Matrix products of another batch size may round differently.
         torch.testing.assert_close(forth[seed], back[seed], atol=1e-5, rtol=1e-5)
     assert forth[0].shape == (4, *GRID, 48)
+
+
+def test_a_folder_named_like_unfinished_arrays_stays(tmp_path: Path) -> None:
+    mine = tmp_path / f"samples.tmp-{os.getpid()}" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    write(tmp_path, ["npz"], pipe_without_decoder()(LABELS[:2], SEEDS[:2]))
+    assert mine.read_bytes() == b"mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.npz", mine.parent.name}
