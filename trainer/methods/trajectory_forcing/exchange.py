@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ from trainer.training.config import (
 )
 from trainer.training.optim import NEWTON_SCHULZ, MuonAdam
 from trainer.training.release_files import check_weights, read_fields
-from trainer.training.run_folder import CONFIG, locked
+from trainer.training.run_folder import CONFIG, LOCK, locked
 from trainer.whole_files import check_free, write_bytes
 
 CONFIG_FILE = "config.json"
@@ -151,6 +152,7 @@ def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapp
     """The run folder of one checkpoint; a folder that was not there before is whole or absent."""
     is_new = not out.exists()
     with locked(out):
+        is_new = is_new and os.listdir(out) == [LOCK]  # else another import came first
         try:
             saved.write_folder(saved.checkpoint_folder(out, state.step), state, files)
             content = {
@@ -160,7 +162,7 @@ def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapp
             }
             write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
         except BaseException:
-            if is_new:
+            if is_new and {LOCK, CONFIG, "checkpoints"}.issuperset(os.listdir(out)):
                 shutil.rmtree(out)
             raise
 

@@ -15,12 +15,14 @@ from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
 from released import changed
 
 from trainer.errors import MismatchError, TrainerError, UsageError
+from trainer.methods.trajectory_forcing import exchange
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.release import load_checkpoint, official_config, save_checkpoint
 from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
 from trainer.training import checkpoint as saved
 from trainer.training.config import ModelConfig
+from trainer.training.run_folder import locked
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
@@ -291,3 +293,35 @@ def test_export_overwrites_no_folder(golden: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"config\.json is a folder, expected the name of a file"):
         export_official(tmp_path / "run", tmp_path / "theirs")
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"]
+
+
+def test_an_import_that_fails_keeps_what_another_program_put_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(path: Path, data: bytes) -> None:
+        (path.parent / "notes.txt").write_text("mine")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exchange, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        import_official(official_file(tmp_path / "theirs"), tmp_path / "run")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_of_two_imports_into_one_folder_the_first_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, run = official_file(tmp_path / "theirs"), tmp_path / "run"
+    written: dict[Path, bytes] = {}
+
+    def overtaken(folder: Path) -> Any:
+        monkeypatch.undo()
+        import_official(file, folder)
+        written.update({path: path.read_bytes() for path in run.rglob("*") if path.is_file()})
+        return locked(folder)
+
+    monkeypatch.setattr(exchange, "locked", overtaken)
+    with pytest.raises(TrainerError, match="step-00000005 exists, nothing was written there"):
+        import_official(file, run)
+    assert written
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == written
