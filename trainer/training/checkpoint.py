@@ -43,6 +43,7 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NORMALISER = "normaliser.safetensors"
 ADVICE = "use another checkpoint, or move this one away and go on from the one before"
+RETRY = "if that error may have passed, give the same command again"
 FORMAT_VERSION = 1
 """Version of the checkpoint folder; readers refuse another."""
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -168,7 +169,9 @@ def load_state(folder: Path) -> RunState:
     except ValueError as error:
         raise TrainerError(f"{folder / STATE} is damaged: {error!r}; {_advice(folder)}") from None
     except OSError as error:
-        raise UnreadableCheckpointError(f"{error.filename or folder} cannot be read: {error}") from None
+        raise UnreadableCheckpointError(
+            f"{error.filename or folder} cannot be read: {error}; {RETRY}"
+        ) from None
     for name, size in state.files.items():
         if sizes[name] != size:
             raise TrainerError(
@@ -204,8 +207,7 @@ def list_checkpoints(run: Path) -> list[Path]:
         return []
     except OSError as error:
         raise UnreadableCheckpointError(
-            f"{run / 'checkpoints'} cannot be listed: {error}; "
-            "if the error may have passed, give the same command again, else use another folder"
+            f"{run / 'checkpoints'} cannot be listed: {error}; {RETRY}, else use another folder"
         ) from None
     return sorted((run / "checkpoints" / n for n in names if STEP_FOLDER.fullmatch(n)), key=_number)
 
@@ -413,7 +415,7 @@ def _strangers(folder: Path) -> list[str]:
                 if not (entry.is_file(follow_symlinks=False) and OWN_FILE.fullmatch(entry.name))
             )
     except OSError as error:
-        raise UnreadableCheckpointError(f"{folder} cannot be listed: {error}") from None
+        raise UnreadableCheckpointError(f"{folder} cannot be listed: {error}; {RETRY}") from None
 
 
 def _is_partial(folder: Path) -> bool:
@@ -453,13 +455,13 @@ def _refuse(unknown: Mapping[Path, TrainerError], origin: Path | None) -> None:
     if not unknown:
         return
     first = next(iter(unknown.values()))
-    others = f" (and {len(unknown) - 1} more like it)" if len(unknown) > 1 else ""
-    retry = "if that error may have passed, give the same command again; else "
+    others = f" (and {len(unknown) - 1} more before it)" if len(unknown) > 1 else ""
+    retry = f"{RETRY}; else " if isinstance(first, UnreadableCheckpointError) else ""
     then = "starts anew" if origin is None else f"goes on from {origin.name}"
     message = (
         f"{_problem(first)}{others}; nothing was changed: "
-        f"{retry if isinstance(first, UnreadableCheckpointError) else ''}train into another --out, or move "
-        f"{'it' if len(unknown) == 1 else 'them'} away, and the same command {then}: "
+        f"{retry}train into another --out, or move {'it' if len(unknown) == 1 else 'them'} away, "
+        f"and the same command {then}: "
         f"{' && '.join(map(_move, unknown))}"
     )
     is_foreign = isinstance(first, ForeignCheckpointError | MismatchError)
@@ -468,7 +470,7 @@ def _refuse(unknown: Mapping[Path, TrainerError], origin: Path | None) -> None:
 
 def _problem(error: TrainerError) -> str:
     """What an error of `load_state` says, without the advice."""
-    return str(error).partition(f"; {ADVICE}")[0]
+    return re.split(f"; (?:{ADVICE}|{RETRY})", str(error))[0]
 
 
 def _advice(folder: Path) -> str:

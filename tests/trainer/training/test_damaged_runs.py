@@ -258,7 +258,7 @@ def test_training_goes_on_by_itself_once_an_error_of_the_disk_has_passed(
         code, error = call("train", shards, "--out", run, "--quiet")
     assert code == 1
     assert "step-00000002/state.json cannot be read: [Errno 5] Input/output error" in error
-    assert "(and 1 more like it); nothing was changed: if that error may have passed" in error
+    assert "(and 1 more before it); nothing was changed: if that error may have passed" in error
     assert content(run) == before
     assert call("train", shards, "--out", run, "--quiet")[0] == 0
     assert content(run / "checkpoints") == {
