@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import ray
 import typer
 
-from hierarchy_builder.build.workers import QUIET, join
+from hierarchy_builder.build.workers import QUIET, join, start_local
 from hierarchy_builder.errors import BuilderError
 from trainer.cli import app as cli
 from trainer.errors import InterruptedRunError, TrainerError, UsageError
@@ -65,7 +64,7 @@ def train(
     for name, value in {**QUIET, **OF_TRAINING}.items():
         os.environ.setdefault(name, value)
     if address is None:
-        ray.init(log_to_driver=True, include_dashboard=False)
+        start_local(log_to_driver=True)
     else:
         join(address, log_to_driver=True)
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})

@@ -11,7 +11,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # A Ray of its own for each process of tests, whatever else runs on the machine; sockets want a short path.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 

@@ -10,6 +10,7 @@ import contextlib
 import heapq
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -31,10 +32,9 @@ ResultT = TypeVar("ResultT")
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Environment of a local Ray: no usage reports, no token file. Set values win."""
+"""Environment of a local Ray: no usage reports. Set values win."""
 
 SILENCE_S = 300
 """Seconds without a finished unit after which the free resources are logged."""
@@ -51,6 +51,12 @@ UNITS_AHEAD = 4
 
 KNOCK_S = 20
 """Seconds a cluster has to take a connection."""
+
+TOKEN_PLACES = (
+    "put the token that the cluster was started with into RAY_AUTH_TOKEN, or the path of a file that holds it into "
+    "RAY_AUTH_TOKEN_PATH (Ray also reads ~/.ray/auth_token)"
+)
+"""The next step after an error of authentication."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,19 +130,83 @@ def has_gpu(workers: Workers) -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def join(address: str, **options: Any) -> None:
-    """`ray.init` of a cluster that is there. Raises BuilderError where none answers."""
+def start_local(**options: Any) -> None:
+    """`ray.init` of a Ray that only this process and its workers can use; it ends with `shutdown`.
+
+    It listens on the loopback interface and accepts only calls that carry a token. The token is a new random one,
+    and only the environment of the Ray processes holds it, unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names one.
+    Raises BuilderError where the named token cannot be read.
+    """
     import ray
+    from ray._private import ray_constants
+
+    values = {"RAY_AUTH_MODE": "token"}
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        values["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray replaces 127.0.0.1 by the address of the network interface unless this constant is false. Ray reads its
+    # environment variable at import, which may lie in the past, and `ray start --address` refuses to run with it.
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with _authentication(values):
+        ray_constants.ENABLE_RAY_CLUSTER = before and ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR in os.environ
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def join(address: str, **options: Any) -> None:
+    """`ray.init` of a cluster that is running, with the token that the user has for it.
+
+    Raises BuilderError where no cluster answers, and where it rejects the token.
+    """
+    import ray
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
     host, colon, port = address.removeprefix("ray://").rpartition(":")
+    is_reached = False
     try:
         if colon and port.isdecimal():  # where nothing listens Ray itself would wait for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
-        ray.init(address=address, **options)
+            is_reached = True
+        # Ray repeats every rejected call for 20 s and logs each; the error below says it once.
+        values = {"RAY_BACKEND_LOG_LEVEL": "error"}
+        with _authentication(values):
+            if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+                values["RAY_AUTH_MODE"] = "token"
+        with _authentication(values):
+            ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError) as error:
+        if is_reached:
+            raise BuilderError(
+                f"the Ray cluster at {address!r} did not accept this connection: {error}; {TOKEN_PLACES}"
+            ) from None
         raise BuilderError(
             f"no Ray cluster answers at {address!r}: {error}; expected the HOST:PORT that `ray start --head` printed"
         ) from None
+
+
+@contextlib.contextmanager
+def _authentication(values: Mapping[str, str]) -> Iterator[None]:
+    """Let a Ray that starts or is joined inside see `values` in the environment, where the user set none.
+
+    Ray reads the mode and the token once; both are read anew here, since this process may have used another Ray.
+    """
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    added = {name: os.environ.get(name) for name in values if not os.environ.get(name)}
+    os.environ.update({name: values[name] for name in added})
+    try:
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield
+    except ray.exceptions.AuthenticationError as error:
+        raise BuilderError(f"Ray has no token: {error.message}; {TOKEN_PLACES}") from None
+    finally:
+        for name, value in added.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def shutdown() -> None:
@@ -369,10 +439,8 @@ def _start_ray(workers: Workers) -> None:
     if address:
         join(address, log_to_driver=False, logging_level=logging.ERROR)
     else:
-        ray.init(
-            address="local",
+        start_local(
             num_cpus=max(workers.count or 0, os.cpu_count() or 1),
-            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
