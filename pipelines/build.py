@@ -1,6 +1,6 @@
 """The whole build as one job on a Ray cluster: images → features → regions → shards.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- \\
+    ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python -m pipelines.build s3-or-shared-path/images --out /shared/build --encoder dinov2-reg-base
 
 The driver is restartable: submit the same job again and it goes on from the last finished unit. `--out` must be a

@@ -1,6 +1,6 @@
 """The training loop on a Ray cluster: every worker of Ray Train is a rank of one `trainer train`.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- \\
+    ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python -m pipelines.train --workers 8 --gpus-per-worker 1 -- \\
         /shared/build --out /shared/run --preset TF-B
 

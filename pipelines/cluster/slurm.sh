@@ -16,21 +16,21 @@ out=${2:?usage: sbatch slurm.sh IMAGES OUT [flags]}
 shift 2
 bin=${VENV:-.venv}/bin
 export RAY_USAGE_STATS_ENABLED=0
-# Only processes of this job may use its Ray: a new random token each time. srun passes the environment on, which,
-# unlike a command line, other users of a node cannot read.
-export RAY_AUTH_MODE=token
-RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+# Only processes of this job may use its Ray: they need a random token. It travels in the environment, which srun
+# passes on and which, unlike a file or a command line, other users of a node cannot read.
+export RAY_AUTH_MODE=token SLURM_EXPORT_ENV=ALL
+: "${RAY_AUTH_TOKEN:=$(od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 export RAY_AUTH_TOKEN
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 20000))
 address="$head:$port"
 
-srun --export=ALL --nodes=1 --ntasks=1 -w "$head" \
+srun --nodes=1 --ntasks=1 -w "$head" \
   "$bin/ray" start --head --port="$port" --dashboard-host=127.0.0.1 --num-cpus="$SLURM_CPUS_PER_TASK" --block &
 sleep 10
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-  srun --export=ALL --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" \
+  srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" \
     "$bin/ray" start --address="$address" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
   sleep 10
 fi

@@ -1,7 +1,10 @@
 """The build as a cluster job: a real Ray of two nodes, and files a scheduler would take."""
 
+import contextlib
 import json
 import os
+import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.artefacts import BuildFolder
 
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 CLUSTER = Path(__file__).resolve().parents[2] / "pipelines" / "cluster"
 
 
@@ -41,17 +45,37 @@ def test_no_cluster_at_the_address_is_said(tmp_path) -> None:
 
 @pytest.fixture
 def two_nodes(monkeypatch):
-    """Address of a local Ray of two nodes with one CPU each."""
-    for name, value in QUIET.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    from ray.cluster_utils import Cluster
+    """Address of a Ray of two nodes with one CPU each, which needs the token of this environment.
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes(timeout=60)
-    yield cluster.address
-    cluster.shutdown()
+    It starts from a process of its own, since Ray reads the mode of authentication only once.
+    """
+    for name, value in {**QUIET, **TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}.items():
+        monkeypatch.setenv(name, value)
+    start = """
+        from ray.cluster_utils import Cluster
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes(timeout=60)
+        print("ready", cluster.address, flush=True)
+        input()
+        cluster.shutdown()
+    """
+    with running(start) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def running(program):
+    """What `program` prints behind "ready"; it goes on when the block ends."""
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while not (line := process.stdout.readline()).startswith("ready"):
+                assert line, "the program ended before it was ready"
+            yield line.removeprefix("ready").strip()
+        finally:
+            process.stdin.write("\n")
+            process.stdin.close()
 
 
 @pytest.mark.timeout(240)
@@ -71,6 +95,24 @@ def test_job_on_two_nodes_makes_the_bytes_of_one_process(two_nodes, tmp_path) ->
     )
     assert job.returncode == 0, job.stderr
     assert [row["images"] for row in json.loads(job.stdout)] == [18, 18, 18]
+    for tokens in (
+        {"RAY_AUTH_TOKEN": "0" * 64},
+        {"RAY_AUTH_TOKEN": ""},
+        {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": ""},
+    ):
+        refused = subprocess.run(
+            [
+                *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "refused"),
+                *("--encoder", "dct", "--address", two_nodes),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env={**os.environ, "NO_COLOR": "1", "HOME": str(tmp_path), **tokens},
+        )
+        assert refused.returncode == 1, refused.stderr
+        assert "RAY_AUTH_TOKEN" in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
     alone = BuildFolder(tmp_path / "alone")
     plan = steps.BuildPlan(
         extract=ExtractConfig(encoder="dct", block_rows=8),
@@ -102,6 +144,18 @@ def test_cluster_files_name_the_job() -> None:
     assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
 
 
+def test_cluster_files_turn_tokens_on() -> None:
+    job = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    assert job["authOptions"] == {"mode": "token"}
+    assert [int(part) for part in job["rayVersion"].split(".")] >= [2, 52, 0]  # older ones have no tokens
+    cluster = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
+    for command in cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]:
+        assert "ray start" not in command or command.startswith("RAY_AUTH_MODE=token "), command
+    assert list(cluster["file_mounts"]) == [f"/home/{cluster['auth']['ssh_user']}/.ray/auth_token"]
+    for path in CLUSTER.iterdir():
+        assert "0.0.0.0" not in path.read_text(), path
+
+
 def test_slurm_script_is_valid_shell() -> None:
     subprocess.run(["bash", "-n", CLUSTER / "slurm.sh"], check=True)
 
@@ -110,10 +164,10 @@ def test_slurm_script_starts_ray_and_passes_the_exit_code(tmp_path) -> None:
     """Run the script with stand-ins for Slurm's and Ray's commands, and look at what they were asked."""
     calls = tmp_path / "calls"
     stand_ins = {
-        "srun": 'echo "srun $*" >> "$CALLS"',
+        "srun": 'echo "srun $*" >> "$CALLS"; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> "$CALLS.tokens"',
         "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" = show ] && printf "a\\nb\\n" || true',
         "sleep": "exit 0",
-        "python": 'echo "python $*" >> "$CALLS"; exit 75',
+        "python": 'echo "python $*" >> "$CALLS"; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> "$CALLS.tokens"; exit 75',
         "ray": "exit 0",
     }
     for name, script in stand_ins.items():
@@ -144,6 +198,11 @@ def test_slurm_script_starts_ray_and_passes_the_exit_code(tmp_path) -> None:
     assert "srun --nodes=1 --ntasks=1 -w a" in said
     assert "--exclude=a" in said
     assert "scontrol requeue 7" in said
+    (token,) = set(
+        Path(f"{calls}.tokens").read_text().splitlines()
+    )  # the same on the nodes and in the driver
+    assert re.fullmatch("token [0-9a-f]{64}", token)
+    assert token.removeprefix("token ") not in said + done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -154,7 +213,7 @@ def job_server(monkeypatch):
     """
     for module in ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client", "smart_open", "virtualenv"):
         pytest.importorskip(module, reason="`ray job submit` needs the cluster extra (ray[default])")
-    for name, value in QUIET.items():
+    for name, value in {**QUIET, **TOKEN}.items():
         monkeypatch.setenv(name, value)
     port = _free_port()
     start = f"""
@@ -166,12 +225,8 @@ def job_server(monkeypatch):
         input()
         cluster.shutdown()
     """
-    command = [sys.executable, "-c", textwrap.dedent(start)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as node:
-        while (line := node.stdout.readline()) != "ready\n":
-            assert line, "the node ended before it was ready"
+    with running(start):
         yield f"http://127.0.0.1:{port}"
-        node.stdin.write("\n")
 
 
 def _free_port() -> int:
@@ -226,7 +281,13 @@ def test_ray_job_has_the_fields_of_its_kind() -> None:
     }
     known = {"entrypoint", "runtimeEnvYAML", "submissionMode", "rayClusterSpec", "suspend", "metadata"}
     assert spec.keys() <= lifetime | known
-    assert cluster.keys() <= {"rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling"}
+    assert cluster.keys() <= {
+        "rayVersion",
+        "authOptions",
+        "headGroupSpec",
+        "workerGroupSpecs",
+        "enableInTreeAutoscaling",
+    }
     assert cluster["headGroupSpec"].keys() <= {"rayStartParams", "template", "serviceType"}
     for group in cluster["workerGroupSpecs"]:
         counts = ("minReplicas", "replicas", "maxReplicas")

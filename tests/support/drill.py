@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 from pictures import write_tree
+from processes import processes_below
 
 from hierarchy_builder.build.workers import QUIET
 from hierarchy_builder.store.artefacts import BuildFolder, read_json, sha256_file
@@ -40,6 +41,7 @@ POLL_S = 0.02
 HEAD = {"num_cpus": 1, "include_dashboard": False}
 SMALL_CLUSTER = {
     **QUIET,
+    "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
@@ -288,19 +290,12 @@ def check_whole(folder: BuildFolder) -> None:
 
 def workers_of(driver: int) -> list[int]:
     """Process ids of the Ray workers below a driver."""
-    parents, workers = dict[int, int](), list[int]()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if (entry / "cmdline").read_bytes().startswith(b"ray::_Worker"):
-                workers.append(int(entry.name))
-
-    def is_below(process: int) -> bool:
-        while process in parents and process != driver:
-            process = parents[process]
-        return process == driver
-
-    return [worker for worker in workers if is_below(worker)]
+    workers = list[int]()
+    for process in processes_below(driver):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::_Worker"):
+                workers.append(process)
+    return workers
 
 
 def main() -> None:
