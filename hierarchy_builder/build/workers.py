@@ -14,6 +14,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,12 +169,9 @@ def join(address: str, **options: Any) -> None:
         if colon and port.isdecimal():  # where nothing listens Ray itself would wait for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
             is_reached = True
-        # Ray repeats every rejected call for 20 s and logs each; the error below says it once.
-        values = {"RAY_BACKEND_LOG_LEVEL": "error"}
-        with _authentication(values):
-            if AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-                values["RAY_AUTH_MODE"] = "token"
-        with _authentication(values):
+        with _authentication({}):
+            has_token = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+        with _authentication({"RAY_AUTH_MODE": "token"} if has_token else {}), _held_stderr():
             ray.init(address=address, **options)
     except (OSError, ValueError, RuntimeError) as error:
         if is_reached:
@@ -183,6 +181,26 @@ def join(address: str, **options: Any) -> None:
         raise BuilderError(
             f"no Ray cluster answers at {address!r}: {error}; expected the HOST:PORT that `ray start --head` printed"
         ) from None
+
+
+@contextlib.contextmanager
+def _held_stderr() -> Iterator[None]:
+    """Write what this process sends to stderr only when the block has succeeded.
+
+    Ray repeats a call that was rejected for 20 s and writes a line each time, below Python; the error says it once.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        held.seek(0)
+        os.write(2, held.read())
 
 
 @contextlib.contextmanager

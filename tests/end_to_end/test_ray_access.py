@@ -24,13 +24,6 @@ print("ran below", ray.get(task.remote(), timeout=60))
 """
 
 
-def environment_of_worker(loaded: None, unit: Block, threads: int) -> dict[str, str]:
-    """Where the worker's Ray is and what it needs, in place of the work of a unit."""
-    import ray
-
-    return {"address": ray.get_runtime_context().gcs_address, "token": os.environ.get("RAY_AUTH_TOKEN", "")}
-
-
 def intrude(address: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Join the Ray at `address` from another process and run a task there."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
@@ -69,11 +62,18 @@ def test_another_process_cannot_use_the_ray_of_a_build(
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/proc/none")  # nothing can be written there
+
+    def look(loaded: None, unit: Block, threads: int) -> dict[str, str]:
+        """Where the worker's Ray is and which token it has, in place of the work of a unit."""
+        import ray
+
+        return {"address": ray.get_runtime_context().gcs_address, "token": os.environ["RAY_AUTH_TOKEN"]}
+
     home = tmp_path / "home"
     home.mkdir()
     try:
         with open_pool(lambda: None, Workers(count=1), 1) as pool:
-            (worker,) = pool.map(environment_of_worker, [Block(number=0, start=0, stop=1)])
+            (worker,) = pool.map(look, [Block(number=0, start=0, stop=1)])
             import ray
 
             processes = processes_below(os.getpid())
