@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hierarchy_builder.encoders.torchvision_schemas import import_timm
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.vision_libraries import import_vision
 
-timm = import_timm()
+timm = import_vision("timm")
 
 DINOV2_SIZE_PX = 224
 """DINOv2 runs at 224 px here (its own 518 px position embedding is resampled by timm, bicubic, antialiased)."""

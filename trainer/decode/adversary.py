@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from hierarchy_builder.vision_libraries import import_vision
 from trainer.decode.rae import IMAGENET_MEAN, IMAGENET_STD
 from trainer.training.release_files import check_weights, read_weights
 
@@ -27,70 +28,42 @@ SHIFT = 0.125
 """Largest translation of the augmentation, as a share of the side."""
 
 
-class Backbone(nn.Module):
-    """A ViT with the names of DINO's checkpoints (Caron et al. 2021), frozen. Defaults are ViT-S/8 at 224 px."""
-
-    def __init__(
-        self, size_px: int = 224, patch_px: int = 8, width: int = 384, depth: int = 12, heads: int = 6
-    ) -> None:
-        super().__init__()
-        self.size_px, self.width = size_px, width
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size_px // patch_px) ** 2, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_px, patch_px)})
-        self.blocks = nn.ModuleList(_VitBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.eval().requires_grad_(False)
-
-    def forward(self, pictures: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Normalised pictures [B, 3, size, size] → tokens [B, N, D] after each of `blocks`."""
-        patches = self.patch_embed["proj"](pictures).flatten(2).mT
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
-        found = []
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            if number in blocks:
-                found.append(x[:, 1:])
-        return found
-
-
-class _VitBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+def frozen_vit(
+    size_px: int = 224, patch_px: int = 8, width: int = 384, depth: int = 12, heads: int = 6
+) -> nn.Module:
+    """timm's ViT, whose parameters have the names of DINO's checkpoints; frozen. Defaults are ViT-S/8 at 224 px."""
+    module = import_vision("timm.models.vision_transformer")
+    vit: nn.Module = module.VisionTransformer(
+        img_size=size_px, patch_size=patch_px, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
+    )
+    return vit.eval().requires_grad_(False)
 
 
 class Discriminator(nn.Module):
     """Logits of a picture being real, one per head and token.
 
-    The backbone is no part of the state that is saved.
+    The backbone stays out of the state that is saved.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: Backbone, blocks: Sequence[int] = BLOCKS) -> None:
+    def __init__(self, backbone: nn.Module, blocks: Sequence[int] = BLOCKS) -> None:
         super().__init__()
         self._held = [backbone]
         self._blocks = list(blocks)
-        self.heads = nn.ModuleList(_head(backbone.width) for _ in blocks)
+        self.heads = nn.ModuleList(_head(backbone.embed_dim) for _ in blocks)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """RGB pictures [B, 3, h, w] in [0, 1] → logits [B, heads · N]."""
         backbone = self._held[0].to(pictures.device)
-        size = (backbone.size_px, backbone.size_px)
+        size = backbone.patch_embed.img_size
         x = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
-        features = backbone((x - self.mean) / self.std, self._blocks)
+        features = backbone.forward_intermediates(
+            (x - self.mean) / self.std, self._blocks, output_fmt="NLC", intermediates_only=True
+        )
         logits = [head(f.mT) for head, f in zip(self.heads, features, strict=True)]
         return torch.cat([each.flatten(1) for each in logits], dim=1)
 
@@ -117,7 +90,7 @@ def _convolved(width: int, kernel: int) -> nn.Sequential:
 
 def load_discriminator(weights: str | Path) -> Discriminator:
     """A fresh discriminator on DINO's ViT-S/8. Raises MismatchError when the weights are of another network."""
-    backbone, given = Backbone(), read_weights(Path(weights))
+    backbone, given = frozen_vit(), read_weights(Path(weights))
     expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
     check_weights(f"{weights}, expected DINO's ViT-S/8,", given, expected)
     backbone.load_state_dict(given)

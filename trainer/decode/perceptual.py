@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hierarchy_builder.vision_libraries import import_vision
 from trainer.errors import TrainerError
 from trainer.training.release_files import check_weights, read_weights
 
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-"""Width and number of the 3×3 convolutions between two poolings of VGG16; the last of each is compared."""
+COMPARED = (3, 8, 15, 22, 29)
+"""Layers of torchvision's VGG16 whose output is compared: the last ReLU before each pooling."""
+WIDTHS = (64, 128, 256, 512, 512)
+"""Channels of these layers."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Of the network's input, for pictures in [−1, 1]."""
 EPS = 1e-10
@@ -30,12 +33,9 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, *(width for width, _ in STAGES))
-        self.layers = nn.ModuleList(
-            _stage(before, *stage, pooled=number > 0)
-            for number, (before, stage) in enumerate(zip(widths, STAGES, strict=False))
-        )
-        self.heads = nn.ParameterList(torch.ones(width) for width, _ in STAGES)
+        vgg = import_vision("torchvision.models.vgg")
+        self.features = vgg.make_layers(vgg.cfgs["D"])
+        self.heads = nn.ParameterList(torch.ones(width) for width in WIDTHS)
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
@@ -44,18 +44,13 @@ class Lpips(nn.Module):
         """Distance of each pair of RGB pictures [B, 3, h, w] in [0, 1]: float [B]."""
         a, b = ((2 * x - 1 - self.shift) / self.scale for x in (pictures, others))
         total = pictures.new_zeros(len(pictures))
-        for layer, head in zip(self.layers, self.heads, strict=True):
+        heads = iter(self.heads)
+        for number, layer in enumerate(self.features[: COMPARED[-1] + 1]):
             a, b = layer(a), layer(b)
-            squares = (_unit(a) - _unit(b)).square().mean(dim=(2, 3))
-            total = total + squares @ head.to(squares.dtype)
+            if number in COMPARED:
+                squares = (_unit(a) - _unit(b)).square().mean(dim=(2, 3))
+                total = total + squares @ next(heads).to(squares.dtype)
         return total
-
-
-def _stage(width_before: int, width: int, count: int, *, pooled: bool) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.MaxPool2d(2)] if pooled else []
-    for number in range(count):
-        layers += [nn.Conv2d(width if number else width_before, width, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers)
 
 
 def _unit(features_BChw: Tensor) -> Tensor:
@@ -70,13 +65,7 @@ def load_lpips(folder: str | Path) -> Lpips:
     """
     backbone, heads = (_read(Path(folder), name) for name in (BACKBONE, HEADS))
     lpips = Lpips()
-    wanted: dict[str, Tensor] = {}
-    number = 0
-    for layer in lpips.layers:
-        for module in layer.children():
-            for kind, parameter in module.named_parameters():
-                wanted[f"features.{number}.{kind}"] = parameter
-            number += 1
+    wanted = {f"features.{name}": own for name, own in lpips.features.named_parameters()}
     wanted |= {f"lin{i}.model.1.weight": head[None, :, None, None] for i, head in enumerate(lpips.heads)}
     given = {name: tensor for name, tensor in (backbone | heads).items() if name in wanted}
     check_weights(

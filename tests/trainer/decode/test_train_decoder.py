@@ -20,7 +20,7 @@ from trainer.cli.app import app
 from trainer.data.shards import open_index
 from trainer.data.stream import StreamPlan
 from trainer.decode import train as room
-from trainer.decode.adversary import Backbone, Discriminator
+from trainer.decode.adversary import Discriminator, frozen_vit
 from trainer.decode.config import DecoderConfig
 from trainer.decode.rae import find_decoder, load_decoder, to_uint8
 from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
@@ -169,11 +169,11 @@ def test_picture_that_is_none_is_named(tmp_path: Path) -> None:
 def small_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Weights of a ViT small enough to judge in a test; nothing else stands in."""
     torch.manual_seed(1)
-    backbone = Backbone(size_px=16, patch_px=4, width=12, depth=2, heads=2)
+    backbone = frozen_vit(size_px=16, patch_px=4, width=12, depth=2, heads=2)
     save_file(backbone.state_dict(), tmp_path / "vit.safetensors")
 
     def load(weights: str) -> Discriminator:
-        own = Backbone(size_px=16, patch_px=4, width=12, depth=2, heads=2)
+        own = frozen_vit(size_px=16, patch_px=4, width=12, depth=2, heads=2)
         own.load_state_dict(load_file(weights))
         return Discriminator(own, blocks=(0, 1))
 

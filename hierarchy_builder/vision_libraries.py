@@ -1,10 +1,10 @@
-"""Let torchvision import where its compiled library cannot load.
+"""Imports timm and torchvision, also where torchvision's compiled library cannot be loaded.
 
-timm imports torchvision without asking. torchvision registers fake kernels for `nms` and `qnms` while it is
-imported; when its compiled library was built for CUDA and the torch beside it was not, the library fails to
-load, nobody has declared these operators, and the import ends in
-`RuntimeError: operator torchvision::nms does not exist`. Declaring the two schemas is enough: no operator of
-torchvision is called here. Where the library loads, it declares them itself and nothing is done.
+torchvision registers fake kernels for `nms` and `qnms` while it is imported, and timm imports torchvision. When the
+compiled library was built for CUDA and the installed torch was not, the library fails to load, nothing declares
+these operators, and the import ends in `RuntimeError: operator torchvision::nms does not exist`. Declaring the two
+schemas is enough, since this project calls no operator of torchvision. Where the library loads, it declares them
+itself and nothing is done here.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _declared: list[torch.library.Library] = []
-"""Keeps the declarations alive: they end with the object."""
+"""Keeps the declarations alive, since they end with the object."""
 
 
-def import_timm() -> ModuleType:
-    """Import timm, with torchvision's operators declared if need be."""
+def import_vision(module: str) -> ModuleType:
+    """The module called `module`, such as `timm` or `torchvision.models`."""
     if "torchvision" not in sys.modules and not _declared and not _compiled_library_loads():
         library = torch.library.Library("torchvision", "DEF")
         for schema in SCHEMAS:
             library.define(schema)
         _declared.append(library)
-    return importlib.import_module("timm")
+    return importlib.import_module(module)
 
 
 def _compiled_library_loads() -> bool:
