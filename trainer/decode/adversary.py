@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,10 @@ SHIFT = 0.125
 
 def frozen_vit(
     size_px: int = 224, patch_px: int = 8, width: int = 384, depth: int = 12, heads: int = 6
-) -> nn.Module:
+) -> Any:
     """timm's ViT, whose parameters have the names of DINO's checkpoints; frozen. Defaults are ViT-S/8 at 224 px."""
     module = import_vision("timm.models.vision_transformer")
-    vit: nn.Module = module.VisionTransformer(
+    vit = module.VisionTransformer(
         img_size=size_px, patch_size=patch_px, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
     )
     return vit.eval().requires_grad_(False)
@@ -48,7 +49,7 @@ class Discriminator(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, blocks: Sequence[int] = BLOCKS) -> None:
+    def __init__(self, backbone: Any, blocks: Sequence[int] = BLOCKS) -> None:
         super().__init__()
         self._held = [backbone]
         self._blocks = list(blocks)
