@@ -1,0 +1,92 @@
+"""Builds, shards, checkpoints and trajectories that an earlier commit wrote still open, verify, sample and resume."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from hierarchy_builder.cli.app import app as builder
+from trainer.cli.app import app as trainer
+from trainer.methods.dispatch import load_pipeline
+from trainer.trajectories.trajectory import Trajectory
+
+ARCHIVE = Path(__file__).resolve().parents[1] / "golden" / "earlier" / "files.tar.gz"
+SETTINGS = ["batch_size=4", "checkpoint_images=8", "log_images=4", "loader_workers=0", "tensorboard=false"]
+NETWORK = ["width=16", "depth=2", "head_depth=1", "num_heads=2"]
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["build", "fused"])
+def test_a_build_verifies_and_repair_changes_nothing(earlier: Path, name: str) -> None:
+    before = contents(earlier / name)
+    for verb in ("verify", "status", "repair"):
+        done = CliRunner().invoke(builder, [verb, str(earlier / name)])
+        assert done.exit_code == 0, done.output
+    after = contents(earlier / name)
+    after.pop(".lock", None)
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("build", ["--images", "--vocabulary", "4,8", "--covariance"]), ("fused", ["--fused"])],
+)
+def test_the_same_build_command_finds_everything_done(earlier: Path, name: str, flags: list[str]) -> None:
+    before = contents(earlier / name / "shards")
+    words = [
+        "build",
+        str(earlier / "photos"),
+        "--out",
+        str(earlier / name),
+        "--encoder",
+        "dct",
+        "--workers",
+        "0",
+    ]
+    done = CliRunner().invoke(builder, [*words, *flags])
+    assert done.exit_code == 0, done.output
+    assert contents(earlier / name / "shards") == before
+
+
+@pytest.mark.parametrize("name", ["tf", "lf", "ntm"])
+def test_a_run_of_each_method_samples(earlier: Path, name: str) -> None:
+    trajectory = load_pipeline(earlier / name)(0, 0)
+    assert trajectory.class_name == "circle"
+    assert torch.isfinite(trajectory.levels).all()
+
+
+def test_a_stored_trajectory_opens_and_equals_the_sample_of_its_seed(earlier: Path) -> None:
+    stored = Trajectory.load(next((earlier / "samples" / "trajectories").glob("*.safetensors")))
+    drawn = load_pipeline(earlier / "tf")(0, 0)
+    torch.testing.assert_close(drawn.levels, stored.levels, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_resumes_to_the_weights_that_the_earlier_commit_reached(earlier: Path) -> None:
+    last = earlier / "tf" / "checkpoints" / "step-00000004"
+    reached = load_file(last / "model.safetensors")
+    shutil.rmtree(last)
+    settings = [*SETTINGS, *(f"model.{each}" for each in NETWORK), "optim.ema_halflives_kimg=[0.05]"]
+    words = ["train", str(earlier / "build" / "shards"), "--out", str(earlier / "tf"), "--preset", "tiny-cpu"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    done = CliRunner().invoke(trainer, [*words, "--total-images", "16", *flags, "--quiet"])
+    assert done.exit_code == 0, done.output
+    resumed = load_file(last / "model.safetensors")
+    assert resumed.keys() == reached.keys()
+    for key, tensor in reached.items():
+        torch.testing.assert_close(resumed[key], tensor, rtol=1e-4, atol=1e-5)
