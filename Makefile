@@ -11,11 +11,11 @@ comma  := ,
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test drill lint format bench results docs clean
+.PHONY: help demo test drill lint format bench results docs commands clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3p' Makefile; echo; echo "targets: demo test drill lint format bench results docs clean"
+	@sed -n '1,3p' Makefile; echo; echo "targets: demo test drill lint format bench results docs commands clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,7 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/records.py --check
+	$(BIN)/python docs/write_commands.py --check
 
 format: .venv/.ready-dev
 	$(BIN)/ruff check --fix .
@@ -55,7 +56,12 @@ results: .venv/.ready-dev
 	$(BIN)/python benchmarks/records.py
 
 docs: .venv/.ready-docs
+	$(BIN)/python docs/write_commands.py
 	$(BIN)/mkdocs build --strict
+
+# docs/commands.md from the command lines; `make lint` fails where the page differs.
+commands: .venv/.ready-dev
+	$(BIN)/python docs/write_commands.py
 
 clean:
 	rm -rf .venv site build *.egg-info
