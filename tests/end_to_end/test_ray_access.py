@@ -1,5 +1,6 @@
 """Nobody but a build itself can use the Ray that it starts."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -41,17 +42,19 @@ def listeners(processes: list[int]) -> dict[str, list[str]]:
     """Addresses on which these processes listen for TCP connections, each with their ports."""
     inodes = set[str]()
     for process in processes:
-        for descriptor in Path(f"/proc/{process}/fd").iterdir():
-            if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(descriptor)):
-                inodes.add(found[1])
-    found = dict[str, list[str]]()
+        with contextlib.suppress(FileNotFoundError):  # a process may have ended, or closed a file
+            for descriptor in Path(f"/proc/{process}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(descriptor)):
+                        inodes.add(found[1])
+    addresses = dict[str, list[str]]()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
             if state == "0A" and inode in inodes:  # LISTEN
                 address, port = local.split(":")
-                found.setdefault(address, []).append(port)
-    return found
+                addresses.setdefault(address, []).append(port)
+    return addresses
 
 
 @pytest.mark.timeout(280)
@@ -74,18 +77,7 @@ def test_another_process_cannot_use_the_ray_of_a_build(
     try:
         with open_pool(lambda: None, Workers(count=1), 1) as pool:
             (worker,) = pool.map(look, [Block(number=0, start=0, stop=1)])
-            import ray
-
-            processes = processes_below(os.getpid())
-            addresses = listeners(processes)
-            assert sum(map(len, addresses.values())) >= 5  # the driver, the worker, and three of Ray at least
-            assert addresses.keys() <= LOOPBACK, addresses
             assert len(worker["token"]) == 64
-            for process in processes:
-                assert worker["token"].encode() not in Path(f"/proc/{process}/cmdline").read_bytes()
-            session = Path(ray._private.worker._global_node.get_session_dir_path())
-            for path in session.rglob("*"):
-                assert not path.is_file() or worker["token"].encode() not in path.read_bytes(), path
             wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
             for variables in ({}, wrong):
                 refused = intrude(worker["address"], home, **variables)
@@ -94,6 +86,17 @@ def test_another_process_cannot_use_the_ray_of_a_build(
                 assert "Unauthenticated" in refused.stderr, refused.stderr
             entered = intrude(worker["address"], home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=worker["token"])
             assert "ran below" in entered.stdout, entered.stderr  # the token is what the others lacked
+            import ray
+
+            processes = processes_below(os.getpid())
+            addresses = listeners(processes)
+            assert sum(map(len, addresses.values())) >= 5  # the driver, the worker, and three of Ray at least
+            assert addresses.keys() <= LOOPBACK, addresses
+            for process in processes:
+                assert worker["token"].encode() not in Path(f"/proc/{process}/cmdline").read_bytes()
+            session = Path(ray._private.worker._global_node.get_session_dir_path())
+            for path in session.rglob("*"):
+                assert not path.is_file() or worker["token"].encode() not in path.read_bytes(), path
     finally:
         shutdown()
     left = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
