@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import cli
 from pictures import write_tree
 
 BUILDER = [sys.executable, "-m", "hierarchy_builder.cli"]
@@ -64,14 +65,14 @@ def test_steps_one_by_one_take_the_folder(photos, tmp_path) -> None:
         ("shard", out, "--split", "val", "--samples-per-shard", 4),
         ("shard", out),
     ):
-        done = run(*words, "--workers", 0, "--quiet")
-        assert done.returncode == 0, done.stderr
+        done = cli("hierarchy-builder", *words, "--workers", 0, "--quiet")
+        assert done.code == 0, done.err
     assert sorted(path.name for path in (out / "shards").glob("*.tar")) == [
         "val-000000.tar",
         "val-000001.tar",
     ]
-    page = run("report", out, "--vocabulary", "--prototypes", 3)
-    assert page.stdout.strip() == str(out / "vocabulary.html"), page.stderr
+    page = cli("hierarchy-builder", "report", out, "--vocabulary", "--prototypes", 3)
+    assert page.out.strip() == str(out / "vocabulary.html"), page.err
     assert (out / "vocabulary.html").read_text().count('class="strip"') == 3
 
 
@@ -132,15 +133,28 @@ def test_bad_input_says_what_to_do(words, code, text, photos, built, tmp_path) -
         "number": tmp_path / "number.yaml",
         "binary": tmp_path / "binary.yaml",
     }
-    done = (
-        run(*(str(word).format(**places) for word in words), "--workers", 0)
-        if words[0] != "report"
-        else run(*(str(word).format(**places) for word in words))
-    )
-    assert done.returncode == code, done.stderr
-    assert text.format(**places) in done.stderr
-    assert "Traceback" not in done.stderr
+    workers = () if words[0] == "report" else ("--workers", 0)
+    done = cli("hierarchy-builder", *(str(word).format(**places) for word in words), *workers)
+    assert done.code == code, done.err
+    assert text.format(**places) in done.err
+    assert "Traceback" not in done.err
     assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("build", "{photos}", "--out", "{out}", "--encoder", "dcp"), 2),
+        (("report", "{built}", "--vocabulary"), 1),
+        (("shard", "{built}", "--samples-per-shard", "3"), 5),
+    ],
+)
+def test_a_refused_process_ends_with_its_exit_code(words, code, photos, built, tmp_path) -> None:
+    places = {"photos": photos, "built": built, "out": tmp_path / "out"}
+    done = run(*(str(word).format(**places) for word in words))
+    assert done.returncode == code, done.stderr
+    assert "error" in done.stderr.lower()
+    assert "Traceback" not in done.stderr
 
 
 def test_damage_ends_with_exit_code_4(built, tmp_path) -> None:
@@ -149,12 +163,12 @@ def test_damage_ends_with_exit_code_4(built, tmp_path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(built, copy)
     (copy / "shards" / "_SUCCESS").unlink()
-    done = run("verify", copy, "--json")
-    assert done.returncode == 4
-    assert "_SUCCESS is missing" in json.loads(done.stdout)["problems"][0]
+    done = cli("hierarchy-builder", "verify", copy, "--json")
+    assert done.code == 4
+    assert "_SUCCESS is missing" in done.json["problems"][0]
 
 
 def test_encoders_lists_the_method_first() -> None:
-    names = [row["name"] for row in json.loads(run("encoders", "--json").stdout)]
+    names = [row["name"] for row in cli("hierarchy-builder", "encoders", "--json").json]
     assert names[0].startswith("dinov2-reg")
     assert {"dinov2-reg-base", "dct"} <= set(names)
