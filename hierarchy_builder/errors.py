@@ -1,52 +1,95 @@
-"""What can go wrong while hierarchies are built, each with the exit code the command line returns for it.
+"""What can go wrong, each with the exit code that the command lines of both packages return for it.
 
-A message says what was found, what was expected, where, and the next step; the exit code says to a
-scheduler whether repeating the same command can help.
+A message says what was found, what was expected, where, and the next step. The exit code tells a scheduler whether
+repeating the same command can help.
 """
 
+import errno
 
-class BuilderError(Exception):
-    """Any failure a user can cause or cure. Exit code 1."""
+
+class UserError(Exception):
+    """Any failure that a user can cause or cure. Exit code 1."""
 
     exit_code = 1
 
 
-class UsageError(BuilderError):
-    """A flag, configuration field or argument is not understood. Exit code 2."""
+BuilderError = UserError
+"""The name by which hierarchy_builder raises and catches it."""
+TrainerError = UserError
+"""The name by which trainer raises and catches it."""
+
+
+class UsageError(UserError):
+    """A flag, configuration field, label, seed or argument is not understood. Exit code 2."""
 
     exit_code = 2
 
 
-class TooManySkippedError(BuilderError):
+class TooManySkippedError(UserError):
     """More images were skipped than `max_bad_fraction` allows. Exit code 3."""
 
     exit_code = 3
 
 
-class VerificationError(BuilderError):
+class VerificationError(UserError):
     """A finished artefact does not hold what its manifest promises. Exit code 4."""
 
     exit_code = 4
 
 
-class ConfigMismatchError(BuilderError):
-    """Configuration, weights or input listing differ from what the output was made with. Exit code 5."""
+class MismatchError(UserError):
+    """Configuration, weights, checkpoint or input differ from what the output was made with. Exit code 5."""
 
     exit_code = 5
 
 
-class InterruptedRunError(BaseException):
-    """The run was asked to stop; the same command goes on. Exit code 75 (EX_TEMPFAIL).
+ConfigMismatchError = MismatchError
+"""The name by which hierarchy_builder raises and catches it."""
 
-    Like KeyboardInterrupt it comes at any moment, so nothing that mends other errors may catch it.
+
+class InterruptedRunError(BaseException):
+    """The run was asked to stop, and the same command continues it. Exit code 75 (EX_TEMPFAIL).
+
+    Like KeyboardInterrupt it is no Exception, since code that handles failures must not catch it.
     """
 
     exit_code = 75
 
 
-class ImageError(BuilderError):
+class ImageError(UserError):
     """One image cannot be used; `reason` is the short word stored in index.parquet."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+class DamagedShardError(UserError):
+    """A shard is missing, truncated or corrupt; a run may be allowed to continue without a few of them."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss or a gradient became NaN or infinite; the message names step, seed and sample keys."""
+
+
+ADVICE = {
+    errno.EEXIST: "expected a folder there; choose another",
+    errno.ENOTDIR: "expected a folder there; choose another",
+    errno.EISDIR: "expected a file there; choose another",
+    errno.EACCES: "choose another place, or let this user read and write there",
+    errno.EPERM: "choose another place, or let this user read and write there",
+    errno.EROFS: "choose another place",
+    errno.ENOENT: "check the path for a mistake",
+    errno.ENOSPC: "make room, then give the same command again",
+    errno.EDQUOT: "make room, then give the same command again",
+    errno.EFBIG: "make room, then give the same command again",
+}
+"""The next step after an error of the operating system."""
+
+
+def explained(error: OSError) -> str:
+    """The message for an error of the operating system: where it happened, what it is, and the next step."""
+    where = error.filename2 or error.filename
+    advice = ADVICE.get(error.errno or 0)
+    what = str(error) if where is None else f"{where}: {error.strerror}"
+    return what + (f"; {advice}" if advice else "")

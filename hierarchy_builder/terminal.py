@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hierarchy_builder.errors import BuilderError, InterruptedRunError
+from hierarchy_builder.errors import InterruptedRunError, UserError, explained
 
 stdout, stderr = Console(), Console(stderr=True)
 CTRL_C = 130
 """The exit code click makes of KeyboardInterrupt."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says of a full disk, a full account, and a file larger than it may be."""
 
 
-def run(command: typer.Typer) -> NoReturn:
-    """Run a command line of this package and leave with the exit code of what happened."""
-    signal.signal(signal.SIGTERM, _interrupt)
+def run(command: Callable[[], Any], *, continues: bool = False) -> NoReturn:
+    """Run a command line of this project and leave with the exit code of what happened.
+
+    continues: whether every verb continues finished work when it is given again. SIGTERM then ends with exit code
+    75; without it SIGTERM keeps its own meaning (exit code 143).
+    """
+    if continues:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         command()
-    except (BuilderError, InterruptedRunError) as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+    except (UserError, InterruptedRunError) as error:
+        _end(str(error), error.exit_code)
     except OSError as error:
-        advice = ": make room, then the same command goes on" if error.errno in NO_ROOM else ""
-        stderr.print(f"error: {error}{advice}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(BuilderError.exit_code)
+        _end(explained(error), UserError.exit_code)
     except SystemExit as end:
-        if end.code == signal.SIGTERM:  # while Ray starts, the handler is its own
+        if continues and end.code == signal.SIGTERM:  # while Ray starts, the handler is its own
             sys.exit(InterruptedRunError.exit_code)
-        if end.code == CTRL_C:
+        if continues and end.code == CTRL_C:
             stderr.print("stopped; the same command goes on from the last finished unit")
         raise
     sys.exit(0)
 
 
+def _end(message: str, exit_code: int) -> NoReturn:
+    stderr.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(exit_code)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows is tidying up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the tidying up that follows
     raise InterruptedRunError("stopped by SIGTERM; the same command goes on from the last finished unit")
 
 

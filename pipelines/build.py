@@ -68,4 +68,4 @@ def build(
 
 
 if __name__ == "__main__":
-    console.run(app)
+    console.run(app, continues=True)

@@ -15,14 +15,14 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hierarchy_builder import terminal
 from hierarchy_builder.build.workers import QUIET, join, start_local
-from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
 from trainer.cli import app as cli
-from trainer.errors import InterruptedRunError, TrainerError, UsageError
 from trainer.printing import print_result
 from trainer.training import checkpoint as saved
 
@@ -115,13 +115,9 @@ def _reason(error: Exception) -> str:
     return str(next(iter(failures.values()))).strip().splitlines()[-1]
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the job and leave with the exit code of what happened."""
-    try:
-        app()
-    except (TrainerError, BuilderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    terminal.run(app)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import TrainerError
+from hierarchy_builder.errors import TrainerError
 
 
 @contextmanager

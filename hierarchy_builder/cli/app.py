@@ -309,7 +309,7 @@ for verb in (
 
 def main() -> NoReturn:
     """Run `hierarchy-builder` and leave with its exit code."""
-    run(app)
+    run(app, continues=True)
 
 
 def _stored(folder: BuildFolder, stage: str, fresh: bool) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def test_torn_files_are_repaired(drill: Drill) -> None:
 def test_a_full_disk_is_an_error_that_leaves_nothing_half(drill: Drill) -> None:
     drill.fill_disk(1)
     assert "File too large" in drill.log.read_text()
-    assert "make room, then the same command goes on" in drill.log.read_text()
+    assert "make room, then give the same command again" in drill.log.read_text()
 
 
 @pytest.mark.timeout(200)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.terminal import run as run_command
 from trainer.cli import editing as edit_commands
 from trainer.cli import training as train_commands
 from trainer.cli.options import (
@@ -32,7 +33,6 @@ from trainer.cli.options import (
     reads,
     refuse_beside_likelihood,
 )
-from trainer.errors import TrainerError, UsageError, explained
 from trainer.evaluation.progress import Follow, shown_on, unseen
 from trainer.evaluation.tables import metric_tables
 from trainer.printing import print_result, stderr, write_json
@@ -351,15 +351,7 @@ app.command()(train_commands.presets)
 
 def main() -> NoReturn:
     """Run `trainer` and leave with the exit code of what happened; an error is printed as `error: …`."""
-    try:
-        app()
-    except TrainerError as error:
-        stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        stderr.print(f"error: {explained(error)}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    sys.exit(0)
+    run_command(app)
 
 
 def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:

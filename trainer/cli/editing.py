@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hierarchy_builder.errors import UsageError
 from trainer.cli.options import (
     A_RUN,
     A_TRAJECTORY,
@@ -24,7 +25,6 @@ from trainer.cli.options import (
     parse_seeds,
     reads,
 )
-from trainer.errors import UsageError
 from trainer.evaluation.progress import shown_on, unseen
 from trainer.printing import print_result, stderr, write_json
 from trainer.whole_files import whole_file

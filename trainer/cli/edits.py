@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainer.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.dispatch import load_pipeline
 from trainer.trajectories.edit import Source, mean_of, prototype, tokens_of
 from trainer.trajectories.pipeline import TrajectoryPipeline

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.methods.normalizing_trajectory.config import Ending
 
 

@@ -13,6 +13,7 @@ import typer
 import yaml
 from rich.table import Table
 
+from hierarchy_builder.errors import UsageError
 from trainer.cli.options import (
     PATH,
     AsJson,
@@ -27,7 +28,6 @@ from trainer.cli.options import (
     reads,
 )
 from trainer.decode.config import DecoderConfig
-from trainer.errors import UsageError
 from trainer.methods.registry import (
     ALL_PRESETS,
     METHODS,

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.records import Sample
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import RankShare, StreamPlan
-from trainer.errors import MismatchError, TrainerError
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hierarchy_builder.errors import DamagedShardError, TrainerError, UsageError
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURE_DTYPE,
@@ -37,7 +38,6 @@ from hierarchy_builder.records import (
 )
 from trainer.data.shards import INDEX, ShardIndex
 from trainer.data.tars import Members, OpenTar, check_sha256, check_size, local_path
-from trainer.errors import DamagedShardError, TrainerError, UsageError
 
 
 def default_cache() -> str:

@@ -15,9 +15,9 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.records import FORMAT_VERSION
 from trainer.data.tars import ShardEntry
-from trainer.errors import MismatchError, TrainerError, UsageError
 
 MARKER = "_SUCCESS"
 INDEX = "index.json"

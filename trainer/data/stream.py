@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.errors import TrainerError, UsageError
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
-from trainer.errors import TrainerError, UsageError
 
 AHEAD_BYTES = 2**32
 """Memory that batches read ahead may take, per rank."""

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 
-from trainer.errors import DamagedShardError
+from hierarchy_builder.errors import DamagedShardError
 
 HEADER_BYTES = 512
 PLAIN_FILE = (b"0", b"\0")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.canvases.dct import DctBasis
-from trainer.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.layers import grid_positions
 from trainer.training.config import MOST_BLOCKS, MOST_ROWS, checked, require, require_size
 from trainer.training.release_files import check_weights, read_fields, read_weights

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.shards import ShardIndex, open_index, read_statistics
@@ -38,7 +39,6 @@ from trainer.decode.adversary import (
 from trainer.decode.config import DecoderConfig
 from trainer.decode.perceptual import load_lpips
 from trainer.decode.rae import CONFIG, WEIGHTS, RaeDecoder, RaeDecoderConfig, rae_state, to_uint8
-from trainer.errors import MismatchError, UsageError
 from trainer.metrics.reconstruction import reconstruction
 from trainer.training.distributed import World, joined_world
 from trainer.training.loop import Loop, RunSummary

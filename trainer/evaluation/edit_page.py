@@ -13,7 +13,7 @@ from typing import Any
 from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Plots, Section, Table, View
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.canvases.views import latent_views, level_names, shared_palette
-from trainer.errors import TrainerError
+from hierarchy_builder.errors import TrainerError
 from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
 from trainer.metrics.edit_locality import token_change
 from trainer.printing import without_nan

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
-from trainer.errors import MismatchError, TrainerError
 from trainer.evaluation.distribution import (
     Crowd,
     Inception,

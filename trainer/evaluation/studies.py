@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hierarchy_builder.errors import UsageError
 from trainer.data.shards import ShardIndex
-from trainer.errors import UsageError
 from trainer.evaluation.path_alignment import (
     FLAT,
     SEMANTIC,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.evaluation.progress import Follow, unseen
 from trainer.metrics.spread import spread
 from trainer.trajectories.compare import Encode, encoder_of, locality

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data.shards import ShardIndex
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.latent_forcing import train as latent_train
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.pipeline import LatentPipeline, load_pixel_stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.presets import LATENT_PRESETS
 from trainer.methods.normalizing_trajectory.config import NormalizingTrainConfig

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.errors import MismatchError, TrainerError
+from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.whole_files import whole_file
 
 DISTANCES_AT_ONCE = 2**24

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import region_means
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.metrics.edit_locality import cosine_distance
 from trainer.metrics.regions import extract_regions
 

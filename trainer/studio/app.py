@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.studio.board import draw_board
 from trainer.studio.desk import Desk
 from trainer.studio.folder import StudioFolder

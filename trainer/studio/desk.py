@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from trainer.errors import MismatchError, TrainerError
+from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.studio.board import draw_board
 from trainer.studio.folder import StudioFolder
 from trainer.studio.workbench import Workbench, history_lines

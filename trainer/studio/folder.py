@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 
 NAME = re.compile(r"\w[\w -]{0,79}")
 SUFFIX = ".safetensors"

@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from hierarchy_builder.errors import TrainerError, UsageError
 from trainer.cli.options import parse_seeds
-from trainer.errors import TrainerError, UsageError
 from trainer.evaluation.sweep import Kind, SweepConfig, summarise, summary_table, sweep
 from trainer.printing import without_nan
 from trainer.studio.board import draw_board

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.trajectories.compare import compare, comparison_png, encoder_of
 from trainer.trajectories.edit import Source, mean_of, tokens_of
 from trainer.trajectories.selection import Selection

@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.errors import MismatchError, TrainerError, UsageError
 
 STATE = "state.json"
 MODEL = "model.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import TrainerError
+from hierarchy_builder.errors import TrainerError
 
 Objective = Callable[..., dict[str, Tensor]]
 

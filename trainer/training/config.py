@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 
 Config = TypeVar("Config")
 Normalisation = Literal["none", "channel", "position"]

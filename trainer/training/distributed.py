@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import TrainerError
+from hierarchy_builder.errors import TrainerError
 
 BUCKET_ELEMENTS = 1 << 24
 """Elements of gradients added in one call (64 MiB of float32)."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hierarchy_builder.errors import MismatchError
 from trainer.decode.rae import RaeDecoder, find_decoder, load_decoder
-from trainer.errors import MismatchError
 from trainer.training import checkpoint as saved
 
 

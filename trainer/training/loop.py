@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import StreamPlan, batch_loader
-from trainer.errors import InterruptedRunError, NonFiniteLossError
 from trainer.training import checkpoint as saved
 from trainer.training.config import to_mapping
 from trainer.training.distributed import World, check_equal

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trainer.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 
 
 def read_fields(path: Path) -> dict[str, Any]:

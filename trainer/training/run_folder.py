@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data.shards import ShardIndex
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked, identity, to_mapping
 from trainer.training.log import truncate_metrics

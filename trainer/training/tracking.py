@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 
 FOLDER = "tensorboard"
 """Event files, in the run folder."""

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.canvases.views import level_names, shared_palette
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.metrics.edit_locality import decoded_locality, effectiveness, latent_invariance, token_change
 from trainer.trajectories.edit import Source
 from trainer.trajectories.selection import Selection

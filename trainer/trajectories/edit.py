@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.errors import TrainerError, UsageError
+from hierarchy_builder.errors import TrainerError, UsageError
 from trainer.trajectories.selection import Selection
 
 

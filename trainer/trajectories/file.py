@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.errors import MismatchError, TrainerError
+from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.whole_files import write_bytes
 
 FORMAT_VERSION = "1"

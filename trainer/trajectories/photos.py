@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.errors import MismatchError, UsageError
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import check_seed, level_noise, sample_levels
 from trainer.training import checkpoint as saved

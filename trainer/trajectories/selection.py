@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

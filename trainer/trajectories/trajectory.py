@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases.gallery import render, write_page
+from hierarchy_builder.errors import TrainerError, UsageError
 from trainer.decode.rae import ConditionalDecoder, decoder_from_spec, to_uint8
-from trainer.errors import TrainerError, UsageError
 from trainer.metrics.regions import extract_regions
 from trainer.trajectories.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
 from trainer.trajectories.file import ENTRIES, read_trajectory, write_trajectory

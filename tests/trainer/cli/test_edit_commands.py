@@ -15,8 +15,8 @@ from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline, tiny_run
 from typer.testing import CliRunner
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.cli.app import app
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.evaluation.sweep import (
     EDIT,
     NO_EDIT,

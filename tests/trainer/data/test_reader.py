@@ -15,11 +15,11 @@ from fixture_shards import WIDTH, add_member, npy, reindex, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hierarchy_builder.errors import DamagedShardError, TrainerError
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
 from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
 from trainer.data.tars import OpenTar, ShardEntry
-from trainer.errors import DamagedShardError, TrainerError
 from trainer.training.log import read_metrics
 
 

@@ -17,11 +17,11 @@ from fixture_shards import CLASS_NAMES, GRID, WIDTH, make_sample, npy, reindex, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data import stream
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
 from trainer.data.stream import BatchDataset, StreamPlan, batch_loader, coverage, epoch_order
-from trainer.errors import MismatchError, TrainerError, UsageError
 
 
 @pytest.fixture(scope="module")

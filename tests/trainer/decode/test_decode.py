@@ -10,8 +10,8 @@ import torch
 from released import GOLDEN
 
 from hierarchy_builder.canvases.dct import DctBasis
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.decode.rae import decoder_from_spec, load_rae_decoder, to_uint8
-from trainer.errors import MismatchError, TrainerError, UsageError
 
 
 @pytest.fixture

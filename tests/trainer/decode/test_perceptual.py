@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.decode.adversary import (
     Discriminator,
     augmented,
@@ -17,7 +18,6 @@ from trainer.decode.adversary import (
     load_discriminator,
 )
 from trainer.decode.perceptual import SCALE, SHIFT, load_lpips
-from trainer.errors import MismatchError, TrainerError
 
 PLAN = "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M"
 """VGG16 as torchvision numbers it: a convolution and a ReLU for each width, and poolings."""

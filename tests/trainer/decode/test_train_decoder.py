@@ -16,6 +16,7 @@ from tiny_runs import DECODER as SMALL
 from tiny_runs import assert_same_state, tensors_of
 from typer.testing import CliRunner
 
+from hierarchy_builder.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.cli.app import app
 from trainer.data.shards import open_index
 from trainer.data.stream import StreamPlan
@@ -23,7 +24,6 @@ from trainer.decode import train as room
 from trainer.decode.adversary import Discriminator, frozen_vit
 from trainer.decode.config import DecoderConfig
 from trainer.decode.rae import find_decoder, load_decoder, to_uint8
-from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.metrics.reconstruction import reconstruction
 from trainer.training import checkpoint as saved
 from trainer.training.log import read_metrics

@@ -12,7 +12,7 @@ import torch
 from documented import undocumented
 from tiny_pipeline import tiny_pipeline
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.evaluation.distribution import (
     TOKENS_PER_IMAGE,
     Crowd,

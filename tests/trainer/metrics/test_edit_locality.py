@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.metrics.edit_locality import (
     decoded_locality,
     effectiveness,

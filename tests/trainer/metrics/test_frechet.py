@@ -12,7 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from trainer.errors import MismatchError, TrainerError
+from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.metrics.frechet import (
     Gaussian,
     Moments,

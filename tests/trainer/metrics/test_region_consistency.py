@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hierarchy_builder.canvases import level_canvases
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.metrics.region_consistency import (
     consistency,
     decoded_consistency,

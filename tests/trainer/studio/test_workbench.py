@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.studio.board import CELL_PX, GAP_PX, HEADER_PX, draw_board
 from trainer.studio.folder import StudioFolder
 from trainer.studio.workbench import Workbench, history_lines, markdown_report

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.training import checkpoint as saved
 from trainer.training.config import ModelConfig, OptimConfig

@@ -17,7 +17,7 @@ from small_networks import awake
 from tiny_runs import LATENT, NORMALIZING
 from torch import Tensor
 
-from trainer.errors import TrainerError
+from hierarchy_builder.errors import TrainerError
 from trainer.methods import dispatch
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig
 from trainer.methods.trajectory_forcing import objective as tf

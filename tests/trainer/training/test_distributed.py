@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.errors import TrainerError
+from hierarchy_builder.errors import TrainerError
 from trainer.training.distributed import World, check_equal
 
 

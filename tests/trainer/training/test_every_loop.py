@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny_runs import DECODER, FLOW, LATENT, NORMALIZING, assert_same_state, before_step, signal_at
 
+from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError, TrainerError
 from trainer.decode import train as train_decoder
-from trainer.errors import InterruptedRunError, NonFiniteLossError, TrainerError
 from trainer.methods import dispatch
 from trainer.training import checkpoint as saved
 from trainer.training.loop import Loop

@@ -7,7 +7,7 @@ import torch
 from released import golden_arrays, worst
 from torch import nn
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.methods.latent_forcing.config import LatentModelConfig, LatentOptimConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
 from trainer.methods.normalizing_trajectory.config import NormalizingOptimConfig

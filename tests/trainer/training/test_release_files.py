@@ -12,8 +12,8 @@ import torch
 from released import GOLDEN
 from safetensors.torch import load_file, save_file
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.decode.rae import load_decoder
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing.release import load_latent_forcing
 from trainer.training.release_files import check_weights, read_fields, read_weights
 

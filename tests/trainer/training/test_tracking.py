@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import FLOW as TINY
 from tiny_runs import assert_same_state
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.methods.trajectory_forcing import train as room
 from trainer.training.tracking import FOLDER, TensorBoard, open_trackers
 

@@ -10,9 +10,9 @@ import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from trainer.data.normalisation import Normaliser
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.trajectories.edit import (
     Source,
     as_source,

@@ -14,8 +14,8 @@ from fixture_shards import write_shards
 from PIL import Image
 from tiny_pipeline import tiny_pipeline, tiny_run
 
+from hierarchy_builder.errors import BuilderError, TrainerError, UsageError, explained
 from trainer.cli import app as cli
-from trainer.errors import TrainerError, UsageError, explained
 from trainer.metrics.frechet import read_reference
 from trainer.trajectories.compare import encoder_of
 from trainer.trajectories.edit import prototype
@@ -212,5 +212,27 @@ def test_what_the_system_says_comes_with_a_next_step() -> None:
     assert (
         explained(full) == "/data/run: No space left on device; make room, then give the same command again"
     )
+    without_place = OSError(errno.ENOSPC, "No space left on device")
+    assert explained(without_place).endswith("on device; make room, then give the same command again")
     assert explained(OSError("no number")) == "no number"
     assert explained(OSError(errno.EIO, "Input/output error", "/x")) == "/x: Input/output error"
+
+
+class FullEncoder:
+    """An encoder that ends as the builder's own encoders end where memory runs out."""
+
+    name = "dct"
+    image_size_px = 96
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        raise BuilderError(
+            f"no memory for {len(images)} images: expected room for one, use a smaller encoder"
+        )
+
+
+def test_an_error_of_the_builder_is_a_message_of_the_trainer(run: Path, tmp_path: Path, call: Call) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "p.png")
+    words = ("--photo", tmp_path / "p.png", "--encoder", "test_mistakes:FullEncoder", "--label", "0")
+    code, error = call("encode", run, *words, "--out", tmp_path / "t.safetensors")
+    assert code == 1
+    assert error == "error: no memory for 1 images: expected room for one, use a smaller encoder\n"

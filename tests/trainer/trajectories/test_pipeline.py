@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 import trainer
 from hierarchy_builder.canvases.dct import DctBasis
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.cli.options import parse_seeds
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import two_region_share, two_region_variance

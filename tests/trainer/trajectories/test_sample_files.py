@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.trajectories import sample_files
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.sample_files import FORMATS, parse_formats, write_samples

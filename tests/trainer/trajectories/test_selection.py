@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.metrics.regions import extract_regions, max_regions
 from trainer.trajectories.selection import Selection
 

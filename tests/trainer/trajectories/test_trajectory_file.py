@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
 
+from hierarchy_builder.errors import TrainerError, UsageError
 from trainer.cli.edits import region_map, region_rows
-from trainer.errors import TrainerError, UsageError
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
 from trainer.whole_files import whole_file, write_bytes

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.methods.latent_forcing.config import LatentMethodConfig, Schedule
 from trainer.training.schedules import logit_normal
 

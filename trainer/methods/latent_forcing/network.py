@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.errors import MismatchError
+from hierarchy_builder.errors import MismatchError
 from trainer.layers import (
     Attention,
     RMSNorm,

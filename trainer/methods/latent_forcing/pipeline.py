@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.errors import MismatchError, UsageError
 from trainer.methods.latent_forcing.clocks import sampling_grid
 from trainer.methods.latent_forcing.config import LatentMethodConfig, LatentTrainConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer

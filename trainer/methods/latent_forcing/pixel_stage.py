@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hierarchy_builder.errors import MismatchError
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.decode.rae import ConditionalDecoder
-from trainer.errors import MismatchError
 from trainer.methods.latent_forcing.config import LatentModelConfig
 from trainer.methods.latent_forcing.network import PIXEL_CHANNELS, PixelLatentTransformer
 from trainer.methods.latent_forcing.objective import TIME_FLOOR

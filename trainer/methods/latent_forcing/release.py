@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.methods.latent_forcing.config import LatentModelConfig
 from trainer.methods.latent_forcing.network import PIXEL_CHANNELS, PixelLatentTransformer
 from trainer.training.config import checked

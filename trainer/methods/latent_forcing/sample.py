@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.methods.latent_forcing.objective import TIME_FLOOR, per_channel, velocity
 
 Solver = Literal["heun", "euler"]

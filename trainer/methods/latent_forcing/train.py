@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError
 from trainer.data.normalisation import Normaliser, normaliser_of
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.shards import STATISTICS, ShardIndex, open_index
-from trainer.errors import MismatchError
 from trainer.methods.latent_forcing import objective as latent_forcing
 from trainer.methods.latent_forcing.config import LatentMethodConfig, LatentTrainConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer

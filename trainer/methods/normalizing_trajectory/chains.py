@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 
 
 class Posterior(NamedTuple):

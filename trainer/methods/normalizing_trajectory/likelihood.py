@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.errors import NonFiniteLossError, UsageError
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
-from trainer.errors import NonFiniteLossError, UsageError
 from trainer.evaluation.progress import Follow, unseen
 from trainer.methods.normalizing_trajectory.chains import chain_entropy, noise_times, posterior
 from trainer.methods.normalizing_trajectory.objective import HALF_LOG_2PI, Chain, build_chain, transitions

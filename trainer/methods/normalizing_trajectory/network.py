@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import MismatchError
+from hierarchy_builder.errors import MismatchError
 from trainer.layers import (
     Block,
     RMSNorm,

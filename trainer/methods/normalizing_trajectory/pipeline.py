@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hierarchy_builder.errors import UsageError
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.errors import UsageError
 from trainer.methods.normalizing_trajectory.config import (
     Ending,
     NormalizingMethodConfig,

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hierarchy_builder.errors import UsageError
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.errors import UsageError
 from trainer.methods.normalizing_trajectory.chains import level_times, noise_covariance, noise_times
 from trainer.methods.normalizing_trajectory.config import Ending, NormalizingMethodConfig
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.data.normalisation import Normaliser, normaliser_of
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, BatchDataset
-from trainer.errors import MismatchError, UsageError
 from trainer.methods.normalizing_trajectory import objective as method
 from trainer.methods.normalizing_trajectory.chains import check_first_step
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig, NormalizingTrainConfig

@@ -22,8 +22,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data.normalisation import RAW
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing import release as official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.presets import preset

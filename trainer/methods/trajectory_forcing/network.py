@@ -21,7 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.layers import (
     Block,
     RMSNorm,

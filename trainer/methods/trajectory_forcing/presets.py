@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import TypeVar, get_args
 
+from hierarchy_builder.errors import UsageError
 from trainer.decode.config import DecoderConfig, DecoderSize
-from trainer.errors import UsageError
 from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
 
 Preset = TypeVar("Preset")

@@ -19,7 +19,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.methods.latent_forcing.release import load_latent_forcing as load_latent_forcing
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.training.config import ModelConfig, checked

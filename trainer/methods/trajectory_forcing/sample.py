@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hierarchy_builder.errors import UsageError
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.errors import UsageError
 from trainer.methods.trajectory_forcing.network import Guidance, TrajectoryTransformer
 
 TIME_WARP = 10.0

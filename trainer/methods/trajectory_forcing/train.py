@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hierarchy_builder.errors import MismatchError
 from trainer.data.normalisation import normaliser_of
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, BatchDataset, coverage
 from trainer.decode.rae import find_decoder
-from trainer.errors import MismatchError
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.training import checkpoint as saved

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.methods.latent_forcing.clocks import draw_clocks, sampling_grid, shifted
 from trainer.methods.latent_forcing.config import LatentMethodConfig
 

@@ -15,7 +15,7 @@ from released import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.latent_forcing import objective as latent_forcing
 from trainer.methods.latent_forcing.clocks import sampling_grid
 from trainer.methods.latent_forcing.config import LatentMethodConfig, LatentModelConfig

@@ -14,10 +14,10 @@ import torch
 from fixture_shards import GRID, NUM_LEVELS, WIDTH
 from tiny_runs import LATENT as TINY
 
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.cli import app as cli
 from trainer.data.shards import open_index
 from trainer.decode.rae import to_uint8
-from trainer.errors import MismatchError, TrainerError, UsageError
 from trainer.methods import dispatch
 from trainer.methods.latent_forcing.clocks import sampling_grid
 from trainer.methods.latent_forcing.config import LatentMethodConfig

@@ -16,10 +16,10 @@ from PIL import Image
 from tiny_runs import LATENT as TINY
 
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.cli import app as cli
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import open_index
-from trainer.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.evaluation.run_page import run_page
 from trainer.methods import dispatch
 from trainer.methods.latent_forcing.config import LatentTrainConfig

@@ -18,10 +18,10 @@ from tiny_runs import NORMALIZING as TINY
 from typer.testing import CliRunner
 
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageError
 from trainer.cli.app import app
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
-from trainer.errors import MismatchError, NonFiniteLossError, UsageError
 from trainer.methods.dispatch import load_pipeline
 from trainer.methods.normalizing_trajectory import train as room
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingTrainConfig

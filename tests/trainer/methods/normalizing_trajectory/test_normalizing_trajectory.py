@@ -10,7 +10,7 @@ import torch
 from tiny_normalizing import GRID, TINY, C, awake, normal
 from torch import Tensor
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.methods.normalizing_trajectory import chains
 from trainer.methods.normalizing_trajectory import objective as method
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingModelConfig

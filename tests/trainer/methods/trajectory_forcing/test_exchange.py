@@ -14,7 +14,7 @@ from command_line import SETTINGS, call
 from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
 from released import changed
 
-from trainer.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing import exchange
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer

@@ -7,7 +7,7 @@ import torch
 from small_networks import SMALL, awake
 from torch import nn
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.layers import attend, grid_rotations, rotate
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer, velocity
 from trainer.training.config import ModelConfig

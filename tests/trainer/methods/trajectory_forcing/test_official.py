@@ -8,7 +8,7 @@ import pytest
 import torch
 from released import changed, golden_arrays, load, worst
 
-from trainer.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.methods.trajectory_forcing.network import Guidance, TrajectoryTransformer
 from trainer.methods.trajectory_forcing.release import (
     load_checkpoint,

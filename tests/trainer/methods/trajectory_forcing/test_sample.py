@@ -7,7 +7,7 @@ import torch
 from released import golden_arrays, load, worst
 from small_networks import SMALL, awake
 
-from trainer.errors import UsageError
+from hierarchy_builder.errors import UsageError
 from trainer.methods.trajectory_forcing.network import Prediction
 from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
 

@@ -20,8 +20,14 @@ from fixture_shards import write_shards
 from tiny_runs import FLOW as TINY
 from tiny_runs import assert_same_state, signal_at, tensors_of
 
+from hierarchy_builder.errors import (
+    InterruptedRunError,
+    MismatchError,
+    NonFiniteLossError,
+    TrainerError,
+    UsageError,
+)
 from trainer.data.stream import Batch
-from trainer.errors import InterruptedRunError, MismatchError, NonFiniteLossError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing import train as room
 from trainer.training import checkpoint as saved
 from trainer.training.config import TrainConfig
