@@ -35,7 +35,7 @@ from hierarchy_builder.build import workers as pools
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Meter, Reporter
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 ENCODER = "pixel_encoder:load"
 DISTINCT = 200

@@ -26,7 +26,7 @@ import torch
 from hierarchy_builder.build.vocabulary import TokenSource
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.vocabulary.kmeans import fit_prototypes, sum_clusters
 from hierarchy_builder.vocabulary.prototypes import draw_tokens
 

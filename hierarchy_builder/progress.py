@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_json
+from hierarchy_builder.files import read_json, write_json
+from hierarchy_builder.store.folder import BuildFolder
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two plain lines."""

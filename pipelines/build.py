@@ -21,7 +21,7 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 app = typer.Typer(pretty_exceptions_show_locals=False)
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.whole_files import write_bytes
+from hierarchy_builder.files import write_bytes
 
 stdout, stderr = Console(), Console(stderr=True)
 

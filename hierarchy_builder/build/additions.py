@@ -19,7 +19,7 @@ from hierarchy_builder.errors import ConfigMismatchError
 from hierarchy_builder.images.sources import ImageSource, listing_hash
 from hierarchy_builder.records import ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name, write_index
 from hierarchy_builder.store.ledger import open_ledger, read_manifest
 from hierarchy_builder.store.units import samples_per_shard, usable_rows

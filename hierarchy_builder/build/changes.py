@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder.errors import ConfigMismatchError, ImageError
+from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import ImageRecord, Status
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of, status_name
 from hierarchy_builder.store.ledger import STAGES, Ledger, hash_of, read_manifest, write_manifest
 from hierarchy_builder.store.shard_set import SUCCESS

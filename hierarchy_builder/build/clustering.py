@@ -19,10 +19,11 @@ from hierarchy_builder.config import (
     to_mapping,
 )
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import sha256_file, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, sha256_file, size_on_disk
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.ledger import (
     Ledger,

@@ -20,10 +20,11 @@ from hierarchy_builder.config import ExtractConfig, identity, to_mapping
 from hierarchy_builder.encoders import Encoder, load_encoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError
+from hierarchy_builder.files import size_on_disk, write_json
 from hierarchy_builder.images.sources import ImageSource, open_source
 from hierarchy_builder.records import Status, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, size_on_disk, write_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, status_name, write_index
 from hierarchy_builder.store.ledger import begin_stage, known_entry
 from hierarchy_builder.store.units import relative_source, stored_source

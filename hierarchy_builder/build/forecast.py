@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 NAMED_IMAGES = 20
 """Unreadable images named at most."""

@@ -44,12 +44,13 @@ from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome, ahead
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files import atomic_file, size_on_disk, write_json
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.hierarchy.similarity import single_threaded_blas
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource, open_reader
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
-from hierarchy_builder.store.artefacts import BuildFolder, atomic_file, size_on_disk, write_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, records_of, write_index
 from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry
 from hierarchy_builder.store.samples import make_sample, picture_of

@@ -18,14 +18,9 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import atomic_file, read_json, write_bytes, write_json
 from hierarchy_builder.records import Block
-from hierarchy_builder.store.artefacts import (
-    BuildFolder,
-    atomic_file,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.store.shards import TarWriter, shard_name, sidecar
 from hierarchy_builder.store.statistics import Moments

@@ -23,11 +23,12 @@ from hierarchy_builder.config import (
     to_mapping,
 )
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files import read_json
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest, stage_entry
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import shard_name, sidecar

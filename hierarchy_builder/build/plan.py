@@ -26,9 +26,10 @@ from hierarchy_builder.build.rehearsal import Findings, rehearse
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.space import fitting_bytes, free_bytes
 from hierarchy_builder.config import VocabularyConfig
+from hierarchy_builder.files import json_text, size_on_disk
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
-from hierarchy_builder.store.artefacts import BuildFolder, json_text, size_on_disk
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import status_name, write_index
 from hierarchy_builder.store.shards import shard_name
 from hierarchy_builder.store.units import samples_per_shard

@@ -25,7 +25,7 @@ from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, ImageRecord, Status
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import status_name
 from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest
 from hierarchy_builder.store.samples import PART_LEVEL

@@ -24,8 +24,9 @@ from fsspec.core import url_to_fs
 
 from hierarchy_builder.build.session import StageSummary
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.files import json_text, read_json
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder, json_text, read_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import SUCCESS
 from hierarchy_builder.store.shards import sidecar
 

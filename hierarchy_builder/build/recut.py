@@ -14,10 +14,11 @@ from typing import Any
 from hierarchy_builder.build.stages import count_regions, scatter_rows
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import read_json
 from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
 from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger, stage_entry
 from hierarchy_builder.store.units import stage_units
 

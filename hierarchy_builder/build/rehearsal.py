@@ -26,12 +26,13 @@ from hierarchy_builder.build.session import Session, StageSummary
 from hierarchy_builder.build.space import nearest_folder
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
+from hierarchy_builder.files import json_text, read_json, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, json_text, read_json, size_on_disk
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index
 from hierarchy_builder.store.shards import TAR_BLOCK
 

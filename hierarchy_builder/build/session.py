@@ -10,7 +10,7 @@ from hierarchy_builder.build.stages import Stage, count_failed
 from hierarchy_builder.build.workers import Workers, map_units
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 
 

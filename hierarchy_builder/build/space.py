@@ -16,8 +16,9 @@ from typing import Any
 
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.records import MAX_REGIONS
-from hierarchy_builder.store.artefacts import BuildFolder, size_on_disk
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import sample_bytes
 
 LISTED_BYTES = 400

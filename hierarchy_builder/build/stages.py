@@ -31,7 +31,7 @@ from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import Reader, open_reader
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import Ledger, stage_entry
 from hierarchy_builder.store.samples import FACTS, make_sample, picture_of

@@ -21,10 +21,11 @@ from hierarchy_builder.build.stages import one_thread
 from hierarchy_builder.build.workers import Pool, Workers, open_pool
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import write_bytes
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, write_bytes
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.units import store_layout, usable_rows
 from hierarchy_builder.vocabulary.kmeans import (

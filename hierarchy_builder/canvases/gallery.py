@@ -23,7 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from hierarchy_builder.canvases.plots import Plot, draw
-from hierarchy_builder.store.artefacts import write_bytes
+from hierarchy_builder.files import write_bytes
 
 LOSSLESS_PIXELS = 64
 """Pictures up to this many pixels a side are token grids: kept exact as PNG and shown with hard pixel edges."""

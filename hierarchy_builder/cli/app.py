@@ -20,7 +20,7 @@ from hierarchy_builder.config import (
     to_mapping,
 )
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     print_json,
     print_stages,

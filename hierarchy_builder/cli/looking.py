@@ -12,7 +12,8 @@ from rich.table import Table
 
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
-from hierarchy_builder.store.artefacts import BuildFolder, target_of
+from hierarchy_builder.files import target_of
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import print_json, print_table, stderr, stdout
 from hierarchy_builder.wording import counted
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from hierarchy_builder.config import config_hash
 from hierarchy_builder.errors import ImageError, UsageError
+from hierarchy_builder.files import sha256_file
 from hierarchy_builder.images.decoding import crop_square
-from hierarchy_builder.store.artefacts import sha256_file
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16")
 VOTES_PER_SIDE = 8

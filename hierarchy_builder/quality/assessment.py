@@ -42,7 +42,7 @@ from hierarchy_builder.quality.scores import (
 )
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.units import finished_stage, stored_source, usable_rows

@@ -28,7 +28,7 @@ from hierarchy_builder.hierarchy.agreement import adjusted_rand, variation_of_in
 from hierarchy_builder.quality.inspection import hierarchy_views
 from hierarchy_builder.quality.scores import count_regions
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.units import finished_stage, usable_rows

@@ -21,7 +21,7 @@ from hierarchy_builder.images.sources import Reader, open_reader
 from hierarchy_builder.quality.report import hierarchy_page
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import read_manifest
 from hierarchy_builder.store.units import finished_stage, progress_of, stored_source, usable_rows

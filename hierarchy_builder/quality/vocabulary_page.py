@@ -19,7 +19,7 @@ from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.quality.inspection import photo_reader, read_photo
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import read_manifest, stage_entry
 from hierarchy_builder.store.units import finished_stage, stage_units

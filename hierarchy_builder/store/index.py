@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import write_bytes
 from hierarchy_builder.records import FORMAT_VERSION, ImageRecord, Status
-from hierarchy_builder.store.artefacts import write_bytes
 
 SCHEMA = pa.schema(
     [

@@ -14,8 +14,9 @@ from typing import Any
 from hierarchy_builder import __version__
 from hierarchy_builder.config import config_hash
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
+from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.records import FORMAT_VERSION
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_json
+from hierarchy_builder.store.folder import BuildFolder
 
 STAGES = ("extract", "vocabulary", "cluster", "link", "shard", "fuse")
 """In the order of the data; starting a stage afresh removes it and all stages after it.

@@ -16,7 +16,7 @@ from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.hierarchy.agreement import adjusted_rand
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 LARGEST = 127
 """Largest int8 in use: −128 is left out, so that the range is symmetric and zero stays zero."""

@@ -11,6 +11,7 @@ import yaml
 from hierarchy_builder import __version__
 from hierarchy_builder.build.parts import read_part_moments, read_part_scatter
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig, from_mapping
+from hierarchy_builder.files import read_json, write_bytes, write_json
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,
@@ -23,7 +24,7 @@ from hierarchy_builder.records import (
     Block,
 )
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_bytes, write_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import is_fused, read_manifest, stage_entry
 from hierarchy_builder.store.quantisation import measure_quantisation
 from hierarchy_builder.store.shards import shard_name, sidecar

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import atomic_file, write_json
 from hierarchy_builder.images.keys import check_key
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
@@ -29,7 +30,6 @@ from hierarchy_builder.records import (
     SCALE_MEMBER,
     Sample,
 )
-from hierarchy_builder.store.artefacts import atomic_file, write_json
 
 TAR_BLOCK = 512
 JPEG_BYTES_PER_PIXEL = 0.55

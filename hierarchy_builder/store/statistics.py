@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from hierarchy_builder.store.artefacts import write_bytes
+from hierarchy_builder.files import write_bytes
 
 SCATTER_VALUES = 2**22
 """Values made float64 at once by one thread (32 MiB); fixed, since the order of a sum decides its last bits."""

@@ -11,9 +11,10 @@ import numpy as np
 
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, size_on_disk
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, status_name
 from hierarchy_builder.store.ledger import STAGES, VERBS, is_fused, open_ledger, read_manifest, stage_entry
 from hierarchy_builder.store.shards import sample_bytes

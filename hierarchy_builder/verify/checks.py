@@ -16,12 +16,13 @@ import numpy as np
 from hierarchy_builder.build.parts import read_part_moments
 from hierarchy_builder.config import HierarchyRecipe, from_mapping
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import read_json, sha256_file
 from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
 from hierarchy_builder.images.sources import listing_hash
 from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, sha256_file
 from hierarchy_builder.store.damage import MANIFEST, Damage
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import VERBS, Ledger, check_manifest, is_fused, open_ledger, stage_entry
 from hierarchy_builder.store.units import layout_of, spread_rows, stage_units, state_of

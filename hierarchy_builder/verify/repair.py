@@ -22,11 +22,12 @@ from hierarchy_builder.config import (
     from_mapping,
 )
 from hierarchy_builder.errors import BuilderError, VerificationError
+from hierarchy_builder.files import read_json, write_bytes, write_json
 from hierarchy_builder.images.sources import listing_hash
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_bytes, write_json
 from hierarchy_builder.store.damage import MANIFEST, Damage
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of, write_index
 from hierarchy_builder.store.ledger import Ledger, check_manifest, is_fused, stage_entry
 from hierarchy_builder.store.units import layout_of, stage_units

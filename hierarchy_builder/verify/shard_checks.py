@@ -12,11 +12,12 @@ import numpy as np
 
 from hierarchy_builder.config import ShardConfig, from_mapping
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import read_json, sha256_file
 from hierarchy_builder.hierarchy.recipe import check_nesting
 from hierarchy_builder.records import REGION_DTYPE, ImageRecord, Sample
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, sha256_file
 from hierarchy_builder.store.damage import Damage
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import is_fused, open_ledger
 from hierarchy_builder.store.samples import FACTS, make_sample

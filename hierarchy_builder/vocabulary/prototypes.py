@@ -21,8 +21,8 @@ import numpy as np
 from hierarchy_builder.canvases import region_means
 from hierarchy_builder.config import VocabularyConfig, from_mapping, to_mapping
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.files import write_bytes
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
-from hierarchy_builder.store.artefacts import write_bytes
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,

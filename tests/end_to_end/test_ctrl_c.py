@@ -31,7 +31,7 @@ __import__(module, fromlist=["main"]).main()
         ("trainer.cli.options", ["trainer.cli", "presets"]),
         ("torch", ["trainer.cli", "sample", ".", "--labels", "0", "--out", "samples"]),
         ("typer", ["hierarchy_builder.cli", "encoders"]),
-        ("hierarchy_builder.store.artefacts", ["hierarchy_builder.cli", "encoders"]),
+        ("hierarchy_builder.store.folder", ["hierarchy_builder.cli", "encoders"]),
         ("torch", ["hierarchy_builder.cli", "encoders"]),
     ],
 )

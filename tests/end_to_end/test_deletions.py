@@ -19,13 +19,13 @@ from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.publish import PUBLISHING, publish_to
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.errors import BuilderError, TrainerError, UsageError
+from hierarchy_builder.files import atomic_file, read_json, whole_file, write_bytes, write_json
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder, atomic_file, read_json, write_bytes, write_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import remove_strays
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair
 from trainer.metrics.frechet import Gaussian, read_reference, save_reference
-from trainer.whole_files import whole_file
 
 QUIET = Reporter(quiet=True)
 PLACES = (

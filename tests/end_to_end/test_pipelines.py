@@ -19,7 +19,7 @@ from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import QUIET, Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 CLUSTER = Path(__file__).resolve().parents[2] / "pipelines" / "cluster"

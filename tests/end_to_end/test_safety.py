@@ -23,7 +23,7 @@ from hierarchy_builder.images.keys import check_key
 from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Sample
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard, write_shard
 from hierarchy_builder.vocabulary.prototypes import load_vocabulary
 

@@ -29,7 +29,8 @@ from pictures import write_tree
 from processes import processes_below
 
 from hierarchy_builder.build.workers import QUIET
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, sha256_file
+from hierarchy_builder.files import read_json, sha256_file
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard, sidecar
 from hierarchy_builder.verify.checks import find_problems
 

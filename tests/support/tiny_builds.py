@@ -7,7 +7,7 @@ from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 PLAN = steps.BuildPlan(
     extract=ExtractConfig(encoder="dct", block_rows=8, batch_size=4),

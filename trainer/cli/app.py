@@ -248,13 +248,13 @@ def report(
 ) -> None:
     """Run folder → one HTML page of samples, curves, scores and configuration."""
     from hierarchy_builder.canvases.gallery import write_page
+    from hierarchy_builder.files import target_of
     from trainer.data.shards import open_index
     from trainer.evaluation.edit_page import edits_section, read_sweep, sweep_section
     from trainer.evaluation.evaluate import check_fits
     from trainer.evaluation.run_page import run_page, shown_labels
     from trainer.methods.dispatch import load_pipeline
     from trainer.trajectories.trajectory import Trajectory
-    from trainer.whole_files import target_of
 
     numbers = parse_seeds(seeds)
     target = target_of(out or run / "report.html")  # refused before anything is drawn

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files import whole_file
 from trainer.cli.options import (
     A_RUN,
     A_TRAJECTORY,
@@ -27,7 +28,6 @@ from trainer.cli.options import (
 )
 from trainer.evaluation.progress import shown_on, unseen
 from trainer.printing import print_result, stderr, write_json
-from trainer.whole_files import whole_file
 
 TrajectoryFile = Annotated[
     Path,

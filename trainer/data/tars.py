@@ -18,6 +18,7 @@ import fsspec
 import numpy as np
 
 from hierarchy_builder.errors import DamagedShardError
+from hierarchy_builder.files import sha256_file, whole_file
 
 HEADER_BYTES = 512
 PLAIN_FILE = (b"0", b"\0")
@@ -78,13 +79,9 @@ def local_path(url: str, entry: ShardEntry, cache: str) -> str:
         with open(f"{local}.lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait for it
             if not local.exists():
-                partial = Path(f"{local}.tmp-{os.getpid()}")
-                try:
+                with whole_file(local) as partial:
                     filesystem.get_file(path, str(partial))
                     check_sha256(str(partial), entry)
-                    os.replace(partial, local)
-                finally:
-                    partial.unlink(missing_ok=True)
     return str(local)
 
 
@@ -103,8 +100,7 @@ def check_size(path: str, entry: ShardEntry) -> None:
 
 def check_sha256(path: str, entry: ShardEntry) -> None:
     """Raise DamagedShardError unless the bytes of the tar are those the index lists."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_file(Path(path))
     if found != entry.sha256:
         raise DamagedShardError(
             f"{path}: SHA-256 {found[:12]}…, index.json says {entry.sha256[:12]}…; "

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.files import write_bytes
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.shards import ShardIndex, open_index, read_statistics
@@ -46,7 +47,6 @@ from trainer.training.run_folder import check_same_run, find_origin
 from trainer.training.schedules import mixed_seed, warmup_cosine
 from trainer.training.stopping import StopRequest, stop_signals
 from trainer.training.weights import WeightAverages
-from trainer.whole_files import write_bytes
 
 MEASURED = 256
 """Pictures that reconstruction is measured on, at most, spread evenly over those held out, or over all."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from trainer.whole_files import whole_file
+from hierarchy_builder.files import atomic_file
 
 DISTANCES_AT_ONCE = 2**24
 """Distances between samples held at once, 64 MiB."""
@@ -101,7 +101,7 @@ def read_reference(path: str | Path) -> Gaussian:
 
 def save_reference(path: str | Path, gaussian: Gaussian) -> None:
     """Write `mu` and `sigma`, as `read_reference` reads them."""
-    with whole_file(Path(path)) as partial, open(partial, "wb") as file:
+    with atomic_file(Path(path)) as file:
         np.savez(file, allow_pickle=False, mu=gaussian.mean, sigma=gaussian.covariance)
 
 

@@ -11,6 +11,7 @@ import gradio as gr
 import numpy as np
 
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.files import write_bytes
 from trainer.cli.options import parse_seeds
 from trainer.evaluation.sweep import Kind, SweepConfig, summarise, summary_table, sweep
 from trainer.printing import without_nan
@@ -20,7 +21,6 @@ from trainer.studio.folder import SUFFIX
 from trainer.studio.workbench import Join, Workbench, markdown_report
 from trainer.trajectories.edit import prototype
 from trainer.trajectories.trajectory import Trajectory
-from trainer.whole_files import write_bytes
 
 TAKEN = "Taken. Select where it shall go, then Apply."
 EDITED = "Edited. Resume to draw the levels after it."

@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.files import partial_name, sync
 from trainer.data.normalisation import RAW, Normaliser
 
 STATE = "state.json"
@@ -126,14 +127,16 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
         for name, content in files:
             data = save({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()})
             state.files[name], state.checksums[name] = len(data), f"{zlib.crc32(data):08x}"
-            _write(partial / name, data)
+            (partial / name).write_bytes(data)
+            sync(partial / name)
             del content, data  # before the next file's tensors come
-        _write(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+        (partial / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        sync(partial / STATE)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_folder(target.parent)
+    sync(target.parent)
 
 
 def load_state(folder: Path) -> RunState:
@@ -429,7 +432,7 @@ def _is_partial(folder: Path) -> bool:
 
 def _vacant_partial(target: Path) -> Path:
     """The name under which this process writes or removes `target`, with nothing in that place."""
-    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    partial = partial_name(target)
     if _is_partial(partial):  # of a process that was killed; in containers ids come again
         shutil.rmtree(partial)
     if os.path.lexists(partial):
@@ -505,18 +508,3 @@ def _checksum(path: Path) -> str:
         while part := file.read(1 << 24):
             value = zlib.crc32(part, value)
     return f"{value:08x}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

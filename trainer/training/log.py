@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hierarchy_builder.files import whole_file, write_bytes
 from trainer.training.tracking import Tracker
-from trainer.whole_files import whole_file, write_bytes
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"

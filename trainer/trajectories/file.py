@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from trainer.whole_files import write_bytes
+from hierarchy_builder.files import write_bytes
 
 FORMAT_VERSION = "1"
 """Version of a trajectory file; readers refuse another."""

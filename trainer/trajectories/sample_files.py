@@ -26,10 +26,10 @@ from PIL import Image
 from hierarchy_builder.canvases.colours import Palette
 from hierarchy_builder.canvases.gallery import write_page
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files import partial_name, sync, target_of, whole_file
 from hierarchy_builder.records import CANVASES_MEMBER, LABEL_MEMBER, METADATA_MEMBER
 from trainer.trajectories.trajectory import Trajectory
 from trainer.trajectories.view import TrajectoryView, page_palette, training_page, trajectory_grid_png
-from trainer.whole_files import partial_name, sync, target_of, whole_file
 
 PER_SHEET = 64
 """Trajectories on one sheet or page."""

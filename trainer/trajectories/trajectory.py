@@ -21,13 +21,13 @@ from torch import Tensor
 
 from hierarchy_builder.canvases.gallery import render, write_page
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.files import target_of
 from trainer.decode.rae import ConditionalDecoder, decoder_from_spec, to_uint8
 from trainer.metrics.regions import extract_regions
 from trainer.trajectories.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
 from trainer.trajectories.file import ENTRIES, read_trajectory, write_trajectory
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.view import TrajectoryView, training_page
-from trainer.whole_files import target_of
 
 Decoder = Callable[[Tensor], Tensor]
 """[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""

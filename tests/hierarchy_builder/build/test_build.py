@@ -18,7 +18,7 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.inspection import write_report
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.shards import read_shard

@@ -15,8 +15,9 @@ from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
+from hierarchy_builder.files import read_json
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair
 

@@ -20,9 +20,10 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
+from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, size_on_disk
+from hierarchy_builder.store.folder import BuildFolder
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 PLAN = steps.BuildPlan(

@@ -17,7 +17,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 QUIET = Reporter(quiet=True)
 

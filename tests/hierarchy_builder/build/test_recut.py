@@ -25,7 +25,7 @@ from hierarchy_builder.errors import ConfigMismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import Flag
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.units import progress_of
 from hierarchy_builder.verify.checks import find_problems
 

@@ -27,7 +27,7 @@ from hierarchy_builder.quality.vocabulary_page import (
 )
 from hierarchy_builder.records import blocks_of
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.vocabulary.kmeans import fit_prototypes, nearest_prototype

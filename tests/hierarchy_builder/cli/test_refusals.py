@@ -17,8 +17,9 @@ from hierarchy_builder.cli.app import app
 from hierarchy_builder.cli.options import resolve_recipe
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError, VerificationError
+from hierarchy_builder.files import read_json
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import begin_stage, check_manifest, read_manifest
 from trainer.cli.app import app as trainer_app
 

@@ -26,7 +26,7 @@ from hierarchy_builder.encoders.references import REFERENCES
 from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
 from hierarchy_builder.errors import ConfigMismatchError
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))

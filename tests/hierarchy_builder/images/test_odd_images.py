@@ -18,7 +18,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError, UsageError
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.shards import read_shard
 from hierarchy_builder.store.units import progress_of

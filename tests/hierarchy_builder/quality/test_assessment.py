@@ -18,12 +18,13 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.assessment import Views, assess_build, encode_views, seed_scores, view_scores
 from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, write_json
+from hierarchy_builder.store.folder import BuildFolder
 
 RECIPE = HierarchyRecipe(cuts=(0.5,))
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))

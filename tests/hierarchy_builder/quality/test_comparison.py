@@ -18,7 +18,7 @@ from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageErr
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.comparison import compare_builds, write_comparison
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 

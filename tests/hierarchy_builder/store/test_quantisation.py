@@ -20,7 +20,7 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, Sample
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.quantisation import changed_share, dequantise, measure_quantisation, quantise
 from hierarchy_builder.store.shards import (
     decode_sample,

@@ -20,7 +20,7 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store import statistics
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.statistics import (
     Moments,
     merge_tree,

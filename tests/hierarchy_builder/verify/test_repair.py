@@ -19,10 +19,11 @@ from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import TooManySkippedError, UsageError, VerificationError
+from hierarchy_builder.files import read_json, sha256_file, write_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder, read_json, sha256_file, write_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger, write_manifest
 from hierarchy_builder.store.shards import read_shard, write_shard
 from hierarchy_builder.verify.checks import find_damage, find_problems

@@ -8,7 +8,7 @@ from tiny_builds import PLAN, digests, session
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.artefacts import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_problems
 
 

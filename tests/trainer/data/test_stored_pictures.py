@@ -21,9 +21,10 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, from_mapping, identity
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
+from hierarchy_builder.files import read_json
 from hierarchy_builder.images.decoding import crop_square
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.store.artefacts import BuildFolder, read_json
+from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair

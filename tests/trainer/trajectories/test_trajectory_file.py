@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
 
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.files import whole_file, write_bytes
 from trainer.cli.edits import region_map, region_rows
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
-from trainer.whole_files import whole_file, write_bytes
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.files import whole_file, write_bytes
 from trainer.methods.latent_forcing.config import LatentModelConfig
 from trainer.methods.latent_forcing.network import PIXEL_CHANNELS, PixelLatentTransformer
 from trainer.training.config import checked
 from trainer.training.release_files import check_weights, read_fields, read_weights
-from trainer.whole_files import whole_file, write_bytes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CONFIG_NAMES = {

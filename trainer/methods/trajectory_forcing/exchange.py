@@ -23,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.files import target_of, write_bytes
 from trainer.data.normalisation import RAW
 from trainer.methods.trajectory_forcing import release as official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
@@ -39,7 +40,6 @@ from trainer.training.config import (
 from trainer.training.optim import NEWTON_SCHULZ, MuonAdam
 from trainer.training.release_files import check_weights, read_fields
 from trainer.training.run_folder import CONFIG, LOCK, locked
-from trainer.whole_files import check_free, write_bytes
 
 CONFIG_FILE = "config.json"
 BATCH_SIZE = "batch_size"
@@ -126,7 +126,7 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
         theirs: getattr(config.method, ours) for ours, theirs in METHOD_NAMES.items()
     }
     halflives = saved.averages_of(folder)
-    check_free(out / CONFIG_FILE)
+    target_of(out / CONFIG_FILE)
     with torch.device("meta"):
         model = TrajectoryTransformer(config.model)
     file = out / f"checkpoint_{state.step}"

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.files import atomic_file
 from trainer.methods.latent_forcing.release import load_latent_forcing as load_latent_forcing
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.training.config import ModelConfig, checked
 from trainer.training.release_files import check_weights, read_fields
-from trainer.whole_files import whole_file
 
 NDARRAY_EXTENSION = 1
 CHUNKED = "__msgpack_chunked_array__"
@@ -204,7 +204,7 @@ def write_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> 
     A function among them is called for what stands there when its turn comes, so that only one part need be in
     memory. The file appears under its name only when complete.
     """
-    with whole_file(Path(path)) as partial, open(partial, "wb") as file:
+    with atomic_file(Path(path)) as file:
         _pack(file, parts, msgpack.Packer())
 
 

@@ -1,20 +1,19 @@
-"""Files that are either whole or absent: temporary name, fsync, rename; and where each artefact of a build lives."""
+"""The folder of a build: where each artefact is, which files are its own, and who writes to it."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import functools
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.files import read_json, target_of
 
 OWN_FILES = r"""
     (?:manifest|class_map|quality|\.progress)\.json | (?:index\.parquet|vocabulary\.npz)
@@ -38,7 +37,7 @@ LEFTOVER = re.compile(
     r"(?P<store>(?:features|regions)\.zarr(?:\.recut)?)/(?:.+/)?\.?(?:zarr|\d+)\.[0-9a-f]+\.partial",
     re.ASCII,
 )
-"""What a killed run leaves of a file: the temporary name of `atomic_file`, and inside a store that of zarr."""
+"""What a killed run leaves of a file: the temporary name of `whole_file`, and inside a store that of zarr."""
 
 MARKERS = "[0-9]" * 6 + ".json"
 """Markers of units among the files of a ledger."""
@@ -251,83 +250,6 @@ class BuildFolder:
                 f"--out {self.root} lies inside the images {images}, where its folders would be taken for "
                 "classes: choose a folder outside"
             )
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` for writing; on success it is fsynced and takes the name `path`.
-
-    On any exception the temporary file is removed and `path` stays as it was. A link stays one: the file it leads
-    to is written. Raises BuilderError where `path` is a folder, a device or a pipe.
-    """
-    path = target_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def target_of(path: Path) -> Path:
-    """Where a file that shall be found at `path` is written: there, or where a link there leads.
-
-    Raises BuilderError where that is something a file may not replace.
-    """
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
-        raise BuilderError(f"{path} is {what}, expected the name of a file to write; choose another")
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` under its final name, whole or not at all; an equal file is left untouched."""
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON (UTF-8, sorted keys, two spaces), whole or not at all."""
-    write_bytes(path, json_text(content))
-
-
-def json_text(content: Any) -> bytes:
-    """What `write_json` writes."""
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises BuilderError naming the file when it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"found {type(content).__name__}, expected an object")
-    except FileNotFoundError:
-        raise BuilderError(f"{path} is missing") from None
-    except ValueError as error:
-        raise BuilderError(
-            f"{path} is damaged ({error}): run `hierarchy-builder repair`, or remove it and run the same command again"
-        ) from None
-    return content
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 when it does not exist."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
 
 
 @functools.cache

@@ -1,0 +1,109 @@
+"""Files that are whole or absent: they are written under a temporary name, synchronised, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hierarchy_builder.errors import UserError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the file written there is synchronised and takes the name `path`.
+
+    The folder of `path` is made. On any exception nothing new is left, and `path` stays as it was. A link stays a
+    link: the file it leads to is written. Raises UserError where `path` is a folder, a device or a pipe.
+    """
+    path = target_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """What `whole_file` does, as a file that is open for writing bytes."""
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        yield file
+
+
+def target_of(path: Path) -> Path:
+    """Where a file that shall be found at `path` is written: there, or where a link there leads.
+
+    Raises UserError where that is something a file may not replace.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
+        raise UserError(f"{path} is {what}, expected the name of a file to write; choose another")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary name under which this process writes `path`."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file, or the entries of a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` under its final name, whole or not at all; an equal file is left untouched."""
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON (UTF-8, sorted keys, two spaces), whole or not at all."""
+    write_bytes(path, json_text(content))
+
+
+def json_text(content: Any) -> bytes:
+    """The bytes that `write_json` writes."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises UserError naming the file when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"found {type(content).__name__}, expected an object")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): run `hierarchy-builder repair`, or remove it and run the same command again"
+        ) from None
+    return content
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 when it does not exist."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
