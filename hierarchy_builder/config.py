@@ -1,29 +1,17 @@
-"""What a build is asked to do: frozen, checked, hashable, YAML in and out.
-
-Fields marked `execution` change how fast a result comes or what is summed up beside it, never the result:
-they stay out of the hash that decides whether an existing output may be continued.
-"""
+"""What a build is asked to do: frozen, checked, YAML in and out; see `hierarchy_builder.fields`."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import yaml
 
 from hierarchy_builder.errors import UsageError
-
-ConfigT = TypeVar("ConfigT")
-EXECUTION = {"execution": True}
-CAME_LATER = {"came_later": True}
-"""Of a field that stays out of the hash at its default, so that builds from before it can be continued."""
+from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, nearest, require
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""
@@ -33,7 +21,7 @@ MAX_IMAGE_PX = 8192
 class ExtractConfig:
     """Images → features."""
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     encoder: str = "dinov2-reg-base"
     """Name of an encoder (`hierarchy-builder encoders` lists them), `onnx:FILE` or `module:function`."""
@@ -55,13 +43,13 @@ class ExtractConfig:
     """Images in one evaluation of the encoder."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.block_rows is None or 1 <= self.block_rows <= 1_000_000,
             f"block_rows is {self.block_rows}, expected 1 to 1000000",
         )
-        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
-        _require(self.max_pixels >= 1, f"max_pixels is {self.max_pixels}, expected 1 or more")
-        _require(
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
+        require(self.max_pixels >= 1, f"max_pixels is {self.max_pixels}, expected 1 or more")
+        require(
             0 <= self.max_bad_fraction <= 1,
             f"max_bad_fraction is {self.max_bad_fraction}, expected a share from 0 to 1",
         )
@@ -78,7 +66,7 @@ class ExtractConfig:
 class HierarchyRecipe:
     """Features → nested regions. The defaults are the published recipe."""
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     cuts: tuple[float, ...] = (0.65, 0.35)
     """Relative merge heights at which the object is cut, coarse → fine (falling); levels = cuts + 2."""
@@ -104,25 +92,25 @@ class HierarchyRecipe:
     """Level the label maps give: 0 takes them as object or not, a finer level as they are; the others follow."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             all(0.0 <= cut <= 1.0 for cut in self.cuts),
             f"cuts are {self.cuts}, expected relative heights from 0 to 1",
         )
-        _require(
+        require(
             all(coarse > fine for coarse, fine in zip(self.cuts, self.cuts[1:], strict=False)),
             f"cuts are {self.cuts}, expected falling heights (coarse → fine), for example 0.65,0.35",
         )
-        _require(
+        require(
             0 <= self.spatial_weight < math.inf,
             f"spatial_weight is {self.spatial_weight}, expected 0 or more, and finite",
         )
-        _require(
+        require(
             self.spatial_weight <= 3 or not (self.connected or self.masks_level),
             f"spatial_weight is {self.spatial_weight}, expected 3 or less with connected or masks_level",
         )
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
-        _require(0 <= self.min_spread <= 1, f"min_spread is {self.min_spread}, expected 0 to 1")
-        _require(
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
+        require(0 <= self.min_spread <= 1, f"min_spread is {self.min_spread}, expected 0 to 1")
+        require(
             0 <= self.masks_level <= len(self.cuts),
             f"masks_level is {self.masks_level}, expected 0 to {len(self.cuts)}: these levels have regions",
         )
@@ -155,7 +143,7 @@ class HierarchyRecipe:
 class VocabularyConfig:
     """Features → dataset-wide prototypes."""
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     sizes: tuple[int, ...] = (256,)
     """Prototypes of each level, coarse → fine (rising); those of a level are grouped into those before it."""
@@ -170,17 +158,17 @@ class VocabularyConfig:
 
     def __post_init__(self) -> None:
         rising = all(coarse < fine for coarse, fine in zip(self.sizes, self.sizes[1:], strict=False))
-        _require(
+        require(
             bool(self.sizes) and rising and self.sizes[0] >= 1 and self.sizes[-1] <= 65_535,
             f"sizes are {self.sizes}, expected rising numbers (coarse → fine) from 1 to 65535, for example"
             " 64,512,4096",
         )
-        _require(self.iterations >= 1, f"iterations is {self.iterations}, expected 1 or more")
-        _require(
+        require(self.iterations >= 1, f"iterations is {self.iterations}, expected 1 or more")
+        require(
             self.sampled_tokens is None or self.sampled_tokens >= 1,
             f"sampled_tokens is {self.sampled_tokens}, expected 1 or more",
         )
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
 
     @property
     def num_prototypes(self) -> int:
@@ -192,7 +180,7 @@ class VocabularyConfig:
 class ShardConfig:
     """Features and regions → webdataset tars."""
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     split: str = "train"
     """First part of the shard names, `<split>-000000.tar`."""
@@ -214,22 +202,22 @@ class ShardConfig:
     """Also compute the covariance of the channels, for statistics.npz; the tars are the same without it."""
 
     def __post_init__(self) -> None:
-        _require(self.samples_per_shard >= 1, f"samples_per_shard is {self.samples_per_shard}, expected ≥ 1")
-        _require(
+        require(self.samples_per_shard >= 1, f"samples_per_shard is {self.samples_per_shard}, expected ≥ 1")
+        require(
             self.shard_bytes is None or self.shard_bytes >= 10_000,
             f"shard_bytes is {self.shard_bytes}, expected at least 10000",
         )
-        _require(1 <= self.image_quality <= 100, f"image_quality is {self.image_quality}, expected 1 to 100")
-        _require(
+        require(1 <= self.image_quality <= 100, f"image_quality is {self.image_quality}, expected 1 to 100")
+        require(
             self.image_px is None or 1 <= self.image_px <= MAX_IMAGE_PX,
             f"image_px is {self.image_px}, expected 1 to {MAX_IMAGE_PX}",
         )
-        _require(
+        require(
             self.images or self.image_px is None,
             f"image_px is {self.image_px}, the size of stored pictures, and none are stored: expected it with images"
             " (--images)",
         )
-        _require(
+        require(
             bool(self.split) and self.split.isascii() and self.split.replace("_", "").isalnum(),
             f"split is {self.split!r}, expected letters, digits and underscores",
         )
@@ -237,41 +225,6 @@ class ShardConfig:
     def stored_px(self, image_size_px: int) -> int | None:
         """Pixels a side of the stored crop where an encoder sees `image_size_px`; None where none is stored."""
         return (self.image_px or image_size_px) if self.images else None
-
-
-def from_mapping(cls: type[ConfigT], mapping: Mapping[str, Any], where: str = "configuration") -> ConfigT:
-    """Build a checked config from plain data (YAML, JSON, flags).
-
-    Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name.
-    """
-    try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(mapping))
-    except pydantic.ValidationError as error:
-        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        lines = [_explain(dict(problem), known) for problem in error.errors()]
-        raise UsageError(f"{where}: " + "; ".join(lines)) from None
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """All fields as plain data, ready for YAML or JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def identity(config: Any) -> dict[str, Any]:
-    """The fields that decide the result: not those marked `execution`, nor those that came later, at their default."""
-    left_out = {
-        f.name
-        for f in dataclasses.fields(config)
-        if f.metadata.get("execution")
-        or (f.metadata.get("came_later") and getattr(config, f.name) == f.default)
-    }
-    return {name: value for name, value in to_mapping(config).items() if name not in left_out}
-
-
-def config_hash(mapping: Mapping[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of `mapping`, as 64 hex digits."""
-    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_yaml(path: str) -> dict[str, Any]:
@@ -286,25 +239,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     sections = ["extract", "hierarchy", "vocabulary", "shard"]
     for name in content:
         if name not in sections:
-            raise UsageError(f"config file {path}: unknown section {name!r}{_nearest(str(name), sections)}")
+            raise UsageError(f"config file {path}: unknown section {name!r}, {nearest(str(name), sections)}")
         if not isinstance(content[name], dict | None):
             raise UsageError(f"config file {path}: section {name} is {content[name]!r}, expected fields")
     return content
-
-
-def _explain(problem: dict[str, Any], known: list[str]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown field {name!r}{_nearest(name, known)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f", known are {', '.join(known)}"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

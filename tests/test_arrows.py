@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hierarchy_builder", "trainer", "pipelines")
 RAY_ROOMS = {"hierarchy_builder/build/workers.py"}
-TRAINER_MAY_USE = ("errors", "files", "terminal", "records", "vision_libraries", "canvases", "hierarchy")
+TRAINER_MAY_USE = (
+    "errors",
+    "fields",
+    "files",
+    "terminal",
+    "records",
+    "vision_libraries",
+    "canvases",
+    "hierarchy",
+)
 
 
 def modules() -> dict[str, list[str]]:

@@ -11,14 +11,9 @@ from hierarchy_builder.build.recut import RecutStage, settle_recut
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.stages import ClusterStage, LinkStage
 from hierarchy_builder.build.vocabulary import fit_vocabulary
-from hierarchy_builder.config import (
-    HierarchyRecipe,
-    VocabularyConfig,
-    from_mapping,
-    identity,
-    to_mapping,
-)
+from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import sha256_file, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.records import Block, blocks_of

@@ -16,10 +16,11 @@ from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, extract_bytes
 from hierarchy_builder.build.stages import ExtractStage
 from hierarchy_builder.build.workers import has_gpu
-from hierarchy_builder.config import ExtractConfig, identity, to_mapping
+from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.encoders import Encoder, load_encoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError
+from hierarchy_builder.fields import identity, to_mapping
 from hierarchy_builder.files import size_on_disk, write_json
 from hierarchy_builder.images.sources import ImageSource, open_source
 from hierarchy_builder.records import Status, blocks_of

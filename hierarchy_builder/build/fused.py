@@ -32,18 +32,12 @@ from hierarchy_builder.build.parts import Assembly, write_part_moments
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, later_bytes
 from hierarchy_builder.build.stages import count_regions, tell_status
-from hierarchy_builder.config import (
-    ExtractConfig,
-    HierarchyRecipe,
-    ShardConfig,
-    from_mapping,
-    identity,
-    to_mapping,
-)
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome, ahead
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import atomic_file, size_on_disk, write_json
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.hierarchy.similarity import single_threaded_blas

@@ -14,15 +14,9 @@ from hierarchy_builder.build.fused import fuse
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import later_bytes
 from hierarchy_builder.build.stages import CovarianceStage, ShardStage
-from hierarchy_builder.config import (
-    ExtractConfig,
-    HierarchyRecipe,
-    ShardConfig,
-    VocabularyConfig,
-    identity,
-    to_mapping,
-)
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import identity, to_mapping
 from hierarchy_builder.files import read_json
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource

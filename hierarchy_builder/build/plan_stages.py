@@ -20,8 +20,9 @@ from hierarchy_builder.build.pipeline import BuildPlan
 from hierarchy_builder.build.rehearsal import Findings, Pace
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.stages import one_thread
-from hierarchy_builder.config import VocabularyConfig, identity
+from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.fields import identity
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, ImageRecord, Status

@@ -13,13 +13,9 @@ import typer
 
 from hierarchy_builder.cli import looking as view_commands
 from hierarchy_builder.cli import options as opt
-from hierarchy_builder.config import (
-    ExtractConfig,
-    HierarchyRecipe,
-    ShardConfig,
-    to_mapping,
-)
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     print_json,

@@ -9,15 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hierarchy_builder.config import (
-    HierarchyRecipe,
-    ShardConfig,
-    VocabularyConfig,
-    from_mapping,
-    load_yaml,
-    to_mapping,
-)
+from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig, load_yaml
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import from_mapping, to_mapping
 
 
 def a_path(text: str) -> Path:

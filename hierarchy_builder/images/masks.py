@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from hierarchy_builder.config import config_hash
 from hierarchy_builder.errors import ImageError, UsageError
+from hierarchy_builder.fields import config_hash
 from hierarchy_builder.files import sha256_file
 from hierarchy_builder.images.decoding import crop_square
 

@@ -21,9 +21,10 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, from_mapping
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
 from hierarchy_builder.errors import BuilderError, ImageError
+from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.masks import MaskFolder, open_masks

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hierarchy_builder import __version__
-from hierarchy_builder.config import config_hash
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
+from hierarchy_builder.fields import config_hash
 from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder

@@ -10,7 +10,8 @@ import yaml
 
 from hierarchy_builder import __version__
 from hierarchy_builder.build.parts import read_part_moments, read_part_scatter
-from hierarchy_builder.config import HierarchyRecipe, ShardConfig, from_mapping
+from hierarchy_builder.config import HierarchyRecipe, ShardConfig
+from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import read_json, write_bytes, write_json
 from hierarchy_builder.records import (
     CANVASES_MEMBER,

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder.build.parts import read_part_moments
-from hierarchy_builder.config import HierarchyRecipe, from_mapping
+from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import read_json, sha256_file
 from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
 from hierarchy_builder.images.sources import listing_hash

@@ -14,14 +14,9 @@ from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.fused import fuse_again
 from hierarchy_builder.build.pipeline import shard, sum_covariance
 from hierarchy_builder.build.session import Session
-from hierarchy_builder.config import (
-    ExtractConfig,
-    HierarchyRecipe,
-    ShardConfig,
-    VocabularyConfig,
-    from_mapping,
-)
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, VerificationError
+from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import read_json, write_bytes, write_json
 from hierarchy_builder.images.sources import listing_hash
 from hierarchy_builder.records import Block

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hierarchy_builder.config import ShardConfig, from_mapping
+from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import read_json, sha256_file
 from hierarchy_builder.hierarchy.recipe import check_nesting
 from hierarchy_builder.records import REGION_DTYPE, ImageRecord, Sample

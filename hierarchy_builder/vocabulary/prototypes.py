@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from hierarchy_builder.canvases import region_means
-from hierarchy_builder.config import VocabularyConfig, from_mapping, to_mapping
+from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.fields import from_mapping, to_mapping
 from hierarchy_builder.files import write_bytes
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
 from hierarchy_builder.vocabulary.kmeans import (

@@ -17,8 +17,8 @@ import yaml
 from fixture_shards import write_shards
 from tiny_runs import FLOW as TINY
 
+from hierarchy_builder.fields import to_mapping
 from trainer.methods.trajectory_forcing import train as room
-from trainer.training.config import to_mapping
 from trainer.training.log import read_metrics
 
 needs_ray_train = pytest.mark.skipif(

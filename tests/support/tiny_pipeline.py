@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from hierarchy_builder.canvases.dct import DctBasis
+from hierarchy_builder.fields import to_mapping
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.training import checkpoint as saved
-from trainer.training.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
+from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
 from trainer.trajectories.pipeline import TrajectoryPipeline

@@ -14,6 +14,7 @@ import yaml
 from rich.table import Table
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import to_mapping
 from trainer.cli.options import (
     PATH,
     AsJson,
@@ -39,7 +40,7 @@ from trainer.methods.registry import (
 )
 from trainer.methods.trajectory_forcing.presets import decoder_preset
 from trainer.printing import flattened, print_result, stderr, stdout
-from trainer.training.config import checked, to_mapping, with_settings
+from trainer.training.config import checked, with_settings
 from trainer.training.run_folder import CONFIG, read_config
 
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.training.config import EXECUTION, RunConfig, require
+from hierarchy_builder.fields import EXECUTION, require
+from trainer.training.config import RunConfig
 
 DecoderSize = Literal["tiny", "B", "L", "XL"]
 

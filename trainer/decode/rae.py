@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, require, require_size
 from trainer.layers import grid_positions
-from trainer.training.config import MOST_BLOCKS, MOST_ROWS, checked, require, require_size
+from trainer.training.config import checked
 from trainer.training.release_files import check_weights, read_fields, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import named
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.presets import LATENT_PRESETS
 from trainer.methods.normalizing_trajectory.config import NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.presets import NORMALIZING_PRESETS
-from trainer.methods.trajectory_forcing.presets import PRESETS, named
+from trainer.methods.trajectory_forcing.presets import PRESETS
 from trainer.training.config import TrainConfig, checked
 
 AnyConfig = TrainConfig | LatentTrainConfig | NormalizingTrainConfig
@@ -55,7 +56,7 @@ def preset_of(name: str | None, method: str | None) -> AnyConfig:
     if method is not None and method not in METHODS:
         raise UsageError(f"unknown method {method!r}, known are {', '.join(METHODS)}")
     name = name or DEFAULTS[method or "trajectory-forcing"]
-    config = named(ALL_PRESETS, name)()
+    config = named(ALL_PRESETS, name, "preset")()
     if method is not None and method_of(config) != method:
         known = ", ".join(METHODS[method])
         raise UsageError(f"preset {name} is of {method_of(config)}, not of {method}: known are {known}")

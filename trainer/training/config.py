@@ -7,8 +7,6 @@ continued with other values of them, and with no other value of the rest.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,18 +14,21 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
+from hierarchy_builder import fields
 from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.fields import (
+    EXECUTION,
+    MOST,
+    MOST_BLOCKS,
+    MOST_ROWS,
+    STRICT,
+    require,
+    require_size,
+    to_mapping,
+)
 
 Config = TypeVar("Config")
 Normalisation = Literal["none", "channel", "position"]
-STRICT = pydantic.ConfigDict(extra="forbid")
-EXECUTION = {"execution": True}
-MOST = 1_000_000
-"""No width, count of classes or tokens exceeds this: a larger one is a slip, or damage, and would take all memory."""
-MOST_BLOCKS = 1000
-"""Nor the depth of a network this."""
-MOST_ROWS = 1024
-"""Nor a side of its grid this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,35 +272,16 @@ def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> Tr
 def checked(kind: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
     """Build a configuration of one kind from plain nested data.
 
-    Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name;
-    MismatchError for what is the configuration of another method.
+    Raises UsageError as `fields.from_mapping` does, and MismatchError for the configuration of another method.
     """
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(mapping))
-    except pydantic.ValidationError as error:
+        return fields.from_mapping(kind, mapping, where)
+    except UsageError:
         if issubclass(kind, RunConfig) and _method_in(mapping) != (wanted := _method_of(kind)):
             raise MismatchError(
                 f"{where}: found a run of {_method_in(mapping)}, expected one of {wanted}"
             ) from None
-        lines = [_explain(dict(problem), kind) for problem in error.errors()]
-        raise UsageError(f"{where}: " + "; ".join(lines)) from None
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """All fields as plain nested data, ready for YAML or JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def identity(config: Any) -> dict[str, Any]:
-    """The fields that decide the course of a run, by dotted name: everything not marked `execution`."""
-    execution = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
-    flat: dict[str, Any] = {}
-    for name, value in to_mapping(config).items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
-        elif name not in execution:
-            flat[name] = value
-    return flat
+        raise
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -316,51 +298,17 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         )
     for name, value in settings.items():
         room, _, field_name = name.rpartition(".")
-        if name not in known_fields(kind):
-            raise UsageError(f"unknown field {name!r}{_nearest(name, kind)}; --dry-run lists all")
+        if name not in (known := fields.known_fields(kind)):
+            raise UsageError(f"unknown field {name!r}, {fields.nearest(name, known)}; --dry-run lists all")
         (mapping[room] if room else mapping)[field_name] = value
     return checked(kind, mapping, "settings")
-
-
-def known_fields(kind: Any = TrainConfig) -> list[str]:
-    """Every settable field of a kind of configuration by its dotted name."""
-    fields = dataclasses.fields(kind)
-    nested: dict[str, Any] = {
-        f.name: f.default_factory for f in fields if dataclasses.is_dataclass(f.default_factory)
-    }
-    names = [f.name for f in fields if f.name not in nested]
-    return names + [f"{room}.{f.name}" for room, cls in nested.items() for f in dataclasses.fields(cls)]
 
 
 def _method_of(kind: type) -> str:
     return _method_in({field.name: field.default for field in dataclasses.fields(kind)})
 
 
-def _method_in(fields: Mapping[str, Any]) -> str:
+def _method_in(given: Mapping[str, Any]) -> str:
     """The method a run's fields are of; those of a decoder have no network."""
-    is_decoder = "patch_size" in fields and "model" not in fields
-    return fields.get("method_name", "train-decoder" if is_decoder else "trajectory-forcing")
-
-
-def _explain(problem: dict[str, Any], kind: type) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown field {name!r}{_nearest(name, kind)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message}" if name else message
-
-
-def _nearest(name: str, kind: type) -> str:
-    close = difflib.get_close_matches(name, known_fields(kind), n=1, cutoff=0.4)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def require(condition: bool, message: str) -> None:
-    """Refuse a value of a configuration; `checked` names the field and the file."""
-    if not condition:
-        raise ValueError(message)
-
-
-def require_size(name: str, value: float, most: int = MOST) -> None:
-    """Refuse a size of a network that is not above 0, or that no network has."""
-    require(0 < value <= most, f"{name} is {value}, expected above 0 and at most {most:,}")
+    is_decoder = "patch_size" in given and "model" not in given
+    return given.get("method_name", "train-decoder" if is_decoder else "trajectory-forcing")

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
+from hierarchy_builder.fields import to_mapping
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
-from trainer.training.config import to_mapping
 from trainer.training.distributed import World, check_equal
 from trainer.training.loading import fill
 from trainer.training.log import RunLog

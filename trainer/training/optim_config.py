@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.training.config import STRICT, require
+from hierarchy_builder.fields import STRICT, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.fields import identity, to_mapping
 from hierarchy_builder.files import write_bytes
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
-from trainer.training.config import checked, identity, to_mapping
+from trainer.training.config import checked
 from trainer.training.log import truncate_metrics
 
 CONFIG = "config.yaml"

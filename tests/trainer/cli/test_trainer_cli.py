@@ -18,9 +18,9 @@ from documented import undocumented
 from fixture_shards import write_shards
 from PIL import Image
 
+from hierarchy_builder.fields import known_fields
 from trainer.methods.registry import ALL_PRESETS
 from trainer.methods.trajectory_forcing import train as room
-from trainer.training.config import known_fields
 from trainer.trajectories.pipeline import Trajectory
 
 

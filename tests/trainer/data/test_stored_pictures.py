@@ -19,8 +19,9 @@ from hierarchy_builder.build.plan import make_plan
 from hierarchy_builder.build.space import later_bytes
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli import app as cli
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, from_mapping, identity
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
+from hierarchy_builder.fields import from_mapping, identity
 from hierarchy_builder.files import read_json
 from hierarchy_builder.images.decoding import crop_square
 from hierarchy_builder.progress import Reporter

@@ -21,12 +21,12 @@ from fixture_shards import write_shards
 from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
 
+from hierarchy_builder.fields import to_mapping
 from trainer.cli import app as cli
 from trainer.decode.config import DecoderConfig
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.trajectory_forcing.train import train
 from trainer.training import checkpoint as saved
-from trainer.training.config import to_mapping
 from trainer.training.run_folder import LOCK, read_kept
 
 TINY = dataclasses.replace(

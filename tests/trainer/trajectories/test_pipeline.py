@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 import trainer
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.fields import to_mapping
 from trainer.cli.options import parse_seeds
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import two_region_share, two_region_variance
 from trainer.training import checkpoint as saved
-from trainer.training.config import ModelConfig, OptimConfig, TrainConfig, to_mapping
+from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
 from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline

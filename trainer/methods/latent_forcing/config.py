@@ -8,16 +8,8 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.training.config import (
-    MOST,
-    MOST_BLOCKS,
-    MOST_ROWS,
-    STRICT,
-    MethodRunConfig,
-    Normalisation,
-    require,
-    require_size,
-)
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, STRICT, require, require_size
+from trainer.training.config import MethodRunConfig, Normalisation
 from trainer.training.optim_config import RuledOptimConfig
 
 Schedule = Literal[

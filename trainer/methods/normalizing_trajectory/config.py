@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from trainer.training.config import STRICT, MethodRunConfig, ModelConfig, Normalisation, require
+from hierarchy_builder.fields import STRICT, require
+from trainer.training.config import MethodRunConfig, ModelConfig, Normalisation
 from trainer.training.optim_config import RuledOptimConfig
 
 Trajectory = Literal["tokens", "canvases", "levels"]

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.fields import identity
 from trainer.data.normalisation import Normaliser, normaliser_of
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, BatchDataset
@@ -29,7 +30,7 @@ from trainer.methods.normalizing_trajectory.network import FlowPredictor, Normal
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.training import checkpoint as saved
 from trainer.training.compiled import compiled
-from trainer.training.config import checked, from_mapping, identity
+from trainer.training.config import checked, from_mapping
 from trainer.training.distributed import World, joined_world
 from trainer.training.loading import average_of
 from trainer.training.loop import Loop, RunSummary

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar, get_args
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import named
 from trainer.decode.config import DecoderConfig, DecoderSize
 from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
 
@@ -81,17 +81,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 def preset(name: str) -> TrainConfig:
     """The preset called `name`. Raises UsageError naming the nearest for an unknown name."""
-    return named(PRESETS, name)()
-
-
-def named(presets: Mapping[str, Preset], name: str) -> Preset:
-    """The entry of `presets` called `name`. Raises UsageError naming the nearest for an unknown name."""
-    if name not in presets:
-        by_fold = {known.casefold(): known for known in presets}
-        close = difflib.get_close_matches(name.casefold(), by_fold, n=1)
-        hint = f"did you mean {by_fold[close[0]]!r}?" if close else f"known are {', '.join(presets)}"
-        raise UsageError(f"unknown preset {name!r}, {hint}")
-    return presets[name]
+    return named(PRESETS, name, "preset")()
 
 
 def decoder_preset(size: str) -> DecoderConfig:

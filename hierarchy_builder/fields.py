@@ -1,0 +1,119 @@
+"""Frozen dataclasses whose fields are checked: plain data in and out, errors that name the field, and their hash.
+
+Fields marked EXECUTION change how fast a result comes or what is reported with it, never the result. They stay out of
+the identity that decides whether an existing output may be continued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import pydantic
+
+from hierarchy_builder.errors import UsageError
+
+ConfigT = TypeVar("ConfigT")
+Entry = TypeVar("Entry")
+STRICT = pydantic.ConfigDict(extra="forbid")
+EXECUTION = {"execution": True}
+CAME_LATER = {"came_later": True}
+"""Marks a field that stays out of the identity at its default, so that outputs from before it can be continued."""
+
+MOST = 1_000_000
+"""Largest width, count of classes or tokens: a larger one is a mistake, or damage, and would take all memory."""
+MOST_BLOCKS = 1000
+"""Largest depth of a network."""
+MOST_ROWS = 1024
+"""Largest side of its grid."""
+
+
+def from_mapping(kind: type[ConfigT], mapping: Mapping[str, Any], where: str = "configuration") -> ConfigT:
+    """Build a checked configuration of one kind from plain data (YAML, JSON, flags), nested as its fields are.
+
+    Raises UsageError naming `where`, each wrong field and, for an unknown field, the nearest known name.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(dict(mapping))
+    except pydantic.ValidationError as error:
+        lines = [_explain(dict(problem), known_fields(kind)) for problem in error.errors()]
+        raise UsageError(f"{where}: " + "; ".join(lines)) from None
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """All fields as plain data, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields that decide the result, by name, those of nested configurations by dotted name.
+
+    Left out are fields marked EXECUTION, and those marked CAME_LATER that have their default.
+    """
+    values, found = to_mapping(config), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("execution") or (field.metadata.get("came_later") and value == field.default):
+            continue
+        if dataclasses.is_dataclass(value):
+            found.update({f"{field.name}.{inner}": v for inner, v in values[field.name].items()})
+        else:
+            found[field.name] = values[field.name]
+    return found
+
+
+def config_hash(mapping: Mapping[str, Any]) -> str:
+    """SHA-256 over the canonical JSON of `mapping`, as 64 hex digits."""
+    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def known_fields(kind: Any) -> list[str]:
+    """Every field of a kind of configuration, those of nested configurations by dotted name."""
+    fields = dataclasses.fields(kind)
+    nested: dict[str, Any] = {
+        field.name: field.default_factory
+        for field in fields
+        if dataclasses.is_dataclass(field.default_factory)
+    }
+    names = [field.name for field in fields if field.name not in nested]
+    return names + [
+        f"{outer}.{field.name}" for outer, cls in nested.items() for field in dataclasses.fields(cls)
+    ]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: `did you mean 'x'?`, or all known names if none is close."""
+    by_fold = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.5)
+    return f"did you mean {by_fold[close[0]]!r}?" if close else f"known are {', '.join(by_fold.values())}"
+
+
+def named(entries: Mapping[str, Entry], name: str, what: str) -> Entry:
+    """The entry called `name`. Raises UsageError, which names the nearest, where there is no such `what`."""
+    if name not in entries:
+        raise UsageError(f"unknown {what} {name!r}, {nearest(name, entries)}")
+    return entries[name]
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a value of a configuration; `from_mapping` names the field and the file."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_size(name: str, value: float, most: int = MOST) -> None:
+    """Refuse a size of a network that is not above 0, or larger than any network has."""
+    require(0 < value <= most, f"{name} is {value}, expected above 0 and at most {most:,}")
+
+
+def _explain(problem: dict[str, Any], known: list[str]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown field {name!r}, {nearest(name, known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
