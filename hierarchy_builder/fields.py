@@ -86,6 +86,17 @@ def known_fields(kind: Any) -> list[str]:
     ]
 
 
+def flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings inside become dotted names, one level deep."""
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `did you mean 'x'?`, or all known names if none is close."""
     by_fold = {each.casefold(): each for each in known}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,14 +72,26 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON (UTF-8, sorted keys, two spaces), whole or not at all."""
-    write_bytes(path, json_text(content))
+def write_json(path: Path, content: Any, *, sort_keys: bool = True) -> None:
+    """Write JSON (UTF-8, two spaces, NaN as null), whole or not at all."""
+    write_bytes(path, json_text(content, sort_keys=sort_keys))
 
 
-def json_text(content: Any) -> bytes:
+def json_text(content: Any, *, sort_keys: bool = True) -> bytes:
     """The bytes that `write_json` writes."""
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(without_nan(content), indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    return f"{text}\n".encode()
+
+
+def without_nan(content: Any) -> Any:
+    """Plain data with None for NaN, which JSON cannot express."""
+    if isinstance(content, float):
+        return None if math.isnan(content) else content
+    if isinstance(content, Mapping):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:

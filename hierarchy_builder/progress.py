@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import read_json, write_json
-from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.files import write_json
 
+Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two plain lines."""
 
@@ -95,7 +94,7 @@ class Reporter:
     def stage(self, name: str, total: int, done: int = 0, live: Path | None = None) -> Iterator[Meter]:
         """Follow one stage over `total` images, `done` of which an earlier run finished.
 
-        live: file for others; see `running_stage`.
+        live: file for others; see `store.units.running_stage`.
         """
         meter = Meter(name, total - done, done)
         with contextlib.ExitStack() as stack:
@@ -140,12 +139,10 @@ class Reporter:
 
     @contextlib.contextmanager
     def _lines(self, meter: Meter) -> Iterator[Callable[[Meter], None]]:
-        said = 0.0
+        is_due = _every(PLAIN_INTERVAL_S, lambda: meter.seconds)
 
         def show(meter: Meter) -> None:
-            nonlocal said
-            if meter.seconds - said >= PLAIN_INTERVAL_S:
-                said = meter.seconds
+            if is_due():
                 left = "" if meter.remaining_s is None else f", {as_duration(meter.remaining_s)} left"
                 self.say(f"{meter.as_text()}, {meter.images_per_second:.1f} images/s{left}")
 
@@ -156,12 +153,10 @@ class Reporter:
 
 @contextlib.contextmanager
 def _shared(path: Path, meter: Meter) -> Iterator[Callable[[Meter], None]]:
-    written = -LIVE_INTERVAL_S
+    is_due = _every(LIVE_INTERVAL_S, lambda: meter.seconds, at_once=True)
 
     def show(meter: Meter) -> None:
-        nonlocal written
-        if meter.seconds - written >= LIVE_INTERVAL_S:
-            written = meter.seconds
+        if is_due():
             write_json(path, {**meter.as_row(), "time": time.time()})
 
     try:
@@ -170,22 +165,45 @@ def _shared(path: Path, meter: Meter) -> Iterator[Callable[[Meter], None]]:
         path.unlink(missing_ok=True)
 
 
-def running_stage(folder: BuildFolder) -> dict[str, Any] | None:
-    """What the run that works on a build has last told of its stage (`Meter.as_row`), None where there is none.
+class Follow(Protocol):
+    """Hands items on as they come, and shows how many of `total` there were: of `what`, one word or two."""
 
-    `seconds` and `remaining_s` are as of now; what a killed run left behind does not count.
-    """
-    if not folder.is_locked() or not folder.live.is_file():
-        return None
-    try:
-        told = read_json(folder.live)
-    except BuilderError:  # gone, or another release's
-        return None
-    age = max(0.0, time.time() - told.pop("time", time.time()))
-    left = told.get("remaining_s")
-    told["seconds"] = round(told.get("seconds", 0.0) + age, 1)
-    told["remaining_s"] = None if left is None else round(max(0.0, left - age), 1)
-    return told
+    def __call__(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]: ...
+
+
+def unseen(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    """Items as they come; shows nothing."""
+    yield from items
+
+
+def shown_on(console: Console, clock: Callable[[], float] = time.monotonic) -> Follow:
+    """Shows on `console`. clock: seconds, from any start."""
+
+    def bar(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+        yield from track(items, what, total, console=console)
+
+    def lines(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+        is_due = _every(PLAIN_INTERVAL_S, clock)
+        for done, item in enumerate(items):
+            if is_due():
+                console.print(f"{what}: {done}/{total}", markup=False, highlight=False)
+            yield item
+
+    return bar if console.is_terminal else lines
+
+
+def _every(interval_s: float, clock: Callable[[], float], *, at_once: bool = False) -> Callable[[], bool]:
+    """Whether `interval_s` seconds have passed since the call that was last answered with yes."""
+    last = clock() - (interval_s if at_once else 0)
+
+    def is_due() -> bool:
+        nonlocal last
+        if (now := clock()) - last < interval_s:
+            return False
+        last = now
+        return True
+
+    return is_due
 
 
 def as_duration(seconds: float) -> str:

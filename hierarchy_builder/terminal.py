@@ -1,11 +1,13 @@
-"""What the command lines of this package print, and how they end. Results go to stdout, everything else to stderr."""
+"""What the command lines of both packages print, and how they end. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -15,6 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hierarchy_builder.errors import InterruptedRunError, UserError, explained
+from hierarchy_builder.fields import flattened
+from hierarchy_builder.files import without_nan
 
 stdout, stderr = Console(), Console(stderr=True)
 CTRL_C = 130
@@ -68,34 +72,91 @@ def print_stages(summaries: Sequence[Any], as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    from hierarchy_builder.canvases.gallery import show_value  # loads torch
-
-    table = Table("stage", "images", "new", "seconds", "images/s", "bytes", "notes")
-    for row in rows:
-        notes = escape(show_value(row["notes"])) if row["notes"] else ""
-        rate = f"{row['images_per_second']:.1f}" if row["new_images"] else "-"
-        table.add_row(
+    cells = [
+        (
             row["stage"],
             f"{row['images']:,}",
             f"{row['new_images']:,}",
             f"{row['seconds']:.1f}",
-            rate,
+            f"{row['images_per_second']:.1f}" if row["new_images"] else "-",
             f"{row['num_bytes']:,}",
-            notes,
+            show_value(row["notes"]) if row["notes"] else "",
         )
-    stdout.print(table)
+        for row in rows
+    ]
+    print_cells(("stage", "images", "new", "seconds", "images/s", "bytes", "notes"), cells)
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of the same fields under a title."""
-    from hierarchy_builder.canvases.gallery import show_value  # loads torch
+    _print_heading(title, "")
+    print_cells(tuple(rows[0]), [[show_value(value) for value in row.values()] for row in rows])
 
-    table = Table(*rows[0], title=title, title_justify="left")
+
+def print_result(content: Any, as_json: bool, title: str = "", note: str = "") -> None:
+    """Print rows (a list of mappings of equal names) or one mapping, as JSON or as a table with literal values.
+
+    title, note: lines above a table, such as what its numbers are measured against; JSON goes without.
+    """
+    if as_json:
+        print_json(content)
+        return
+    _print_heading(title, note)
+    if isinstance(content, list):
+        names = tuple(content[0]) if content else ()
+        print_cells(names, [[_literal(value) for value in row.values()] for row in content])
+    else:
+        flat = flattened(content)
+        print_cells(("name", "value"), [(name, _literal(value)) for name, value in flat.items()])
+
+
+def print_cells(names: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table of texts. A terminal that is too narrow breaks a value over lines, and never cuts it."""
+    table = Table()
+    for name in names:
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(show_value(value)) for value in row.values()))
+        table.add_row(*map(escape, row))
     stdout.print(table)
 
 
 def print_json(content: Any) -> None:
-    """What `--json` prints."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """What `--json` prints; NaN is null."""
+    sys.stdout.write(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def show_value(value: Any) -> str:
+    """A value as a reader expects it: grouped integers, four significant digits, yes and no, – for nothing."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool":
+        return "yes" if value else "no"
+    if isinstance(value, numbers.Integral):
+        return f"{int(value):,}"
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        return f"{number:,.0f}" if 1e3 <= abs(number) < 1e15 else f"{number:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {show_value(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(show_value(item) for item in value)
+    return str(value)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 image`, `1,204 images`; plural: of nouns that take more than an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def _literal(value: Any) -> str:
+    """A value as it is written in a configuration, since tables of results also hold seeds and settings."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _print_heading(title: str, note: str) -> None:
+    # lines of their own: rich breaks the title of a table at the width of the table
+    for text, style in ((title, "bold"), (note, "dim")):
+        if text:
+            stdout.print(text, style=style, markup=False, highlight=False)

@@ -22,8 +22,8 @@ import typer
 from hierarchy_builder import terminal
 from hierarchy_builder.build.workers import QUIET, join, start_local
 from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
+from hierarchy_builder.terminal import print_result
 from trainer.cli import app as cli
-from trainer.printing import print_result
 from trainer.training import checkpoint as saved
 
 try:

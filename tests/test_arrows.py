@@ -10,16 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hierarchy_builder", "trainer", "pipelines")
 RAY_ROOMS = {"hierarchy_builder/build/workers.py"}
-TRAINER_MAY_USE = (
-    "errors",
-    "fields",
-    "files",
-    "terminal",
-    "records",
-    "vision_libraries",
-    "canvases",
-    "hierarchy",
-)
+GROUND_FLOOR = ("config", "errors", "fields", "files", "progress", "records", "terminal", "vision_libraries")
+TRAINER_MAY_USE = (*GROUND_FLOOR, "canvases", "hierarchy")
 
 
 def modules() -> dict[str, list[str]]:
@@ -68,7 +60,8 @@ def test_trainer_takes_only_the_shared_rooms() -> None:
         ("trainer.trajectories.pipeline", ("ray", "zarr")),
         ("hierarchy_builder.records", ("ray", "zarr", "torch")),
         ("hierarchy_builder.canvases", ("ray", "zarr", "numba")),
-        ("hierarchy_builder.cli", ("ray", "torch", "zarr")),
+        ("hierarchy_builder.cli.app", ("ray", "torch", "zarr")),
+        ("trainer.cli.app", ("ray", "torch", "zarr")),
         ("hierarchy_builder.build.stages", ("ray",)),
     ],
 )
@@ -76,6 +69,30 @@ def test_a_fresh_process_loads_only_what_it_needs(module: str, absent: tuple[str
     code = f"import {module}, sys; print(*[name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["presets"],
+        ["sample", "absent", "--labels", "0", "--out", "drawn"],
+        ["train", "absent", "--out", "run", "--preset", "tiny-cpu"],
+        ["train", "absent", "--out", "run", "--preset", "tiny-gpu"],
+        ["train-decoder", "absent", "--out", "run", "--size", "tiny", "--set", "rate=1"],
+    ],
+)
+def test_help_and_refusals_of_the_trainer_do_not_wait_for_torch(words: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys, trainer.cli\n"
+        "try:\n    trainer.cli.main()\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    is_answer = words[0] in ("--help", "presets")
+    assert done.stdout.splitlines()[-1] == ("0 False" if is_answer else "2 False"), done.stderr
 
 
 def test_no_import_cycles() -> None:

@@ -29,7 +29,7 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, status_name, write_index
 from hierarchy_builder.store.ledger import begin_stage, known_entry
 from hierarchy_builder.store.units import relative_source, stored_source
-from hierarchy_builder.wording import counted
+from hierarchy_builder.terminal import counted
 
 
 def list_images(

@@ -24,6 +24,7 @@ from PIL import Image
 
 from hierarchy_builder.canvases.plots import Plot, draw
 from hierarchy_builder.files import write_bytes
+from hierarchy_builder.terminal import show_value
 
 LOSSLESS_PIXELS = 64
 """Pictures up to this many pixels a side are token grids: kept exact as PNG and shown with hard pixel edges."""
@@ -210,24 +211,6 @@ def data_uri(picture: np.ndarray) -> str:
 def is_token_grid(picture: np.ndarray) -> bool:
     """Whether the picture is small enough to be one pixel per token."""
     return max(picture.shape[:2]) <= LOSSLESS_PIXELS
-
-
-def show_value(value: Any) -> str:
-    """A value as a reader expects it: grouped integers, four significant digits, yes and no, – for nothing."""
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, numbers.Integral):
-        return f"{int(value):,}"
-    if isinstance(value, numbers.Real):
-        number = float(value)
-        return f"{number:,.0f}" if 1e3 <= abs(number) < 1e15 else f"{number:.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {show_value(item)}" for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(show_value(item) for item in value)
-    return str(value)
 
 
 def _indexed(picture: np.ndarray) -> Image.Image:

@@ -18,6 +18,7 @@ from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
+    counted,
     print_json,
     print_stages,
     print_table,
@@ -26,7 +27,6 @@ from hierarchy_builder.terminal import (
     stderr,
     stdout,
 )
-from hierarchy_builder.wording import counted
 
 app = typer.Typer(
     name="hierarchy-builder",

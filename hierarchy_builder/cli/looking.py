@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.files import target_of
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.terminal import print_json, print_table, stderr, stdout
-from hierarchy_builder.wording import counted
+from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
 
 
 def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
     """What is done, stage by stage, read from the markers; and how the run goes that works on it now."""
-    from hierarchy_builder.progress import as_duration, running_stage
-    from hierarchy_builder.store.units import progress_of
+    from hierarchy_builder.progress import as_duration
+    from hierarchy_builder.store.units import progress_of, running_stage
 
     build_folder = BuildFolder(folder).require()
     rows, running = progress_of(build_folder), running_stage(build_folder)
@@ -29,18 +27,18 @@ def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
         of_stage = running["stage"] if running else None
         print_json([{**row, "running": running if row["stage"] == of_stage else None} for row in rows])
         return
-    table = Table("stage", "units", "images", "unit seconds", "bytes", "state")
-    for row in rows:
-        units = f"{row['units_done']}/{row['units']}"
-        table.add_row(
+    cells = [
+        (
             row["stage"],
-            units,
+            f"{row['units_done']}/{row['units']}",
             f"{row['images']:,}",
             f"{row['seconds']:.1f}",
             f"{row['bytes']:,}",
             row["state"],
         )
-    stdout.print(table)
+        for row in rows
+    ]
+    print_cells(("stage", "units", "images", "unit seconds", "bytes", "state"), cells)
     if running:
         left = running["remaining_s"]
         stdout.print(
@@ -170,10 +168,7 @@ def encoders(
     if as_json:
         print_json(rows)
         return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    stdout.print(table)
+    print_cells(rows[0], [["" if value is None else str(value) for value in row.values()] for row in rows])
 
 
 def _refuse_running(folder: BuildFolder) -> None:

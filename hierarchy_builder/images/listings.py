@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.wording import counted
+from hierarchy_builder.terminal import counted
 
 UNLABELLED = "unlabelled"
 """The one class of pictures that come without classes."""

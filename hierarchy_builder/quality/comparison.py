@@ -13,15 +13,7 @@ import numpy as np
 import zarr
 
 from hierarchy_builder.canvases.colours import hierarchy_colours
-from hierarchy_builder.canvases.gallery import (
-    Gallery,
-    LevelViewer,
-    Page,
-    Section,
-    Table,
-    View,
-    write_page,
-)
+from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Page, Section, Table, View, write_page
 from hierarchy_builder.canvases.views import HierarchyView, level_names
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
 from hierarchy_builder.hierarchy.agreement import adjusted_rand, variation_of_information

@@ -23,8 +23,8 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import read_manifest, stage_entry
 from hierarchy_builder.store.units import finished_stage, stage_units
+from hierarchy_builder.terminal import counted
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, Vocabulary, load_vocabulary
-from hierarchy_builder.wording import counted
 
 Groups = dict[int, list[int]]
 """Finest prototypes by prototype of the coarsest level."""

@@ -31,7 +31,7 @@ from hierarchy_builder.store.quantisation import measure_quantisation
 from hierarchy_builder.store.shards import shard_name, sidecar
 from hierarchy_builder.store.statistics import Moments, merge_tree, per_channel, write_statistics
 from hierarchy_builder.store.units import stage_units, usable_rows
-from hierarchy_builder.wording import counted
+from hierarchy_builder.terminal import counted
 
 SUCCESS = "_SUCCESS"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import size_on_disk
+from hierarchy_builder.files import read_json, size_on_disk
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -147,3 +148,21 @@ def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], cluster
         feature_dtype=config.feature_dtype,
     )
     return max(1, config.shard_bytes // size)
+
+
+def running_stage(folder: BuildFolder) -> dict[str, Any] | None:
+    """What the run that works on a build has last told of its stage (`Meter.as_row`), None where there is none.
+
+    `seconds` and `remaining_s` are as of now; what a killed run left behind does not count.
+    """
+    if not folder.is_locked() or not folder.live.is_file():
+        return None
+    try:
+        told = read_json(folder.live)
+    except BuilderError:  # gone, or another release's
+        return None
+    age = max(0.0, time.time() - told.pop("time", time.time()))
+    left = told.get("remaining_s")
+    told["seconds"] = round(told.get("seconds", 0.0) + age, 1)
+    told["remaining_s"] = None if left is None else round(max(0.0, left - age), 1)
+    return told

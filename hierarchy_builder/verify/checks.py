@@ -27,9 +27,9 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import VERBS, Ledger, check_manifest, is_fused, open_ledger, stage_entry
 from hierarchy_builder.store.units import layout_of, spread_rows, stage_units, state_of
+from hierarchy_builder.terminal import counted
 from hierarchy_builder.verify.shard_checks import check_shards
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
-from hierarchy_builder.wording import counted
 
 SAMPLED_ROWS = 16
 """Rows of a block whose regions are cut again from their trees."""

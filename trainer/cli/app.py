@@ -9,6 +9,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.files import write_json
+from hierarchy_builder.progress import Follow, shown_on, unseen
+from hierarchy_builder.terminal import print_result, stderr
 from hierarchy_builder.terminal import run as run_command
 from trainer.cli import editing as edit_commands
 from trainer.cli import training as train_commands
@@ -33,9 +36,7 @@ from trainer.cli.options import (
     reads,
     refuse_beside_likelihood,
 )
-from trainer.evaluation.progress import Follow, shown_on, unseen
 from trainer.evaluation.tables import metric_tables
-from trainer.printing import print_result, stderr, write_json
 
 app = typer.Typer(
     name="trainer",
@@ -201,7 +202,7 @@ def evaluate(
         "ema": ema,
         "shards": index.name,
     }
-    write_json(run / EVALUATION, {**setup, "metrics": rows})
+    write_json(run / EVALUATION, {**setup, "metrics": rows}, sort_keys=False)
     _print_metrics(rows, as_json)
 
 

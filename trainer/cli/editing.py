@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import whole_file
+from hierarchy_builder.files import whole_file, write_json
+from hierarchy_builder.progress import shown_on, unseen
+from hierarchy_builder.terminal import print_result, stderr
 from trainer.cli.options import (
     A_RUN,
     A_TRAJECTORY,
@@ -26,8 +28,6 @@ from trainer.cli.options import (
     parse_seeds,
     reads,
 )
-from trainer.evaluation.progress import shown_on, unseen
-from trainer.printing import print_result, stderr, write_json
 
 TrajectoryFile = Annotated[
     Path,
@@ -275,7 +275,7 @@ def sweep(
     summary = room.summarise(rows)
     result = {"setup": dataclasses.asdict(config), "rows": rows, "summary": summary}
     if out is not None:
-        write_json(out, result)
+        write_json(out, result, sort_keys=False)
         stderr.print(f"wrote {out}", markup=False, highlight=False)
     title = (
         f"Edits of {config.kind}, mean ± half the 95 % interval over classes × seeds, "

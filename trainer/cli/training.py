@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.table import Table
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import to_mapping
+from hierarchy_builder.fields import flattened, to_mapping
+from hierarchy_builder.terminal import print_cells, print_result, stderr
 from trainer.cli.options import (
     PATH,
     AsJson,
@@ -39,9 +39,7 @@ from trainer.methods.registry import (
     preset_of,
 )
 from trainer.methods.trajectory_forcing.presets import decoder_preset
-from trainer.printing import flattened, print_result, stderr, stdout
 from trainer.training.config import checked, with_settings
-from trainer.training.run_folder import CONFIG, read_config
 
 
 def train(
@@ -70,8 +68,6 @@ def train(
 ) -> None:
     """Shards → checkpoints. Under torchrun every process is a rank."""
     from trainer.data.shards import open_index
-    from trainer.methods import dispatch
-    from trainer.training.run_folder import check_same_run, find_origin
 
     base = _base(preset_name, method, out, quiet)
     if pixel_stage and method_of(base) != "latent-forcing":
@@ -81,9 +77,13 @@ def train(
     in_file = flattened(_load_yaml(config)) if config else {}
     given |= {"pixel_stage": True} if pixel_stage else {}
     asked = {**in_file, **_assignments(settings or []), **given}
-    index = open_index(shards)
-    resolved = dispatch.fit_to_shards(with_settings(base, asked), index, asked)
+    index, config_asked = open_index(shards), with_settings(base, asked)
+    from trainer.methods import dispatch  # loads torch, which no refusal above needs
+
+    resolved = dispatch.fit_to_shards(config_asked, index, asked)
     if dry_run:
+        from trainer.training.run_folder import check_same_run, find_origin
+
         check_same_run(out, find_origin(out, resume), resolved, index)
         print_result(to_mapping(resolved), as_json)
         return
@@ -126,8 +126,6 @@ def train_decoder(
     quiet: Quiet = False,
 ) -> None:
     """Shards with pictures → a decoder from features to pixels, for --decoder."""
-    from trainer.decode import train as room
-
     flags = {
         "lpips_weights": lpips and str(lpips),
         "gan_weights": gan and str(gan),
@@ -142,6 +140,8 @@ def train_decoder(
     if dry_run:
         print_result(to_mapping(resolved), as_json)
         return
+    from trainer.decode import train as room  # loads torch, which no refusal above needs
+
     _run_and_print(
         lambda: room.train_decoder(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
     )
@@ -152,19 +152,21 @@ def presets(as_json: AsJson = False) -> None:
     if as_json:
         print_result({name: to_mapping(make()) for name, make in ALL_PRESETS.items()}, as_json)
         return
-    table = Table("preset", "method", "width", "depth", "batch", "images", "about")
+    rows = []
     for name, make in ALL_PRESETS.items():
         config, about = make(), (inspect.getdoc(make) or "").splitlines()[0]
         shape = (config.model.width, config.model.depth, config.batch_size)
-        table.add_row(name, method_of(config), *map(str, shape), f"{config.total_images:,}", about)
-    stdout.print(table)
+        rows.append((name, method_of(config), *map(str, shape), f"{config.total_images:,}", about))
+    print_cells(("preset", "method", "width", "depth", "batch", "images", "about"), rows)
 
 
 def _base(preset_name: str | None, method: str | None, out: Path, quiet: bool) -> AnyConfig:
     """The configuration before file and flags: the preset, or else what the run folder holds."""
-    stored = out / CONFIG
-    if preset_name is None and method is None and stored.exists():
-        return config_of(read_config(out)["config"], str(stored))
+    if preset_name is None and method is None:
+        from trainer.training.run_folder import CONFIG, read_config  # loads torch
+
+        if (stored := out / CONFIG).exists():
+            return config_of(read_config(out)["config"], str(stored))
     config = preset_of(preset_name, method)
     if preset_name is None and not quiet:
         _say_without_cuda(f"preset {config.preset}", f"--preset {SMALL[method_of(config)]}")
@@ -173,9 +175,11 @@ def _base(preset_name: str | None, method: str | None, out: Path, quiet: bool) -
 
 def _decoder_base(size: str | None, out: Path, quiet: bool) -> DecoderConfig:
     """The configuration before file and flags: that of the size, or else what the folder holds."""
-    stored = out / CONFIG
-    if size is None and stored.exists():
-        return checked(DecoderConfig, read_config(out)["config"], str(stored))
+    if size is None:
+        from trainer.training.run_folder import CONFIG, read_config  # loads torch
+
+        if (stored := out / CONFIG).exists():
+            return checked(DecoderConfig, read_config(out)["config"], str(stored))
     if size is None and not quiet:
         _say_without_cuda("size XL", "--size tiny")
     return decoder_preset(size or "XL")

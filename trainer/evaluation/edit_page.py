@@ -14,9 +14,9 @@ from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Plots, Sect
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.canvases.views import latent_views, level_names, shared_palette
 from hierarchy_builder.errors import TrainerError
+from hierarchy_builder.files import without_nan
 from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
 from trainer.metrics.edit_locality import token_change
-from trainer.printing import without_nan
 from trainer.trajectories.compare import compare, encoder_of, heat_map
 from trainer.trajectories.trajectory import Trajectory
 

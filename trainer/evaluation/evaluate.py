@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.progress import Follow, unseen
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
@@ -22,7 +23,6 @@ from trainer.evaluation.distribution import (
     picture_distances,
     seen_by,
 )
-from trainer.evaluation.progress import Follow, unseen
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.metrics.frechet import Gaussian

@@ -18,10 +18,10 @@ from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Section, View
 from hierarchy_builder.canvases.views import REGIONS, level_names
 from hierarchy_builder.files import write_bytes
+from hierarchy_builder.progress import Follow
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
 from trainer.evaluation.evaluate import check_fits
-from trainer.evaluation.progress import Follow
 from trainer.methods.normalizing_trajectory.likelihood import Measured, likelihood, measure
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.training.run_folder import read_kept

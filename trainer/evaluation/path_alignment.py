@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
-from trainer.evaluation.progress import Follow, unseen
+from hierarchy_builder.progress import Follow, unseen
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import level_noise, time_steps
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files import write_json
+from hierarchy_builder.progress import Follow, unseen
 from trainer.data.shards import ShardIndex
 from trainer.evaluation.path_alignment import (
     FLAT,
@@ -21,9 +23,7 @@ from trainer.evaluation.path_alignment import (
     alignment_of_photos,
     summarise_alignment,
 )
-from trainer.evaluation.progress import Follow, unseen
 from trainer.evaluation.sweep import EDIT, OTHER_NOISE, SweepConfig, summarise, sweep
-from trainer.printing import write_json
 from trainer.trajectories.photos import start_from_shards
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
@@ -58,7 +58,7 @@ def edit_study(
     config = SweepConfig(labels=tuple(labels), seeds=tuple(seeds), num_steps=num_steps)
     summary = summarise(sweep(pipe, config, follow=follow))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "kind": config.kind}
-    write_json(run / EDITS, {**setup, "summary": summary})
+    write_json(run / EDITS, {**setup, "summary": summary}, sort_keys=False)
     for line in summary:
         where = f"{line['level']}_{line['measured']}"
         if line["measured"] == line["level"]:
@@ -91,7 +91,7 @@ def alignment_study(
     summary = summarise_alignment(list(alignment(pipe, labels, seeds, num_steps, follow)))
     of_photos = summarise_alignment(list(alignment_of_photos(pipe, photos, num_steps, follow)))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "num_photos": len(photos)}
-    write_json(run / ALIGNMENT, {**setup, "summary": summary, "photos": of_photos})
+    write_json(run / ALIGNMENT, {**setup, "summary": summary, "photos": of_photos}, sort_keys=False)
     yield from _early_means(summary, "")
     yield from _early_means(of_photos, "_real")
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from hierarchy_builder.errors import UsageError
-from trainer.evaluation.progress import Follow, unseen
+from hierarchy_builder.progress import Follow, unseen
 from trainer.metrics.spread import spread
 from trainer.trajectories.compare import Encode, encoder_of, locality
 from trainer.trajectories.edit import Source

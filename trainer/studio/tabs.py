@@ -11,10 +11,9 @@ import gradio as gr
 import numpy as np
 
 from hierarchy_builder.errors import TrainerError, UsageError
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files import without_nan, write_bytes
 from trainer.cli.options import parse_seeds
 from trainer.evaluation.sweep import Kind, SweepConfig, summarise, summary_table, sweep
-from trainer.printing import without_nan
 from trainer.studio.board import draw_board
 from trainer.studio.desk import WARNING, Desk
 from trainer.studio.folder import SUFFIX

@@ -17,8 +17,9 @@ from hierarchy_builder.build.workers import Workers, _Metrics
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.files import write_json
-from hierarchy_builder.progress import Meter, Reporter, as_duration, running_stage
+from hierarchy_builder.progress import Meter, Reporter, as_duration
 from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.units import running_stage
 
 
 def test_a_stage_tells_how_far_how_fast_and_how_long(monkeypatch) -> None:

@@ -27,7 +27,6 @@ from hierarchy_builder.canvases.gallery import (
     View,
     data_uri,
     render,
-    show_value,
     write_page,
 )
 from hierarchy_builder.canvases.plots import Plot, Series, draw, short_number
@@ -39,6 +38,7 @@ from hierarchy_builder.canvases.views import (
     shared_palette,
 )
 from hierarchy_builder.quality.report import hierarchy_page
+from hierarchy_builder.terminal import show_value
 from trainer.trajectories.view import (
     TrajectoryView,
     page_palette,

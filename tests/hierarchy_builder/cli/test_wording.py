@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hierarchy_builder.build.session import StageSummary
-from hierarchy_builder.terminal import print_stages
-from hierarchy_builder.wording import counted
+from hierarchy_builder.terminal import counted, print_stages
 
 
 def test_one_is_no_plural() -> None:

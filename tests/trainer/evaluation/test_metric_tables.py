@@ -9,8 +9,8 @@ from documented import undocumented
 from rich.console import Console
 from tiny_pipeline import tiny_pipeline
 
+from hierarchy_builder.progress import shown_on, unseen
 from trainer.evaluation import sweep as room
-from trainer.evaluation.progress import shown_on, unseen
 from trainer.evaluation.sweep import EDIT, SweepConfig, summarise, summary_table, sweep
 from trainer.evaluation.tables import metric_tables
 

@@ -78,15 +78,15 @@ def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_interrupted_write_is_not_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, step=3)
     written: list[str] = []
-    write = saved._write
+    sync = saved.sync
 
-    def full_disk(path: Path, data: bytes) -> None:
+    def full_disk(path: Path) -> None:
         if path.name == saved.STATE:
             raise OSError(28, "No space left on device")
         written.append(path.name)
-        write(path, data)
+        sync(path)
 
-    monkeypatch.setattr(saved, "_write", full_disk)
+    monkeypatch.setattr(saved, "sync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, step=4)
     assert saved.MODEL in written
