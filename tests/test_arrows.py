@@ -1,4 +1,4 @@
-"""Data flows one way: which rooms may import which, and what a fresh process must not load."""
+"""Imports point one way: which folders may import which, and what a fresh process must not load."""
 
 import ast
 import subprocess
@@ -9,8 +9,39 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hierarchy_builder", "trainer", "pipelines")
-RAY_ROOMS = {"hierarchy_builder/build/workers.py"}
+RAY_FILES = {"hierarchy_builder/build/workers.py"}
 GROUND_FLOOR = ("config", "errors", "fields", "files", "progress", "records", "terminal", "vision_libraries")
+"""Modules at the root of hierarchy_builder; every folder of both packages may import them."""
+WINGS = {
+    "hierarchy_builder": (
+        *("canvases", "hierarchy", "images", "encoders", "vocabulary"),
+        *("store", "build", "verify", "quality", "cli"),
+    ),
+    "trainer": (
+        *("seeds", "data", "layers", "networks", "metrics", "training", "decode", "trajectories"),
+        *("methods", "post_training", "evaluation", "studio", "cli", "official"),
+    ),
+}
+"""The parts of each package from the lowest up: a part imports itself and those before it."""
+UPWARD = {
+    ("hierarchy_builder/store/shard_set.py", "build"),
+    ("trainer/data/normalisation.py", "training"),
+    ("trainer/studio/tabs.py", "cli"),
+    ("trainer/training/loading.py", "decode"),
+    ("trainer/trajectories/pipeline.py", "methods"),
+    ("trainer/trajectories/preview.py", "evaluation"),
+    ("trainer/trajectories/preview.py", "methods"),
+}
+"""Imports that still point up: the file and the part it imports. Entries are only ever removed."""
+BETWEEN_METHODS = {
+    ("trainer/methods/latent_forcing/pipeline.py", "trajectory_forcing"),
+    ("trainer/methods/latent_forcing/pixel_stage.py", "trajectory_forcing"),
+    ("trainer/methods/normalizing_trajectory/likelihood.py", "trajectory_forcing"),
+    ("trainer/methods/normalizing_trajectory/network.py", "trajectory_forcing"),
+    ("trainer/methods/normalizing_trajectory/pipeline.py", "trajectory_forcing"),
+    ("trainer/methods/trajectory_forcing/release.py", "latent_forcing"),
+}
+"""Imports that still lead from one method to another. Entries are only ever removed."""
 TRAINER_MAY_USE = (*GROUND_FLOOR, "canvases", "hierarchy")
 
 
@@ -30,26 +61,68 @@ def modules() -> dict[str, list[str]]:
     return found
 
 
-def test_ray_stays_in_its_rooms() -> None:
+def parts_of(path: str) -> tuple[str, str]:
+    """The package of a file, and its folder or module there; the package itself is the part ``."""
+    package, _, rest = path.partition("/")
+    part = rest.split("/")[0].removesuffix(".py")
+    return package, "" if part == "__init__" else part
+
+
+def test_ray_stays_in_its_file() -> None:
     for path, names in modules().items():
-        if path.startswith("pipelines/") or path in RAY_ROOMS:
+        if path.startswith("pipelines/") or path in RAY_FILES:
             continue
         assert not [name for name in names if name.split(".")[0] == "ray"], path
 
 
-def test_builder_never_imports_what_comes_after_it() -> None:
+def test_packages_import_only_those_before_them() -> None:
+    later = {
+        "hierarchy_builder": {"trainer", "pipelines", "tests", "examples", "benchmarks"},
+        "trainer": {"pipelines", "tests", "examples", "benchmarks"},
+        "pipelines": {"tests", "examples", "benchmarks"},
+    }
     for path, names in modules().items():
-        if path.startswith("hierarchy_builder/"):
-            assert not [name for name in names if name.split(".")[0] in ("trainer", "pipelines")], path
-        if path.startswith("trainer/"):
-            assert not [name for name in names if name.split(".")[0] == "pipelines"], path
+        assert not later[parts_of(path)[0]] & {name.split(".")[0] for name in names}, path
 
 
-def test_trainer_takes_only_the_shared_rooms() -> None:
+def test_trainer_takes_only_what_both_packages_share() -> None:
     for path, names in modules().items():
         if path.startswith("trainer/"):
             for name in (name for name in names if name.startswith("hierarchy_builder")):
                 assert name.split(".")[1] in TRAINER_MAY_USE, f"{path} imports {name}"
+
+
+def test_every_part_has_its_place_in_the_order() -> None:
+    parts = {parts_of(path) for path in modules() if not path.startswith("pipelines/")}
+    for package, part in parts:
+        ground = GROUND_FLOOR if package == "hierarchy_builder" else ()
+        assert part in ("", *ground, *WINGS[package]), f"{package}/{part}: give it a place in WINGS"
+
+
+def test_no_part_imports_one_above_it() -> None:
+    found = set()
+    for path, names in modules().items():
+        package, own = parts_of(path)
+        order = WINGS.get(package, ())
+        if not own or not order:
+            continue
+        height = order.index(own) if own in order else -1  # the ground floor
+        used = {name.split(".")[1] for name in names if name.startswith(f"{package}.")} & set(order)
+        found |= {(path, part) for part in used if order.index(part) > height}
+    assert not found - UPWARD, "these imports point up: move what is imported down, or the importer up"
+    assert not UPWARD - found, "these entries of UPWARD are no longer needed: remove them"
+
+
+def test_methods_never_import_each_other() -> None:
+    folders = {path.name for path in (ROOT / "trainer" / "methods").iterdir() if path.is_dir()}
+    found = set()
+    for path, names in modules().items():
+        own = path.removeprefix("trainer/methods/").partition("/")[0]
+        if path.startswith("trainer/methods/") and own in folders:
+            used = {name.split(".")[2] for name in names if name.startswith("trainer.methods.")}
+            found |= {(path, other) for other in used & folders - {own}}
+    assert not found - BETWEEN_METHODS, "a method asks for another through the registry"
+    assert not BETWEEN_METHODS - found, "these entries of BETWEEN_METHODS are no longer needed: remove them"
 
 
 @pytest.mark.parametrize(
