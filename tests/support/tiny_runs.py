@@ -117,14 +117,14 @@ def assert_same_state(a: Path, b: Path, step: int) -> None:
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[Loop, Any], None]) -> None:
     """Call `change` with the loop and the batch of one step, whatever loop runs."""
-    take_step = Loop._take_step
+    take_step = Loop.take_step
 
     def changed(self: Loop, batch: Any, time_is_up: bool) -> Any:
         if self.step == step:
             change(self, batch)
         return take_step(self, batch, time_is_up)
 
-    monkeypatch.setattr(Loop, "_take_step", changed)
+    monkeypatch.setattr(Loop, "take_step", changed)
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int) -> None:

@@ -42,10 +42,9 @@ from trainer.decode.perceptual import load_lpips
 from trainer.decode.rae import CONFIG, WEIGHTS, RaeDecoder, RaeDecoderConfig, rae_state, to_uint8
 from trainer.metrics.reconstruction import reconstruction
 from trainer.training.distributed import World, joined_world
-from trainer.training.loop import Loop, RunSummary
+from trainer.training.loop import Loop, RunSummary, StopRequest, stop_signals
 from trainer.training.run_folder import check_same_run, find_origin
 from trainer.training.schedules import mixed_seed, warmup_cosine
-from trainer.training.stopping import StopRequest, stop_signals
 from trainer.training.weights import WeightAverages
 
 MEASURED = 256
@@ -74,7 +73,7 @@ def train_decoder(
     """
     index = open_index(shards)
     with joined_world() as world, stop_signals() as stop:
-        run = _DecoderRun(config, index, Path(out), resume, world, stop, quiet)
+        run = DecoderRun(config, index, Path(out), resume, world, stop, quiet)
         summary = run.train()
         scores = run.measured()
     return DecoderSummary(**dataclasses.asdict(summary), reconstruction=scores, held_out=run.is_held_out)
@@ -88,7 +87,7 @@ class _Parts(nn.Module):
         self.decoder, self.discriminator = decoder, discriminator
 
 
-class _DecoderRun(Loop):
+class DecoderRun(Loop):
     """One training of a decoder in one process."""
 
     shown = ("l1",)
@@ -138,7 +137,7 @@ class _DecoderRun(Loop):
         config, seen = self.config, self.images_seen + self.config.batch_size
         return warmup_cosine(seen, config.total_images, config.lr, config.warmup_fraction)
 
-    def _backward(self, batch: PictureBatch, start: int, stop: int) -> Tensor:
+    def backward(self, batch: PictureBatch, start: int, stop: int) -> Tensor:
         """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each term."""
         config, device = self.config, self.world.device
         part = batch.rows(start, stop).to(device)

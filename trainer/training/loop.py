@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from trainer.training.distributed import World, check_equal
 from trainer.training.loading import fill
 from trainer.training.log import RunLog
 from trainer.training.run_folder import locked, prepare_folder
-from trainer.training.stopping import CTRL_C, OTHER_STOP, StopRequest
 from trainer.training.tracking import open_trackers
 from trainer.training.weights import WeightAverages
 
@@ -51,15 +52,49 @@ class RunSummary:
     checkpoint: str
 
 
+CTRL_C, OTHER_STOP = "Ctrl-C", "a signal or the wall clock"
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Which signal asked the run to stop, if any."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGUSR1 and the first Ctrl-C into a request to stop at the end of the step.
+
+    Only the main thread may take signals; in another one nothing is noted.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(number: int, frame: object) -> None:
+        request.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Loop(ABC):
     """One run in one process: the state that checkpoints keep, and the loop over it.
 
     A kind of training sets `plan`, `dataset`, `model`, `optimizer` and `averages`, calls `_begin`, and says what a
-    step computes (`_backward`), its learning rate (`_rate`), and what is shown (`_sheet`) and audited (`_audit`).
+    step computes (`backward`), its learning rate (`_rate`), and what is shown (`_sheet`) and audited (`_audit`).
     """
 
     terms: tuple[str, ...]
-    """What `_backward` returns, each a mean over the global batch; one is `loss`."""
+    """What `backward` returns, each a mean over the global batch; one is `loss`."""
     shown: tuple[str, ...] = ("loss", "raw_mse_u")
     """Numbers shown on stderr. The adaptive loss stays near 2 by construction; the squared error of u falls."""
     rate_field: str = "optim.lr"
@@ -92,7 +127,7 @@ class Loop(ABC):
         self.world.barrier()
 
     @abstractmethod
-    def _backward(self, batch: Any, start: int, stop: int) -> Tensor:
+    def backward(self, batch: Any, start: int, stop: int) -> Tensor:
         """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of `terms`."""
 
     @abstractmethod
@@ -141,7 +176,7 @@ class Loop(ABC):
             began = now = time.monotonic()
             for batch in loader:
                 time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)
-                terms, stopped = self._take_step(batch, time_is_up)
+                terms, stopped = self.take_step(batch, time_is_up)
                 elapsed, now = time.monotonic() - now, time.monotonic()
                 self.seconds += elapsed
                 is_last = self.step == batches.stop
@@ -173,14 +208,14 @@ class Loop(ABC):
         )
         return RunLog(self.out, config.total_images, self.images_seen, self.quiet, trackers, self.shown)
 
-    def _take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
+    def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
         """One optimiser step. Returns its terms, and why all ranks are to stop now, if any of them is."""
         world, share = self.world, len(batch)
         micro = self.config.micro_batch_size or share
         sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=world.device)
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, share, micro):
-            sums[: len(self.terms)] += self._backward(batch, start, min(start + micro, share))
+            sums[: len(self.terms)] += self.backward(batch, start, min(start + micro, share))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         world.add_gradients(parameters)
         # The wish to stop travels with the losses, so that all ranks stop at the same step.

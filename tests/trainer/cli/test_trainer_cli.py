@@ -233,14 +233,14 @@ def test_unfinished_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_signals_have_their_exit_codes(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
-    backward = room._Run._backward
+    backward = room.TrajectoryForcingRun.backward
 
     def signalled(self: Any, *rest: Any) -> Any:
         if self.step == 1:
             os.kill(os.getpid(), number)
         return backward(self, *rest)
 
-    monkeypatch.setattr(room._Run, "_backward", signalled)
+    monkeypatch.setattr(room.TrajectoryForcingRun, "backward", signalled)
     assert call("train", shards, *arguments(tmp_path), "--quiet") == code
     assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
 

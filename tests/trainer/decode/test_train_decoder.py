@@ -100,13 +100,13 @@ def test_bfloat16_stays_close(shards: str, whole: Path, tmp_path: Path) -> None:
 
 def test_held_out_shards_are_not_trained_on(shards: str, tmp_path: Path, monkeypatch: Any) -> None:
     seen: set[str] = set()
-    backward = room._DecoderRun._backward
+    backward = room.DecoderRun.backward
 
     def noting(self: Any, batch: Any, start: int, stop: int) -> Any:
         seen.update(batch.keys)
         return backward(self, batch, start, stop)
 
-    monkeypatch.setattr(room._DecoderRun, "_backward", noting)
+    monkeypatch.setattr(room.DecoderRun, "backward", noting)
     room.train_decoder(SMALL, shards, str(tmp_path), quiet=True)
     index = open_index(shards)
     held = room.PictureDataset(index, StreamPlan(shard_sizes=(24,), num_levels=4, batch_size=1), (16, 16))

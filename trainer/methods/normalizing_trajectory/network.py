@@ -203,12 +203,6 @@ class NormalizingNetwork(nn.Module):
         assert self.denoiser is not None
         return self.denoiser(u, t, given, num_steps)
 
-    def set_recompute(self, recompute: bool) -> None:
-        """Whether blocks keep only their input for reverse mode and run again in it."""
-        for module in self.modules():
-            if hasattr(module, "recompute"):
-                module.recompute = recompute  # type: ignore[assignment]
-
     def check(self, x: Tensor, num_steps: int) -> None:
         """Raise MismatchError unless states and the number of transitions are those of the network."""
         expected = (len(x), *self.config.grid, self.config.in_channels)

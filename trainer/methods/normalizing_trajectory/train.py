@@ -20,43 +20,32 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import identity
-from trainer.data.normalisation import Normaliser, normaliser_of
+from trainer.data.normalisation import Normaliser
 from trainer.data.shards import ShardIndex, open_index
-from trainer.data.stream import Batch, BatchDataset
+from trainer.data.stream import Batch
 from trainer.methods.normalizing_trajectory import objective as method
 from trainer.methods.normalizing_trajectory.chains import check_first_step
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig, NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.network import FlowPredictor, NormalizingNetwork
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.training import checkpoint as saved
-from trainer.training.compiled import compiled
 from trainer.training.config import checked, from_mapping
-from trainer.training.distributed import World, joined_world
 from trainer.training.loading import average_of
-from trainer.training.loop import Loop, RunSummary
-from trainer.training.optim import optimizer_of
-from trainer.training.run_folder import check_same_run, find_origin
+from trainer.training.loop import RunSummary
+from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.schedules import warmup_cosine
-from trainer.training.stopping import StopRequest, stop_signals
-from trainer.training.weights import WeightAverages
 from trainer.trajectories.preview import pipeline_sheet
-
-TERMS = ("loss", "bits", "fit", "log_sigma", "log_det", "flow")
-"""What a step reports: the loss and its parts, see `method.loss`; each a mean over the global batch."""
 
 
 def train(
     config: NormalizingTrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
 ) -> RunSummary:
-    """Train on the shards at `shards` until `total_images`, in the run folder `out`.
+    """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 
-    As `trainer.methods.trajectory_forcing.train.train`. A log-determinant that is not finite stops it as a
-    loss that is not finite does, with the seed and the keys of the samples.
+    A log-determinant that is not finite stops the run as a loss does, with the seed and the keys of the samples.
     """
     index = open_index(shards)
-    config = fit_to_shards(config, index)
-    with joined_world() as world, stop_signals() as stop:
-        return _NormalizingRun(config, index, Path(out), resume, world, stop, quiet).train()
+    return run_method(NormalizingRun, fit_to_shards(config, index), index, out, resume, quiet)
 
 
 def fit_to_shards(
@@ -84,12 +73,7 @@ def fit_to_shards(
 
 
 def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTrainConfig:
-    found: dict[str, Any] = {
-        "grid": index.grid,
-        "in_channels": index.width,
-        "num_classes": index.num_classes,
-        "num_levels": index.num_levels,
-    }
+    found: dict[str, Any] = {"num_levels": index.num_levels}
     if config.init_from is not None:
         source = saved.find_checkpoint(
             config.init_from
@@ -99,43 +83,34 @@ def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTra
         config = dataclasses.replace(config, init_from=str(source), normalise=flow.normalise)
     if found.get("trajectory", config.model.trajectory) == "levels":
         found["num_steps"] = (index.num_levels,)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
+    config = with_model(config, index, **found)
     _check_backbone(config, index)
     return config
 
 
-class _NormalizingRun(Loop):
+class NormalizingRun(MethodRun):
     """One run of Normalizing Trajectory Models in one process."""
 
+    terms: tuple[str, ...] = ("loss", "bits", "fit", "log_sigma", "log_det", "flow")
+    shown: tuple[str, ...] = ("bits", "log_det")
+    loss_function = staticmethod(method.loss)
     model: NormalizingNetwork
 
-    def __init__(
-        self,
-        config: NormalizingTrainConfig,
-        index: ShardIndex,
-        out: Path,
-        resume: str,
-        world: World,
-        stop: StopRequest,
-        quiet: bool,
-    ) -> None:
-        super().__init__(config, index, out, world, stop, quiet)
-        self.terms = ("loss",) if config.distil_from else TERMS
-        self.shown = ("loss",) if config.distil_from else ("bits", "log_det")
-        self.plan = self._stream_plan()
-        verify, max_damaged = config.verify_shards, config.max_damaged_shards
-        self.dataset = BatchDataset(index, self.plan, world.rank, world.size, verify, max_damaged)
-        origin = find_origin(out, resume, world.is_main)
-        check_same_run(out, origin, config, index)
-        self.normaliser = _normaliser(config, index, origin).to(world.device)
-        self.model = _fresh_model(config).to(world.device)
-        self.flow = self._frozen_flow()
-        self.objective = compiled(method.loss) if config.compile else method.loss
-        self.model.set_recompute(config.activation_checkpointing)
-        optim = config.optim
-        self.optimizer = optimizer_of(self.model, optim)
-        self.averages = WeightAverages(self.model, optim.ema_halflives_kimg, optim.ema_ramp)
-        self._begin(origin)
+    def __init__(self, config: NormalizingTrainConfig, *others: Any) -> None:
+        if config.distil_from:
+            self.terms, self.shown = ("loss",), ("loss",)
+        super().__init__(config, *others)
+
+    def _network(self) -> NormalizingNetwork:
+        network = fresh_network(self.config)
+        self.flow = _frozen_flow(network, self.config)
+        if self.flow is not None:
+            self.flow.to(self.world.device)
+        return network
+
+    def _first_normaliser(self, origin: Path | None) -> Normaliser:
+        source = origin or self.config.init_from or self.config.distil_from
+        return super()._first_normaliser(saved.find_checkpoint(source) if source else None)
 
     def _rate(self) -> float:
         config, optim = self.config, self.config.optim
@@ -144,11 +119,8 @@ class _NormalizingRun(Loop):
             seen, config.total_images, optim.lr, optim.warmup_fraction, optim.final_lr_fraction
         )
 
-    def _backward(self, batch: Batch, start: int, stop: int) -> Tensor:
-        """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of `terms`."""
-        config, device = self.config, self.world.device
-        first = self.world.rank * len(batch)
-        part = batch.rows(start, stop).to(device)
+    def _terms(self, part: Batch, rows: slice) -> dict[str, Tensor]:
+        config = self.config
         tokens_only = config.model.trajectory == "tokens"
         canvases = part.tokens(self.normaliser)[:, None] if tokens_only else part.canvases(self.normaliser)
         draws = method.draw_batch(
@@ -158,8 +130,8 @@ class _NormalizingRun(Loop):
             num_steps=config.model.num_steps,
             seed=config.seed,
             step=self.step,
-            rows=slice(first + start, first + stop),
-            device=device,
+            rows=rows,
+            device=self.world.device,
         )
         chain = method.build_chain(
             canvases,
@@ -170,37 +142,24 @@ class _NormalizingRun(Loop):
             trajectory=config.model.trajectory,
             level_noise=config.method.level_noise,
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            terms = self._terms(chain, draws)
-        share = len(part) / config.batch_size
-        (terms["loss"] * share).backward()
-        return torch.stack([terms[name] * share for name in self.terms]).detach().double()
-
-    def _terms(self, chain: method.Chain, draws: method.Draws) -> dict[str, Tensor]:
-        if self.config.distil_from:
-            return {"loss": method.denoiser_loss(self.model, chain, draws.num_steps)}
-        return self.objective(
-            self.model,
-            chain.states,
-            chain.times,
-            chain.given,
-            num_steps=draws.num_steps,
-            pair=draws.pair,
-            flow=self.flow,
-            flow_weight=chain.states.new_tensor(self._flow_weight()),
-        )
+        with self._autocast():
+            if config.distil_from:
+                return {"loss": method.denoiser_loss(self.model, chain, draws.num_steps)}
+            return self.objective(
+                self.model,
+                chain.states,
+                chain.times,
+                chain.given,
+                num_steps=draws.num_steps,
+                pair=draws.pair,
+                flow=self.flow,
+                flow_weight=chain.states.new_tensor(self._flow_weight()),
+            )
 
     def _flow_weight(self) -> float:
         """λ, which falls along a cosine over the run."""
         share = min(1.0, self.images_seen / self.config.total_images)
         return self.config.method.flow_weight * 0.5 * (1 + math.cos(math.pi * share))
-
-    def _frozen_flow(self) -> FlowPredictor | None:
-        """The predictor as it was before training, for the regulariser."""
-        if self.config.init_from is None or not self.config.method.flow_weight:
-            return None
-        assert isinstance(self.model.predictor, FlowPredictor)
-        return copy.deepcopy(self.model.predictor).eval().requires_grad_(False)
 
     def _sheet(self) -> Image.Image:
         """Samples of the model as it is, with its first weight average where there is one."""
@@ -218,11 +177,17 @@ class _NormalizingRun(Loop):
         return sheet
 
 
-def _fresh_model(config: NormalizingTrainConfig) -> NormalizingNetwork:
+def _frozen_flow(network: NormalizingNetwork, config: NormalizingTrainConfig) -> FlowPredictor | None:
+    """The predictor as it is before training, for the regulariser."""
+    if config.init_from is None or not config.method.flow_weight:
+        return None
+    assert isinstance(network.predictor, FlowPredictor)
+    return copy.deepcopy(network.predictor).eval().requires_grad_(False)
+
+
+def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
     """The network as a run begins with it: random, or with the weights of the run it starts from."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = NormalizingNetwork(config.model)
+    network = NormalizingNetwork(config.model)
     if config.init_from is not None:
         folder = saved.find_checkpoint(config.init_from)
         name = average_of(from_mapping(saved.load_state(folder).config, str(folder)), "auto")
@@ -244,15 +209,6 @@ def _fresh_model(config: NormalizingTrainConfig) -> NormalizingNetwork:
         assert network.denoiser is not None
         network.denoiser.requires_grad_(True)
     return network
-
-
-def _normaliser(config: NormalizingTrainConfig, index: ShardIndex, origin: Path | None) -> Normaliser:
-    source = origin or config.init_from or config.distil_from
-    return (
-        saved.load_normaliser(saved.find_checkpoint(source))
-        if source
-        else normaliser_of(config.normalise, index)
-    )
 
 
 def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) -> NormalizingTrainConfig:

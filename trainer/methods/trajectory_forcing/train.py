@@ -1,15 +1,8 @@
-"""Training: batches in, checkpoints and metrics.jsonl out; stops at any step and goes on bit for bit.
-
-A step's batch, levels, times and noise are functions of (seed, step) for the whole global batch, and each rank
-takes its rows. Every part of the loss is scaled to the global batch before `backward`, so that gradients are
-summed, not averaged, over micro-batches and ranks and any split of the batch takes the same steps.
-"""
+"""Training of Trajectory Forcing; `trainer.training.method_run` holds what all methods share."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,110 +10,60 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hierarchy_builder.errors import MismatchError
-from trainer.data.normalisation import normaliser_of
 from trainer.data.shards import ShardIndex, open_index
-from trainer.data.stream import Batch, BatchDataset, coverage
+from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.training import checkpoint as saved
-from trainer.training.compiled import compiled
 from trainer.training.config import TrainConfig
-from trainer.training.distributed import World, joined_world
-from trainer.training.loop import Loop, RunSummary
+from trainer.training.loop import RunSummary
+from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.optim import MuonAdam
-from trainer.training.run_folder import check_same_run, find_origin
 from trainer.training.schedules import learning_rate
-from trainer.training.stopping import StopRequest, stop_signals
-from trainer.training.weights import WeightAverages
 from trainer.trajectories.preview import preview_sheet
-
-TERMS = ("loss", "region", "loss_u", "loss_v", "raw_mse_u", "raw_mse_v")
-"""What a step reports: the loss and its parts, each a mean over the global batch."""
 
 
 def train(
     config: TrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
 ) -> RunSummary:
-    """Train on the shards at `shards` until `total_images`, in the run folder `out`.
+    """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 
-    resume: `auto` goes on from the newest checkpoint of `out` if there is one, `never` asks for a fresh folder,
-    else a run or checkpoint folder to start from. Grid, channels, classes and levels come from the shards.
-    Raises MismatchError when `out` was made with another configuration or other shards, InterruptedRunError
-    after a checkpoint on SIGTERM, SIGUSR1 or `max_seconds`, KeyboardInterrupt after one on Ctrl-C, and
-    NonFiniteLossError when the loss or a gradient is not finite.
+    Grid, channels, classes and levels come from the shards.
     """
     index = open_index(shards)
-    config = fit_to_shards(config, index)
-    with joined_world() as world, stop_signals() as stop:
-        return _Run(config, index, Path(out), resume, world, stop, quiet).train()
+    return run_method(TrajectoryForcingRun, fit_to_shards(config, index), index, out, resume, quiet)
 
 
 def fit_to_shards(config: TrainConfig, index: ShardIndex, asked: Collection[str] = ()) -> TrainConfig:
-    """The config with the model's grid, channels, classes and levels as the shards have them.
-
-    asked: dotted names of the fields that were set on purpose. Raises MismatchError naming both values where one
-    of these four is not that of the shards.
-    """
-    found: dict[str, Any] = {
-        "grid": index.grid,
-        "in_channels": index.width,
-        "num_classes": index.num_classes,
-        "num_levels": index.num_levels,
-    }
-    for name, value in found.items():
-        wanted = getattr(config.model, name)
-        if f"model.{name}" in asked and wanted != value:
-            raise MismatchError(
-                f"model.{name} is {wanted}, {index.url} holds {value}: leave it out, it comes from the shards"
-            )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
+    """The config with the model's grid, channels, classes and levels as the shards have them; see `with_model`."""
+    return with_model(config, index, asked, num_levels=index.num_levels)
 
 
-class _Run(Loop):
+class TrajectoryForcingRun(MethodRun):
     """One run of Trajectory Forcing in one process."""
 
-    terms = TERMS
+    terms = ("loss", "region", "loss_u", "loss_v", "raw_mse_u", "raw_mse_v")
+    loss_function = staticmethod(trajectory_forcing.loss)
     model: TrajectoryTransformer
+    counts: np.ndarray | None = None
+    """Images per level so far, as far as `counted` images."""
+    counted = 0
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        index: ShardIndex,
-        out: Path,
-        resume: str,
-        world: World,
-        stop: StopRequest,
-        quiet: bool,
-    ) -> None:
-        super().__init__(config, index, out, world, stop, quiet)
-        self.plan = self._stream_plan(level_per=config.level_per)
-        self.dataset = BatchDataset(
-            index, self.plan, world.rank, world.size, config.verify_shards, config.max_damaged_shards
-        )
-        origin = find_origin(out, resume, world.is_main)
-        check_same_run(out, origin, config, index)
-        normaliser = saved.load_normaliser(origin) if origin else normaliser_of(config.normalise, index)
-        self.normaliser = normaliser.to(world.device)
-        self.model = _fresh_model(config).to(world.device)
-        self.model.recompute = config.activation_checkpointing
-        self.objective = compiled(trajectory_forcing.loss) if config.compile else trajectory_forcing.loss
-        self.optimizer = MuonAdam(self.model.named_parameters(), config.optim)
-        self.averages = WeightAverages(self.model, config.optim.ema_halflives_kimg, config.optim.ema_ramp)
-        self.counts: np.ndarray | None = None
-        self.counted = 0
-        self._begin(origin)
+    def _network(self) -> TrajectoryTransformer:
+        return TrajectoryTransformer(self.config.model)
+
+    def _plan(self) -> StreamPlan:
+        return self._stream_plan(level_per=self.config.level_per)
+
+    def _optimizer(self) -> MuonAdam:
+        return MuonAdam(self.model.named_parameters(), self.config.optim)
 
     def _rate(self) -> float:
         config, optim = self.config, self.config.optim
         return learning_rate(self.images_seen, config.total_images, optim.lr, optim.cooldown_fraction)
 
-    def _backward(self, batch: Batch, start: int, stop: int) -> Tensor:
-        """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of TERMS."""
-        config, device = self.config, self.world.device
-        first = self.world.rank * len(batch)
-        part = batch.rows(start, stop).to(device)
+    def _terms(self, part: Batch, rows: slice) -> dict[str, Tensor]:
+        config = self.config
         x, prev, regions = part.targets(self.normaliser)
         draws = trajectory_forcing.draw_batch(
             config.batch_size,
@@ -128,14 +71,14 @@ class _Run(Loop):
             config.method,
             seed=config.seed,
             step=self.step,
-            rows=slice(first + start, first + stop),
-            device=device,
+            rows=rows,
+            device=self.world.device,
         )
         label = part.label
         if config.model.guidance:
             label = torch.where(draws.drop_label, config.model.num_classes, label)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            terms = self.objective(
+        with self._autocast():
+            return self.objective(
                 self.model,
                 x,
                 prev=draws.noisy(prev, part.level),
@@ -148,15 +91,15 @@ class _Run(Loop):
                 guidance=draws.guidance if config.model.guidance else None,
                 region_weight=config.method.region_weight,
             )
+
+    def _scaled(self, terms: Mapping[str, Tensor], part: Batch) -> dict[str, Tensor]:
         # The region term is a mean over the samples that have regions, the others over all samples.
-        share = len(part) / config.batch_size
-        region = terms["region"] * (
-            (part.level < config.model.num_levels - 1).sum() / self._num_with_regions()
-        )
-        loss = (terms["loss_u"] + terms["loss_v"]) * share + config.method.region_weight * region
-        loss.backward()
-        means = (terms[name] * share for name in ("loss_u", "loss_v", "raw_mse_u", "raw_mse_v"))
-        return torch.stack([loss, region, *means]).detach().double()
+        share = len(part) / self.config.batch_size
+        with_regions = (part.level < self.config.model.num_levels - 1).sum()
+        region = terms["region"] * (with_regions / self._num_with_regions())
+        loss = (terms["loss_u"] + terms["loss_v"]) * share + self.config.method.region_weight * region
+        means = {name: terms[name] * share for name in ("loss_u", "loss_v", "raw_mse_u", "raw_mse_v")}
+        return {"loss": loss, "region": region, **means}
 
     def _num_with_regions(self) -> int:
         """Samples of the current global batch whose level has regions (the last has none), at least 1."""
@@ -181,9 +124,3 @@ class _Run(Loop):
         self.counts += self.plan.level_counts(self.counted, boundary)
         self.counted = boundary
         return coverage(self.counts)
-
-
-def _fresh_model(config: TrainConfig) -> TrajectoryTransformer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return TrajectoryTransformer(config.model)

@@ -160,7 +160,7 @@ def test_from_a_flow_matching_network(shards: str, flow_run: Path, tmp_path: Pat
     assert resolved.model.trajectory == "canvases"
     assert resolved.model.backbone is not None
     assert config_of(json.loads(json.dumps(dataclasses.asdict(resolved))), "test") == resolved
-    network = room._fresh_model(resolved)
+    network = room.fresh_network(resolved)
     before = saved.load_weights(saved.find_checkpoint(flow_run), "0.05")
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in network.predictor.backbone.state_dict().items()
@@ -261,7 +261,7 @@ def test_the_denoiser_learns_what_the_score_says(
         load_pipeline(runs[trajectory], ending="denoiser")
     two_blocks = dataclasses.replace(TINY.model, denoiser_depth=2)
     again = dataclasses.replace(TINY, distil_from=str(tmp_path / "run"), model=two_blocks)
-    deeper = room._fresh_model(room.fit_to_shards(again, open_index(shards)))  # its denoiser starts anew
+    deeper = room.fresh_network(room.fit_to_shards(again, open_index(shards)))  # its denoiser starts anew
     assert len(deeper.denoiser.trunk.blocks) == 2
     assert torch.equal(
         deeper.transporter.blocks[0].out.weight, after["model/transporter.blocks.0.out.weight"]

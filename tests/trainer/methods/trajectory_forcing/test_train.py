@@ -86,14 +86,14 @@ def test_coverage_audits_finished_epochs(whole: Path) -> None:
 def test_resumed_run_equals_uninterrupted(
     shards: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_step = room._Run._take_step
+    take_step = room.TrajectoryForcingRun.take_step
 
     def killed(self: Any, batch: Batch, time_is_up: bool) -> Any:
         if self.step == 6:
             raise RuntimeError("killed")
         return take_step(self, batch, time_is_up)
 
-    monkeypatch.setattr(room._Run, "_take_step", killed)
+    monkeypatch.setattr(room.TrajectoryForcingRun, "take_step", killed)
     with pytest.raises(RuntimeError, match="killed"):
         room.train(TINY, shards, str(tmp_path), quiet=True)
     monkeypatch.undo()
