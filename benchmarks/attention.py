@@ -27,8 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer import layers
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
+from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Prediction, TrajectoryTransformer
-from trainer.training.config import MethodConfig, ModelConfig
+from trainer.networks.config import ModelConfig
 
 BY_HAND = layers.attend
 

@@ -11,8 +11,10 @@ import records
 import torch
 
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
+from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.training.config import MethodConfig, ModelConfig, OptimConfig
+from trainer.networks.config import ModelConfig
+from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
 

@@ -3,7 +3,7 @@
 import torch
 
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.training.config import ModelConfig
+from trainer.networks.config import ModelConfig
 
 SMALL = ModelConfig(grid=(3, 5), in_channels=6, num_classes=7, width=32, depth=3, head_depth=1, num_heads=2)
 

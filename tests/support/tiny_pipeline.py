@@ -9,9 +9,11 @@ import torch
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.fields import to_mapping
 from trainer.data.normalisation import RAW, Normaliser
+from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
-from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
 from trainer.trajectories.pipeline import TrajectoryPipeline

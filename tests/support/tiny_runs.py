@@ -18,8 +18,10 @@ from trainer.methods.normalizing_trajectory.config import (
     NormalizingOptimConfig,
     NormalizingTrainConfig,
 )
+from trainer.methods.trajectory_forcing.config import TrainConfig
+from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
-from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.training.config import OptimConfig
 from trainer.training.loop import Loop
 
 FLOW = TrainConfig(

@@ -13,6 +13,7 @@ A run carries its own mean and spread, and everything outside the network is raw
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from trainer.data.shards import ShardIndex, read_statistics
-from trainer.training.config import Normalisation
+
+Normalisation = Literal["none", "channel", "position"]
+"""By which statistics of the shards features are centred and scaled."""
 
 ARRAYS = {"channel": ("channel_mean", "channel_variance"), "position": ("mean", "variance")}
 """The mean and the population variance in statistics.npz that each kind takes."""

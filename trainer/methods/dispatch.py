@@ -17,8 +17,8 @@ from trainer.methods.normalizing_trajectory.config import Ending, NormalizingTra
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.methods.registry import AnyConfig
 from trainer.methods.trajectory_forcing import train as trajectory_train
+from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.training import checkpoint as saved
-from trainer.training.config import TrainConfig
 from trainer.training.loop import RunSummary
 from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
 

@@ -11,8 +11,9 @@ from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.presets import LATENT_PRESETS
 from trainer.methods.normalizing_trajectory.config import NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.presets import NORMALIZING_PRESETS
+from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.presets import PRESETS
-from trainer.training.config import TrainConfig, checked
+from trainer.training.config import checked
 
 AnyConfig = TrainConfig | LatentTrainConfig | NormalizingTrainConfig
 METHODS: dict[str, Mapping[str, Callable[[], AnyConfig]]] = {

@@ -18,125 +18,12 @@ from hierarchy_builder import fields
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import (
     EXECUTION,
-    MOST,
-    MOST_BLOCKS,
-    MOST_ROWS,
     STRICT,
     require,
-    require_size,
     to_mapping,
 )
 
 Config = TypeVar("Config")
-Normalisation = Literal["none", "channel", "position"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The network; stored in every checkpoint, enough to rebuild it. Defaults are TF-B on DINOv2-B features.
-
-    The first four fields are those of the shards a run trains on.
-    """
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
-
-    grid: tuple[int, int] = (16, 16)
-    """Rows and columns of tokens."""
-    in_channels: int = 768
-    """Channels of one token, the width of the encoder."""
-    num_classes: int = 1000
-    """Classes; the label table has one row more, the null class."""
-    num_levels: int = 4
-    """L, levels of the hierarchy including the raw tokens."""
-    width: int = 768
-    """Width of the transformer."""
-    depth: int = 16
-    """Blocks a token passes, shared ones and those of one head."""
-    head_depth: int = 8
-    """Blocks of the u-head and, with other weights, of the v-head; depth − head_depth are shared."""
-    num_heads: int = 12
-    """Attention heads."""
-    num_class_tokens: int = 8
-    """Conditioning tokens that carry the class."""
-    num_time_tokens: int = 8
-    """Conditioning tokens that carry h = t − r."""
-    num_level_tokens: int = 8
-    """Conditioning tokens that carry the level."""
-    guidance: bool = False
-    """Whether the network takes a guidance scale omega and its interval as input."""
-    num_guidance_tokens: int = 4
-    """Conditioning tokens that carry omega, with guidance."""
-    num_interval_tokens: int = 2
-    """Conditioning tokens for each end of the guidance interval, with guidance."""
-    fusion: Literal["fused", "concat"] = "fused"
-    """How the previous level enters: fused with each token, or appended to the sequence."""
-    mlp_ratio: float = 8 / 3
-    """Hidden width of the SwiGLU as a multiple of the width."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm."""
-
-    def __post_init__(self) -> None:
-        for name in ("in_channels", "num_classes", "width", "num_heads", "mlp_ratio"):
-            require_size(name, getattr(self, name))
-        require(
-            0 < self.rope_theta < math.inf, f"rope_theta is {self.rope_theta}, expected above 0, and finite"
-        )
-        for name in ("class", "time", "level", "guidance", "interval"):
-            count = getattr(self, f"num_{name}_tokens")
-            require(0 <= count <= MOST, f"num_{name}_tokens is {count}, expected 0 to {MOST:,}")
-        for side in self.grid:
-            require_size("a side of the grid", side, MOST_ROWS)
-        require_size("depth", self.depth, MOST_BLOCKS)
-        require(
-            0 < self.head_depth <= self.depth,
-            f"head_depth {self.head_depth}, expected 1 to depth {self.depth}",
-        )
-        require(
-            self.width % (4 * self.num_heads) == 0,
-            f"width {self.width}, expected a multiple of 4 × num_heads = {4 * self.num_heads} (rotary pairs)",
-        )
-        require(2 <= self.num_levels <= MOST, f"num_levels is {self.num_levels}, expected 2 to {MOST:,}")
-        require(0 <= self.norm_eps < 1, f"norm_eps is {self.norm_eps}, expected 0 up to below 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MethodConfig:
-    """Trajectory Forcing's objective: the law of (t, r), guidance, and the weight of the region loss."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
-
-    time_mean: float = 0.0
-    """Mean of logit(t) before the shift."""
-    time_std: float = 1.0
-    """Standard deviation of logit(t)."""
-    time_shift: float = 10.0
-    """Shift of the law: its logarithm is added to the mean."""
-    uniform_fraction: float = 0.1
-    """Share of samples whose t and r are uniform on [0, 1] instead."""
-    data_fraction: float = 0.0
-    """Share of samples with r = t (plain flow matching)."""
-    region_weight: float = 1.0
-    """Weight of the region loss."""
-    guidance_max: float = 8.0
-    """Largest guidance scale omega drawn in training, with guidance."""
-    label_dropout: float = 0.1
-    """Probability that the label is replaced by the null class, with guidance."""
-    prev_noise: float = 0.0
-    """Noise on the canvas of the previous level: σ·N(0, 1), σ uniform up to this, in the network's units; 0: none."""
-
-    def __post_init__(self) -> None:
-        for name in ("uniform_fraction", "data_fraction", "label_dropout"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
-        for name in ("time_std", "time_shift"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
-        for name, least in (("region_weight", 0), ("prev_noise", 0), ("guidance_max", 1)):
-            value = getattr(self, name)
-            require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
-        require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +60,45 @@ class OptimConfig:
             0 <= self.cooldown_fraction <= 1,
             f"cooldown_fraction is {self.cooldown_fraction}, expected a share from 0 to 1",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuledOptimConfig:
+    """AdamW or Muon, and the weight averages; the learning rate's course is the method's own."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    rule: Literal["adamw", "muon"] = "adamw"
+    """AdamW as published, or Muon as in Trajectory Forcing, by which small networks learn in minutes."""
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moments; with Muon of what Adam then takes."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; Muon here has none."""
+    ema_halflives_kimg: tuple[float, ...] = (1000.0,)
+    """Half-lives of the weight averages in thousands of images."""
+    ema_ramp: float = 0.05
+    """A half-life never exceeds this share of the images seen so far."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
+        for decay in self.betas:
+            require(0 <= decay < 1, f"betas hold {decay}, expected 0 up to below 1")
+        for halflife in self.ema_halflives_kimg:
+            require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
+        for name in ("ema_ramp", "weight_decay"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        require(
+            self.rule == "adamw" or self.weight_decay == 0,
+            f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: Muon here has none",
+        )
+
+    def check_shares(self, *names: str) -> None:
+        """Refuse fields of these names that are no share from 0 to 1."""
+        for name in names:
+            found = getattr(self, name)
+            require(0 <= found <= 1, f"{name} is {found}, expected a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,8 +159,11 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodRunConfig(RunConfig):
-    """What a run of every method has beside: two ways through its objective."""
+    """What a run of every method has besides: the units of its features, and two ways through its objective."""
 
+    normalise: Literal["none", "channel", "position"] = "channel"
+    """Units of the network's features: raw (`none`), or of mean 0 and spread 1 per channel or per position and
+    channel, by statistics.npz; samples are always raw."""
     compile: bool = field(default=False, metadata=EXECUTION)
     """Whether the objective is compiled; equal up to rounding, after minutes of compiling."""
     activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
@@ -244,29 +173,8 @@ class MethodRunConfig(RunConfig):
         RunConfig.__post_init__(self)  # super() does not find the class that slots make
         require(
             not (self.compile and self.activation_checkpointing),
-            "compile and activation_checkpointing: expected one of them, compiled code chooses itself what it keeps",
+            "compile and activation_checkpointing exclude each other: compiled code chooses itself what it keeps",
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig(MethodRunConfig):
-    """One run of Trajectory Forcing."""
-
-    preset: str = "TF-B"
-    """Name of the preset the run started from."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    normalise: Normalisation = "none"
-    """Units of the network's features: raw as in the release, or of mean 0 and spread 1 per channel or per position
-    and channel, by statistics.npz; samples are raw always."""
-    level_per: Literal["sample", "batch"] = "sample"
-    """Whether each sample draws its level or, as the release does, a batch shares one."""
-
-
-def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
-    """Build a checked TrainConfig from plain nested data; see `checked`."""
-    return checked(TrainConfig, mapping, where)
 
 
 def checked(kind: type[Config], mapping: Mapping[str, Any], where: str) -> Config:

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.training.config import OptimConfig
-from trainer.training.optim_config import RuledOptimConfig
+from trainer.training.config import OptimConfig, RuledOptimConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that pulls all singular values towards 1."""

@@ -22,10 +22,10 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from trainer.data.normalisation import RAW, Normaliser
+from trainer.methods.trajectory_forcing.config import from_mapping
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import check_seed, level_noise, sample_levels
 from trainer.training import checkpoint as saved
-from trainer.training.config import from_mapping
 from trainer.training.loading import average_of, best_device, check_weak, decoder_for, fill, weights_note
 from trainer.trajectories.trajectory import Decoder, Trajectory
 

@@ -15,8 +15,7 @@ from fixture_shards import NUM_LEVELS, WIDTH, write_shards
 from tiny_runs import FLOW
 
 from hierarchy_builder.canvases import level_canvases
-from hierarchy_builder.errors import MismatchError, TrainerError
-from trainer.data.normalisation import FLOOR, RAW, Normaliser, normaliser_of
+from trainer.data.normalisation import FLOOR, RAW, Normalisation, Normaliser, normaliser_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
 from trainer.data.stream import Batch
@@ -24,7 +23,6 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.methods.trajectory_forcing import train as room
 from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
 from trainer.training import checkpoint as saved
-from trainer.training.config import Normalisation
 from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,8 +11,9 @@ import torch
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
-from trainer.training.config import ModelConfig, OptimConfig
+from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
 

@@ -21,7 +21,8 @@ from hierarchy_builder.errors import TrainerError
 from trainer.methods import dispatch
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig
 from trainer.methods.trajectory_forcing import objective as tf
-from trainer.training.config import MethodConfig, ModelConfig
+from trainer.methods.trajectory_forcing.config import MethodConfig
+from trainer.networks.config import ModelConfig
 from trainer.training.log import read_metrics
 from trainer.training.method_run import compiled
 

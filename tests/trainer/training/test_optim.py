@@ -12,7 +12,8 @@ from trainer.methods.latent_forcing.config import LatentModelConfig, LatentOptim
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
 from trainer.methods.normalizing_trajectory.config import NormalizingOptimConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.training.config import ModelConfig, OptimConfig
+from trainer.networks.config import ModelConfig
+from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam, optimizer_of, orthogonalise
 from trainer.training.schedules import ema_beta
 from trainer.training.weights import WeightAverages

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, STRICT, require, require_size
-from trainer.training.config import MethodRunConfig, Normalisation
-from trainer.training.optim_config import RuledOptimConfig
+from hierarchy_builder.fields import MOST_BLOCKS, STRICT, require
+from trainer.networks.config import NetworkConfig
+from trainer.training.config import MethodRunConfig, RuledOptimConfig
 
 Schedule = Literal[
     "cascaded", "cascaded-noised", "shifted", "offset", "independent", "latents-only", "pixels-only"
@@ -18,67 +18,40 @@ Schedule = Literal[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LatentModelConfig:
-    """The network; stored in every checkpoint, enough to rebuild it. Defaults are LM/16 on DINOv2-B features.
+class LatentModelConfig(NetworkConfig):
+    """The network of Latent Forcing. Defaults are LM/16 on DINOv2-B features.
 
-    Grid, channels, classes and canvases are those of the shards a run trains on.
+    The depth counts blocks of the trunk; output experts have heads of the same width as the trunk.
     """
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
-
-    grid: tuple[int, int] = (16, 16)
-    """Rows and columns of tokens."""
+    width: int = 1024
+    depth: int = 20
+    num_heads: int = 16
+    num_class_tokens: int = 32
+    """Class tokens that stand before the image tokens from block `class_tokens_at` to the end of the trunk."""
+    class_tokens_at: int = 8
+    """Block, counted from 0, before which the class tokens enter."""
     patch_px: int = 16
     """Pixels a side of the picture under one token; pictures are resized to grid × patch_px."""
-    in_channels: int = 768
-    """Channels of one latent token, the width of the encoder."""
     num_canvases: int = 1
     """K, canvases that are latents: 1 for the raw tokens alone, L for every level of the hierarchy."""
-    num_classes: int = 1000
-    """Classes; the label table has one row more, the null class."""
-    width: int = 1024
-    """Width of the trunk."""
-    depth: int = 20
-    """Blocks of the trunk."""
-    num_heads: int = 16
-    """Attention heads of the trunk; experts have heads of the same width."""
     pixel_bottleneck: int = 128
     """Width between the two layers that embed a patch of pixels."""
     latent_bottleneck: int = 128
     """Width between the two layers that embed a latent token."""
-    num_class_tokens: int = 32
-    """Class tokens that stand before the image tokens from block `class_tokens_at` to the end of the trunk."""
-    class_tokens_at: int = 8
-    """Block, counted from 0, before which they enter."""
     expert_depth: int = 2
     """Blocks of each output expert; 0 for one output layer that both share."""
     expert_width: int = 1024
     """Width of the output experts."""
-    mlp_ratio: float = 8 / 3
-    """Hidden width of the SwiGLU as a multiple of the width."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm."""
 
     def __post_init__(self) -> None:
-        positive = ("patch_px", "in_channels", "num_canvases", "num_classes", "width", "num_heads")
-        for name in (*positive, "pixel_bottleneck", "latent_bottleneck", "expert_width", "mlp_ratio"):
-            require_size(name, getattr(self, name))
-        tokens, depth = self.num_class_tokens, self.expert_depth
-        require(0 <= tokens <= MOST, f"num_class_tokens is {tokens}, expected 0 to {MOST:,}")
-        require(0 <= depth <= MOST_BLOCKS, f"expert_depth is {depth}, expected 0 to {MOST_BLOCKS:,}")
-        for side in self.grid:
-            require_size("a side of the grid", side, MOST_ROWS)
-        require_size("depth", self.depth, MOST_BLOCKS)
+        NetworkConfig.__post_init__(self)  # super() does not find the class that slots make
+        self.check_sizes("patch_px", "num_canvases", "pixel_bottleneck", "latent_bottleneck", "expert_width")
+        self.check_counts("expert_depth", most=MOST_BLOCKS)
+        head = self.width // self.num_heads
         require(
-            self.width % (4 * self.num_heads) == 0,
-            f"width {self.width}, expected a multiple of 4 × num_heads = {4 * self.num_heads} (rotary pairs)",
-        )
-        require(
-            not self.expert_depth or self.expert_width % (self.width // self.num_heads) == 0,
-            f"expert_width {self.expert_width}, expected a multiple of {self.width // self.num_heads}, the width "
-            "of a head",
+            not self.expert_depth or self.expert_width % head == 0,
+            f"expert_width {self.expert_width}, expected a multiple of {head}, the width of a head",
         )
         require(
             not self.num_class_tokens or 0 <= self.class_tokens_at < self.depth,
@@ -206,8 +179,6 @@ class LatentTrainConfig(MethodRunConfig):
     optim: LatentOptimConfig = field(default_factory=LatentOptimConfig)
     pixel_stage: bool = False
     """Whether every level's canvas is a latent, object → parts → tokens → pixels in one network, or only the last."""
-    normalise: Normalisation = "channel"
-    """By which statistics latents get mean 0 and spread `latent_scale`: per channel, per position, or not at all."""
 
     def __post_init__(self) -> None:
         MethodRunConfig.__post_init__(self)  # super() does not find the class that slots make

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from hierarchy_builder.fields import STRICT, require
-from trainer.training.config import MethodRunConfig, ModelConfig, Normalisation
-from trainer.training.optim_config import RuledOptimConfig
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, STRICT, require
+from trainer.networks.config import ModelConfig, NetworkConfig
+from trainer.training.config import MethodRunConfig, RuledOptimConfig
 
 Trajectory = Literal["tokens", "canvases", "levels"]
 """What a trajectory runs through: noise levels of the tokens, of each level's canvas given the one before, or the
@@ -21,38 +21,22 @@ Ending = Literal["inverse", "score", "denoiser"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NormalizingModelConfig:
-    """The network; stored in every checkpoint, enough to rebuild it. Defaults are those of NTM-B.
+class NormalizingModelConfig(NetworkConfig):
+    """The network of Normalizing Trajectory Models. Defaults are those of NTM-B.
 
-    The first four fields are those of the shards a run trains on.
+    Width, depth and heads are those of the predictor, whose blocks see all tokens at once.
     """
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
-
-    grid: tuple[int, int] = (16, 16)
-    """Rows and columns of tokens."""
-    in_channels: int = 768
-    """Channels of one token, the width of the encoder."""
-    num_classes: int = 1000
-    """Classes; the label table has one row more, the null class."""
     num_levels: int = 4
-    """L, levels of the hierarchy including the raw tokens."""
+    """L, levels of the hierarchy including the raw tokens; comes from the shards."""
     trajectory: Trajectory = "tokens"
     """What a trajectory runs through: noise levels of the tokens, of every canvas, or the levels themselves."""
     num_steps: tuple[int, ...] = (4,)
     """Transitions T of a trajectory; one of them is drawn for each step of training. With `levels` T is L."""
-    width: int = 768
-    """Width of the predictor."""
-    depth: int = 16
-    """Blocks of the predictor, over all tokens at once."""
-    num_heads: int = 12
-    """Attention heads of the predictor."""
-    num_class_tokens: int = 8
-    """Class tokens before the image tokens of the predictor."""
     flow_width: int = 768
     """Width of the transporter."""
     flow_blocks: int = 2
-    """Affine autoregressive blocks of the transporter, in raster order and against it by turns."""
+    """Affine autoregressive blocks of the transporter, alternately in raster order and against it."""
     flow_depth: int = 4
     """Causal transformer blocks in each of them."""
     flow_heads: int = 12
@@ -63,27 +47,13 @@ class NormalizingModelConfig:
     """Blocks of the learned denoiser, as wide as the predictor; 0 for none."""
     backbone: ModelConfig | None = None
     """Network of the flow-matching run that `init_from` named, which then predicts; it comes from that run."""
-    mlp_ratio: float = 8 / 3
-    """Hidden width of the SwiGLU as a multiple of the width."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
-    """Epsilon of every RMSNorm."""
 
     def __post_init__(self) -> None:
-        counts = ("in_channels", "num_classes", "width", "depth", "num_heads", "flow_width", "flow_blocks")
-        for name in (*counts, "flow_depth", "flow_heads", "flow_max_log_scale", "mlp_ratio", "rope_theta"):
-            require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}, expected above 0")
-        for name in ("num_class_tokens", "denoiser_depth"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
-        require(min(self.grid) >= 1, f"grid is {self.grid}, expected rows and columns of 1 or more")
-        require(self.num_levels >= 2, f"num_levels is {self.num_levels}, expected 2 or more")
-        for width, heads in (("width", "num_heads"), ("flow_width", "flow_heads")):
-            found, factor = getattr(self, width), 4 * getattr(self, heads)
-            require(
-                found % factor == 0,
-                f"{width} {found}, expected a multiple of 4 × {heads} = {factor} (rotary)",
-            )
+        NetworkConfig.__post_init__(self)  # super() does not find the class that slots make
+        self.check_sizes("flow_blocks", "flow_depth", "flow_max_log_scale")
+        self.check_counts("denoiser_depth", most=MOST_BLOCKS)
+        self.check_heads("flow_width", "flow_heads")
+        require(2 <= self.num_levels <= MOST, f"num_levels is {self.num_levels}, expected 2 to {MOST:,}")
         require(
             len(self.num_steps) >= 1
             and min(self.num_steps) >= 1
@@ -163,8 +133,6 @@ class NormalizingTrainConfig(MethodRunConfig):
     model: NormalizingModelConfig = field(default_factory=NormalizingModelConfig)
     method: NormalizingMethodConfig = field(default_factory=NormalizingMethodConfig)
     optim: NormalizingOptimConfig = field(default_factory=NormalizingOptimConfig)
-    normalise: Normalisation = "channel"
-    """By which statistics features get mean 0 and spread 1: per channel, per position, or not at all."""
     init_from: str | None = None
     """Run of Trajectory Forcing whose network predicts from the start, with an identity transporter."""
     distil_from: str | None = None
@@ -174,11 +142,12 @@ class NormalizingTrainConfig(MethodRunConfig):
         MethodRunConfig.__post_init__(self)  # super() does not find the class that slots make
         require(
             self.init_from is None or self.distil_from is None,
-            "init_from and distil_from: expected one of them, a denoiser is trained after the rest",
+            "init_from and distil_from exclude each other: a denoiser is trained after the rest",
         )
         require(
             not (self.compile and self.distil_from),
-            "compile and distil_from: expected one of them, a denoiser learns from gradients, which are no one graph",
+            "compile cannot be combined with distil_from: the denoiser's loss takes gradients, which torch.compile "
+            "cannot trace",
         )
         require(
             self.init_from is None or self.method.t_min[0] > 0,

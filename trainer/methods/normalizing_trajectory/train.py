@@ -28,8 +28,9 @@ from trainer.methods.normalizing_trajectory.chains import check_first_step
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig, NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.network import FlowPredictor, NormalizingNetwork
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
+from trainer.methods.trajectory_forcing.config import from_mapping
 from trainer.training import checkpoint as saved
-from trainer.training.config import checked, from_mapping
+from trainer.training.config import checked
 from trainer.training.loading import average_of
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model

@@ -27,10 +27,12 @@ from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import target_of, write_bytes
 from trainer.data.normalisation import RAW
 from trainer.methods.trajectory_forcing import release as official
+from trainer.methods.trajectory_forcing.config import MethodConfig, TrainConfig, from_mapping
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.presets import preset
+from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
-from trainer.training.config import MethodConfig, ModelConfig, TrainConfig, checked, from_mapping
+from trainer.training.config import checked
 from trainer.training.optim import NEWTON_SCHULZ, MuonAdam
 from trainer.training.release_files import check_weights, read_fields
 from trainer.training.run_folder import CONFIG, LOCK, locked

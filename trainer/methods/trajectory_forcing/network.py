@@ -34,7 +34,7 @@ from trainer.layers import (
     recomputed,
     unpack_dual,
 )
-from trainer.training.config import ModelConfig
+from trainer.networks.config import ModelConfig
 
 TIME_FLOOR = 0.05
 """Velocities divide by t no smaller than this."""

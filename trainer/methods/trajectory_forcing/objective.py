@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.layers import make_dual, unpack_dual
+from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction, as_guidance, velocity
-from trainer.training.config import MethodConfig, ModelConfig
+from trainer.networks.config import ModelConfig
 from trainer.training.schedules import mixed_seed, plateau_logit_normal
 
 ADAPTIVE_FLOOR = 0.01

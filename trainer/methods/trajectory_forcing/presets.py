@@ -8,7 +8,9 @@ from typing import TypeVar, get_args
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import named
 from trainer.decode.config import DecoderConfig, DecoderSize
-from trainer.training.config import ModelConfig, OptimConfig, TrainConfig
+from trainer.methods.trajectory_forcing.config import TrainConfig
+from trainer.networks.config import ModelConfig
+from trainer.training.config import OptimConfig
 
 Preset = TypeVar("Preset")
 

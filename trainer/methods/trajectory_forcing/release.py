@@ -23,7 +23,8 @@ from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.files import atomic_file
 from trainer.methods.latent_forcing.release import load_latent_forcing as load_latent_forcing
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.training.config import ModelConfig, checked
+from trainer.networks.config import ModelConfig
+from trainer.training.config import checked
 from trainer.training.release_files import check_weights, read_fields
 
 NDARRAY_EXTENSION = 1

@@ -14,8 +14,8 @@ from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
+from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.training.config import TrainConfig
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.optim import MuonAdam

@@ -25,8 +25,8 @@ from trainer.methods import dispatch
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of
 from trainer.methods.registry import ALL_PRESETS, config_of, preset_of
+from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.training import checkpoint as saved
-from trainer.training.config import TrainConfig
 from trainer.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,7 +22,7 @@ from trainer.methods.normalizing_trajectory.sample import (
     sample_canvases,
 )
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.training.config import ModelConfig
+from trainer.networks.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from torch import nn
 from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.layers import attend, grid_rotations, rotate
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer, velocity
-from trainer.training.config import ModelConfig
+from trainer.networks.config import ModelConfig
 
 
 def inputs(config: ModelConfig = SMALL, batch: int = 4, dtype=torch.float32) -> dict[str, torch.Tensor]:

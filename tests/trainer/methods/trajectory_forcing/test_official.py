@@ -19,7 +19,7 @@ from trainer.methods.trajectory_forcing.release import (
     save_checkpoint,
     write_checkpoint,
 )
-from trainer.training.config import ModelConfig
+from trainer.networks.config import ModelConfig
 from trainer.training.weights import WeightAverages
 
 

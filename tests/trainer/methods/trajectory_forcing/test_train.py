@@ -27,10 +27,10 @@ from hierarchy_builder.errors import (
     TrainerError,
     UsageError,
 )
-from trainer.data.stream import Batch
+from trainer.data.stream import Batch, BatchDataset
 from trainer.methods.trajectory_forcing import train as room
+from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.training import checkpoint as saved
-from trainer.training.config import TrainConfig
 from trainer.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,7 +172,7 @@ def test_two_processes_take_the_same_steps(shards: str, whole: Path, tmp_path: P
     script = tmp_path / "ranks.py"
     script.write_text(
         "import json, sys\n"
-        "from trainer.training.config import from_mapping\n"
+        "from trainer.methods.trajectory_forcing.config import from_mapping\n"
         "from trainer.methods.trajectory_forcing.train import train\n"
         "train(from_mapping(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], quiet=True)\n"
     )
@@ -228,7 +228,7 @@ def test_ctrl_c_stops_after_a_checkpoint(
 
 def test_nonfinite_sample_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = write_shards(tmp_path / "shards")
-    read = room.BatchDataset.read
+    read = BatchDataset.read
 
     def damaged(self: Any, number: int, pin_memory: bool = False) -> Batch:
         batch = read(self, number, pin_memory)
@@ -237,7 +237,7 @@ def test_nonfinite_sample_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             damaged.key = batch.keys[5]
         return batch
 
-    monkeypatch.setattr(room.BatchDataset, "read", damaged)
+    monkeypatch.setattr(BatchDataset, "read", damaged)
     with pytest.raises(NonFiniteLossError, match="step 2, seed 0") as caught:
         room.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
     assert f"features not finite in {damaged.key}. " in str(caught.value)

@@ -11,9 +11,9 @@ from released import golden_arrays, load
 from small_networks import SMALL, awake
 
 from trainer.methods.trajectory_forcing import objective as tf
+from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction
 from trainer.methods.trajectory_forcing.release import official_name
-from trainer.training.config import MethodConfig
 
 
 def golden_loss(golden):

@@ -1,0 +1,72 @@
+"""Configuration of a run of Trajectory Forcing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import pydantic
+
+from hierarchy_builder.fields import STRICT, require
+from trainer.networks.config import ModelConfig
+from trainer.training.config import MethodRunConfig, OptimConfig, checked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """Trajectory Forcing's objective: the law of (t, r), guidance, and the weight of the region loss."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    time_mean: float = 0.0
+    """Mean of logit(t) before the shift."""
+    time_std: float = 1.0
+    """Standard deviation of logit(t)."""
+    time_shift: float = 10.0
+    """Shift of the law: its logarithm is added to the mean."""
+    uniform_fraction: float = 0.1
+    """Share of samples whose t and r are uniform on [0, 1] instead."""
+    data_fraction: float = 0.0
+    """Share of samples with r = t (plain flow matching)."""
+    region_weight: float = 1.0
+    """Weight of the region loss."""
+    guidance_max: float = 8.0
+    """Largest guidance scale omega drawn in training, with guidance."""
+    label_dropout: float = 0.1
+    """Probability that the label is replaced by the null class, with guidance."""
+    prev_noise: float = 0.0
+    """Noise on the canvas of the previous level: σ·N(0, 1), σ uniform up to this, in the network's units; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("uniform_fraction", "data_fraction", "label_dropout"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+        for name in ("time_std", "time_shift"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+        for name, least in (("region_weight", 0), ("prev_noise", 0), ("guidance_max", 1)):
+            value = getattr(self, name)
+            require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
+        require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(MethodRunConfig):
+    """One run of Trajectory Forcing."""
+
+    preset: str = "TF-B"
+    """Name of the preset the run started from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    normalise: Literal["none", "channel", "position"] = "none"
+    """As for every method; the release trains on raw features."""
+    level_per: Literal["sample", "batch"] = "sample"
+    """Whether each sample draws its level or, as the release does, a batch shares one."""
+
+
+def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
+    """Build a checked TrainConfig from plain nested data; see `checked`."""
+    return checked(TrainConfig, mapping, where)

@@ -1,0 +1,102 @@
+"""Fields that the networks of all methods have, and the network of Trajectory Forcing, on which others build."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import pydantic
+
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, STRICT, require, require_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """A transformer over a grid of tokens; stored in every checkpoint, enough to rebuild the network."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of tokens; comes from the shards."""
+    in_channels: int = 768
+    """Channels of one token, the width of the encoder; comes from the shards."""
+    num_classes: int = 1000
+    """Classes, from the shards; the label table has one row more, the null class."""
+    width: int = 768
+    """Width of the transformer."""
+    depth: int = 16
+    """Blocks of the transformer that a token passes."""
+    num_heads: int = 12
+    """Attention heads of a block."""
+    num_class_tokens: int = 8
+    """Conditioning tokens that carry the class."""
+    mlp_ratio: float = 8 / 3
+    """Hidden width of the SwiGLU as a multiple of the width."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+
+    def __post_init__(self) -> None:
+        self.check_sizes("in_channels", "num_classes", "mlp_ratio")
+        self.check_counts("num_class_tokens")
+        self.check_heads("width", "num_heads")
+        require(
+            0 < self.rope_theta < math.inf, f"rope_theta is {self.rope_theta}, expected above 0, and finite"
+        )
+        for side in self.grid:
+            require_size("a side of the grid", side, MOST_ROWS)
+        require_size("depth", self.depth, MOST_BLOCKS)
+        require(0 <= self.norm_eps < 1, f"norm_eps is {self.norm_eps}, expected 0 up to below 1")
+
+    def check_sizes(self, *names: str) -> None:
+        """Refuse fields of these names that are not above 0, or larger than in any network."""
+        for name in names:
+            require_size(name, getattr(self, name))
+
+    def check_counts(self, *names: str, most: int = MOST) -> None:
+        """Refuse fields of these names below 0, or larger than in any network."""
+        for name in names:
+            count = getattr(self, name)
+            require(0 <= count <= most, f"{name} is {count}, expected 0 to {most:,}")
+
+    def check_heads(self, width: str, heads: str) -> None:
+        """Refuse a width that rotary pairs do not divide evenly among the heads."""
+        self.check_sizes(width, heads)
+        found, factor = getattr(self, width), 4 * getattr(self, heads)
+        require(
+            found % factor == 0,
+            f"{width} {found}, expected a multiple of 4 × {heads} = {factor} (rotary pairs)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(NetworkConfig):
+    """The network of Trajectory Forcing. Defaults are TF-B on DINOv2-B features."""
+
+    num_levels: int = 4
+    """L, levels of the hierarchy including the raw tokens; comes from the shards."""
+    head_depth: int = 8
+    """Blocks of the u-head and, with other weights, of the v-head; depth − head_depth are shared."""
+    num_time_tokens: int = 8
+    """Conditioning tokens that carry h = t − r."""
+    num_level_tokens: int = 8
+    """Conditioning tokens that carry the level."""
+    guidance: bool = False
+    """Whether the network takes a guidance scale omega and its interval as input."""
+    num_guidance_tokens: int = 4
+    """Conditioning tokens that carry omega, with guidance."""
+    num_interval_tokens: int = 2
+    """Conditioning tokens for each end of the guidance interval, with guidance."""
+    fusion: Literal["fused", "concat"] = "fused"
+    """How the previous level enters: fused with each token, or appended to the sequence."""
+
+    def __post_init__(self) -> None:
+        NetworkConfig.__post_init__(self)  # super() does not find the class that slots make
+        self.check_counts(*(f"num_{name}_tokens" for name in ("time", "level", "guidance", "interval")))
+        require(
+            0 < self.head_depth <= self.depth,
+            f"head_depth {self.head_depth}, expected 1 to depth {self.depth}",
+        )
+        require(2 <= self.num_levels <= MOST, f"num_levels is {self.num_levels}, expected 2 to {MOST:,}")
