@@ -32,11 +32,11 @@ from trainer.cli.options import (
     Weak,
     WeakScale,
     parse_ending,
-    parse_seeds,
     reads,
     refuse_beside_likelihood,
 )
 from trainer.evaluation.tables import metric_tables
+from trainer.seeds import parse_seeds
 
 app = typer.Typer(
     name="trainer",

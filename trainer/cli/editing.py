@@ -25,9 +25,9 @@ from trainer.cli.options import (
     Steps,
     VocabularyFile,
     Weak,
-    parse_seeds,
     reads,
 )
+from trainer.seeds import parse_seeds
 
 TrajectoryFile = Annotated[
     Path,

@@ -147,22 +147,3 @@ Resume = Annotated[str, typer.Option(help="auto, never, or a run or checkpoint f
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the command and print the resolved configuration, no more.")
 ]
-
-MOST_NUMBERS = 10_000_000
-"""Seeds of one command; more than the images of any data set."""
-
-
-def parse_seeds(text: str, what: str = "seeds") -> list[int]:
-    """Numbers of a list such as `0-7` or `0,3,9-11`. Raises UsageError."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"{what} {text!r}, expected numbers and ranges such as 0-7 or 0,3,9")
-        named = range(int(first), int(last or first) + 1)
-        if len(numbers) + len(named) > MOST_NUMBERS:
-            raise UsageError(f"{what} {text!r} name more than {MOST_NUMBERS:,}, expected as many at most")
-        numbers += named
-    if not numbers:
-        raise UsageError(f"{what} {text!r} name none, expected a rising range such as 0-7")
-    return numbers

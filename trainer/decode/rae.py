@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, require, require_size
 from trainer.layers import grid_positions
+from trainer.training import checkpoint as saved
 from trainer.training.config import checked
 from trainer.training.release_files import check_weights, read_fields, read_weights
 
@@ -345,3 +346,18 @@ def _release_name(name: str) -> str:
         number, layer, kind = rest.split(".")
         return f"decoder_layers.{number}.{RELEASE_BLOCK_NAMES[layer]}.{kind}"
     return ".".join([RELEASE_NAMES.get(head, head), *([rest] if rest else [])])
+
+
+def decoder_for(
+    path: Path,
+    encoder: dict[str, Any],
+    decoder: Callable[[Tensor], Tensor] | str | Path | None,
+    device: str | torch.device,
+) -> Callable[[Tensor], Tensor] | None:
+    """The decoder asked for, of a folder or as it is; else the one of the run at `path`, or the encoder's own."""
+    if decoder is not None and not isinstance(decoder, str | Path):
+        return decoder
+    found = (
+        find_decoder(saved.run_of(path), encoder) if decoder is None else load_decoder(Path(decoder), encoder)
+    )
+    return found.to(device) if isinstance(found, RaeDecoder) else found

@@ -41,10 +41,11 @@ from trainer.decode.config import DecoderConfig
 from trainer.decode.perceptual import load_lpips
 from trainer.decode.rae import CONFIG, WEIGHTS, RaeDecoder, RaeDecoderConfig, rae_state, to_uint8
 from trainer.metrics.reconstruction import reconstruction
+from trainer.seeds import mixed_seed
 from trainer.training.distributed import World, joined_world
 from trainer.training.loop import Loop, RunSummary, StopRequest, stop_signals
 from trainer.training.run_folder import check_same_run, find_origin
-from trainer.training.schedules import mixed_seed, warmup_cosine
+from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import WeightAverages
 
 MEASURED = 256

@@ -19,10 +19,11 @@ from torch import Tensor
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.progress import Follow, unseen
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.sample import level_noise, time_steps
+from trainer.methods.trajectory_forcing.sample import time_steps
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
 from trainer.metrics.regions import divide, extract_regions
 from trainer.metrics.spread import spread
+from trainer.seeds import level_noise
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.files import without_nan, write_bytes
-from trainer.cli.options import parse_seeds
 from trainer.evaluation.sweep import Kind, SweepConfig, summarise, summary_table, sweep
+from trainer.seeds import parse_seeds
 from trainer.studio.board import draw_board
 from trainer.studio.desk import WARNING, Desk
 from trainer.studio.folder import SUFFIX

@@ -28,11 +28,9 @@ from trainer.data.shards import ShardIndex
 from trainer.data.stream import StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
 from trainer.training.distributed import World, check_equal
-from trainer.training.loading import fill
-from trainer.training.log import RunLog
+from trainer.training.log import RunLog, open_trackers
 from trainer.training.run_folder import locked, prepare_folder
-from trainer.training.tracking import open_trackers
-from trainer.training.weights import WeightAverages
+from trainer.training.weights import WeightAverages, fill
 
 SHOWN_KEYS = 8
 """Sample keys named in an error."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +43,6 @@ def warmup_cosine(
         return lr * share / warmup_fraction
     falling = (share - warmup_fraction) / max(1 - warmup_fraction, 1e-8)
     return lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * falling)))
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def logit_normal(

@@ -22,11 +22,13 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from trainer.data.normalisation import RAW, Normaliser
+from trainer.decode.rae import decoder_for
 from trainer.methods.trajectory_forcing.config import from_mapping
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.sample import check_seed, level_noise, sample_levels
+from trainer.methods.trajectory_forcing.sample import sample_levels
+from trainer.seeds import check_seed, level_noise
 from trainer.training import checkpoint as saved
-from trainer.training.loading import average_of, best_device, check_weak, decoder_for, fill, weights_note
+from trainer.training.weights import average_of, best_device, check_weak, fill, weights_note
 from trainer.trajectories.trajectory import Decoder, Trajectory
 
 __all__ = ["Decoder", "Trajectory", "TrajectoryPipeline"]

@@ -15,13 +15,15 @@ from fixture_shards import NUM_LEVELS, WIDTH, write_shards
 from tiny_runs import FLOW
 
 from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.data.normalisation import FLOOR, RAW, Normalisation, Normaliser, normaliser_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
 from trainer.data.stream import Batch
 from trainer.evaluation.evaluate import evaluate
 from trainer.methods.trajectory_forcing import train as room
-from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
+from trainer.methods.trajectory_forcing.sample import sample_levels
+from trainer.seeds import level_noise
 from trainer.training import checkpoint as saved
 from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline
 

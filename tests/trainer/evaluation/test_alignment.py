@@ -15,9 +15,9 @@ from trainer.evaluation.path_alignment import (
     partitions,
     summarise_alignment,
 )
-from trainer.methods.trajectory_forcing.sample import level_noise
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
 from trainer.metrics.regions import divide
+from trainer.seeds import level_noise
 
 HALVES = torch.arange(64).view(8, 8) // 32
 

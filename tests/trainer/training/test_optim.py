@@ -7,7 +7,7 @@ import torch
 from released import golden_arrays, worst
 from torch import nn
 
-from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError
 from trainer.methods.latent_forcing.config import LatentModelConfig, LatentOptimConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
 from trainer.methods.normalizing_trajectory.config import NormalizingOptimConfig
@@ -152,8 +152,8 @@ def test_averages_follow_their_recursion_and_come_back():
     restored = WeightAverages(nn.Linear(3, 2), (0.5, 2.0))
     restored.load_state_dict(averages.state_dict())
     copy = nn.Linear(3, 2)
-    restored.copy_to(copy, 0.5)
-    torch.testing.assert_close(copy.weight.detach(), expected)
+    with restored.lent_to(copy, 0.5):
+        torch.testing.assert_close(copy.weight.detach(), expected)
     assert list(averages.state_dict()) == ["0.5", "2"]
 
 
@@ -167,8 +167,6 @@ def test_average_of_a_constant_is_the_constant():
 
 def test_foreign_averages_are_refused():
     averages = WeightAverages(nn.Linear(3, 2), (500.0,))
-    with pytest.raises(UsageError, match="no weight average of half-life 750 kimg; this run keeps: 500"):
-        averages.copy_to(nn.Linear(3, 2), 750)
     with pytest.raises(MismatchError, match=r"fits another model: see .*weight"):
         averages.load_state_dict(WeightAverages(nn.Linear(4, 2), (500.0,)).state_dict())
     with pytest.raises(MismatchError, match=r"saved for \['250'\]"):

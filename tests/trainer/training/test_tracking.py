@@ -17,7 +17,7 @@ from tiny_runs import assert_same_state
 
 from hierarchy_builder.errors import UsageError
 from trainer.methods.trajectory_forcing import train as room
-from trainer.training.tracking import FOLDER, TensorBoard, open_trackers
+from trainer.training.log import TENSORBOARD, TensorBoard, open_trackers
 
 
 def shown(**fields: Any) -> Any:
@@ -53,7 +53,7 @@ def test_event_files_hold_the_numbers_and_sheets(tmp_path: Path, monkeypatch: py
     again = TensorBoard(tmp_path, 8)  # a run that goes on from image 8
     again.scalars({"loss": 1.0}, 16)
     again.close()
-    events = EventAccumulator(str(tmp_path / FOLDER))
+    events = EventAccumulator(str(tmp_path / TENSORBOARD))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(8, 2.5), (16, 1.0)]
     assert (events.Images("samples") or [SimpleNamespace(width=6)])[0].width == 6

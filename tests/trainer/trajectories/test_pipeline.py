@@ -17,12 +17,12 @@ import trainer
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import to_mapping
-from trainer.cli.options import parse_seeds
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import two_region_share, two_region_variance
 from trainer.networks.config import ModelConfig
+from trainer.seeds import parse_seeds
 from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.methods.latent_forcing.clocks import Clocks, draw_clocks
 from trainer.methods.latent_forcing.config import LatentMethodConfig
-from trainer.training.schedules import mixed_seed
+from trainer.seeds import mixed_seed
 
 TIME_FLOOR = 0.05
 """Velocities divide by t no smaller than this, where `LatentMethodConfig.time_floor` says nothing else."""

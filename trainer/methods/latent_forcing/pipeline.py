@@ -38,10 +38,10 @@ from trainer.methods.latent_forcing.pixel_stage import (
     side_by_side,
 )
 from trainer.methods.latent_forcing.sample import ClockGuidance, sample_pixels
-from trainer.methods.trajectory_forcing.sample import level_noise
+from trainer.seeds import level_noise
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
-from trainer.training.loading import average_of, best_device, check_weak, fill, weights_note
+from trainer.training.weights import average_of, best_device, check_weak, fill, weights_note
 from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 

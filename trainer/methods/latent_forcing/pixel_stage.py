@@ -19,8 +19,7 @@ from trainer.methods.latent_forcing.config import LatentModelConfig
 from trainer.methods.latent_forcing.network import PIXEL_CHANNELS, PixelLatentTransformer
 from trainer.methods.latent_forcing.objective import TIME_FLOOR
 from trainer.methods.latent_forcing.sample import UNGUIDED, ClockGuidance, sample_pixels
-from trainer.methods.trajectory_forcing.sample import level_noise
-from trainer.training.schedules import mixed_seed
+from trainer.seeds import level_noise, mixed_seed
 
 STEPS_PER_STAGE = 25
 """Steps of each canvas and of the pixels where 1 is asked for, too few for any picture; the paper's 50 in all."""

@@ -33,8 +33,7 @@ from trainer.methods.normalizing_trajectory.chains import chain_entropy, noise_t
 from trainer.methods.normalizing_trajectory.objective import HALF_LOG_2PI, Chain, build_chain, transitions
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.methods.normalizing_trajectory.sample import seen_label
-from trainer.methods.trajectory_forcing.sample import level_noise
-from trainer.training.schedules import mixed_seed
+from trainer.seeds import level_noise, mixed_seed
 
 MEASURED_TOGETHER = 16
 """Images that pass the network at once."""

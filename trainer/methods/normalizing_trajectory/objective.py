@@ -25,7 +25,7 @@ from torch import Tensor
 from trainer.methods.normalizing_trajectory import chains
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, Trajectory
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork
-from trainer.training.schedules import mixed_seed
+from trainer.seeds import mixed_seed
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 SCORED_TOGETHER = 16

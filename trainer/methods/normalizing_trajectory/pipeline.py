@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
 from trainer.data.normalisation import RAW, Normaliser
+from trainer.decode.rae import decoder_for
 from trainer.methods.normalizing_trajectory.config import (
     Ending,
     NormalizingMethodConfig,
@@ -32,10 +33,10 @@ from trainer.methods.normalizing_trajectory.sample import (
     num_noises,
     sample_canvases,
 )
-from trainer.methods.trajectory_forcing.sample import level_noise
+from trainer.seeds import level_noise
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
-from trainer.training.loading import average_of, best_device, decoder_for, fill, weights_note
+from trainer.training.weights import average_of, best_device, fill, weights_note
 from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 

@@ -31,10 +31,10 @@ from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.methods.trajectory_forcing.config import from_mapping
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
-from trainer.training.loading import average_of
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.schedules import warmup_cosine
+from trainer.training.weights import average_of
 from trainer.trajectories.preview import pipeline_sheet
 
 

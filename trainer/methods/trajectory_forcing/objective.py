@@ -25,7 +25,8 @@ from trainer.layers import make_dual, unpack_dual
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction, as_guidance, velocity
 from trainer.networks.config import ModelConfig
-from trainer.training.schedules import mixed_seed, plateau_logit_normal
+from trainer.seeds import mixed_seed
+from trainer.training.schedules import plateau_logit_normal
 
 ADAPTIVE_FLOOR = 0.01
 SHORTEST = 0.1

@@ -62,25 +62,6 @@ def sample_levels(
     return normaliser.undo(torch.stack(levels, dim=1))
 
 
-def level_noise(seeds: Sequence[int], num_levels: int, grid: tuple[int, int], channels: int) -> Tensor:
-    """Noise for one image per seed: float32 [L, B, H, W, C] on the CPU.
-
-    Image i depends on seeds[i] only, not on its neighbours in the batch. See `check_seed` for errors.
-    """
-    images = []
-    for seed in seeds:
-        check_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        images.append(torch.randn(num_levels, *grid, channels, generator=generator))
-    return torch.stack(images, dim=1)
-
-
-def check_seed(seed: int) -> None:
-    """Raise UsageError for a seed outside 0 … 2³²−1, the range torch's CPU generator tells apart."""
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed {seed}, expected 0 to {2**32 - 1}")
-
-
 def _average_velocity(model: Any, z: Tensor, **inputs: Any) -> Tensor:
     return model(z, **inputs, heads="u").u
 

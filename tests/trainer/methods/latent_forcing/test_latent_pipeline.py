@@ -25,8 +25,8 @@ from trainer.methods.latent_forcing.pipeline import LatentPipeline, load_pixel_s
 from trainer.methods.latent_forcing.pixel_stage import Drawn, PixelStage, pixel_noise
 from trainer.methods.latent_forcing.sample import ClockGuidance, sample_pixels
 from trainer.methods.trajectory_forcing.config import TrainConfig
-from trainer.methods.trajectory_forcing.sample import level_noise
 from trainer.networks.config import ModelConfig
+from trainer.seeds import level_noise
 from trainer.studio.board import draw_board
 from trainer.studio.workbench import Workbench
 from trainer.training.config import OptimConfig

@@ -19,8 +19,9 @@ from trainer.methods.trajectory_forcing import exchange
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.release import load_checkpoint, official_config, save_checkpoint
-from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
+from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.networks.config import ModelConfig
+from trainer.seeds import level_noise
 from trainer.training import checkpoint as saved
 from trainer.training.run_folder import locked
 from trainer.trajectories.pipeline import TrajectoryPipeline

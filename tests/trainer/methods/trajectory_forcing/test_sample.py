@@ -9,7 +9,8 @@ from small_networks import SMALL, awake
 
 from hierarchy_builder.errors import UsageError
 from trainer.methods.trajectory_forcing.network import Prediction
-from trainer.methods.trajectory_forcing.sample import level_noise, sample_levels
+from trainer.methods.trajectory_forcing.sample import sample_levels
+from trainer.seeds import level_noise
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
