@@ -25,20 +25,12 @@ WINGS = {
 """The parts of each package from the lowest up: a part imports itself and those before it."""
 UPWARD = {
     ("hierarchy_builder/store/shard_set.py", "build"),
-    ("trainer/data/normalisation.py", "training"),
-    ("trainer/studio/tabs.py", "cli"),
-    ("trainer/training/loading.py", "decode"),
     ("trainer/trajectories/pipeline.py", "methods"),
     ("trainer/trajectories/preview.py", "evaluation"),
     ("trainer/trajectories/preview.py", "methods"),
 }
 """Imports that still point up: the file and the part it imports. Entries are only ever removed."""
 BETWEEN_METHODS = {
-    ("trainer/methods/latent_forcing/pipeline.py", "trajectory_forcing"),
-    ("trainer/methods/latent_forcing/pixel_stage.py", "trajectory_forcing"),
-    ("trainer/methods/normalizing_trajectory/likelihood.py", "trajectory_forcing"),
-    ("trainer/methods/normalizing_trajectory/network.py", "trajectory_forcing"),
-    ("trainer/methods/normalizing_trajectory/pipeline.py", "trajectory_forcing"),
     ("trainer/methods/trajectory_forcing/release.py", "latent_forcing"),
 }
 """Imports that still lead from one method to another. Entries are only ever removed."""

@@ -31,7 +31,7 @@ from trainer.layers import (
 from trainer.methods.normalizing_trajectory.chains import posterior
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
 from trainer.methods.normalizing_trajectory.transporter import Transporter, bounded
-from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.networks.trajectory_transformer import TrajectoryTransformer
 
 TIME_SCALE = 100.0
 """Times are multiplied by this before they are embedded, so that states near t = 0 are told apart."""

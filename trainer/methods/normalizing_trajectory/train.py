@@ -28,7 +28,7 @@ from trainer.methods.normalizing_trajectory.chains import check_first_step
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig, NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.network import FlowPredictor, NormalizingNetwork
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
-from trainer.methods.trajectory_forcing.config import from_mapping
+from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
 from trainer.training.loop import RunSummary
@@ -79,9 +79,10 @@ def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTra
         source = saved.find_checkpoint(
             config.init_from
         )  # its network pulls to the end, however far that run goes
-        flow = _flow_config(source)
-        found |= {"trajectory": "canvases", "backbone": flow.model}
-        config = dataclasses.replace(config, init_from=str(source), normalise=flow.normalise)
+        flow = _flow_state(source)
+        backbone = checked(ModelConfig, flow["model"], str(source))
+        found |= {"trajectory": "canvases", "backbone": backbone}
+        config = dataclasses.replace(config, init_from=str(source), normalise=flow.get("normalise", "none"))
     if found.get("trajectory", config.model.trajectory) == "levels":
         found["num_steps"] = (index.num_levels,)
     config = with_model(config, index, **found)
@@ -191,9 +192,10 @@ def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
     network = NormalizingNetwork(config.model)
     if config.init_from is not None:
         folder = saved.find_checkpoint(config.init_from)
-        name = average_of(from_mapping(saved.load_state(folder).config, str(folder)), "auto")
+        halflives = _flow_state(folder)["optim"]["ema_halflives_kimg"]
+        weights = saved.load_weights(folder, f"{halflives[0]:g}" if halflives else None)
         assert isinstance(network.predictor, FlowPredictor)
-        network.predictor.backbone.load_state_dict(saved.load_weights(folder, name))
+        network.predictor.backbone.load_state_dict(weights)
         # The u-head takes no part; a gradient it never gets would only be averaged over ranks.
         for module in (network.predictor.backbone.u_blocks, network.predictor.backbone.u_norm):
             module.requires_grad_(False)
@@ -234,13 +236,13 @@ def _own_config(folder: Path) -> NormalizingTrainConfig:
     return checked(NormalizingTrainConfig, state.config, str(folder))
 
 
-def _flow_config(run: Path) -> Any:
-    folder = saved.find_checkpoint(run)
-    state = saved.load_state(folder)
-    found = state.config.get("method_name", "trajectory-forcing")
+def _flow_state(run: str | Path) -> dict[str, Any]:
+    """Configuration of a run of Trajectory Forcing, as its checkpoint holds it."""
+    config = saved.load_state(saved.find_checkpoint(run)).config
+    found = config.get("method_name", "trajectory-forcing")
     if found != "trajectory-forcing":
         raise UsageError(f"init_from={run}: found a run of {found}, expected one of trajectory-forcing")
-    return from_mapping(state.config, str(folder))
+    return config
 
 
 def _check_backbone(config: NormalizingTrainConfig, index: ShardIndex) -> None:

@@ -1,0 +1,269 @@
+"""The transformer of Trajectory Forcing: one noisy level canvas in, the clean canvas and two velocities out.
+
+    B batch, H×W grid, C channels of the encoder, D width, P conditioning tokens, N = H·W
+
+Tokens: the noisy canvas and the canvas of the previous level, either fused into one sequence of N tokens, or
+one after the other ("concat": 2N tokens; both copies of a place share its rotary angle and differ by learned
+position). P learned conditioning tokens stand before them and carry class, guidance, time and level; time
+enters as h = t − r only. A shared trunk feeds two heads that predict the clean canvas: the u-head for the
+average velocity over [r, t], the v-head for the instantaneous one. The network knows no noise and no loss.
+
+Source: Trajectory Forcing (2026), with the network of pixel MeanFlow (2026), arXiv 2601.22158.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hierarchy_builder.errors import MismatchError, UsageError
+from trainer.layers import (
+    Block,
+    RMSNorm,
+    ScalarEmbedding,
+    at_least_float32,
+    detach_tangent,
+    grid_rotations,
+    linear,
+    make_dual,
+    recomputed,
+    unpack_dual,
+)
+from trainer.networks.config import ModelConfig
+
+TIME_FLOOR = 0.05
+"""Velocities divide by t no smaller than this."""
+
+Heads = Literal["uv", "u", "v"]
+
+
+class Prediction(NamedTuple):
+    """What the network sees in z: float32 [B, H, W, C] each; None for a head that was not evaluated.
+
+    x: clean canvas predicted by the u-head. u: average velocity over [r, t]. v: instantaneous velocity.
+    """
+
+    x: Tensor
+    u: Tensor
+    v: Tensor
+
+
+class Guidance(NamedTuple):
+    """Guidance as an input of the network: scale omega ≥ 1, acting for t_min ≤ t ≤ t_max; [B] each."""
+
+    omega: Tensor
+    t_min: Tensor
+    t_max: Tensor
+
+
+def velocity(z: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Velocity at z [B, H, W, C] that leads to the clean canvas x: (z − x)/clip(t, 0.05, 1)."""
+    return (z - x) / t.clamp(TIME_FLOOR, 1.0)[:, None, None, None]
+
+
+def as_guidance(guidance: Mapping[str, object] | Sequence[object], like: Tensor) -> Guidance:
+    """Guidance from a mapping or a triple of numbers or tensors, one value per sample of t-shaped `like`."""
+    values = (
+        [guidance[name] for name in Guidance._fields] if isinstance(guidance, Mapping) else list(guidance)
+    )
+    if len(values) != 3:
+        raise UsageError(f"guidance holds {len(values)} values, expected omega, t_min and t_max")
+    return Guidance(
+        *(torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(like.shape) for value in values)
+    )
+
+
+class TrajectoryTransformer(nn.Module):
+    """The network of `ModelConfig`, float32, freshly initialised from torch's global generator."""
+
+    rotations: Tensor
+    recompute: bool = False
+    """Whether blocks keep only their input for reverse mode and run again in it: less memory, more time."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, D = config, config.width
+        self.x_embedder = linear(c.in_channels, D)
+        self.prev_embedder = linear(c.in_channels, D)
+        if c.fusion == "fused":
+            self.fusion = linear(2 * D, D)
+        self.class_tokens = _tokens(c.num_class_tokens, D)
+        self.class_table = _tokens(c.num_classes + 1, D)
+        if c.guidance:
+            self.omega_tokens = _tokens(c.num_guidance_tokens, D)
+            self.t_min_tokens = _tokens(c.num_interval_tokens, D)
+            self.t_max_tokens = _tokens(c.num_interval_tokens, D)
+            self.omega_embedder, self.t_min_embedder, self.t_max_embedder = (
+                ScalarEmbedding(D) for _ in range(3)
+            )
+        self.time_tokens = _tokens(c.num_time_tokens, D)
+        self.time_embedder = ScalarEmbedding(D)
+        self.level_tokens = _tokens(c.num_level_tokens, D)
+        self.level_table = _tokens(c.num_levels + 1, D)
+        rotations = self._rotations()
+        self.register_buffer("rotations", rotations, persistent=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
+        self.shared_blocks = self._blocks(c.depth - c.head_depth)
+        self.u_blocks, self.v_blocks = self._blocks(c.head_depth), self._blocks(c.head_depth)
+        self.u_norm, self.v_norm = RMSNorm(D, c.norm_eps), RMSNorm(D, c.norm_eps)
+        self.u_out, self.v_out = linear(D, c.in_channels, 0.0), linear(D, c.in_channels, 0.0)
+
+    @property
+    def num_conditioning_tokens(self) -> int:
+        """P, tokens before the image tokens."""
+        c = self.config
+        guidance = c.num_guidance_tokens + 2 * c.num_interval_tokens if c.guidance else 0
+        return c.num_class_tokens + guidance + c.num_time_tokens + c.num_level_tokens
+
+    def forward(
+        self,
+        z: Tensor,
+        *,
+        t: Tensor,
+        r: Tensor,
+        label: Tensor,
+        level: Tensor,
+        prev: Tensor,
+        guidance: Guidance | Mapping[str, object] | Sequence[object] | None = None,
+        heads: Heads = "uv",
+    ) -> Prediction:
+        """Predict from the canvas z at time t.
+
+        z, prev: float [B, H, W, C], the noisy canvas and the clean one of the previous level (zeros at level 0).
+        t, r: float [B], 0 ≤ r ≤ t ≤ 1. label: int64 [B]; `num_classes` is the null class. level: int64 [B].
+        guidance: only for a network built with it, which without it is unguided (omega 1).
+        heads: evaluate both heads or only one of them.
+        Raises MismatchError if z does not fit the network, UsageError if guidance does not.
+        """
+        x, rotations = self._trunk(z, t, r, label, level, prev, guidance)
+        z = at_least_float32(z)
+        x_u = self._u_head(x, rotations) if "u" in heads else None
+        u = None if x_u is None else velocity(z, x_u, t)
+        v = velocity(z, self._v_head(x, rotations), t) if "v" in heads else None
+        return Prediction(x_u, u, v)  # type: ignore[arg-type]
+
+    def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
+        """The instantaneous velocity [B, H, W, C] at z, and the tokens [B, N, D] it is read from.
+
+        inputs: label, level and prev as for `forward`.
+        """
+        x, rotations = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
+        hidden = self.v_norm(self._image(self._pass(self.v_blocks, x, rotations)))
+        return velocity(at_least_float32(z), self._canvas(self.v_out(hidden)), t), hidden
+
+    def forward_with_derivative(
+        self, z: Tensor, direction: Tensor, *, t: Tensor, **inputs: object
+    ) -> tuple[Prediction, Tensor]:
+        """Predict, and differentiate u along (direction, 1, 0) in (z, t, r): returns (Prediction, du_dt).
+
+        direction: float [B, H, W, C]; inputs as for `forward`. du_dt carries no graph, and only the trunk and
+        the u-head are differentiated.
+        """
+        with forward_ad.dual_level():
+            z_dual = make_dual(z, direction.to(z.dtype))
+            t_dual = make_dual(t, torch.ones_like(t))
+            x, rotations = self._trunk(z_dual, t_dual, **inputs)  # type: ignore[arg-type]
+            x_u_dual = self._u_head(x, rotations)
+            u, du_dt = unpack_dual(velocity(at_least_float32(z_dual), x_u_dual, t_dual))
+            x_u, x = unpack_dual(x_u_dual)[0], unpack_dual(x)[0]
+            assert du_dt is not None  # t is dual
+            du_dt = du_dt.detach()
+        v = velocity(at_least_float32(z), self._v_head(x, rotations), t)
+        return Prediction(x_u, u, v), du_dt
+
+    def _trunk(
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        label: Tensor,
+        level: Tensor,
+        prev: Tensor,
+        guidance: Guidance | Mapping[str, object] | Sequence[object] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(z, prev, guidance)
+        image = self._fuse(z.flatten(1, 2), prev.flatten(1, 2))
+        x = torch.cat([*self._conditioning(t, r, label, level, guidance), image], dim=1) + self.positions
+        rotations = torch.view_as_complex(at_least_float32(self.rotations))
+        return detach_tangent(self._pass(self.shared_blocks, x, rotations)), rotations
+
+    def _fuse(self, z_BNC: Tensor, prev_BNC: Tensor) -> Tensor:
+        z, prev = self.x_embedder(z_BNC), self.prev_embedder(prev_BNC)
+        if self.config.fusion == "fused":
+            return self.fusion(torch.cat([z, prev], dim=-1))
+        return torch.cat([z, prev], dim=1)
+
+    def _conditioning(
+        self,
+        t: Tensor,
+        r: Tensor,
+        label: Tensor,
+        level: Tensor,
+        guidance: Guidance | Mapping[str, object] | Sequence[object] | None,
+    ) -> list[Tensor]:
+        tokens = [self.class_tokens + F.embedding(label, self.class_table[0])[:, None]]
+        if self.config.guidance:
+            omega, t_min, t_max = as_guidance((1.0, 0.0, 1.0) if guidance is None else guidance, like=t)
+            tokens.append(self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None])
+            tokens.append(self.t_min_tokens + self.t_min_embedder(t_min)[:, None])
+            tokens.append(self.t_max_tokens + self.t_max_embedder(t_max)[:, None])
+        tokens.append(self.time_tokens + self.time_embedder(t - r)[:, None])
+        tokens.append(self.level_tokens + F.embedding(level, self.level_table[0])[:, None])
+        return tokens
+
+    def _u_head(self, x: Tensor, rotations: Tensor) -> Tensor:
+        x = self._pass(self.u_blocks, x, rotations)
+        return self._canvas(self.u_out(self.u_norm(self._image(x))))
+
+    def _v_head(self, x: Tensor, rotations: Tensor) -> Tensor:
+        x = self._pass(self.v_blocks, x, rotations)
+        return self._canvas(self.v_out(self.v_norm(self._image(x))))
+
+    def _pass(self, blocks: nn.ModuleList, x: Tensor, rotations: Tensor) -> Tensor:
+        for block in blocks:
+            x = recomputed(block, x, rotations) if self.recompute else block(x, rotations)
+        return x
+
+    def _image(self, x: Tensor) -> Tensor:
+        rows, columns = self.config.grid
+        return x[:, self.num_conditioning_tokens :][:, : rows * columns]
+
+    def _canvas(self, x_BNC: Tensor) -> Tensor:
+        return at_least_float32(x_BNC).unflatten(1, self.config.grid)
+
+    def _blocks(self, count: int) -> nn.ModuleList:
+        c = self.config
+        return nn.ModuleList(Block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(count))
+
+    def _rotations(self) -> Tensor:
+        """Real and imaginary parts for the whole sequence; conditioning tokens are not rotated."""
+        c = self.config
+        grid = grid_rotations(*c.grid, c.width // c.num_heads, c.rope_theta)
+        still = torch.ones(self.num_conditioning_tokens, grid.shape[-1], dtype=grid.dtype)
+        copies = [grid] if c.fusion == "fused" else [grid, grid]
+        return torch.view_as_real(torch.cat([still, *copies])[:, None])
+
+    def _check(self, z: Tensor, prev: Tensor, guidance: object) -> None:
+        expected = (len(z), *self.config.grid, self.config.in_channels)
+        for name, canvas in (("z", z), ("prev", prev)):
+            if tuple(canvas.shape) != expected:
+                raise MismatchError(
+                    f"{name} has shape {tuple(canvas.shape)}, the network expects {expected}: "
+                    "build it with the grid and in_channels of the features"
+                )
+        if guidance is not None and not self.config.guidance:
+            raise UsageError(
+                "guidance was given to a network trained without it: leave it out, or train with "
+                "model.guidance=true"
+            )
+
+
+def _tokens(count: int, width: int) -> nn.Parameter:
+    """Learned tokens [1, count, D]; three dimensions, so the optimiser does not take them for a matrix."""
+    return nn.Parameter(torch.randn(1, count, width) / width**0.5)
