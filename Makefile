@@ -34,6 +34,7 @@ test: .venv/.ready-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 drill: .venv/.ready-dev
+	$(BIN)/python -m pytest -m drill
 	$(BIN)/python tests/support/drill.py
 
 lint: .venv/.ready-dev

@@ -102,11 +102,17 @@ def test_objective_is_one_graph_with_the_same_numbers() -> None:
     "config",
     [
         LATENT,
-        dataclasses.replace(LATENT, pixel_stage=True),
-        NORMALIZING,
-        dataclasses.replace(NORMALIZING, method=NormalizingMethodConfig(pairs="one")),
+        pytest.param(dataclasses.replace(LATENT, pixel_stage=True), marks=pytest.mark.drill),
+        pytest.param(NORMALIZING, marks=pytest.mark.drill),
+        pytest.param(
+            dataclasses.replace(NORMALIZING, method=NormalizingMethodConfig(pairs="one")),
+            marks=pytest.mark.drill,
+        ),
         dataclasses.replace(NORMALIZING, model=dataclasses.replace(NORMALIZING.model, trajectory="levels")),
-        dataclasses.replace(NORMALIZING, model=dataclasses.replace(NORMALIZING.model, num_steps=(2, 4))),
+        pytest.param(
+            dataclasses.replace(NORMALIZING, model=dataclasses.replace(NORMALIZING.model, num_steps=(2, 4))),
+            marks=pytest.mark.drill,
+        ),
     ],
     ids=["latents", "canvases", "all pairs", "one pair", "levels", "two lengths"],
 )
@@ -131,6 +137,7 @@ def test_the_other_methods_are_one_graph_too(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 @pytest.mark.timeout(600)
+@pytest.mark.drill
 def test_compiled_objective_gives_the_same_numbers() -> None:
     one_block = dataclasses.replace(SMALLEST, depth=1)  # a second one doubles the time of the test
     plain = terms_and_gradients(tf.loss, config=one_block)
