@@ -5,7 +5,8 @@
 
 A record is one JSON file in `benchmarks/records`: the commands, the commit of the code that was measured, the date,
 the hardware, the seeds, and the table. A benchmark writes its record when it is called with `--record`. A page shows
-the table of a record between two comments, `<!-- record: NAME -->` and `<!-- end of record -->`.
+the table of a record between two comments, `<!-- record: NAME -->` and `<!-- end of record -->`, and a single figure in
+front of a comment `<!-- NAME:ROW:COLUMN -->`, counted from 0.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 BLOCK = re.compile(r"(<!-- record: ([a-z0-9_]+) -->\n).*?(<!-- end of record -->)", re.DOTALL)
+
+FIGURE = re.compile(r"[^\s|(]+(<!-- ([a-z0-9_]+):(\d+):(\d+) -->)")
 
 
 @dataclass(kw_only=True)
@@ -111,8 +114,9 @@ def read(name: str) -> Record:
 
 
 def rendered(page: str) -> str:
-    """A page with the table of every record it names."""
-    return BLOCK.sub(lambda found: found[1] + read(found[2]).table() + found[3], page)
+    """A page with the tables and figures of all records it names."""
+    page = BLOCK.sub(lambda found: found[1] + read(found[2]).table() + found[3], page)
+    return FIGURE.sub(lambda found: read(found[2]).rows[int(found[3])][int(found[4])] + found[1], page)
 
 
 def problems() -> Iterator[str]:
