@@ -18,7 +18,6 @@ from pathlib import Path
 import records
 import torch
 
-from trainer.methods.dispatch import load_pipeline
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
@@ -50,9 +49,9 @@ def main() -> None:
 
 
 def _opened(run: Path, pixel_stage: Path | None) -> TrajectoryPipeline:
-    pipe = load_pipeline(run)
+    pipe = TrajectoryPipeline.from_pretrained(run)
     can_decode = pipe(0, 0, num_steps=_steps(pipe, 2)).can_decode
-    return pipe if can_decode else load_pipeline(run, pixel_stage=pixel_stage)
+    return pipe if can_decode else TrajectoryPipeline.from_pretrained(run, pixel_stage=pixel_stage)
 
 
 def _steps(pipe: TrajectoryPipeline, latent: int) -> int:

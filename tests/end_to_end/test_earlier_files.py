@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hierarchy_builder.cli.app import app as builder
 from trainer.cli.app import app as trainer
-from trainer.methods.dispatch import load_pipeline
+from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "golden" / "earlier" / "files.tar.gz"
@@ -66,14 +66,14 @@ def test_the_same_build_command_finds_everything_done(earlier: Path, name: str, 
 
 @pytest.mark.parametrize("name", ["tf", "lf", "ntm"])
 def test_a_run_of_each_method_samples(earlier: Path, name: str) -> None:
-    trajectory = load_pipeline(earlier / name)(0, 0)
+    trajectory = TrajectoryPipeline.from_pretrained(earlier / name)(0, 0)
     assert trajectory.class_name == "circle"
     assert torch.isfinite(trajectory.levels).all()
 
 
 def test_a_stored_trajectory_opens_and_equals_the_sample_of_its_seed(earlier: Path) -> None:
     stored = Trajectory.load(next((earlier / "samples" / "trajectories").glob("*.safetensors")))
-    drawn = load_pipeline(earlier / "tf")(0, 0)
+    drawn = TrajectoryPipeline.from_pretrained(earlier / "tf")(0, 0)
     torch.testing.assert_close(drawn.levels, stored.levels, rtol=1e-4, atol=1e-5)
 
 

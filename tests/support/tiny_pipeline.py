@@ -11,6 +11,7 @@ from hierarchy_builder.fields import to_mapping
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
@@ -33,7 +34,7 @@ def tiny_pipeline(seed: int = 0, normaliser: Normaliser = RAW) -> TrajectoryPipe
         if "gate" in name or name == "u_out.weight":  # both start at 0
             torch.nn.init.normal_(parameter, std=0.3)
     encoder = {"name": "dct", "grid": list(GRID), "width": basis.width, "decoder": basis.spec()}
-    return TrajectoryPipeline(model, ["ant", "bee", "emu"], encoder, normaliser=normaliser)
+    return TrajectoryForcingPipeline(model, ["ant", "bee", "emu"], encoder, normaliser=normaliser)
 
 
 def tiny_run(out: Path, seed: int = 0) -> Path:

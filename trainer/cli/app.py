@@ -72,12 +72,14 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Labels and seeds → trajectories, as sheets, pages, safetensors, tars or arrays."""
-    from trainer.methods.dispatch import load_pipeline
+    from trainer.trajectories.pipeline import TrajectoryPipeline
     from trainer.trajectories.sample_files import parse_formats, write_samples
 
     numbers, names = parse_seeds(seeds), parse_formats(formats)
     chosen = parse_ending(ending)
-    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=chosen, shift=shift)
+    pipe = TrajectoryPipeline.from_pretrained(
+        run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=chosen, shift=shift
+    )
     ids = pipe.label_ids(labels)
     pairs = [(label, seed) for label in ids for seed in numbers]
     strength = _strength(weak, weak_scale)
@@ -144,9 +146,9 @@ def evaluate(
     from trainer.evaluation.likelihood_page import measure_likelihood
     from trainer.evaluation.path_alignment import check_has_paths
     from trainer.evaluation.run_page import EVALUATION, shown_labels
-    from trainer.methods.dispatch import load_pipeline
     from trainer.metrics.frechet import inception_features, read_reference
     from trainer.trajectories.photos import load_own_encoder
+    from trainer.trajectories.pipeline import TrajectoryPipeline
 
     refuse_beside_likelihood(context)
     if inception not in (None, "hub") and not Path(inception).is_file():
@@ -157,7 +159,7 @@ def evaluate(
         raise UsageError("--reference is of real images in the space of Inception: add --inception FILE")
     index = open_index(shards)
     ending_name = parse_ending(ending)
-    pipe = load_pipeline(
+    pipe = TrajectoryPipeline.from_pretrained(
         run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=ending_name, shift=shift
     )
     follow = _follow(as_json or quiet)
@@ -254,18 +256,18 @@ def report(
     from trainer.evaluation.edit_page import edits_section, read_sweep, sweep_section
     from trainer.evaluation.evaluate import check_fits
     from trainer.evaluation.run_page import run_page, shown_labels
-    from trainer.methods.dispatch import load_pipeline
+    from trainer.trajectories.pipeline import TrajectoryPipeline
     from trainer.trajectories.trajectory import Trajectory
 
     numbers = parse_seeds(seeds)
     target = target_of(out or run / "report.html")  # refused before anything is drawn
-    pipe = load_pipeline(run, ema, decoder, weak=weak, pixel_stage=pixel_stage)
+    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder, weak=weak, pixel_stage=pixel_stage)
     index = open_index(shards) if shards else None
     if index is not None:
         check_fits(pipe, index)
     pairs = [(label, seed) for label in shown_labels(pipe.model.config.num_classes) for seed in numbers]
     labels, chosen = [label for label, _ in pairs], [seed for _, seed in pairs]
-    trajectories = pipe(labels, chosen, 1, guidance, _strength(weak, weak_scale))
+    trajectories = pipe(labels, chosen, guidance=guidance, weak_scale=_strength(weak, weak_scale))
     rows = _load_rows(stages) if stages else []
     more = [sweep_section(read_sweep(sweep_file))] if sweep_file else []
     if edits:
@@ -298,9 +300,9 @@ def studio(
         raise TrainerError(
             f"{error.name} is not installed: install the extra, pip install 'trajectory-hierarchies[studio]'"
         ) from None
-    from trainer.methods.dispatch import load_pipeline
+    from trainer.trajectories.pipeline import TrajectoryPipeline
 
-    pipe = load_pipeline(run, ema, decoder)
+    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
     launch(pipe, folder or run / "studio", vocabulary, host=host, port=port)
 
 

@@ -69,12 +69,12 @@ def encode(
 ) -> None:
     """A photograph → a trajectory that starts from its hierarchy, to edit and resume."""
     from trainer.data.shards import open_index
-    from trainer.methods.dispatch import load_pipeline
     from trainer.trajectories import photos
+    from trainer.trajectories.pipeline import TrajectoryPipeline
 
     if (shards is None) == (photo is None):
         raise UsageError("a photograph comes from --shards DIR or from --photo FILE: give one of them")
-    pipe = load_pipeline(run, ema)
+    pipe = TrajectoryPipeline.from_pretrained(run, ema)
     if shards is not None:
         which = int(sample) if sample.isdecimal() else sample
         start = photos.start_from_shards(pipe, open_index(shards), which, seed=seed)
@@ -255,9 +255,9 @@ def sweep(
     from trainer.cli.edits import Tokens
     from trainer.evaluation import sweep as room
     from trainer.evaluation.run_page import shown_labels
-    from trainer.methods.dispatch import load_pipeline
+    from trainer.trajectories.pipeline import TrajectoryPipeline
 
-    pipe = load_pipeline(run, ema, decoder)
+    pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
     ids = pipe.label_ids(labels) if labels else shown_labels(pipe.model.config.num_classes)
     config = room.SweepConfig(
         labels=tuple(ids),

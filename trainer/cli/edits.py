@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from trainer.methods.dispatch import load_pipeline
 from trainer.trajectories.edit import Source, mean_of, prototype, tokens_of
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
@@ -200,7 +199,9 @@ def model_of(
         same = run / "checkpoints" / Path(drawn_by).name
         folder = str(same) if same.exists() else folder
     try:
-        return load_pipeline(folder, trajectory.model.get("ema", "auto"), decoder, weak=weak)
+        return TrajectoryPipeline.from_pretrained(
+            folder, trajectory.model.get("ema", "auto"), decoder, weak=weak
+        )
     except MismatchError:
         raise
     except TrainerError as error:

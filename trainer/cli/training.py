@@ -29,11 +29,11 @@ from trainer.cli.options import (
     reads,
 )
 from trainer.decode.config import DecoderConfig
+from trainer.methods import registry
 from trainer.methods.registry import (
-    ALL_PRESETS,
+    LATENT_FORCING,
     METHODS,
-    SMALL,
-    AnyConfig,
+    all_presets,
     config_of,
     method_of,
     preset_of,
@@ -70,17 +70,15 @@ def train(
     from trainer.data.shards import open_index
 
     base = _base(preset_name, method, out, quiet)
-    if pixel_stage and method_of(base) != "latent-forcing":
+    if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
     flags = {"total_images": total_images, "batch_size": batch_size, "seed": seed, "max_seconds": max_seconds}
     given = {name: value for name, value in flags.items() if value is not None}
     in_file = flattened(_load_yaml(config)) if config else {}
     given |= {"pixel_stage": True} if pixel_stage else {}
     asked = {**in_file, **_assignments(settings or []), **given}
-    index, config_asked = open_index(shards), with_settings(base, asked)
-    from trainer.methods import dispatch  # loads torch, which no refusal above needs
-
-    resolved = dispatch.fit_to_shards(config_asked, index, asked)
+    index = open_index(shards)
+    resolved = registry.fit_to_shards(with_settings(base, asked), index, asked)
     if dry_run:
         from trainer.training.run_folder import check_same_run, find_origin
 
@@ -88,7 +86,7 @@ def train(
         print_result(to_mapping(resolved), as_json)
         return
     _run_and_print(
-        lambda: dispatch.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
+        lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
     )
 
 
@@ -150,17 +148,17 @@ def train_decoder(
 def presets(as_json: AsJson = False) -> None:
     """Named configurations; with --json every field of each."""
     if as_json:
-        print_result({name: to_mapping(make()) for name, make in ALL_PRESETS.items()}, as_json)
+        print_result({name: to_mapping(make()) for name, make in all_presets().items()}, as_json)
         return
     rows = []
-    for name, make in ALL_PRESETS.items():
+    for name, make in all_presets().items():
         config, about = make(), (inspect.getdoc(make) or "").splitlines()[0]
         shape = (config.model.width, config.model.depth, config.batch_size)
-        rows.append((name, method_of(config), *map(str, shape), f"{config.total_images:,}", about))
+        rows.append((name, method_of(config).name, *map(str, shape), f"{config.total_images:,}", about))
     print_cells(("preset", "method", "width", "depth", "batch", "images", "about"), rows)
 
 
-def _base(preset_name: str | None, method: str | None, out: Path, quiet: bool) -> AnyConfig:
+def _base(preset_name: str | None, method: str | None, out: Path, quiet: bool) -> Any:
     """The configuration before file and flags: the preset, or else what the run folder holds."""
     if preset_name is None and method is None:
         from trainer.training.run_folder import CONFIG, read_config  # loads torch
@@ -169,7 +167,7 @@ def _base(preset_name: str | None, method: str | None, out: Path, quiet: bool) -
             return config_of(read_config(out)["config"], str(stored))
     config = preset_of(preset_name, method)
     if preset_name is None and not quiet:
-        _say_without_cuda(f"preset {config.preset}", f"--preset {SMALL[method_of(config)]}")
+        _say_without_cuda(f"preset {config.preset}", f"--preset {method_of(config).small_preset}")
     return config
 
 

@@ -82,7 +82,9 @@ def sweep(
         raise UsageError(f"kind {config.kind!r}, expected one of {', '.join(KINDS)}")
     units = list(itertools.product(config.labels, config.seeds))
     for label, seed in follow(units, "editing", len(units)):
-        start, donor = (pipe(each, seed, config.num_steps) for each in (label, (label + 1) % num_classes))
+        start, donor = (
+            pipe(each, seed, num_steps=config.num_steps) for each in (label, (label + 1) % num_classes)
+        )
         judge = encode or encoder_of(start)
         unit = {"label": start.label, "class": start.class_name, "seed": seed}
         for level in levels:

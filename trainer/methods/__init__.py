@@ -1,1 +1,1 @@
-"""Training objectives: path, target and loss of each method; they know no attention."""
+"""One folder per method, and the registry that names their parts."""

@@ -1,59 +1,83 @@
-"""The public face: load a run, ask for a class and a seed, look at every level.
+"""Loads a run of any method, and draws a trajectory, every level of it, for a class and a seed.
 
-pipe = TrajectoryPipeline.from_pretrained("runs/demo")
-trajectory = pipe(label="panda", seed=3)
-pictures = trajectory.decode()
+    pipe = TrajectoryPipeline.from_pretrained("runs/demo")
+    trajectory = pipe(label="panda", seed=3)
+    pictures = trajectory.decode()
 
-L levels (coarse → fine), H×W grid of tokens, C channels, h×w pixels
+The class here knows no method: the registry names the subclass that draws the samples of a run.
+
+    L levels (coarse → fine), H×W grid of tokens, C channels
 """
 
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, Self, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.decode.rae import decoder_for
-from trainer.methods.trajectory_forcing.config import from_mapping
-from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.sample import sample_levels
+from trainer.methods import registry
 from trainer.seeds import check_seed, level_noise
 from trainer.training import checkpoint as saved
 from trainer.training.weights import average_of, best_device, check_weak, fill, weights_note
-from trainer.trajectories.trajectory import Decoder, Trajectory
+from trainer.trajectories.trajectory import Decoder, Sampling, Trajectory
+from trainer.trajectories.view import trajectory_grid_png
 
 __all__ = ["Decoder", "Trajectory", "TrajectoryPipeline"]
 
 GuidanceLike = float | tuple[float, float, float] | None
 SAMPLED_TOGETHER = 32
 """Images that pass the network at once."""
+SHEET_CLASSES = 8
+"""Rows of a sheet."""
 
 
-class TrajectoryPipeline:
-    """A trained model with its class names and decoder: `pipe(label=…, seed=…) -> Trajectory`."""
+class SamplingArguments(TypedDict, total=False):
+    """The arguments of a call that say how to sample; see `TrajectoryPipeline.__call__`."""
+
+    num_steps: int
+    guidance: GuidanceLike
+    weak_scale: float
+
+
+class TrajectoryPipeline(ABC):
+    """A trained network with its class names and decoder: `pipe(label=…, seed=…) -> Trajectory`.
+
+    A method's subclass sets `network_type` and `weak_fields`, and defines `_sample` and `_after`.
+    """
+
+    network_type: ClassVar[type[nn.Module]]
+    """The class of the network, which is made from the `model` of a run's configuration."""
+    weak_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of `model` that a weak network for autoguidance shares with the strong one; none: no autoguidance."""
 
     def __init__(
         self,
-        model: TrajectoryTransformer,
+        model: Any,
         class_names: Sequence[str] = (),
         encoder: dict[str, Any] | None = None,
         decoder: Decoder | None = None,
         normaliser: Normaliser = RAW,
         weights: dict[str, str] | None = None,
-        weak: TrajectoryTransformer | None = None,
+        weak: Any = None,
+        method: Any = None,
     ) -> None:
-        """weights: checkpoint folder and average the model was loaded from, noted in its trajectories.
+        """model: the network, whose `config` gives its grid, channels, levels and classes.
 
-        weak: a worse model of the same levels, such as an early checkpoint, that autoguidance moves away from.
+        weights: checkpoint folder and average that the network was loaded from, noted in its trajectories. weak: a
+        worse network of the same levels, such as an early checkpoint, that autoguidance moves away from. method: what
+        the method itself adds to the configuration of a run.
         """
         self.model = model.eval()
         self.class_names = list(class_names)
@@ -62,6 +86,7 @@ class TrajectoryPipeline:
         self.normaliser = normaliser
         self.weights = weights or {}
         self.weak = weak if weak is None else weak.eval()
+        self.method = method
 
     @classmethod
     def from_pretrained(
@@ -71,57 +96,106 @@ class TrajectoryPipeline:
         decoder: Decoder | str | Path | None = None,
         device: str | torch.device | None = None,
         weak: str | Path | None = None,
-    ) -> TrajectoryPipeline:
-        """Load a run folder (its newest checkpoint) or one checkpoint folder.
+        *,
+        pixel_stage: str | Path | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a run folder (its newest checkpoint) or one checkpoint folder, of any method.
 
         ema: half-life in thousands of images, `auto` for the first one trained, None or `raw` for the raw weights.
-        decoder: a function, or a folder with the weights and config.json of an RAE decoder; without it the
-        encoder's own, where it has one. weak: a run or checkpoint folder for autoguidance, see `__call__`.
-        Raises TrainerError or UsageError when a part is not there, MismatchError for weights that do not fit.
+        decoder: a function, or a folder with the weights and config.json of an RAE decoder; without it the encoder's
+        own, where it has one. weak: a run or checkpoint folder for autoguidance, see `__call__`. pixel_stage: a run of
+        Latent Forcing that draws the pixels in place of a decoder. options: what the pipelines of one method take,
+        see `trainer.methods.registry`: `shift` of Latent Forcing, `ending` of Normalizing Trajectory Models.
+        Raises TrainerError or UsageError where a part is missing or the method does not take an option, MismatchError
+        for weights that do not fit.
         """
-        path = saved.find_checkpoint(folder)
+        damaged: list[TrainerError] = []
+        path = saved.find_checkpoint(folder, damaged)
+        saved.warn_of(damaged, path)
         state = saved.load_state(path)
-        model, name = _load_model(path, state, ema)
-        weaker = None if weak is None else _load_weak(saved.find_checkpoint(weak), path, model, ema)
+        method = registry.method_in(state.config, folder)
+        kind = method.load("pipeline")
+        if not issubclass(kind, cls):
+            raise MismatchError(
+                f"{folder}: found a run of {method.name}, which {cls.__name__} does not draw; "
+                "TrajectoryPipeline.from_pretrained loads a run of any method"
+            )
+        own = registry.options_for(method, options, folder)
+        config = registry.config_of(state.config, str(path))
         device, encoder = best_device(device), state.shards["encoder"]
-        return cls(
-            model.to(device),
+        if pixel_stage is not None:
+            decoder = TrajectoryPipeline.from_pretrained(pixel_stage).decoder_of_canvases(encoder)
+        found = kind._decoder_for(path, encoder, decoder, device)
+        name = average_of(config, ema)
+        pipe: Self = kind(
+            kind._load_network(path, config, name).to(device),
             state.shards["class_names"],
             encoder,
-            decoder_for(path, encoder, decoder, device),
+            found,
             saved.load_normaliser(path).to(device),
             weights_note(path, name),
-            weaker if weaker is None else weaker.to(device),
+            method=config.method,
+            **own,
         )
+        if weak is not None:
+            pipe.weak = kind._load_weak(saved.find_checkpoint(weak), path, config, ema).to(device).eval()
+        return pipe
+
+    @classmethod
+    def _load_network(cls, path: Path, config: Any, name: str | None) -> nn.Module:
+        """The network of a checkpoint with the weight average of that name, or the raw weights."""
+        network = cls.network_type(config.model)
+        fill(network, path, name)
+        return network
+
+    @classmethod
+    def _load_weak(cls, path: Path, strong: Path, config: Any, ema: float | str | None) -> nn.Module:
+        """A weak network for autoguidance of the run `strong`, whose configuration is `config`."""
+        if not cls.weak_fields:
+            raise UsageError(
+                f"weak model {path}: {strong} is of {registry.method_of(config).name}, which has no autoguidance; use "
+                "guidance, with a model trained with label dropout"
+            )
+        theirs = registry.config_of(saved.load_state(path).config, str(path))
+        if type(theirs) is not type(config):
+            raise MismatchError(
+                f"{path}: found a run of {registry.method_of(theirs).name}, expected one of "
+                f"{registry.method_of(config).name}"
+            )
+        check_weak(path, strong, theirs.model, config.model, cls.weak_fields)
+        cls._check_weak_method(path, theirs.method)
+        return cls._load_network(path, theirs, average_of(theirs, ema))
+
+    @classmethod
+    def _check_weak_method(cls, path: Path, method: Any) -> None:
+        """Raise UsageError for a weak network that was trained otherwise than autoguidance needs; any will do here."""
+        return
+
+    @classmethod
+    def _decoder_for(
+        cls,
+        path: Path,
+        encoder: dict[str, Any],
+        decoder: Decoder | str | Path | None,
+        device: str | torch.device,
+    ) -> Decoder | None:
+        """The decoder asked for, or the run's or the encoder's own."""
+        return decoder_for(path, encoder, decoder, device)
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is also a sequence of str
-        self,
-        label: int | str,
-        seed: int = 0,
-        num_steps: int = 1,
-        guidance: GuidanceLike = None,
-        weak_scale: float = 0.0,
+        self, label: int | str, seed: int = 0, **how: Unpack[SamplingArguments]
     ) -> Trajectory: ...
 
     @overload
     def __call__(
-        self,
-        label: Sequence[int | str],
-        seed: int | Sequence[int] = 0,
-        num_steps: int = 1,
-        guidance: GuidanceLike = None,
-        weak_scale: float = 0.0,
+        self, label: Sequence[int | str], seed: int | Sequence[int] = 0, **how: Unpack[SamplingArguments]
     ) -> list[Trajectory]: ...
 
     @overload
     def __call__(
-        self,
-        label: int | str,
-        seed: Sequence[int],
-        num_steps: int = 1,
-        guidance: GuidanceLike = None,
-        weak_scale: float = 0.0,
+        self, label: int | str, seed: Sequence[int], **how: Unpack[SamplingArguments]
     ) -> list[Trajectory]: ...
 
     def __call__(
@@ -158,10 +232,19 @@ class TrajectoryPipeline:
         scale = (float(guidance), 0.0, 1.0) if isinstance(guidance, int | float) else guidance
         if not np.isfinite([weak_scale, *(scale or ())]).all():
             raise UsageError(f"guidance is {scale}, weak_scale {weak_scale}: expected finite numbers")
-        how = {"num_steps": num_steps, "guidance": scale, "weak_scale": weak_scale}
+        how = Sampling(num_steps=num_steps, guidance=scale, weak_scale=weak_scale)
         for start in range(0, count, SAMPLED_TOGETHER):
             part = slice(start, start + SAMPLED_TOGETHER)
             yield from self._sample(ids[part], seeds[part], how)
+
+    def sheet(self) -> Image.Image:
+        """One picture of what the network draws: seed 0 of up to SHEET_CLASSES classes, spread evenly, all levels.
+
+        It takes nothing from the shared random state, so a training goes on as if it had not been called.
+        """
+        count = self.model.config.num_classes
+        labels = np.unique(np.linspace(0, count - 1, min(SHEET_CLASSES, count)).astype(int))
+        return trajectory_grid_png([trajectory.view() for trajectory in self.stream(labels.tolist())])
 
     def label_id(self, label: int | str) -> int:
         """The id of a class given by id or name. Raises UsageError naming the nearest class."""
@@ -247,87 +330,92 @@ class TrajectoryPipeline:
                 f"the trajectory was drawn by {_weights_text(drawn)}, this is {_weights_text(here)}: load those, or "
                 "draw it again"
             )
-        return replace(trajectory, decoder=self.decoder or trajectory.decoder, sampler=self._after)
+        return replace(trajectory, decoder=self.decoder or trajectory.decoder, sampler=self._draw_after)
 
-    def _after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
-        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""
-        config = self.model.config
-        if level + 1 == config.num_levels:
-            return trajectory.levels[:0]
-        device = next(self.model.parameters()).device
-        noise = level_noise(seeds, config.num_levels, config.grid, config.in_channels)
-        own = noise[torch.arange(config.num_levels), torch.arange(config.num_levels)]
-        return sample_levels(
-            self.model,
-            torch.tensor([trajectory.label], device=device),
-            own[:, None].to(device),
-            trajectory.num_steps,
-            start_level=level + 1,
-            previous=trajectory.levels[level : level + 1].to(device),
-            guidance=trajectory.guidance,
-            weak_model=self._weak_for(trajectory.weak_scale),
-            weak_scale=trajectory.weak_scale,
-            normaliser=self.normaliser,
-        )[0].cpu()
+    def decoder_of_canvases(self, encoder: dict[str, Any]) -> Decoder:
+        """The network as a decoder of canvases of `encoder`; only Latent Forcing's pipelines have such a network.
 
-    def _weak_for(self, weak_scale: float) -> TrajectoryTransformer | None:
-        if weak_scale and self.weak is None:
-            raise UsageError(
-                f"autoguidance of strength {weak_scale:g} needs a weak model: pass weak=FOLDER to from_pretrained, "
-                "or --weak FOLDER, for example an early checkpoint"
-            )
-        return self.weak if weak_scale else None
-
-    def _sample(self, ids: list[int], seeds: list[int], how: dict[str, Any]) -> list[Trajectory]:
-        """how: num_steps, guidance and weak_scale."""
-        config = self.model.config
-        device = next(self.model.parameters()).device
-        noise = level_noise(seeds, config.num_levels, config.grid, config.in_channels)
-        levels = sample_levels(
-            self.model,
-            torch.tensor(ids, device=device),
-            noise.to(device),
-            weak_model=self._weak_for(how["weak_scale"]),
-            normaliser=self.normaliser,
-            **how,
+        Raises MismatchError for a network that draws no pixels, or was trained on features of another encoder.
+        """
+        raise MismatchError(
+            f"pixel stage {self.weights.get('folder', 'of this pipeline')}: its network draws canvases and no pixels; "
+            "give a run of latent-forcing"
         )
-        return [
-            self._trajectory(canvases, label, seed, **how)
-            for canvases, label, seed in zip(levels.cpu(), ids, seeds, strict=True)
-        ]
 
-    def _trajectory(self, levels: Tensor, label: int, seed: int, **fields: Any) -> Trajectory:
+    @abstractmethod
+    def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
+        """Draw trajectories of these classes and seeds, of the same number."""
+
+    @abstractmethod
+    def _after(
+        self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
+    ) -> Tensor:
+        """Canvases after `level`, at least one of them, [1, L−1−level, H, W, C].
+
+        seeds: of all levels. noise: [N, 1, H, W, C] on the network's device, where it is after `level`; zeros before.
+        """
+
+    def _num_noises(self, how: Sampling) -> int:
+        """Canvases of noise that one trajectory takes, as many for each level."""
+        return self.drawn_levels
+
+    def _noise(self, seeds: Sequence[int], how: Sampling) -> Tensor:
+        """All noise of trajectories of these seeds, float32 [N, B, H, W, C] on the CPU."""
+        config = self.model.config
+        return level_noise(seeds, self._num_noises(how), config.grid, config.in_channels)
+
+    def _draw_after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
+        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""
+        if level + 1 == trajectory.num_levels:
+            return trajectory.levels[:0]
+        how = trajectory.sampling
+        config, each = self.model.config, self._num_noises(how) // trajectory.num_levels
+        noise = torch.zeros(len(seeds) * each, 1, *config.grid, config.in_channels)
+        # A generator's numbers depend on how many are drawn at once, so a seed's noise is drawn whole.
+        whole = {seed: self._noise([seed], how) for seed in dict.fromkeys(seeds[level + 1 :])}
+        for number in range(level + 1, len(seeds)):
+            own = slice(number * each, (number + 1) * each)
+            noise[own] = whole[seeds[number]][own]
+        return self._after(trajectory, level, seeds, noise.to(self._device), how)[0].cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _weak_for(self, how: Sampling) -> Any:
+        """The weak network where autoguidance was asked for. Raises UsageError where there is none."""
+        if how.weak_scale and not self.weak_fields:
+            raise UsageError(
+                f"weak_scale is {how.weak_scale:g}, but this method has no autoguidance: use guidance, with a model "
+                "trained with label dropout"
+            )
+        if how.weak_scale and self.weak is None:
+            raise UsageError(
+                f"autoguidance of strength {how.weak_scale:g} needs a weak model: pass weak=FOLDER to "
+                "from_pretrained, or --weak FOLDER, for example an early checkpoint"
+            )
+        return self.weak if how.weak_scale else None
+
+    def _trajectory(
+        self,
+        levels: Tensor,
+        label: int,
+        seed: int,
+        how: Sampling | None = None,
+        origin: dict[str, Any] | None = None,
+    ) -> Trajectory:
         return Trajectory(
             levels=levels,
             label=label,
             class_name=self.class_names[label] if label < len(self.class_names) else str(label),
             seeds=(seed,) * len(levels),
             encoder=self.encoder,
+            origin=origin or {},
             model=self.weights,
             decoder=self.decoder,
-            sampler=self._after,
-            **fields,
+            sampler=self._draw_after,
+            **asdict(how or Sampling()),
         )
-
-
-def _load_model(
-    path: Path, state: saved.RunState, ema: float | str | None
-) -> tuple[TrajectoryTransformer, str | None]:
-    """The network of a checkpoint with the weights asked for, and the name of their average."""
-    config = from_mapping(state.config, str(path))
-    model, name = TrajectoryTransformer(config.model), average_of(config, ema)
-    fill(model, path, name)
-    return model, name
-
-
-def _load_weak(
-    path: Path, strong: Path, model: TrajectoryTransformer, ema: float | str | None
-) -> TrajectoryTransformer:
-    """A weak model for autoguidance; see `check_weak`."""
-    weak, _ = _load_model(path, saved.load_state(path), ema)
-    fields = ("grid", "in_channels", "num_levels", "num_classes", "guidance")
-    check_weak(path, strong, weak.config, model.config, fields)
-    return weak
 
 
 def _listed(value: Any) -> list[Any]:

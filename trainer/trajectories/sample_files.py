@@ -29,7 +29,7 @@ from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import partial_name, sync, target_of, whole_file
 from hierarchy_builder.records import CANVASES_MEMBER, LABEL_MEMBER, METADATA_MEMBER
 from trainer.trajectories.trajectory import Trajectory
-from trainer.trajectories.view import TrajectoryView, page_palette, training_page, trajectory_grid_png
+from trainer.trajectories.view import TrajectoryView, page_palette, trajectories_page, trajectory_grid_png
 
 PER_SHEET = 64
 """Trajectories on one sheet or page."""
@@ -139,7 +139,7 @@ class HtmlPages(Sheets):
 
     def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None:
         write_page(
-            training_page(title=TITLE, facts=self.facts, trajectories=views, palette=palette),
+            trajectories_page(title=TITLE, facts=self.facts, trajectories=views, palette=palette),
             target_of(path),
         )
 

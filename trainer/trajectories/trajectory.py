@@ -27,12 +27,21 @@ from trainer.metrics.regions import extract_regions
 from trainer.trajectories.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
 from trainer.trajectories.file import ENTRIES, read_trajectory, write_trajectory
 from trainer.trajectories.selection import Selection
-from trainer.trajectories.view import TrajectoryView, training_page
+from trainer.trajectories.view import TrajectoryView, trajectories_page
 
 Decoder = Callable[[Tensor], Tensor]
 """[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""
 Seeds = int | Sequence[int] | Mapping[int, int] | None
 """Of levels to draw again: None their own, a number for all of them, one each, or some by level."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How a trajectory is drawn from noise; the fields of the same names of a `Trajectory`."""
+
+    num_steps: int = 1
+    guidance: tuple[float, float, float] | None = None
+    weak_scale: float = 0.0
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -66,12 +75,17 @@ class Trajectory:
     sampler: Callable[[Trajectory, int, tuple[int, ...]], Tensor] | None = None
     """(trajectory, level, seeds of all levels) → canvases after that level; of the pipeline, not saved."""
 
+    _regions: Tensor | None = field(default=None, init=False, repr=False)
+    """What `regions` found; levels never change."""
+
     def __post_init__(self) -> None:
         if not self.levels.isfinite().all():
-            raise TrainerError(
-                f"levels of {self.class_name}, seed {self.seeds[-1]}, hold NaN or infinity: lower guidance or the "
-                "strength of an edit, or use another checkpoint"
-            )
+            raise TrainerError(_not_finite(self))
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its levels were drawn, and levels drawn later are."""
+        return Sampling(num_steps=self.num_steps, guidance=self.guidance, weak_scale=self.weak_scale)
 
     @property
     def num_levels(self) -> int:
@@ -127,7 +141,7 @@ class Trajectory:
     def to_html(self, path: str | Path | None = None) -> str:
         """One self-contained page of all levels, as text; written to `path` where that is given."""
         facts = {"class": self.class_name, "seeds": ", ".join(map(str, self.seeds))}
-        page = training_page(title=self.class_name, facts=facts, trajectories=[self.view()])
+        page = trajectories_page(title=self.class_name, facts=facts, trajectories=[self.view()])
         if path is not None:
             write_page(page, target_of(Path(path)))
         return render(page)
@@ -138,10 +152,13 @@ class Trajectory:
         See `trainer.metrics.regions.extract_regions`; tokens of the last level are no regions of their own.
         Tokens without any level before them are divided as parts would be.
         """
-        if self.num_levels == 1:
-            return extract_regions(self.levels.expand(3, -1, -1, -1))[-1:]
-        found = extract_regions(self.levels)
-        return torch.cat([found, found[-1:]])
+        if self._regions is None:
+            if self.num_levels == 1:
+                self._regions = extract_regions(self.levels.expand(3, -1, -1, -1))[-1:]
+            else:
+                found = extract_regions(self.levels)
+                self._regions = torch.cat([found, found[-1:]])
+        return self._regions
 
     def regions_of(self, level: int) -> Tensor:
         """Region ids of one level, uint8 [H, W]. Raises UsageError for another level than those there are."""
@@ -300,3 +317,19 @@ class Trajectory:
             history=[*self.history, entry],
             replaced=[*self.replaced, self.levels[start:stop]],
         )
+
+
+def _not_finite(trajectory: Trajectory) -> str:
+    """What is wrong with levels that hold NaN, by what made them last: an encoder, an edit, or the network."""
+    last = trajectory.history[-1].get("edit") if trajectory.history else None
+    if last is None and (origin := trajectory.origin):
+        image = origin.get("name") or origin.get("key") or "the photograph"
+        encoder = origin.get("encoder") or trajectory.encoder.get("name", "unknown")
+        return (
+            f"features of {image} by the encoder {encoder!r} hold NaN or infinity: check the encoder and its weights, "
+            "or take another image"
+        )
+    levels = f"levels of {trajectory.class_name}, seed {trajectory.seeds[-1]},"
+    if last not in (None, "resume"):
+        return f"{levels} hold NaN or infinity after an edit of {last}: lower the strength of the edit"
+    return f"{levels} hold NaN or infinity: lower guidance, or use another checkpoint"

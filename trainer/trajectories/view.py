@@ -1,57 +1,31 @@
-"""The page of a run: its teachers, what it generates level by level, its scores and its curves.
+"""How trajectories are shown: every level on a sheet or a page, with its decoded picture where there is one.
 
 L levels (coarse → fine), H×W grid of tokens, C channels, S pixels a side
 """
 
 from __future__ import annotations
 
-import numbers
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from hierarchy_builder.canvases.colours import Palette
-from hierarchy_builder.canvases.gallery import Code, Facts, Gallery, LevelViewer, Page, Plots, Section, Table
-from hierarchy_builder.canvases.plots import Plot, Series
+from hierarchy_builder.canvases.gallery import Facts, Gallery, LevelViewer, Page, Section
 from hierarchy_builder.canvases.views import (
     HierarchyView,
-    hierarchy_viewers,
     latent_views,
     level_names,
     shared_palette,
 )
 
-TEACHER_TEXT = (
-    "What the model was shown. Children share the hues of their parent region; latent colours are the same on "
-    "every card of this page, teachers and samples alike."
-)
 TRAJECTORY_TEXT = (
     "What the model makes of a label and a seed: every level is drawn by the network from noise and the level "
     "before it. The slider sweeps a canvas and its decoded picture together."
 )
 ONE_LEVEL_TEXT = "What the model makes of a label and a seed: the canvas, and the picture it is decoded to."
-CURVES_TEXT = "Long curves are means of equal runs of points; the band spans least to greatest."
-LOSSES_TEXT = {
-    "trajectory-forcing": "The losses of u and v are divided by their own size and stay near 1; the squared errors "
-    "behind them are what falls.",
-    "latent-forcing": "loss_pixels and loss_latents are squared errors of v, means over the whole batch: a "
-    "sample that does not train one of the two counts as 0 in it.",
-    "normalizing-trajectory": "bits are −log₂ of the density of chains of normalised features, per number of a "
-    "canvas, and may fall below 0: fit + log_sigma − log_det, which are in nats as the loss is. The loss of a learned "
-    "denoiser is its squared distance to what the scores say.",
-}
-"""Method → what the curves of its losses are."""
-LOSSES = ("loss", "loss_u", "loss_v", "region")
-LOSS_TITLE = "losses"
-PER_LEVEL = re.compile(r"(.+?)[_/](?:level_?)?(\d+)")
-NOT_PLOTTED = frozenset({"step", "images", "seed", "time", "epoch"})
-LOG_RATIO = 20.0
-
 CELL_PX, GAP_PX, MARGIN_PX, HEADER_PX, LABEL_PX = 112, 6, 16, 30, 150
 PAPER, INK, MUTED = (252, 252, 250), (26, 27, 31), (92, 96, 105)
 
@@ -70,55 +44,28 @@ class TrajectoryView:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def training_page(
+def trajectories_page(
     *,
     title: str,
     facts: Mapping[str, Any],
-    trajectories: Sequence[TrajectoryView] = (),
-    teachers: Sequence[HierarchyView] = (),
-    metrics: Sequence[Table] = (),
-    log: Sequence[Mapping[str, Any]] = (),
-    stages: Sequence[Mapping[str, Any]] = (),
-    config: Mapping[str, Any] | None = None,
-    more: Sequence[Section] = (),
-    intro: str = "",
+    trajectories: Sequence[TrajectoryView],
     palette: Palette | None = None,
-    method: str = "trajectory-forcing",
 ) -> Page:
-    """The report of a run; parts that are empty are left out.
+    """A page of trajectories alone. facts: name → value. palette: fitted on their last levels where it is not given."""
+    palette = palette or page_palette(trajectories)
+    return Page(title=title, sections=[*facts_section(facts), *samples_section(trajectories, palette)])
 
-    facts: name → value. metrics: tables, one below the other. stages: rows of column → value. log: the rows of
-    metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config: plain data, shown as
-    YAML. more: sections after the samples.
-    palette: where it is not given, it is fitted on the teachers' tokens if there are any, since early samples may lie
-    anywhere. method: whose losses the log holds.
-    Write it with `canvases.gallery.write_page`.
-    """
-    palette = palette or page_palette(trajectories, teachers)
-    teacher_gallery = Gallery(viewers=hierarchy_viewers(teachers, palette), start=1)
-    sample_gallery = Gallery(viewers=[_viewer(trajectory, palette) for trajectory in trajectories], start=-1)
-    configuration = yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True)
-    plots = training_plots(log)
-    curves_text = f"From metrics.jsonl. {LOSSES_TEXT[method]} {CURVES_TEXT}"
-    candidates = [
-        (facts, Section(title="Summary", blocks=[Facts(entries=facts)])),
-        (
-            trajectories,
-            Section(title="Generated trajectories", text=_text(trajectories), blocks=[sample_gallery]),
-        ),
-        (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
-        *((section, section) for section in more),
-        (metrics, Section(title="Metrics", blocks=metrics)),
-        (plots, Section(title="Curves", text=curves_text, blocks=[Plots(plots=plots)])),
-        (stages, Section(title="Stages", blocks=[Table(rows=stages)])),
-        (
-            config,
-            Section(
-                title="Configuration", blocks=[Code(summary="Resolved configuration", text=configuration)]
-            ),
-        ),
-    ]
-    return Page(title=title, intro=intro, sections=[section for content, section in candidates if content])
+
+def facts_section(facts: Mapping[str, Any]) -> list[Section]:
+    """The summary at the top of a page, where there are facts."""
+    return [Section(title="Summary", blocks=[Facts(entries=facts)])] if facts else []
+
+
+def samples_section(trajectories: Sequence[TrajectoryView], palette: Palette | None) -> list[Section]:
+    """The gallery of the trajectories, where there are any."""
+    gallery = Gallery(viewers=[_viewer(trajectory, palette) for trajectory in trajectories], start=-1)
+    section = Section(title="Generated trajectories", text=_text(trajectories), blocks=[gallery])
+    return [section] if trajectories else []
 
 
 def page_palette(
@@ -127,17 +74,6 @@ def page_palette(
     """The palette of a page: of the teachers' tokens, else of the generated ones; None without finite tokens."""
     teacher_palette = shared_palette(view.tokens() for view in teachers)
     return teacher_palette or shared_palette(trajectory.canvases[-1] for trajectory in trajectories)
-
-
-def training_plots(log: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """One plot of the losses, one per measure that has a curve for each level, and one per remaining number."""
-    x_name = "images" if any("images" in row for row in log) else "step"
-    groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for row in log for name in row):
-        if name not in NOT_PLOTTED and any(_is_number(row.get(name)) for row in log):
-            groups.setdefault(_group(name), []).append(name)
-    ordered = sorted(groups.items(), key=lambda item: item[0] != LOSS_TITLE)
-    return [_plot(title, names, log, x_name) for title, names in ordered]
 
 
 def trajectory_grid_png(
@@ -190,31 +126,6 @@ def _viewer(trajectory: TrajectoryView, palette: Palette | None) -> LevelViewer:
         reveal_name="final picture",
         notes=trajectory.notes,
     )
-
-
-def _group(name: str) -> str:
-    """Losses share one plot; `name_level_0`, `name/level1`, `name/0` share one per name."""
-    if name in LOSSES:
-        return LOSS_TITLE
-    per_level = PER_LEVEL.fullmatch(name)
-    return f"{per_level[1]} per level" if per_level else name
-
-
-def _plot(title: str, names: Sequence[str], log: Sequence[Mapping[str, Any]], x_name: str) -> Plot:
-    series = []
-    for name in names:
-        rows = [row for row in log if _is_number(row.get(name)) and _is_number(row.get(x_name))]
-        per_level = PER_LEVEL.fullmatch(name)
-        label = f"level {per_level[2]}" if per_level else name
-        series.append(Series(name=label, x=[row[x_name] for row in rows], y=[row[name] for row in rows]))
-    values = np.array([y for line in series for y in line.y if np.isfinite(y)])
-    log_y = len(values) > 0 and values.min() > 0 and values.max() / values.min() > LOG_RATIO
-    x_label = "images seen" if x_name == "images" else x_name
-    return Plot(title=title.replace("_", " "), x_label=x_label, series=series, log_y=bool(log_y))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _draw_labels(

@@ -39,13 +39,8 @@ from hierarchy_builder.canvases.views import (
 )
 from hierarchy_builder.quality.report import hierarchy_page
 from hierarchy_builder.terminal import show_value
-from trainer.trajectories.view import (
-    TrajectoryView,
-    page_palette,
-    training_page,
-    training_plots,
-    trajectory_grid_png,
-)
+from trainer.evaluation.run_page import training_page, training_plots
+from trainer.trajectories.view import TrajectoryView, page_palette, trajectory_grid_png
 
 
 def blobs(seed: int = 0, side: int = 16, channels: int = 8) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from fixture_shards import write_shards
 from PIL import Image
 
 from hierarchy_builder.fields import known_fields
-from trainer.methods.registry import ALL_PRESETS
+from trainer.methods.registry import all_presets
 from trainer.methods.trajectory_forcing import train as room
 from trainer.trajectories.pipeline import Trajectory
 
@@ -366,11 +366,11 @@ def test_presets_list_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("presets", "--json") == 0
     presets = json.loads(capsys.readouterr().out)
     assert list(presets)[:4] == ["tiny-cpu", "TF-B", "TF-L", "TF-H"]
-    assert list(presets) == list(ALL_PRESETS)
+    assert list(presets) == list(all_presets())
     for name, fields in presets.items():
         assert fields["preset"] == name
         flat = {k for k, v in fields.items() if not isinstance(v, dict)}
         flat |= {f"{k}.{inner}" for k, v in fields.items() if isinstance(v, dict) for inner in v}
-        assert flat == set(known_fields(type(ALL_PRESETS[name]())))
+        assert flat == set(known_fields(type(all_presets()[name]())))
     assert call("presets") == 0
     assert "tiny-cpu" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from tiny_runs import FLOW, LATENT, NORMALIZING
 from typer.testing import CliRunner, Result
 
 from trainer.cli.app import app
-from trainer.methods import dispatch
+from trainer.methods import registry
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +24,7 @@ def runs(picture_shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
     folder = tmp_path_factory.mktemp("runs")
     for name, config in METHODS.items():
         config = dataclasses.replace(config, total_images=16, log_images=8, sample_images=None)
-        dispatch.train(config, picture_shards, str(folder / name), quiet=True)  # type: ignore[arg-type]
+        registry.train(config, picture_shards, str(folder / name), quiet=True)  # type: ignore[arg-type]
     return {name: folder / name for name in METHODS}
 
 

@@ -18,7 +18,7 @@ from tiny_runs import LATENT, NORMALIZING
 from torch import Tensor
 
 from hierarchy_builder.errors import TrainerError
-from trainer.methods import dispatch
+from trainer.methods import registry
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig
 from trainer.methods.trajectory_forcing import objective as tf
 from trainer.methods.trajectory_forcing.config import MethodConfig
@@ -126,7 +126,7 @@ def test_the_other_methods_are_one_graph_too(
     traces = []
     for compile_it in (False, True):
         run = tmp_path / str(compile_it)
-        dispatch.train(dataclasses.replace(small, compile=compile_it), picture_shards, str(run), quiet=True)
+        registry.train(dataclasses.replace(small, compile=compile_it), picture_shards, str(run), quiet=True)
         traces.append(
             [[row[name] for name in row if "loss" in name] for row in read_metrics(run) if "loss" in row]
         )

@@ -14,7 +14,7 @@ from tiny_runs import DECODER, FLOW, LATENT, NORMALIZING, assert_same_state, bef
 
 from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError, TrainerError
 from trainer.decode import train as train_decoder
-from trainer.methods import dispatch
+from trainer.methods import registry
 from trainer.training import checkpoint as saved
 from trainer.training.loop import Loop
 from trainer.training.run_folder import locked
@@ -34,7 +34,7 @@ Train = Callable[[Path], Any]
 def train(request: pytest.FixtureRequest, picture_shards: str) -> Train:
     """Trains four steps of a method in a folder."""
     config = dataclasses.replace(METHODS[request.param], total_images=32, checkpoint_images=1000)
-    run = train_decoder.train_decoder if request.param == "train-decoder" else dispatch.train
+    run = train_decoder.train_decoder if request.param == "train-decoder" else registry.train
     return lambda out: run(config, picture_shards, str(out), quiet=True)
 
 

@@ -19,6 +19,7 @@ from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import to_mapping
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import two_region_share, two_region_variance
 from trainer.networks.config import ModelConfig
@@ -130,7 +131,7 @@ def test_guidance_needs_a_guided_model(pipe: TrajectoryPipeline) -> None:
 def test_autoguidance_moves_away_from_the_weak_model(run: Path) -> None:
     guided = TrajectoryPipeline.from_pretrained(run, device="cpu", weak=run)
     guided.weak = TrajectoryPipeline.from_pretrained(run, ema="raw", device="cpu").model
-    plain, weak = guided(1, 3).levels, TrajectoryPipeline(guided.weak)(1, 3).levels
+    plain, weak = guided(1, 3).levels, TrajectoryForcingPipeline(guided.weak)(1, 3).levels
     strong = guided(1, 3, weak_scale=0.5)
     torch.testing.assert_close(strong.levels[0], plain[0] + 0.5 * (plain[0] - weak[0]), atol=1e-4, rtol=1e-4)
     assert strong.weak_scale == 0.5

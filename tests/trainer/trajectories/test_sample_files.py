@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline
 
 from hierarchy_builder.errors import UsageError
+from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.trajectories import sample_files
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.sample_files import FORMATS, parse_formats, write_samples
@@ -129,7 +130,7 @@ def test_samples_without_a_decoder_have_no_pictures(drawn: list[Trajectory], tmp
 
 def pipe_without_decoder() -> TrajectoryPipeline:
     pipe = tiny_pipeline()
-    return TrajectoryPipeline(pipe.model, pipe.class_names, {"name": "other"})
+    return TrajectoryForcingPipeline(pipe.model, pipe.class_names, {"name": "other"})
 
 
 def test_formats_are_named() -> None:

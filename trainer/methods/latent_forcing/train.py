@@ -25,7 +25,6 @@ from trainer.training import checkpoint as saved
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.schedules import learning_rate
-from trainer.trajectories.preview import pipeline_sheet
 
 CHECKED = 16
 """Samples, spread evenly, whose features the statistics have to describe."""
@@ -140,4 +139,4 @@ class LatentForcingRun(MethodRun):
                 self.normaliser,
                 method=self.config.method,
             )
-            return pipeline_sheet(pipe)
+            return pipe.sheet()

@@ -1,1 +1,1 @@
-"""Normalizing Trajectory Models."""
+"""Normalizing Trajectory Models: trajectories with an exact likelihood."""

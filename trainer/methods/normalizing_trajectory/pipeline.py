@@ -1,31 +1,23 @@
-"""The public face of Normalizing Trajectory Models: load a run, ask for a class and a seed.
+"""Draws the samples of runs of Normalizing Trajectory Models.
 
     pipe = NormalizingPipeline.from_pretrained("runs/ntm", ending="score")
     trajectory = pipe(label="panda", seed=3)
 
-Where tokens alone are modelled they are a trajectory's one level; else it has those of the hierarchy, to be edited and
-resumed as with Trajectory Forcing.
-
-T transitions, L levels, H×W grid, C channels
+Where the network models tokens alone, they are the one level of a trajectory; else a trajectory has the levels of the
+hierarchy, to be edited and resumed as those of Trajectory Forcing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hierarchy_builder.errors import UsageError
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.decode.rae import decoder_for
-from trainer.methods.normalizing_trajectory.config import (
-    Ending,
-    NormalizingMethodConfig,
-    NormalizingTrainConfig,
-)
+from trainer.methods.normalizing_trajectory.config import Ending, NormalizingMethodConfig
 from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
 from trainer.methods.normalizing_trajectory.sample import (
     HowToSample,
@@ -33,22 +25,19 @@ from trainer.methods.normalizing_trajectory.sample import (
     num_noises,
     sample_canvases,
 )
-from trainer.seeds import level_noise
-from trainer.training import checkpoint as saved
-from trainer.training.config import checked
-from trainer.training.weights import average_of, best_device, fill, weights_note
 from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
-from trainer.trajectories.trajectory import Trajectory
+from trainer.trajectories.trajectory import Sampling, Trajectory
 
 
 class NormalizingPipeline(TrajectoryPipeline):
-    """A trained network with its class names and decoder: `pipe(label=…, seed=…) -> Trajectory`.
+    """A trained network of Normalizing Trajectory Models with its class names and decoder.
 
-    num_steps of a call is T, one of those trained; 1 stands for the first of them. guidance is w of the guided
-    Gaussian, 0 for none, at all times. There is no autoguidance.
+    num_steps of a call is T, one of the numbers of transitions that were trained; 1 stands for the first of them.
+    guidance is w of the guided Gaussian, 0 for none, at all times. There is no autoguidance.
     """
 
-    model: NormalizingNetwork  # type: ignore[assignment]
+    network_type = NormalizingNetwork
+    model: NormalizingNetwork
 
     def __init__(
         self,
@@ -61,95 +50,51 @@ class NormalizingPipeline(TrajectoryPipeline):
         method: NormalizingMethodConfig | None = None,
         ending: Ending | None = None,
     ) -> None:
-        """method: as trained. ending: `denoiser` where the network has one, else `score`, if it is not given.
+        """method: as trained. ending: without it `denoiser` where the network has one, else `score`.
 
-        Raises UsageError for an ending that the network has not, see `check_ending`.
+        Raises UsageError for an ending that the network does not have, see `check_ending`.
         """
-        super().__init__(model, class_names, encoder, decoder, normaliser, weights)  # type: ignore[arg-type]
-        self.method = method or NormalizingMethodConfig()
+        method = method or NormalizingMethodConfig()
+        super().__init__(model, class_names, encoder, decoder, normaliser, weights, method=method)
         self.ending: Ending = ending or ("score" if model.denoiser is None else "denoiser")
         check_ending(model, self.ending)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        ema: float | str | None = "auto",
-        decoder: Decoder | str | Path | None = None,
-        device: str | torch.device | None = None,
-        weak: str | Path | None = None,
-        ending: Ending | None = None,
-    ) -> NormalizingPipeline:
-        """Load a run folder (its newest checkpoint) or one checkpoint folder.
-
-        Arguments and errors as for `TrajectoryPipeline.from_pretrained`; a weak model is refused.
-        """
-        if weak is not None:
-            raise UsageError(
-                "a weak model guides Trajectory Forcing; here use guidance, of a model with label dropout"
-            )
-        path = saved.find_checkpoint(folder)
-        state = saved.load_state(path)
-        config = checked(NormalizingTrainConfig, state.config, str(path))
-        model, name = NormalizingNetwork(config.model), average_of(config, ema)
-        fill(model, path, name)
-        device, encoder = best_device(device), state.shards["encoder"]
-        return cls(
-            model.to(device),
-            state.shards["class_names"],
-            encoder,
-            decoder_for(path, encoder, decoder, device),
-            saved.load_normaliser(path).to(device),
-            weights_note(path, name),
-            config.method,
-            ending,
-        )
-
     @property
     def drawn_levels(self) -> int:
-        """Levels of the trajectories it draws: one where the network is of tokens alone."""
+        """Levels of the trajectories it draws: one where the network models tokens alone."""
         config = self.model.config
         return 1 if config.trajectory == "tokens" else config.num_levels
 
-    def _sample(self, ids: list[int], seeds: list[int], how: dict[str, Any]) -> list[Trajectory]:
-        asked = self._how(how["num_steps"], how["guidance"], how["weak_scale"])
-        config, device = self.model.config, next(self.model.parameters()).device
-        noise = level_noise(seeds, num_noises(self.model, asked.num_steps), config.grid, config.in_channels)
-        label = torch.tensor(ids, device=device)
-        levels = sample_canvases(
-            self.model, self.method, label, noise.to(device), asked, normaliser=self.normaliser
-        ).cpu()
-        how = {**how, "num_steps": asked.num_steps}
-        return [self._trajectory(*each, **how) for each in zip(levels, ids, seeds, strict=True)]
+    def _num_noises(self, how: Sampling) -> int:
+        return num_noises(self.model, self._taken(how).num_steps)
 
-    def _after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
-        """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""
-        config, device = self.model.config, next(self.model.parameters()).device
-        if level + 1 == trajectory.num_levels:
-            return trajectory.levels[:0]
-        how = self._how(trajectory.num_steps, trajectory.guidance, trajectory.weak_scale)
-        count = num_noises(self.model, how.num_steps)
-        noise = level_noise(seeds, count, config.grid, config.in_channels)
-        own = noise[torch.arange(count), torch.arange(count) // (count // config.num_levels)]
+    def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
+        how = self._taken(how)
+        levels = self._canvases(ids, self._noise(seeds, how).to(self._device), how).cpu()
+        return [self._trajectory(*each, how) for each in zip(levels, ids, seeds, strict=True)]
+
+    def _after(
+        self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
+    ) -> Tensor:
+        previous = trajectory.levels[level : level + 1].to(self._device)
+        return self._canvases([trajectory.label], noise, how, start_level=level + 1, previous=previous)
+
+    def _canvases(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
+        self._weak_for(how)
         return sample_canvases(
             self.model,
             self.method,
-            torch.tensor([trajectory.label], device=device),
-            own[:, None].to(device),
-            how,
-            start_level=level + 1,
-            previous=trajectory.levels[level : level + 1].to(device),
+            torch.tensor(ids, device=self._device),
+            noise,
+            HowToSample(
+                num_steps=self._taken(how).num_steps,
+                ending=self.ending,
+                guidance=0.0 if how.guidance is None else how.guidance[0],
+            ),
             normaliser=self.normaliser,
-        )[0].cpu()
-
-    def _how(
-        self, num_steps: int, guidance: tuple[float, float, float] | None, weak_scale: float
-    ) -> HowToSample:
-        if weak_scale:
-            raise UsageError(
-                "autoguidance is of Trajectory Forcing; here use guidance, of a model with label dropout"
-            )
-        steps = self.model.config.num_steps[0] if num_steps == 1 else num_steps
-        return HowToSample(
-            num_steps=steps, ending=self.ending, guidance=0.0 if guidance is None else guidance[0]
+            **start,
         )
+
+    def _taken(self, how: Sampling) -> Sampling:
+        """With the number of transitions that 1 stands for."""
+        return replace(how, num_steps=self.model.config.num_steps[0]) if how.num_steps == 1 else how

@@ -35,7 +35,6 @@ from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import average_of
-from trainer.trajectories.preview import pipeline_sheet
 
 
 def train(
@@ -174,7 +173,7 @@ class NormalizingRun(MethodRun):
                 self.normaliser,
                 method=self.config.method,
             )
-            sheet = pipeline_sheet(pipe)
+            sheet = pipe.sheet()
         self.model.train()
         return sheet
 

@@ -1,4 +1,4 @@
-"""Trajectory Forcing."""
+"""Trajectory Forcing: one-step flows from each level of a hierarchy to the next."""
 
 from __future__ import annotations
 

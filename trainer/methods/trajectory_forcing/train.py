@@ -16,11 +16,11 @@ from trainer.decode.rae import find_decoder
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.optim import MuonAdam
 from trainer.training.schedules import learning_rate
-from trainer.trajectories.preview import preview_sheet
 
 
 def train(
@@ -114,7 +114,7 @@ class TrajectoryForcingRun(MethodRun):
         decoder = find_decoder(self.out, self.index.encoder)
         with self._averaged():
             names, encoder = self.index.class_names, self.index.encoder
-            return preview_sheet(self.model, names, encoder, self.normaliser, decoder)
+            return TrajectoryForcingPipeline(self.model, names, encoder, decoder, self.normaliser).sheet()
 
     def _coverage(self) -> dict[str, list[int]]:
         """Audit of all finished epochs: images per level, and samples by the number of levels they met."""

@@ -18,10 +18,10 @@ from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.cli import app as cli
 from trainer.data.shards import open_index
 from trainer.decode.rae import to_uint8
-from trainer.methods import dispatch
+from trainer.methods import registry
 from trainer.methods.latent_forcing.clocks import sampling_grid
 from trainer.methods.latent_forcing.config import LatentMethodConfig
-from trainer.methods.latent_forcing.pipeline import LatentPipeline, load_pixel_stage
+from trainer.methods.latent_forcing.pipeline import LatentPipeline
 from trainer.methods.latent_forcing.pixel_stage import Drawn, PixelStage, pixel_noise
 from trainer.methods.latent_forcing.sample import ClockGuidance, sample_pixels
 from trainer.methods.trajectory_forcing.config import TrainConfig
@@ -31,6 +31,7 @@ from trainer.studio.board import draw_board
 from trainer.studio.workbench import Workbench
 from trainer.training.config import OptimConfig
 from trainer.trajectories.photos import start_from_shards
+from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
 
@@ -47,7 +48,7 @@ def shards(picture_shards: str) -> str:
 def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps on tokens and pixels."""
     out = tmp_path_factory.mktemp("runs") / "tokens"
-    dispatch.train(TINY, shards, str(out), quiet=True)
+    registry.train(TINY, shards, str(out), quiet=True)
     return out
 
 
@@ -55,7 +56,7 @@ def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def levels_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps on all levels and pixels."""
     out = tmp_path_factory.mktemp("runs") / "levels"
-    dispatch.train(LEVELS, shards, str(out), quiet=True)
+    registry.train(LEVELS, shards, str(out), quiet=True)
     return out
 
 
@@ -68,7 +69,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 
 def test_an_image_depends_on_its_label_and_seed_alone(run: Path) -> None:
-    pipe = dispatch.load_pipeline(run)
+    pipe = TrajectoryPipeline.from_pretrained(run)
     together = pipe([0, 1, 2], [5, 6, 7], num_steps=3)
     alone = pipe("bee", 6, num_steps=3)
     torch.testing.assert_close(alone.levels, together[1].levels, rtol=1e-4, atol=1e-5)
@@ -80,7 +81,7 @@ def test_an_image_depends_on_its_label_and_seed_alone(run: Path) -> None:
 
 
 def test_tokens_alone_are_looked_at_and_edited(run: Path, shards: str, tmp_path: Path) -> None:
-    pipe, index = dispatch.load_pipeline(run), open_index(shards)
+    pipe, index = TrajectoryPipeline.from_pretrained(run), open_index(shards)
     photo = start_from_shards(pipe, index, 0)
     assert photo.num_levels == pipe.drawn_levels == 1
     drawn = pipe("ant", 1, num_steps=2)
@@ -97,7 +98,7 @@ def test_tokens_alone_are_looked_at_and_edited(run: Path, shards: str, tmp_path:
 
 
 def test_levels_are_drawn_one_after_the_other_and_resumed(levels_run: Path, tmp_path: Path) -> None:
-    pipe = dispatch.load_pipeline(levels_run)
+    pipe = TrajectoryPipeline.from_pretrained(levels_run)
     trajectory = pipe("cat", 3, num_steps=2)
     assert trajectory.levels.shape == (NUM_LEVELS, *GRID, WIDTH)
     assert trajectory.decode().shape == (NUM_LEVELS, 8, 8, 3)
@@ -114,7 +115,7 @@ def test_levels_are_drawn_one_after_the_other_and_resumed(levels_run: Path, tmp_
 
 @pytest.mark.parametrize("schedule", ["shifted", "offset", "independent", "pixels-only"])
 def test_other_paths_draw_pixels_and_latents_together(run: Path, schedule: Any) -> None:
-    pipe = dispatch.load_pipeline(run)
+    pipe = TrajectoryPipeline.from_pretrained(run)
     assert isinstance(pipe, LatentPipeline)
     pipe.method = dataclasses.replace(pipe.method, schedule=schedule)
     trajectory = pipe("ant", 1, num_steps=2)
@@ -122,7 +123,7 @@ def test_other_paths_draw_pixels_and_latents_together(run: Path, schedule: Any) 
 
 
 def test_a_control_that_leaves_pixels_alone_has_no_picture(run: Path) -> None:
-    pipe = dispatch.load_pipeline(run)
+    pipe = TrajectoryPipeline.from_pretrained(run)
     assert isinstance(pipe, LatentPipeline)
     pipe.method = dataclasses.replace(pipe.method, schedule="latents-only")
     trajectory = pipe("ant", 1, num_steps=2)
@@ -134,7 +135,7 @@ def test_a_picture_is_of_its_own_levels_alone(
     run: Path, tmp_path: Path, schedule: Any, draws_anew: bool
 ) -> None:
     """An edited canvas shows no picture from before the edit, nor does one that was read or taken from a photograph."""
-    pipe = dispatch.load_pipeline(run)
+    pipe = TrajectoryPipeline.from_pretrained(run)
     assert isinstance(pipe, LatentPipeline)
     pipe.method = dataclasses.replace(pipe.method, schedule=schedule)
     drawn = pipe("ant", 1, num_steps=2)
@@ -168,9 +169,10 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     both = LatentMethodConfig(schedule="independent", time_floor=0.3)
-    dispatch.train(dataclasses.replace(TINY, method=both, total_images=8), shards, str(tmp_path), quiet=True)
+    registry.train(dataclasses.replace(TINY, method=both, total_images=8), shards, str(tmp_path), quiet=True)
     last = [
-        dispatch.load_pipeline(tmp_path, shift=shift)("ant", 1, num_steps=2).levels for shift in (9.0, 1.0)
+        TrajectoryPipeline.from_pretrained(tmp_path, shift=shift)("ant", 1, num_steps=2).levels
+        for shift in (9.0, 1.0)
     ]
     assert (last[0] - last[1]).abs().max() > 1e-4
     words = ["evaluate", tmp_path, "--shards", shards, "--samples-per-class", 2, "--steps", 2, "--shift", 0.2]
@@ -178,7 +180,7 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
     assert call(monkeypatch, *words, "--space", space, "--json") == 0
     found = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
     assert found["frechet_pictures"] > found["frechet_pictures_real"] >= 0
-    assert isinstance(pipe := dispatch.load_pipeline(tmp_path), LatentPipeline)
+    assert isinstance(pipe := TrajectoryPipeline.from_pretrained(tmp_path), LatentPipeline)
     assert pipe.pixel_stage().time_floor == both.time_floor
     for folder, shift, message in (
         (run, "2", "schedule cascaded-noised has none"),
@@ -192,12 +194,12 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
 
 
 def test_guidance_and_autoguidance_change_samples(run: Path) -> None:
-    pipe = dispatch.load_pipeline(run, weak=run / "checkpoints" / "step-00000004")
+    pipe = TrajectoryPipeline.from_pretrained(run, weak=run / "checkpoints" / "step-00000004")
     plain = pipe("ant", 1, num_steps=2).levels
     for how in ({"guidance": 3.0}, {"weak_scale": 2.0}, {"guidance": 3.0, "weak_scale": 2.0}):
         assert (pipe("ant", 1, num_steps=2, **how).levels - plain).abs().max() > 1e-4  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="weak model"):
-        dispatch.load_pipeline(run)("ant", 1, weak_scale=1.0)
+        TrajectoryPipeline.from_pretrained(run)("ant", 1, weak_scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_pictures_of_a_cascade_are_those_of_the_whole_path(
     run: Path, tmp_path: Path, how: dict[str, float], scales: tuple[float, float]
 ) -> None:
     """Latents now and pixels on demand, also after the file. Beside own guidance the weak network is of the pixels."""
-    pipe = dispatch.load_pipeline(run, weak=run / "checkpoints" / "step-00000004")
+    pipe = TrajectoryPipeline.from_pretrained(run, weak=run / "checkpoints" / "step-00000004")
     assert isinstance(pipe, LatentPipeline)
     trajectory = pipe("ant", 1, num_steps=2, **how)  # type: ignore[call-overload]
     config = pipe.model.config
@@ -236,12 +238,12 @@ def test_pictures_of_a_cascade_are_those_of_the_whole_path(
         torch.testing.assert_close(2 * found - 1, pixels, rtol=1e-4, atol=1e-4)
     if "weak_scale" in how:
         with pytest.raises(UsageError, match="weak model"):
-            dispatch.load_pipeline(run).adopt(trajectory)
+            TrajectoryPipeline.from_pretrained(run).adopt(trajectory)
 
 
 def test_a_network_trained_without_classes_draws_none(levels_run: Path) -> None:
     """Rows of classes that training never touched count neither in levels, drawn or drawn again, nor in pictures."""
-    pipe = dispatch.load_pipeline(levels_run)
+    pipe = TrajectoryPipeline.from_pretrained(levels_run)
     assert isinstance(pipe, LatentPipeline)
     pipe.method = dataclasses.replace(pipe.method, label_dropout=1.0)
     ant, cat = (pipe(name, 3, num_steps=2).resume(1, seeds=9) for name in ("ant", "cat"))
@@ -253,14 +255,14 @@ def test_a_network_trained_without_classes_draws_none(levels_run: Path) -> None:
 def test_guidance_needs_label_dropout(run: Path, shards: str, tmp_path: Path) -> None:
     """Without it the row of the null class is as it was drawn at first."""
     always = dataclasses.replace(TINY, method=LatentMethodConfig(label_dropout=0.0), total_images=8)
-    dispatch.train(always, shards, str(tmp_path), quiet=True)
-    pipe = dispatch.load_pipeline(tmp_path, weak=run)
+    registry.train(always, shards, str(tmp_path), quiet=True)
+    pipe = TrajectoryPipeline.from_pretrained(tmp_path, weak=run)
     for how in ({}, {"guidance": 1.0}, {"weak_scale": 0.5}):
         pipe("ant", num_steps=2, **how)  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="trained without label dropout"):
         pipe("ant", num_steps=2, guidance=2.0)
     with pytest.raises(UsageError, match="it guides without class, but was trained without label dropout"):
-        dispatch.load_pipeline(run, weak=tmp_path)
+        TrajectoryPipeline.from_pretrained(run, weak=tmp_path)
 
 
 def test_a_weak_network_sees_what_the_other_does(
@@ -269,11 +271,11 @@ def test_a_weak_network_sees_what_the_other_does(
     with pytest.raises(
         MismatchError, match=r"weak model .*: model.num_canvases is 4, that of .*tokens.* is 1"
     ):
-        dispatch.load_pipeline(run, weak=levels_run)
+        TrajectoryPipeline.from_pretrained(run, weak=levels_run)
     smaller = dataclasses.replace(TINY, method=LatentMethodConfig(latent_scale=0.3), total_images=8)
-    dispatch.train(smaller, shards, str(tmp_path), quiet=True)
+    registry.train(smaller, shards, str(tmp_path), quiet=True)
     with pytest.raises(MismatchError, match="it sees features normalised otherwise than"):
-        dispatch.load_pipeline(run, weak=tmp_path)
+        TrajectoryPipeline.from_pretrained(run, weak=tmp_path)
 
 
 def test_a_pixel_stage_draws_the_canvases_of_trajectory_forcing(
@@ -290,26 +292,26 @@ def test_a_pixel_stage_draws_the_canvases_of_trajectory_forcing(
         sample_images=None,
         tensorboard=False,
     )
-    dispatch.train(config, shards, str(tmp_path / "tf"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "tf"), quiet=True)
     for stage in (run, levels_run):
-        pipe = dispatch.load_pipeline(tmp_path / "tf", pixel_stage=stage)
+        pipe = TrajectoryPipeline.from_pretrained(tmp_path / "tf", pixel_stage=stage)
         assert isinstance(pipe.decoder, PixelStage)
         trajectory = pipe("bee", 2)
         pictures = trajectory.decode()
         assert pictures.shape == (NUM_LEVELS, 8, 8, 3)
         np.testing.assert_array_equal(pictures, pipe("bee", 2).decode())
-    assert not dispatch.load_pipeline(tmp_path / "tf")("bee", 2).can_decode
+    assert not TrajectoryPipeline.from_pretrained(tmp_path / "tf")("bee", 2).can_decode
 
 
 def test_a_pixel_stage_of_another_encoder_is_refused(run: Path) -> None:
     with pytest.raises(MismatchError, match="its encoder has name 'drawn', that of the canvases 'dct'"):
-        load_pixel_stage(run, {"name": "dct"})
+        TrajectoryPipeline.from_pretrained(run).decoder_of_canvases({"name": "dct"})
 
 
 def test_a_run_that_draws_both_at_once_is_no_pixel_stage(shards: str, tmp_path: Path) -> None:
     both = LatentMethodConfig(schedule="shifted")
-    dispatch.train(dataclasses.replace(TINY, method=both, total_images=8), shards, str(tmp_path), quiet=True)
+    registry.train(dataclasses.replace(TINY, method=both, total_images=8), shards, str(tmp_path), quiet=True)
     with pytest.raises(
         MismatchError, match="trained with schedule shifted, expected cascaded, cascaded-noised or"
     ):
-        load_pixel_stage(tmp_path, open_index(shards).encoder)
+        TrajectoryPipeline.from_pretrained(tmp_path).decoder_of_canvases(open_index(shards).encoder)

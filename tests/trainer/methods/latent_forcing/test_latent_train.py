@@ -21,13 +21,14 @@ from trainer.cli import app as cli
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import open_index
 from trainer.evaluation.run_page import run_page
-from trainer.methods import dispatch
+from trainer.methods import registry
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of
-from trainer.methods.registry import ALL_PRESETS, config_of, preset_of
+from trainer.methods.registry import all_presets, config_of, preset_of
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.training import checkpoint as saved
 from trainer.training.log import read_metrics
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = dataclasses.replace(TINY, pixel_stage=True)
@@ -42,7 +43,7 @@ def shards(picture_shards: str) -> str:
 def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps on tokens and pixels."""
     out = tmp_path_factory.mktemp("runs") / "tokens"
-    dispatch.train(TINY, shards, str(out), quiet=True)
+    registry.train(TINY, shards, str(out), quiet=True)
     return out
 
 
@@ -50,7 +51,7 @@ def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def levels_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps on all levels and pixels."""
     out = tmp_path_factory.mktemp("runs") / "levels"
-    dispatch.train(LEVELS, shards, str(out), quiet=True)
+    registry.train(LEVELS, shards, str(out), quiet=True)
     return out
 
 
@@ -79,15 +80,15 @@ def test_latents_have_the_spread_asked_for(run: Path, shards: str) -> None:
 
 def test_interrupted_is_uninterrupted(run: Path, shards: str, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
-        dispatch.train(dataclasses.replace(TINY, max_seconds=1e-9), shards, str(tmp_path), quiet=True)
-    dispatch.train(TINY, shards, str(tmp_path), quiet=True)
+        registry.train(dataclasses.replace(TINY, max_seconds=1e-9), shards, str(tmp_path), quiet=True)
+    registry.train(TINY, shards, str(tmp_path), quiet=True)
     for name, tensor in weights_of(run, 8).items():
         assert torch.equal(tensor, weights_of(tmp_path, 8)[name]), name
 
 
 def test_micro_batches_take_the_same_steps(run: Path, shards: str, tmp_path: Path) -> None:
     split = dataclasses.replace(TINY, micro_batch_size=3, total_images=16)
-    dispatch.train(split, shards, str(tmp_path), quiet=True)
+    registry.train(split, shards, str(tmp_path), quiet=True)
     whole = [row["loss"] for row in read_metrics(run) if "loss" in row][:2]
     assert [row["loss"] for row in read_metrics(tmp_path) if "loss" in row] == pytest.approx(whole, rel=1e-5)
 
@@ -105,7 +106,7 @@ def test_every_level_is_a_latent_of_the_pixel_stage(shards: str) -> None:
 
 
 def test_the_page_of_a_run_names_its_method(run: Path, shards: str) -> None:
-    pipe = dispatch.load_pipeline(run)
+    pipe = TrajectoryPipeline.from_pretrained(run)
     page = run_page(run, pipe, [pipe("ant", 0, num_steps=2)], open_index(shards))
     assert page.title == "Latent Forcing: test on 24 images"
 
@@ -143,7 +144,7 @@ def test_the_command_line_chooses_method_and_stages(
 def test_shards_without_pictures_are_refused(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "bare")
     with pytest.raises(TrainerError, match=r"holds no picture.*--images"):
-        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+        registry.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -153,7 +154,7 @@ def test_pictures_of_another_shape_than_the_grid_are_refused(
     monkeypatch.setattr(fixture_shards, "picture_of", lambda features: Image.new("RGB", (48, 32)))
     shards = write_shards(tmp_path / "wide", pictures=True)
     with pytest.raises(MismatchError, match="48×32 pixels"):
-        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+        registry.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
 
 
 def test_statistics_of_another_encoder_are_refused(tmp_path: Path) -> None:
@@ -162,16 +163,16 @@ def test_statistics_of_another_encoder_are_refused(tmp_path: Path) -> None:
         arrays = dict(stored)
     np.savez(shards / "statistics.npz", **{**arrays, "channel_variance": 900 * arrays["channel_variance"]})
     with pytest.raises(MismatchError, match=r"statistics\.npz does not describe these features"):
-        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+        registry.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
     np.savez(shards / "statistics.npz", **{**arrays, "channel_mean": np.zeros(7)})
     with pytest.raises(TrainerError, match=r"channel_mean has shape \(7,\)"):
-        dispatch.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+        registry.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
 
 
 def test_another_grid_than_that_of_the_shards_is_refused(shards: str) -> None:
     asked = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, grid=(5, 5)))
     with pytest.raises(MismatchError, match=r"model.grid is \(5, 5\)"):
-        dispatch.fit_to_shards(asked, open_index(shards), ["model.grid"])
+        registry.fit_to_shards(asked, open_index(shards), ["model.grid"])
 
 
 def test_a_run_folder_of_another_method_is_refused(run: Path, shards: str) -> None:
@@ -179,7 +180,7 @@ def test_a_run_folder_of_another_method_is_refused(run: Path, shards: str) -> No
     with pytest.raises(
         MismatchError, match="found a run of latent-forcing, expected one of trajectory-forcing"
     ):
-        dispatch.train(other, shards, str(run), quiet=True)
+        registry.train(other, shards, str(run), quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_every_size_of_the_paper_is_a_preset() -> None:
     assert preset_of(None, "latent-forcing").preset == "LF-LM"
     sizes = {
         name: (make().model.depth, make().model.width, make().model.num_heads)
-        for name, make in ALL_PRESETS.items()
+        for name, make in all_presets().items()
         if name.startswith("LF-")
     }
     assert sizes == {

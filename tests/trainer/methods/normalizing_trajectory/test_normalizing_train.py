@@ -22,7 +22,6 @@ from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageErr
 from trainer.cli.app import app
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
-from trainer.methods.dispatch import load_pipeline
 from trainer.methods.normalizing_trajectory import train as room
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.likelihood import likelihood, measure
@@ -32,6 +31,7 @@ from trainer.methods.trajectory_forcing import train as trajectory_train
 from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
 from trainer.training.log import read_metrics
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUNNER = CliRunner()
@@ -104,7 +104,7 @@ def test_bits_fall(pairs: str, shards: str, tmp_path: Path) -> None:
 def test_samples_of_every_kind(runs: dict[str, Path]) -> None:
     for name, run in runs.items():
         for ending in ("score",) if name == "levels" else ("inverse", "score"):
-            pipe = load_pipeline(run, ending=ending)  # type: ignore[arg-type]
+            pipe = TrajectoryPipeline.from_pretrained(run, ending=ending)  # type: ignore[arg-type]
             together = pipe(["ant", "bee"], seed=3)
             assert together[1].levels.shape == (1 if name == "tokens" else 4, 4, 4, 3)
             alone = pipe("bee", seed=3)
@@ -126,7 +126,7 @@ def test_a_run_without_classes_knows_none(shards: str, tmp_path: Path) -> None:
 
 def test_levels_can_be_edited_and_resumed(runs: dict[str, Path]) -> None:
     for name in ("levels", "canvases"):
-        trajectory = load_pipeline(runs[name])("bee", seed=3)
+        trajectory = TrajectoryPipeline.from_pretrained(runs[name])("bee", seed=3)
         again = trajectory.resume(1)
         torch.testing.assert_close(again.levels, trajectory.levels, atol=1e-5, rtol=1e-5)
         other = trajectory.resume(1, seeds=9)
@@ -135,17 +135,19 @@ def test_levels_can_be_edited_and_resumed(runs: dict[str, Path]) -> None:
 
 
 def test_guidance_needs_label_dropout(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    plain, guided = (load_pipeline(runs["tokens"])("bee", guidance=w) for w in (None, 2.0))
+    plain, guided = (
+        TrajectoryPipeline.from_pretrained(runs["tokens"])("bee", guidance=w) for w in (None, 2.0)
+    )
     assert not torch.equal(plain.levels, guided.levels)
     config = tiny(method=NormalizingMethodConfig(label_dropout=0.0), total_images=8)
     room.train(config, shards, str(tmp_path / "run"), quiet=True)
     with pytest.raises(UsageError, match="without label dropout"):
-        load_pipeline(tmp_path / "run")("bee", guidance=2.0)
+        TrajectoryPipeline.from_pretrained(tmp_path / "run")("bee", guidance=2.0)
 
 
 def test_steps_it_was_not_trained_with_are_refused(runs: dict[str, Path]) -> None:
     with pytest.raises(MismatchError, match="8 transitions, the network was trained on 4"):
-        load_pipeline(runs["tokens"])("bee", num_steps=8)
+        TrajectoryPipeline.from_pretrained(runs["tokens"])("bee", num_steps=8)
 
 
 def test_another_number_of_steps_in_the_run_folder_is_refused(shards: str, runs: dict[str, Path]) -> None:
@@ -169,7 +171,7 @@ def test_from_a_flow_matching_network(shards: str, flow_run: Path, tmp_path: Pat
     rows = [row for row in read_metrics(tmp_path / "run") if "flow" in row]
     assert rows[0]["flow"] == pytest.approx(0.0, abs=1e-8)
     assert rows[-1]["flow"] > 0
-    assert load_pipeline(tmp_path / "run")("bee").levels.shape[0] == NUM_LEVELS
+    assert TrajectoryPipeline.from_pretrained(tmp_path / "run")("bee").levels.shape[0] == NUM_LEVELS
 
 
 def test_a_run_to_start_from_has_to_be_of_the_right_method(
@@ -256,9 +258,9 @@ def test_the_denoiser_learns_what_the_score_says(
     before, after = weights(runs[trajectory]), weights(tmp_path / "run")
     frozen = [name for name in after if name.startswith("model/") and "denoiser" not in name]
     assert all(torch.equal(after[name], before[name.replace("model/", "ema-0.05/")]) for name in frozen)
-    assert load_pipeline(tmp_path / "run").ending == "denoiser"  # type: ignore[attr-defined]
+    assert TrajectoryPipeline.from_pretrained(tmp_path / "run").ending == "denoiser"  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="the model has none"):
-        load_pipeline(runs[trajectory], ending="denoiser")
+        TrajectoryPipeline.from_pretrained(runs[trajectory], ending="denoiser")
     two_blocks = dataclasses.replace(TINY.model, denoiser_depth=2)
     again = dataclasses.replace(TINY, distil_from=str(tmp_path / "run"), model=two_blocks)
     deeper = room.fresh_network(room.fit_to_shards(again, open_index(shards)))  # its denoiser starts anew

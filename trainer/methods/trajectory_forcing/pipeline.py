@@ -1,0 +1,44 @@
+"""Draws the samples of runs of Trajectory Forcing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.sample import sample_levels
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.trajectory import Sampling, Trajectory
+
+
+class TrajectoryForcingPipeline(TrajectoryPipeline):
+    """A trained network of Trajectory Forcing. num_steps of a call counts evaluations of the network per level."""
+
+    network_type = TrajectoryTransformer
+    weak_fields = ("grid", "in_channels", "num_levels", "num_classes", "guidance")
+    model: TrajectoryTransformer
+
+    def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
+        levels = self._levels(ids, self._noise(seeds, how).to(self._device), how)
+        return [self._trajectory(*each, how) for each in zip(levels.cpu(), ids, seeds, strict=True)]
+
+    def _after(
+        self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
+    ) -> Tensor:
+        previous = trajectory.levels[level : level + 1].to(self._device)
+        return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
+
+    def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
+        return sample_levels(
+            self.model,
+            torch.tensor(ids, device=self._device),
+            noise,
+            how.num_steps,
+            guidance=how.guidance,
+            weak_model=self._weak_for(how),
+            weak_scale=how.weak_scale,
+            normaliser=self.normaliser,
+            **start,
+        )
