@@ -1,4 +1,4 @@
-"""Networks of the authors' checkpoints."""
+"""Reads the networks of the authors' released checkpoints."""
 
 from trainer.methods.latent_forcing.release import load_latent_forcing
 from trainer.methods.trajectory_forcing.release import load_checkpoint

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.decode.rae import load_decoder
-from trainer.methods.trajectory_forcing.release import load_latent_forcing
+from trainer.methods.latent_forcing.release import load_latent_forcing
 from trainer.training.release_files import check_weights, read_fields, read_weights
 
 

@@ -1,23 +1,20 @@
-"""Read and write checkpoints of Latent Forcing's release: a folder with config.json and model.safetensors.
+"""Reads checkpoints of the authors' release of Latent Forcing: a folder with config.json and model.safetensors.
 
-The release is channels-first and counts time from noise 0 to data 1. What is turned round at this border are
-weights: convolutions over patches become linear layers over [rows, columns, channels], and matrices that make
-several things at once are cut into one for each. The clock is turned round inside the network.
+The release is channels-first and counts time from noise 0 to data 1. This module converts the weights: convolutions
+over patches become linear layers over [rows, columns, channels], and a matrix that computes several things at once is
+cut into one matrix for each. The network itself converts the time.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.files import whole_file, write_bytes
 from trainer.methods.latent_forcing.config import LatentModelConfig
 from trainer.methods.latent_forcing.network import PIXEL_CHANNELS, PixelLatentTransformer
 from trainer.training.config import checked
@@ -94,20 +91,6 @@ def load_latent_forcing(folder: str | Path) -> PixelLatentTransformer:
     _check_positions(folder / WEIGHTS, model, given)
     model.load_state_dict({name: _taken(name, given) for name in model.state_dict()})
     return model.eval()
-
-
-def save_latent_forcing(model: PixelLatentTransformer, folder: str | Path) -> None:
-    """Write `model` as a folder of the release. Raises UsageError for what the release has no place for."""
-    c = model.config
-    if c.num_canvases != 1 or c.grid[0] != c.grid[1]:
-        raise UsageError(f"{c.num_canvases} canvases on a grid of {c.grid}, expected 1 on a square one")
-    folder = Path(folder)
-    config = {"input_size": c.image_px[0], "in_channels": PIXEL_CHANNELS}
-    config |= {theirs: getattr(c, ours) for ours, theirs in CONFIG_NAMES.items()}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in to_official(model).items()}
-    with whole_file(folder / WEIGHTS) as partial:
-        save_file(tensors, partial)
-    write_bytes(folder / CONFIG, json.dumps(config, indent=1).encode())
 
 
 def to_official(model: PixelLatentTransformer) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.files import atomic_file
-from trainer.methods.latent_forcing.release import load_latent_forcing as load_latent_forcing
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.networks.config import ModelConfig
 from trainer.training.config import checked
