@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_pipeline import tiny_pipeline
 
 import trainer
 from hierarchy_builder.canvases.dct import DctBasis
@@ -28,6 +29,7 @@ from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
+from trainer.trajectories import trajectory as module
 from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline
 
 CLASSES = ["ant", "bee", "emu"]
@@ -252,3 +254,45 @@ def test_endless_lists_of_seeds_are_refused() -> None:
     with pytest.raises(UsageError, match="name more than 10,000,000"):
         parse_seeds("0-99999999999")
     assert parse_seeds("0-2,7") == [0, 1, 2, 7]
+
+
+def test_numbers_that_are_not_finite_are_blamed_on_what_made_them() -> None:
+    pipe = tiny_pipeline()
+    config = pipe.model.config
+    origin = {"source": "photo", "name": "ant.png", "encoder": "mine"}
+    features = torch.full((*config.grid, config.in_channels), torch.nan)
+    regions = torch.zeros(config.num_levels - 1, *config.grid, dtype=torch.uint8)
+    with pytest.raises(
+        TrainerError, match=r"features of ant\.png by the encoder 'mine' hold NaN or infinity"
+    ):
+        pipe.from_features(features, regions, label=0, origin=origin)
+    trajectory = pipe(0, 0)
+    chosen = trajectory.region(0, level=0)
+    source = torch.full((config.in_channels,), 1e38)
+    with pytest.raises(TrainerError, match="after an edit of features: lower the strength"):
+        trajectory.edit_features(chosen, source, strength=1e3)
+
+
+def test_regions_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    find = module.extract_regions
+    monkeypatch.setattr(module, "extract_regions", lambda levels: calls.append(1) or find(levels))
+    one = tiny_pipeline()(0, 0)
+    one.region(0, level=0)
+    one.regions_of(1)
+    assert len(calls) == 1
+    edited = one.edit_features(one.region(0, level=0), torch.ones(one.levels.shape[-1]))
+    edited.regions()
+    assert len(calls) == 2
+
+
+def test_resuming_draws_the_noise_of_each_seed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    trajectory, drawn = pipe(0, 3), []
+    noise = pipe._noise
+    monkeypatch.setattr(pipe, "_noise", lambda seeds, how: drawn.append(list(seeds)) or noise(seeds, how))
+    trajectory.resume(0)
+    assert drawn == [[3]]
+    drawn.clear()
+    trajectory.resume(1, seeds=[8, 9])
+    assert drawn == [[8], [9]]
