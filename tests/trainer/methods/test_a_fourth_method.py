@@ -13,9 +13,9 @@ from tiny_runs import assert_same_state, signal_at
 from toy_method.pipeline import ToyPipeline
 from typer.testing import CliRunner
 
+from hierarchy_builder.errors import InterruptedRunError, UsageError
 from trainer import TrajectoryPipeline
 from trainer.cli.app import app
-from trainer.errors import InterruptedRunError, UsageError
 from trainer.methods import registry
 from trainer.training import checkpoint as saved
 
