@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trainer import layers
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Prediction, TrajectoryTransformer
+from trainer.networks import attention as layers
 from trainer.networks.config import ModelConfig
 
 BY_HAND = layers.attend

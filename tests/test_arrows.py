@@ -18,7 +18,7 @@ WINGS = {
         *("store", "build", "verify", "quality", "cli"),
     ),
     "trainer": (
-        *("seeds", "data", "layers", "networks", "metrics", "training", "decode", "trajectories"),
+        *("seeds", "data", "networks", "metrics", "training", "decode", "trajectories"),
         *("methods", "post_training", "evaluation", "studio", "cli", "official"),
     ),
 }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, require, require_size
-from trainer.layers import grid_positions
+from trainer.networks.layers import grid_positions
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
 from trainer.training.release_files import check_weights, read_fields, read_weights

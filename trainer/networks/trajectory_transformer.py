@@ -22,19 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from trainer.layers import (
-    Block,
+from trainer.networks.attention import Block, grid_rotations
+from trainer.networks.config import ModelConfig
+from trainer.networks.layers import (
     RMSNorm,
     ScalarEmbedding,
     at_least_float32,
     detach_tangent,
-    grid_rotations,
     linear,
     make_dual,
     recomputed,
     unpack_dual,
 )
-from trainer.networks.config import ModelConfig
 
 TIME_FLOOR = 0.05
 """Velocities divide by t no smaller than this."""

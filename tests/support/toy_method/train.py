@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from trainer.training.stopping import StopRequest, stop_signals
 
 from toy_method.config import ToyTrainConfig
 from toy_method.network import ToyNetwork
@@ -18,7 +19,6 @@ from trainer.data.stream import Batch, BatchDataset
 from trainer.training.distributed import World, joined_world
 from trainer.training.loop import Loop, RunSummary
 from trainer.training.run_folder import check_same_run, find_origin
-from trainer.training.stopping import StopRequest, stop_signals
 from trainer.training.weights import WeightAverages
 
 

@@ -23,17 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hierarchy_builder.errors import MismatchError
-from trainer.layers import (
-    Attention,
-    RMSNorm,
-    ScalarEmbedding,
-    SwiGLU,
-    at_least_float32,
-    grid_positions,
-    grid_rotations,
-    linear,
-)
 from trainer.methods.latent_forcing.config import LatentModelConfig
+from trainer.networks.attention import Attention, grid_rotations
+from trainer.networks.layers import RMSNorm, ScalarEmbedding, SwiGLU, at_least_float32, grid_positions, linear
 
 PIXEL_CHANNELS = 3
 EMBEDDING_STD = 0.02

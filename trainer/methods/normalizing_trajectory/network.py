@@ -19,18 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError
-from trainer.layers import (
-    Block,
-    RMSNorm,
-    ScalarEmbedding,
-    at_least_float32,
-    grid_rotations,
-    linear,
-    recomputed,
-)
 from trainer.methods.normalizing_trajectory.chains import posterior
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
 from trainer.methods.normalizing_trajectory.transporter import Transporter, bounded
+from trainer.networks.attention import Block, grid_rotations
+from trainer.networks.layers import RMSNorm, ScalarEmbedding, at_least_float32, linear, recomputed
 from trainer.networks.trajectory_transformer import TrajectoryTransformer
 
 TIME_SCALE = 100.0

@@ -20,17 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.layers import (
-    Attention,
-    Block,
-    RMSNorm,
-    at_least_float32,
-    grid_rotations,
-    linear,
-    recomputed,
-    rotate,
-)
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
+from trainer.networks.attention import Attention, Block, grid_rotations, rotate
+from trainer.networks.layers import RMSNorm, at_least_float32, linear, recomputed
 
 LOG_SCALE_BOUND = 4.0
 """Logarithms of scales are c·tanh(a/c): numbers are stretched by e^±4 at most, and never to infinity."""

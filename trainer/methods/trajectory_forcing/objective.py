@@ -21,10 +21,10 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.layers import make_dual, unpack_dual
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction, as_guidance, velocity
 from trainer.networks.config import ModelConfig
+from trainer.networks.layers import make_dual, unpack_dual
 from trainer.seeds import mixed_seed
 from trainer.training.schedules import plateau_logit_normal
 

@@ -8,8 +8,8 @@ from small_networks import SMALL, awake
 from torch import nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from trainer.layers import attend, grid_rotations, rotate
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer, velocity
+from trainer.networks.attention import attend, grid_rotations, rotate
 from trainer.networks.config import ModelConfig
 
 

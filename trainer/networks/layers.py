@@ -1,0 +1,175 @@
+"""Layers of the transformers, which compute values and forward-mode derivatives in one pass.
+
+    B batch, D width
+
+A forward-mode derivative is the tangent of a dual number (`torch.autograd.forward_ad` or `torch.func.jvp`). Most
+layers compute the tangent themselves, because fused kernels have no forward-mode formula or a slow one; this way the
+value still comes from the fused kernel. The tangent is a constant for reverse mode: the objective stops its gradient
+anyway, and keeping no graph for it saves memory in a training step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_SINUSOIDS = 256
+BLOCK_INIT = 0.32
+"""Weights inside blocks start at this over sqrt(fan in)."""
+
+
+class Linear(nn.Linear):
+    """A linear layer whose forward-mode derivative costs one product; torch adds a second one, with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, tangent = unpack_dual(x)
+        out = F.linear(x, self.weight, self.bias)
+        if tangent is None:
+            return out
+        with torch.no_grad():
+            tangent = F.linear(tangent, self.weight)
+        return make_dual(out, tangent)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, tangent = unpack_dual(at_least_float32(x))
+        out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if tangent is None:
+            return out
+        with torch.no_grad():
+            scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+            unit = x * scale
+            tangent = (tangent - unit * (unit * tangent).mean(dim=-1, keepdim=True)) * (scale * self.weight)
+        return make_dual(out, tangent)
+
+
+class ScalarEmbedding(nn.Module):
+    """A number per sample [B] → float [B, D]: 256 cosines and sines of it, then two layers."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = linear(NUM_SINUSOIDS, width)
+        self.out = linear(width, width)
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(NUM_SINUSOIDS // 2) / (NUM_SINUSOIDS // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, value: Tensor) -> Tensor:
+        angles = at_least_float32(value)[:, None] * self.frequencies
+        return self.out(F.silu(self.hidden(torch.cat([angles.cos(), angles.sin()], dim=-1))))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.w1, self.w3 = (linear(width, hidden, BLOCK_INIT, bias=bias) for _ in range(2))
+        self.w2 = linear(hidden, width, BLOCK_INIT, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class _Recomputed(torch.autograd.Function):
+    """A node of the graph that replaces a block: it keeps only the input, and runs the block again for gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: nn.Module, out: Tensor, x: Tensor, rotations: Tensor, *weights: Tensor
+    ) -> Tensor:
+        ctx.block, ctx.weights = block, weights
+        ctx.autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
+        ctx.save_for_backward(x, rotations)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, rotations = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
+            out = ctx.block(x, rotations)
+        found = torch.autograd.grad(out, [x, *ctx.weights], gradients)
+        return (None, None, found[0], None, *found[1:])
+
+
+def recomputed(block: nn.Module, x: Tensor, rotations: Tensor) -> Tensor:
+    """Compute `block(x, rotations)` and keep only x for reverse mode; this is exact, and costs one more forward pass.
+
+    The activation checkpointing of torch cannot do this: it saves tensors in a pass with tangents, and fails to match
+    them in the pass without tangents that reverse mode runs.
+    """
+    if not torch.is_grad_enabled():
+        return block(x, rotations)
+    with torch.no_grad():
+        out, tangent = unpack_dual(block(x, rotations))
+    x = unpack_dual(x)[0]
+    trained = [p for p in block.parameters() if p.requires_grad]
+    out = _Recomputed.apply(block, out, x, rotations, *trained)
+    return out if tangent is None else make_dual(out, tangent)
+
+
+def linear(fan_in: int, fan_out: int, scale: float = 1.0, *, bias: bool = True) -> Linear:
+    """Make a linear layer with weights N(0, scale²/fan_in) and zero bias."""
+    layer = Linear(fan_in, fan_out, bias=bias)
+    nn.init.normal_(layer.weight, std=scale / math.sqrt(fan_in))
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """Make a dual number, inside `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad.make_dual(value, tangent, level=_level())
+
+
+def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return value and tangent of a dual number, or any other tensor and None."""
+    return tuple(forward_ad.unpack_dual(x, level=_level()))
+
+
+def _level() -> int | None:
+    """The forward-mode level: torch's current one, or 0, the only one, under the compiler.
+
+    The compiler looks the level up once, at the start of the graph, where there may be none yet, and would apply that
+    to the whole graph.
+    """
+    return 0 if torch.compiler.is_compiling() else None
+
+
+def detach_tangent(x: Tensor) -> Tensor:
+    """Return the same value and tangent, without the graph of the tangent."""
+    value, tangent = unpack_dual(x)
+    return x if tangent is None else make_dual(value, tangent.detach())
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 if its type is narrower."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def grid_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed positions of a grid in row-major order: float32 [rows·columns, width], width a multiple of 4.
+
+    Half of the channels encode the column and half the row, each by sines and cosines at 10,000^(−4i/width).
+    """
+    frequencies = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequencies
+    along = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    column, row = along[:columns].repeat(rows, 1), along[:rows].repeat_interleave(columns, dim=0)
+    return torch.cat([column, row], dim=-1).float()
