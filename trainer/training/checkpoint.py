@@ -217,14 +217,16 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def latest_checkpoint(run: Path, damaged: list[TrainerError] | None = None) -> Path | None:
     """The newest checkpoint of a run that is whole, or None; what is wrong with newer ones goes to `damaged`."""
+    found = _latest(run, [] if damaged is None else damaged)
+    return found and found[0]
+
+
+def _latest(run: Path, damaged: list[TrainerError]) -> tuple[Path, RunState] | None:
     for folder in reversed(list_checkpoints(run)):
         try:
-            load_state(folder)
+            return folder, load_state(folder)
         except TrainerError as error:
-            if damaged is not None:
-                damaged.append(error)
-            continue
-        return folder
+            damaged.append(error)
     return None
 
 
@@ -234,16 +236,29 @@ def find_checkpoint(folder: str | Path, damaged: list[TrainerError] | None = Non
     damaged: see `latest_checkpoint`. Raises TrainerError when there is none.
     """
     path = Path(folder)
+    return path if (path / STATE).exists() else _newest(path, [] if damaged is None else damaged)[0]
+
+
+def read_checkpoint(folder: str | Path) -> tuple[Path, RunState]:
+    """The checkpoint folder that `find_checkpoint` finds and its state, which is read once.
+
+    Newer checkpoints that are damaged are named on stderr.
+    """
+    path, damaged = Path(folder), list[TrainerError]()
     if (path / STATE).exists():
-        return path
-    found = latest_checkpoint(path, damaged)
-    if found is None:
-        if steps := list_checkpoints(path):
-            load_state(steps[-1])  # says what is wrong with it
-        raise TrainerError(
-            f"{path}: found no checkpoint; give a run folder of `trainer train` or one step of it"
-        )
+        return path, load_state(path)
+    found = _newest(path, damaged)
+    warn_of(damaged, found[0])
     return found
+
+
+def _newest(run: Path, damaged: list[TrainerError]) -> tuple[Path, RunState]:
+    found = _latest(run, damaged)
+    if found is not None:
+        return found
+    if steps := list_checkpoints(run):
+        load_state(steps[-1])  # says what is wrong with it
+    raise TrainerError(f"{run}: found no checkpoint; give a run folder of `trainer train` or one step of it")
 
 
 def warn_of(damaged: Iterable[TrainerError], taken: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.decode.rae import decoder_for
@@ -110,10 +110,7 @@ class TrajectoryPipeline(ABC):
         Raises TrainerError or UsageError where a part is missing or the method does not take an option, MismatchError
         for weights that do not fit.
         """
-        damaged: list[TrainerError] = []
-        path = saved.find_checkpoint(folder, damaged)
-        saved.warn_of(damaged, path)
-        state = saved.load_state(path)
+        path, state = saved.read_checkpoint(folder)
         method = registry.method_in(state.config, folder)
         kind = method.load("pipeline")
         if not issubclass(kind, cls):
