@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError
@@ -38,6 +39,8 @@ class MethodRun(Loop):
 
     loss_function: ClassVar[Objective]
     """The objective, which `compile` compiles: (network, …) → terms by name."""
+    pipeline: ClassVar[Callable[..., Any]]
+    """The class that draws samples of the network, whose `sheet` is a picture of some."""
 
     def __init__(
         self,
@@ -104,6 +107,20 @@ class MethodRun(Loop):
         terms = self._scaled(self._terms(part, slice(first + start, first + stop)), part)
         terms["loss"].backward()
         return torch.stack([terms[name] for name in self.terms]).detach().double()
+
+    def _sheet(self) -> Image.Image:
+        with self._averaged():
+            names, encoder = self.index.class_names, self.index.encoder
+            pipe = type(self).pipeline(
+                self.model, names, encoder, self._decoder(), self.normaliser, method=self.config.method
+            )
+            sheet: Image.Image = pipe.sheet()
+        self.model.train()
+        return sheet
+
+    def _decoder(self) -> Any:
+        """What decodes the samples of a sheet; None shows the features as colours, or pixels that are drawn."""
+        return None
 
     def _autocast(self) -> torch.autocast:
         """The arithmetic of the network."""

@@ -34,6 +34,7 @@ class ToyTrainConfig(MethodRunConfig):
 
     method_name: Literal["toy"] = "toy"
     preset: str = "toy-small"
+    normalise: Literal["none"] = "none"
     model: ToyModelConfig = field(default_factory=ToyModelConfig)
     method: ToyMethodConfig = field(default_factory=ToyMethodConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(ema_halflives_kimg=(0.05,)))

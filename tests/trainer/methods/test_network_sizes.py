@@ -8,7 +8,7 @@ from hierarchy_builder.errors import UsageError
 from trainer.methods.registry import METHODS
 from trainer.training.config import with_settings
 
-CONFIGS = {method: next(iter(presets.values()))() for method, presets in METHODS.items()}
+CONFIGS = {name: method.load("config")() for name, method in METHODS.items()}
 
 
 @pytest.mark.parametrize("method", CONFIGS)

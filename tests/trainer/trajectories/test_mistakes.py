@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import sys
@@ -55,14 +56,7 @@ def odd_pipeline() -> TrajectoryPipeline:
     """Three classes of odd names at a time are enough: the network has three."""
     pipe = tiny_pipeline()
     pipe.class_names = NAMES
-    pipe.model.config = pipe.model.config.__class__(
-        **{
-            name: getattr(pipe.model.config, name)
-            for name in pipe.model.config.__slots__
-            if name != "num_classes"
-        },
-        num_classes=len(NAMES),
-    )
+    pipe.model.config = dataclasses.replace(pipe.model.config, num_classes=len(NAMES))
     return pipe
 
 

@@ -10,7 +10,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError
@@ -71,6 +70,7 @@ class LatentForcingRun(MethodRun):
 
     terms = ("loss", "loss_pixels", "loss_latents")
     shown = ("loss_pixels", "loss_latents")
+    pipeline = LatentPipeline
     loss_function = staticmethod(latent_forcing.loss)
     model: PixelLatentTransformer
     dataset: PictureDataset
@@ -127,16 +127,3 @@ class LatentForcingRun(MethodRun):
                 time_floor=method.time_floor,
                 **draws.clocks._asdict(),
             )
-
-    def _sheet(self) -> Image.Image:
-        """Samples of the model as it is, with its first weight average where there is one."""
-        with self._averaged():
-            pipe = LatentPipeline(
-                self.model,
-                self.index.class_names,
-                self.index.encoder,
-                None,
-                self.normaliser,
-                method=self.config.method,
-            )
-            return pipe.sheet()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
@@ -94,6 +93,7 @@ class NormalizingRun(MethodRun):
 
     terms: tuple[str, ...] = ("loss", "bits", "fit", "log_sigma", "log_det", "flow")
     shown: tuple[str, ...] = ("bits", "log_det")
+    pipeline = NormalizingPipeline
     loss_function = staticmethod(method.loss)
     model: NormalizingNetwork
 
@@ -161,21 +161,6 @@ class NormalizingRun(MethodRun):
         """λ, which falls along a cosine over the run."""
         share = min(1.0, self.images_seen / self.config.total_images)
         return self.config.method.flow_weight * 0.5 * (1 + math.cos(math.pi * share))
-
-    def _sheet(self) -> Image.Image:
-        """Samples of the model as it is, with its first weight average where there is one."""
-        with self._averaged():
-            pipe = NormalizingPipeline(
-                self.model,
-                self.index.class_names,
-                self.index.encoder,
-                None,
-                self.normaliser,
-                method=self.config.method,
-            )
-            sheet = pipe.sheet()
-        self.model.train()
-        return sheet
 
 
 def _frozen_flow(network: NormalizingNetwork, config: NormalizingTrainConfig) -> FlowPredictor | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.data.shards import ShardIndex, open_index
@@ -43,6 +42,7 @@ class TrajectoryForcingRun(MethodRun):
     """One run of Trajectory Forcing in one process."""
 
     terms = ("loss", "region", "loss_u", "loss_v", "raw_mse_u", "raw_mse_v")
+    pipeline = TrajectoryForcingPipeline
     loss_function = staticmethod(trajectory_forcing.loss)
     model: TrajectoryTransformer
     counts: np.ndarray | None = None
@@ -109,12 +109,8 @@ class TrajectoryForcingRun(MethodRun):
     def _audit(self) -> dict[str, Any]:
         return {"coverage": self._coverage(), **super()._audit()}
 
-    def _sheet(self) -> Image.Image:
-        """Samples of the model as it is, with its first weight average where there is one."""
-        decoder = find_decoder(self.out, self.index.encoder)
-        with self._averaged():
-            names, encoder = self.index.class_names, self.index.encoder
-            return TrajectoryForcingPipeline(self.model, names, encoder, decoder, self.normaliser).sheet()
+    def _decoder(self) -> Any:
+        return find_decoder(self.out, self.index.encoder)
 
     def _coverage(self) -> dict[str, list[int]]:
         """Audit of all finished epochs: images per level, and samples by the number of levels they met."""
