@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hierarchy_builder import terminal
-from hierarchy_builder.build.workers import QUIET, join, start_local
+from hierarchy_builder.build.workers import RAY_ENVIRONMENT, join, start_local
 from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
 from hierarchy_builder.terminal import print_result
 from trainer.cli import app as cli
@@ -61,7 +61,7 @@ def train(
     out = _run_folder(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # refuses a wrong command here, before any worker starts
         cli.app(["train", *arguments, "--dry-run"], standalone_mode=False)
-    for name, value in {**QUIET, **OF_TRAINING}.items():
+    for name, value in {**RAY_ENVIRONMENT, **OF_TRAINING}.items():
         os.environ.setdefault(name, value)
     if address is None:
         start_local(log_to_driver=True)

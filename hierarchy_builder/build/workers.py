@@ -1,7 +1,8 @@
-"""Workers that load a thing once and call functions of it: in this process, or on Ray. Only this file imports ray.
+"""Workers that load an object once and call functions on it: in this process or as Ray actors.
 
-What is loaded is described by a picklable function; the workers call the same functions the in-process path calls,
-one unit at a time, so results depend neither on the number of workers nor on restarts.
+Only this file of the package imports ray. A picklable function says what a worker loads. Workers call the same
+functions as the in-process path, one unit at a time, so results depend neither on the number of workers nor on
+restarts.
 """
 
 from __future__ import annotations
@@ -31,33 +32,32 @@ from hierarchy_builder.store.ledger import Ledger
 
 ResultT = TypeVar("ResultT")
 
-QUIET = {
+RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Environment of a local Ray: no usage reports. Set values win."""
+"""Environment of Ray: it sends no usage reports. Variables that the user has set are kept."""
 
-SILENCE_S = 300
+IDLE_WARNING_S = 300
 """Seconds without a finished unit after which the free resources are logged."""
 
-PATIENCE = 6
-"""Times that long after which a run without any worker gives up."""
+MAX_IDLE_INTERVALS = 6
+"""Intervals of that length after which a run without any worker stops."""
 
 UNIT_RETRIES = 5
 """Times a unit is tried again after its worker or node died."""
 
 UNITS_AHEAD = 4
-"""Units per worker that may be done or running while an earlier one is not: what the driver has to hold."""
+"""Units per worker that may be running or finished ahead of the next result; the driver holds them in memory."""
 
-
-KNOCK_S = 20
-"""Seconds a cluster has to take a connection."""
+CONNECT_TIMEOUT_S = 20
+"""Timeout of the connection to a Ray cluster, in seconds."""
 
 TOKEN_PLACES = (
     "put the token that the cluster was started with into RAY_AUTH_TOKEN, or the path of a file that holds it into "
     "RAY_AUTH_TOKEN_PATH (Ray also reads ~/.ray/auth_token)"
 )
-"""The next step after an error of authentication."""
+"""What a user can do after an authentication error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +73,14 @@ class Workers:
 
 
 class Pool(Protocol):
-    """Workers that have loaded one thing each."""
+    """Workers that have loaded an object each."""
 
     def map(
         self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
     ) -> Iterator[ResultT]:
-        """`function(loaded, unit, threads, *shared)` of each unit, in the order of `units`.
+        """Yield `function(loaded, unit, threads, *shared)` for each unit, in the order of `units`.
 
-        Each call may use `threads` threads of its own; torch has one. Raises what a call raises.
+        A call may start up to `threads` threads; torch itself uses one. Raises what a call raises.
         """
 
 
@@ -88,14 +88,14 @@ class Pool(Protocol):
 def open_pool(
     load: Callable[[], Any], workers: Workers, num_units: int, *, uses_gpu: bool = False
 ) -> Iterator[Pool]:
-    """Start workers, at most `num_units`, that call `load` once; they end with the block.
+    """Start at most `num_units` workers that call `load` once each; they end with the `with` block.
 
-    Raises BuilderError where the cluster has no room for a worker.
+    Raises BuilderError if the cluster cannot place a worker.
     """
     if workers.count == 0:
         yield _InProcess(load())
         return
-    # Ray tells of lost workers on stdout, which belongs to the results.
+    # Ray reports lost workers on stdout, which is reserved for results.
     with contextlib.redirect_stdout(sys.stderr):
         pool = _start_workers(load, workers, num_units, uses_gpu)
         try:
@@ -112,9 +112,9 @@ def map_units(
     *,
     uses_gpu: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Do all `units` and mark each; yields what the markers keep, in order.
+    """Run all `units` and mark each as done; yields the contents of the markers, in order.
 
-    Raises what a unit raises; finished units stay finished.
+    Raises what a unit raises; finished units stay marked.
     """
     if units:
         with open_pool(load, workers, len(units), uses_gpu=uses_gpu) as pool:
@@ -122,7 +122,7 @@ def map_units(
 
 
 def has_gpu(workers: Workers) -> bool:
-    """Whether the workers have a GPU to encode on; starts or joins Ray where they are its."""
+    """Whether the workers have a GPU to encode on; starts or joins Ray if the workers run there."""
     if workers.count == 0:
         return torch.cuda.is_available()
     _start_ray(workers)
@@ -132,11 +132,11 @@ def has_gpu(workers: Workers) -> bool:
 
 
 def start_local(**options: Any) -> None:
-    """`ray.init` of a Ray that only this process and its workers can use; it ends with `shutdown`.
+    """Start a Ray that only this process and its workers can use; `shutdown` ends it.
 
     It listens on the loopback interface and accepts only calls that carry a token. The token is a new random one,
     and only the environment of the Ray processes holds it, unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names one.
-    Raises BuilderError where the named token cannot be read.
+    Raises BuilderError if the named token cannot be read.
     """
     import ray
     from ray._private import ray_constants
@@ -144,8 +144,8 @@ def start_local(**options: Any) -> None:
     values = {"RAY_AUTH_MODE": "token"}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         values["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # Ray replaces 127.0.0.1 by the address of the network interface unless this constant is false. Ray reads its
-    # environment variable at import, which may lie in the past, and `ray start --address` refuses to run with it.
+    # Ray replaces 127.0.0.1 by the address of the network interface unless this constant is false. Ray reads the
+    # environment variable behind it only at import, and `ray start --address` refuses to run with that variable.
     before = ray_constants.ENABLE_RAY_CLUSTER
     with _authentication(values):
         ray_constants.ENABLE_RAY_CLUSTER = before and ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR in os.environ
@@ -156,9 +156,9 @@ def start_local(**options: Any) -> None:
 
 
 def join(address: str, **options: Any) -> None:
-    """`ray.init` of a cluster that is running, with the token that the user has for it.
+    """Connect to a running cluster, with the token that the user has for it.
 
-    Raises BuilderError where no cluster answers, and where it rejects the token.
+    Raises BuilderError if no cluster answers, or if it rejects the token.
     """
     import ray
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
@@ -166,8 +166,8 @@ def join(address: str, **options: Any) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     is_reached = False
     try:
-        if colon and port.isdecimal():  # where nothing listens Ray itself would wait for minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        if colon and port.isdecimal():  # Ray itself waits for minutes if nothing listens
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
             is_reached = True
         with _authentication({}):
             has_token = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
@@ -185,9 +185,9 @@ def join(address: str, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _held_stderr() -> Iterator[None]:
-    """Write what this process sends to stderr only when the block has succeeded.
+    """Hold back everything that is written to stderr, and write it only if the block succeeds.
 
-    Ray repeats a call that was rejected for 20 s and writes a line each time, below Python; the error says it once.
+    Ray repeats a rejected call for 20 s and writes a line each time, from C++; our error reports it once.
     """
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -205,9 +205,9 @@ def _held_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _authentication(values: Mapping[str, str]) -> Iterator[None]:
-    """Let a Ray that starts or is joined inside see `values` in the environment, where the user set none.
+    """Set environment variables that the user has not set, for a `ray.init` inside the block.
 
-    Ray reads the mode and the token once; both are read anew here, since this process may have used another Ray.
+    Ray caches the mode and the token. They are read again here, since this process may have used another Ray before.
     """
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
@@ -228,7 +228,7 @@ def _authentication(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Stop a local Ray, or leave a cluster; nothing happens when none was started."""
+    """Stop a local Ray, or disconnect from a cluster; does nothing if Ray was not started."""
     import ray
 
     if ray.is_initialized():
@@ -249,126 +249,131 @@ class _InProcess:
 
 
 @dataclass(eq=False, slots=True)
-class _Hand:
-    """A worker that has loaded, and the units it was given: the first is being done, the next waits with it."""
+class _WorkerQueue:
+    """An actor that has loaded, and its queue of units: the first one runs, the next one waits."""
 
     actor: Any
     units: list[int] = field(default_factory=list)
 
 
-class _OnRay:
-    """Ray actors. A lost one is replaced where there is room, and what it had is given to those that are left.
+class _RayPool:
+    """A pool of Ray actors. A lost actor is replaced if the cluster has capacity; others take over its units.
 
-    Ray's own retries wait for ever for the CPU of a node that is gone, whoever else is free.
+    The retries of Ray itself are not used: they wait forever for the CPU of a lost node, even if other actors are
+    free.
     """
 
     def __init__(self, load: Callable[[], Any], start: Callable[[], Any], count: int) -> None:
         self.load, self.start, self.count = load, start, count
-        self.hands: list[_Hand] = []
+        self.queues: list[_WorkerQueue] = []
         self.loading: dict[Any, Any] = {}
-        self.lost_loading = 0
+        self.failed_loads = 0
         for _ in range(count):
-            self._hire()
+            self._start_worker()
 
     def map(
         self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
     ) -> Iterator[ResultT]:
-        """Keep two units at every worker, so that none waits for the driver."""
+        """Keep two units in the queue of every worker, so that no worker waits for the driver."""
         import ray
 
         stored = [ray.put(value) for value in shared]
-        waiting, running = list(range(len(units))), dict[Any, tuple[int, _Hand]]()  # waiting: a heap
+        waiting, running = list(range(len(units))), dict[Any, tuple[int, _WorkerQueue]]()  # waiting: a heap
         done, losses = dict[int, ResultT](), Counter[int]()
         taken = 0
         while taken < len(units):
-            while waiting and waiting[0] < taken + UNITS_AHEAD * self.count and (hand := self._free()):
+            limit = taken + UNITS_AHEAD * self.count
+            while waiting and waiting[0] < limit and (queue := self._least_loaded()):
                 number = heapq.heappop(waiting)
-                hand.units.append(number)
-                running[hand.actor.call.remote(function, units[number], *stored)] = (number, hand)
+                queue.units.append(number)
+                running[queue.actor.call.remote(function, units[number], *stored)] = (number, queue)
             for reference in self._wait([*running, *self.loading]):
                 if reference in self.loading:
-                    self._welcome(reference)
+                    self._add_loaded(reference)
                     continue
-                number, hand = running.pop(reference)
+                number, queue = running.pop(reference)
                 try:
                     done[number] = _result(reference)
-                except _LostError as error:
-                    self._dismiss(hand, losses)
+                except _WorkerLostError as error:
+                    self._replace(queue, losses)
                     if losses[number] > UNIT_RETRIES:
                         raise BuilderError(
-                            f"unit {units[number].number} took {losses[number]} workers down with it: {error}"
+                            f"unit {units[number].number} was running on {losses[number]} workers that were "
+                            f"lost: {error}"
                         ) from None
                     heapq.heappush(waiting, number)
-                hand.units.remove(number)
+                queue.units.remove(number)
             while taken in done:
                 yield done.pop(taken)
                 taken += 1
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         import ray
 
-        for actor in [*self.loading.values(), *(hand.actor for hand in self.hands)]:
+        for actor in [*self.loading.values(), *(queue.actor for queue in self.queues)]:
             ray.kill(actor)
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         actor = self.start()
         self.loading[actor.load.remote(self.load)] = actor
 
-    def _welcome(self, reference: Any) -> None:
-        """Take in a worker that has loaded. Raises what loading raised."""
+    def _add_loaded(self, reference: Any) -> None:
+        """Add a worker that has finished loading. Raises what loading raised."""
         actor = self.loading.pop(reference)
         try:
             _result(reference)
-        except _LostError as error:
-            self.lost_loading += 1
-            if self.lost_loading > UNIT_RETRIES:
-                raise BuilderError(f"{self.lost_loading} workers ended while they loaded: {error}") from None
-            self._hire()
+        except _WorkerLostError as error:
+            self.failed_loads += 1
+            if self.failed_loads > UNIT_RETRIES:
+                raise BuilderError(
+                    f"{self.failed_loads} workers were lost while they loaded: {error}"
+                ) from None
+            self._start_worker()
             return
-        self.lost_loading = 0
-        self.hands.append(_Hand(actor))
+        self.failed_loads = 0
+        self.queues.append(_WorkerQueue(actor))
 
-    def _dismiss(self, hand: _Hand, losses: Counter[int]) -> None:
-        """Replace a worker at the first news of its end, and count that against the unit it was doing."""
+    def _replace(self, queue: _WorkerQueue, losses: Counter[int]) -> None:
+        """Replace a worker when its loss is first seen, and count the loss against the unit that it was running."""
         import ray
 
-        if hand in self.hands:
-            self.hands.remove(hand)
-            losses[hand.units[0]] += 1
-            ray.kill(hand.actor)  # it may only be out of reach
-            logging.getLogger(__name__).warning("a worker was lost, %d are left", len(self.hands))
-            self._hire()
+        if queue in self.queues:
+            self.queues.remove(queue)
+            losses[queue.units[0]] += 1
+            ray.kill(queue.actor)  # its node may only be unreachable
+            logging.getLogger(__name__).warning("a worker was lost, %d are left", len(self.queues))
+            self._start_worker()
 
-    def _free(self) -> _Hand | None:
-        hand = min(self.hands, key=lambda hand: len(hand.units), default=None)
-        return hand if hand is not None and len(hand.units) < 2 else None
+    def _least_loaded(self) -> _WorkerQueue | None:
+        queue = min(self.queues, key=lambda queue: len(queue.units), default=None)
+        return queue if queue is not None and len(queue.units) < 2 else None
 
     def _wait(self, references: list[Any]) -> list[Any]:
-        """References of calls that ended; says so when none does for long, and gives up without a worker."""
+        """Return the calls that have ended; log while none does, and raise BuilderError if no worker can start."""
         import ray
 
-        for _ in range(PATIENCE):
-            ended, _ = ray.wait(references, timeout=SILENCE_S)
+        for _ in range(MAX_IDLE_INTERVALS):
+            ended, _ = ray.wait(references, timeout=IDLE_WARNING_S)
             if ended:
                 return ended
             logging.getLogger(__name__).warning(
-                "no unit ended in %d s; %d workers, %d more wait for room or load, resources free: %s",
-                SILENCE_S,
-                len(self.hands),
+                "no unit finished in %d s; %d workers run, %d more are starting, free resources: %s",
+                IDLE_WARNING_S,
+                len(self.queues),
                 len(self.loading),
                 ray.available_resources(),
             )
-            if self.hands:
+            if self.queues:
                 return []
         raise BuilderError(
-            f"no worker could start for {PATIENCE * SILENCE_S} s, the cluster has {ray.cluster_resources()}: add a "
-            "node, or end what else runs there; then the same command goes on"
+            f"no worker could start for {MAX_IDLE_INTERVALS * IDLE_WARNING_S} s, the cluster has "
+            f"{ray.cluster_resources()}: add a node, or stop other jobs; then repeat the same command to continue"
         )
 
 
 class _Worker:
-    """A Ray actor: loads once, then does units."""
+    """A Ray actor: loads once, then runs units."""
 
     def __init__(self, threads: int) -> None:
         self.loaded, self.threads, self.metrics = None, threads, _Metrics()
@@ -385,7 +390,7 @@ class _Worker:
 
 
 class _Metrics:
-    """What a worker has done, for the metrics page of the cluster; nobody reads it where there is none."""
+    """Counters of a worker for the metrics endpoint of the cluster."""
 
     def __init__(self) -> None:
         from ray.util import metrics
@@ -403,7 +408,7 @@ class _Metrics:
         )
 
     def count(self, stage: str, result: Mapping[str, Any]) -> None:
-        """Add what the marker of a unit keeps."""
+        """Count a finished unit by the contents of its marker."""
         tags, failed = {"stage": stage}, count_failed(result)
         if result["images"]:
             self.images.inc(result["images"], tags)
@@ -412,7 +417,7 @@ class _Metrics:
         self.seconds.observe(result["seconds"], tags)
 
 
-def _start_workers(load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool) -> _OnRay:
+def _start_workers(load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool) -> _RayPool:
     _start_ray(workers)
     import ray
 
@@ -426,15 +431,15 @@ def _start_workers(load: Callable[[], Any], workers: Workers, num_units: int, us
             f" and {gpus:g} GPUs: add a node, or use --workers 0"
         )
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
-    return _OnRay(load, partial(actor.remote, max(1, cpus // count)), count)
+    return _RayPool(load, partial(actor.remote, max(1, cpus // count)), count)
 
 
-class _LostError(Exception):
-    """A worker or its node ended, with the call it was doing or the result of it."""
+class _WorkerLostError(Exception):
+    """A worker or its node was lost, with the call that it was running or the result of that call."""
 
 
 def _result(reference: Any) -> Any:
-    """Raises what the call raised, or _LostError."""
+    """Return the result of a call. Raises what the call raised, or _WorkerLostError."""
     import ray
 
     try:
@@ -442,11 +447,11 @@ def _result(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        raise _LostError(str(error)) from None
+        raise _WorkerLostError(str(error)) from None
 
 
 def _start_ray(workers: Workers) -> None:
-    for name, value in QUIET.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -463,7 +468,7 @@ def _start_ray(workers: Workers) -> None:
             logging_level=logging.ERROR,
         )
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray put its own, which ends the process on the spot
+        signal.signal(signal.SIGTERM, handler)  # Ray installs one that ends the process at once
 
 
 def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float) -> float:

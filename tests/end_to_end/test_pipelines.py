@@ -16,7 +16,7 @@ import yaml
 from pictures import write_tree
 
 from hierarchy_builder.build import pipeline as steps
-from hierarchy_builder.build.workers import QUIET, Workers
+from hierarchy_builder.build.workers import RAY_ENVIRONMENT, Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
@@ -49,7 +49,7 @@ def two_nodes(monkeypatch):
 
     It starts from a process of its own, since Ray reads the mode of authentication only once.
     """
-    for name, value in {**QUIET, **TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}.items():
+    for name, value in {**RAY_ENVIRONMENT, **TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}.items():
         monkeypatch.setenv(name, value)
     start = """
         from ray.cluster_utils import Cluster
@@ -98,7 +98,7 @@ def test_job_on_two_nodes_makes_the_bytes_of_one_process(two_nodes, tmp_path) ->
     for tokens in ({"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN": ""}):
         refused = subprocess.run(
             [
-                *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "refused"),
+                *(sys.executable, "-m", "pipelines.build", photos, "--out", tmp_path / "refused", "--quiet"),
                 *("--encoder", "dct", "--address", two_nodes),
             ],
             capture_output=True,
@@ -209,7 +209,7 @@ def job_server(monkeypatch):
     """
     for module in ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client", "smart_open", "virtualenv"):
         pytest.importorskip(module, reason="`ray job submit` needs the cluster extra (ray[default])")
-    for name, value in {**QUIET, **TOKEN}.items():
+    for name, value in {**RAY_ENVIRONMENT, **TOKEN}.items():
         monkeypatch.setenv(name, value)
     port = _free_port()
     start = f"""

@@ -28,7 +28,7 @@ from unittest import mock
 from pictures import write_tree
 from processes import processes_below
 
-from hierarchy_builder.build.workers import QUIET
+from hierarchy_builder.build.workers import RAY_ENVIRONMENT
 from hierarchy_builder.files import read_json, sha256_file
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard, sidecar
@@ -41,7 +41,7 @@ DEADLINE_S = 240
 POLL_S = 0.02
 HEAD = {"num_cpus": 1, "include_dashboard": False}
 SMALL_CLUSTER = {
-    **QUIET,
+    **RAY_ENVIRONMENT,
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_health_check_initial_delay_ms": "1000",

@@ -15,7 +15,7 @@ from pictures import write_tree
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build import vocabulary as vocabulary_fit
 from hierarchy_builder.build.vocabulary import TokenSource
-from hierarchy_builder.build.workers import UNITS_AHEAD, Workers, _OnRay, shutdown
+from hierarchy_builder.build.workers import UNITS_AHEAD, Workers, _RayPool, shutdown
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.progress import Reporter
@@ -354,7 +354,7 @@ def test_results_come_in_order_and_never_far_ahead(monkeypatch: pytest.MonkeyPat
             ),
         )
 
-    def end(pool: _OnRay, references: list) -> list:
+    def end(pool: _RayPool, references: list) -> list:
         running = [reference for reference in references if isinstance(reference, int)]
         if pool.loading:
             return list(pool.loading)
@@ -364,9 +364,9 @@ def test_results_come_in_order_and_never_far_ahead(monkeypatch: pytest.MonkeyPat
     outstanding: list[int] = []
     yielded: list[int] = []
     most: list[int] = []
-    monkeypatch.setattr(_OnRay, "_wait", end)
+    monkeypatch.setattr(_RayPool, "_wait", end)
     monkeypatch.setattr("hierarchy_builder.build.workers._result", lambda reference: reference)
-    for result in _OnRay(lambda: None, start, 2).map(None, blocks_of(30, 1)):
+    for result in _RayPool(lambda: None, start, 2).map(None, blocks_of(30, 1)):
         yielded.append(result)
     assert yielded == sorted(outstanding) == list(range(30))
     assert 2 < max(most) < UNITS_AHEAD * 2
