@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,6 +18,7 @@ from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
+from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     counted,
@@ -54,6 +57,7 @@ def extract(
     address: opt.Address = None,
     config: opt.ConfigFile = None,
     fresh: opt.Fresh = False,
+    yes: opt.Yes = False,
     retry_failed: opt.RetryFailed = False,
     accept_new_files: opt.AcceptNew = False,
     force: opt.Force = False,
@@ -70,6 +74,7 @@ def extract(
     show_config({"extract": to_mapping(resolved)}, quiet)
     session = _session(workers, address, fresh, quiet, force)
     with folder.locked():
+        _confirm_fresh(folder, "extract", fresh, yes)
         summary = steps.extract(
             folder,
             source,
@@ -103,6 +108,7 @@ def cluster(
     address: opt.Address = None,
     config: opt.ConfigFile = None,
     fresh: opt.Fresh = False,
+    yes: opt.Yes = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -121,6 +127,7 @@ def cluster(
     )
     session = _session(workers, address, fresh, quiet)
     with build_folder.locked():
+        _confirm_fresh(build_folder, "vocabulary" if words else "cluster", fresh, yes)
         summaries = [steps.vocabulary(build_folder, words, session)] if words else []
         summaries.append(steps.cluster(build_folder, resolved, session))
         if words:
@@ -144,6 +151,7 @@ def shard(
     address: opt.Address = None,
     config: opt.ConfigFile = None,
     fresh: opt.Fresh = False,
+    yes: opt.Yes = False,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -157,6 +165,7 @@ def shard(
     show_config({"shard": to_mapping(resolved)}, quiet)
     session = _session(workers, address, fresh, quiet)
     with build_folder.locked():
+        _confirm_fresh(build_folder, "shard", fresh, yes)
         summaries = [steps.shard(build_folder, resolved, session)]
         print_stages(summaries + _publish(build_folder, publish, session), as_json)
 
@@ -198,10 +207,12 @@ def build(
     covariance: opt.WithCovariance = None,
     workers: opt.WorkerCount = None,
     address: opt.Address = None,
+    gpus_per_worker: opt.GpusPerWorker = None,
     config: opt.ConfigFile = None,
     fused: opt.Fused = False,
     publish: opt.PublishTo = None,
     fresh: opt.Fresh = False,
+    yes: opt.Yes = False,
     retry_failed: opt.RetryFailed = False,
     accept_new_files: opt.AcceptNew = False,
     force: opt.Force = False,
@@ -215,8 +226,9 @@ def build(
     _check_url(publish)
     folder, plan = BuildFolder(out), _build_plan(arguments)
     show_config(plan.as_mapping(), quiet)
-    session = _session(workers, address, fresh, quiet, force)
+    session = _session(workers, address, fresh, quiet, force, gpus_per_worker)
     with folder.locked():
+        _confirm_fresh(folder, "extract", fresh, yes)
         once = {"retry_failed": retry_failed, "accept_new_files": accept_new_files, "fused": fused}
         summaries = steps.build(folder, images, plan, session, class_map=class_map, **once)
         print_stages(summaries + _publish(folder, publish, session), as_json)
@@ -237,18 +249,16 @@ def _takes_arguments_of(
 
 
 @app.command()
-@_takes_arguments_of(build, without=["retry_failed", "publish"])
+@_takes_arguments_of(build, without=["retry_failed", "publish", "yes"])
 def plan(**arguments: Any) -> None:
-    """What build would make of the same words: images, bytes, seconds, shards, what is done; tries some of them."""
-    from hierarchy_builder.build.forecast import plan_tables
-    from hierarchy_builder.build.plan import make_plan
+    """Estimate what build would do with the same options: images, bytes, seconds, shards; tries at most 128 images."""
+    from hierarchy_builder.build.plan import make_plan, plan_tables
 
     folder, quiet = BuildFolder(arguments["out"]), arguments["quiet"]
     config = _build_plan(arguments)
     show_config(config.as_mapping(), quiet)
-    session = _session(
-        arguments["workers"], arguments["address"], arguments["fresh"], quiet, arguments["force"]
-    )
+    named = ("workers", "address", "fresh", "quiet", "force", "gpus_per_worker")
+    session = _session(*(arguments[name] for name in named))
     once = {name: arguments[name] for name in ("class_map", "fused", "accept_new_files")}
     found = make_plan(folder, arguments["images"], config, session, **once)
     if arguments["as_json"]:
@@ -331,7 +341,14 @@ def _build_plan(arguments: Mapping[str, Any]) -> Any:
     )
 
 
-def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool, force: bool = False) -> Any:
+def _session(
+    workers: int | None,
+    address: str | None,
+    fresh: bool,
+    quiet: bool,
+    force: bool = False,
+    gpus_per_worker: float | None = None,
+) -> Any:
     from hierarchy_builder.build.session import Session
     from hierarchy_builder.build.workers import Workers
     from hierarchy_builder.progress import Reporter
@@ -339,10 +356,34 @@ def _session(workers: int | None, address: str | None, fresh: bool, quiet: bool,
     if workers is not None and workers < 0:
         raise UsageError(f"--workers is {workers}, expected 0 or more")
     return Session(
-        workers=Workers(count=workers, address=address),
+        workers=Workers(count=workers, address=address, gpus_per_worker=gpus_per_worker),
         reporter=Reporter(quiet=quiet, console=stderr),
         fresh=fresh,
         force=force,
+    )
+
+
+def _confirm_fresh(folder: BuildFolder, stage: str, fresh: bool, yes: bool) -> None:
+    """Say on stderr what --fresh is about to remove; finished shards also need --yes, or a yes on the terminal."""
+    from hierarchy_builder.store.ledger import removed_by_fresh
+    from hierarchy_builder.store.shards import count_samples
+
+    places = removed_by_fresh(folder, stage) if fresh else []
+    if not places:
+        return
+    samples = count_samples(folder.shards) if folder.shards in places else 0
+    sizes = [f"{place.relative_to(folder.root)} ({size_on_disk(place):,} bytes)" for place in places]
+    if samples:
+        shards = f"{folder.shards.name} ({size_on_disk(folder.shards):,} bytes, {counted(samples, 'sample')})"
+        sizes[places.index(folder.shards)] = shards
+    stderr.print(f"--fresh removes from {folder.root}: {', '.join(sizes)}", highlight=False, soft_wrap=True)
+    if not samples or yes or (sys.stdin.isatty() and typer.confirm("Remove the finished shards?", err=True)):
+        return
+    is_module = sys.argv[0].endswith(".py")
+    words = sys.orig_argv if is_module else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    raise UsageError(
+        f"--fresh would remove {counted(samples, 'finished sample')}; to remove them: "
+        f"{shlex.join([*words, '--yes'])}"
     )
 
 

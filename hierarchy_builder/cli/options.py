@@ -99,6 +99,9 @@ WorkerCount = Annotated[
     int | None,
     typer.Option("--workers", envvar="HIERARCHY_BUILDER_WORKERS", help="Processes; 0 works in this one."),
 ]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(help="GPUs that each worker reserves while it encodes, for example 0.5.")
+]
 Address = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join.")]
 ConfigFile = Annotated[
     Path | None,
@@ -119,7 +122,11 @@ PublishTo = Annotated[
     str | None,
     typer.Option("--publish", help="Also copy the shards to this fsspec URL, for example s3://bucket/set."),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what this stage made before, and start over.")]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Start over: first remove what this stage and all later stages have made."),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Let --fresh remove finished shards without asking.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no configuration on stderr.")]
 

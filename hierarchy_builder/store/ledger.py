@@ -143,7 +143,7 @@ def begin_stage(
     outputs = [path for path in _outputs_of(folder, stage) if path not in known]
     folder.refuse_foreign(path for place in outputs for path in folder.own_files(place))
     if fresh and stage in ("extract", "fuse"):
-        _forget(folder, manifest, STAGES)
+        _forget(folder, manifest, _stages_from(stage))
     elif ("fuse" in manifest["stages"]) != (stage == "fuse") and manifest["stages"]:
         made, now = ("by stages", "in one pass") if stage == "fuse" else ("in one pass", "by stages")
         raise ConfigMismatchError(
@@ -151,7 +151,7 @@ def begin_stage(
             "--out, or start over with --fresh"
         )
     elif fresh:
-        _forget(folder, manifest, STAGES[STAGES.index(stage) : STAGES.index("fuse")])
+        _forget(folder, manifest, _stages_from(stage))
     if not all(path.exists() for path in _stores_of(folder, stage)):
         folder.remove(folder.ledger(stage))
     stored = manifest["stages"].get(stage)
@@ -162,6 +162,26 @@ def begin_stage(
         stored = None
     code_version = __version__ if stored is None else stored.get("code_version", __version__)
     return _record(folder, manifest, stage, inputs, {**facts, "code_version": code_version})
+
+
+def removed_by_fresh(folder: BuildFolder, stage: str) -> list[Path]:
+    """What exists of the files and folders that `begin_stage(…, fresh=True)` removes, markers left aside."""
+    manifest = read_manifest(folder)
+    if "fuse" in manifest["stages"] and stage not in ("extract", "fuse"):
+        return []  # refused: a fused build has no stores to go on from
+    begun = _begun(folder, manifest)
+    places = [path for one in _stages_from(stage) if one in begun for path in _outputs_of(folder, one)]
+    ledgers = folder.manifest_copy.parent
+    return [
+        path for path in dict.fromkeys(places) if folder.own_files(path) and not path.is_relative_to(ledgers)
+    ]
+
+
+def _stages_from(stage: str) -> Sequence[str]:
+    """A stage and all later ones; `extract` also starts a fused build over."""
+    if stage in ("extract", "fuse"):
+        return STAGES
+    return STAGES[STAGES.index(stage) : STAGES.index("fuse")]
 
 
 def hash_of(stage: str, inputs: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ gid are 0, members are sorted, so equal samples give equal bytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import atomic_file, write_json
+from hierarchy_builder.files import atomic_file, read_json, write_json
 from hierarchy_builder.images.keys import check_key
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
@@ -136,6 +137,15 @@ def read_shard(tar: Path) -> Iterator[Sample]:
                 yield decode_sample(key, members)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise BuilderError(f"{tar}: not a whole tar ({error})") from None
+
+
+def count_samples(folder: Path) -> int:
+    """Samples in the finished tars of a folder, as their sidecars say; damaged ones count for nothing."""
+    total = 0
+    for tar in folder.glob("*.tar"):
+        with contextlib.suppress(BuilderError, OSError, TypeError):
+            total += int(read_json(sidecar(tar)).get("count", 0))
+    return total
 
 
 def sample_bytes(

@@ -87,10 +87,48 @@ def test_no_verb_touches_files_of_the_user(
         build,
         ("repair", root),
     ):
-        error = call(*words, *([] if words[0] in ("report", "publish") else ["--workers", "0"]))
+        words += () if words[0] in ("report", "publish") else ("--workers", "0")
+        error = call(*words, *(["--yes"] if "--fresh" in words else []))
         assert error is None, (words, error)
         assert read(files) == files, words
     assert list(find_problems(folder)) == []
+
+
+FRESH = [
+    (("shard",), ["shards"]),
+    (("cluster",), ["regions.zarr", "shards"]),
+    (("extract",), ["features.zarr", "regions.zarr", "shards"]),
+    (("build", "--encoder", "dct", "--out"), ["index.parquet", "class_map.json", "vocabulary.npz", "shards"]),
+]
+
+
+@pytest.mark.parametrize(("words", "places"), FRESH, ids=[words[0] for words, _ in FRESH])
+def test_fresh_names_what_it_removes_and_needs_yes_for_finished_shards(
+    folder: BuildFolder,
+    tiny_photos: Path,
+    words: tuple[str, ...],
+    places: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, out = digests(folder.root), str(folder.root)
+    images = [str(tiny_photos)] if words[0] == "build" else []
+    line = [words[0], *images, *words[1:], out, "--fresh", "--workers", "0"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/hierarchy-builder", *line])
+    refused = CliRunner().invoke(app, line)
+    assert isinstance(refused.exception, UsageError)
+    assert str(refused.exception).endswith(
+        f"18 finished samples; to remove them: hierarchy-builder {' '.join(line)} --yes"
+    )
+    assert f"--fresh removes from {out}: " in refused.stderr
+    assert all(f"{place} (" in refused.stderr for place in places)
+    assert "bytes, 18 samples)" in refused.stderr
+    assert digests(folder.root) == before
+    done = CliRunner().invoke(app, [*line, "--yes"])
+    assert done.exit_code == 0, done.exception
+    if words[0] in ("cluster", "extract"):  # no finished shards are left that would need --yes
+        again = CliRunner().invoke(app, line)
+        assert again.exit_code == 0, again.exception
+        assert "--fresh removes from" in again.stderr
 
 
 def test_leftovers_of_our_own_go(folder: BuildFolder) -> None:

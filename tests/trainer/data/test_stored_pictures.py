@@ -212,12 +212,12 @@ def test_the_flag_reaches_every_verb(photos: Path, tmp_path: Path) -> None:
     assert command("build", *words, "--images", "--image-px", "64").exit_code == 0
     assert {picture.shape for picture in pictures(BuildFolder(Path(out))).values()} == {(64, 64, 3)}
     assert isinstance(command("shard", out, "--image-px", "80").exception, ConfigMismatchError)
-    assert command("shard", out, "--images", "--image-px", "80", "--fresh").exit_code == 0
+    assert command("shard", out, "--images", "--image-px", "80", "--fresh", "--yes").exit_code == 0
     assert {picture.shape for picture in pictures(BuildFolder(Path(out))).values()} == {(80, 80, 3)}
     assert isinstance(
         command("shard", out, "--no-images").exception, ConfigMismatchError
     )  # of images, not of px
-    assert command("shard", out, "--no-images", "--fresh").exit_code == 0
+    assert command("shard", out, "--no-images", "--fresh", "--yes").exit_code == 0
 
 
 def test_plan_and_room_count_the_size(built: BuildFolder, photos: Path, tmp_path: Path) -> None:
