@@ -1,14 +1,22 @@
-"""`--retry-failed`: images that could not be used, tried again once they are mended.
+"""Changes of a build that exists: failed images are tried again, and new images are appended.
 
-The listing may differ from the one a build began with in the sizes of failed files and in nothing else. Their rows
-are done again and all others are kept, after which the build is the one it would have been had they been fine from
-the start: the new listing is recorded, markers of untouched units are carried over to it, those of touched units
-are taken back, and the stages that follow do just these again. The vocabulary, what is linked to it, and the tars
-depend on all images and are made anew.
+`--retry-failed`: the listing may differ from the one of the build in the sizes of failed files and in nothing else.
+The blocks of failed images that can be read now are done again, and all others are kept.
+
+`--accept-new-files`: new images become rows after the existing rows. Existing rows keep their place, key and label;
+new classes get the next free ids. Whole blocks stay as they are, and the last block grows. The manifest keeps the
+size of each addition (`parts`), so that the plain command resumes later.
+
+In both cases the new listing is recorded, markers of unchanged units are carried over to it, and markers of changed
+units are removed, so that the later stages repeat only these. The result equals a build that had all images from the
+start. The vocabulary and the links to it depend on all images and are made again, and so are tars after the first
+change.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,31 +25,35 @@ from typing import Any
 
 import numpy as np
 
+from hierarchy_builder.build.clustering import settle_recut
+from hierarchy_builder.config import ExtractConfig, ShardConfig
 from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.images.decoding import decode_image
-from hierarchy_builder.images.sources import ImageSource
-from hierarchy_builder.records import ImageRecord, Status
+from hierarchy_builder.images.sources import ImageSource, listing_hash
+from hierarchy_builder.records import ImageRecord, Status, blocks_of
+from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, records_of, status_name
-from hierarchy_builder.store.ledger import STAGES, Ledger, hash_of, read_manifest, write_manifest
+from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name, write_index
+from hierarchy_builder.store.ledger import STAGES, Ledger, hash_of, open_ledger, read_manifest, write_manifest
 from hierarchy_builder.store.shard_set import SUCCESS
 from hierarchy_builder.store.shards import shard_name, sidecar
-from hierarchy_builder.store.units import finished_stage
+from hierarchy_builder.store.units import finished_stage, samples_per_shard, usable_rows
+from hierarchy_builder.terminal import counted
 
 BY_BLOCK = ("extract", "cluster", "covariance")
-"""Ledgers whose units depend on a block of rows."""
+"""Stages whose units depend on one block of rows."""
 BY_SET = ("vocabulary", "link", "shard")
-"""Those whose units depend on all images: a tar begins where the one before ends."""
+"""Stages whose units depend on all images: a tar begins where the previous one ends."""
 
 
 def reopen_failed(
     folder: BuildFolder, records: Sequence[ImageRecord], images: ImageSource, inputs: Mapping[str, Any]
 ) -> int:
-    """Take back the blocks of failed images that can be read now; returns how many of these there are.
+    """Remove the markers of blocks with failed images that can be read now; returns the number of such images.
 
     records: the images as listed now, in build order. inputs: what `extract` would be made with now.
-    Raises BuilderError where extract is not finished, ConfigMismatchError where an image that was fine has changed.
+    Raises BuilderError if extract is not finished, ConfigMismatchError if a usable image has changed.
     """
     entry = finished_stage(folder, "extract")
     table = read_index(folder.index)
@@ -51,11 +63,11 @@ def reopen_failed(
         return 0  # another configuration or encoder: the ledger refuses it, key by key
     failed = [row for row, status in enumerate(statuses) if status != status_name(Status.OK)]
     _refuse_other_changes(folder, before, records, set(failed))
-    mended = _readable(failed, before, records, images, inputs["config"]["max_pixels"])
+    readable = _readable(failed, before, records, images, inputs["config"]["max_pixels"])
     block_rows = inputs["config"]["block_rows"]
-    if mended or inputs != entry["inputs"]:
-        carry_over(folder, inputs, {row // block_rows for row in mended})
-    return len(mended)
+    if readable or inputs != entry["inputs"]:
+        carry_over(folder, inputs, {row // block_rows for row in readable})
+    return len(readable)
 
 
 def _refuse_other_changes(
@@ -67,8 +79,9 @@ def _refuse_other_changes(
     changed += [path for path, (row, was) in old.items() if row not in failed and new.get(path, was) != was]
     if changed:
         raise ConfigMismatchError(
-            f"{folder.root}: {len(changed)} images beside the failed ones came, went or changed, the first is "
-            f"{changed[0]}: --retry-failed mends failed images only; bring the others back, or start over with --fresh"
+            f"{folder.root}: found changes of {counted(len(changed), 'image')} besides the failed ones (added, removed "
+            f"or changed), for example {changed[0]}: --retry-failed only repeats failed images; restore the others, "
+            "or start over with --fresh"
         )
 
 
@@ -79,7 +92,7 @@ def _readable(
     images: ImageSource,
     max_pixels: int,
 ) -> list[int]:
-    """Failed rows whose file has another size than it had, or decodes."""
+    """Failed rows whose file now has another size, or can be decoded."""
 
     def is_worth_it(row: int) -> bool:
         if before[row].num_bytes != now[row].num_bytes:
@@ -98,13 +111,13 @@ def _readable(
 def carry_over(
     folder: BuildFolder, inputs: Mapping[str, Any], blocks: Collection[int], *, kept_tars: int = 0
 ) -> None:
-    """Give every stage the hash that follows from `inputs` of extract, and take back what `blocks` decide.
+    """Give every stage the hash that follows from new `inputs` of extract, and remove the markers of `blocks`.
 
-    kept_tars: tars at the beginning of the set that stay as they are.
-    A process that ends in between leaves markers of another hash, which count as not done: more is done again.
+    kept_tars: number of tars at the beginning of the set that stay as they are.
+    If the process ends in between, some markers have the former hash; they count as not done, and are done again.
     """
     manifest = read_manifest(folder)
-    _take_back(folder, blocks, kept_tars)
+    _remove_markers(folder, blocks, kept_tars)
     stages = followed(manifest["stages"], inputs)
     renamed = {name: (manifest["stages"][name]["hash"], entry["hash"]) for name, entry in stages.items()}
     renamed["covariance"] = renamed["extract"]
@@ -119,7 +132,7 @@ def carry_over(
 
 
 def followed(stages: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Entries of a manifest with the hashes that follow from other `inputs` of extract."""
+    """The entries of a manifest with the hashes that follow from new `inputs` of extract."""
     found: dict[str, dict[str, Any]] = {}
     renamed: dict[str, str] = {}
     for stage in (name for name in STAGES if name in stages):
@@ -133,7 +146,7 @@ def followed(stages: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def _take_back(folder: BuildFolder, blocks: Collection[int], kept_tars: int) -> None:
+def _remove_markers(folder: BuildFolder, blocks: Collection[int], kept_tars: int) -> None:
     for name in BY_SET:
         for marker in folder.markers(name):
             if name != "shard" or int(marker.stem) >= kept_tars:
@@ -146,7 +159,7 @@ def _take_back(folder: BuildFolder, blocks: Collection[int], kept_tars: int) -> 
 
 
 def _rename_sidecar(tar: Path, ledger: Ledger, number: int) -> None:
-    """Marker and sidecar of a tar that stays name the configuration it belongs to now."""
+    """Write the new configuration hash into the marker and the sidecar of a tar that stays."""
     if ledger.is_done(number) and sidecar(tar).exists():
         write_json(sidecar(tar), {**read_json(sidecar(tar)), "config_hash": ledger.stage_hash})
         ledger.finish(number, {**ledger.results([number])[0], "config_hash": ledger.stage_hash})
@@ -159,3 +172,165 @@ def _rename_markers(folder: BuildFolder, name: str, old: str, new: str) -> None:
         result = read_json(marker)
         if result.get("stage_hash") == old:
             write_json(marker, {**result, "stage_hash": new})
+
+
+LISTING = ("listing_hash", "num_images", "num_classes", "parts")
+"""Inputs of extract that change when images are added."""
+
+
+def in_row_order(folder: BuildFolder, images: ImageSource, order: str, *, accept: bool) -> ImageSource:
+    """The images with `records` in the order of rows; those that the build has come first if images may be added.
+
+    accept: whether images may be added now. Raises ConfigMismatchError if an existing one changed or is missing.
+    """
+    began = read_manifest(folder)["stages"].get("extract")
+    if began is None or not (accept or "parts" in began["inputs"]) or not folder.listing.exists():
+        return dataclasses.replace(images, records=in_build_order(images.records, order))
+    before = records_of(read_index(folder.listing))[: began["inputs"]["num_images"]]
+    ids = _grown_classes(began["class_map"], images.class_map)
+    named = [dataclasses.replace(record, label=ids[record.class_name]) for record in images.records]
+    now = {record.path: record for record in named}
+    if accept:
+        _refuse_changes(folder, before, now)
+    kept = [dataclasses.replace(now[old.path], key=old.key) for old in before if old.path in now]
+    old_paths, taken = {old.path for old in before}, {old.key for old in before}
+    new = [_with_free_key(record, taken) for record in named if record.path not in old_paths]
+    records = kept + in_build_order(new, order)
+    return dataclasses.replace(images, records=records, class_map=ids, listing_hash=listing_hash(records))
+
+
+def parts_of(folder: BuildFolder, images: ImageSource, *, accept: bool) -> dict[str, Any]:
+    """The input `parts`: number and listing hash of each addition; empty before images were added."""
+    began = read_manifest(folder)["stages"].get("extract", {"inputs": {}})["inputs"]
+    if not (accept or "parts" in began) or not began:
+        return {}
+    sizes = [size for size, _ in began.get("parts", [[began["num_images"], ""]])]
+    sizes.append(len(images.records) - sum(sizes))
+    parts, start = [], 0
+    for size in (size for size in sizes if size > 0):
+        parts.append([size, listing_hash(images.records[start : start + size])])
+        start += size
+    return {"parts": parts} if len(parts) > 1 else {}
+
+
+def same_blocks(folder: BuildFolder, config: ExtractConfig, *, accept: bool) -> ExtractConfig:
+    """The configuration with the block size of the existing build, which must not change when images are added."""
+    began = read_manifest(folder)["stages"].get("extract")
+    if began is None or config.block_rows is not None or not (accept or "parts" in began["inputs"]):
+        return config
+    return dataclasses.replace(config, block_rows=began["inputs"]["config"]["block_rows"])
+
+
+def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[str, Any]) -> int:
+    """Extend the stores by the new rows; returns their number.
+
+    records: all rows. inputs: what `extract` is made with now. The call can be repeated if the process ends in
+    between. Differences other than in the listing are left for the ledger to refuse.
+    """
+    if growth_of(folder, inputs) is None:
+        return 0
+    stages = read_manifest(folder)["stages"]
+    if "cluster" in stages:
+        settle_recut(folder)  # new levels that are not in place yet, before their store grows
+    num_before, block_rows = stages["extract"]["inputs"]["num_images"], inputs["config"]["block_rows"]
+    outcomes = _outcomes_so_far(folder, num_before, block_rows)
+    growth = growth_of(folder, inputs)
+    assert growth is not None
+    num_blocks = len(blocks_of(len(records), block_rows))
+    for store in (folder.features, folder.regions):
+        if store.exists():
+            stores.grow(store, num_rows=len(records), num_blocks=num_blocks)
+    pending = [{"status": status_name(Status.PENDING)}] * (len(records) - num_before)
+    write_index(folder.listing, records)
+    write_index(folder.index, records, outcomes + pending)
+    carry_over(folder, inputs, growth.touched, kept_tars=growth.kept_tars)
+    return len(records) - num_before
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """What appending images changes in a build.
+
+    stages: the future entries of its manifest. hashes: stage → hash in its present markers. touched: blocks that are
+    done again. kept_tars: number of tars at the beginning that stay.
+    """
+
+    stages: Mapping[str, Mapping[str, Any]]
+    hashes: Mapping[str, str]
+    touched: Collection[int]
+    kept_tars: int
+
+    def keeps(self, stage: str, unit: int) -> bool:
+        """Whether a finished unit stays finished."""
+        return unit not in self.touched if stage in BY_BLOCK else stage == "shard" and unit < self.kept_tars
+
+
+def growth_of(folder: BuildFolder, inputs: Mapping[str, Any]) -> Growth | None:
+    """What `append` would change in a build.
+
+    inputs: what `extract` would be made with. Returns None if nothing is appended: there is no build yet, it has
+    these images already, or more than the listing differs.
+    """
+    stages = read_manifest(folder)["stages"]
+    began, listing = stages.get("extract"), dict.fromkeys(LISTING)
+    if began is None or began["inputs"] == inputs or {**began["inputs"], **listing} != {**inputs, **listing}:
+        return None
+    num_before, block_rows = began["inputs"]["num_images"], inputs["config"]["block_rows"]
+    return Growth(
+        stages=followed(stages, inputs),
+        hashes={stage: entry["hash"] for stage, entry in stages.items()},
+        touched={num_before // block_rows} if num_before % block_rows else set(),
+        kept_tars=_whole_tars(folder),
+    )
+
+
+def _grown_classes(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    """Class ids of the build, extended by those of the source if they agree, else by the next free ids by name."""
+    if all(now.get(name, label) == label for name, label in before.items()):
+        return {**before, **now}
+    ids = dict(before)
+    for name in sorted(now.keys() - before.keys()):
+        ids[name] = max(ids.values()) + 1
+    return ids
+
+
+def _refuse_changes(
+    folder: BuildFolder, before: Sequence[ImageRecord], now: Mapping[str, ImageRecord]
+) -> None:
+    def looks(record: ImageRecord | None) -> tuple[str, int, int] | None:
+        return None if record is None else (record.class_name, record.label, record.num_bytes)
+
+    changed = [old.path for old in before if looks(now.get(old.path)) != looks(old)]
+    if changed:
+        raise ConfigMismatchError(
+            f"{folder.root}: found changes of {counted(len(changed), 'image')} of this build (changed or missing), for "
+            f"example {changed[0]}: --accept-new-files only adds images; restore them, or start over with --fresh"
+        )
+
+
+def _with_free_key(record: ImageRecord, taken: set[str]) -> ImageRecord:
+    key, digest = record.key, hashlib.sha256(record.path.encode()).hexdigest()
+    if key in taken:
+        key = next(k for k in (f"{record.key}-{digest[:n]}" for n in range(8, 65)) if k not in taken)
+    taken.add(key)
+    return dataclasses.replace(record, key=key)
+
+
+def _outcomes_so_far(folder: BuildFolder, num_rows: int, block_rows: int) -> list[dict[str, Any]]:
+    """Outcome of every row of the build; pending if its block is not done."""
+    ledger, outcomes = open_ledger(folder, "extract"), list[dict[str, Any]]()
+    for block in blocks_of(num_rows, block_rows):
+        if ledger.is_done(block.number):
+            outcomes += ledger.results([block.number])[0]["outcomes"]
+        else:
+            outcomes += [{"status": status_name(Status.PENDING)}] * len(block)
+    return outcomes
+
+
+def _whole_tars(folder: BuildFolder) -> int:
+    """Number of tars at the beginning that added images do not change."""
+    stages = read_manifest(folder)["stages"]
+    if "shard" not in stages or "link" in stages or stages["shard"]["inputs"]["link"]:
+        return 0
+    config = ShardConfig(**stages["shard"]["inputs"]["config"])
+    return len(usable_rows(folder)) // samples_per_shard(config, stages["extract"], stages["cluster"])

@@ -1,22 +1,30 @@
-"""The steps from features to regions: cluster, other cuts, the vocabulary and which of its prototypes each part is."""
+"""The steps from features to regions: clustering, other levels of the same trees, the vocabulary, and links to it.
+
+`recut` makes the new `regions` array in a store of its own, block by block, and replaces the old array when the new
+one is complete. If the process ends in between, either the old levels remain, or the manifest already asks for the
+new ones and `settle_recut` finishes the replacement.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from hierarchy_builder.build.recut import RecutStage, settle_recut
 from hierarchy_builder.build.session import Session, StageSummary, do_units
-from hierarchy_builder.build.stages import ClusterStage, LinkStage
+from hierarchy_builder.build.stages import ClusterStage, LinkStage, count_regions, scatter_rows
 from hierarchy_builder.build.vocabulary import fit_vocabulary
 from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
-from hierarchy_builder.files import sha256_file, size_on_disk
+from hierarchy_builder.files import read_json, sha256_file, size_on_disk
+from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
 from hierarchy_builder.images.masks import open_masks
-from hierarchy_builder.records import Block, blocks_of
+from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index
@@ -29,20 +37,17 @@ from hierarchy_builder.store.ledger import (
     stage_entry,
 )
 from hierarchy_builder.store.samples import PART_LEVEL
-from hierarchy_builder.store.units import finished_stage, store_layout, usable_rows
+from hierarchy_builder.store.units import finished_stage, stage_units, store_layout, usable_rows
 from hierarchy_builder.vocabulary.prototypes import save_vocabulary
 
 
 def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> StageSummary:
     """features.zarr → regions.zarr."""
     extracted = finished_stage(folder, "extract")
-    inputs = {"config": identity(recipe), "extract": extracted["hash"]}
     if not len(usable_rows(folder)):
-        raise BuilderError(f"{folder.root}: no image could be used, {folder.index.name} says why")
-    if recipe.masks is not None:
-        masks = open_masks(Path(recipe.masks))
-        masks.check_photos(read_index(folder.index).column("path").to_pylist())
-        inputs["masks"] = masks.digest()
+        raise BuilderError(f"{folder.root}: no image could be used; {folder.index.name} says why")
+    paths = read_index(folder.index).column("path").to_pylist()
+    inputs = cluster_inputs(recipe, extracted["hash"], paths)
     ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
     settle_recut(folder)
     num_rows, block_rows, encoder = store_layout(extracted)
@@ -59,8 +64,18 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     return _regions_summary(folder, ledger, blocks, done, seconds)
 
 
+def cluster_inputs(recipe: HierarchyRecipe, extract_hash: str, paths: Sequence[str]) -> dict[str, Any]:
+    """Everything that decides the regions. Raises UsageError where the label maps do not fit the images `paths`."""
+    inputs: dict[str, Any] = {"config": identity(recipe), "extract": extract_hash}
+    if recipe.masks is not None:
+        masks = open_masks(Path(recipe.masks))
+        masks.check_photos(paths)
+        inputs["masks"] = masks.digest()
+    return inputs
+
+
 def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> StageSummary:
-    """Other levels of regions.zarr from the trees it holds; features are not read."""
+    """Make other levels of regions.zarr from its stored trees, without reading features."""
     settle_recut(folder)
     clustered = finished_stage(folder, "cluster")
     recipe = from_mapping(HierarchyRecipe, {**clustered["request"], "cuts": list(cuts)}, "--recut")
@@ -70,14 +85,16 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
     done, seconds = 0, 0.0
     if inputs != clustered["inputs"]:
         ledger = Ledger(folder.ledger("recut"), hash_of("cluster", inputs))
-        if not any(ledger.is_done(block.number) for block in blocks):  # levels somebody began and left
+        if not any(
+            ledger.is_done(block.number) for block in blocks
+        ):  # levels of an unfinished run with other cuts
             folder.remove(folder.recut)
             folder.remove(ledger.folder)
         grid = tuple(encoder["grid"])
         stores.create_levels(
             folder.recut, num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=recipe.num_levels
         )
-        done, seconds = do_units(partial(RecutStage.load, folder, recipe), ledger, blocks, session, "recut")
+        done, seconds = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session, "recut")
         replace_regions(folder, inputs, {"request": to_mapping(recipe)})
         settle_recut(folder)
     return _regions_summary(folder, open_ledger(folder, "cluster"), blocks, done, seconds)
@@ -104,7 +121,7 @@ def _regions_summary(
 
 
 def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) -> StageSummary:
-    """features.zarr → vocabulary.npz, whatever the regions are; a fit that was stopped goes on."""
+    """features.zarr → vocabulary.npz, independent of the regions; an interrupted fit resumes."""
     inputs = {"config": identity(config), "extract": finished_stage(folder, "extract")["hash"]}
     ledger = begin_stage(folder, "vocabulary", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
     images, is_new, started = len(usable_rows(folder)), not ledger.is_done(0), time.perf_counter()
@@ -131,7 +148,7 @@ def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) 
 
 
 def link(folder: BuildFolder, session: Session) -> StageSummary:
-    """vocabulary.npz and regions.zarr → the prototype of each part; regions cut anew only need this anew."""
+    """vocabulary.npz and regions.zarr → the prototype of each part; after `recut` only this is repeated."""
     fitted, clustered = finished_stage(folder, "vocabulary"), finished_stage(folder, "cluster")
     level = min(PART_LEVEL, len(clustered["inputs"]["config"]["cuts"]))
     inputs = {"config": {"level": level}, "vocabulary": fitted["hash"], "cluster": clustered["hash"]}
@@ -147,3 +164,42 @@ def link(folder: BuildFolder, session: Session) -> StageSummary:
         seconds=seconds,
         num_bytes=size_on_disk(folder.regions / "prototypes"),
     )
+
+
+@dataclass(slots=True)
+class RecutStage:
+    """A block of objects and merges → regions of other cuts, in the store `regions.zarr.recut`."""
+
+    folder: BuildFolder
+    recipe: HierarchyRecipe
+
+    def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
+        objects, merges, flags = (
+            stores.read_block(self.folder.regions, name, unit)[usable]
+            for name in ("regions", "merges", "flags")
+        )
+        regions = cut_levels(objects[:, 0], merges, self.recipe.cuts, given_levels(flags, self.recipe))
+        digests = stores.write_block(self.folder.recut, unit, {"regions": scatter_rows(regions, usable)})
+        return {**count_regions(regions, flags), "digests": digests}
+
+
+def settle_recut(folder: BuildFolder) -> None:
+    """Replace the old levels by finished new ones, if the manifest asks for them already."""
+    stage_hash = stage_entry(folder, "cluster")["hash"]
+    done, units = Ledger(folder.ledger("recut"), stage_hash), stage_units(folder, "cluster")
+    if not all(done.is_done(unit.number) for unit in units):
+        return
+    if (folder.recut / "regions").exists():
+        folder.remove(folder.regions / "regions")
+        if (folder.regions / "regions").exists():
+            raise BuilderError(
+                f"{folder.regions / 'regions'} holds files that no build wrote: move them away and repeat the command"
+            )
+        os.replace(folder.recut / "regions", folder.regions / "regions")
+    clustered = Ledger(folder.ledger("cluster"), stage_hash)
+    for unit, result in zip(units, done.results([unit.number for unit in units]), strict=True):
+        kept = read_json(clustered.marker(unit.number)).get("digests", {})
+        clustered.finish(unit.number, {**result, "digests": {**kept, **result["digests"]}})
+    folder.remove(folder.recut)
+    folder.remove(done.folder)

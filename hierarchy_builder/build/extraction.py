@@ -1,48 +1,37 @@
-"""The step from images to features: list, settle what is open, check the encoder, do what is missing, count skips."""
+"""The step from images to features: it lists images, checks the encoder, runs missing units and counts failures."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from hierarchy_builder.build.additions import append, in_row_order, parts_of, same_blocks
-from hierarchy_builder.build.changes import reopen_failed
+from hierarchy_builder.build.changes import append, parts_of, reopen_failed
+from hierarchy_builder.build.inputs import (
+    check_skipped,
+    count_statuses,
+    extract_inputs,
+    list_images,
+    probe_of,
+    settle_rows,
+    smaller_batches,
+)
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, extract_bytes
 from hierarchy_builder.build.stages import ExtractStage
-from hierarchy_builder.build.workers import has_gpu
 from hierarchy_builder.config import ExtractConfig
-from hierarchy_builder.encoders import Encoder, load_encoder
-from hierarchy_builder.encoders.probe import check_probe, probe_value
-from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError
-from hierarchy_builder.fields import identity, to_mapping
+from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.errors import UsageError
+from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import size_on_disk, write_json
-from hierarchy_builder.images.sources import ImageSource, open_source
-from hierarchy_builder.records import Status, blocks_of
+from hierarchy_builder.images.sources import ImageSource
+from hierarchy_builder.records import blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_index, status_name, write_index
-from hierarchy_builder.store.ledger import begin_stage, known_entry
-from hierarchy_builder.store.units import relative_source, stored_source
+from hierarchy_builder.store.index import write_index
+from hierarchy_builder.store.ledger import begin_stage
+from hierarchy_builder.store.units import relative_source
 from hierarchy_builder.terminal import counted
-
-
-def list_images(
-    folder: BuildFolder, source: str | None, config: ExtractConfig, class_map: str | None = None
-) -> ImageSource:
-    """The images of a build; without `source` those in its manifest, with the class map it began with.
-
-    Raises UsageError where the build would lie among its images.
-    """
-    if source is None:
-        source, class_map = stored_source(folder), str(folder.class_map)
-    folder.check_apart(os.path.join(source, config.split or ""))
-    return open_source(source, split=config.split, class_map=class_map)
 
 
 def extract(
@@ -56,14 +45,14 @@ def extract(
     accept_new_files: bool = False,
     later: Callable[[int, Mapping[str, Any]], Mapping[str, int]] | None = None,
 ) -> StageSummary:
-    """Images → index.parquet and features.zarr. Without `source` the one in the manifest is taken up again.
+    """Images → index.parquet and features.zarr. Without `source`, the source in the manifest is used.
 
-    retry_failed: of a finished stage do the images again that could not be used; see `retry.py`.
-    accept_new_files: append images that came since the build began; see `additions.py`.
-    later: from the number of images and the description of the encoder, the bytes of what shall follow (`space.py`).
-    Raises ConfigMismatchError when the folder holds another configuration, encoder or listing, or when the encoder
-    does not see the probe pictures as it should, TooManySkippedError when more images than allowed could not be
-    used, BuilderError when the disk has no room for it and what follows.
+    retry_failed: repeat the images of a finished stage that could not be used; see `changes.py`.
+    accept_new_files: append images that were added since the build began; see `changes.py`.
+    later: returns the bytes of the later stages for a number of images and the description of the encoder.
+    Raises ConfigMismatchError if the folder holds another configuration, encoder or listing, or if the probe value of
+    the encoder differs, TooManySkippedError if more images failed than allowed, and BuilderError if this and the
+    later stages do not fit on the disk.
     """
     if retry_failed and session.fresh:
         raise UsageError("--retry-failed goes on with what --fresh removes: give one of them")
@@ -118,89 +107,4 @@ def extract(
         seconds=seconds,
         num_bytes=size_on_disk(folder.features),
         notes={**count_statuses(outcomes), **smaller_batches(results, config)},
-    )
-
-
-def extract_inputs(images: ImageSource, config: ExtractConfig, encoder: Encoder) -> dict[str, Any]:
-    """Everything that decides the features, as JSON gives it back; `config` is settled."""
-    description = json.loads(json.dumps(encoder.describe()))  # a tuple is a list in the manifest
-    return {
-        "config": {**identity(config), "encoder": description["name"]},
-        "encoder": description,
-        "num_images": len(images.records),
-        "num_classes": max(images.class_map.values()) + 1,
-        "listing_hash": images.listing_hash,
-    }
-
-
-def settle_rows(
-    folder: BuildFolder, images: ImageSource, config: ExtractConfig, session: Session, *, accept: bool
-) -> tuple[ImageSource, ExtractConfig]:
-    """The images in the order of rows, and the configuration with its open fields settled; see `in_row_order`."""
-    if session.fresh:
-        images = replace(images, records=in_build_order(images.records, config.order))
-    else:
-        images = in_row_order(folder, images, config.order, accept=accept)
-        config = same_blocks(folder, config, accept=accept)
-    return images, settle(folder, config.for_images(len(images.records)), session)
-
-
-def settle(folder: BuildFolder, config: ExtractConfig, session: Session) -> ExtractConfig:
-    """The same with precision `auto` settled, so that a build is never continued in another arithmetic."""
-    if config.precision != "auto":
-        return config
-    began = None if session.fresh else known_entry(folder, "extract")
-    if began:
-        return replace(config, precision=began["inputs"]["config"]["precision"])
-    return replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
-
-
-def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, session: Session) -> list[float]:
-    """Probe value of the encoder, checked; a build keeps the one it began with."""
-    began = None if session.fresh else known_entry(folder, "extract")
-    # Of another encoder or without a unit done, the ledger decides whether the build may go on at all.
-    same = began and began["inputs"]["encoder"] == encoder.describe()
-    markers = [*folder.markers("extract"), *folder.markers("fuse")]
-    recorded = began["probe"] if began and same and markers else None
-    value = probe_value(encoder)
-    if check_probe(encoder, value, config.precision, recorded) == "new":
-        session.reporter.say(
-            f"encoder {encoder.name}: no reference is known of these weights "
-            f"({encoder.weights_hash[:12]}…); what it sees now is recorded and asked of every later run"
-        )
-    return value if recorded is None else recorded
-
-
-def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    return dict(sorted(Counter(outcome["status"] for outcome in outcomes).items()))
-
-
-def smaller_batches(results: Sequence[Mapping[str, Any]], config: ExtractConfig) -> dict[str, int]:
-    """The smallest batch of the units where memory ran out and it was halved; nothing where it was not."""
-    sizes = [result["batch_size"] for result in results if "batch_size" in result]
-    return {"batch_size": min(sizes)} if sizes and min(sizes) < config.batch_size else {}
-
-
-def check_skipped(
-    folder: BuildFolder, outcomes: Sequence[Mapping[str, Any]], allowed: float, session: Session
-) -> None:
-    """Say how many images could not be used and why; raises TooManySkippedError above the allowed share."""
-    bad = [row for row, outcome in enumerate(outcomes) if outcome["status"] != status_name(Status.OK)]
-    if not bad:
-        return
-    if len(bad) == len(outcomes):
-        raise BuilderError(
-            f"{folder.index}: no image could be used, the first failed with: {outcomes[0]['reason']}"
-        )
-    reasons = Counter(outcomes[row]["reason"].partition(":")[0] for row in bad)
-    counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    advice = f"see {folder.index}, mend them and repeat with --retry-failed"
-    if len(bad) <= allowed * len(outcomes):
-        session.reporter.say(f"{len(bad)} of {len(outcomes)} images could not be used ({counted}): {advice}")
-        return
-    paths = read_index(folder.index).column("path")
-    named = [f"{paths[row]} ({outcomes[row]['reason']})" for row in bad[:5]]
-    raise TooManySkippedError(
-        f"{len(bad)} of {len(outcomes)} images could not be used, allowed is {allowed:.2%} ({counted}): "
-        f"{'; '.join(named)}{' …' if len(bad) > 5 else ''}; {advice}, or raise --max-bad-fraction"
     )

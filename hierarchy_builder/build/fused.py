@@ -1,8 +1,8 @@
-"""`build --fused`: images → shards in one pass, with no store of features or regions between.
+"""`build --fused`: images → shards in one pass, without stores of features and regions.
 
-A unit decodes, encodes, divides and writes a block of rows while its batches are in memory; `parts.py` cuts the
-shards from what the units leave. The shards are those of the stages done one by one, byte for byte: what the stages
-would have been made with stands in the manifest, and so do their hashes.
+A unit decodes, encodes, clusters and writes a block of rows while its batches are in memory; `parts.py` cuts the
+shards from the output of the units. The shards equal those of the single stages byte for byte. The manifest therefore
+holds the inputs of each stage, and their hashes.
 
     n images of a block, b of a batch, H×W grid, C channels, L levels
 """
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hierarchy_builder.build.extraction import (
+from hierarchy_builder.build.clustering import cluster_inputs
+from hierarchy_builder.build.inputs import (
     check_skipped,
     count_statuses,
     extract_inputs,
@@ -28,10 +29,10 @@ from hierarchy_builder.build.extraction import (
     settle,
     smaller_batches,
 )
-from hierarchy_builder.build.parts import Assembly, write_part_moments
+from hierarchy_builder.build.parts import Assembly
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, later_bytes
-from hierarchy_builder.build.stages import count_regions, tell_status
+from hierarchy_builder.build.stages import count_regions, label_maps, set_status
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome, ahead
@@ -41,7 +42,7 @@ from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import atomic_file, size_on_disk, write_json
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.hierarchy.similarity import single_threaded_blas
-from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import ImageSource, open_reader
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
@@ -50,20 +51,20 @@ from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_e
 from hierarchy_builder.store.samples import make_sample, picture_of
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import TarWriter, encode_sample
-from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of
+from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of, write_part_moments
 from hierarchy_builder.store.units import relative_source, samples_per_shard
 
 
 @dataclass(slots=True)
 class FuseStage:
-    """A block of images → the samples of its usable rows as one tar, and the statistics of their features."""
+    """A block of images → a tar of the samples of its usable rows, and the statistics of their features."""
 
     folder: BuildFolder
     recipe: HierarchyRecipe
     config: ShardConfig
     images: ImageEncoder
     index: pa.Table
-    masks: Any
+    masks: MaskFolder | None
 
     @classmethod
     def load(
@@ -74,7 +75,7 @@ class FuseStage:
         recipe: HierarchyRecipe,
         config: ShardConfig,
     ) -> FuseStage:
-        """Raises ConfigMismatchError where the encoder sees here what it did not see when the build began."""
+        """Raises ConfigMismatchError if the probe value of the encoder differs from the one the build began with."""
         encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)
         check_probe(encoder, probe_value(encoder), extract.precision, stage_entry(folder, "fuse")["probe"])
         images = ImageEncoder(encoder, open_reader(source), extract.batch_size, extract.max_pixels)
@@ -96,7 +97,11 @@ class FuseStage:
             features[batch.rows] = batch.features
             pictures = dict(zip(batch.rows, batch.pictures, strict=True))
             rows = np.array(batch.rows)[batch.finite]
-            drawn = self._masks([records[row] for row in rows], [outcomes[row] for row in rows])
+            photos = [
+                {"path": records[row].path, **{side: outcomes[row][side] for side in ("width", "height")}}
+                for row in rows
+            ]
+            drawn = label_maps(self.masks, photos, encoder.image_size_px, encoder.grid)
             hierarchy = build_hierarchy(batch.features[batch.finite], self.recipe, drawn, threads=1)
             regions[rows], flags[rows] = hierarchy.regions, hierarchy.flags
             return [
@@ -106,7 +111,7 @@ class FuseStage:
                 for row in rows.tolist()
             ]
 
-        # Threads enter and leave build_hierarchy's own limit at odd moments; this one holds throughout.
+        # Every thread enters and leaves the limit of build_hierarchy at its own time; this limit always holds.
         with (
             single_threaded_blas(),
             ThreadPoolExecutor(threads) as pool,
@@ -117,7 +122,7 @@ class FuseStage:
                 for key, members in samples:
                     writer.add(key, members)
             facts = writer.close()
-        tell_status(outcomes, status)
+        set_status(outcomes, status)
         usable = status == Status.OK
         self._write_moments(unit, features[usable] if not usable.all() else features, threads)
         return {
@@ -141,23 +146,6 @@ class FuseStage:
         row = {"features": features, "regions": regions, "flags": flags}
         return record.key, encode_sample(make_sample(record, outcome, row, self.config, image))
 
-    def _masks(self, records: list[ImageRecord], outcomes: list[Outcome]) -> np.ndarray | None:
-        """Label maps on the tokens of these photos, [b,H,W], or None where the recipe asks for none."""
-        if self.masks is None:
-            return None
-        encoder = self.images.encoder
-        maps = [
-            self.masks.tokens(
-                path=record.path,
-                width=outcome["width"],
-                height=outcome["height"],
-                image_size_px=encoder.image_size_px,
-                grid=encoder.grid,
-            )
-            for record, outcome in zip(records, outcomes, strict=True)
-        ]
-        return np.stack(maps) if maps else np.zeros((0, *encoder.grid), np.int64)
-
     def _write_moments(self, unit: Block, usable: np.ndarray, threads: int) -> None:
         moments, scatter = moments_of(usable), None
         if self.config.covariance:
@@ -175,9 +163,9 @@ def fuse(
     *,
     class_map: str | None = None,
 ) -> StageSummary:
-    """Images → shards; the same call goes on from the last finished unit. Without `source` the one in the manifest.
+    """Images → shards; the same call resumes. Without `source`, the source in the manifest is used.
 
-    Raises what `extract` raises, and UsageError for what needs the features again.
+    Raises what `extract` raises, and UsageError for options that need stored features.
     """
     if config.feature_dtype == "int8":
         raise UsageError("--fused keeps no features to measure what int8 costs: build without --fused")
@@ -238,7 +226,7 @@ def fuse(
 
 
 def fuse_again(folder: BuildFolder, session: Session) -> StageSummary:
-    """Do what is missing of a build in one pass, as its manifest says it was asked for."""
+    """Run the missing units of a fused build with the configuration in its manifest."""
     asked = stage_entry(folder, "fuse")["request"]
     return fuse(
         folder,
@@ -253,13 +241,13 @@ def fuse_again(folder: BuildFolder, session: Session) -> StageSummary:
 def settle_fused_rows(
     folder: BuildFolder, images: ImageSource, extract: ExtractConfig, config: ShardConfig, session: Session
 ) -> tuple[ImageSource, ExtractConfig]:
-    """The images in the order of rows, and the configuration with its open fields settled."""
+    """Put the images into the order of rows, and settle the open options."""
     images = replace(images, records=in_build_order(images.records, extract.order))
     return images, settle(folder, _blocks_as_shards(extract, config, len(images.records)), session)
 
 
 def _blocks_as_shards(extract: ExtractConfig, config: ShardConfig, num_images: int) -> ExtractConfig:
-    """The same with block_rows settled: where there are many shards a block is one, and is not copied again."""
+    """Settle block_rows: if there are many shards, a block is one shard, which saves a copy."""
     if (
         extract.block_rows is None
         and config.shard_bytes is None
@@ -272,11 +260,8 @@ def _blocks_as_shards(extract: ExtractConfig, config: ShardConfig, num_images: i
 def fused_inputs(
     extracted: Mapping[str, Any], recipe: HierarchyRecipe, config: ShardConfig, images: ImageSource
 ) -> dict[str, Any]:
-    """What each stage would be made with by itself."""
-    clustered: dict[str, Any] = {"config": identity(recipe), "extract": hash_of("extract", extracted)}
-    if recipe.masks is not None:
-        masks = open_masks(Path(recipe.masks))
-        masks.check_photos([record.path for record in images.records])
-        clustered["masks"] = masks.digest()
+    """The inputs of each stage, as a staged build would record them."""
+    paths = [record.path for record in images.records]
+    clustered = cluster_inputs(recipe, hash_of("extract", extracted), paths)
     sharded = {"config": identity(config), "cluster": hash_of("cluster", clustered), "link": None}
     return {"extract": dict(extracted), "cluster": clustered, "shard": sharded}

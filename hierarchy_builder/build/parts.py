@@ -1,73 +1,27 @@
-"""Parts of a build in one pass: what a unit leaves behind, and how the tars are put together from it.
+"""Parts of a fused build: the output of its units, and how tars are assembled from it.
 
-A part holds the usable rows of one block, as a tar; where a shard begins in it is only known once all parts before it
-are done, since rows that cannot be used are left out. Shards are cut from the parts in order, by copying bytes, or by
-renaming where a part is a shard as it is; a part is removed once all of it is in shards.
-
-    H×W grid, C channels
+A part holds the usable rows of one block as a tar. Rows that cannot be used are left out, so the place where a shard
+begins is known only when all earlier parts are done. Shards are cut from the parts in order by copying bytes, or by
+renaming if a part is exactly one shard. A part is removed when all its samples are in shards.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import atomic_file, read_json, write_bytes, write_json
+from hierarchy_builder.files import atomic_file, read_json, write_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.store.shards import TarWriter, shard_name, sidecar
-from hierarchy_builder.store.statistics import Moments
-
-
-def write_part_moments(
-    folder: BuildFolder, part: int, moments: Moments, scatter: np.ndarray | None = None
-) -> None:
-    """Keep count, mean and M2 (float64 [H,W,C]) of a part's rows; scatter: float64 [C,C] of its tokens."""
-    arrays: dict[str, Any] = {"count": np.int64(moments.count), "mean": moments.mean, "m2": moments.m2}
-    if scatter is not None:
-        arrays["scatter"] = scatter
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_bytes(folder.part_moments(part), buffer.getvalue())
-
-
-def read_part_moments(folder: BuildFolder, part: int) -> Moments:
-    """What `write_part_moments` kept. Raises BuilderError where it is missing or damaged."""
-    arrays = _read_arrays(folder, part, ("count", "mean", "m2"))
-    return Moments(int(arrays["count"]), arrays["mean"], arrays["m2"])
-
-
-def read_part_scatter(folder: BuildFolder, part: int) -> np.ndarray:
-    """Scatter matrix [C,C] of a part's tokens. Raises BuilderError where the build began without --covariance."""
-    return _read_arrays(folder, part, ("scatter",))["scatter"]
-
-
-def _read_arrays(folder: BuildFolder, part: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-    path = folder.part_moments(part)
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in names}
-    except KeyError as error:
-        raise BuilderError(
-            f"{path} has no {error.args[0]}: a build in one pass takes --covariance from its beginning, "
-            "start it over with --fresh"
-        ) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise BuilderError(
-            f"{path} is missing or damaged ({error}): remove it and run the same command again"
-        ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Where a sample lies."""
+    """Place of a sample in a part."""
 
     part: int
     offset: int
@@ -76,7 +30,7 @@ class _Span:
 
 @dataclass
 class Assembly:
-    """Cuts shards of `samples_per_shard` samples from the parts, in order, as far as the parts are done."""
+    """Cuts shards of `samples_per_shard` samples from the finished parts, in order."""
 
     folder: BuildFolder
     split: str
@@ -89,8 +43,8 @@ class Assembly:
     _waiting: list[_Span] = field(default_factory=list)
 
     def forget_lost(self) -> None:
-        """Take back the markers of shards that are not there, and of parts that are gone while a shard needs them."""
-        start: int | None = 0  # samples before a part; not known behind one that is to be done
+        """Remove the markers of missing parts that a shard still needs, and of parts without statistics."""
+        start: int | None = 0  # samples before a part; unknown after an unfinished one
         for block in self.blocks:
             if not self.parts.is_done(block.number):
                 start = None
@@ -110,10 +64,10 @@ class Assembly:
                 self.folder.remove(self.parts.marker(block.number))
 
     def advance(self) -> None:
-        """Cut every shard whose parts are done and that is not there."""
+        """Cut every missing shard whose parts are done."""
         while self._next_part < len(self.blocks) and self.parts.is_done(self._next_part):
             offset, sizes = 0, read_json(self.parts.marker(self._next_part))["sizes"]
-            if not sizes:  # no shard needs it, and so none would remove it
+            if not sizes:  # no shard contains it, so no shard would remove it
                 self.folder.remove(self.folder.part(self._next_part))
             for size in sizes:
                 self._waiting.append(_Span(self._next_part, offset, size))
@@ -125,7 +79,7 @@ class Assembly:
             self._cut(len(self._waiting))
 
     def results(self) -> list[dict[str, Any]]:
-        """Markers of the shards, once all are cut."""
+        """Contents of the markers of the shards, when all are cut."""
         return self.shards.results(range(self._next_shard))
 
     def _cut(self, count: int) -> None:

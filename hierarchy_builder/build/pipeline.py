@@ -1,4 +1,4 @@
-"""The stages as whole steps over a build folder: list, check against the manifest, do what is missing, sum up."""
+"""The whole build, and its last step: every stage is checked against the manifest and runs its missing units."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def build(
     accept_new_files: bool = False,
     fused: bool = False,
 ) -> list[StageSummary]:
-    """Every step in order; `session.fresh` starts over from the first, `retry_failed` tries failed images again.
+    """Run every step in order; `session.fresh` starts over, `retry_failed` tries failed images again.
 
-    fused: in one pass, without stores of features and regions; see `fused.py`.
+    fused: run in one pass, without stores of features and regions; see `fused.py`.
     """
     if plan.hierarchy.masks is not None:
         open_masks(Path(plan.hierarchy.masks))  # refused before any image is read
@@ -94,7 +94,7 @@ def build(
 
 
 def check_fused(plan: BuildPlan, *, retry_failed: bool = False, accept_new_files: bool = False) -> None:
-    """Raise UsageError where one pass is asked for what needs stores."""
+    """Raise UsageError for options that need the stores that a fused build does not keep."""
     given = {
         "--retry-failed": retry_failed,
         "--accept-new-files": accept_new_files,
@@ -120,7 +120,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     units = blocks_of(len(usable_rows(folder)), samples_per_shard(config, extracted, clustered))
     _forget_lost_tars(folder, config, ledger, units)
     load = partial(
-        ShardStage.load,
+        ShardStage,
         folder,
         stored_source(folder),
         config,
@@ -144,20 +144,18 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
 
 
 def sum_covariance(folder: BuildFolder, features_hash: str, session: Session) -> None:
-    """The scatter matrix of each block of features.zarr, where it is not there yet."""
+    """Compute the missing scatter matrices of the blocks of features.zarr."""
     ledger = Ledger(folder.ledger("covariance"), features_hash)
-    if not stores.has_scatter(folder.features):  # the features were made anew
+    if not stores.has_scatter(folder.features):  # the features were rebuilt
         folder.remove(ledger.folder)
         stores.create_scatter(folder.features)
-    do_units(
-        partial(CovarianceStage.load, folder), ledger, stage_units(folder, "extract"), session, "covariance"
-    )
+    do_units(partial(CovarianceStage, folder), ledger, stage_units(folder, "extract"), session, "covariance")
 
 
 def _forget_lost_tars(
     folder: BuildFolder, config: ShardConfig, ledger: Ledger, units: Sequence[Block]
 ) -> None:
-    """Take back the markers of tars that are gone, cut short or without their sidecar."""
+    """Remove the markers of tars that are missing, truncated or without their sidecar."""
     for unit in units:
         tar = folder.shards / shard_name(config.split, unit.number)
         if not ledger.is_done(unit.number):

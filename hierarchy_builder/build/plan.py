@@ -1,6 +1,8 @@
-"""`plan`: what a build would make, take and resume, before it is begun; nothing of the build is written.
+"""`plan`: what a build would write, how long it would take and what it would resume; nothing of the build is written.
 
-Sizes and times come from a rehearsal with some of the images (`rehearsal.py`) and are carried over to all of them.
+The states of the stages come from the manifest and the markers. Sizes and times are estimates from one trial: a
+build of at most TRIAL_IMAGES random images in a temporary folder next to the build. The number of units, shards and
+prototypes is known, and so are the sizes that follow from it; the rest grows with the number of images or of blocks.
 
     N images, H×W grid, C channels, T = H·W tokens
 """
@@ -8,36 +10,169 @@ Sizes and times come from a rehearsal with some of the images (`rehearsal.py`) a
 from __future__ import annotations
 
 import math
+import os
+import tarfile
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hierarchy_builder.build.extraction import list_images, settle_rows
-from hierarchy_builder.build.forecast import Plan, StagePlan
-from hierarchy_builder.build.fused import settle_fused_rows
-from hierarchy_builder.build.pipeline import BuildPlan, check_fused
-from hierarchy_builder.build.plan_stages import stage_plans, standing_of
-from hierarchy_builder.build.rehearsal import Findings, rehearse
-from hierarchy_builder.build.session import Session
-from hierarchy_builder.build.space import fitting_bytes, free_bytes
+from hierarchy_builder.build.changes import Growth, growth_of, parts_of
+from hierarchy_builder.build.clustering import cluster_inputs
+from hierarchy_builder.build.fused import fused_inputs, settle_fused_rows
+from hierarchy_builder.build.inputs import extract_inputs, list_images, settle_rows
+from hierarchy_builder.build.pipeline import BuildPlan, build, check_fused
+from hierarchy_builder.build.session import Session, StageSummary
+from hierarchy_builder.build.space import fitting_bytes, free_bytes, nearest_folder
+from hierarchy_builder.build.stages import one_thread
 from hierarchy_builder.config import VocabularyConfig
-from hierarchy_builder.files import json_text, size_on_disk
+from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError
+from hierarchy_builder.fields import identity
+from hierarchy_builder.files import json_text, read_json, size_on_disk
+from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
+from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
+from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import status_name, write_index
-from hierarchy_builder.store.shards import shard_name
+from hierarchy_builder.store.index import read_index, status_name, write_index
+from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest
+from hierarchy_builder.store.samples import PART_LEVEL
+from hierarchy_builder.store.shards import TAR_BLOCK, shard_name, sidecar
 from hierarchy_builder.store.units import samples_per_shard
+from hierarchy_builder.vocabulary.kmeans import sum_clusters
 
-REHEARSAL_S = 60.0
-"""Seconds a rehearsal goes on after its first round, where sizes need it."""
+TRIAL_IMAGES = 128
+"""Images of the trial."""
+TRIAL_ROWS = 40
+"""Rows of a block of the trial; with a power of two the means of a block would have few digits and compress better."""
+TRIAL_PROTOTYPES = 256
+"""Prototypes on each level of the vocabulary of the trial, at most."""
+TIMED_TOKENS = 4_096
+"""Tokens that are clustered once to estimate the time of a vocabulary."""
 TAR_RECORD, TAR_END = 10_240, 1_024
-"""A tar ends in two empty blocks and is filled up to whole records."""
+"""A tar ends in two empty blocks and is padded to whole records."""
+LISTED = 20
+"""Classes and unreadable images that the tables list, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """What the build would do in one stage.
+
+    state: `to do`, `goes on`, `done`, `starts over` (--fresh), or `refused` for the reasons in `differs`.
+    images: images still to do, in `units` − `units_done` units. seconds: estimate for them, with start-up.
+    """
+
+    stage: str
+    units: int
+    units_done: int
+    images: int
+    state: str
+    seconds: float
+    differs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What `hierarchy-builder plan` prints.
+
+    classes: class → images. tried: images of the trial, of which `unreadable` (path → reason) failed. usable:
+    images expected in the shards. sizes: bytes by place in the build folder, estimated from the `tried` images.
+    uncertainty: two relative standard errors of the most uncertain size. present: bytes that exist already.
+    scratch: bytes that are in use during the build and gone at its end. shards: names, samples and bytes of the tars.
+    """
+
+    source: str
+    num_images: int
+    input_bytes: int
+    classes: Mapping[str, int]
+    warnings: Sequence[str]
+    tried: int
+    unreadable: Mapping[str, str]
+    usable: int
+    sizes: Mapping[str, int]
+    uncertainty: float
+    shards: Mapping[str, Any]
+    stages: Sequence[StagePlan]
+    present: int
+    scratch: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the finished build."""
+        return sum(self.sizes.values())
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the build needs in addition to those present, at most."""
+        return max(0, self.total - self.present) + self.scratch
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages that are still to do."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        sums = {"total": self.total, "missing": self.missing, "seconds": self.seconds}
+        return {**asdict(self), **sums, "fits": self.missing <= self.free}
+
+    def check(self, folder: BuildFolder, *, force: bool) -> None:
+        """Raise what the build would raise at once: ConfigMismatchError, or BuilderError if the disk is too small."""
+        for stage in self.stages:
+            if stage.state == "refused":
+                raise ConfigMismatchError(
+                    f"{folder.root} was made with another {stage.stage} configuration or input:\n  "
+                    + "\n  ".join(stage.differs)
+                )
+        if self.missing > self.free and not force:
+            raise BuilderError(
+                f"{folder.root}: {self.missing:,} bytes are still to be written, {self.free:,} are free there: "
+                "free some space or choose another --out"
+            )
+
+
+def plan_tables(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """The tables that `plan` prints, by title."""
+    counts = sorted(plan.classes.values())
+    fits = "fits" if plan.missing <= plan.free else "DOES NOT FIT"
+    estimate = f"estimated from {plan.tried:,} images"
+    summary: dict[str, Any] = {
+        "images": f"{plan.num_images:,} ({plan.input_bytes:,} bytes)",
+        "classes": f"{len(counts):,}, of {counts[0]:,} to {counts[-1]:,} images",
+        "tried": f"{plan.tried:,}, unreadable {len(plan.unreadable)}",
+        "usable": f"{plan.usable:,}",
+        "shards": "{count} of {samples:,} images, {bytes:,} bytes: {first} … {last}".format(**plan.shards),
+        "bytes": f"{plan.total:,} (± {plan.uncertainty:.1%}, {estimate}), of which {plan.present:,} exist",
+        "to write": f"{plan.missing:,}, free {plan.free:,}: {fits}",
+        "time": f"{plan.seconds:,.0f} s, {estimate}",
+    }
+    tables = {"Build": [{"name": name, "value": value} for name, value in summary.items()]}
+    if len(counts) <= LISTED:
+        tables["Classes"] = [{"class": name, "images": count} for name, count in plan.classes.items()]
+    if plan.unreadable:
+        listed = list(plan.unreadable.items())[:LISTED]
+        tables["Unreadable"] = [{"path": path, "reason": reason} for path, reason in listed]
+    tables["Bytes"] = [{"artefact": name, "bytes": f"{size:,}"} for name, size in plan.sizes.items()]
+    tables["Stages"] = [
+        {
+            "stage": stage.stage,
+            "units": f"{stage.units_done}/{stage.units}",
+            "images to do": f"{stage.images:,}",
+            "seconds": f"{stage.seconds:,.1f}",
+            "state": "; ".join((stage.state, *stage.differs)),
+        }
+        for stage in plan.stages
+    ]
+    return tables
 
 
 def make_plan(
@@ -47,13 +182,11 @@ def make_plan(
     session: Session,
     *,
     class_map: str | None = None,
-    seconds: float = REHEARSAL_S,
     fused: bool = False,
     accept_new_files: bool = False,
 ) -> Plan:
-    """List the images, compare with what `folder` holds, rehearse for some `seconds`, and foretell the rest.
+    """List the images, compare them with what `folder` holds, build a few of them, and estimate the rest.
 
-    fused: in one pass. accept_new_files: images that are new are appended to what `folder` holds.
     Raises UsageError and BuilderError as the build would for images, encoder or configuration it cannot use.
     """
     images = list_images(folder, source, plan.extract, class_map)
@@ -63,150 +196,396 @@ def make_plan(
         images, config = settle_fused_rows(folder, images, plan.extract, plan.shard, session)
     else:
         images, config = settle_rows(folder, images, plan.extract, session, accept=accept)
-    records = images.records
     assert config.block_rows is not None
-    plan = replace(plan, extract=config)
-    found = rehearse(folder, images, records, plan, session, seconds=seconds, fused=fused)
-    standing = standing_of(folder, images, plan, session, fused=fused, accept=accept)
+    plan, records = replace(plan, extract=config), images.records
     blocks = blocks_of(len(records), config.block_rows)
-    usable = standing.usable(records, blocks, found)
-    extracted = {"inputs": standing.extracted}
-    per_shard = samples_per_shard(plan.shard, extracted, {"inputs": standing.clustered})
-    tars = blocks_of(usable, per_shard)
-    sizes = _sizes(images, plan, found, blocks, tars, standing.extracted)
-    stages = stage_plans(standing, plan, found, session, blocks, tars)
-    names = [shard_name(plan.shard.split, tar.number) for tar in tars]
+    progress = _progress(folder, images, plan, session, fused=fused, accept=accept)
+    encoder = progress.inputs_of("extract")["encoder"]
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=nearest_folder(folder.root)) as place:
+        trial = _run_trial(BuildFolder(Path(place) / "build"), images, plan, session, fused=fused)
+        usable = progress.usable(records, blocks, trial)
+        made_of = [{"inputs": progress.inputs_of(stage)} for stage in ("extract", "cluster")]
+        per_shard = samples_per_shard(plan.shard, made_of[0], made_of[1])
+        tars = blocks_of(usable, per_shard)
+        sizes = _sizes(trial, images, plan, len(blocks), tars)
+        uncertainty = trial.uncertainty(len(records))
+        stages = [_stage_plan(progress, stage, trial, session, blocks, tars) for stage in progress.inputs]
+    todo, tokens = {stage.stage for stage in stages if stage.seconds}, usable * math.prod(encoder["grid"])
+    scratch = 0  # tokens a vocabulary is fitted to, or rows that are copied from parts to a shard
+    if "vocabulary" in todo and plan.vocabulary is not None:
+        place_of = [stage.stage for stage in stages].index("vocabulary")
+        fitting = _fitting_seconds(plan.vocabulary, tokens, encoder["width"], session)
+        stages[place_of] = replace(stages[place_of], seconds=round(stages[place_of].seconds + fitting, 1))
+        scratch = fitting_bytes(plan.vocabulary, tokens, encoder["width"])
+    elif "fuse" in todo:
+        scratch = math.ceil(min(usable, per_shard + config.block_rows) * trial.samples.mean())
+    counts = Counter(record.class_name for record in records)
     return Plan(
         source=images.location,
         num_images=len(records),
         input_bytes=sum(record.num_bytes for record in records),
-        classes=_classes(images),
+        classes={name: counts[name] for name in images.class_map},
         warnings=images.warnings,
-        tried=found.num_images,
-        unreadable=_unreadable(found),
+        tried=len(trial.outcomes),
+        unreadable=trial.unreadable,
         usable=usable,
         sizes=sizes,
-        uncertainty=2 * max(found.errors(len(records)).values()),
+        uncertainty=uncertainty,
         shards={
             "count": len(tars),
-            "first": names[0],
-            "last": names[-1],
+            "first": shard_name(plan.shard.split, 0),
+            "last": shard_name(plan.shard.split, len(tars) - 1),
             "samples": per_shard,
-            "bytes": _tar_bytes(min(per_shard, usable), found),
+            "bytes": _tar_bytes(min(per_shard, usable), trial),
         },
         stages=stages,
         present=sum(size_on_disk(folder.root / name) for name in sizes),
-        scratch=_scratch(stages, plan, found, standing.extracted["encoder"], usable, per_shard),
+        scratch=scratch,
         free=free_bytes(folder.root),
     )
 
 
-def _classes(images: ImageSource) -> dict[str, int]:
-    """Images of each class, also of those without any."""
-    counts = Counter(record.class_name for record in images.records)
-    return {name: counts[name] for name in images.class_map}
+# The trial, and the sizes that follow from it
 
 
-def _unreadable(found: Findings) -> dict[str, str]:
-    ok = status_name(Status.OK)
-    return {path: row["reason"] or "" for path, row in sorted(found.outcomes.items()) if row["status"] != ok}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trial:
+    """A finished build of a few images.
+
+    outcomes: path → its row of the index. samples: bytes of each sample in the tars, with headers and padding.
+    """
+
+    folder: BuildFolder
+    outcomes: Mapping[str, Mapping[str, Any]]
+    samples: np.ndarray
+    summaries: Mapping[str, StageSummary]
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Path → reason of each image that could not be used."""
+        ok = status_name(Status.OK)
+        failed = {path: row["reason"] or "" for path, row in self.outcomes.items() if row["status"] != ok}
+        return dict(sorted(failed.items()))
+
+    def uncertainty(self, num_images: int) -> float:
+        """Two relative standard errors of the bytes of the shards, or of an array that is compressed in chunks."""
+        missing = max(0.0, 1 - len(self.outcomes) / num_images)
+        errors = [
+            float(sizes.std(ddof=1) / sizes.mean()) * (missing / len(sizes)) ** 0.5
+            for sizes in (self.samples, *self._chunks())
+            if len(sizes) > 1
+        ]
+        return 2 * max(errors, default=0.0)
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        for store, name in ((self.folder.features, "features"), (self.folder.regions, "merges")):
+            if store.exists():
+                yield stores.chunk_bytes(store, name)
 
 
-# Sizes
+def _run_trial(
+    folder: BuildFolder, images: ImageSource, plan: BuildPlan, session: Session, *, fused: bool
+) -> _Trial:
+    """Build a few random images with the workers of the session."""
+    count = min(TRIAL_IMAGES, len(images.records))
+    rows = np.sort(np.random.default_rng(0).permutation(len(images.records))[:count])
+    records = [images.records[row] for row in rows]
+    small = _smaller(plan, records)
+    session.reporter.say(f"trying {count} of {len(images.records)} images")
+    quiet = replace(session, reporter=Reporter(quiet=True), fresh=False)
+    summaries = build(folder, replace(images, records=records), small, quiet, fused=fused)
+    table = read_index(folder.index)
+    return _Trial(
+        folder=folder,
+        outcomes=dict(zip(table.column("path").to_pylist(), table.to_pylist(), strict=True)),
+        samples=np.concatenate([_sample_sizes(tar) for tar in sorted(folder.shards.glob("*.tar"))]),
+        summaries={summary.stage: summary for summary in summaries},
+    )
+
+
+def _smaller(plan: BuildPlan, records: Sequence[ImageRecord]) -> BuildPlan:
+    """The plan of the trial: short blocks, few prototypes, and any number of images may fail."""
+    rows, vocabulary, recipe = plan.extract.block_rows, plan.vocabulary, plan.hierarchy
+    assert rows is not None
+    short = max(TRIAL_ROWS, -(-plan.extract.batch_size // stores.ROWS_PER_CHUNK) * stores.ROWS_PER_CHUNK)
+    if rows % stores.ROWS_PER_CHUNK:  # a chunk is a whole block then
+        short -= 1
+    if vocabulary is not None:
+        sizes = sorted({min(size, TRIAL_PROTOTYPES, len(records)) for size in vocabulary.sizes})
+        tokens = min(vocabulary.sampled_tokens or 2**20, 16 * TRIAL_PROTOTYPES)
+        vocabulary = replace(vocabulary, sizes=tuple(sizes), sampled_tokens=tokens, iterations=2)
+    if recipe.masks is not None:
+        maps = open_masks(Path(recipe.masks))
+        if not any(maps.of(record.path) for record in records):  # would be refused as the wrong folder
+            recipe = replace(recipe, masks=None)
+    return BuildPlan(
+        extract=replace(plan.extract, block_rows=min(rows, short), max_bad_fraction=1.0),
+        hierarchy=recipe,
+        vocabulary=vocabulary,
+        shard=replace(plan.shard, samples_per_shard=TRIAL_ROWS, shard_bytes=None),
+    )
 
 
 def _sizes(
-    images: ImageSource,
-    plan: BuildPlan,
-    found: Findings,
-    blocks: Sequence[Block],
-    tars: Sequence[Block],
-    extracted: Mapping[str, Any],
+    trial: _Trial, images: ImageSource, plan: BuildPlan, num_blocks: int, tars: Sequence[Block]
 ) -> dict[str, int]:
-    """Bytes of every artefact by its place in the build folder; `extracted` are the inputs of extract."""
-    rows, files, records = plan.extract.block_rows, found.files, images.records
-    assert rows is not None
-    grown = len(json_text({"stages": {"extract": {"inputs": {"parts": extracted.get("parts", [])}}}}))
-    grown -= len(json_text({"stages": {"extract": {"inputs": {"parts": []}}}}))
+    """Bytes of every artefact by its place in the build folder."""
+    folder = trial.folder
+    ratio, blocks = (
+        len(images.records) / len(trial.outcomes),
+        num_blocks / len(folder.markers(next(iter(trial.summaries)))),
+    )
+    listing, index = (_index_bytes(trial, images.records, is_done=is_done) for is_done in (False, True))
     sizes = {
-        "manifest.json": files["manifest.json"] + grown,
+        "manifest.json": size_on_disk(folder.manifest),
         "class_map.json": len(json_text(images.class_map)),
-        "index.parquet": _index_bytes(records, found),
+        "index.parquet": index,
     }
-    for store in found.chunks:
-        sizes[store] = round(found.store_bytes(store, len(records), rows))
-    if "parts" in found.once_per_block:
-        sizes["parts"] = round(found.once_per_block["parts"] / found.num_blocks * len(blocks))
+    for store in (store for store in (folder.features, folder.regions) if store.exists()):
+        arrays = [path for path in store.iterdir() if path.is_dir()]
+        sizes[store.name] = sum(size_on_disk(place / "zarr.json") for place in (store, *arrays))
+        for array in arrays:
+            more = blocks if array.name.startswith("block_") else ratio
+            sizes[store.name] += round(size_on_disk(array / "c") * more)
+    if folder.part(0).parent.exists():
+        sizes["parts"] = round(size_on_disk(folder.part(0).parent) * blocks)
     if plan.vocabulary is not None:
-        sizes["vocabulary.npz"] = _vocabulary_bytes(plan.vocabulary, found)
-    units = {"vocabulary": 1, "shard": len(tars)}
-    markers = sum(size * units.get(stage, len(blocks)) for stage, size in found.markers.items())
-    listings = _index_bytes(records, None) * sum(name.endswith(".parquet") for name in files)
-    copies = sum(
-        size for name, size in files.items() if name.startswith("ledger/") and name.endswith(".json")
-    )
-    outcomes = round(found.outcome_bytes / found.num_images * len(records))
-    sizes["ledger"] = markers + outcomes + listings + copies + grown
-    beside = {name: size for name, size in files.items() if name.startswith("shards/")}
-    sidecars = [name for name in beside if name.startswith(f"shards/{plan.shard.split}-")]
-    sidecar = max(beside.pop(name) for name in sidecars)
-    beside["shards/index.json"] = _shard_index_bytes(found, len(tars))
-    beside["shards/class_map.json"] = sizes["class_map.json"]
-    if plan.vocabulary is not None:
-        beside["shards/vocabulary.npz"] = sizes["vocabulary.npz"]
-    sizes["shards"] = (
-        sum(_tar_bytes(len(tar), found) for tar in tars) + sidecar * len(tars) + sum(beside.values())
-    )
+        sizes["vocabulary.npz"] = _vocabulary_bytes(trial, plan.vocabulary)
+    sizes["ledger"] = listing + size_on_disk(folder.manifest_copy)
+    for stage in {path.parent.name for path in folder.markers("*")}:
+        units = {"vocabulary": 1, "shard": len(tars)}.get(stage, num_blocks)
+        sizes["ledger"] += _marker_bytes(folder, stage, units, ratio)
+    sizes["shards"] = _shard_set_bytes(trial, plan, tars, sizes)
     return sizes
 
 
-def _index_bytes(records: Sequence[ImageRecord], found: Findings | None) -> int:
-    """Write the index as it is before anything is done, or will be: images not tried with the outcome of any other."""
+def _index_bytes(trial: _Trial, records: Sequence[ImageRecord], *, is_done: bool) -> int:
+    """Write the index of all images; those that were not tried get the outcome of a random one that was."""
     outcomes = None
-    if found is not None:
-        known = list(found.outcomes.values())
+    if is_done:
+        known = list(trial.outcomes.values())
         drawn = np.random.default_rng(0).integers(0, len(known), len(records)).tolist()
         outcomes = [
-            found.outcomes.get(record.path, known[any_]) for record, any_ in zip(records, drawn, strict=True)
+            trial.outcomes.get(record.path, known[number])
+            for record, number in zip(records, drawn, strict=True)
         ]
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "index.parquet"
-        write_index(path, records, outcomes)
-        return path.stat().st_size
+    path = trial.folder.root / "whole.parquet"
+    write_index(path, records, outcomes)
+    return path.stat().st_size
 
 
-def _vocabulary_bytes(config: VocabularyConfig, found: Findings) -> int:
-    """Arrays of a known shape, and the same headers as in the rehearsal."""
-    assert found.vocabulary is not None
-    return found.files["vocabulary.npz"] + sum(
-        sign * (sum(sizes) * (found.index["width"] * 4 + 8) + sum(sizes[1:]) * 2)
-        for sign, sizes in ((1, config.sizes), (-1, found.vocabulary.sizes))
-    )
+def _vocabulary_bytes(trial: _Trial, config: VocabularyConfig) -> int:
+    """Arrays of known shapes, and headers as in the trial."""
+    index = read_json(trial.folder.shards / "index.json")
+    arrays = [
+        sum(sizes) * (index["width"] * 4 + 8) + sum(sizes[1:]) * 2
+        for sizes in (config.sizes, index["vocabulary"])
+    ]
+    return size_on_disk(trial.folder.vocabulary) + arrays[0] - arrays[1]
 
 
-def _shard_index_bytes(found: Findings, num_tars: int) -> int:
-    entry = found.index["shardlist"][0]
-    return len(json_text({**found.index, "shardlist": [entry] * num_tars}))
+def _marker_bytes(folder: BuildFolder, stage: str, num_units: int, ratio: float) -> int:
+    """Markers of a stage: a part per unit, and the outcomes and sizes of its images."""
+    markers = [read_json(path) for path in folder.markers(stage)]
+    empty: dict[str, Any] = {name: [] for name in ("outcomes", "sizes") if name in markers[0]}
+    per_unit = sum(len(json_text({**marker, **empty})) for marker in markers)
+    per_image = sum(len(json_text(marker)) for marker in markers) - per_unit
+    return round(per_unit / len(markers) * num_units + per_image * ratio)
 
 
-def _tar_bytes(num_samples: int, found: Findings) -> int:
-    content = num_samples * float(found.samples.mean()) + TAR_END
+def _shard_set_bytes(trial: _Trial, plan: BuildPlan, tars: Sequence[Block], sizes: Mapping[str, int]) -> int:
+    """Tars with their sidecars, and the files that describe the set."""
+    shards, known = trial.folder.shards, ("class_map.json", "vocabulary.npz")
+    index = read_json(shards / "index.json")
+    total = len(json_text({**index, "shardlist": index["shardlist"][:1] * len(tars)}))
+    total += sum(sizes.get(name, 0) for name in known)
+    for path in shards.iterdir():
+        if not path.name.startswith(f"{plan.shard.split}-") and path.name not in ("index.json", *known):
+            total += path.stat().st_size
+    of_tar = size_on_disk(sidecar(shards / shard_name(plan.shard.split, 0)))
+    return total + sum(_tar_bytes(len(tar), trial) + of_tar for tar in tars)
+
+
+def _sample_sizes(tar: Path) -> np.ndarray:
+    """Bytes of each sample of a tar: its members with their headers, padded."""
+    sizes: Counter[str] = Counter()
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            sizes[member.name.partition(".")[0]] += TAR_BLOCK + -(-member.size // TAR_BLOCK) * TAR_BLOCK
+    return np.array(list(sizes.values()), np.int64)
+
+
+def _tar_bytes(num_samples: int, trial: _Trial) -> int:
+    content = num_samples * float(trial.samples.mean()) + TAR_END
     return math.ceil(content / TAR_RECORD) * TAR_RECORD
 
 
-def _scratch(
-    stages: Sequence[StagePlan],
-    plan: BuildPlan,
-    found: Findings,
-    encoder: Mapping[str, Any],
-    usable: int,
-    per_shard: int,
-) -> int:
-    """Bytes of files that are gone at the end: tokens a vocabulary is fitted to, rows copied from parts to a shard."""
-    todo = {stage.stage for stage in stages if stage.state != "done"}
-    if "vocabulary" in todo and plan.vocabulary is not None:
-        return fitting_bytes(plan.vocabulary, usable * math.prod(encoder["grid"]), encoder["width"])
-    if "fuse" in todo:
-        rows = min(usable, per_shard + (plan.extract.block_rows or 0))
-        return math.ceil(rows * float(found.samples.mean()))
-    return 0
+# What the folder holds already, and the time that the rest takes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Progress:
+    """What each stage would be made with, and what the folder holds of it.
+
+    inputs: stage → what the manifest would hold, in order; a fused build has the stage `fuse` alone. stored: the
+    entries of the manifest, with appended images. growth: what appending images changes.
+    """
+
+    folder: BuildFolder
+    inputs: Mapping[str, Mapping[str, Any]]
+    stored: Mapping[str, Mapping[str, Any]]
+    growth: Growth | None
+    fresh: bool
+
+    def inputs_of(self, stage: str) -> Mapping[str, Any]:
+        """Inputs of a stage, also of one that is part of a fused build."""
+        found: Mapping[str, Any] = self.inputs.get("fuse", self.inputs)[stage]
+        return found
+
+    def ledger(self, stage: str) -> Ledger:
+        """The markers of a stage as they are now."""
+        asked = hash_of(stage, self.inputs[stage])
+        return Ledger(
+            self.folder.ledger(stage), self.growth.hashes.get(stage, asked) if self.growth else asked
+        )
+
+    def is_done(self, stage: str, unit: int) -> bool:
+        """Whether the build would leave a unit as it is."""
+        if self.fresh or (self.growth and not self.growth.keeps(stage, unit)):
+            return False
+        return self.ledger(stage).is_done(unit)
+
+    def differences(self, stage: str) -> tuple[str, ...]:
+        """Why the build would refuse the folder, one line each."""
+        made, asked = (
+            "in one pass" if "fuse" in stages else "by stages" for stages in (self.stored, self.inputs)
+        )
+        if self.fresh or not self.stored:
+            return ()
+        if made != asked:
+            return (f"made {made} there, {asked} now",)
+        if not self.folder.markers(stage):
+            return ()
+        entry = self.stored.get(stage, {}).get("inputs", {})
+        return tuple(
+            f"{name}: {before!r} there, {now!r} now"
+            for name, before, now in differences(entry, self.inputs[stage])
+        )
+
+    def usable(self, records: Sequence[ImageRecord], blocks: Sequence[Block], trial: _Trial) -> int:
+        """Usable images, at least one: counted where done or tried, else the share of the trial."""
+        ledger, ok = self.ledger("fuse" if "fuse" in self.inputs else "extract"), status_name(Status.OK)
+        share, usable = len(trial.samples) / len(trial.outcomes), 0.0
+        for block in blocks:
+            is_done = not self.fresh and ledger.is_done(block.number)
+            rows = ledger.results([block.number])[0]["outcomes"] if is_done else []
+            usable += sum(row["status"] == ok for row in rows)
+            for record in records[block.start + len(rows) : block.stop]:
+                tried = trial.outcomes.get(record.path)
+                usable += share if tried is None else tried["status"] == ok
+        return max(1, round(usable))
+
+
+def _progress(
+    folder: BuildFolder, images: ImageSource, plan: BuildPlan, session: Session, *, fused: bool, accept: bool
+) -> _Progress:
+    """Compare what is asked for with what `folder` holds; nothing is changed.
+
+    images, plan: in the order of rows, with open options settled. accept: whether images may be appended.
+    """
+    config, fresh = plan.extract, session.fresh
+    encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
+    extracted = extract_inputs(images, config, encoder)
+    stored: Mapping[str, Any] = {} if fresh else read_manifest(folder)["stages"]
+    growth = None
+    if fused:
+        inputs = {"fuse": fused_inputs(extracted, plan.hierarchy, plan.shard, images)}
+    else:
+        if not fresh:
+            extracted |= parts_of(folder, images, accept=accept)
+        growth = growth_of(folder, extracted) if accept else None
+        stored = growth.stages if growth else stored
+        inputs = _inputs_of_stages(plan, images, extracted, stored)
+    return _Progress(folder=folder, inputs=inputs, stored=stored, growth=growth, fresh=fresh)
+
+
+def _inputs_of_stages(
+    plan: BuildPlan, images: ImageSource, extracted: Mapping[str, Any], stored: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What each stage would be made with, in order, as the manifest would hold it."""
+    extract_hash, paths = hash_of("extract", extracted), [record.path for record in images.records]
+    clustered = cluster_inputs(plan.hierarchy, extract_hash, paths)
+    cluster_hash, link_hash = hash_of("cluster", clustered), stored.get("link", {}).get("hash")
+    found = {"extract": dict(extracted)}
+    if plan.vocabulary is not None:
+        found["vocabulary"] = {"config": identity(plan.vocabulary), "extract": extract_hash}
+    found["cluster"] = clustered
+    if plan.vocabulary is not None:
+        level = min(PART_LEVEL, len(plan.hierarchy.cuts))
+        fitted_hash = hash_of("vocabulary", found["vocabulary"])
+        found["link"] = {"config": {"level": level}, "vocabulary": fitted_hash, "cluster": cluster_hash}
+        link_hash = hash_of("link", found["link"])
+    found["shard"] = {"config": identity(plan.shard), "cluster": cluster_hash, "link": link_hash}
+    return found
+
+
+def _stage_plan(
+    progress: _Progress,
+    stage: str,
+    trial: _Trial,
+    session: Session,
+    blocks: Sequence[Block],
+    tars: Sequence[Block],
+) -> StagePlan:
+    """What the build would do in one stage."""
+    whole = [Block(number=0, start=0, stop=sum(map(len, tars)))]
+    units = {"vocabulary": whole, "shard": tars}.get(stage, blocks)
+    todo = [unit for unit in units if not progress.is_done(stage, unit.number)]
+    differs = progress.differences(stage)
+    if session.fresh and progress.folder.markers(stage):
+        state = "starts over"
+    elif differs:
+        state = "refused"
+    else:
+        state = "done" if not todo else "goes on" if len(todo) < len(units) else "to do"
+    return StagePlan(
+        stage=stage,
+        units=len(units),
+        units_done=len(units) - len(todo),
+        images=sum(map(len, todo)),
+        state=state,
+        seconds=round(_seconds(trial, stage, todo, session), 1) if todo else 0.0,
+        differs=differs,
+    )
+
+
+def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session) -> float:
+    """Time of the units `todo`: start-up as in the trial, then as many units at once as there are workers."""
+    total = trial.summaries[stage].seconds
+    if stage == "vocabulary":  # the small one of the trial is all start-up
+        return total
+    units = [float(read_json(path)["seconds"]) for path in trial.folder.markers(stage)]
+    workers = _num_workers(session) or max(1.0, sum(units) / total)
+    start_up = max(0.0, total - sum(units) / min(workers, len(units)))
+    images = sum(map(len, todo))
+    return start_up + images * sum(units) / len(trial.outcomes) / min(workers, len(todo))
+
+
+def _num_workers(session: Session) -> int | None:
+    """Processes that do units; None on a cluster, which is not asked."""
+    if session.workers.count == 0:
+        return 1
+    return None if session.workers.address else session.workers.count or os.cpu_count() or 1
+
+
+def _fitting_seconds(config: VocabularyConfig, num_tokens: int, width: int, session: Session) -> float:
+    """Time of all iterations, from one over a few tokens here; k-means++ takes about as long as one of them."""
+    tokens = np.random.default_rng(0).standard_normal((TIMED_TOKENS, width), np.float32)
+    centroids = tokens[: min(config.num_prototypes, TIMED_TOKENS)]
+    with one_thread():
+        started = time.perf_counter()
+        sum_clusters(tokens, centroids, threads=1)
+        spent = time.perf_counter() - started
+    products = min(config.sampled_tokens or num_tokens, num_tokens) * config.num_prototypes
+    each = spent * products / (len(tokens) * len(centroids))
+    return (config.iterations + 1) * each / (_num_workers(session) or 1)

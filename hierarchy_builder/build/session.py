@@ -1,4 +1,4 @@
-"""How a step is carried out: on which workers, told to whom, and what it says of itself at the end."""
+"""How a step runs: its workers and its reporter, and the summary that it returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hierarchy_builder.store.ledger import Ledger
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSummary:
-    """What one step did: images in the whole artefact, those done now, seconds of this run, bytes on disk."""
+    """The result of one step: images in the artefact, images done in this run, its seconds, bytes on disk."""
 
     stage: str
     images: int
@@ -36,13 +36,13 @@ class StageSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """How steps are carried out, whatever they do."""
+    """Options that all steps of a run share."""
 
     workers: Workers = field(default_factory=Workers)
     reporter: Reporter = field(default_factory=Reporter)
     fresh: bool = False
     force: bool = False
-    """Begin also what will not fit on the disk."""
+    """Start even if the result may not fit on the disk."""
 
 
 def do_units(
@@ -55,9 +55,9 @@ def do_units(
     uses_gpu: bool = False,
     after_unit: Callable[[], None] = lambda: None,
 ) -> tuple[int, float]:
-    """Do the units that are not marked; returns (images done now, seconds).
+    """Run the units that are not marked as done; returns (images done in this run, seconds).
 
-    after_unit: called here whenever one more of them is done, in their order.
+    after_unit: called in this process after each unit, in their order.
     """
     todo = [unit for unit in units if not ledger.is_done(unit.number)]
     total, waiting = sum(map(len, units)), sum(map(len, todo))

@@ -1,9 +1,9 @@
-"""Whether a build fits on its disk, from the shapes of what it will hold: checked before anything is encoded.
+"""Check that a build fits on its disk before anything is encoded, from the shapes of its arrays.
 
     N images, H×W grid, C channels, L levels, T = H·W tokens
 
-Arrays are counted as if nothing could be compressed, so these are upper bounds, a few per cent above the truth where
-features make up most of a build. `plan.py` measures instead, and takes some seconds.
+Arrays are counted without compression, so these are upper bounds. They are a few per cent too high if features make up
+most of a build. `plan.py` builds some images instead, which takes seconds.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import sample_bytes
 
 LISTED_BYTES = 400
-"""A row of index.parquet and of the ledger, with long names."""
+"""Upper bound of a row of index.parquet or of the ledger."""
 
 
 def extract_bytes(num_images: int, encoder: Mapping[str, Any], block_rows: int) -> dict[str, int]:
-    """Most bytes of what `extract` writes, by name in the build folder; `encoder` is its description."""
+    """Upper bound of what `extract` writes, by name in the build folder; `encoder` is its description."""
     values = math.prod(encoder["grid"]) * encoder["width"]
     blocks = -(-num_images // block_rows)
     return {
@@ -42,7 +42,7 @@ def later_bytes(
     num_images: int,
     encoder: Mapping[str, Any],
 ) -> dict[str, int]:
-    """Most bytes of what follows in `build`, by name in the build folder."""
+    """Upper bound of what the later stages of `build` write, by name in the build folder."""
     tokens, width = math.prod(encoder["grid"]), encoder["width"]
     row = tokens * (recipe.num_levels - 1) + (tokens - 1) * 12 + 9
     needed = {"regions.zarr": num_images * row, "vocabulary.npz": 0, "vocabulary": 0}
@@ -62,23 +62,23 @@ def later_bytes(
 
 
 def fitting_bytes(config: VocabularyConfig, num_tokens: int, width: int) -> int:
-    """Bytes of the files in use while a vocabulary is fitted: drawn tokens, float16, and the prototypes."""
+    """Bytes of temporary files while a vocabulary is fitted: sampled tokens in float16, and the prototypes."""
     drawn = min(config.sampled_tokens or num_tokens, num_tokens)
     return drawn * width * 2 + config.num_prototypes * width * 4
 
 
 def free_bytes(root: Path) -> int:
-    """Bytes that can still be written where the folder `root` is or will be."""
+    """Free bytes on the disk of the folder `root`, which may not exist yet."""
     return shutil.disk_usage(nearest_folder(root)).free
 
 
 def nearest_folder(path: Path) -> Path:
-    """`path`, or the nearest folder above that exists."""
+    """`path`, or its nearest parent that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def check_space(folder: BuildFolder, needed: Mapping[str, int], *, force: bool) -> None:
-    """Raise BuilderError with the numbers where `needed` exceeds what is free; what lies there already counts as free.
+    """Raise BuilderError if `needed` exceeds the free space; existing files of the same names count as free.
 
     needed: bytes by name in the build folder. force: never raise.
     """

@@ -1,14 +1,14 @@
 """extract, cluster, link, covariance and shard as functions of one unit of work.
 
-A stage is loaded once per worker and then called with units. `run(unit)` reads what the stage before it wrote,
-writes its own rows, and returns what the marker keeps. It knows neither Ray nor the other units.
+A worker loads a stage once and then calls it with units. `run(unit)` reads the output of the previous stage, writes
+its own rows, and returns the contents of the marker. It does not depend on Ray or on other units.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy
 from hierarchy_builder.images.decoding import decode_image
-from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import Reader, open_reader
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
 from hierarchy_builder.store import arrays as stores
@@ -45,15 +45,15 @@ class Stage(Protocol):
     """A stage, loaded in a worker."""
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        """Do one unit on up to `threads` threads and write it; returns what its marker keeps, at least `images`."""
+        """Run one unit on up to `threads` threads and write it; returns its marker, with at least `images`."""
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch sum on one thread meanwhile.
+    """Limit torch to one thread inside the block.
 
-    Its last bits depend on how many there are, and the bytes of a result must not depend on the machine; so units,
-    images and tokens are what is spread.
+    The last bits of a sum depend on the number of threads, and the bytes of a result must not depend on the machine.
+    Units, images and tokens are distributed over threads instead.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 
 def perform(stage: Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str, Any]:
-    """Run one unit and mark it done once everything it wrote is on disk."""
+    """Run one unit and mark it as done when everything it wrote is on disk."""
     started = time.perf_counter()
     result = stage.run(unit, threads)
     result["seconds"] = round(time.perf_counter() - started, 3)
@@ -74,9 +74,9 @@ def perform(stage: Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str
 
 @dataclass(slots=True)
 class ExtractStage:
-    """A block of images → features, status and statistics of features.zarr; outcomes go into the marker.
+    """A block of images → features, status and statistics of features.zarr; the marker keeps the outcomes.
 
-    keep_usable: rows that are ok in the index keep their features and outcome, only the others are done.
+    keep_usable: rows that are ok in the index keep their features and outcome; only the others are done.
     """
 
     folder: BuildFolder
@@ -90,7 +90,7 @@ class ExtractStage:
     def load(
         cls, folder: BuildFolder, source: str, config: ExtractConfig, keep_usable: bool = False
     ) -> ExtractStage:
-        """Raises ConfigMismatchError where the encoder sees here what it did not see when the stage began."""
+        """Raises ConfigMismatchError if the probe value of the encoder differs from the one the stage began with."""
         encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
         check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
         images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
@@ -103,7 +103,7 @@ class ExtractStage:
             for batch in self.images.batches(records, outcomes, pool):
                 features[batch.rows] = batch.features
                 status[batch.rows] = np.where(batch.finite, Status.OK, Status.NONFINITE)
-        tell_status(outcomes, status)
+        set_status(outcomes, status)
         digests = stores.write_block(self.folder.features, unit, {"features": features, "status": status})
         moments = moments_of(features[status == Status.OK])
         digests |= stores.write_block_moments(self.folder.features, unit, moments)
@@ -111,15 +111,15 @@ class ExtractStage:
         return {"images": len(unit), "outcomes": outcomes, "digests": digests, "batch_size": batch_size}
 
     def _kept(self, unit: Block) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """Features, status and outcomes of the block before anything is done; an outcome to come is empty."""
+        """Features, status and outcomes of the block to begin with; pending outcomes are empty."""
         encoder = self.images.encoder
         features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)
         status = np.full(len(unit), Status.SKIPPED, np.uint8)
         outcomes: list[dict[str, Any]] = [{} for _ in range(len(unit))]
         if self.keep_usable:
             features = stores.read_block(self.folder.features, "features", unit)
-            told = self.index.slice(unit.start, len(unit)).select(OUTCOME_COLUMNS).to_pylist()
-            for row, outcome in enumerate(told):
+            known = self.index.slice(unit.start, len(unit)).select(OUTCOME_COLUMNS).to_pylist()
+            for row, outcome in enumerate(known):
                 if outcome["status"] == status_name(Status.OK):
                     status[row] = Status.OK
                     outcomes[row] = {name: value for name, value in outcome.items() if value is not None}
@@ -133,37 +133,46 @@ class ClusterStage:
     folder: BuildFolder
     recipe: HierarchyRecipe
     image_size_px: int
+    masks: MaskFolder | None
+    index: pa.Table
 
     @classmethod
     def load(cls, folder: BuildFolder, recipe: HierarchyRecipe, image_size_px: int) -> ClusterStage:
-        return cls(folder, recipe, image_size_px)
+        masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
+        return cls(folder, recipe, image_size_px, masks, read_index(folder.index))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
-        features = stores.read_block(self.folder.features, "features", unit)
-        masks = self._masks(unit, features.shape[1:3])
-        drawn = None if masks is None else masks[usable]
-        hierarchy = build_hierarchy(features[usable], self.recipe, drawn, threads=threads)
+        features = stores.read_block(self.folder.features, "features", unit)[usable]
+        photos = self.index.slice(unit.start, len(unit)).filter(pa.array(usable))
+        photos = photos.select(["path", "width", "height"]).to_pylist()
+        labels = label_maps(self.masks, photos, self.image_size_px, features.shape[1:3])
+        hierarchy = build_hierarchy(features, self.recipe, labels, threads=threads)
         parts = {name: getattr(hierarchy, name) for name in ("regions", "merges", "flags", "scores")}
         rows = {name: scatter_rows(values, usable) for name, values in parts.items()}
         digests = stores.write_block(self.folder.regions, unit, rows)
         return {**count_regions(hierarchy.regions, hierarchy.flags), "digests": digests}
 
-    def _masks(self, unit: Block, grid: tuple[int, int]) -> np.ndarray | None:
-        """Label maps of a block's photos on their tokens, or None where the recipe asks for none."""
-        if self.recipe.masks is None:
-            return None
-        rows = read_index(self.folder.index).slice(unit.start, len(unit))
-        photos = rows.select(["path", "width", "height"]).to_pylist()
-        maps = open_masks(Path(self.recipe.masks))
-        return np.stack(
-            [maps.tokens(**photo, image_size_px=self.image_size_px, grid=grid) for photo in photos]
-        )
+
+def label_maps(
+    masks: MaskFolder | None,
+    photos: Sequence[Mapping[str, Any]],
+    image_size_px: int,
+    grid: tuple[int, int],
+) -> np.ndarray | None:
+    """Label maps on the tokens of these photos, int64 [n,H,W], or None where the recipe asks for none.
+
+    photos: `path`, `width` and `height` of each.
+    """
+    if masks is None:
+        return None
+    maps = [masks.tokens(**photo, image_size_px=image_size_px, grid=grid) for photo in photos]
+    return np.stack(maps) if maps else np.zeros((0, *grid), np.int64)
 
 
 @dataclass(slots=True)
 class LinkStage:
-    """A block of parts → the dataset-wide prototype nearest to each, `prototypes` of regions.zarr."""
+    """A block of parts → the nearest dataset-wide prototype of each, `prototypes` of regions.zarr."""
 
     folder: BuildFolder
     level: int
@@ -192,10 +201,6 @@ class CovarianceStage:
 
     folder: BuildFolder
 
-    @classmethod
-    def load(cls, folder: BuildFolder) -> CovarianceStage:
-        return cls(folder)
-
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
         features = stores.read_block(self.folder.features, "features", unit)[usable]
@@ -207,7 +212,7 @@ class CovarianceStage:
 
 @dataclass
 class ShardStage:
-    """A run of usable rows → one tar. A unit counts usable rows, `start` ≤ i < `stop`, not rows of the index."""
+    """A range of usable rows → one tar. `start` and `stop` of a unit count usable rows, not rows of the index."""
 
     folder: BuildFolder
     source: str
@@ -216,18 +221,6 @@ class ShardStage:
     max_pixels: int
     stage_hash: str
 
-    @classmethod
-    def load(
-        cls,
-        folder: BuildFolder,
-        source: str,
-        config: ShardConfig,
-        image_size_px: int,
-        max_pixels: int,
-        stage_hash: str,
-    ) -> ShardStage:
-        return cls(folder, source, config, image_size_px, max_pixels, stage_hash)
-
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         tar = self.folder.shards / shard_name(self.config.split, unit.number)
         facts = write_shard(tar, self._samples(unit), config_hash=self.stage_hash)
@@ -235,7 +228,7 @@ class ShardStage:
 
     @cached_property
     def usable_rows(self) -> np.ndarray:
-        """Index rows that go into shards, rising."""
+        """Rows of the index that go into shards, in rising order."""
         return usable_rows(self.folder)
 
     @cached_property
@@ -265,7 +258,7 @@ class ShardStage:
             image, _ = decode_image(self._reader.read(record.path), max_pixels=self.max_pixels)
         except ImageError as error:
             raise BuilderError(
-                f"{record.path} of {self.source}: {error}; bring it back, or shard with --no-images"
+                f"{record.path} of {self.source}: {error}; restore it, or use --no-images"
             ) from None
         return picture_of(image, self.image_size_px, self.config)
 
@@ -279,7 +272,7 @@ def _region_arrays(group: zarr.Group) -> list[str]:
 
 
 def count_regions(regions: np.ndarray, flags: np.ndarray) -> dict[str, Any]:
-    """What the marker of a block of hierarchies keeps: images, region ids of each level, images of each flag."""
+    """Counts for the marker of a block: images, regions on each level, images with each flag."""
     counts = regions.max(axis=(2, 3), initial=0).astype(int) + 1
     return {
         "images": len(regions),
@@ -289,14 +282,14 @@ def count_regions(regions: np.ndarray, flags: np.ndarray) -> dict[str, Any]:
 
 
 def scatter_rows(values: np.ndarray, usable: np.ndarray, fill: float = 0) -> np.ndarray:
-    """Rows of the usable images back at their places in the block; `fill` elsewhere."""
+    """Put the rows of usable images at their places in the block; other rows are `fill`."""
     block = np.full((len(usable), *values.shape[1:]), fill, values.dtype)
     block[usable] = values
     return block
 
 
-def tell_status(outcomes: list[dict[str, Any]], status: np.ndarray) -> None:
-    """Put the words for `status` uint8 [n] into the outcomes of these rows, and the reason where features are bad."""
+def set_status(outcomes: list[dict[str, Any]], status: np.ndarray) -> None:
+    """Write the status name of each row, and the reason if its features are not finite, into `outcomes`."""
     for outcome, value in zip(outcomes, status.tolist(), strict=True):
         outcome["status"] = status_name(Status(value))
         if value == Status.NONFINITE:
@@ -304,5 +297,5 @@ def tell_status(outcomes: list[dict[str, Any]], status: np.ndarray) -> None:
 
 
 def count_failed(result: Mapping[str, Any]) -> int:
-    """Images that could not be used, of what the marker of a unit keeps."""
+    """Number of images that could not be used, from the marker of a unit."""
     return sum(outcome["status"] != status_name(Status.OK) for outcome in result.get("outcomes", ()))

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from hierarchy_builder import __version__
-from hierarchy_builder.build.parts import read_part_moments, read_part_scatter
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import read_json, write_bytes, write_json
@@ -29,7 +28,14 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import is_fused, read_manifest, stage_entry
 from hierarchy_builder.store.quantisation import measure_quantisation
 from hierarchy_builder.store.shards import shard_name, sidecar
-from hierarchy_builder.store.statistics import Moments, merge_tree, per_channel, write_statistics
+from hierarchy_builder.store.statistics import (
+    Moments,
+    merge_tree,
+    per_channel,
+    read_part_moments,
+    read_part_scatter,
+    write_statistics,
+)
 from hierarchy_builder.store.units import stage_units, usable_rows
 from hierarchy_builder.terminal import counted
 

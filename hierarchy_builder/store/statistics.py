@@ -9,7 +9,7 @@ workers. Source: Chan, Golub and LeVeque (1979), pairwise update of mean and M2.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import write_bytes
+from hierarchy_builder.store.folder import BuildFolder
 
 SCATTER_VALUES = 2**22
 """Values made float64 at once by one thread (32 MiB); fixed, since the order of a sum decides its last bits."""
@@ -133,3 +135,42 @@ def write_statistics(path: Path, position: Moments, joint: Moments | None = None
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     write_bytes(path, buffer.getvalue())
+
+
+def write_part_moments(
+    folder: BuildFolder, part: int, moments: Moments, scatter: np.ndarray | None = None
+) -> None:
+    """Keep count, mean and M2 (float64 [H,W,C]) of a part's rows; scatter: float64 [C,C] of its tokens."""
+    arrays: dict[str, Any] = {"count": np.int64(moments.count), "mean": moments.mean, "m2": moments.m2}
+    if scatter is not None:
+        arrays["scatter"] = scatter
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_bytes(folder.part_moments(part), buffer.getvalue())
+
+
+def read_part_moments(folder: BuildFolder, part: int) -> Moments:
+    """What `write_part_moments` kept. Raises BuilderError where it is missing or damaged."""
+    arrays = _read_arrays(folder, part, ("count", "mean", "m2"))
+    return Moments(int(arrays["count"]), arrays["mean"], arrays["m2"])
+
+
+def read_part_scatter(folder: BuildFolder, part: int) -> np.ndarray:
+    """Scatter matrix [C,C] of a part's tokens. Raises BuilderError where the build began without --covariance."""
+    return _read_arrays(folder, part, ("scatter",))["scatter"]
+
+
+def _read_arrays(folder: BuildFolder, part: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+    path = folder.part_moments(part)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in names}
+    except KeyError as error:
+        raise BuilderError(
+            f"{path} has no {error.args[0]}: a build in one pass takes --covariance from its beginning, "
+            "start it over with --fresh"
+        ) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise BuilderError(
+            f"{path} is missing or damaged ({error}): remove it and run the same command again"
+        ) from None

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from hierarchy_builder.build.parts import read_part_moments
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping
@@ -26,6 +25,7 @@ from hierarchy_builder.store.damage import MANIFEST, Damage
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import VERBS, Ledger, check_manifest, is_fused, open_ledger, stage_entry
+from hierarchy_builder.store.statistics import read_part_moments
 from hierarchy_builder.store.units import layout_of, spread_rows, stage_units, state_of
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.verify.shard_checks import check_shards

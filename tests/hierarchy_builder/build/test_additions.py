@@ -9,7 +9,7 @@ import pytest
 from pictures import CLASSES, draw_picture, write_tree
 
 from hierarchy_builder.build import pipeline as steps
-from hierarchy_builder.build.additions import append
+from hierarchy_builder.build.changes import append
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import ConfigMismatchError
@@ -117,7 +117,7 @@ def test_changed_and_lost_images_are_no_additions(built: tuple[BuildFolder, Path
     folder, photos = built
     add(photos)
     (photos / CLASSES[1] / "003.png").unlink()
-    with pytest.raises(ConfigMismatchError, match=r"1 images .* the first is square/003\.png"):
+    with pytest.raises(ConfigMismatchError, match=r"1 image of this build .* for example square/003\.png"):
         steps.extract(folder, str(photos), PLAN.extract, SESSION, accept_new_files=True)
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_addition_is_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"hierarchy_builder.build.additions.{end_at}", end)
+        patched.setattr(f"hierarchy_builder.build.changes.{end_at}", end)
         with pytest.raises(KeyboardInterrupt):
             steps.build(folder, str(photos), PLAN, SESSION, accept_new_files=True)
     steps.build(folder, str(photos), PLAN, SESSION, accept_new_files=True)

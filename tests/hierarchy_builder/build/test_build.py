@@ -7,7 +7,7 @@ import pytest
 from pictures import CLASSES, write_tree
 from tiny_builds import PLAN, digests, session
 
-from hierarchy_builder.build import extraction
+from hierarchy_builder.build import inputs
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.workers import Workers, _gpus_per_worker, map_units, shutdown
@@ -142,7 +142,7 @@ def test_another_configuration_is_refused_and_named(tiny_build, tiny_photos) -> 
 def test_precision_is_settled_when_a_build_begins(tiny_photos, tmp_path, monkeypatch) -> None:
     folder = BuildFolder(tmp_path / "build")
     for there_is_a_gpu in (True, False):  # the second run goes on without one, in the same arithmetic
-        monkeypatch.setattr(extraction, "has_gpu", lambda workers, answer=there_is_a_gpu: answer)
+        monkeypatch.setattr(inputs, "has_gpu", lambda workers, answer=there_is_a_gpu: answer)
         steps.extract(folder, str(tiny_photos), PLAN.extract, session())
         assert stage_entry(folder, "extract")["inputs"]["config"]["precision"] == "bfloat16"
     steps.extract(folder, str(tiny_photos), PLAN.extract, session(fresh=True))

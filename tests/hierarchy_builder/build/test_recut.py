@@ -14,8 +14,8 @@ from pictures import write_tree
 from PIL import Image
 from typer.testing import CliRunner
 
+from hierarchy_builder.build import clustering as recutting
 from hierarchy_builder.build import pipeline as steps
-from hierarchy_builder.build import recut as recutting
 from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.workers import Workers
@@ -187,7 +187,7 @@ def test_the_command_line_cuts_anew_and_says_what_it_cannot(images: Path, tmp_pa
         runner.invoke(app, ["cluster", str(out), "--recut", "a", *quiet], catch_exceptions=False)
     with pytest.raises(ConfigMismatchError, match=r"flags you want now: .* shard .* --fresh"):
         runner.invoke(app, ["shard", str(out), *quiet], catch_exceptions=False)
-    assert runner.invoke(app, ["shard", str(out), "--fresh", *quiet]).exit_code == 0
+    assert runner.invoke(app, ["shard", str(out), "--fresh", "--yes", *quiet]).exit_code == 0
     assert list(find_problems(BuildFolder(out))) == []
     with pytest.raises(UsageError, match="--recipe is 'best', expected paper or stable"):
         runner.invoke(

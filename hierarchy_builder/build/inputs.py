@@ -1,0 +1,123 @@
+"""What staged and fused builds share: they list images, settle open options, check the encoder and count failures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hierarchy_builder.build.changes import in_row_order, same_blocks
+from hierarchy_builder.build.session import Session
+from hierarchy_builder.build.workers import has_gpu
+from hierarchy_builder.config import ExtractConfig
+from hierarchy_builder.encoders import Encoder
+from hierarchy_builder.encoders.probe import check_probe, probe_value
+from hierarchy_builder.errors import BuilderError, TooManySkippedError
+from hierarchy_builder.fields import identity
+from hierarchy_builder.images.sources import ImageSource, open_source
+from hierarchy_builder.records import Status
+from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.index import in_build_order, read_index, status_name
+from hierarchy_builder.store.ledger import known_entry
+from hierarchy_builder.store.units import stored_source
+
+
+def list_images(
+    folder: BuildFolder, source: str | None, config: ExtractConfig, class_map: str | None = None
+) -> ImageSource:
+    """List the images of a build; without `source` those in its manifest, with the class map it began with.
+
+    Raises UsageError if the build folder lies among the images.
+    """
+    if source is None:
+        source, class_map = stored_source(folder), str(folder.class_map)
+    folder.check_apart(os.path.join(source, config.split or ""))
+    return open_source(source, split=config.split, class_map=class_map)
+
+
+def extract_inputs(images: ImageSource, config: ExtractConfig, encoder: Encoder) -> dict[str, Any]:
+    """Everything that decides the features, in the types of JSON; `config` is settled."""
+    description = json.loads(json.dumps(encoder.describe()))  # a tuple is a list in the manifest
+    return {
+        "config": {**identity(config), "encoder": description["name"]},
+        "encoder": description,
+        "num_images": len(images.records),
+        "num_classes": max(images.class_map.values()) + 1,
+        "listing_hash": images.listing_hash,
+    }
+
+
+def settle_rows(
+    folder: BuildFolder, images: ImageSource, config: ExtractConfig, session: Session, *, accept: bool
+) -> tuple[ImageSource, ExtractConfig]:
+    """Put the images into the order of rows, and settle the open options; see `in_row_order`."""
+    if session.fresh:
+        images = replace(images, records=in_build_order(images.records, config.order))
+    else:
+        images = in_row_order(folder, images, config.order, accept=accept)
+        config = same_blocks(folder, config, accept=accept)
+    return images, settle(folder, config.for_images(len(images.records)), session)
+
+
+def settle(folder: BuildFolder, config: ExtractConfig, session: Session) -> ExtractConfig:
+    """Settle the precision `auto`, so that a build is never resumed in another precision."""
+    if config.precision != "auto":
+        return config
+    began = None if session.fresh else known_entry(folder, "extract")
+    if began:
+        return replace(config, precision=began["inputs"]["config"]["precision"])
+    return replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
+
+
+def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, session: Session) -> list[float]:
+    """Check the probe value of the encoder and return it; a build keeps the value it began with."""
+    began = None if session.fresh else known_entry(folder, "extract")
+    # If the encoder differs or no unit is done, the ledger decides whether the build may resume.
+    same = began and began["inputs"]["encoder"] == encoder.describe()
+    markers = [*folder.markers("extract"), *folder.markers("fuse")]
+    recorded = began["probe"] if began and same and markers else None
+    value = probe_value(encoder)
+    if check_probe(encoder, value, config.precision, recorded) == "new":
+        session.reporter.say(
+            f"encoder {encoder.name}: no reference value is known for these weights "
+            f"({encoder.weights_hash[:12]}…); its probe value is recorded, and every later run is checked against it"
+        )
+    return value if recorded is None else recorded
+
+
+def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return dict(sorted(Counter(outcome["status"] for outcome in outcomes).items()))
+
+
+def smaller_batches(results: Sequence[Mapping[str, Any]], config: ExtractConfig) -> dict[str, int]:
+    """The smallest batch size, if memory ran out and the batch was halved; otherwise nothing."""
+    sizes = [result["batch_size"] for result in results if "batch_size" in result]
+    return {"batch_size": min(sizes)} if sizes and min(sizes) < config.batch_size else {}
+
+
+def check_skipped(
+    folder: BuildFolder, outcomes: Sequence[Mapping[str, Any]], allowed: float, session: Session
+) -> None:
+    """Report how many images could not be used and why; raises TooManySkippedError above the allowed share."""
+    bad = [row for row, outcome in enumerate(outcomes) if outcome["status"] != status_name(Status.OK)]
+    if not bad:
+        return
+    if len(bad) == len(outcomes):
+        raise BuilderError(
+            f"{folder.index}: no image could be used, the first failed with: {outcomes[0]['reason']}"
+        )
+    reasons = Counter(outcomes[row]["reason"].partition(":")[0] for row in bad)
+    counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    advice = f"see {folder.index}, repair them and repeat with --retry-failed"
+    if len(bad) <= allowed * len(outcomes):
+        session.reporter.say(f"{len(bad)} of {len(outcomes)} images could not be used ({counted}): {advice}")
+        return
+    paths = read_index(folder.index).column("path")
+    named = [f"{paths[row]} ({outcomes[row]['reason']})" for row in bad[:5]]
+    raise TooManySkippedError(
+        f"{len(bad)} of {len(outcomes)} images could not be used, allowed is {allowed:.2%} ({counted}): "
+        f"{'; '.join(named)}{' …' if len(bad) > 5 else ''}; {advice}, or raise --max-bad-fraction"
+    )
