@@ -143,9 +143,8 @@ def evaluate(
     from trainer.data.shards import open_index
     from trainer.evaluation import studies
     from trainer.evaluation.evaluate import evaluate as measure
-    from trainer.evaluation.likelihood_page import measure_likelihood
+    from trainer.evaluation.pages import EVALUATION, measure_likelihood, shown_labels
     from trainer.evaluation.path_alignment import check_has_paths
-    from trainer.evaluation.run_page import EVALUATION, shown_labels
     from trainer.metrics.frechet import inception_features, read_reference
     from trainer.trajectories.photos import load_own_encoder
     from trainer.trajectories.pipeline import TrajectoryPipeline
@@ -253,9 +252,8 @@ def report(
     from hierarchy_builder.canvases.gallery import write_page
     from hierarchy_builder.files import target_of
     from trainer.data.shards import open_index
-    from trainer.evaluation.edit_page import edits_section, read_sweep, sweep_section
     from trainer.evaluation.evaluate import check_fits
-    from trainer.evaluation.run_page import run_page, shown_labels
+    from trainer.evaluation.pages import edits_section, read_sweep, run_page, shown_labels, sweep_section
     from trainer.trajectories.pipeline import TrajectoryPipeline
     from trainer.trajectories.trajectory import Trajectory
 

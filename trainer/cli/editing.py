@@ -254,7 +254,7 @@ def sweep(
     """One edit over classes, seeds, levels and strengths, each beside what happens without it."""
     from trainer.cli.edits import Tokens
     from trainer.evaluation import sweep as room
-    from trainer.evaluation.run_page import shown_labels
+    from trainer.evaluation.pages import shown_labels
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)

@@ -13,7 +13,7 @@ from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.progress import Follow, unseen
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
-from trainer.data.shards import ShardIndex
+from trainer.data.shards import ShardIndex, spread_evenly
 from trainer.evaluation.distribution import (
     Crowd,
     Inception,
@@ -185,9 +185,9 @@ class _Real:
         self.seen, self.seen_halves = Points(), (Points(), Points())
         self.shown: list[tuple[Tensor, Tensor | None, np.ndarray | None]] = []
         normaliser = pipe.normaliser.to("cpu")
-        chosen = np.linspace(0, index.num_samples - 1, min(most, index.num_samples)).astype(int)
+        chosen = spread_evenly(index.num_samples, most)
         reader = ShardReader(index)
-        waiting = follow(chosen.tolist(), "real images", len(chosen))
+        waiting = follow(chosen, "real images", len(chosen))
         while numbers := list(itertools.islice(waiting, READ_TOGETHER)):
             samples = [reader.read(number, extras=space is not None) for number in numbers]
             features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()

@@ -9,12 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import write_json
 from hierarchy_builder.progress import Follow, unseen
-from trainer.data.shards import ShardIndex
+from trainer.data.shards import ShardIndex, spread_evenly
 from trainer.evaluation.path_alignment import (
     FLAT,
     SEMANTIC,
@@ -98,8 +96,8 @@ def alignment_study(
 
 def photos_of(pipe: TrajectoryPipeline, index: ShardIndex, count: int) -> list[Trajectory]:
     """At most `count` samples of shards, spread evenly over them, each with noise of its own."""
-    chosen = np.unique(np.linspace(0, index.num_samples - 1, min(count, index.num_samples)).astype(int))
-    return [start_from_shards(pipe, index, number, seed=seed) for seed, number in enumerate(chosen.tolist())]
+    chosen = spread_evenly(index.num_samples, count)
+    return [start_from_shards(pipe, index, number, seed=seed) for seed, number in enumerate(chosen)]
 
 
 def _early_means(summary: Sequence[Mapping[str, Any]], suffix: str) -> Iterator[tuple[str, float]]:

@@ -39,7 +39,7 @@ from hierarchy_builder.canvases.views import (
 )
 from hierarchy_builder.quality.report import hierarchy_page
 from hierarchy_builder.terminal import show_value
-from trainer.evaluation.run_page import training_page, training_plots
+from trainer.evaluation.pages import training_page, training_plots
 from trainer.trajectories.view import TrajectoryView, page_palette, trajectory_grid_png
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from hierarchy_builder.canvases.gallery import Table, write_page
 from hierarchy_builder.canvases.views import HierarchyView
 from hierarchy_builder.quality.report import hierarchy_page
-from trainer.evaluation.run_page import training_page
+from trainer.evaluation.pages import training_page
 from trainer.trajectories.view import TrajectoryView
 
 PHONE = {"width": 375, "height": 812}

@@ -13,7 +13,7 @@ from tiny_pipeline import tiny_pipeline
 from hierarchy_builder.canvases.gallery import Gallery, Plots, Table
 from hierarchy_builder.canvases.plots import Plot, Series, draw
 from hierarchy_builder.errors import TrainerError
-from trainer.evaluation.edit_page import edits_section, read_sweep, sweep_section, unedited
+from trainer.evaluation.pages import edits_section, read_sweep, sweep_section, unedited
 from trainer.evaluation.sweep import SweepConfig, summarise, sweep
 
 

@@ -28,7 +28,7 @@ from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import NonFiniteLossError, UsageError
 from hierarchy_builder.progress import Follow, unseen
 from trainer.data.reader import ShardReader
-from trainer.data.shards import ShardIndex
+from trainer.data.shards import ShardIndex, spread_evenly
 from trainer.methods.normalizing_trajectory.chains import chain_entropy, noise_times, posterior
 from trainer.methods.normalizing_trajectory.objective import HALF_LOG_2PI, Chain, build_chain, transitions
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
@@ -128,7 +128,7 @@ def likelihood(
         raise UsageError(
             "likelihoods are exact for runs of normalizing-trajectory only: leave out --likelihood"
         )
-    chosen = np.linspace(0, index.num_samples - 1, min(max_real, index.num_samples)).astype(int).tolist()
+    chosen = spread_evenly(index.num_samples, max_real)
     images = list(follow(measure(pipe, index, chosen, num_steps), "measuring", len(chosen)))
     config, dims = pipe.model.config, math.prod(pipe.model.config.grid) * pipe.model.config.in_channels
     bits = np.stack([image.bits.sum(axis=(2, 3)) for image in images]).mean(axis=0) / dims

@@ -20,7 +20,7 @@ from hierarchy_builder.errors import InterruptedRunError, MismatchError, Trainer
 from trainer.cli import app as cli
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import open_index
-from trainer.evaluation.run_page import run_page
+from trainer.evaluation.pages import run_page
 from trainer.methods import registry
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of

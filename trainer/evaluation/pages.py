@@ -1,0 +1,417 @@
+"""Pages of a run: samples with scores and curves, edits next to their originals, and images that surprise the model.
+
+L levels (coarse → fine) or T transitions (noisy → clean), H×W grid of tokens
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from hierarchy_builder.canvases.colours import Palette, hierarchy_colours
+from hierarchy_builder.canvases.gallery import Code, Gallery, LevelViewer, Page, Plots, Section, Table, View
+from hierarchy_builder.canvases.plots import Plot, Series
+from hierarchy_builder.canvases.views import (
+    REGIONS,
+    HierarchyView,
+    hierarchy_viewers,
+    latent_views,
+    level_names,
+    shared_palette,
+)
+from hierarchy_builder.errors import TrainerError
+from hierarchy_builder.files import without_nan, write_bytes
+from hierarchy_builder.progress import Follow
+from hierarchy_builder.terminal import counted
+from trainer.data.normalisation import RAW, Normaliser
+from trainer.data.reader import ShardReader
+from trainer.data.shards import ShardIndex, spread_evenly
+from trainer.decode.rae import to_uint8
+from trainer.evaluation.evaluate import check_fits
+from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
+from trainer.evaluation.tables import metric_tables
+from trainer.methods import registry
+from trainer.methods.normalizing_trajectory.likelihood import Measured, likelihood, measure
+from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
+from trainer.metrics.edit_locality import token_change
+from trainer.training import checkpoint as saved
+from trainer.training.log import METRICS, read_metrics
+from trainer.training.run_folder import read_config, read_kept
+from trainer.trajectories.compare import compare, encoder_of, heat_map
+from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
+from trainer.trajectories.trajectory import Trajectory
+from trainer.trajectories.view import TrajectoryView, facts_section, page_palette, samples_section
+
+EVALUATION, LIKELIHOOD = "evaluation.json", "likelihood.json"
+"""Files of a run folder."""
+SHOWN_CLASSES = SHOWN_TEACHERS = 12
+SHOWN_IMAGES = 8
+"""Images at each end of the list of likelihoods whose maps are shown."""
+PALE, DEEP = np.array([247, 247, 244]), np.array([28, 60, 140])
+"""Colours of no added bits and of the most."""
+TEACHER_TEXT = (
+    "What the model was shown. Children share the hues of their parent region; latent colours are the same on "
+    "every card of this page, teachers and samples alike."
+)
+CURVES_TEXT = "Long curves are means of equal runs of points; the band spans least to greatest."
+LOSSES = ("loss", "loss_u", "loss_v", "region")
+LOSS_TITLE = "losses"
+PER_LEVEL = re.compile(r"(.+?)[_/](?:level_?)?(\d+)")
+NOT_PLOTTED = frozenset({"step", "images", "seed", "time", "epoch"})
+LOG_RATIO = 20.0
+EDITS_TEXT = (
+    "Each card shows a trajectory before and after an edit, and how far each token moved (1 − cos, relative to the "
+    "largest change on the card; lighter is more). Levels before the edited one are identical bit for bit. LIS is the "
+    "mean change of the tokens that were not edited."
+)
+SWEEP_TEXT = (
+    "The same edit over classes and seeds, with two controls: the same trajectories without the edit, and with other "
+    "noise. The edit itself causes only what exceeds both controls. Bands are 95 % intervals of the mean. The curves "
+    "show the greatest strength; the table shows all."
+)
+SURPRISE_TEXT = (
+    "Each map shows how many bits a token adds to the cost of the noise on it, given the class and the previous level. "
+    "Darker tokens are more surprising; all cards share one scale per level. First come the images that need the most "
+    "bits, then those that need the fewest, of {count} measured. The map of single tokens depends on the order in "
+    "which the model reads them; the sum over tokens does not."
+)
+PLOTTED = {"lis": "LIS, tokens not edited", "inside": "change of edited tokens"}
+COMPARED = ("level", "change", "changed_share", "lis", "inside")
+
+
+def run_page(
+    run: Path,
+    pipe: TrajectoryPipeline,
+    trajectories: Sequence[Trajectory],
+    index: ShardIndex | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
+    more: Sequence[Section] = (),
+) -> Page:
+    """The page of a run: samples, curves, scores of `trainer evaluate`, and teachers where shards are given.
+
+    stages: rows of a table of the stages that led to the run, column → value. more: sections after the samples.
+    Raises TrainerError if `run` is not a run folder.
+    """
+    content = read_config(run)
+    state = saved.load_state(saved.find_checkpoint(run))
+    seen = state.shards.get("num_samples")  # an imported checkpoint does not say
+    method = registry.method_in(state.config, run)
+    title = method.name.replace("-", " ").title()
+    facts = {
+        "preset": state.config["preset"],
+        "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
+        "images seen": f"{state.images_seen:,}",
+        "steps": f"{state.step:,}",
+        "training time": f"{state.seconds / 60:.1f} min",
+        "encoder": state.shards["encoder"].get("name", "unknown"),
+        "training images": "unknown" if seen is None else f"{seen:,}",
+        "classes": len(state.shards["class_names"]),
+    }
+    trained_on = "unknown images" if seen is None else counted(seen, "image")
+    page = training_page(
+        title=f"{title}: {state.config['preset']} on {trained_on}",
+        facts=facts,
+        trajectories=[trajectory.view() for trajectory in trajectories],
+        teachers=[] if index is None else teacher_views(index, pipe.decoder, pipe.normaliser.to("cpu")),
+        metrics=[
+            Table(rows=rows, caption=f"{topic.title}. {topic.note}".rstrip())
+            for topic, rows in metric_tables(kept_metrics(run / EVALUATION, run / LIKELIHOOD)).items()
+        ],
+        log=[row for row in (read_metrics(run) if (run / METRICS).exists() else []) if "loss" in row],
+        stages=stages,
+        more=more,
+        config=content["config"],
+        losses_text=method.losses_text,
+    )
+    if index is None or not isinstance(pipe, NormalizingPipeline):
+        return page
+    *sections, configuration = page.sections
+    return replace(page, sections=[*sections, *likelihood_sections(run, pipe, index), configuration])
+
+
+def training_page(
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    trajectories: Sequence[TrajectoryView] = (),
+    teachers: Sequence[HierarchyView] = (),
+    metrics: Sequence[Table] = (),
+    log: Sequence[Mapping[str, Any]] = (),
+    stages: Sequence[Mapping[str, Any]] = (),
+    config: Mapping[str, Any] | None = None,
+    more: Sequence[Section] = (),
+    intro: str = "",
+    palette: Palette | None = None,
+    losses_text: str = "",
+) -> Page:
+    """The page of a run; parts that are empty are left out.
+
+    facts: name → value. metrics: tables, one below the other. stages: rows of column → value. log: the rows of
+    metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config: plain data, shown as
+    YAML. more: sections after the samples. palette: where it is not given, it is fitted on the tokens of the teachers
+    if there are any, since early samples may lie anywhere. losses_text: what the method says about its losses.
+    `canvases.gallery.write_page` writes it.
+    """
+    palette = palette or page_palette(trajectories, teachers)
+    teacher_gallery = Gallery(viewers=hierarchy_viewers(teachers, palette), start=1)
+    configuration = yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True)
+    code = Code(summary="Resolved configuration", text=configuration)
+    plots = training_plots(log)
+    curves_text = " ".join(filter(None, ("From metrics.jsonl.", losses_text, CURVES_TEXT)))
+    after_samples = [
+        (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
+        *((section, section) for section in more),
+        (metrics, Section(title="Metrics", blocks=metrics)),
+        (plots, Section(title="Curves", text=curves_text, blocks=[Plots(plots=plots)])),
+        (stages, Section(title="Stages", blocks=[Table(rows=stages)])),
+        (config, Section(title="Configuration", blocks=[code])),
+    ]
+    sections = [*facts_section(facts), *samples_section(trajectories, palette)]
+    sections += [section for content, section in after_samples if content]
+    return Page(title=title, intro=intro, sections=sections)
+
+
+def training_plots(log: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """One plot of the losses, one per measure that has a curve for each level, and one per remaining number."""
+    x_name = "images" if any("images" in row for row in log) else "step"
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in log for name in row):
+        if name not in NOT_PLOTTED and any(_is_number(row.get(name)) for row in log):
+            groups.setdefault(_group(name), []).append(name)
+    ordered = sorted(groups.items(), key=lambda item: item[0] != LOSS_TITLE)
+    return [_plot(title, names, log, x_name) for title, names in ordered]
+
+
+def _group(name: str) -> str:
+    """Losses share one plot; `name_level_0`, `name/level1`, `name/0` share one per name."""
+    if name in LOSSES:
+        return LOSS_TITLE
+    per_level = PER_LEVEL.fullmatch(name)
+    return f"{per_level[1]} per level" if per_level else name
+
+
+def _plot(title: str, names: Sequence[str], log: Sequence[Mapping[str, Any]], x_name: str) -> Plot:
+    series = []
+    for name in names:
+        rows = [row for row in log if _is_number(row.get(name)) and _is_number(row.get(x_name))]
+        per_level = PER_LEVEL.fullmatch(name)
+        label = f"level {per_level[2]}" if per_level else name
+        series.append(Series(name=label, x=[row[x_name] for row in rows], y=[row[name] for row in rows]))
+    values = np.array([y for line in series for y in line.y if np.isfinite(y)])
+    log_y = len(values) > 0 and values.min() > 0 and values.max() / values.min() > LOG_RATIO
+    x_label = "images seen" if x_name == "images" else x_name
+    return Plot(title=title.replace("_", " "), x_label=x_label, series=series, log_y=bool(log_y))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def shown_labels(num_classes: int) -> list[int]:
+    """The classes that a report shows, spread evenly over all classes."""
+    return spread_evenly(num_classes, SHOWN_CLASSES)
+
+
+def kept_metrics(*paths: Path) -> list[dict[str, Any]]:
+    """Rows name/value of the last `trainer evaluate` in these files of a run; none from a file that is not there."""
+    return [row for path in paths for row in read_kept(path)["metrics"]]
+
+
+def teacher_views(
+    index: ShardIndex,
+    decoder: Decoder | None = None,
+    normaliser: Normaliser = RAW,
+    limit: int = SHOWN_TEACHERS,
+) -> list[HierarchyView]:
+    """Samples spread evenly over the shards, with their regions and, where the shards store them, photographs.
+
+    normaliser: the one of the run that was trained on these teachers.
+    """
+    reader = ShardReader(index)
+    views = []
+    for number in spread_evenly(index.num_samples, limit):
+        sample = reader.read(number, extras=True)
+        features = torch.from_numpy(sample.features[None]).float()
+        canvases = normaliser.teacher_canvases(features, torch.from_numpy(sample.regions[None]))[0]
+        views.append(
+            HierarchyView(
+                key=sample.key,
+                class_name=index.class_names[sample.label],
+                regions=sample.regions,
+                canvases=canvases.numpy(),
+                photo=_photo(sample.image),
+                decoded=None if decoder is None else to_uint8(decoder(canvases)).cpu().numpy(),
+            )
+        )
+    reader.close()
+    return views
+
+
+def edits_section(edited: Sequence[Trajectory]) -> Section:
+    """A card and a few rows of numbers for each edited trajectory, compared with its unedited original."""
+    pairs = [(unedited(trajectory), trajectory) for trajectory in edited]
+    rows = [
+        {"edit": f"{after.class_name}, seed {after.seeds[0]}"} | {name: row[name] for name in COMPARED}
+        for before, after in pairs
+        for row in without_nan(compare(before, after, encode=encoder_of(after)))
+    ]
+    cards = Gallery(viewers=[_edit_card(before, after) for before, after in pairs], start=-1)
+    table = Table(rows=rows, caption="Compared with the trajectory before its first edit.")
+    return Section(title="Edits", text=EDITS_TEXT, blocks=[cards, table])
+
+
+def unedited(trajectory: Trajectory) -> Trajectory:
+    """The trajectory before its first edit. Raises TrainerError if it was not edited."""
+    if not trajectory.replaced:
+        raise TrainerError(
+            f"the trajectory of {trajectory.class_name} was not edited: give files that `trainer edit` or the studio "
+            "wrote"
+        )
+    before = trajectory
+    while before.replaced:
+        before = before.undo()
+    return before
+
+
+def _edit_card(before: Trajectory, after: Trajectory) -> LevelViewer:
+    change = token_change(before.levels, after.levels).numpy()
+    palette = shared_palette([before.levels.numpy()])
+    is_decoded = before.can_decode and after.can_decode
+    first, second = (
+        each.decode() if is_decoded else latent_views(each.levels.numpy(), None, palette)[0].layers
+        for each in (before, after)
+    )
+    layers = {"before": first, "after": second, "change": heat_map(change, float(change.max()))}
+    return LevelViewer(
+        title=after.class_name,
+        subtitle=f"seed {after.seeds[0]}",
+        level_names=level_names(after.num_levels),
+        views=[View(name=name, layers=pictures) for name, pictures in layers.items()],
+        notes={"steps": len(after.history)},
+    )
+
+
+def read_sweep(path: Path) -> list[dict[str, Any]]:
+    """The summary in a file that `trainer sweep --out` wrote. Raises TrainerError for any other file."""
+    try:
+        summary = json.loads(path.read_text())["summary"]
+        if not summary or any(name not in row for row in summary for name in SETTING):
+            raise KeyError("summary")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainerError(f"{path} is not what `trainer sweep --out` writes: {error!r}") from None
+    return [{name: np.nan if value is None else value for name, value in row.items()} for row in summary]
+
+
+def sweep_section(summary: Sequence[Mapping[str, Any]]) -> Section:
+    """A plot over the measured levels for each edited level and measure, and the table of a sweep."""
+    strongest = max(row["strength"] for row in summary)
+    plots = []
+    for level in sorted({row["level"] for row in summary}):
+        rows = [row for row in summary if row["level"] == level and row["strength"] == strongest]
+        for name, title in PLOTTED.items():
+            if f"{name}_mean" in summary[0]:
+                series = [
+                    _series([row for row in rows if row["arm"] == arm], name, arm) for arm in _arms(rows)
+                ]
+                where = f"{title}; level {level} edited"
+                plots.append(Plot(title=where, x_label="measured level", series=series))
+    table = Table(rows=summary_table(summary), caption=BASELINES)
+    return Section(title="Sweep of edits", text=SWEEP_TEXT, blocks=[Plots(plots=plots), table])
+
+
+def _arms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str, arm: str) -> Series:
+    mean, low, high = ([row[f"{name}_{part}"] for row in rows] for part in ("mean", "low", "high"))
+    return Series(name=arm, x=[row["measured"] for row in rows], y=mean, low=low, high=high)
+
+
+def measure_likelihood(
+    run: Path, pipe: Any, index: ShardIndex, max_real: int, num_steps: int, ema: str, follow: Follow
+) -> list[dict[str, Any]]:
+    """Rows name/value of `trainer evaluate --likelihood`; they and the bits of every image are kept in likelihood.json.
+
+    Images are listed from the most surprising one down, so that the head of the list flags odd hierarchies.
+    Arguments and errors are those of `likelihood`; raises MismatchError if the shards do not fit the model.
+    """
+    check_fits(pipe, index)
+    metrics, images = likelihood(pipe, index, max_real, num_steps, follow)
+    rows = [{"name": name, "value": value} for name, value in metrics]
+    listed = [
+        {
+            "key": image.key,
+            "number": image.number,
+            "added_bits": round(image.added_total, 2),
+            "by_level": [round(float(bits), 2) for bits in image.added.sum(axis=(1, 2, 3))],
+            "by_region": [[round(bits, 2) for bits in level] for level in image.region_bits()[:-1]],
+        }
+        for image in sorted(images, key=lambda image: image.added_total, reverse=True)
+    ]
+    setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": num_steps, "ema": ema}
+    write_bytes(run / LIKELIHOOD, json.dumps({**setup, "metrics": rows, "images": listed}).encode())
+    return rows
+
+
+def likelihood_sections(run: Path, pipe: NormalizingPipeline, index: ShardIndex) -> list[Section]:
+    """Maps of the most and the least surprising images of likelihood.json, measured again with the same noise.
+
+    Returns nothing unless that file was written for these shards.
+    """
+    content = read_kept(run / LIKELIHOOD)
+    if content.get("shards_hash") != index.config_hash:
+        return []
+    listed = content["images"]
+    chosen = listed if len(listed) <= 2 * SHOWN_IMAGES else listed[:SHOWN_IMAGES] + listed[-SHOWN_IMAGES:]
+    images = list(measure(pipe, index, [image["number"] for image in chosen], content["num_steps"]))
+    maps = [_map(image) for image in images]
+    peak = np.quantile(np.stack(maps), 0.995, axis=(0, 2, 3))[:, None, None].clip(1e-9)
+    reader = ShardReader(index)
+    cards = [
+        _surprise_card(image, bits, bits / peak, index, reader)
+        for image, bits in zip(images, maps, strict=True)
+    ]
+    reader.close()
+    text = SURPRISE_TEXT.format(count=f"{len(listed):,}")
+    return [Section(title="Surprise", text=text, blocks=[Gallery(viewers=cards, start=-1)])]
+
+
+def _map(image: Measured) -> np.ndarray:
+    """Added bits of tokens by level, or by transition where there is only one level: [L or T, H, W]."""
+    return image.added.sum(axis=1) if len(image.added) > 1 else image.added[0, ::-1]
+
+
+def _surprise_card(
+    image: Measured, bits: np.ndarray, share: np.ndarray, index: ShardIndex, reader: ShardReader
+) -> LevelViewer:
+    colours = PALE + np.sqrt(share.clip(0, 1))[..., None] * (DEEP - PALE)
+    views = [View(name="added bits", layers=np.rint(colours).astype(np.uint8))]
+    names: Sequence[str] = [f"transition {k + 1}" for k in range(len(share))]
+    if len(image.added) > 1:
+        names = level_names(len(share))
+        views.insert(0, View(name=REGIONS, layers=hierarchy_colours(image.regions)))
+    return LevelViewer(
+        title=index.class_names[image.label],
+        subtitle=image.key,
+        level_names=names,
+        captions=[f"{total:,.0f} bits" for total in bits.sum(axis=(1, 2))],
+        views=views,
+        reveal=_photo(reader.read(image.number, extras=True).image),
+        notes={"added bits": f"{image.added_total:,.0f}"},
+    )
+
+
+def _photo(stored: bytes | None) -> np.ndarray | None:
+    return None if stored is None else np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
