@@ -6,7 +6,7 @@ b images of one rank, H×W grid of tokens, C channels, L levels, h×w pixels
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,43 +16,17 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.records import Sample
+from trainer.data.reader import Rows
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import RankShare, StreamPlan
 
 
 @dataclass(kw_only=True, slots=True)
-class PictureBatch:
-    """One rank's share of a global batch."""
+class PictureBatch(Rows):
+    """One rank's share of a global batch, with pictures."""
 
-    features: Tensor
-    """float16 [b, H, W, C]"""
     pictures: Tensor
     """uint8 [b, 3, h, w], RGB"""
-    regions: Tensor
-    """uint8 [b, L−1, H, W]"""
-    label: Tensor
-    """int64 [b]"""
-    keys: list[str]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def rows(self, start: int, stop: int) -> PictureBatch:
-        """Rows `start` ≤ i < `stop`."""
-        return self._map(lambda tensor: tensor[start:stop], self.keys[start:stop])
-
-    def to(self, device: torch.device) -> PictureBatch:
-        """The same batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
-
-    def _map(self, change: Callable[[Tensor], Tensor], keys: list[str]) -> PictureBatch:
-        return PictureBatch(
-            features=change(self.features),
-            pictures=change(self.pictures),
-            regions=change(self.regions),
-            label=change(self.label),
-            keys=keys,
-        )
 
 
 class PictureDataset(RankShare):
@@ -79,7 +53,7 @@ class PictureDataset(RankShare):
         """Item `number`, in page-locked memory if that is asked for."""
         numbers, _ = self.places(number)
         batch = self.samples(numbers.tolist())
-        return batch._map(Tensor.pin_memory, batch.keys) if pin_memory else batch
+        return batch.pinned() if pin_memory else batch
 
     def samples(self, numbers: Sequence[int]) -> PictureBatch:
         """The samples of these numbers, counted through all shards."""

@@ -15,10 +15,11 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,17 +49,39 @@ def default_cache() -> str:
 
 @dataclass(kw_only=True, slots=True)
 class Rows:
-    """Samples as they are stored, one row each.
-
-    features: float16 or int8 [B, H, W, C]. scale: float32 [B, H, W, 1] where features are int8, else None; a feature
-    is the product of the two. regions: uint8 [B, L−1, H, W]. label: int64 [B].
-    """
+    """Samples as they are stored, one row each."""
 
     features: Tensor
-    scale: Tensor | None
+    """float16 [B, H, W, C], or int8 with `scale`"""
+    scale: Tensor | None = None
+    """float32 [B, H, W, 1] where features are int8; a feature is the product of the two."""
     regions: Tensor
+    """uint8 [B, L−1, H, W]"""
     label: Tensor
+    """int64 [B]"""
     keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Rows `start` ≤ i < `stop`."""
+        return replace(self._map(lambda tensor: tensor[start:stop]), keys=self.keys[start:stop])
+
+    def to(self, device: torch.device) -> Self:
+        """The same rows on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """The same rows in page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 class ShardReader:

@@ -12,7 +12,7 @@ epoch, sample): in each run of L epochs it meets all L levels, in a random order
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from torch import Tensor
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import TrainerError, UsageError
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.data.reader import ShardReader
+from trainer.data.reader import Rows, ShardReader
 from trainer.data.shards import ShardIndex
 
 AHEAD_BYTES = 2**32
@@ -32,31 +32,11 @@ AHEAD_BYTES = 2**32
 
 
 @dataclass(kw_only=True, slots=True)
-class Batch:
-    """One rank's share of a global batch. Level l asks for canvas l, given canvas l−1."""
+class Batch(Rows):
+    """One rank's share of a global batch. A row of level l asks for canvas l, given canvas l−1."""
 
-    features: Tensor
-    """float16 [b, H, W, C], or int8 with `scale`"""
-    regions: Tensor
-    """uint8 [b, L−1, H, W]"""
-    label: Tensor
-    """int64 [b]"""
     level: Tensor
     """int64 [b]"""
-    keys: list[str]
-    scale: Tensor | None = None
-    """float32 [b, H, W, 1], where features are int8: a feature is the product of the two."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def rows(self, start: int, stop: int) -> Batch:
-        """Rows `start` ≤ i < `stop`."""
-        return self._map(lambda tensor: tensor[start:stop], self.keys[start:stop])
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.keys)
 
     def tokens(self, normaliser: Normaliser = RAW) -> Tensor:
         """Features as the network sees them, float32 [b, H, W, C]."""
@@ -79,16 +59,6 @@ class Batch:
         is_first = (self.level == 0)[:, None, None, None]
         regions = self.regions[row, self.level.clamp(max=self.regions.shape[1] - 1)]
         return canvases[row, self.level], prev.masked_fill(is_first, 0.0), regions
-
-    def _map(self, change: Callable[[Tensor], Tensor], keys: list[str]) -> Batch:
-        return Batch(
-            features=change(self.features),
-            regions=change(self.regions),
-            label=change(self.label),
-            level=change(self.level),
-            keys=keys,
-            scale=None if self.scale is None else change(self.scale),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
