@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_builds import PLAN, digests, session
@@ -25,7 +24,6 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import remove_strays
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair
-from trainer.metrics.frechet import Gaussian, read_reference, save_reference
 
 QUIET = Reporter(quiet=True)
 PLACES = (
@@ -318,8 +316,6 @@ def test_what_is_no_file_is_not_replaced(tiny_build: BuildFolder, tmp_path: Path
         pass
     with pytest.raises(TrainerError, match="expected the name of a file to write"), whole_file(target):
         pass
-    with pytest.raises(TrainerError, match="expected the name of a file to write"):
-        save_reference(target, Gaussian(np.zeros(2), np.eye(2)))
     assert os.lstat(target) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "folder", "pipe", "to-folder"]
 
@@ -339,9 +335,3 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
         assert link.is_symlink()
         assert file.read_text() == "again"
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["dangling.json", "there.json"]
-
-
-def test_reference_statistics_are_written_under_their_name(tmp_path: Path) -> None:
-    save_reference(tmp_path / "statistics", Gaussian(np.zeros(2), np.eye(2)))
-    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
-    assert (read_reference(tmp_path / "statistics").covariance == np.eye(2)).all()

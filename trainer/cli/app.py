@@ -144,7 +144,6 @@ def evaluate(
     from trainer.evaluation import studies
     from trainer.evaluation.evaluate import evaluate as measure
     from trainer.evaluation.pages import EVALUATION, measure_likelihood, shown_labels
-    from trainer.evaluation.path_alignment import check_has_paths
     from trainer.metrics.frechet import inception_features, read_reference
     from trainer.trajectories.photos import load_own_encoder
     from trainer.trajectories.pipeline import TrajectoryPipeline
@@ -166,7 +165,7 @@ def evaluate(
         _print_metrics(measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
         return
     if alignment:
-        check_has_paths(pipe)
+        studies.check_has_paths(pipe)
     if edits:
         studies.check_has_levels(pipe)
     strength = _strength(weak, weak_scale)

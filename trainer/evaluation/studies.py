@@ -1,27 +1,35 @@
-"""Longer looks at a trained model, kept in its run folder: locality of edits, and alignment along the path.
+"""Studies of a trained model that `trainer evaluate` adds on request: how local edits are, and when boundaries appear.
 
-Each writes one JSON file (setup, summary) and yields (name, value) of its main numbers for the table of `evaluate`.
+    L levels (coarse → fine), H×W grid, C channels, S steps, K regions
+
+Each study writes one JSON file (setup, summary) into the run folder and yields (name, value) of its main numbers.
+
+Boundaries: a level is drawn in S steps from noise (t = 1) to its canvas (t = 0). At every t the network predicts a
+clean canvas x̂, which is divided into K regions. Their outlines are compared with those of the regions that the level
+ends with, of a flat division of the final tokens, and of meaningless partitions. Definitions: docs/metrics.md.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import write_json
 from hierarchy_builder.progress import Follow, unseen
 from trainer.data.shards import ShardIndex, spread_evenly
-from trainer.evaluation.path_alignment import (
-    FLAT,
-    SEMANTIC,
-    SHIFTED,
-    alignment,
-    alignment_of_photos,
-    summarise_alignment,
-)
 from trainer.evaluation.sweep import EDIT, OTHER_NOISE, SweepConfig, summarise, sweep
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.sample import time_steps
+from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
+from trainer.metrics.regions import divide, extract_regions
+from trainer.metrics.spread import spread
+from trainer.seeds import level_noise
 from trainer.trajectories.photos import start_from_shards
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
@@ -30,13 +38,16 @@ EDITS, ALIGNMENT = "edits.json", "alignment.json"
 """Files of a run folder."""
 PATH_STEPS = 16
 """Network evaluations per level along the path."""
+SEMANTIC, FLAT, SHIFTED, GRID, SHUFFLED = "semantic", "flat", "shifted", "grid", "shuffled"
+"""Partitions whose outlines are compared with those of x̂, see `partitions`."""
 
 
 def check_has_levels(pipe: TrajectoryPipeline) -> None:
-    """Raise UsageError where samples have one level: the effect of an edit is looked for in the levels after it."""
+    """Raise UsageError if samples have one level, since an edit is measured in the levels after the edited one."""
     if pipe.drawn_levels == 1:
         raise UsageError(
-            "edits are measured in the levels after theirs, and samples of this run have one level: leave out --edits"
+            "edits are measured in the levels after the edited one, but samples of this run have one level: leave out "
+            "--edits"
         )
 
 
@@ -48,10 +59,10 @@ def edit_study(
     num_steps: int = 1,
     follow: Follow = unseen,
 ) -> Iterator[tuple[str, float]]:
-    """Feature edits of every level, over classes and seeds: see `trainer.evaluation.sweep`.
+    """Edit the features of every level, over classes and seeds: see `trainer.evaluation.sweep`.
 
-    Yields lis_<edited>_<measured> with _low and _high of its 95 % interval, the same with other_noise in place of an
-    edit, and gain_<edited>_<measured>. Writes RUN/edits.json.
+    Yields lis_<edited>_<measured> with the ends _low and _high of its 95 % interval, the same for other noise instead
+    of an edit (_other_noise), and gain_<edited>_<measured>. Writes RUN/edits.json.
     """
     config = SweepConfig(labels=tuple(labels), seeds=tuple(seeds), num_steps=num_steps)
     summary = summarise(sweep(pipe, config, follow=follow))
@@ -60,7 +71,7 @@ def edit_study(
     for line in summary:
         where = f"{line['level']}_{line['measured']}"
         if line["measured"] == line["level"]:
-            continue  # an edit leaves its own level's other tokens as they are
+            continue  # an edit does not change the other tokens of its own level
         if line["arm"] == EDIT:
             yield f"lis_{where}", line["lis_mean"]
             yield f"lis_{where}_low", line["lis_low"]
@@ -68,6 +79,15 @@ def edit_study(
             yield f"gain_{where}", line["gain_mean"]
         elif line["arm"] == OTHER_NOISE:
             yield f"lis_{where}_other_noise", line["lis_mean"]
+
+
+def check_has_paths(pipe: TrajectoryPipeline) -> None:
+    """Raise UsageError unless the model was trained by Trajectory Forcing, the only method whose path is measured."""
+    if not isinstance(pipe.model, TrajectoryTransformer):
+        raise UsageError(
+            f"--alignment needs a model of Trajectory Forcing, found {type(pipe.model).__name__}: leave out "
+            "--alignment"
+        )
 
 
 def alignment_study(
@@ -79,12 +99,12 @@ def alignment_study(
     photos: Sequence[Trajectory] = (),
     follow: Follow = unseen,
 ) -> Iterator[tuple[str, float]]:
-    """Boundaries along the generative path, over classes and seeds, and over photographs: see
-    `trainer.evaluation.path_alignment`.
+    """Measure when boundaries appear on the generative path, over classes and seeds, and over photographs.
 
-    Yields alignment_<level>_<partition>: the mean over the steps before the last, where x̂ is the canvas itself, of
-    boundary F with the level's own regions, and with flat and shifted ones; with _real for photographs and their
-    teacher's regions. Writes RUN/alignment.json, which holds all times and partitions (`summary`, `photos`).
+    Yields alignment_<level>_<partition>: the boundary F with the level's own regions, and with flat and shifted ones,
+    averaged over all steps but the last, whose x̂ is the canvas itself. Names that end in _real are of photographs,
+    compared with the regions of their teacher. Writes RUN/alignment.json with all times and partitions (`summary`,
+    `photos`).
     """
     summary = summarise_alignment(list(alignment(pipe, labels, seeds, num_steps, follow)))
     of_photos = summarise_alignment(list(alignment_of_photos(pipe, photos, num_steps, follow)))
@@ -95,9 +115,136 @@ def alignment_study(
 
 
 def photos_of(pipe: TrajectoryPipeline, index: ShardIndex, count: int) -> list[Trajectory]:
-    """At most `count` samples of shards, spread evenly over them, each with noise of its own."""
+    """At most `count` samples spread evenly over the shards, each with a noise seed of its own."""
     chosen = spread_evenly(index.num_samples, count)
     return [start_from_shards(pipe, index, number, seed=seed) for seed, number in enumerate(chosen)]
+
+
+@torch.no_grad()
+def denoising_path(
+    pipe: TrajectoryPipeline, label: int, noise: Tensor, previous: Tensor | None, level: int, num_steps: int
+) -> tuple[list[float], Tensor]:
+    """Draw one level in steps and record which clean canvas the network predicts on the way.
+
+    noise: float32 [H, W, C], the start at t = 1. previous: [H, W, C], raw canvas of the level before; None at level 0.
+    Returns the times t from 1 to 0, and x̂ float32 [S+1, H, W, C] in units of raw features. At t > 0, x̂ is where a
+    straight line from z_t ends: z_t − t·u(z_t, t, r = 0). The last x̂ is the drawn canvas.
+    """
+    device = next(pipe.model.parameters()).device
+    z = noise[None].to(device)
+    prev = torch.zeros_like(z) if previous is None else pipe.normaliser.apply(previous[None].to(device))
+    ids = torch.tensor([label], device=device)
+    inputs: dict[str, Any] = {"label": ids, "level": torch.full_like(ids, level), "prev": prev, "heads": "u"}
+    times, expected = [], []
+    for t_now, t_next in time_steps(num_steps):
+        t, r = z.new_full((1,), t_now), z.new_full((1,), t_next)
+        expected.append(z - t_now * pipe.model(z, t=t, r=torch.zeros_like(t), **inputs).u)
+        times.append(t_now)
+        z = z - (t_now - t_next) * pipe.model(z, t=t, r=r, **inputs).u
+    canvases = pipe.normaliser.undo(torch.cat([*expected, z]))
+    return [*times, 0.0], canvases.cpu()
+
+
+def alignment(
+    pipe: TrajectoryPipeline,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    num_steps: int = PATH_STEPS,
+    follow: Follow = unseen,
+) -> Iterator[dict[str, Any]]:
+    """Boundary F along the path, one row for each class, seed, level, partition and time.
+
+    Every level is drawn in `num_steps` steps from the canvas before it. Ward's linkage divides x̂ into as many regions
+    as the partition has that it is compared with. Columns: label, seed, level, partition, t, f, regions.
+    Raises UsageError for models of another method.
+    """
+    check_has_paths(pipe)
+    units = list(itertools.product(labels, seeds))
+    for label, seed in follow(units, "paths", len(units)):
+        noise = _noise(pipe, seed)
+        paths: dict[int, tuple[list[float], Tensor]] = {}
+        previous = None
+        for level in range(len(noise)):
+            paths[level] = denoising_path(pipe, label, noise[level], previous, level, num_steps)
+            previous = paths[level][1][-1]
+        final = torch.stack([expected[-1] for _, expected in paths.values()])
+        yield from _rows({"label": label, "seed": seed}, paths, final)
+
+
+def alignment_of_photos(
+    pipe: TrajectoryPipeline,
+    photos: Sequence[Trajectory],
+    num_steps: int = PATH_STEPS,
+    follow: Follow = unseen,
+) -> Iterator[dict[str, Any]]:
+    """The same for photographs: level ℓ ≥ 1 is drawn from the photograph's own level ℓ−1, and x̂ is compared with the
+    teacher's regions of ℓ, which the network has not seen.
+
+    photos: trajectories that start from photographs (`trainer.trajectories.photos`). Columns and errors are those of
+    `alignment`.
+    """
+    check_has_paths(pipe)
+    for photo in follow(photos, "paths from photos", len(photos)):
+        noise = _noise(pipe, photo.seeds[-1])
+        paths = {
+            level: denoising_path(pipe, photo.label, noise[level], photo.levels[level - 1], level, num_steps)
+            for level in range(1, len(noise))
+        }
+        yield from _rows({"label": photo.label, "seed": photo.seeds[-1]}, paths, photo.levels)
+
+
+def partitions(levels: Tensor, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """For each level, the regions it ended with and other partitions of as many: float [L, H, W, C] → int64 [H, W].
+
+    semantic: `extract_regions` of that level (for the last level, of the one before). flat: Ward's linkage of the
+    final tokens, which belongs to no hierarchy. shifted, shuffled, grid: see `metrics.alignment`.
+    """
+    found = extract_regions(levels).long()
+    targets = []
+    for level in range(len(levels)):
+        _, ids = found[min(level, len(found) - 1)].unique(return_inverse=True)
+        count = int(ids.max()) + 1
+        targets.append(
+            {
+                SEMANTIC: ids,
+                FLAT: divide(levels[-1], count),
+                SHIFTED: shifted(ids, generator),
+                GRID: tiles(count, (ids.shape[0], ids.shape[1])),
+                SHUFFLED: shuffled(ids, generator),
+            }
+        )
+    return targets
+
+
+def summarise_alignment(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, deviation and 95 % interval of f over classes and seeds, for each level, partition and time."""
+    groups: dict[tuple[int, str, float], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["level"], row["partition"], row["t"]), []).append(row["f"])
+    return [
+        dict(zip(("level", "partition", "t"), place, strict=True))
+        | {f"f_{name}": value for name, value in spread(f)._asdict().items()}
+        for place, f in groups.items()
+    ]
+
+
+def _noise(pipe: TrajectoryPipeline, seed: int) -> Tensor:
+    """Noise of all levels of one trajectory, float32 [L, H, W, C]."""
+    config = pipe.model.config
+    return level_noise([seed], config.num_levels, config.grid, config.in_channels)[:, 0]
+
+
+def _rows(
+    unit: dict[str, int], paths: Mapping[int, tuple[list[float], Tensor]], levels: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Compare the paths of some levels with the partitions of `levels`."""
+    targets = partitions(levels, torch.Generator().manual_seed(unit["seed"]))
+    for level, (times, expected) in paths.items():
+        for name, regions in targets[level].items():
+            count = int(regions.max()) + 1
+            for t, canvas in zip(times, expected, strict=True):
+                score = boundary_f(divide(canvas, count), regions)
+                yield {**unit, "level": level, "partition": name, "t": t, "f": score, "regions": count}
 
 
 def _early_means(summary: Sequence[Mapping[str, Any]], suffix: str) -> Iterator[tuple[str, float]]:

@@ -12,16 +12,11 @@ ITERATIONS = 10
 """Lloyd iterations; on canvases and features of photographs the assignment settles within 10."""
 
 
-def two_region_share(canvas: Tensor) -> Tensor:
-    """Share of each image's token variance that the best two regions explain.
-
-    canvas: [B, H, W, C]. Returns float32 [B] in [0, 1]: 1 for a canvas of two values (and for a constant one).
-    """
-    return explained_share(*two_region_variance(canvas))
-
-
 def explained_share(within: Tensor, total: Tensor) -> Tensor:
-    """The share 1 − within/total of what `two_region_variance` returns, float32 [B] in [0, 1]."""
+    """Share of each image's token variance that its two regions explain: 1 − within/total, float32 [B] in [0, 1].
+
+    within, total: what `two_region_variance` returns. A constant canvas has share 1.
+    """
     return torch.where(total > 0, 1 - within / total.clamp(min=1e-30), 1.0).clamp(0.0, 1.0)
 
 

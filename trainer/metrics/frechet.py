@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from hierarchy_builder.files import atomic_file
 
 DISTANCES_AT_ONCE = 2**24
 """Distances between samples held at once, 64 MiB."""
@@ -97,12 +96,6 @@ def read_reference(path: str | Path) -> Gaussian:
         what = "it is no npz file" if is_other else error
         raise TrainerError(f"reference statistics {path}: {what}") from None
     return Gaussian(mean, covariance)
-
-
-def save_reference(path: str | Path, gaussian: Gaussian) -> None:
-    """Write `mu` and `sigma`, as `read_reference` reads them."""
-    with atomic_file(Path(path)) as file:
-        np.savez(file, allow_pickle=False, mu=gaussian.mean, sigma=gaussian.covariance)
 
 
 def precision_recall(real: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:

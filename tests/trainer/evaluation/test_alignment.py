@@ -7,10 +7,9 @@ import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
 from trainer.data.normalisation import Normaliser
-from trainer.evaluation.path_alignment import (
+from trainer.evaluation.studies import (
     alignment,
     alignment_of_photos,
-    alignment_table,
     denoising_path,
     partitions,
     summarise_alignment,
@@ -105,7 +104,3 @@ def test_study_reaches_its_own_regions() -> None:
         assert 0 <= line["f_mean"] <= 1
         if line["t"] == 0 and (line["partition"], line["level"]) in (("semantic", 0), ("flat", 3)):
             assert line["f_mean"] == 1.0
-    table = alignment_table(summary)
-    assert len(table) == 4 * 5
-    assert list(table[0])[2] == "t=1.00"
-    assert list(table[0])[-1] == "t=0.00"

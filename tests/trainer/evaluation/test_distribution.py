@@ -101,7 +101,7 @@ def test_alignment_asks_for_the_method_it_is_about(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     pipe.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]
     pipe.model.config = tiny_pipeline().model.config  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="alignment asks for a model of Trajectory Forcing, found Linear"):
+    with pytest.raises(UsageError, match="--alignment needs a model of Trajectory Forcing, found Linear"):
         dict(alignment_study(pipe, tmp_path, [0], [0]))
 
 

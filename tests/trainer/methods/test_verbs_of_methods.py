@@ -45,7 +45,7 @@ def test_alignment_is_refused_before_samples_are_drawn(
 ) -> None:
     monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
     said = refusal("evaluate", runs[method], "--shards", picture_shards, "--alignment")
-    assert "alignment asks for a model of Trajectory Forcing" in said
+    assert "--alignment needs a model of Trajectory Forcing" in said
     assert not (runs[method] / "evaluation.json").exists()
 
 

@@ -22,7 +22,7 @@ from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.metrics.class_mean import class_mean_accuracy, describe
-from trainer.metrics.flatness import two_region_share, two_region_variance
+from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.networks.config import ModelConfig
 from trainer.seeds import parse_seeds
 from trainer.training import checkpoint as saved
@@ -210,14 +210,14 @@ def test_flatness_of_known_canvases() -> None:
     generator = torch.Generator().manual_seed(0)
     two_values = torch.randn(3, 1, 1, 5, generator=generator).expand(3, 4, 4, 5).clone()
     two_values[:, 1:3, 1:3] += 2.0
-    torch.testing.assert_close(two_region_share(two_values), torch.ones(3))
-    torch.testing.assert_close(two_region_share(torch.ones(1, 4, 4, 5)), torch.ones(1))
+    torch.testing.assert_close(explained_share(*two_region_variance(two_values)), torch.ones(3))
+    torch.testing.assert_close(explained_share(*two_region_variance(torch.ones(1, 4, 4, 5))), torch.ones(1))
     line = torch.arange(16.0).view(1, 4, 4, 1)
     # Cut in the middle: 1 − (variance of 0…7) / (variance of 0…15).
-    torch.testing.assert_close(two_region_share(line), torch.tensor([1 - 5.25 / 21.25]))
+    torch.testing.assert_close(explained_share(*two_region_variance(line)), torch.tensor([1 - 5.25 / 21.25]))
     torch.testing.assert_close(two_region_variance(line), (torch.tensor([5.25]), torch.tensor([21.25])))
     noise = torch.randn(8, 16, 16, 48, generator=generator)
-    assert two_region_share(noise).max() < 0.05
+    assert explained_share(*two_region_variance(noise)).max() < 0.05
 
 
 def test_class_means_tell_classes_apart_and_noise_not() -> None:
