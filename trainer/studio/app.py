@@ -1,12 +1,13 @@
 """The studio: a trajectory in a browser, to look at, edit, resume and measure.
 
-What happens is a step of `workbench.Workbench`; `studio_desk` says how a step is taken and shown, `studio_tabs` what
-else is on the page. Gradio is the extra `studio`.
+Every action is a step of `workbench.Workbench`; `desk` takes and shows steps, `tabs` holds the rest of the page. Gradio
+comes with the extra `studio`.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trainer.trajectories.pipeline import TrajectoryPipeline
 
 LOOPBACK = "127.0.0.1"
 UPLOAD_LIMIT = "8mb"
-"""Of what a browser may send, which is paintings."""
+"""Largest upload that the server accepts; browsers upload only paintings."""
 CSS = """
 #board img {cursor: crosshair}
 #status {min-height: 1.6rem}
@@ -31,15 +32,15 @@ PICKS = [
     ("whole region", "region"),
     ("one token", "token"),
     ("similar tokens", "similar"),
-    ("give the selection to this region", "give"),
+    ("merge the selection into the clicked region", "give"),
 ]
 
 
 def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None = None) -> gr.Blocks:
     """The page for one model.
 
-    folder: where trajectories, pages and reports are saved; nothing else is read or written. vocabulary: a
-    vocabulary.npz of features of the same encoder, whose prototypes then are sources of edits.
+    folder: where trajectories, pages and reports are saved; no other folder is read or written. vocabulary: a
+    vocabulary.npz of features of the same encoder, whose prototypes can then be sources of edits.
     """
     with gr.Blocks(title="Trajectory studio", fill_width=True, analytics_enabled=False) as page:
         desk = Desk(pipe, StudioFolder(folder), vocabulary)
@@ -47,7 +48,7 @@ def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None
         with gr.Row():
             with gr.Column(scale=3, min_width=480):
                 _generate_row(desk)
-                gr.Markdown("Every level, coarse → fine: its regions, its features as colours, its picture.")
+                gr.Markdown("Levels from coarse to fine: regions, features as colours, and decoded picture.")
                 desk.board.render()
                 _selection_row(desk)
             with gr.Column(scale=2, min_width=380), gr.Tabs():
@@ -70,7 +71,7 @@ def launch(
 ) -> tuple[gr.Blocks, str]:
     """Serve the studio until it is stopped; with block=False returns at once. Returns the page and its URL."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Pictures of the page and paintings pass through files, which also belong into the folder.
+    # Gradio passes pictures and paintings through temporary files, which must stay inside the folder too.
     os.environ["GRADIO_TEMP_DIR"] = str((folder / ".served").resolve())
     page = build_studio(pipe, folder, vocabulary)
     _, url, _ = page.launch(
@@ -88,30 +89,30 @@ def launch(
 
 
 def _generate_row(desk: Desk) -> None:
-    with gr.Row(equal_height=True):
-        desk.label.render()
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90)
-        steps = gr.Number(1, label="Steps a level", precision=0, minimum=1, scale=1, min_width=90)
-        button = gr.Button("Generate", variant="primary", scale=1, min_width=110)
-
     def generate(bench: Workbench, label: str, seed: float | None, steps: float | None) -> Workbench:
         return bench.open(desk.pipe(label=label, seed=int(seed or 0), num_steps=int(steps or 1)))
 
-    desk.on(button.click, generate, [desk.label, seed, steps], "Click a region on the board to select it.")
+    with gr.Row(equal_height=True):
+        desk.label.render()
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90)
+        steps = gr.Number(1, label="Steps per level", precision=0, minimum=1, scale=1, min_width=90)
+        inputs, done = [desk.label, seed, steps], "Click a region on the board to select it."
+        desk.button("Generate", generate, inputs, done, variant="primary", scale=1, min_width=110)
 
 
 def _selection_row(desk: Desk) -> None:
     with gr.Row(equal_height=True):
         pick = gr.Radio(PICKS, value="region", label="A click means", scale=3)
         desk.join.render()
-        cosine = gr.Slider(0.0, 1.0, 0.9, step=0.01, label="Similar from cosine", scale=1, min_width=140)
+        cosine = gr.Slider(
+            0.0, 1.0, 0.9, step=0.01, label="Similarity threshold (cosine)", scale=1, min_width=140
+        )
     with gr.Row():
         for how in ("invert", "grow", "shrink", "clear"):
-            button = gr.Button(f"{how.capitalize()} selection", size="sm", min_width=90)
-            desk.on(button.click, lambda bench, how=how: bench.reshape_selection(how))
-        undo, redo = (gr.Button(name, size="sm", min_width=70) for name in ("Undo", "Redo"))
-    desk.on(undo.click, Workbench.undo)
-    desk.on(redo.click, Workbench.redo)
+            step = partial(Workbench.reshape_selection, how=how)
+            desk.button(f"{how.capitalize()} selection", step, size="sm", min_width=90)
+        desk.button("Undo", Workbench.undo, size="sm", min_width=70)
+        desk.button("Redo", Workbench.redo, size="sm", min_width=70)
 
     def click(bench: Workbench, pick: str, join: str, cosine: float, event: gr.SelectData) -> tuple[Any, ...]:
         return desk.take(lambda: _clicked(bench, event.index, pick, join, cosine), bench)
@@ -129,6 +130,6 @@ def _clicked(bench: Workbench, pixel: Any, pick: Any, join: Any, cosine: float) 
     selection = bench.chosen()
     if level != selection.level:
         raise UsageError(
-            f"the selection is of level {selection.level}, the click on level {level}: click a region of its level"
+            f"the selection is on level {selection.level}, the click on level {level}: click a region of the same level"
         )
     return bench.apply_shape(int(bench.current().regions()[level, row, column]))

@@ -1,9 +1,9 @@
-"""One picture of a whole trajectory, and which token of which level a place on it is.
+"""One picture of a whole trajectory, which also maps a pixel back to the level and token drawn there.
 
     L levels (coarse → fine), H×W grid of tokens, h×w pixels
 
-Rows are ways to look (regions, latent colours, decoded picture), columns are levels. Selected tokens keep their
-colours within a double outline; the others of that level are dimmed.
+Columns are levels; rows are regions, latent colours and decoded pictures. Selected tokens keep their colours within a
+double outline; the other tokens of that level are dimmed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from trainer.trajectories.trajectory import Trajectory
 CELL_PX, GAP_PX, HEADER_PX = 232, 10, 26
 PAPER, INK = (252, 252, 250), (26, 27, 31)
 DIMMED = 0.4
-"""Share of its own colour that a token outside the selection keeps; the rest is the paper's."""
+"""Weight of a token's own colour outside the selection; the rest is the background colour."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Board:
-    """A drawn board and what lies where on it."""
+    """A drawn board and its layout."""
 
     picture: np.ndarray
     """uint8 [h, w, 3]."""
@@ -55,10 +55,10 @@ class Board:
 def draw_board(
     trajectory: Trajectory, selection: Selection | None = None, like: Trajectory | None = None
 ) -> Board:
-    """All levels of a trajectory in one view.
+    """Draw all levels of a trajectory.
 
-    like: whose tokens decide the colours of features, itself where it is not given; boards of one sequence of edits
-    share them.
+    like: trajectory whose tokens define the colours of features, by default the drawn one; all boards of one sequence
+    of edits use the same.
     """
     cells = [list(row) for row in _cells(trajectory, like or trajectory)]
     if selection is not None and selection.count:
@@ -69,7 +69,7 @@ def draw_board(
 
 @functools.lru_cache(maxsize=16)
 def _cells(trajectory: Trajectory, like: Trajectory) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Rows of pictures without a selection; selecting must not wait for a decoder."""
+    """Rows of pictures without the selection, cached so that a click does not decode again."""
     decoded = trajectory.decode() if trajectory.can_decode else None
     palette = shared_palette([like.levels[-1].numpy()])
     views = latent_views(trajectory.levels.numpy(), decoded, palette)
@@ -102,7 +102,7 @@ def _marked(cell: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _outlined(cell: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """With a dark line on the outside and a light one on the inside of the tokens' border."""
+    """Draw a dark line outside and a light line inside the border of the tokens."""
     chosen = _enlarged(mask)
     outlined = cell.copy()
     outlined[_border(~chosen)] = INK
@@ -115,7 +115,7 @@ def _enlarged(mask: np.ndarray) -> np.ndarray:
 
 
 def _border(inside: np.ndarray, width: int = 2) -> np.ndarray:
-    """Pixels of `inside` within `width` pixels of others."""
+    """Pixels of `inside` that are at most `width` pixels from a pixel outside."""
     core = inside
     for _ in range(width):
         padded = np.pad(core, 1, mode="edge")

@@ -1,4 +1,4 @@
-"""What all controls of the studio share: common parts of the page, and how a step is taken and shown."""
+"""What the controls of the studio share: components used by several tabs, and how a step is taken and shown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.terminal import counted
 from trainer.studio.board import draw_board
 from trainer.studio.folder import StudioFolder
 from trainer.studio.workbench import Workbench, history_lines
@@ -17,19 +18,19 @@ from trainer.trajectories.pipeline import TrajectoryPipeline
 
 WELCOME = "Choose a class and a seed, then press **Generate**."
 WARNING = "⚠ "
-"""Before what could not be done, and what to do instead."""
+"""Marks a message that says what could not be done and what to do instead."""
 JOINS = [
     ("select only that", "replace"),
     ("add", "add"),
     ("remove", "remove"),
-    ("keep what is in both", "intersect"),
+    ("keep the overlap", "intersect"),
 ]
 
 
 class Desk:
-    """The page of one model; everything of one person is in the Workbench that the browser session holds.
+    """The page of one model. The state of each user is a Workbench, which the browser session holds.
 
-    Made inside `gr.Blocks`; its components are rendered where the page wants them.
+    Create it inside `gr.Blocks`; the page renders the components at their places.
     """
 
     def __init__(self, pipe: TrajectoryPipeline, folder: StudioFolder, vocabulary: Path | None) -> None:
@@ -59,7 +60,7 @@ class Desk:
 
     @property
     def shows(self) -> list[Any]:
-        """What `shown` and `take` give values for."""
+        """The components that `shown` and `take` return values for."""
         return [self.bench, self.board, self.status, self.history]
 
     def on(
@@ -69,15 +70,33 @@ class Desk:
         inputs: Sequence[Any] = (),
         done: str = "",
     ) -> None:
-        """Take a step of the workbench at an event; what it raises is said, and nothing changes."""
+        """Take a step of the workbench at an event. If it raises, the page shows the error and does not change."""
 
         def act(bench: Workbench, *values: Any) -> tuple[Any, ...]:
             return self.take(lambda: step(bench, *values), bench, done)
 
         event(act, [self.bench, *inputs], self.shows)
 
+    def button(
+        self,
+        text: str,
+        step: Callable[..., Workbench],
+        inputs: Sequence[Any] = (),
+        done: str = "",
+        **look: Any,
+    ) -> None:
+        """A button that takes a step, see `on`. look: options of `gr.Button`."""
+        self.on(gr.Button(text, **look).click, step, inputs, done)
+
+    def attempt(self, work: Callable[[], tuple[Any, ...]], outputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Values for `outputs`, of which the last is the status line; if `work` raises, only that line changes."""
+        try:
+            return work()
+        except (TrainerError, OSError) as error:
+            return (*[gr.skip()] * (len(outputs) - 1), f"{WARNING}{error}")
+
     def take(self, step: Callable[[], Workbench], before: Workbench, done: str = "") -> tuple[Any, ...]:
-        """Values of `shows` after a step, or as before it with what it raised."""
+        """Values for `shows` after a step; if it raises, those before the step, with the error."""
         try:
             after = step()
         except TrainerError as error:
@@ -85,11 +104,11 @@ class Desk:
         return self.shown(after, done)
 
     def shown(self, bench: Workbench, message: str = "") -> tuple[Any, ...]:
-        """Values of `shows`."""
+        """Values for `shows`."""
         if bench.trajectory is None:
             return bench, None, message or WELCOME, "no steps yet"
         picture = draw_board(bench.trajectory, bench.selection, bench.reference).picture
-        lines = history_lines(bench.trajectory) or ["as it was first made"]
+        lines = history_lines(bench.trajectory) or ["not edited"]
         steps = "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
         return bench, picture, f"{message}  \n{_state_line(bench)}" if message else _state_line(bench), steps
 
@@ -98,15 +117,14 @@ def _state_line(bench: Workbench) -> str:
     trajectory = bench.current()
     parts = [f"**{trajectory.class_name}**, seed {trajectory.seeds[0]}"]
     if bench.selection is not None:
-        count = bench.selection.count
-        parts.append(f"{count} token{'' if count == 1 else 's'} of level {bench.selection.level} selected")
+        parts.append(f"{counted(bench.selection.count, 'token')} of level {bench.selection.level} selected")
     if bench.taken_from:
         parts.append(f"taken: {bench.taken_from}")
     return " · ".join(parts)
 
 
 def _check_vocabulary(vocabulary: Path, pipe: TrajectoryPipeline) -> None:
-    """Raise what `prototype` raises, and MismatchError for prototypes of other features, before anything is served."""
+    """Check the vocabulary before the page is served. Raises MismatchError if it is of features of another width."""
     width = prototype(vocabulary, 0).features.shape[1]
     if width != pipe.model.config.in_channels:
         raise MismatchError(

@@ -1,4 +1,4 @@
-"""The one folder the studio reads and writes: names in, paths inside it out."""
+"""The only folder that the studio reads and writes; turns names into paths inside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StudioFolder:
     root: Path
 
     def path(self, name: str | None, suffix: str) -> Path:
-        """Where `name` lies. Raises UsageError for a name that is no plain one, or leads out of the folder."""
+        """Path of the file `name`. Raises UsageError for a name with other characters, or a link out of the folder."""
         if not name or not NAME.fullmatch(name):
             raise UsageError(
                 f"the name is {name or ''!r}, expected letters, digits, spaces, - or _, at most 80, without folders"
@@ -30,7 +30,7 @@ class StudioFolder:
         return path
 
     def trajectory(self, name: str | None) -> Path:
-        """A saved trajectory. Raises UsageError naming those there are."""
+        """Path of a saved trajectory. If there is none of that name, raises UsageError with the names that exist."""
         path = self.path(name, SUFFIX)
         if not path.is_file():
             raise UsageError(
@@ -39,6 +39,6 @@ class StudioFolder:
         return path
 
     def names(self) -> list[str]:
-        """Saved trajectories, by name."""
+        """Names of the saved trajectories, sorted."""
         found = (path.name.removesuffix(SUFFIX) for path in self.root.glob(f"*{SUFFIX}"))
         return sorted(name for name in found if NAME.fullmatch(name))

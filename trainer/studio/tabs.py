@@ -1,8 +1,8 @@
-"""The tabs of the studio: what is on each, and which step of the workbench a button takes."""
+"""The tabs of the studio: the controls of each, and the step of the workbench that a button takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,91 +10,77 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import without_nan, write_bytes
 from trainer.evaluation.sweep import Kind, SweepConfig, summarise, summary_table, sweep
 from trainer.seeds import parse_seeds
 from trainer.studio.board import draw_board
-from trainer.studio.desk import WARNING, Desk
+from trainer.studio.desk import Desk
 from trainer.studio.folder import SUFFIX
 from trainer.studio.workbench import Join, Workbench, markdown_report
 from trainer.trajectories.edit import prototype
 from trainer.trajectories.trajectory import Trajectory
 
-TAKEN = "Taken. Select where it shall go, then Apply."
-EDITED = "Edited. Resume to draw the levels after it."
+TAKEN = "Taken. Select the tokens that receive the features, then press Apply."
+EDITED = "Edited. Press Resume to draw the following levels again."
 EDITED_LEVEL = "the edited one"
 SWEEP_TEXT = (
-    "The same edit for several seeds, levels and strengths, beside the same without it and with other noise. It edits "
-    "the selection, else the largest region of the object; features come from the next class."
+    "Runs the same edit for several seeds, levels and strengths, with two controls: no edit, and other noise. It edits "
+    "the selection, or the largest region of the object if nothing is selected; features come from the next class."
 )
 COMPARED = ("level", "change", "changed_share", "lis", "inside")
-"""Columns of `compare` that fit beside the board; the Markdown report has them all."""
+"""Columns of `compare` that fit next to the board; the Markdown report has all of them."""
 
 
 def edit_tab(desk: Desk) -> None:
     with gr.Tab("Edit"):
         gr.Markdown(
-            "**Features.** Select what it shall look like, take it; select where it shall go, apply it."
+            "**Features.** Select tokens and take their features; select other tokens and apply the features there."
         )
         with gr.Row():
-            mean, tokens = gr.Button("Take mean"), gr.Button("Take token by token")
-        desk.on(
-            mean.click,
-            lambda bench: bench.take("mean"),
-            done=TAKEN,
-        )
-        desk.on(
-            tokens.click,
-            lambda bench: bench.take("tokens"),
-            done=TAKEN,
-        )
+            desk.button("Take mean", partial(Workbench.take, how="mean"), done=TAKEN)
+            desk.button("Take token by token", partial(Workbench.take, how="tokens"), done=TAKEN)
         if desk.vocabulary is not None:
             with gr.Row(equal_height=True):
                 number = gr.Number(0, label="Prototype of the vocabulary", precision=0, minimum=0)
-                use = gr.Button("Take prototype")
-            desk.on(use.click, partial(_take_prototype, desk), [number], TAKEN)
-        strength = gr.Slider(-1.0, 2.0, 1.0, step=0.05, label="Strength: 0 none, 1 the source itself")
-        apply = gr.Button("Apply features", variant="primary")
-        desk.on(
-            apply.click,
-            lambda bench, value: bench.apply_features(value),
-            [strength],
-            EDITED,
+                desk.button("Take prototype", partial(_take_prototype, desk), [number], TAKEN)
+        strength = gr.Slider(
+            -1.0, 2.0, 1.0, step=0.05, label="Strength (0: no change, 1: the taken features)"
         )
+        desk.button("Apply features", Workbench.apply_features, [strength], EDITED, variant="primary")
         gr.Markdown(
-            "**Shape.** Give the selected tokens to the region beside them, or move a region's border."
+            "**Shape.** Merge the selected tokens into their neighbouring regions, or move the border of a region."
         )
         with gr.Row():
-            beside = gr.Button("Give to neighbours")
-            grow, shrink = gr.Button("Grow region"), gr.Button("Shrink region")
-        desk.on(
-            beside.click,
-            lambda bench: bench.apply_shape(),
-            done=EDITED,
-        )
-        for button, how in ((grow, "grow"), (shrink, "shrink")):
-            desk.on(
-                button.click,
-                lambda bench, how=how: bench.reshape_region(how),
-                done=EDITED,
-            )
-        gr.Markdown("**Resume.** Levels up to the chosen one stay as they are, bit for bit.")
+            desk.button("Give to neighbours", Workbench.apply_shape, done=EDITED)
+            desk.button("Grow region", partial(Workbench.reshape_region, how="grow"), done=EDITED)
+            desk.button("Shrink region", partial(Workbench.reshape_region, how="shrink"), done=EDITED)
+        gr.Markdown("**Resume.** Levels up to the chosen one stay identical, bit for bit.")
         with gr.Row(equal_height=True):
             level = gr.Radio([EDITED_LEVEL, *desk.levels[:-1]], value=EDITED_LEVEL, label="Keep levels up to")
-            seeds = gr.Textbox(label="Seeds of the others (empty: their own)", placeholder="7, or 1,2")
-        resume = gr.Button("Resume", variant="primary")
-        desk.on(resume.click, _resume, [level, seeds], "Drawn. Compare shows what changed.")
+            seeds = gr.Textbox(label="Seeds of the other levels (empty: unchanged)", placeholder="7, or 1,2")
+        desk.button(
+            "Resume", _resume, [level, seeds], "Drawn. Compare shows what changed.", variant="primary"
+        )
         gr.Markdown("**Steps**")
         desk.history.render()
 
 
 def paint_tab(desk: Desk) -> None:
+    def picture(bench: Workbench, level: int) -> Any:
+        if bench.trajectory is None:
+            return None
+        return draw_board(bench.trajectory, None, bench.reference).cell(level)
+
+    def paint(bench: Workbench, painting: dict[str, Any] | None, level: int, join: Join) -> Workbench:
+        layers = [np.asarray(layer) for layer in (painting or {}).get("layers", [])]
+        return bench.paint(np.maximum.reduce(layers) if layers else None, int(level), join)
+
     with gr.Tab("Paint"):
         level = gr.Radio(desk.levels, value=min(1, desk.levels[-1]), label="Level")
         show = gr.Button("Show the level")
         editor = gr.ImageEditor(
-            label="Paint over the tokens you mean",
+            label="Paint over the tokens to select",
             type="numpy",
             sources=[],
             transforms=[],
@@ -103,28 +89,21 @@ def paint_tab(desk: Desk) -> None:
             canvas_size=(448, 448),
             fixed_canvas=True,
         )
-        use = gr.Button("Use painting", variant="primary")
-
-        def picture(bench: Workbench, level: int) -> Any:
-            if bench.trajectory is None:
-                return None
-            board = draw_board(bench.trajectory, None, bench.reference)
-            return board.cell(level)
-
         show.click(picture, [desk.bench, level], editor)
-
-        def paint(bench: Workbench, painting: dict[str, Any] | None, level: int, join: Join) -> Workbench:
-            layers = [np.asarray(layer) for layer in (painting or {}).get("layers", [])]
-            return bench.paint(np.maximum.reduce(layers) if layers else None, int(level), join)
-
-        desk.on(use.click, paint, [editor, level, desk.join])
+        desk.button("Use painting", paint, [editor, level, desk.join], variant="primary")
 
 
 def compare_tab(desk: Desk) -> None:
+    def show(bench: Workbench) -> tuple[Any, ...]:
+        picture, rows = bench.comparison()
+        return np.asarray(picture), _frame(rows, COMPARED), "Compared with the pinned trajectory."
+
     with gr.Tab("Compare"):
-        gr.Markdown("Against the trajectory as it was generated, loaded, or last pinned.")
+        gr.Markdown("Compares with the trajectory as it was generated, loaded, or last pinned.")
         with gr.Row():
-            pin, compare = gr.Button("Pin this one"), gr.Button("Compare", variant="primary")
+            done = "Pinned: comparisons are with this trajectory from now on."
+            desk.button("Pin this one", Workbench.pin, done=done)
+            compare = gr.Button("Compare", variant="primary")
         sheet = gr.Image(
             show_label=False,
             interactive=False,
@@ -133,22 +112,12 @@ def compare_tab(desk: Desk) -> None:
             alt_text="Canvases before and after, and the change of each token",
         )
         table = gr.Dataframe(
-            label="Per level; LIS: mean 1 − cos outside the edit", interactive=False, elem_id="scores"
+            label="Numbers by level; LIS is the mean 1 − cos outside the edit",
+            interactive=False,
+            elem_id="scores",
         )
-        desk.on(
-            pin.click,
-            lambda bench: bench.pin(),
-            done="Pinned: comparisons are against this trajectory now.",
-        )
-
-        def show(bench: Workbench) -> tuple[Any, Any, str]:
-            try:
-                picture, rows = bench.comparison()
-            except TrainerError as error:
-                return None, None, f"{WARNING}{error}"
-            return np.asarray(picture), _frame(rows, COMPARED), "Compared with the pinned trajectory."
-
-        compare.click(show, [desk.bench], [sheet, table, desk.status])
+        outputs = [sheet, table, desk.status]
+        compare.click(lambda bench: desk.attempt(partial(show, bench), outputs), [desk.bench], outputs)
 
 
 def sweep_tab(desk: Desk) -> None:
@@ -169,8 +138,8 @@ def sweep_tab(desk: Desk) -> None:
             levels: list[int],
             strengths: str,
             progress: Any = gr.Progress(),
-        ) -> tuple[Any, str]:
-            try:
+        ) -> tuple[Any, ...]:
+            def swept() -> tuple[Any, ...]:
                 config = SweepConfig(
                     labels=(desk.pipe.label_id(label),),
                     seeds=tuple(parse_seeds(seeds)),
@@ -179,37 +148,51 @@ def sweep_tab(desk: Desk) -> None:
                     kind=kind,
                 )
                 rows = list(progress.tqdm(sweep(desk.pipe, config, bench.selection), desc="sweeping"))
-            except TrainerError as error:
-                return None, f"{WARNING}{error}"
-            if not rows:
-                return (
-                    None,
-                    f"{WARNING}no edit could be made: choose levels, and for shapes a region that can grow",
-                )
-            shown = summary_table(summarise(rows))
-            return _frame(shown, list(shown[0])), f"Seeds swept: {len(config.seeds)}."
+                if not rows:
+                    raise UsageError(
+                        "no edit was possible: choose levels, and for shapes a region that can grow"
+                    )
+                shown = summary_table(summarise(rows))
+                return _frame(shown, list(shown[0])), f"Seeds swept: {len(config.seeds)}."
 
-        run.click(go, [desk.bench, desk.label, kind, seeds, levels, strengths], [table, desk.status])
+            return desk.attempt(swept, outputs)
+
+        outputs = [table, desk.status]
+        run.click(go, [desk.bench, desk.label, kind, seeds, levels, strengths], outputs)
 
 
 def files_tab(desk: Desk) -> None:
     with gr.Tab("Files"):
-        gr.Markdown(f"Everything is kept in `{desk.folder.root.name}/`.")
+        gr.Markdown(f"All files are saved in `{desk.folder.root.name}/`.")
         name = gr.Textbox("trajectory", label="Name")
         with gr.Row():
-            save = gr.Button("Save", variant="primary")
-            html, report = gr.Button("Export HTML"), gr.Button("Export report (Markdown)")
+            writers = (
+                (
+                    gr.Button("Save", variant="primary"),
+                    SUFFIX,
+                    lambda bench, path: bench.current().save(path),
+                ),
+                (gr.Button("Export HTML"), ".html", lambda bench, path: bench.current().to_html(path)),
+                (gr.Button("Export report (Markdown)"), ".md", _write_report),
+            )
         saved = gr.Dropdown(desk.folder.names(), label="Saved trajectories", elem_id="saved")
         with gr.Row():
-            load, refresh = gr.Button("Load"), gr.Button("Refresh list")
-        desk.on(load.click, partial(_load, desk), [saved], "Loaded.")
-        refresh.click(lambda: gr.Dropdown(desk.folder.names()), None, saved)
-        for button, write in (
-            (save, partial(_save, desk)),
-            (html, partial(_export_html, desk)),
-            (report, partial(_export_report, desk)),
-        ):
-            button.click(_writing(desk, write), [desk.bench, name], [desk.status, saved])
+            desk.button("Load", partial(_load, desk), [saved], "Loaded.")
+            gr.Button("Refresh list").click(lambda: gr.Dropdown(desk.folder.names()), None, saved)
+        outputs = [saved, desk.status]
+        for button, suffix, write in writers:
+
+            def save(
+                bench: Workbench, name: str, suffix: str = suffix, write: Any = write
+            ) -> tuple[Any, ...]:
+                def written() -> tuple[Any, ...]:
+                    path = desk.folder.path(name, suffix)
+                    write(bench, path)
+                    return gr.Dropdown(desk.folder.names()), f"Wrote `{path.name}`."
+
+                return desk.attempt(written, outputs)
+
+            button.click(save, [desk.bench, name], outputs)
 
 
 def _take_prototype(desk: Desk, bench: Workbench, number: float | None) -> Workbench:
@@ -223,33 +206,8 @@ def _load(desk: Desk, bench: Workbench, name: str | None) -> Workbench:
     return bench.open(desk.pipe.adopt(Trajectory.load(desk.folder.trajectory(name))))
 
 
-def _writing(desk: Desk, write: Callable[[Workbench, str], Path]) -> Callable[..., tuple[str, Any]]:
-    def run(bench: Workbench, name: str) -> tuple[str, Any]:
-        try:
-            path = write(bench, name)
-        except (TrainerError, OSError) as error:
-            return f"{WARNING}{error}", gr.skip()
-        return f"Wrote `{path.name}`.", gr.Dropdown(desk.folder.names())
-
-    return run
-
-
-def _save(desk: Desk, bench: Workbench, name: str) -> Path:
-    path = desk.folder.path(name, SUFFIX)
-    bench.current().save(path)
-    return path
-
-
-def _export_html(desk: Desk, bench: Workbench, name: str) -> Path:
-    path = desk.folder.path(name, ".html")
-    bench.current().to_html(path)
-    return path
-
-
-def _export_report(desk: Desk, bench: Workbench, name: str) -> Path:
-    path = desk.folder.path(name, ".md")
+def _write_report(bench: Workbench, path: Path) -> None:
     write_bytes(path, markdown_report(bench).encode())
-    return path
 
 
 def _resume(bench: Workbench, level: str | int, seeds: str) -> Workbench:
@@ -266,12 +224,12 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
-    """Rows as Gradio's tables take them, numbers with three digits."""
-    names = [name for name in columns if name in rows[0]]
+    """Rows in the form of Gradio's tables, numbers with three digits."""
 
     def text(value: Any) -> str:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
+    names = [name for name in columns if name in rows[0]]
     return {
         "headers": names,
         "data": [[text(row[name]) for name in names] for row in without_nan(list(rows))],

@@ -79,7 +79,7 @@ def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, 
     says(page, "Edited.")
     page.get_by_role("button", name="Resume", exact=True).click()
     says(page, "Drawn.")
-    page.get_by_text("gave 1 token of level 1 other features").wait_for()
+    page.get_by_text("replaced the features of 1 token of level 1").wait_for()
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Compare", exact=True).click()
     says(page, "Compared with the pinned trajectory.")
@@ -105,7 +105,7 @@ def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, 
     assert torch.equal(kept.levels[0], fresh.levels[0])
     assert (kept.levels[1] != fresh.levels[1]).any(dim=-1).nonzero().tolist() == [[5, 4]]
     assert "<html" in (folder / "mine.html").read_text()
-    assert "1. gave 1 token of level 1" in (folder / "mine.md").read_text()
+    assert "1. replaced the features of 1 token" in (folder / "mine.md").read_text()
     page.reload()
     page.get_by_role("tab", name="Files").click()
     page.get_by_role("button", name="Refresh list").click()
@@ -114,7 +114,7 @@ def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, 
     page.get_by_role("button", name="Load", exact=True).click()
     says(page, "Loaded.")
     page.get_by_role("tab", name="Edit").click()
-    page.get_by_text("gave 1 token of level 1 other features").wait_for()
+    page.get_by_text("replaced the features of 1 token of level 1").wait_for()
     assert sorted(re.sub(r".*\.", "", path.name) for path in folder.iterdir() if path.is_file()) == [
         "html",
         "md",

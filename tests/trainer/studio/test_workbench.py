@@ -116,7 +116,7 @@ def test_edit_resume_undo_redo_compare(bench: Workbench, pipe: TrajectoryPipelin
     assert rows[1]["inside"] > 0
     assert all(row["equal"] for row in drawn.pin().comparison()[1])
     report = markdown_report(drawn)
-    assert "gave" in report
+    assert "replaced the features of" in report
     assert "drew the levels after 1 again" in report
     assert f"| {rows[3]['change']:.4g} |" in report
 
@@ -125,7 +125,7 @@ def test_shape_edits_follow_the_region(bench: Workbench) -> None:
     chosen = bench.click(1, 3, 2)
     grown = chosen.reshape_region("grow")
     assert grown.chosen().count > chosen.chosen().count
-    assert history_lines(grown.current())[0].startswith("gave")
+    assert history_lines(grown.current())[0].startswith("merged")
     assert grown.resume().current().num_levels == 4
 
 
@@ -136,7 +136,7 @@ def test_what_is_missing_is_said(bench: Workbench) -> None:
         bench.apply_features()
     with pytest.raises(UsageError, match="no features were taken yet"):
         bench.click(1, 0, 0).apply_features()
-    with pytest.raises(UsageError, match="nothing was edited since"):
+    with pytest.raises(UsageError, match="no level was edited since"):
         bench.resume()
     with pytest.raises(UsageError, match="nothing to undo"):
         bench.undo()
