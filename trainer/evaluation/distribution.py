@@ -1,9 +1,9 @@
-"""Samples against real images, as they are drawn: Fréchet distances of canvases, precision, recall, FID and IS.
+"""Compare samples with real images as two distributions: Fréchet distances, precision, recall, FID, inception score.
 
     L levels (coarse → fine), H×W grid, C channels, h×w pixels
 
-Canvases are measured in the space of the model's own encoder, pictures in that of any other; both offline but for
-FID and IS. A set of images is summed up by moments and one vector for each image, no canvases or pictures.
+Canvases are compared in the feature space of the model's own encoder, decoded pictures in that of any encoder. Of a
+set of images, only moments and one vector for each image are kept, so that it need not fit into memory.
 """
 
 from __future__ import annotations
@@ -29,50 +29,43 @@ Inception = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 NEIGHBOURS = 3
 SPLITS = 10
 TOKENS_PER_IMAGE = 32
-"""Tokens of an image that count for the moments of tokens, drawn anew for each: neighbours are alike, and all of them
-would cost eight times as much."""
-
-
-class Points:
-    """Images by one vector each."""
-
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        """Take float [n, C]."""
-        self._parts.append(rows)
-
-    @property
-    def rows(self) -> Tensor:
-        """All of them, float [N, C]."""
-        return torch.cat(self._parts)
-
-    def gaussian(self) -> Gaussian:
-        """Mean and covariance."""
-        moments = Moments(self.rows.shape[1])
-        moments.add(self.rows)
-        return moments.gaussian()
+"""Tokens of each image that enter the moments of tokens, chosen at random. Neighbouring tokens resemble each other, so
+all of them would add little and cost eight times as much."""
 
 
 class Crowd:
-    """Images by their canvases: token moments of every level, and pooled tokens."""
+    """A set of images: the moments of tokens at every level, and the mean token of each image and of its picture."""
 
     def __init__(self, num_levels: int, channels: int) -> None:
         self.tokens = [Moments(channels) for _ in range(num_levels)]
-        self.pooled = Points()
         self.count = 0
+        self._pooled: list[Tensor] = []
+        self._pictures: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, canvases: Tensor) -> None:
-        """Take float [n, L, H, W, C]."""
+        """Add the canvases of n images, float [n, L, H, W, C]."""
         tokens_NLTC = canvases.flatten(2, 3)
         drawn = torch.rand(len(canvases), tokens_NLTC.shape[2], generator=self._generator).argsort(dim=1)
         rows = torch.arange(len(canvases))[:, None]
         for level, moments in enumerate(self.tokens):
             moments.add(tokens_NLTC[rows, level, drawn[:, :TOKENS_PER_IMAGE]].flatten(0, 1))
-        self.pooled.add(canvases[:, -1].mean(dim=(1, 2)))
+        self._pooled.append(canvases[:, -1].mean(dim=(1, 2)))
         self.count += len(canvases)
+
+    def add_pictures(self, vectors: Tensor) -> None:
+        """Add what `seen_by` returns for the pictures of n images, float [n, C]."""
+        self._pictures.append(vectors)
+
+    @property
+    def pooled(self) -> Tensor:
+        """The mean token of each image's last canvas, float [N, C]."""
+        return torch.cat(self._pooled)
+
+    @property
+    def pictures(self) -> Tensor:
+        """The mean token of each picture, float [N, C]."""
+        return torch.cat(self._pictures)
 
 
 def seen_by(encoder: Encoder, pictures: np.ndarray) -> Tensor:
@@ -83,7 +76,7 @@ def seen_by(encoder: Encoder, pictures: np.ndarray) -> Tensor:
 
 
 class Pictures:
-    """Decoded samples as Inception sees them. Only features of moments and logits are kept."""
+    """Decoded samples in the feature space of Inception; only moments of features and logits are kept."""
 
     def __init__(self, inception: Inception) -> None:
         self._inception = inception
@@ -91,14 +84,14 @@ class Pictures:
         self._logits: list[Tensor] = []
 
     def add(self, pictures: np.ndarray) -> None:
-        """Take uint8 [n, h, w, 3]."""
+        """Add uint8 [n, h, w, 3]."""
         features, logits = self._inception(pictures)
         self._moments = self._moments or Moments(features.shape[1])
         self._moments.add(features)
         self._logits.append(logits)
 
     def metrics(self, reference: Gaussian | None) -> Iterator[tuple[str, float]]:
-        """fid with reference statistics; inception_score with its deviation over 10 splits."""
+        """(name, value): fid if a reference is given, and inception_score with its deviation over 10 splits."""
         if self._moments is None:
             return
         if reference is not None:
@@ -110,13 +103,13 @@ class Pictures:
 
 
 def distances(samples: Crowd, real: Crowd, halves: tuple[Crowd, Crowd]) -> Iterator[tuple[str, float]]:
-    """(name, value): frechet_pooled, frechet_tokens_<ℓ>, precision and recall; `_real` between halves of the real.
+    """(name, value): frechet_pooled, frechet_tokens_<ℓ>, precision and recall; with `_real` between halves of the real.
 
-    The latter say what a perfect model would get with half as many images. Fréchet distances fall with the number of
-    images, so they compare only at the same N; it is yielded too.
+    Values with `_real` are what a perfect model would get with half as many images. Fréchet distances shrink as the
+    number of images grows, so only distances of equally many images are comparable; the numbers are yielded too.
     """
     for suffix, a, b in (("", samples, real), ("_real", *halves)):
-        yield f"frechet_pooled{suffix}", frechet_distance(a.pooled.gaussian(), b.pooled.gaussian())
+        yield f"frechet_pooled{suffix}", _frechet(a.pooled, b.pooled)
         for level, (ours, theirs) in enumerate(zip(a.tokens, b.tokens, strict=True)):
             yield f"frechet_tokens_{level}{suffix}", frechet_distance(ours.gaussian(), theirs.gaussian())
         yield from _manifolds(suffix, a.pooled, b.pooled)
@@ -125,16 +118,23 @@ def distances(samples: Crowd, real: Crowd, halves: tuple[Crowd, Crowd]) -> Itera
 
 
 def picture_distances(
-    samples: Points, real: Points, halves: tuple[Points, Points]
+    samples: Crowd, real: Crowd, halves: tuple[Crowd, Crowd]
 ) -> Iterator[tuple[str, float]]:
-    """(name, value): frechet_pictures, precision_pictures, recall_pictures; `_real` as for `distances`."""
+    """(name, value): frechet_pictures, precision_pictures, recall_pictures; with `_real` as for `distances`."""
     for suffix, a, b in (("", samples, real), ("_real", *halves)):
-        yield f"frechet_pictures{suffix}", frechet_distance(a.gaussian(), b.gaussian())
-        yield from _manifolds(f"_pictures{suffix}", a, b)
+        yield f"frechet_pictures{suffix}", _frechet(a.pictures, b.pictures)
+        yield from _manifolds(f"_pictures{suffix}", a.pictures, b.pictures)
 
 
-def _manifolds(suffix: str, a: Points, b: Points) -> Iterator[tuple[str, float]]:
-    if min(len(a.rows), len(b.rows)) > NEIGHBOURS:
-        precision, recall = precision_recall(b.rows, a.rows, NEIGHBOURS)
+def _frechet(*sets: Tensor) -> float:
+    moments = [Moments(rows.shape[1]) for rows in sets]
+    for each, rows in zip(moments, sets, strict=True):
+        each.add(rows)
+    return frechet_distance(*(each.gaussian() for each in moments))
+
+
+def _manifolds(suffix: str, a: Tensor, b: Tensor) -> Iterator[tuple[str, float]]:
+    if min(len(a), len(b)) > NEIGHBOURS:
+        precision, recall = precision_recall(b, a, NEIGHBOURS)
         yield f"precision{suffix}", precision
         yield f"recall{suffix}", recall

@@ -1,4 +1,4 @@
-"""Numbers for a trained model: samples of every class, measured beside real images and beside noise."""
+"""Metrics of a trained model: samples of every class, compared with real images and with noise."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.progress import Follow, unseen
+from hierarchy_builder.records import Sample
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex, spread_evenly
-from trainer.evaluation.distribution import (
-    Crowd,
-    Inception,
-    Pictures,
-    Points,
-    distances,
-    picture_distances,
-    seen_by,
-)
+from trainer.evaluation.distribution import Crowd, Inception, Pictures, distances, picture_distances, seen_by
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.metrics.frechet import Gaussian
@@ -32,12 +25,12 @@ from trainer.trajectories.pipeline import SAMPLED_TOGETHER, GuidanceLike, Trajec
 from trainer.trajectories.trajectory import Trajectory
 
 FLATNESS_IMAGES = 256
-"""Real images whose canvases are measured for reference."""
+"""Real images whose canvases give the reference values of flatness and roughness."""
 CONSISTENCY_IMAGES = 32
-"""Samples, and real images, whose levels are held against each other; they are decoded too."""
+"""Samples, and real images, of which consistency between levels is measured; they are decoded too."""
 READ_TOGETHER = 64
 FEWEST = 4
-"""Real images: half of them still have a covariance."""
+"""Smallest number of real images: a covariance of each half needs two."""
 
 
 def evaluate(
@@ -56,14 +49,14 @@ def evaluate(
 ) -> Iterator[tuple[str, float]]:
     """(name, value) of each metric: see docs/metrics.md.
 
-    flatness is the share of a level-0 canvas that two regions explain, roughness the rest as a distance in units of
-    the spread of real tokens; both also of real canvases, of their raw tokens, and of noise.
-    Samples seeds 0 … samples_per_class − 1 of every class; real images, at most `max_real`, are spread evenly
-    over the shards. num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for IS and FID, see
-    `metrics.frechet`. space: encoder whose mean token describes decoded samples and the pictures that the shards
-    hold, brought to the size of the samples first. follow: shows how far it is.
-    Raises MismatchError if the shards do not fit the model, TrainerError if they hold no pictures where `space` asks
-    for them, or the model has no decoder.
+    flatness is the share of a level-0 canvas that two regions explain; roughness is the rest, as a distance in units
+    of the spread of real tokens. Both are also measured on real canvases, their raw tokens, and noise.
+    Draws seeds 0 … samples_per_class − 1 of every class, and reads at most `max_real` real images, spread evenly over
+    the shards. num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for inception score and FID,
+    see `metrics.frechet`. space: encoder whose mean token describes decoded samples, and the pictures in the shards
+    after they are resized to the size of the samples. follow: shows progress.
+    Raises MismatchError if the shards do not fit the model, TrainerError if `space` is given but the shards hold no
+    pictures or the model has no decoder.
     """
     check_fits(pipe, index)
     if index.num_samples < FEWEST:
@@ -101,7 +94,7 @@ def evaluate(
         yield from consistency(real.shown, "_real")
     yield from distances(sampled.crowd, real.crowd, real.halves)
     if space is not None:
-        yield from picture_distances(sampled.seen, real.seen, real.seen_halves)
+        yield from picture_distances(sampled.crowd, real.crowd, real.halves)
     if sampled.pictures is not None:
         yield from sampled.pictures.metrics(reference)
 
@@ -116,7 +109,7 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
                 "give shards of the same encoder"
             )
     config = pipe.model.config
-    # A network of tokens and pixels alone has one level, and fits any hierarchy of them.
+    # A network of one level, which draws only tokens and pixels, fits shards of any number of levels.
     levels = config.num_levels if config.num_levels > 1 else index.num_levels
     found = (index.grid, index.width, index.num_levels, index.num_classes)
     wanted = (config.grid, config.in_channels, levels, config.num_classes)
@@ -127,46 +120,59 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
         )
 
 
-def _crowd(pipe: TrajectoryPipeline) -> Crowd:
-    return Crowd(pipe.drawn_levels, pipe.model.config.in_channels)
+Shown = tuple[Tensor, Tensor | None, np.ndarray | None]
+"""What `consistency` takes of a trajectory."""
 
 
-class _Sampled:
-    """What is kept of samples while they are drawn; few trajectories are in memory at a time."""
+class _Kept:
+    """What is kept of a set of images; few of their trajectories are in memory at a time."""
+
+    def __init__(self, pipe: TrajectoryPipeline, space: Encoder | None) -> None:
+        self.pipe, self.space = pipe, space
+        self.crowd = self.new_crowd()
+        self.descriptions: list[Tensor] = []
+        self.shown: list[Shown] = []
+
+    def new_crowd(self) -> Crowd:
+        return Crowd(self.pipe.drawn_levels, self.pipe.model.config.in_channels)
+
+    def show(self, trajectories: Iterator[Trajectory]) -> None:
+        """Keep the first few for `consistency`, which finds regions of samples and of real images in the same way."""
+        if self.pipe.drawn_levels > 1:
+            for each in itertools.islice(trajectories, CONSISTENCY_IMAGES - len(self.shown)):
+                self.shown.append((each.levels, None, each.decode() if each.can_decode else None))
+
+
+class _Sampled(_Kept):
+    """Samples, which are measured while they are drawn."""
 
     def __init__(self, pipe: TrajectoryPipeline, inception: Inception | None, space: Encoder | None) -> None:
-        self.descriptions: list[Tensor] = []
+        super().__init__(pipe, space)
         self.variances: list[Tensor] = []
-        self.crowd = _crowd(pipe)
-        self.shown: list[tuple[Tensor, Tensor | None, np.ndarray | None]] = []
         self.pictures = None if inception is None else Pictures(inception)
-        self.space, self.seen = space, Points()
         self.size_px = (0, 0)
-        """(h, w) of decoded samples, where they are decoded."""
+        """(h, w) of decoded samples, if they are decoded."""
 
     def draw(self, trajectories: Iterator[Trajectory]) -> None:
-        """Take all of them."""
+        """Measure all of them."""
         while part := list(itertools.islice(trajectories, SAMPLED_TOGETHER)):
             levels = torch.stack([trajectory.levels for trajectory in part])
             self.descriptions.append(describe(levels[:, -1]))
             self.variances.append(torch.stack(two_region_variance(levels[:, 0])))
             self.crowd.add(levels)
-            if levels.shape[1] > 1:
-                self.shown += [_shown(each) for each in part[: CONSISTENCY_IMAGES - len(self.shown)]]
+            self.show(iter(part))
             if self.pictures is not None or self.space is not None:
                 last = levels.shape[1] - 1
-                self._see(np.stack([each.decode(level=last) for each in part]))
-
-    def _see(self, pictures: np.ndarray) -> None:
-        self.size_px = pictures.shape[1:3]
-        if self.pictures is not None:
-            self.pictures.add(pictures)
-        if self.space is not None:
-            self.seen.add(seen_by(self.space, pictures))
+                pictures = np.stack([each.decode(level=last) for each in part])
+                self.size_px = pictures.shape[1:3]
+                if self.pictures is not None:
+                    self.pictures.add(pictures)
+                if self.space is not None:
+                    self.crowd.add_pictures(seen_by(self.space, pictures))
 
 
-class _Real:
-    """The same of real images, which are read spread evenly over the shards."""
+class _Real(_Kept):
+    """Real images, spread evenly over the shards, and two halves of them."""
 
     def __init__(
         self,
@@ -177,43 +183,34 @@ class _Real:
         size_px: tuple[int, int],
         follow: Follow,
     ) -> None:
-        self.descriptions: list[Tensor] = []
+        super().__init__(pipe, space)
+        self.halves = (self.new_crowd(), self.new_crowd())
         self.labels: list[int] = []
         self.canvases: list[Tensor] = []
-        """Of the first few, [n, L, H, W, C]."""
-        self.crowd, self.halves = _crowd(pipe), (_crowd(pipe), _crowd(pipe))
-        self.seen, self.seen_halves = Points(), (Points(), Points())
-        self.shown: list[tuple[Tensor, Tensor | None, np.ndarray | None]] = []
-        normaliser = pipe.normaliser.to("cpu")
+        """Canvases of the first images, [n, L, H, W, C]."""
+        self._normaliser = pipe.normaliser.to("cpu")
         chosen = spread_evenly(index.num_samples, most)
         reader = ShardReader(index)
         waiting = follow(chosen, "real images", len(chosen))
         while numbers := list(itertools.islice(waiting, READ_TOGETHER)):
-            samples = [reader.read(number, extras=space is not None) for number in numbers]
-            features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
-            regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
-            canvases = normaliser.teacher_canvases(features, regions)
-            self.descriptions.append(describe(features))
-            self.labels += [sample.label for sample in samples]
-            if len(self.labels) <= FLATNESS_IMAGES:
-                self.canvases.append(canvases)
-            if pipe.drawn_levels > 1:
-                for sample in samples[: CONSISTENCY_IMAGES - len(self.shown)]:
-                    self.shown.append(
-                        _shown(pipe.from_features(sample.features, sample.regions, label=sample.label))
-                    )
-            drawn = canvases[:, -pipe.drawn_levels :]
-            self.crowd.add(drawn)
-            for half, part in zip(self.halves, (drawn[::2], drawn[1::2]), strict=True):
-                half.add(part)
-            if space is not None:
-                seen = seen_by(space, np.stack([picture_of(sample, size_px) for sample in samples]))
-                self.seen.add(seen)
-                for points, part in zip(self.seen_halves, (seen[::2], seen[1::2]), strict=True):
-                    points.add(part)
+            self._add([reader.read(number, extras=space is not None) for number in numbers], size_px)
         reader.close()
 
-
-def _shown(trajectory: Trajectory) -> tuple[Tensor, Tensor | None, np.ndarray | None]:
-    """What `consistency` takes; regions of samples and of real images are found in the same way."""
-    return trajectory.levels, None, trajectory.decode() if trajectory.can_decode else None
+    def _add(self, samples: list[Sample], size_px: tuple[int, int]) -> None:
+        features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
+        regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
+        canvases = self._normaliser.teacher_canvases(features, regions)
+        self.descriptions.append(describe(features))
+        self.labels += [sample.label for sample in samples]
+        if len(self.labels) <= FLATNESS_IMAGES:
+            self.canvases.append(canvases)
+        self.show(self.pipe.from_features(each.features, each.regions, label=each.label) for each in samples)
+        drawn = canvases[:, -self.pipe.drawn_levels :]
+        crowds = (self.crowd, *self.halves)
+        parts = (slice(None), slice(None, None, 2), slice(1, None, 2))
+        for crowd, part in zip(crowds, parts, strict=True):
+            crowd.add(drawn[part])
+        if self.space is not None:
+            seen = seen_by(self.space, np.stack([picture_of(sample, size_px) for sample in samples]))
+            for crowd, part in zip(crowds, parts, strict=True):
+                crowd.add_pictures(seen[part])

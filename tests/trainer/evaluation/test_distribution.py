@@ -17,7 +17,6 @@ from trainer.evaluation.distribution import (
     TOKENS_PER_IMAGE,
     Crowd,
     Pictures,
-    Points,
     distances,
     picture_distances,
     seen_by,
@@ -117,11 +116,11 @@ class _MeanColour:
 
 
 def test_pictures_in_the_space_of_an_encoder() -> None:
-    def seen(mean: int, count: int, seed: int) -> Points:
-        points, random = Points(), np.random.default_rng(seed)
+    def seen(mean: int, count: int, seed: int) -> Crowd:
+        found, random = Crowd(2, 3), np.random.default_rng(seed)
         colours = random.normal(mean, 5, (count, 1, 1, 3)).round().clip(0, 255)
-        points.add(seen_by(_MeanColour(), colours.repeat(8, 1).repeat(4, 2).astype(np.uint8)))
-        return points
+        found.add_pictures(seen_by(_MeanColour(), colours.repeat(8, 1).repeat(4, 2).astype(np.uint8)))
+        return found
 
     real, halves = seen(100, 400, 0), (seen(100, 200, 1), seen(100, 200, 2))
     found = dict(picture_distances(seen(130, 400, 3), real, halves))
