@@ -1,1 +1,1 @@
-"""Shards → batches."""
+"""Reads finished shards and turns them into batches."""

@@ -1,4 +1,4 @@
-"""Shards built with `--images` → batches of features and the pictures they came from, in the order of `stream`.
+"""Batches of features together with the pictures they came from, for shards built with `--images`.
 
 b images of one rank, H×W grid of tokens, C channels, L levels, h×w pixels
 """
@@ -32,7 +32,7 @@ class PictureBatch(Rows):
 class PictureDataset(RankShare):
     """Item n is rank `rank`'s share of global batch n of `plan`, with pictures; see `RankShare`.
 
-    size_px: (h, w) that pictures are resized to. Raises TrainerError when the shards hold no pictures or a picture
+    size_px: (h, w) to which pictures are resized. Raises TrainerError if the shards hold no pictures or a picture
     cannot be decoded.
     """
 
@@ -50,13 +50,13 @@ class PictureDataset(RankShare):
         self._size = size_px
 
     def read(self, number: int, pin_memory: bool = False) -> PictureBatch:
-        """Item `number`, in page-locked memory if that is asked for."""
+        """Read item `number`, into page-locked memory if `pin_memory`."""
         numbers, _ = self.places(number)
         batch = self.samples(numbers.tolist())
         return batch.pinned() if pin_memory else batch
 
     def samples(self, numbers: Sequence[int]) -> PictureBatch:
-        """The samples of these numbers, counted through all shards."""
+        """Read samples by number, counted through all shards."""
         samples = [self._reader.read(number, extras=True) for number in numbers]
         pictures = np.stack([picture_of(sample, self._size) for sample in samples])
         return PictureBatch(
@@ -69,19 +69,19 @@ class PictureDataset(RankShare):
 
     @property
     def num_bytes(self) -> int:
-        """Size of an item, about."""
+        """Approximate size of an item."""
         tokens = self._index.grid[0] * self._index.grid[1]
         return self._share * (2 * tokens * self._index.width + 3 * self._size[0] * self._size[1])
 
 
 def picture_of(sample: Sample, size_px: tuple[int, int]) -> np.ndarray:
-    """The picture that a sample of shards was made from, resized to (h, w): RGB uint8 [h, w, 3].
+    """The picture that a sample was made from, resized to (h, w): RGB uint8 [h, w, 3].
 
-    Raises TrainerError when it holds none, or none that can be decoded, MismatchError when it is of another shape.
+    Raises TrainerError if there is none or it cannot be decoded, MismatchError if it has another aspect ratio.
     """
     if sample.image is None:
         raise TrainerError(
-            f"sample {sample.key} holds no picture; make the shards with "
+            f"sample {sample.key} holds no picture: rebuild the shards with "
             "`hierarchy-builder shard DIR --images --fresh`"
         )
     try:
@@ -92,8 +92,8 @@ def picture_of(sample: Sample, size_px: tuple[int, int]) -> np.ndarray:
     height, width = size_px
     if rgb.width * height != rgb.height * width:
         raise MismatchError(
-            f"sample {sample.key}: its picture has {rgb.width}×{rgb.height} pixels, which is not the shape of the "
-            f"grid of tokens, {width}×{height} pixels; build the shards again"
+            f"sample {sample.key}: its picture has {rgb.width}×{rgb.height} pixels, but the grid of tokens "
+            f"has the aspect ratio of {width}×{height}; build the shards again"
         )
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)

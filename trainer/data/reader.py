@@ -1,7 +1,6 @@
-"""Samples of a shard folder by number, one by one or read straight into a batch.
+"""Read samples of a shard folder by number, one by one or directly into a batch.
 
-Every sample can be read at any time (see `tars`), so no shuffle buffer stands between the order that was asked for
-and the order that comes.
+Tars allow random access (see `tars`), so samples come exactly in the requested order, without a shuffle buffer.
 
     B samples, H×W grid of tokens, C channels, L levels
 """
@@ -42,7 +41,7 @@ from trainer.data.tars import Members, OpenTar, check_sha256, check_size, local_
 
 
 def default_cache() -> str:
-    """Folder where remote shards are kept: `TRAINER_CACHE`, else under the user's cache folder."""
+    """Folder for copies of remote shards: `TRAINER_CACHE`, by default a folder in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return os.environ.get("TRAINER_CACHE") or str(Path(base) / "trajectory-hierarchies")
 
@@ -85,12 +84,12 @@ class Rows:
 
 
 class ShardReader:
-    """Samples of a shard folder by number, counted through the shards in order; several threads may read at once.
+    """Reads samples by number, counted through the shards in order; threads may share a reader.
 
-    Keeps at most `max_open` tars open with the places of their members. verifies: whether this reader checks a
-    shard's SHA-256 on first use; the ranks of a run share that work. max_damaged: how many damaged shards to go on
-    without, 0 stops at the first: sample i of a damaged shard becomes sample i (modulo its size) of the next shard
-    that is whole, whoever reads it.
+    Keeps at most `max_open` tars open, with the positions of their members. verifies: whether this reader checks the
+    SHA-256 of a shard on first use; the ranks of a run divide that work. max_damaged: number of damaged shards to
+    tolerate; 0 stops at the first one. Sample i of a damaged shard is replaced by sample i (modulo its size) of the
+    next intact shard, in every reader alike.
     """
 
     def __init__(
@@ -118,9 +117,9 @@ class ShardReader:
         return self.index.num_samples
 
     def read(self, number: int, extras: bool = False) -> Sample:
-        """Sample `number`, features as float16; metadata, image and stored canvases only with `extras`.
+        """Sample `number`, with features as float16; metadata, image and stored canvases only with `extras`.
 
-        Raises TrainerError naming shard and key when the sample is damaged or of another shape.
+        Raises TrainerError naming shard and key if the sample is damaged or of another shape.
         """
         rows = self.read_rows([number])
         features = rows.features[0].numpy()
@@ -136,9 +135,9 @@ class ShardReader:
         return sample
 
     def read_rows(self, numbers: Sequence[int], pin_memory: bool = False) -> Rows:
-        """Samples `numbers` as they are stored, each read from the file into its row.
+        """Read samples `numbers` as they are stored, each from the file directly into its row.
 
-        Raises TrainerError naming shard and key when a sample is damaged or of another shape.
+        Raises TrainerError naming shard and key if a sample is damaged or of another shape.
         """
         found = [self._find(number) for number in numbers]
         is_int8 = SCALE_MEMBER in found[0][2][1]
@@ -161,7 +160,7 @@ class ShardReader:
         return rows
 
     def number_of(self, key: str) -> int:
-        """The number of the sample of that key. Raises UsageError if there is none; reads tars until it is found."""
+        """The number of the sample with this key, found by reading the tars. Raises UsageError if there is none."""
         for shard in range(len(self.index.shards)):
             tar = self._open.get(shard) or self._opened(shard)
             keys = [] if tar is None else [found for found, _ in tar.samples]
@@ -170,7 +169,7 @@ class ShardReader:
         raise UsageError(f"{self.index.url}: no sample has the key {key!r}; keys are like {keys[:1]}")
 
     def damaged_shards(self) -> list[str]:
-        """Names of the shards found damaged so far, in order."""
+        """Names of the damaged shards found so far, in order."""
         return [self.index.shards[shard].name for shard in sorted(self._damaged)]
 
     def close(self) -> None:
@@ -178,7 +177,7 @@ class ShardReader:
         self._open.clear()
 
     def _find(self, number: int) -> tuple[str, OpenTar, tuple[str, Members]]:
-        """Name and tar of the shard that sample `number` is taken from, and its key and members there."""
+        """Name and tar of the shard that provides sample `number`, and the sample's key and members."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         row = number - int(self._starts[shard])
         for candidate in (*range(shard, len(self.index.shards)), *range(shard)):
@@ -188,7 +187,7 @@ class ShardReader:
         raise DamagedShardError(f"{self.index.url}: all shards are damaged; copy or build them again")
 
     def _opened(self, shard: int) -> OpenTar | None:
-        """The tar, opened by the first thread that comes; None if it is damaged and one may go on without it."""
+        """The tar, opened by the first thread that asks; None if it is damaged and may be skipped."""
         with self._opening[shard]:
             if shard in self._open or shard in self._damaged:
                 return self._open.get(shard)
@@ -198,7 +197,7 @@ class ShardReader:
                 self._tolerate(shard, error)
                 return None
             with self._order:
-                # Closed when the last thread that reads from it lets go.
+                # A tar that is removed here is closed when the last thread that reads it drops it.
                 while len(self._open) >= self._max_open:
                     self._open.popitem(last=False)
                 self._open[shard] = tar
@@ -251,7 +250,7 @@ class ShardReader:
 
 @contextmanager
 def _named(shard: str, key: str) -> Iterator[None]:
-    """Errors of what is inside name the shard and the sample."""
+    """Add the shard and the sample to errors raised inside."""
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
@@ -259,7 +258,7 @@ def _named(shard: str, key: str) -> Iterator[None]:
 
 
 def _read_array(tar: OpenTar, members: Members, name: str, header: np.ndarray, row: np.ndarray) -> None:
-    """Read one .npy member into `row`, in one call where its header is the one expected."""
+    """Read one .npy member into `row`, with a single system call if its header is the expected one."""
     offset, size = _span(members, name)
     found, data = np.empty_like(header), row.reshape(-1).view(np.uint8)
     is_whole = size == len(header) + len(data) and tar.read_into([found, data], offset) == size
@@ -281,7 +280,7 @@ def _span(members: Members, name: str) -> tuple[int, int]:
 
 
 def _npy_header(array: np.ndarray) -> np.ndarray:
-    """What stands before the data of such an array in a .npy file, uint8."""
+    """The header of a .npy file of such an array, uint8."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
     return np.frombuffer(stream.getvalue(), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""A finished shard folder: what its index, class map and statistics say.
+"""The index, class map and statistics of a finished shard folder.
 
 H×W grid of tokens, C channels
 """
@@ -42,20 +42,20 @@ class ShardIndex:
     encoder: dict[str, Any]
     """Description of the encoder: name, grid, width, normalisation, weights_hash, decoder."""
     config_hash: str
-    """Hash of the configuration the shards were made with."""
+    """Hash of the configuration that the shards were built with."""
 
     @property
     def num_samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.num_samples for shard in self.shards)
 
     @property
     def num_classes(self) -> int:
-        """Classes of the class map, whether or not each has samples."""
+        """Number of classes in the class map, including those without samples."""
         return len(self.class_names)
 
     def describe(self) -> dict[str, Any]:
-        """What a run stores about its shards, as plain data; no paths, so that folders may move."""
+        """What a run stores about its shards, as plain data without paths, so that folders can be moved."""
         return {
             "name": self.name,
             "split": self.split,
@@ -72,8 +72,8 @@ class ShardIndex:
 def open_index(url: str) -> ShardIndex:
     """Read the index of a finished shard folder, or of a build folder that holds one under `shards`.
 
-    url: local path or fsspec URL. Raises UsageError when there is nothing, TrainerError when the folder is not finished
-    or not of this format.
+    url: local path or fsspec URL. Raises UsageError if it does not exist, TrainerError if the folder is not finished or
+    has another format.
     """
     for folder in (url.rstrip("/"), f"{url.rstrip('/')}/shards"):
         try:
@@ -91,9 +91,9 @@ def open_index(url: str) -> ShardIndex:
 
 
 def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]:
-    """Arrays, by name, of the statistics.npz beside the shards, float64 [C] or [H, W, C].
+    """Read arrays of the shards' statistics.npz by name, float64 [C] or [H, W, C].
 
-    Raises TrainerError when the file is missing or damaged, or an array is not there, not finite or of another shape.
+    Raises TrainerError if the file is missing or damaged, or if an array is missing, not finite or of another shape.
     """
     filesystem, path = fsspec.url_to_fs(f"{index.url}/{STATISTICS}")
     try:
@@ -159,7 +159,7 @@ def _parse_index(url: str, index: dict[str, Any], class_map: dict[str, int]) -> 
         if int(index["num_levels"]) < 2 or min(*index["grid"], index["width"]) < 1:
             raise ValueError("fewer than 2 levels, or no tokens")
         if not isinstance(index["encoder"], dict):
-            raise TypeError("encoder is no description")
+            raise TypeError("encoder is not a mapping")
         return ShardIndex(
             url=url,
             name=index["name"],
@@ -177,10 +177,10 @@ def _parse_index(url: str, index: dict[str, Any], class_map: dict[str, int]) -> 
 
 
 def _class_names(class_map: dict[str, int], where: str) -> tuple[str, ...]:
-    """Names by label; a label that the map leaves out is named by its number."""
+    """Class names by label; a label that the map omits is named by its number."""
     names = {label: name for name, label in class_map.items()}
     if not names or len(names) < len(class_map) or not all(type(n) is int and n >= 0 for n in names):
         raise TrainerError(
-            f"{where}: expected labels from 0, each of one class; copy or build the shards again"
+            f"{where}: expected a different label of 0 or more for each class; copy or build the shards again"
         )
     return tuple(names.get(label, str(label)) for label in range(max(names) + 1))

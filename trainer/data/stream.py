@@ -1,10 +1,10 @@
-"""Shards → batches: an order that is a pure function of (seed, epoch), read by any number of ranks and threads.
+"""Batches in an order that is a pure function of (seed, epoch), for any number of ranks and threads.
 
-Shards are permuted, taken in windows of `shuffle_shards`, and samples are shuffled within each window. The
-run is one endless line of images: epoch 0 in its order, then epoch 1 in its own, and global batch b is places
-b·B to (b+1)·B of that line. So a batch depends neither on the number of ranks nor of reading threads, and
-the number of images seen is all a checkpoint has to keep. The level a sample is trained at is a function of (seed,
-epoch, sample): in each run of L epochs it meets all L levels, in a random order of its own. `level_counts` audits that.
+Shards are permuted and grouped into windows of `shuffle_shards`; samples are shuffled within each window. A run is one
+endless sequence of images, epoch after epoch, and global batch b holds places b·B to (b+1)·B of it. So a batch depends
+neither on the number of ranks nor on that of reading threads, and a checkpoint only needs the number of images seen.
+The level at which a sample is trained is a function of (seed, epoch, sample): within L epochs a sample gets all L
+levels, in a random order of its own. `level_counts` audits that.
 
     B images in a global batch, b images of one rank in it, H×W grid, C channels, L levels
 """
@@ -28,18 +28,18 @@ from trainer.data.reader import Rows, ShardReader
 from trainer.data.shards import ShardIndex
 
 AHEAD_BYTES = 2**32
-"""Memory that batches read ahead may take, per rank."""
+"""Limit of the memory for batches that are read ahead, per rank."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch(Rows):
-    """One rank's share of a global batch. A row of level l asks for canvas l, given canvas l−1."""
+    """One rank's share of a global batch. A row of level l trains canvas l, given canvas l−1."""
 
     level: Tensor
     """int64 [b]"""
 
     def tokens(self, normaliser: Normaliser = RAW) -> Tensor:
-        """Features as the network sees them, float32 [b, H, W, C]."""
+        """Normalised features, float32 [b, H, W, C]."""
         return normaliser.apply(self.features.float() if self.scale is None else self.features * self.scale)
 
     def canvases(self, normaliser: Normaliser = RAW) -> Tensor:
@@ -49,9 +49,9 @@ class Batch(Rows):
     def targets(self, normaliser: Normaliser = RAW) -> tuple[Tensor, Tensor, Tensor]:
         """(x, prev, regions) of each row's level: its canvas, the one before, and the level's region ids.
 
-        Canvases are the means of normalised features, made where the batch lies.
-        x, prev: float32 [b, H, W, C], prev zeros at level 0. regions: uint8 [b, H, W]; the last level, which has
-        none, repeats those of the level before.
+        Canvases are means of normalised features, computed on the device of the batch.
+        x, prev: float32 [b, H, W, C], prev zeros at level 0. regions: uint8 [b, H, W]; the last level has
+        none and repeats those of the level before.
         """
         canvases = self.canvases(normaliser)
         row = torch.arange(len(self), device=self.level.device)
@@ -63,21 +63,21 @@ class Batch(Rows):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamPlan:
-    """Which sample and level stands at which place of the run; small, picklable, reads no file."""
+    """Maps each place of a run to a sample and a level; small, picklable, reads no file."""
 
     shard_sizes: tuple[int, ...]
-    """Samples in each shard."""
+    """Number of samples in each shard."""
     num_levels: int
     batch_size: int
     """Images in a global batch."""
     seed: int = 0
     shuffle_shards: int = 64
     level_per: str = "sample"
-    """`sample` gives each sample a level of its own in each epoch, `batch` one to each global batch."""
+    """`sample` draws a level for each sample and epoch, `batch` one for each global batch."""
 
     @property
     def num_samples(self) -> int:
-        """Samples in an epoch."""
+        """Number of samples in an epoch."""
         return sum(self.shard_sizes)
 
     def places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,17 +96,17 @@ class StreamPlan:
         return sample, self._levels(epoch, sample)
 
     def _levels(self, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
-        """Entry `epoch` modulo L of a random order of the levels, drawn anew by each sample for every L epochs.
+        """Entry `epoch` modulo L of a random order of the levels, which each sample draws anew every L epochs.
 
-        Uniform in each epoch, as a draw of each epoch's own would be; but after 8 of those, 38 % of the samples
-        would still lack one of 4 levels.
+        Levels are uniform in each epoch, as with independent draws; but with those, 38 % of the samples would still
+        lack one of 4 levels after 8 epochs.
         """
         L = self.num_levels
         keys = [_hash(self.seed, epoch // L * L + turn, sample) for turn in range(L)]
         return np.argsort(np.stack(keys, axis=1), axis=1)[np.arange(len(sample)), epoch % L]
 
     def level_counts(self, start: int, stop: int) -> np.ndarray:
-        """How often each sample meets each level between two places: int64 [num_samples, L]."""
+        """How often each sample is trained at each level between two places: int64 [num_samples, L]."""
         counts = np.zeros(self.num_samples * self.num_levels, dtype=np.int64)
         for begin in range(start, stop, self.num_samples):
             sample, level = self.places(begin, min(begin + self.num_samples, stop))
@@ -115,7 +115,7 @@ class StreamPlan:
 
 
 def coverage(counts: np.ndarray) -> dict[str, list[int]]:
-    """The audit of `level_counts` [N, L]: images per level, samples by the number of levels they met, and pairs of
+    """Summarise `level_counts` [N, L]: images per level, samples by the number of their levels, and pairs of
     sample and level by how often they occurred."""
     met = np.bincount((counts > 0).sum(axis=1), minlength=counts.shape[1] + 1)
     return {
@@ -127,7 +127,7 @@ def coverage(counts: np.ndarray) -> dict[str, list[int]]:
 
 @lru_cache(maxsize=4)
 def epoch_order(shard_sizes: tuple[int, ...], seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
-    """Sample numbers of one epoch in the order they are seen, int64 [sum of shard_sizes], each once."""
+    """Sample numbers of one epoch in training order, int64 [sum of shard_sizes], each once."""
     generator = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
     shards = generator.permutation(len(shard_sizes))
@@ -152,11 +152,11 @@ def _hash(seed: int, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
 
 
 class RankShare:
-    """What one rank reads of every global batch; several threads may ask at once.
+    """The share of every global batch that one rank reads; threads may read at the same time.
 
-    verify: check the SHA-256 of each shard when it is first read. max_damaged: damaged shards that are gone without,
+    verify: check the SHA-256 of each shard when it is first read. max_damaged: number of damaged shards to tolerate,
     see `ShardReader`; `damaged_shards` names them.
-    Raises TrainerError for fewer samples than one batch, UsageError for batches that do not divide by the ranks.
+    Raises TrainerError for fewer samples than one batch, UsageError if the batch size is no multiple of the ranks.
     """
 
     def __init__(
@@ -174,15 +174,17 @@ class RankShare:
                 "lower batch_size or shard more images"
             )
         if plan.batch_size % world_size:
-            raise UsageError(f"batch_size {plan.batch_size} does not divide by {world_size} processes")
+            raise UsageError(
+                f"batch_size {plan.batch_size}, expected a multiple of the {world_size} processes"
+            )
         self._index, self._plan, self._rank = index, plan, rank
         self._share = plan.batch_size // world_size
-        # Ranks share the checks of SHA-256; but to leave a shard out, all have to know that it is damaged.
+        # Ranks divide the checks of SHA-256, unless damaged shards are skipped: then every rank must find them itself.
         checked_by = 1 if max_damaged else world_size
         self._reader = ShardReader(
             index,
             verifies=lambda shard: verify and shard % checked_by == rank % checked_by,
-            max_open=2 * plan.shuffle_shards,  # around the border of two windows both are in use
+            max_open=2 * plan.shuffle_shards,  # at the border of two windows, both are in use
             max_damaged=max_damaged,
         )
 
@@ -192,7 +194,7 @@ class RankShare:
         return self._plan.places(start, start + self._share)
 
     def damaged_shards(self) -> list[str]:
-        """Names of the shards that this rank found damaged and went on without."""
+        """Names of the damaged shards that this rank skipped."""
         return self._reader.damaged_shards()
 
 
@@ -203,7 +205,7 @@ class BatchDataset(RankShare):
         return self.read(number)
 
     def read(self, number: int, pin_memory: bool = False) -> Batch:
-        """Item `number`, read into page-locked memory if that is asked for."""
+        """Read item `number`, into page-locked memory if `pin_memory`."""
         numbers, levels = self.places(number)
         rows = self._reader.read_rows(numbers.tolist(), pin_memory)
         return Batch(
@@ -217,7 +219,7 @@ class BatchDataset(RankShare):
 
     @property
     def num_bytes(self) -> int:
-        """Size of an item, about."""
+        """Approximate size of an item."""
         height, width = self._index.grid
         return self._share * height * width * (2 * self._index.width + self._index.num_levels)
 
@@ -225,11 +227,11 @@ class BatchDataset(RankShare):
 def batch_loader(
     dataset: BatchDataset, batches: range, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """The global batches `batches`, in order, each already this rank's share.
+    """Yield this rank's share of the global batches `batches`, in order.
 
-    `workers` threads read ahead, two batches each or as many as fit AHEAD_BYTES. Threads, because a batch then lies
-    where it was read, in page-locked memory if asked for. From other processes it would come through shared memory,
-    whose pages took four times as long to fill as reading takes; and reading seldom holds the interpreter's lock.
+    `workers` threads read ahead, two batches each or as many as fit into AHEAD_BYTES. They are threads so that a batch
+    needs no copy: batches of other processes come through shared memory, and filling its pages took four times as
+    long as reading. The interpreter's lock is no obstacle, since reading seldom holds it.
     """
     if not workers:
         yield from (dataset.read(number, pin_memory) for number in batches)

@@ -1,7 +1,6 @@
-"""One tar of a shard folder: brought to this machine, checked, its members found, and read by position.
+"""Random access to one tar of a shard folder: download, check, list members, and read them by position.
 
-Tars are uncompressed, so one pass over the headers gives the place of every member, and a sample is a few
-positioned reads.
+Tars are uncompressed, so one pass over the headers finds every member, and a sample needs only a few positioned reads.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from hierarchy_builder.files import sha256_file, whole_file
 
 HEADER_BYTES = 512
 PLAIN_FILE = (b"0", b"\0")
-"""Type flags of a member that is just a file; all that the builder writes."""
+"""Type flags of a regular file, the only kind of member that the builder writes."""
 
 Members = dict[str, tuple[int, int]]
-"""(offset, size) in the tar of each member of a sample, by its name behind the key."""
+"""(offset, size) in the tar of each member of a sample, by the part of its name after the key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """One tar of the set, as index.json lists it."""
+    """One tar as index.json lists it."""
 
     name: str
     num_samples: int
@@ -39,7 +38,7 @@ class ShardEntry:
 
 
 class OpenTar:
-    """An open tar and, per sample, its key and where its members lie. Raises DamagedShardError if it is not whole."""
+    """An open tar with the key and the members of each sample. Raises DamagedShardError if the tar is incomplete."""
 
     def __init__(self, path: str, entry: ShardEntry) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
@@ -56,16 +55,16 @@ class OpenTar:
             )
 
     def read(self, offset: int, size: int) -> bytes:
-        """The bytes at `offset`; a positioned read, so that threads may share the file."""
+        """Read bytes at `offset` with a positioned read, so that threads can share the file."""
         return os.pread(self._file.fileno(), size, offset)
 
     def read_into(self, buffers: list[np.ndarray], offset: int) -> int:
-        """Fill one uint8 buffer after the other from `offset`; returns the number of bytes there were."""
+        """Read from `offset` into one uint8 buffer after the other; returns the number of bytes read."""
         return os.preadv(self._file.fileno(), [buffer.data for buffer in buffers], offset)
 
 
 def local_path(url: str, entry: ShardEntry, cache: str) -> str:
-    """Where the tar lies on this machine; a remote one is downloaded to `cache` first, once, and checked.
+    """Local path of the tar; a remote tar is first downloaded to `cache`, once, and checked.
 
     Raises DamagedShardError if the download is not what the index lists.
     """
@@ -77,7 +76,7 @@ def local_path(url: str, entry: ShardEntry, cache: str) -> str:
     if not local.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with open(f"{local}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait
             if not local.exists():
                 with whole_file(local) as partial:
                     filesystem.get_file(path, str(partial))
@@ -86,7 +85,7 @@ def local_path(url: str, entry: ShardEntry, cache: str) -> str:
 
 
 def check_size(path: str, entry: ShardEntry) -> None:
-    """Raise DamagedShardError unless the tar is there and as long as the index says."""
+    """Raise DamagedShardError unless the tar exists with the size listed in the index."""
     try:
         size = os.path.getsize(path)
     except OSError:
@@ -99,7 +98,7 @@ def check_size(path: str, entry: ShardEntry) -> None:
 
 
 def check_sha256(path: str, entry: ShardEntry) -> None:
-    """Raise DamagedShardError unless the bytes of the tar are those the index lists."""
+    """Raise DamagedShardError unless the tar has the SHA-256 listed in the index."""
     found = sha256_file(Path(path))
     if found != entry.sha256:
         raise DamagedShardError(
@@ -109,7 +108,7 @@ def check_sha256(path: str, entry: ShardEntry) -> None:
 
 
 def _samples(file: BinaryIO) -> list[tuple[str, Members]]:
-    """Keys in the order of the tar, with their members."""
+    """Keys with their members, in the order of the tar."""
     samples: list[tuple[str, Members]] = []
     for path, offset, size in _members(file):
         folder, _, name = path.rpartition("/")
@@ -124,8 +123,8 @@ def _samples(file: BinaryIO) -> list[tuple[str, Members]]:
 def _members(file: BinaryIO) -> list[tuple[str, int, int]]:
     """(name, offset, size) of every member.
 
-    Eight times as fast as tarfile, which readers feel: each opens every tar once an epoch. Anything but plain files
-    with short names is left to tarfile.
+    Eight times as fast as tarfile, which matters because a reader opens every tar once per epoch. Tars with anything
+    but regular files with short names are left to tarfile.
     """
     offset, end = 0, os.fstat(file.fileno()).st_size
     found = []
@@ -141,7 +140,7 @@ def _members(file: BinaryIO) -> list[tuple[str, int, int]]:
 
 
 def _is_plain(header: bytes) -> bool:
-    """Whether it is that of a file whose name fits the first field and whose size is octal."""
+    """Whether this is the header of a regular file with a name in the first field and an octal size."""
     return header[156:157] in PLAIN_FILE and header[345] == 0 and header[124] < 128
 
 

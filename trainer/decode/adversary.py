@@ -1,10 +1,10 @@
-"""The discriminator that a decoder can be trained against: small heads on the features of a frozen ViT.
+"""The discriminator for adversarial training of a decoder: small heads on the features of a frozen ViT.
 
 B pictures, h×w pixels, N tokens, D width of the ViT
 
 Source: RAE (Zheng et al. 2025), after StyleGAN-T (Sauer et al. 2023): frozen DINO ViT-S/8 and convolutional heads
-over tokens with spectral and batch normalisation, hinge losses, differentiable augmentation. Deviation: heads
-stand on blocks 3, 6, 9 and 12.
+over tokens with spectral and batch normalisation, hinge losses, differentiable augmentation. Deviation: the heads
+read blocks 3, 6, 9 and 12.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHIFT = 0.125
 def frozen_vit(
     size_px: int = 224, patch_px: int = 8, width: int = 384, depth: int = 12, heads: int = 6
 ) -> Any:
-    """timm's ViT, whose parameters have the names of DINO's checkpoints; frozen. Defaults are ViT-S/8 at 224 px."""
+    """A frozen ViT of timm, whose parameter names are those of DINO's checkpoints. The default is ViT-S/8 at 224 px."""
     module = import_vision("timm.models.vision_transformer")
     vit = module.VisionTransformer(
         img_size=size_px, patch_size=patch_px, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
@@ -41,10 +41,7 @@ def frozen_vit(
 
 
 class Discriminator(nn.Module):
-    """Logits of a picture being real, one per head and token.
-
-    The backbone stays out of the state that is saved.
-    """
+    """Logits that a picture is real, one per head and token. The backbone is not part of the saved state."""
 
     mean: Tensor
     std: Tensor
@@ -90,7 +87,7 @@ def _convolved(width: int, kernel: int) -> nn.Sequential:
 
 
 def load_discriminator(weights: str | Path) -> Discriminator:
-    """A fresh discriminator on DINO's ViT-S/8. Raises MismatchError when the weights are of another network."""
+    """A fresh discriminator on DINO's ViT-S/8. Raises MismatchError if the weights are of another network."""
     backbone, given = frozen_vit(), read_weights(Path(weights))
     expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
     check_weights(f"{weights}, expected DINO's ViT-S/8,", given, expected)
@@ -104,7 +101,7 @@ def hinge_for_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def balanced_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """Ratio of the gradients of two losses at the last layer, at most 1e4: what makes them pull alike.
+    """The weight of the adversarial loss that equalises the two gradients at the last layer, at most 1e4.
 
     Source: Esser et al. (2021), VQGAN, eq. 7.
     """

@@ -1,4 +1,4 @@
-"""What a training of a decoder is: the fields of every run, with shape, losses and their schedule."""
+"""Configuration of a decoder training: the fields of every run, and the decoder's shape, losses and schedule."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ DecoderSize = Literal["tiny", "B", "L", "XL"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig(RunConfig):
-    """One training of a decoder. Defaults are RAE's, for features of ImageNet.
+    """One training of a decoder.
 
-    Source: RAE (Zheng et al. 2025), first stage, as its code has it.
+    Defaults are those of the code of RAE (Zheng et al. 2025), first stage, for features of ImageNet.
     """
 
     size: DecoderSize = "XL"
     """Shape of the decoder; B, L and XL are RAE's, tiny is made for a CPU."""
     total_images: int = field(default=20_480_000, metadata=EXECUTION)
-    """Images seen until the run ends (16 epochs of ImageNet); the shares below are of them."""
+    """Images seen until the run ends (16 epochs of ImageNet); the fractions below refer to this number."""
     batch_size: int = 512
     """Images in one optimiser step, over all ranks."""
     patch_size: int = 16
-    """Pixels per side that one token is decoded to; pictures are resized to grid × patch_size."""
+    """Pixels per side of a decoded token; pictures are resized to grid × patch_size."""
     noise: float = 0.8
-    """Noise on tokens in training: σ·N(0, 1), σ uniform up to this, in units of the features' root mean square."""
+    """Largest σ of the noise σ·N(0, 1) on tokens in training, in units of the features' root mean square."""
     lr: float = 2e-4
-    """Learning rate of Adam after the warm-up; it falls along a cosine to a tenth at the end."""
+    """Learning rate of Adam after the warm-up; a cosine lowers it to a tenth at the end."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Decay of Adam's first and second moments."""
     warmup_fraction: float = 1 / 16
-    """Share of the run, at its start, over which the learning rate rises from 0."""
+    """Share of the run, at its start, in which the learning rate rises from 0."""
     ema_halflife_kimg: float = 161.0
-    """Half-life of the weight average that decodes, in thousands of images (RAE: 0.9978 a step of 512)."""
+    """Half-life of the weight average used to decode, in thousands of images (RAE: 0.9978 per step of 512)."""
     held_out_shards: int = 0
-    """Shards, the last ones, that are not trained on but measured at the end of each epoch."""
+    """Number of shards, at the end of the list, that are held out and measured at the end of each epoch."""
     lpips_weights: str | None = None
-    """Folder with `vgg16` and `lpips` weights for the perceptual loss; none without it."""
+    """Folder with `vgg16` and `lpips` weights for the perceptual loss; without it there is no such loss."""
     lpips_weight: float = 1.0
     """Weight of the perceptual loss."""
     gan_weights: str | None = None
-    """Weights of DINO's ViT-S/8 for the adversarial loss; none without it."""
+    """Weights of DINO's ViT-S/8 for the adversarial loss; without them there is no such loss."""
     gan_weight: float = 0.75
-    """Weight of the adversarial loss, on top of its balance with the others."""
+    """Factor of the adversarial loss after its gradient is balanced with that of the other losses."""
     discriminator_start: float = 6 / 16
-    """Share of the run after which the discriminator trains."""
+    """Share of the run after which the discriminator is trained."""
     gan_start: float = 8 / 16
-    """Share of the run after which the decoder trains against it."""
+    """Share of the run after which the decoder is trained against the discriminator."""
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)

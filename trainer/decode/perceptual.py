@@ -1,4 +1,4 @@
-"""LPIPS: a distance of pictures in the features of VGG16, by weights that are brought along.
+"""LPIPS, a distance of pictures in the feature space of VGG16; the user supplies the weights.
 
 B pictures, C channels, h×w pixels
 """
@@ -19,7 +19,7 @@ COMPARED = (3, 8, 15, 22, 29)
 WIDTHS = (64, 128, 256, 512, 512)
 """Channels of these layers."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Of the network's input, for pictures in [−1, 1]."""
+"""Normalisation of the network's input, for pictures in [−1, 1]."""
 EPS = 1e-10
 SUFFIXES = (".safetensors", ".pt", ".pth")
 BACKBONE, HEADS = "vgg16", "lpips"
@@ -58,10 +58,9 @@ def _unit(features_BChw: Tensor) -> Tensor:
 
 
 def load_lpips(folder: str | Path) -> Lpips:
-    """LPIPS by the weights in a folder: `vgg16` as torchvision names them and `lpips`, the heads of version 0.1.
+    """LPIPS with the weights in a folder: `vgg16` under torchvision's names, and `lpips`, the heads of version 0.1.
 
-    Each file is .safetensors, .pt or .pth. Raises TrainerError when one is missing, MismatchError when it holds other
-    tensors.
+    Each file is .safetensors, .pt or .pth. Raises TrainerError if one is missing, MismatchError if its tensors differ.
     """
     backbone, heads = (_read(Path(folder), name) for name in (BACKBONE, HEADS))
     lpips = Lpips()

@@ -28,9 +28,8 @@ from trainer.training.release_files import check_weights, read_fields, read_weig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Names inside a block of the checkpoint → names here.
 RUN_DECODER = "decoder"
-"""Folder of a run in which its decoder is looked for: config.json and the weights."""
+"""Folder of a run that may hold a decoder for it: config.json and the weights."""
 WEIGHTS = ("model.safetensors", "model.pt")
 CONFIG = "config.json"
 SIZES = {
@@ -41,30 +40,30 @@ SIZES = {
 }
 """Blocks, width, heads and hidden width of the MLP; B, L and XL are the release's."""
 
-BLOCK_NAMES = {
-    "layernorm_before": "norm1",
-    "attention.attention.query": "query",
-    "attention.attention.key": "key",
-    "attention.attention.value": "value",
-    "attention.output.dense": "out",
-    "layernorm_after": "norm2",
-    "intermediate.dense": "expand",
-    "output.dense": "contract",
+RELEASE_NAMES = {
+    "embed": "decoder_embed",
+    "class_token": "trainable_cls_token",
+    "positions": "decoder_pos_embed",
+    "norm": "decoder_norm",
+    "predict": "decoder_pred",
 }
-NAMES = {
-    "decoder_embed": "embed",
-    "trainable_cls_token": "class_token",
-    "decoder_pos_embed": "positions",
-    "decoder_norm": "norm",
-    "decoder_pred": "predict",
+"""Names of `RaeDecoder` → names in the release's checkpoint."""
+RELEASE_BLOCK_NAMES = {
+    "norm1": "layernorm_before",
+    "query": "attention.attention.query",
+    "key": "attention.attention.key",
+    "value": "attention.attention.value",
+    "out": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "expand": "intermediate.dense",
+    "contract": "output.dense",
 }
-RELEASE_BLOCK_NAMES = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
-RELEASE_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
+"""The same inside a block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RaeDecoderConfig:
-    """Shape of a decoder, under the names of its config.json; keys that say nothing about shape are ignored."""
+    """Shape of a decoder, with the field names of its config.json, whose other keys are ignored."""
 
     hidden_size: int
     """C, channels of the encoder."""
@@ -157,7 +156,7 @@ class DecoderBlock(nn.Module):
 class RaeDecoder(nn.Module):
     """The ViT decoder of RAE (Zheng et al. 2025, "Diffusion Transformers with Representation Autoencoders").
 
-    Freshly built it is ready to be trained: weights N(0, 0.02²) from torch's global generator, biases 0.
+    A new decoder is initialised for training: weights N(0, 0.02²) from torch's global generator, biases 0.
     """
 
     mean: Tensor
@@ -204,7 +203,7 @@ class RaeDecoder(nn.Module):
 
 
 class ConditionalDecoder(ABC):
-    """A decoder that draws pictures by class and seed, out of all levels of a trajectory at once."""
+    """A decoder whose pictures depend on class and seed, and on all levels of a trajectory together."""
 
     @abstractmethod
     def of(self, label: int, seed: int) -> ConditionalDecoder:
@@ -215,16 +214,16 @@ class ConditionalDecoder(ABC):
         """Levels [L, H, W, C] of a trajectory → RGB [L, 3, h, w] in [0, 1]."""
 
     def draws(self, canvases: Tensor) -> bool:
-        """Whether it has pictures of these levels."""
+        """Whether the decoder can draw pictures of these levels."""
         return True
 
     def at(self, canvases: Tensor, level: int) -> Tensor:
-        """One of those pictures, RGB [3, h, w], without drawing the others where that can be."""
+        """The picture of one level, RGB [3, h, w]; subclasses may draw it without the others."""
         return self(canvases)[level]
 
 
 class DctDecoder(nn.Module):
-    """Pixels out of features of the `dct` encoder."""
+    """Inverts the `dct` encoder: features → pixels."""
 
     def __init__(self, basis: DctBasis) -> None:
         super().__init__()
@@ -244,22 +243,20 @@ def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path
 
     weights: the release's model.pt (a plain state dict) or the same tensors as .safetensors.
     config: its config.json, as a mapping or a file.
-    Raises UsageError for an incomplete config, MismatchError when weights and config do not belong together.
+    Raises UsageError for an incomplete config, MismatchError if the weights do not fit the config.
     """
     shape = _read_config(config)
     given = read_weights(Path(weights))
     with torch.device("meta"):
-        expected = {
-            _release_name(name): value.shape for name, value in RaeDecoder(shape).state_dict().items()
-        }
-    check_weights(weights, given, expected)
+        shapes = {name: value.shape for name, value in RaeDecoder(shape).state_dict().items()}
+    check_weights(weights, given, {_release_name(name): expected for name, expected in shapes.items()})
     decoder = RaeDecoder(shape)
-    decoder.load_state_dict({_rename(name): value for name, value in given.items()})
+    decoder.load_state_dict({name: given[_release_name(name)] for name in shapes})
     return decoder.eval().requires_grad_(False)
 
 
 def rae_state(decoder: RaeDecoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of a decoder under the release's names; `weights` stand in for its parameters where given."""
+    """The tensors of a decoder under the release's names; `weights` replace its parameters of the same name."""
     state = {**decoder.state_dict(), **(weights or {})}
     return {_release_name(name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
 
@@ -267,13 +264,13 @@ def rae_state(decoder: RaeDecoder, weights: Mapping[str, Tensor] | None = None) 
 def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeDecoder:
     """The RAE decoder of a folder that holds config.json and its weights.
 
-    encoder: description of the encoder whose features are to be decoded; a decoder trained here knows its own.
-    Raises TrainerError when a file is missing, MismatchError when it was trained for another encoder.
+    encoder: description of the encoder whose features will be decoded; decoders trained by this project store theirs.
+    Raises TrainerError if a file is missing, MismatchError if the decoder was trained for another encoder.
     """
     weights = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not weights or not (folder / CONFIG).exists():
         raise TrainerError(
-            f"{folder}: found no RAE decoder, expected {CONFIG} beside model.pt or model.safetensors"
+            f"{folder}: found no RAE decoder, expected {CONFIG} and model.pt or model.safetensors"
         )
     decoder = load_rae_decoder(weights[0], folder / CONFIG)
     own = read_fields(folder / CONFIG).get("encoder") or {}
@@ -282,13 +279,13 @@ def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeD
     if encoder:
         own = {"width": decoder.config.hidden_size, "grid": [decoder.config.grid] * 2} | own
         differing = [
-            f"{name} {own[name]!r} there, {encoder[name]!r} here"
+            f"{name} {own[name]!r}, expected {encoder[name]!r}"
             for name in ("name", "weights_hash", "width", "grid")
             if name in own and name in encoder and own[name] != encoder[name]
         ]
         if differing:
             raise MismatchError(
-                f"{folder} decodes features of another encoder: {'; '.join(differing)}; "
+                f"{folder} decodes features of another encoder: {'; '.join(differing)}: "
                 "train one with `trainer train-decoder`"
             )
     return decoder
@@ -303,9 +300,9 @@ def find_decoder(run: Path, encoder: Mapping[str, Any]) -> RaeDecoder | DctDecod
 
 
 def decoder_from_spec(spec: Mapping[str, Any] | None) -> DctDecoder | None:
-    """The decoder that an encoder declares in the index of its shards, or None where it declares none.
+    """The decoder that an encoder declares in the index of its shards, or None if it declares none.
 
-    Raises UsageError for a description that is not understood.
+    Raises UsageError for an invalid description.
     """
     if spec is None:
         return None
@@ -329,23 +326,13 @@ def _read_config(config: Mapping[str, Any] | str | Path) -> RaeDecoderConfig:
     return checked(RaeDecoderConfig, {name: values[name] for name in known & values.keys()}, where)
 
 
-def _rename(name: str) -> str:
-    """A parameter's name in the checkpoint → here; an unknown one is returned as it is."""
-    head, _, rest = name.partition(".")
-    if head == "decoder_layers":
-        number, _, inner = rest.partition(".")
-        layer, _, kind = inner.rpartition(".")
-        return f"blocks.{number}.{BLOCK_NAMES.get(layer, layer)}.{kind}"
-    return ".".join([NAMES.get(head, head), *([rest] if rest else [])])
-
-
 def _release_name(name: str) -> str:
-    """The inverse of `_rename` for a name of ours."""
+    """The name in the release's checkpoint of a tensor of `RaeDecoder`."""
     head, _, rest = name.partition(".")
     if head == "blocks":
         number, layer, kind = rest.split(".")
         return f"decoder_layers.{number}.{RELEASE_BLOCK_NAMES[layer]}.{kind}"
-    return ".".join([RELEASE_NAMES.get(head, head), *([rest] if rest else [])])
+    return ".".join([RELEASE_NAMES[head], *([rest] if rest else [])])
 
 
 def decoder_for(
@@ -354,7 +341,7 @@ def decoder_for(
     decoder: Callable[[Tensor], Tensor] | str | Path | None,
     device: str | torch.device,
 ) -> Callable[[Tensor], Tensor] | None:
-    """The decoder asked for, of a folder or as it is; else the one of the run at `path`, or the encoder's own."""
+    """The given decoder, loaded if it is a folder; by default that of the run at `path`, or else the encoder's own."""
     if decoder is not None and not isinstance(decoder, str | Path):
         return decoder
     found = (

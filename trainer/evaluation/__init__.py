@@ -1,1 +1,1 @@
-"""Figures and pages about a run."""
+"""Metrics, studies and pages of a trained model."""

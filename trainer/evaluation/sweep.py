@@ -1,9 +1,9 @@
-"""The same edit over many classes, seeds, levels and strengths, each beside what happens without it.
+"""The same edit over many classes, seeds, levels and strengths, with two controls.
 
-An edited trajectory differs from another one for three reasons: the edit, other noise, and rounding. So each edit
-comes with two arms without it: `no edit`, the same trajectory resumed from the same level with the same noise, and
-`other noise`, resumed with that of another seed. Edits are measured against the first. The arms without an edit know
-no strength: they are measured once, on the tokens that an edit touches, and stand beside every strength.
+An edited trajectory can differ from the original for three reasons: the edit, other noise, and rounding. So each edit
+has two controls: `no edit`, the same trajectory resumed from the same level with the same noise, and `other noise`,
+resumed with the noise of another seed. Edits are compared with `no edit`. Controls do not depend on the strength: they
+are measured once, on the tokens that the edit touches, and are repeated for every strength.
 
     K classes, ℓ* edited level, ℓ measured level
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,28 +31,28 @@ Kind = Literal["features", "shape"]
 KINDS: tuple[Kind, ...] = ("features", "shape")
 EDIT, NO_EDIT, OTHER_NOISE = "edit", "no edit", "other noise"
 OTHER_SEED = 2**31
-"""Added to (or, of large seeds, taken from) a seed for the noise of `other noise`."""
+"""Added to a seed, or subtracted from a large one, to get the seed of `other noise`."""
 UNIT = ("label", "class", "seed")
 SETTING = ("kind", "level", "strength", "arm", "measured")
 BASELINES = (
-    "edit, other noise: against the same trajectory unedited, resumed from the edited level with the same noise. "
-    "no edit: that one, against the trajectory as first drawn. The two without an edit know no strength: measured once."
+    "edit and other noise are compared with the unedited trajectory, resumed from the edited level with equal noise; "
+    "no edit compares that one with the original. The two controls do not depend on the strength."
 )
-"""What the numbers of a sweep are measured against."""
+"""Explains in tables what the numbers of a sweep are compared with."""
 SHOWN = ("lis", "gain", "pixel_outside")
-"""Measures in the table of a summary."""
+"""Measures that `summary_table` shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
-    """What is edited, and how."""
+    """The edits of a sweep."""
 
     labels: tuple[int, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     levels: tuple[int, ...] | None = None
-    """Levels to edit; None all of them."""
+    """Levels to edit; None means all."""
     strengths: tuple[float, ...] = (1.0,)
-    """Of feature edits; a shape edit grows the region by this many tokens, rounded up."""
+    """Strengths of feature edits; a shape edit grows the region by this many tokens, rounded up."""
     kind: Kind = "features"
     num_steps: int = 1
     """Network evaluations per level."""
@@ -68,11 +67,11 @@ def sweep(
 ) -> Iterator[dict[str, Any]]:
     """Rows of numbers, one for each class, seed, edited level, strength, arm and measured level ≥ the edited one.
 
-    What is edited is `selection` taken at each level, else the largest region of the object (`main_region`). A feature
-    edit puts in the mean of the largest region of the object that the next class draws with the same seed.
+    Each level is edited at `selection`, by default at the largest region of the object (`main_region`). A feature edit
+    inserts the mean of the largest region of the object that the next class draws with the same seed.
     Columns: those of `compare.locality`, and label, class, seed, kind, level, strength, arm, measured, tokens.
-    An edit that cannot be made, such as growing a region that is the whole canvas, gives no rows.
-    Raises UsageError for levels or a kind there are none of.
+    An impossible edit, such as growing a region that covers the whole canvas, gives no rows.
+    Raises UsageError for an unknown level or kind.
     """
     num_levels, num_classes = pipe.drawn_levels, pipe.model.config.num_classes
     levels = tuple(range(num_levels)) if config.levels is None else config.levels
@@ -94,7 +93,7 @@ def sweep(
 
 
 def main_region(trajectory: Trajectory, level: int) -> Selection:
-    """The largest region of a level that is not the background (the lowest id of several)."""
+    """The largest region of a level except the background; of equally large ones, that with the lowest id."""
     ids = trajectory.regions()[level].long()
     sizes = torch.bincount(ids.flatten())
     if len(sizes) > 1:
@@ -122,9 +121,9 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A summary to be read: a row for each edited level, strength, arm and measure, a column for each measured level.
+    """A summary for people: a row for each edited level, strength, arm and measure, a column for each measured level.
 
-    Cells are the mean and half the width of its interval. Arms that are the same at every strength have one row, of
+    Cells hold the mean and half the width of its interval. Controls that are equal at every strength get one row, with
     strength "any".
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -134,32 +133,23 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             mean, high = line.get(f"{name}_mean", math.nan), line.get(f"{name}_high", math.nan)
             if math.isnan(mean):
                 continue
-            place = {
-                "level": line["level"],
-                "strength": line["strength"],
-                "arm": line["arm"],
-                "measure": name,
-            }
+            place = {part: line[part] for part in ("level", "strength", "arm")} | {"measure": name}
             row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(map(_column, columns), ""))
             row[_column(line["measured"])] = f"{mean:.2g}±{high - mean:.1g}"
     return _without_repeats(list(rows.values()))
 
 
 def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the arms without an edit once where they are equal at every strength."""
+    """Replace the rows of a control by one if they are equal at every strength."""
 
-    def content(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(value for name, value in row.items() if name != "strength")
-
-    strengths = {row["strength"] for row in rows}
-    counts = Counter(content(row) for row in rows if row["arm"] != EDIT)
-    kept: dict[Any, dict[str, Any]] = {}
-    for number, row in enumerate(rows):
-        if counts[content(row)] == len(strengths) > 1:
-            kept.setdefault(content(row), {**row, "strength": "any"})
-        else:
-            kept[number] = row
-    return list(kept.values())
+    num_strengths = len({row["strength"] for row in rows})
+    merged = [{**row, "strength": "any"} for row in rows]
+    is_merged = [row["arm"] != EDIT and merged.count(row) == num_strengths > 1 for row in merged]
+    return [
+        merged[number] if is_merged[number] else row
+        for number, row in enumerate(rows)
+        if not (is_merged[number] and merged[number] in merged[:number])
+    ]
 
 
 def _column(measured: int) -> str:
@@ -173,7 +163,9 @@ def _arms(
     level, seed = chosen.level, start.seeds[-1]
     unedited = start.resume(level)
     others = start.resume(level, seed + OTHER_SEED if seed < OTHER_SEED else seed - OTHER_SEED)
-    baselines: dict[tuple[int, ...], dict[str, dict[int, dict[str, float]]]] = {}  # by touched tokens
+    baselines: dict[
+        tuple[int, ...], dict[str, dict[int, dict[str, float]]]
+    ] = {}  # by the tokens an edit touches
     for strength in config.strengths:
         try:
             edited, touched, source = _edited(start, donor, chosen, config.kind, strength)
@@ -195,7 +187,7 @@ def _arms(
 def _edited(
     start: Trajectory, donor: Trajectory, chosen: Selection, kind: Kind, strength: float
 ) -> tuple[Trajectory, Selection, Source]:
-    """The edit, the tokens it touched, and the features it put in."""
+    """The edited trajectory, the tokens that the edit touched, and the features that it inserted."""
     if kind == "features":
         source = donor.mean_of(main_region(donor, chosen.level))
         return start.edit_features(chosen, source, strength), chosen, source

@@ -1,4 +1,4 @@
-"""Metrics by topic, for terminals and pages: which name belongs where, and what stands beside it."""
+"""Tables of metrics by topic, for terminals and pages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Topic:
 
     title: str
     names: str
-    """Regular expression of how its names begin."""
+    """Regular expression that matches the beginning of its names."""
     note: str = ""
-    """What a reader must know to read it, in one sentence."""
+    """Explanation under the title, in a sentence or two."""
     beside: Mapping[str, str] = field(default_factory=dict)
-    """Ending of a name → column in which it stands beside the name without it."""
+    """Ending of a name → column for its value, in the row of the name without the ending."""
 
 
 REAL = {"_real": "real images"}
@@ -30,32 +30,37 @@ TOPICS = (
     Topic(
         title="Distribution",
         names="frechet_|precision|recall|fid|inception_score|num_",
-        note="Of samples against real images; real images: one half of them against the other.",
+        note="Samples compared with real images. The column real images compares one half of them with the other half.",
         beside=REAL,
     ),
     Topic(
         title="Edits",
         names="lis_|gain_",
-        note="Against the same trajectory unedited, resumed with the same noise; other noise: unedited, with noise of "
-        "another seed. Names end in the level edited and the level measured; low and high bound 95 %.",
+        note="Edited trajectories compared with the same ones unedited, resumed with the same noise. The column other "
+        "noise: unedited, with the noise of another seed. Names end in the edited and the measured level; low and high "
+        "are the ends of a 95 % interval.",
         beside={"_low": "low", "_high": "high", "_other_noise": "other noise"},
     ),
     Topic(
         title="Alignment",
         names="alignment_",
-        note="Boundary F along the path to each level, before its last step; real images: from the level before of a "
-        "photograph, against the regions of its teacher.",
+        note="Boundary F on the way to each level, before its last step. The column real images: drawn from the "
+        "previous level of a photograph, compared with the regions of its teacher.",
         beside=REAL,
     ),
-    Topic(title="Likelihood", names="noise|bits_per_dim|added_bits_per_dim", note="Of real images, in bits."),
+    Topic(
+        title="Likelihood",
+        names="noise|bits_per_dim|added_bits_per_dim",
+        note="Bits of real images.",
+    ),
 )
 OTHER = Topic(title="Other", names="")
 
 
 def metric_tables(rows: Iterable[Mapping[str, Any]]) -> dict[Topic, list[dict[str, Any]]]:
-    """Rows name/value as tables by topic, in the order of `TOPICS`; topics without rows are left out.
+    """Sort rows name/value into tables by topic, in the order of `TOPICS`, without empty ones.
 
-    Values in the columns of `Topic.beside` are "" where there is none.
+    A cell in a column of `Topic.beside` is "" if there is no such value.
     """
     values = {row["name"]: row["value"] for row in rows}
     tables = {}
@@ -67,7 +72,7 @@ def metric_tables(rows: Iterable[Mapping[str, Any]]) -> dict[Topic, list[dict[st
 
 
 def _folded(values: Mapping[str, Any], beside: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A row for each name that is not another one with one of the endings."""
+    """One row for each name, except for names that are another name plus an ending."""
     ending_of = {
         f"{name}{ending}": ending for name in values for ending in beside if f"{name}{ending}" in values
     }

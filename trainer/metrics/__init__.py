@@ -1,1 +1,1 @@
-"""Measures of samples and trajectories; each yields (name, value)."""
+"""Metrics of samples and trajectories, as functions of arrays."""

@@ -1,9 +1,9 @@
-"""Do outlines of regions show in what a network sees, and sooner than outlines that mean nothing?
+"""Compare outlines of regions: do meaningful ones appear in a network's prediction before meaningless ones?
 
     H×W grid of tokens, K regions
 
-An outline is the set of borders between neighbouring tokens (four neighbours) of different regions. Partitions to hold
-against have as many regions as the one in question: `shifted` keeps its shapes and sizes, `shuffled` its sizes alone.
+An outline is the set of borders between neighbouring tokens (four neighbours) of different regions. Control partitions
+have as many regions as the partition under test: `shifted` keeps shapes and sizes, `shuffled` only sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 def boundary_f(a: Tensor, b: Tensor) -> float:
     """F of two outlines: 2·(borders of both) / (borders of a + borders of b), 1 for equal ones, 0 for disjoint ones.
 
-    a, b: integer [H, W]. Two partitions without a border agree: 1.
+    a, b: integer [H, W]. Two partitions without any border give 1.
     """
     ours, theirs = _borders(a), _borders(b)
     total = int(ours.sum() + theirs.sum())
@@ -25,9 +25,9 @@ def boundary_f(a: Tensor, b: Tensor) -> float:
 
 
 def shifted(regions: Tensor, generator: torch.Generator) -> Tensor:
-    """Regions moved to another place, around the edges: same shapes and sizes. integer [H, W] → the same.
+    """Shift regions cyclically, which keeps their shapes and sizes. integer [H, W] → the same.
 
-    Drawn among moves of at least a quarter of the grid along one side, so that they are not where they were.
+    The shift is drawn among those of at least a quarter of the grid along one side.
     """
     height, width = regions.shape
     moves = [
@@ -40,15 +40,15 @@ def shifted(regions: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shuffled(regions: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens dealt out to regions at random, each as large as it was. integer [H, W] → the same."""
+    """Assign tokens to regions at random, which keeps only sizes. integer [H, W] → the same."""
     order = torch.randperm(regions.numel(), generator=generator)
     return regions.flatten()[order].view_as(regions)
 
 
 def tiles(count: int, grid: tuple[int, int]) -> Tensor:
-    """The grid cut into `count` upright rectangles of about equal size: int64 [H, W], ids 0 … count−1.
+    """Divide the grid into `count` rectangles of about equal size: int64 [H, W], ids 0 … count−1.
 
-    As many rows of them as bring them nearest to squares; rows differ by at most one rectangle.
+    The number of rows makes the rectangles as square as possible; rows differ by at most one rectangle.
     """
     height, width = grid
     rows = min(max(1, round(math.sqrt(count * height / width))), count, height)
@@ -61,6 +61,6 @@ def tiles(count: int, grid: tuple[int, int]) -> Tensor:
 
 
 def _borders(regions: Tensor) -> Tensor:
-    """Whether tokens side by side, then one below the other, are of different regions: bool, one row."""
+    """Whether horizontal, then vertical neighbours are of different regions: bool, one-dimensional."""
     right, below = regions[:, 1:] != regions[:, :-1], regions[1:] != regions[:-1]
     return torch.cat([right.flatten(), below.flatten()])

@@ -1,9 +1,9 @@
-"""How far an edit reaches: outside the edited tokens it should not, inside it should.
+"""How local and how effective an edit is: it should change the edited tokens and no others.
 
     L levels (coarse → fine), ℓ* edited level, H×W grid of tokens, C channels, E edited tokens, h×w pixels
 
-Before and after are two trajectories drawn from the same noise, one of them edited at ℓ*. Definitions, sources and
-deviations: docs/metrics.md.
+Before and after are trajectories drawn from the same noise, of which the second was edited at ℓ*. Definitions, sources
+and deviations: docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from hierarchy_builder.errors import UsageError
 
 
 class Effect(NamedTuple):
-    """What an edit did to the edited tokens of one level."""
+    """Effect of an edit on the edited tokens of one level."""
 
     change: float
     """Mean 1 − cos between before and after."""
     gain: float
-    """By how much the mean cosine with the source rose."""
+    """Increase of the mean cosine with the source."""
     reached: float
-    """Share of the distance 1 − cos to the source that is gone: 1 all of it, below 0 the edit led away."""
+    """Relative decrease of the distance 1 − cos to the source: 1 at the source, below 0 further away than before."""
 
 
 class DecodedLocality(NamedTuple):
-    """Mean distance of two decoded pictures inside and outside the squares of the edited tokens."""
+    """Mean distance of two decoded pictures, inside and outside the edited tokens' squares."""
 
     pixel_inside: float
     pixel_outside: float
     """Mean absolute difference of RGB in [0, 1]."""
     feature_inside: float
     feature_outside: float
-    """Mean 1 − cos of the tokens an encoder sees in the two pictures; NaN without an encoder."""
+    """Mean 1 − cos of the tokens of the re-encoded pictures; NaN without an encoder."""
 
 
 def latent_invariance(before: Any, after: Any, edited_mask: Any, edit_level: int) -> dict[int, float]:
     """LIS(ℓ* → ℓ): mean 1 − cos over the tokens that were not edited, for every ℓ ≥ ℓ*; lower is more local.
 
     before, after: float [L, H, W, C], tensors or arrays. edited_mask: bool [H, W]. edit_level: ℓ*.
-    Equal tokens give exactly 0. Where all tokens are edited there is nothing to measure: NaN.
+    Equal tokens give exactly 0; if all tokens are edited, the result is NaN.
     Raises UsageError if shapes or level do not fit.
     Source: Trajectory Forcing (arXiv 2606.22527), locality and invariance score.
     """
@@ -55,7 +55,7 @@ def latent_invariance(before: Any, after: Any, edited_mask: Any, edit_level: int
 
 
 def token_change(before: Any, after: Any) -> Tensor:
-    """1 − cos of every token of every level, float64 [L, H, W]; 0 for equal tokens, 1 where one of them is zero.
+    """1 − cos of every token of every level, float64 [L, H, W]; 0 for equal tokens, 1 if one of them is zero.
 
     before, after: float [L, H, W, C].
     """
@@ -77,10 +77,10 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 def effectiveness(
     before: Any, after: Any, source: Any, edited_mask: Any, edit_level: int
 ) -> dict[int, Effect]:
-    """What became of the edited tokens on every level ℓ ≥ ℓ*.
+    """Effect of an edit on the edited tokens, for every level ℓ ≥ ℓ*.
 
     before, after: float [L, H, W, C]. source: float [C], or [E, C] for each edited token in row-major order: the
-    features the edit put in. `reached` is NaN where the tokens were at the source already.
+    inserted features. `reached` is NaN if the tokens were equal to the source before.
     """
     change, mask = token_change(before, after), _mask(edited_mask, before, edit_level)
     wanted = _float64(source)
@@ -101,10 +101,10 @@ def decoded_locality(
     edit_level: int,
     encode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[int, DecodedLocality]:
-    """Where the decoded pictures of levels ℓ ≥ ℓ* differ.
+    """Locality of an edit in the decoded pictures of levels ℓ ≥ ℓ*.
 
     before, after: uint8 [L, h, w, 3]; h and w are multiples of H and W. edited_mask: bool [H, W].
-    encode: uint8 [B, h, w, 3] → float [B, H, W, C], the encoder whose eyes judge the pictures.
+    encode: uint8 [B, h, w, 3] → float [B, H, W, C], the encoder that compares the pictures.
     """
     mask = torch.as_tensor(np.asarray(edited_mask)).bool()
     if before.shape != after.shape or before.shape[1] % mask.shape[0] or before.shape[2] % mask.shape[1]:

@@ -1,4 +1,4 @@
-"""Is a level piecewise constant? Level 0 of a hierarchy has two regions, so its tokens take two values.
+"""Is level 0 piecewise constant? It has two regions, so the tokens of a perfect canvas take two values.
 
 B images, N = H·W tokens, C channels
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 10
-"""Lloyd iterations; on canvases and features of photographs the assignment settles within 10."""
+"""Lloyd iterations; on canvases and features of photographs, assignments converge within 10."""
 
 
 def explained_share(within: Tensor, total: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def two_region_variance(canvas: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared distance of tokens to the mean of their region, and to the mean of the image, by 2-means.
 
     canvas: [B, H, W, C]. Returns (within, total), float32 [B].
-    2-means starts from the sign of the first principal component, so the result is deterministic.
+    2-means starts from the sign of the first principal component, so that the result is deterministic.
     """
     tokens_BNC = canvas.flatten(1, 2).double()
     tokens_BNC = tokens_BNC - tokens_BNC.mean(dim=1, keepdim=True)

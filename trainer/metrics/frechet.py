@@ -1,9 +1,9 @@
-"""Samples against real images as two distributions: Fréchet distance, precision and recall, Inception score.
+"""Compare samples and real images as distributions: Fréchet distance, precision and recall, Inception score.
 
-    N, M samples, F numbers that describe one
+    N, M samples, F numbers that describe a sample
 
 Descriptions may come from any encoder; with those of Inception (`inception_features`) the Fréchet distance is FID.
-Moments are summed up as samples come, so that N is not bounded by memory.
+Moments are updated part by part, so that N is not limited by memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, TrainerError
 
 DISTANCES_AT_ONCE = 2**24
-"""Distances between samples held at once, 64 MiB."""
+"""Distances between samples in memory at once, 64 MiB."""
 
 
 class Gaussian(NamedTuple):
@@ -32,7 +32,7 @@ class Gaussian(NamedTuple):
 
 
 class Moments:
-    """Mean and covariance of rows that come in parts, merged exactly (Chan et al. 1979)."""
+    """Mean and covariance of rows that are added in parts, merged exactly (Chan et al. 1979)."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
@@ -40,7 +40,7 @@ class Moments:
         self._scatter = np.zeros((width, width))
 
     def add(self, rows: Tensor) -> None:
-        """Take float [n, F]."""
+        """Add rows, float [n, F]."""
         values = rows.detach().cpu().double().numpy()
         if not len(values):
             return
@@ -61,14 +61,14 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians, 0 or more.
 
-    ‖μ_a − μ_b‖² + tr Σ_a + tr Σ_b − 2 tr (Σ_a^½ Σ_b Σ_a^½)^½. The root is taken by symmetric eigenvalues, real and
-    without the offset that general matrix roots need for singular covariances.
+    ‖μ_a − μ_b‖² + tr Σ_a + tr Σ_b − 2 tr (Σ_a^½ Σ_b Σ_a^½)^½. The root uses symmetric eigenvalues, so it
+    is real and needs no offset for singular covariances, unlike a general matrix root.
     Raises MismatchError if the widths differ.
     Source: Dowson and Landau (1982); as FID: Heusel et al. (2017), arXiv 1706.08500, eq. 6.
     """
     if a.mean.shape != b.mean.shape:
         raise MismatchError(
-            f"distributions of {len(a.mean)} and {len(b.mean)} numbers: take both from one encoder"
+            f"distributions of {len(a.mean)} and {len(b.mean)} numbers: use the same encoder for both"
         )
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
@@ -79,7 +79,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def read_reference(path: str | Path) -> Gaussian:
-    """Reference statistics of an npz with `mu` and `sigma`, or `ref_mu` and `ref_sigma`. Raises TrainerError."""
+    """Read reference statistics from an npz with `mu` and `sigma`, or `ref_mu` and `ref_sigma`.
+
+    Raises TrainerError for any other file.
+    """
     try:
         with np.load(path, allow_pickle=False) as content:
             for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")):
@@ -91,7 +94,7 @@ def read_reference(path: str | Path) -> Gaussian:
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"shapes {mean.shape} and {covariance.shape}, expected [F] and [F, F]")
     except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        # numpy takes whatever is no array for a pickle, and advises to load it as one
+        # numpy takes any other content for a pickle, and advises to load it as one
         is_other = "pickle" in str(error) or isinstance(error, TypeError)
         what = "it is no npz file" if is_other else error
         raise TrainerError(f"reference statistics {path}: {what}") from None
@@ -99,10 +102,10 @@ def read_reference(path: str | Path) -> Gaussian:
 
 
 def precision_recall(real: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Share of samples within the real images' manifold, and of real images within the samples'.
+    """Share of samples in the manifold of real images, and share of real images in the manifold of samples.
 
-    real: float [N, F]. samples: float [M, F]. A manifold is the union of balls around its points, each reaching to
-    its `neighbours`-th nearest other point.
+    real: float [N, F]. samples: float [M, F]. A manifold is the union of balls around its points, each with
+    the distance to its `neighbours`-th nearest other point as radius.
     Raises TrainerError for too few points.
     Source: Kynkäänniemi et al. (2019), arXiv 1904.06991.
     """
@@ -117,7 +120,7 @@ def precision_recall(real: Tensor, samples: Tensor, neighbours: int = 3) -> tupl
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """exp of the mean KL divergence of p(class | image) from p(class): mean and standard deviation over splits.
 
-    logits: float [N, K], in the order drawn; N is cut into `splits` runs of equal length.
+    logits: float [N, K], in the order of sampling; N is split into `splits` parts of equal length.
     Source: Salimans et al. (2016), arXiv 1606.03498, sec. 4.
     """
     if len(logits) < splits:
@@ -133,9 +136,9 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 def inception_features(
     weights: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> Callable[[np.ndarray], tuple[Tensor, Tensor]]:
-    """Inception-v3 of FID, by torch-fidelity: uint8 [B, h, w, 3] → (features [B, 2048], unbiased logits [B, 1008]).
+    """torch-fidelity's Inception-v3 for FID: uint8 [B, h, w, 3] → (features [B, 2048], unbiased logits [B, 1008]).
 
-    weights: torch-fidelity's file of them; None downloads it once. Raises TrainerError without the package or file.
+    weights: torch-fidelity's file; None downloads it once. Raises TrainerError if the package or the file is missing.
     """
     try:
         fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
@@ -162,7 +165,7 @@ def inception_features(
 
 
 def _within(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    """Share of points inside some ball of the centres."""
+    """Share of points inside at least one ball around the centres."""
     step = max(1, DISTANCES_AT_ONCE // len(centres))
     # The nearest point to a centre is itself.
     radius = torch.cat(

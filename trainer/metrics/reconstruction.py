@@ -1,4 +1,4 @@
-"""How close decoded pictures are to those their features came from.
+"""How close decoded pictures are to the originals.
 
 N pictures, h×w pixels
 """
@@ -11,10 +11,10 @@ import numpy as np
 
 
 def reconstruction(decoded: np.ndarray, pictures: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Mean absolute error and mean PSNR in dB, pixel values from 0 to 1; both also for flat pictures.
+    """(name, value): mean absolute error and mean PSNR in dB of pixel values from 0 to 1; also for flat pictures.
 
-    decoded, pictures: uint8 [N, h, w, 3]. A flat picture has each picture's own mean colour: what a decoder could
-    know without the layout of its tokens.
+    decoded, pictures: uint8 [N, h, w, 3]. A flat picture has the mean colour of the original, which is a baseline
+    for decoders that ignore the layout of tokens.
     """
     truth = pictures.astype(np.float32) / 255
     flat = np.broadcast_to(truth.mean(axis=(1, 2), keepdims=True), truth.shape)

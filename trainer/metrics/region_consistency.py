@@ -1,9 +1,9 @@
-"""Do levels agree with each other? Parent misrouting, and how far a level is the average of the next.
+"""Do levels agree with each other? Parent misrouting, and how close a level is to the average of the next.
 
     L levels (coarse → fine), H×W grid, N = H·W tokens, C channels, h×w pixels
 
-Definitions, sources and deviations: docs/metrics.md. How regions of generated canvases are found:
-`trainer.metrics.regions.extract_regions`.
+Definitions, sources and deviations: docs/metrics.md. `trainer.metrics.regions.extract_regions` finds
+the regions of generated canvases.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trainer.metrics.regions import extract_regions
 def parent_misrouting(
     child_regions: Any, parent_regions: Any, child_features: Any = None
 ) -> dict[str, float]:
-    """PMR of one level against a coarser one: {"spatial": …, "feature": …}, shares of tokens, lower is better.
+    """PMR between a level and a coarser one: {"spatial": …, "feature": …}, shares of tokens, lower is better.
 
     child_regions, parent_regions: integer [H, W], ids from 0; or [B, H, W], then the mean over images.
     child_features: float [H, W, C] or [B, H, W, C], the canvas of the child level; without it "feature" is NaN.
-    The parent of a child region is the parent id most of its tokens have (the lowest of several). Spatial: tokens
-    whose own parent id is another one. Feature: tokens nearer, by cosine, to the centre of another parent than to
-    that of their child region's parent; a parent's centre is the mean child feature over the parent's tokens.
+    The parent of a child region is the most frequent parent id of its tokens (the lowest of several). Spatial: tokens
+    with another parent id. Feature: tokens nearer, by cosine, to the centre of another parent than to that of their
+    child region's parent; the centre of a parent is the mean child feature over its tokens.
     Raises UsageError if shapes differ.
     Source: Trajectory Forcing (arXiv 2606.22527), parent misrouting rate.
     """
@@ -56,7 +56,7 @@ def misrouting_by_pair(levels: Tensor, regions: Tensor) -> dict[tuple[int, int],
     """PMR of every pair (parent level, child level) of one trajectory.
 
     levels: float [L, H, W, C]. regions: integer [L−1, H, W]. On the last level each token is a region, so its
-    spatial PMR is 0 and says nothing.
+    spatial PMR is always 0.
     """
     height, width = regions.shape[1:]
     every = [*regions.long(), torch.arange(height * width).view(height, width)]
@@ -68,16 +68,16 @@ def misrouting_by_pair(levels: Tensor, regions: Tensor) -> dict[tuple[int, int],
 
 
 def level_consistency(levels: Tensor, regions: Tensor) -> dict[int, float]:
-    """How far level ℓ is the average of level ℓ+1: mean over tokens of 1 − cos between their region's two means.
+    """How close level ℓ is to the average of level ℓ+1: mean over tokens of 1 − cos between their region's two means.
 
-    levels: float [L, H, W, C]. regions: integer [L−1, H, W], of level ℓ. 0 for the canvases of a teacher.
+    levels: float [L, H, W, C]. regions: integer [L−1, H, W], of level ℓ. The result is 0 for teachers.
     """
     means = _paired_means(levels.float(), regions)
     return {level: float(cosine_distance(own.double(), finer.double()).mean()) for level, own, finer in means}
 
 
 def decoded_consistency(pictures: np.ndarray, regions: Tensor) -> dict[int, float]:
-    """The same for decoded levels: mean absolute difference of the two mean colours of a pixel's region.
+    """The same for decoded levels: mean absolute difference between the two mean colours of a pixel's region.
 
     pictures: uint8 [L, h, w, 3], h and w multiples of H and W. Values from 0 to 1.
     """
@@ -90,11 +90,11 @@ def decoded_consistency(pictures: np.ndarray, regions: Tensor) -> dict[int, floa
 def consistency(
     trajectories: Iterable[tuple[Tensor, Tensor | None, np.ndarray | None]], suffix: str = ""
 ) -> Iterator[tuple[str, float]]:
-    """(name, value) of all of the above, means over trajectories, as `trainer evaluate` prints them.
+    """(name, value) of all these metrics, averaged over trajectories, as `trainer evaluate` prints them.
 
     trajectories: (levels [L, H, W, C], regions [L−1, H, W] or None to find them, decoded uint8 [L, h, w, 3] or None).
     Names: pmr_spatial_<parent>_<child>, pmr_feature_<parent>_<child>, level_consistency_<ℓ>, decoded_consistency_<ℓ>.
-    Tokens, the regions of the last level, have no spatial PMR.
+    The last level, whose regions are single tokens, has no spatial PMR.
     """
     measured: dict[str, list[float]] = {}
     for levels, known, pictures in trajectories:
@@ -141,7 +141,7 @@ def _nearer_to_another(tokens_NC: Tensor, own_N: Tensor, expected_N: Tensor) -> 
 
 
 def _paired_means(images: Tensor, regions: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(ℓ, own, finer): the mean of each place's region of level ℓ over image ℓ and over image ℓ+1, [n, C] each."""
+    """(ℓ, own, finer): for each place, the mean of its region of level ℓ in image ℓ and in image ℓ+1, [n, C] each."""
     for level, ids in enumerate(regions.long()):
         means, _ = region_means(images[level : level + 2], torch.stack([ids, ids]))
         yield level, means[0, ids.flatten()], means[1, ids.flatten()]

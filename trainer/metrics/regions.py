@@ -1,11 +1,11 @@
-"""Regions of generated canvases: a network makes features, not ids, so its regions have to be found.
+"""Find the regions of generated canvases, since a network generates features without region ids.
 
     L levels (coarse → fine), H×W grid, N = H·W tokens, C channels
 
-Level ℓ < L−1 is divided by Ward's linkage of its own tokens, cut at `CUT` of the tree's greatest height but into at
-most 2·4^ℓ regions (2, 8, 32). On canvases of teachers this finds the teacher's regions: tokens of one region are
-equal there and merge at height 0. On blurred canvases, where no cut is right, the most stands in for it. Every level
-is divided without a look at the others, so that whether levels nest is something that can be measured.
+Level ℓ < L−1 is divided by Ward's linkage of its own tokens. The tree is cut at `CUT` of its greatest height, but into
+at most 2·4^ℓ regions (2, 8, 32). On teachers' canvases this finds the teacher's regions, because the tokens of a region
+are equal and merge at height 0. On blurred canvases no cut is right, and the maximum decides. Every level is divided
+independently of the others, so that nesting can be measured.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ CUT = 0.02
 """On 32 teachers of photographs (`dct`): adjusted Rand index 1.00, 0.999 and 1.00 on levels 0 to 2 at 0.005 to 0.02,
 0.965 on level 2 at 0.05."""
 SAME = 1e-6
-"""Spread of tokens, relative to their size, below which they all count as equal."""
+"""Relative spread of tokens below which all tokens count as equal."""
 
 
 def extract_regions(levels: Tensor) -> Tensor:
     """Region ids of all levels but the last: float [L, H, W, C] → uint8 [L−1, H, W].
 
-    Ids are dense. Level 0: 1 is the object, the region whose tokens are nearer to the centre on average, 0 the rest.
-    Finer levels: 0 is the region with most tokens of the background, others count from 1 in order of first token
-    (row-major). A canvas whose tokens are all equal is one region.
+    Ids are dense. On level 0, the object has id 1: the region whose tokens are nearer to the centre on average. On
+    finer levels, the region with most tokens of the background has id 0, and the others count from 1 in order of their
+    first token (row-major). A canvas of equal tokens is one region.
     Raises UsageError for another shape, or a canvas that is not finite.
     """
     if levels.ndim != 4 or len(levels) < 2:
@@ -47,14 +47,14 @@ def extract_regions(levels: Tensor) -> Tensor:
 
 
 def max_regions(level: int) -> int:
-    """Most regions level `level` is divided into: 2, 8, 32, …, as many as ids allow."""
+    """Largest number of regions of a level: 2, 8, 32, …, limited by the range of ids."""
     return min(2 * 4**level, MAX_REGIONS)
 
 
 def divide(canvas: Tensor, count: int) -> Tensor:
-    """Ward's linkage of one canvas cut into `count` regions: float [H, W, C] → int64 [H, W]; fewer where tokens tie.
+    """Divide one canvas by Ward's linkage into `count` regions, or fewer if tokens tie: float [H, W, C] → int64 [H, W].
 
-    A canvas whose tokens are all equal is one region.
+    A canvas of equal tokens is one region.
     """
     return torch.from_numpy(_clusters(canvas.detach().cpu().double().numpy(), count, cut=0.0)).long()
 
@@ -71,7 +71,7 @@ def _clusters(canvas_HWC: np.ndarray, most: int, cut: float = CUT) -> np.ndarray
 
 
 def _object(clusters: np.ndarray) -> np.ndarray:
-    """1 where the cluster nearer to the centre is, else 0; all 1 where there is one cluster."""
+    """1 for tokens of the cluster nearer to the centre, else 0; all 1 if there is only one cluster."""
     height, width = clusters.shape
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     away = np.hypot(y, x).ravel()
@@ -80,7 +80,7 @@ def _object(clusters: np.ndarray) -> np.ndarray:
 
 
 def _numbered(clusters: np.ndarray, is_background: np.ndarray) -> np.ndarray:
-    """Ids by the rule of `extract_regions`."""
+    """Number clusters by the rule of `extract_regions`."""
     flat = clusters.ravel()
     _, first, flat = np.unique(flat, return_index=True, return_inverse=True)
     order = [int(cluster) for cluster in np.argsort(first)]

@@ -1,4 +1,4 @@
-"""Mean, spread and confidence interval of a few measurements."""
+"""Mean, standard deviation and confidence interval of a few measurements."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ CONFIDENCE = 0.95
 
 
 class Spread(NamedTuple):
-    """Of the measurements that are numbers; NaN where there are too few of them."""
+    """Statistics of the measurements that are not NaN; a statistic is NaN if there are too few of them."""
 
     n: int
     mean: float
     std: float
-    """Of the population they are drawn from: divided by n − 1."""
+    """Standard deviation of the population, with divisor n − 1."""
     low: float
     high: float
-    """Confidence interval of the mean, 95 %, by Student's t."""
+    """95 % confidence interval of the mean, by Student's t."""
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Sum up measurements of independent units, such as seeds; NaN stands for none and is left out."""
+    """Summarise measurements of independent units, such as seeds; NaN means no measurement and is left out."""
     given = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not len(given):
         return Spread(0, math.nan, math.nan, math.nan, math.nan)

@@ -346,7 +346,7 @@ def test_fewer_samples_than_a_batch(folder: Path) -> None:
 
 
 def test_batch_must_divide_by_ranks(folder: Path) -> None:
-    with pytest.raises(UsageError, match="batch_size 6 does not divide by 4 processes"):
+    with pytest.raises(UsageError, match="batch_size 6, expected a multiple of the 4 processes"):
         BatchDataset(open_index(str(folder)), plan_of(), rank=0, world_size=4)
 
 

@@ -193,5 +193,5 @@ def test_weights_of_decoders_are_checked(rae: Path, tmp_path: Path) -> None:
 def test_a_decoder_of_other_tokens_is_refused_before_it_draws(rae: Path) -> None:
     """The release's decoder does not say whose features it decodes, but how wide they are and how many."""
     load_decoder(rae, {"name": "any", "grid": [8, 8], "width": 24})
-    with pytest.raises(MismatchError, match=r"width 24 there, 16 here; grid \[8, 8\] there, \[6, 6\] here"):
+    with pytest.raises(MismatchError, match=r"width 24, expected 16; grid \[8, 8\], expected \[6, 6\]"):
         load_decoder(rae, {"name": "any", "grid": [6, 6], "width": 16})
