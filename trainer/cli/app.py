@@ -143,7 +143,7 @@ def evaluate(
     from trainer.data.shards import open_index
     from trainer.evaluation import studies
     from trainer.evaluation.evaluate import evaluate as measure
-    from trainer.evaluation.pages import EVALUATION, measure_likelihood, shown_labels
+    from trainer.evaluation.pages import EVALUATION, shown_labels
     from trainer.metrics.frechet import inception_features, read_reference
     from trainer.trajectories.photos import load_own_encoder
     from trainer.trajectories.pipeline import TrajectoryPipeline
@@ -162,7 +162,7 @@ def evaluate(
     )
     follow = _follow(as_json or quiet)
     if likelihood:
-        _print_metrics(measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
+        _print_metrics(studies.measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
         return
     if alignment:
         studies.check_has_paths(pipe)

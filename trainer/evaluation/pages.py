@@ -31,18 +31,17 @@ from hierarchy_builder.canvases.views import (
     shared_palette,
 )
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.files import without_nan, write_bytes
-from hierarchy_builder.progress import Follow
+from hierarchy_builder.files import without_nan
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex, spread_evenly
 from trainer.decode.rae import to_uint8
-from trainer.evaluation.evaluate import check_fits
+from trainer.evaluation.studies import LIKELIHOOD
 from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
 from trainer.evaluation.tables import metric_tables
 from trainer.methods import registry
-from trainer.methods.normalizing_trajectory.likelihood import Measured, likelihood, measure
+from trainer.methods.normalizing_trajectory.likelihood import Measured, measure
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.metrics.edit_locality import token_change
 from trainer.training import checkpoint as saved
@@ -53,8 +52,8 @@ from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 from trainer.trajectories.view import TrajectoryView, facts_section, page_palette, samples_section
 
-EVALUATION, LIKELIHOOD = "evaluation.json", "likelihood.json"
-"""Files of a run folder."""
+EVALUATION = "evaluation.json"
+"""File of a run folder."""
 SHOWN_CLASSES = SHOWN_TEACHERS = 12
 SHOWN_IMAGES = 8
 """Images at each end of the list of likelihoods whose maps are shown."""
@@ -337,32 +336,6 @@ def _arms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _series(rows: Sequence[Mapping[str, Any]], name: str, arm: str) -> Series:
     mean, low, high = ([row[f"{name}_{part}"] for row in rows] for part in ("mean", "low", "high"))
     return Series(name=arm, x=[row["measured"] for row in rows], y=mean, low=low, high=high)
-
-
-def measure_likelihood(
-    run: Path, pipe: Any, index: ShardIndex, max_real: int, num_steps: int, ema: str, follow: Follow
-) -> list[dict[str, Any]]:
-    """Rows name/value of `trainer evaluate --likelihood`; they and the bits of every image are kept in likelihood.json.
-
-    Images are listed from the most surprising one down, so that the head of the list flags odd hierarchies.
-    Arguments and errors are those of `likelihood`; raises MismatchError if the shards do not fit the model.
-    """
-    check_fits(pipe, index)
-    metrics, images = likelihood(pipe, index, max_real, num_steps, follow)
-    rows = [{"name": name, "value": value} for name, value in metrics]
-    listed = [
-        {
-            "key": image.key,
-            "number": image.number,
-            "added_bits": round(image.added_total, 2),
-            "by_level": [round(float(bits), 2) for bits in image.added.sum(axis=(1, 2, 3))],
-            "by_region": [[round(bits, 2) for bits in level] for level in image.region_bits()[:-1]],
-        }
-        for image in sorted(images, key=lambda image: image.added_total, reverse=True)
-    ]
-    setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": num_steps, "ema": ema}
-    write_bytes(run / LIKELIHOOD, json.dumps({**setup, "metrics": rows, "images": listed}).encode())
-    return rows
 
 
 def likelihood_sections(run: Path, pipe: NormalizingPipeline, index: ShardIndex) -> list[Section]:

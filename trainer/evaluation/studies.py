@@ -1,8 +1,8 @@
-"""Studies of a trained model that `trainer evaluate` adds on request: how local edits are, and when boundaries appear.
+"""Studies of `trainer evaluate` on request: how local edits are, when boundaries appear, what surprises the model.
 
     L levels (coarse → fine), H×W grid, C channels, S steps, K regions
 
-Each study writes one JSON file (setup, summary) into the run folder and yields (name, value) of its main numbers.
+Each study writes one JSON file into the run folder and gives name and value of its main numbers.
 
 Boundaries: a level is drawn in S steps from noise (t = 1) to its canvas (t = 0). At every t the network predicts a
 clean canvas x̂, which is divided into K regions. Their outlines are compared with those of the regions that the level
@@ -12,6 +12,7 @@ ends with, of a flat division of the final tokens, and of meaningless partitions
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import write_json
+from hierarchy_builder.files import write_bytes, write_json
 from hierarchy_builder.progress import Follow, unseen
 from trainer.data.shards import ShardIndex, spread_evenly
+from trainer.evaluation.evaluate import check_fits
 from trainer.evaluation.sweep import EDIT, OTHER_NOISE, SweepConfig, summarise, sweep
+from trainer.methods.normalizing_trajectory.likelihood import likelihood
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import time_steps
 from trainer.metrics.alignment import boundary_f, shifted, shuffled, tiles
@@ -34,7 +37,7 @@ from trainer.trajectories.photos import start_from_shards
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 
-EDITS, ALIGNMENT = "edits.json", "alignment.json"
+EDITS, ALIGNMENT, LIKELIHOOD = "edits.json", "alignment.json", "likelihood.json"
 """Files of a run folder."""
 PATH_STEPS = 16
 """Network evaluations per level along the path."""
@@ -118,6 +121,32 @@ def photos_of(pipe: TrajectoryPipeline, index: ShardIndex, count: int) -> list[T
     """At most `count` samples spread evenly over the shards, each with a noise seed of its own."""
     chosen = spread_evenly(index.num_samples, count)
     return [start_from_shards(pipe, index, number, seed=seed) for seed, number in enumerate(chosen)]
+
+
+def measure_likelihood(
+    run: Path, pipe: Any, index: ShardIndex, max_real: int, num_steps: int, ema: str, follow: Follow
+) -> list[dict[str, Any]]:
+    """Rows name/value of `trainer evaluate --likelihood`; they and the bits of every image are kept in likelihood.json.
+
+    Images are listed from the most surprising one down, so that the head of the list flags odd hierarchies.
+    Arguments and errors are those of `likelihood`; raises MismatchError if the shards do not fit the model.
+    """
+    check_fits(pipe, index)
+    metrics, images = likelihood(pipe, index, max_real, num_steps, follow)
+    rows = [{"name": name, "value": value} for name, value in metrics]
+    listed = [
+        {
+            "key": image.key,
+            "number": image.number,
+            "added_bits": round(image.added_total, 2),
+            "by_level": [round(float(bits), 2) for bits in image.added.sum(axis=(1, 2, 3))],
+            "by_region": [[round(bits, 2) for bits in level] for level in image.region_bits()[:-1]],
+        }
+        for image in sorted(images, key=lambda image: image.added_total, reverse=True)
+    ]
+    setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": num_steps, "ema": ema}
+    write_bytes(run / LIKELIHOOD, json.dumps({**setup, "metrics": rows, "images": listed}).encode())
+    return rows
 
 
 @torch.no_grad()
