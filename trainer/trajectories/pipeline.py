@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from trainer.data.normalisation import RAW, Normaliser
+from trainer.data.shards import spread_evenly
 from trainer.decode.rae import decoder_for
 from trainer.methods import registry
 from trainer.seeds import check_seed, level_noise
@@ -239,9 +240,8 @@ class TrajectoryPipeline(ABC):
 
         It takes nothing from the shared random state, so a training goes on as if it had not been called.
         """
-        count = self.model.config.num_classes
-        labels = np.unique(np.linspace(0, count - 1, min(SHEET_CLASSES, count)).astype(int))
-        return trajectory_grid_png([trajectory.view() for trajectory in self.stream(labels.tolist())])
+        labels = spread_evenly(self.model.config.num_classes, SHEET_CLASSES)
+        return trajectory_grid_png([trajectory.view() for trajectory in self.stream(labels)])
 
     def label_id(self, label: int | str) -> int:
         """The id of a class given by id or name. Raises UsageError naming the nearest class."""

@@ -189,7 +189,7 @@ def test_tables_of_edits_name_what_they_are_measured_against(
     )
     assert "of out.safetensors against a.safetensors" in printed("compare", files[0], out)
     table = printed("sweep", run, "--labels", "ant", "--seeds", "0", "--levels", "1", "--strengths", "0,1")
-    assert "against the same trajectory unedited" in table
+    assert "compared with the unedited trajectory" in table
     assert "any" in table
 
 
