@@ -98,10 +98,14 @@ def flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: `did you mean 'x'?`, or all known names if none is close."""
+    """The end of a message about an unknown name: `did you mean 'x'?`, or known names (at most 20) if none is close."""
     by_fold = {each.casefold(): each for each in known}
     close = difflib.get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.5)
-    return f"did you mean {by_fold[close[0]]!r}?" if close else f"known are {', '.join(by_fold.values())}"
+    if close:
+        return f"did you mean {by_fold[close[0]]!r}?"
+    names = list(by_fold.values())
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"known are {', '.join(names[:20])}{more}"
 
 
 def named(entries: Mapping[str, Entry], name: str, what: str) -> Entry:

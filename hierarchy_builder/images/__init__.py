@@ -1,1 +1,1 @@
-"""Where pictures come from, and how they become pixels."""
+"""Input images: listing a data set, reading and decoding its files, and the label maps drawn for them."""

@@ -1,8 +1,8 @@
-"""Bytes of one picture → RGB → the square an encoder sees. What is odd is stated, and nothing is guessed.
+"""Decodes the bytes of one image file to RGB and crops the square that the encoder receives.
 
-A picture is turned upright by its EXIF orientation; transparency is matted on white; the first frame is
-taken; 16-bit values are divided by 256; colour profiles are ignored, as in the release. A picture that ends
-early is refused: half of it would be a different picture.
+An image is rotated upright by its EXIF orientation, transparency is composited on white, the first frame of an
+animation is used, 16-bit values are divided by 256, and colour profiles are ignored, as in the published release. A
+truncated file is refused, because decoding only part of it would give a different image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from hierarchy_builder.errors import ImageError
 from hierarchy_builder.images.resampling import resize_centre
 
-# Sizes are checked here against `max_pixels`; Pillow's own warning starts at a quarter of a usual scan.
+# decode_image checks sizes against `max_pixels`; Pillow would already warn about ordinary large scans.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
@@ -32,12 +32,12 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_ASPECT = 4
-"""Sides beyond this ratio are cut before resizing: their ends lie outside the centre square anyway."""
+"""A longer side is cropped to this ratio before resizing, since its ends lie outside the centre square anyway."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFacts:
-    """A picture as it was found: size in pixels once upright, Pillow mode, frames, EXIF orientation (1..8)."""
+    """Properties of a file: size in pixels after rotation, Pillow mode, number of frames, EXIF orientation (1..8)."""
 
     width: int
     height: int
@@ -47,9 +47,9 @@ class ImageFacts:
 
 
 def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Image, ImageFacts]:
-    """Decode the bytes of a file, whatever its name ends in, into an upright RGB picture.
+    """Decode the bytes of an image file into an upright RGB image; the file extension plays no role.
 
-    max_pixels: width × height above which nothing is decoded (Pillow itself stops at 178,956,970).
+    max_pixels: largest width × height that is decoded (Pillow's own limit is 178,956,970).
     Raises ImageError with reason `empty`, `not_an_image`, `too_large`, `truncated`, `corrupt` or
     `unsupported_mode`.
     """
@@ -60,7 +60,7 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Imag
     orientation = _orientation(image)
     _load(image)
     mode, frames = image.mode, _count_frames(data)
-    # Pillow has turned some formats (TIFF) while loading, and then says so by dropping the tag.
+    # Pillow rotates some formats (TIFF) while loading and then removes the tag, so it is read again here.
     turn = UPRIGHT.get(_orientation(image))
     rgb = _to_rgb(image)
     if turn is not None:
@@ -76,11 +76,13 @@ def crop_square(
     *,
     out_px: int | None = None,
 ) -> np.ndarray:
-    """Short side → `size_px` (bicubic, antialiased), then the centre square: uint8 [S, S, 3].
+    """Resize the short side to `size_px` (bicubic, antialiased) and take the centre square: uint8 [S, S, 3].
 
-    As the release's preprocessing: the long side is rounded down, the crop's corner to the nearest pixel.
-    resampling: NEAREST cuts a label map as its photo, [S, S] of whatever type its labels have.
-    out_px: pixels a side of an RGB picture of the very region that `size_px` selects, resampled from `image` itself.
+    This is the preprocessing of the published release: the long side is rounded down, and the corner of the crop to
+    the nearest pixel.
+    resampling: NEAREST crops a label map exactly as its photo; the result is [S, S] and keeps the type of the labels.
+    out_px: side in pixels of the returned RGB image, if not `size_px`; the region that `size_px` selects is then
+    resampled directly from `image`.
     """
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
@@ -103,14 +105,16 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) < int.from_bytes(data[4:8], "little"):
-        raise ImageError("truncated", "WebP shorter than its header says")  # Pillow: "no decoder object"
+        raise ImageError(
+            "truncated", "the WebP file is shorter than its header states"
+        )  # Pillow: "no decoder object"
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        raise ImageError("not_an_image", f"no known format, begins with {data[:8]!r}") from None
+        raise ImageError("not_an_image", f"unknown format, the file begins with {data[:8]!r}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from None
-    except Exception as error:  # a damaged header fails in as many ways as there are formats
+    except Exception as error:  # each format raises its own exceptions for a damaged header
         raise _damage(error) from None
 
 
@@ -132,13 +136,13 @@ def _damage(error: Exception) -> ImageError:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata does not spoil the picture
+    except Exception:  # the pixels are usable even if the metadata is damaged
         return 1
     return value if value in UPRIGHT else 1
 
 
 def _count_frames(data: bytes) -> int:
-    """Frames of an animation; where a later frame is damaged, 1: only the first is used."""
+    """Number of frames, or 1 if a later frame is damaged, since only the first is used."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return int(getattr(image, "n_frames", 1))
@@ -161,10 +165,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """One plane of more than 8 bits → 8 bits, with one rule per range of values.
+    """Convert one plane of more than 8 bits to 8 bits, by a rule that depends on the range of its values.
 
-    Integers up to 65535 are 16-bit: divided by 256. Floats in [0, 1] are scaled by 255, in [0, 255] taken as
-    they are. All else is stretched from its smallest to its largest value.
+    Integers from 0 to 65535 count as 16-bit and are divided by 256. Floats in [0, 1] are multiplied by 255; floats in
+    [0, 255] are only rounded. Any other range is stretched linearly so that it fills 0 to 255.
     """
     values = np.asarray(image)
     low, high = values.min(), values.max()

@@ -1,4 +1,4 @@
-"""Names of samples: unique in the data set, safe in a tar, for webdataset and on every file system."""
+"""Sample keys: unique in the data set, and safe in tars, in webdataset and on every file system."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from hierarchy_builder.errors import BuilderError
 
 CLASS_CHARS, NAME_CHARS, HASH_CHARS = 40, 60, 8
 SAFE_KEY = re.compile(r"[^./\\\x00-\x1f]+(/[^./\\\x00-\x1f]+)*")
-"""Names below one folder whatever unpacks them, which end where the name of a member begins: without dots."""
+"""Keys without dots, backslashes and control characters.
+
+Such a key cannot lead outside its folder when a tar is unpacked, and webdataset takes the first dot as its end.
+"""
 
 
 def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
-    """Keys `<class>/<name>` for (path, class name): [A-Za-z0-9_-], at most 110 characters, unique.
+    """Assign a unique key `<class>/<name>` to each (path, class name); paths must differ.
 
-    Characters outside are replaced; where that makes two keys equal, each of them ends in a hash of its path,
-    so that a key does not depend on the order of the listing. Paths must differ.
+    Keys consist of [A-Za-z0-9_-] and one slash and have at most 110 characters; other characters are replaced. If that
+    makes several keys equal, each of them gets a hash of its path, so that no key depends on the order of the listing.
     """
     pairs = list(images)
     plain = [f"{_safe(name, CLASS_CHARS)}/{_safe(_stem(path, name), NAME_CHARS)}" for path, name in pairs]
@@ -38,16 +41,17 @@ def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def check_key(key: str, where: str) -> str:
-    """Return `key`, or raise BuilderError where a file of that name could come to lie outside its folder."""
+    """Return `key`; raise BuilderError if a file of that name could be written outside its folder."""
     if not SAFE_KEY.fullmatch(key):
         raise BuilderError(
-            f"{where}: key {key!r}, expected <class>/<name> without dots, as `keys.py` gives them"
+            f"{where} has key {key!r}, expected <class>/<name> without dots or backslashes: rename it, or build the "
+            "shards with hierarchy-builder, which assigns safe keys"
         )
     return key
 
 
 def _stem(path: str, class_name: str) -> str:
-    """Path without extension, from below the first folder named like the class, else the file name alone."""
+    """The path below the first folder named like the class, or else the file name; both without extension."""
     folders, _, name = posixpath.splitext(path)[0].rpartition("/")
     parts = folders.split("/")
     if class_name in parts:
@@ -57,7 +61,7 @@ def _stem(path: str, class_name: str) -> str:
 
 
 def _safe(text: str, limit: int) -> str:
-    """Letters, digits, _ and - only; accents fall off; what is too long or left empty gets a hash."""
+    """Keep letters, digits, _ and -, and drop accents; a text too long or left empty gets a hash."""
     text = unicodedata.normalize("NFC", text)
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", "".join(letters))

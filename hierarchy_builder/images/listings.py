@@ -1,4 +1,4 @@
-"""What a source holds: a walk of folders, the headers of a tar, or the rows of a table → images and classes."""
+"""Lists the images and classes of a data set: a folder tree, a tar, or a CSV, TSV or parquet table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.terminal import counted
 
 UNLABELLED = "unlabelled"
-"""The one class of pictures that come without classes."""
+"""Class name of all images in a folder without class folders."""
 SUFFIXES = frozenset(
     f".{name}"
     for names in ("jpg jpeg jpe jfif png webp gif bmp dib tif tiff", "ppm pgm pbm pnm jp2 j2k avif tga")
@@ -32,12 +32,12 @@ COLUMNS = ("path", "class", "label", "split")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test"))
 STAT_THREADS = 16
 MAX_LABEL = 999_999
-"""Largest class id; a larger number in a column `label` is something else."""
+"""Largest class id that is accepted; larger numbers in a column `label` are hardly class ids."""
 
 
 @dataclass(slots=True)
 class Listing:
-    """What was found: images as (path, class name, size), and all classes with their ids once known."""
+    """Images as (path, class name, size in bytes), all class names, and their ids if the source defines them."""
 
     images: list[tuple[str, str, int]] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -46,11 +46,11 @@ class Listing:
 
 
 def list_folder(fs: AbstractFileSystem, root: str, source: str, split: str | None) -> Listing:
-    """A tree of class folders, or a folder of pictures; hidden files and folders are passed over."""
+    """List a tree of class folders or one folder of images; hidden files and folders are ignored."""
     base = posixpath.join(root, split) if split else root
     if not fs.isdir(base):
-        there = sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(root, detail=False))[:10]
-        raise UsageError(f"no split {split!r} under {source}: found {', '.join(there) or 'nothing'}")
+        present = sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(root, detail=False))[:10]
+        raise UsageError(f"no split {split!r} under {source}: found {', '.join(present) or 'nothing'}")
     folders: set[str] = set()
     if isinstance(fs, LocalFileSystem):
         files = dict(_walk(base, "", (), folders))
@@ -63,9 +63,10 @@ def list_folder(fs: AbstractFileSystem, root: str, source: str, split: str | Non
 def _walk(
     folder: str, prefix: str, above: tuple[tuple[int, int], ...], folders: set[str]
 ) -> Iterator[tuple[str, int]]:
-    """Files below `folder` as (relative path, size); links are followed, but never into a folder above.
+    """Yield the files below `folder` as (relative path, size in bytes).
 
-    A dangling link is listed with size 0, to be counted when it cannot be read.
+    Links are followed, except those that lead back to a parent folder. A dangling link is listed with size 0, so that
+    it is counted as skipped when reading it fails.
     """
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
@@ -75,7 +76,7 @@ def _walk(
         with os.scandir(folder) as found:
             entries = list(found)
     except OSError as error:
-        raise BuilderError(f"{folder}: {error.strerror}, cannot list it") from None
+        raise BuilderError(f"{folder} cannot be listed: {error.strerror}; let this user read it") from None
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -102,7 +103,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def scan_tar(fs: AbstractFileSystem, path: str) -> tuple[dict[str, tuple[int, int]], set[str]]:
-    """Regular members as name → (offset, size), and the names of folder members."""
+    """Return the regular members of a tar as name → (offset, size), and the names of its folders."""
     members: dict[str, tuple[int, int]] = {}
     folders: set[str] = set()
     try:
@@ -113,19 +114,19 @@ def scan_tar(fs: AbstractFileSystem, path: str) -> tuple[dict[str, tuple[int, in
                     folders.add(name)
                 elif member.isreg() and not member.issparse():
                     members[name] = (member.offset_data, member.size)
-            # tarfile takes a file that was cut inside a header for the end of the archive.
+            # tarfile mistakes a file that was truncated inside a header for the end of the archive.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("no end-of-archive block")
     except (tarfile.TarError, EOFError) as error:
-        raise BuilderError(f"{path} is not a whole, uncompressed tar: {error}") from None
+        raise BuilderError(f"{path} is not a complete, uncompressed tar: {error}") from None
     return members, folders
 
 
 def list_tar(
     members: dict[str, tuple[int, int]], folders: set[str], source: str, split: str | None
 ) -> Listing:
-    """The tree inside; one folder around everything (as `tar cf photos.tar photos` makes) is no class."""
+    """List the tree in a tar; one folder around everything, as `tar cf photos.tar photos` adds, is no class."""
     names = [name for name in members if _is_image(name)]
     around = posixpath.commonpath(names) if names else ""
     prefix = f"{around.split('/')[0]}/" if around and all(name.count("/") > 1 for name in names) else ""
@@ -146,7 +147,7 @@ def list_tar(
 def _from_tree(
     files: Mapping[str, int], folders: set[str], prefix: str, source: str, split: str | None
 ) -> Listing:
-    """Classes are the first folders. `prefix` leads from the source to the files and stays in their paths."""
+    """List files by class, the first folder of their path. `prefix` is put before the paths in the listing."""
     images = {path: size for path, size in files.items() if _is_image(path) and not _is_hidden(path)}
     unnamable = [path for path in images if not _is_utf8(path)]
     for path in unnamable:
@@ -154,7 +155,7 @@ def _from_tree(
     if not images:
         raise BuilderError(
             f"no images under {source}{'/' + split if split else ''} ({len(files)} other files): expected one "
-            f"folder per class, or pictures ending in {', '.join(sorted(SUFFIXES))}"
+            f"folder per class, or images ending in {', '.join(sorted(SUFFIXES))}"
         )
     nested = [path for path in images if "/" in path]
     if not nested:
@@ -162,16 +163,16 @@ def _from_tree(
     used = {path.split("/")[0] for path in nested}
     if split is None and used <= SPLITS and any(path.count("/") > 1 for path in nested):
         raise UsageError(f"{source} holds {', '.join(sorted(used))}: choose one with --split")
-    # Labels follow the names of all folders, also of empty ones: a partial copy keeps its ids.
+    # Empty class folders get ids too, so that an incomplete copy of a data set keeps the ids of its classes.
     found = Listing([(prefix + p, p.split("/")[0], images[p]) for p in nested], sorted(used | folders))
     empty = [name for name in found.classes if name not in used]
     if empty:
         found.warnings.append(
-            f"{counted(len(empty), 'class', 'classes')} without images, ids kept: {', '.join(empty[:10])}"
+            f"{counted(len(empty), 'class', 'classes')} without images, which keep their ids: {', '.join(empty[:10])}"
         )
     if len(nested) < len(images):
         found.warnings.append(
-            f"left out: {counted(len(images) - len(nested), 'image')} beside the class folders"
+            f"left out: {counted(len(images) - len(nested), 'image')} outside the class folders"
         )
     if unnamable:
         found.warnings.append(f"left out: {counted(len(unnamable), 'image')} with a name that is not UTF-8")
@@ -179,9 +180,9 @@ def _from_tree(
 
 
 def list_table(
-    fs: AbstractFileSystem, place: str, sizes_of: Callable[[str], int | None], source: str, split: str | None
+    fs: AbstractFileSystem, place: str, size_of: Callable[[str], int | None], source: str, split: str | None
 ) -> Listing:
-    """Rows of a CSV, TSV or parquet file with a column `path`; `sizes_of` gives None for a missing file."""
+    """List the rows of a CSV, TSV or parquet file with a column `path`; `size_of` returns None for a missing file."""
     columns = _read_table(fs, place, source)
     wanted = ["path", "split"] if split else ["path"]
     if missing := [name for name in wanted if name not in columns]:
@@ -199,7 +200,7 @@ def list_table(
     if not classes:
         raise BuilderError(f"no images in {source}" + (f" with split {split!r}" if split else ""))
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        sizes = list(pool.map(sizes_of, classes))
+        sizes = list(pool.map(size_of, classes))
     if all(size is None for size in sizes):
         raise BuilderError(
             f"none of the {len(sizes)} paths in {source} exists, the first is {next(iter(classes))!r}: "
@@ -214,10 +215,10 @@ def list_table(
 
 
 def _classes_of_rows(rows: list[tuple[str, ...]], found: Listing, source: str) -> dict[str, str]:
-    """Path → class name; sets the classes of `found`, and their ids when column label holds numbers."""
+    """Return path → class name; set the classes of `found`, and their ids if column `label` holds numbers."""
     numbered = bool(rows) and all(re.fullmatch(r"[0-9]+", label) for _, _, label, _ in rows)
     if not numbered and not any(name for _, name, _, _ in rows):
-        _refuse_half_numbers([label for _, _, label, _ in rows], source)
+        _refuse_partly_numeric([label for _, _, label, _ in rows], source)
     classes: dict[str, str] = {}
     ids: dict[str, int] = {}
     for number, (path, name, label, _) in enumerate(rows, start=1):
@@ -244,14 +245,12 @@ def _classes_of_rows(rows: list[tuple[str, ...]], found: Listing, source: str) -
             classes = {path: str(int(name)) for path, name in classes.items()}
             found.classes = list(found.ids)
     if len(classes) < len(rows):
-        found.warnings.append(
-            f"{counted(len(rows) - len(classes), 'image')} listed more than once, taken once"
-        )
+        found.warnings.append(f"{counted(len(rows) - len(classes), 'repeated row')} of the listing ignored")
     return classes
 
 
-def _refuse_half_numbers(labels: list[str], source: str) -> None:
-    """Numbers such as -1 or 3.0, or numbers and gaps, would pass for names and be numbered anew."""
+def _refuse_partly_numeric(labels: list[str], source: str) -> None:
+    """Refuse labels such as -1 or 3.0, and ids with gaps; taken as names they would silently get other ids."""
     if any(labels) and all(re.fullmatch(r"(-?[0-9]+(\.[0-9]*)?)?", label) for label in labels):
         number, label = next(
             (n, label) for n, label in enumerate(labels, start=1) if not re.fullmatch(r"[0-9]+", label)
@@ -260,7 +259,7 @@ def _refuse_half_numbers(labels: list[str], source: str) -> None:
 
 
 def _read_table(fs: AbstractFileSystem, place: str, source: str) -> dict[str, list[str]]:
-    """Columns of a listing as text, empty where a value is absent."""
+    """Return the columns of a listing as text; an absent value is an empty text."""
     try:
         with fs.open(place, "rb") as file:
             if place.lower().endswith(".parquet"):
@@ -275,7 +274,7 @@ def _read_table(fs: AbstractFileSystem, place: str, source: str) -> dict[str, li
             lines = list(rows)
             return {name: [(line[name] or "").strip() for line in lines] for name in rows.fieldnames or []}
     except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{source}: not a readable listing: {error}") from None
+        raise UsageError(f"{source} cannot be read as a listing: {error}") from None
 
 
 def _is_image(path: str) -> bool:

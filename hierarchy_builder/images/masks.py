@@ -1,7 +1,7 @@
-"""Label maps that people drew: found by the name of the photo, and cut exactly as the photo.
+"""Label maps drawn by people: they are found by the name of the photo and cropped exactly as the photo.
 
-A map is a PNG of one plane of whole numbers, as large as the upright photo: `<stem>.png`, or `<stem>_<k>.png` of the
-k-th person, in one folder or in folders like those of the images.
+A map is a PNG with one plane of integers and the size of the upright photo. It is called `<stem>.png`, or
+`<stem>_<k>.png` for annotator k, and lies in one folder or in folders like those of the images.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from hierarchy_builder.images.decoding import crop_square
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16")
 VOTES_PER_SIDE = 8
-"""Cells along each side of a token that vote for its label."""
+"""Sampled cells along each side of a token; the most frequent label among them becomes the label of the token."""
 NUMBERED = re.compile(r"(.+)_(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class MaskFolder:
-    """Label maps by the photo they belong to: the end of its path, without extension."""
+    """Label maps in `root`; `files` maps the end of the path of a photo, without extension, to its maps."""
 
     root: Path
     files: dict[str, list[Path]]
 
     def digest(self) -> str:
-        """SHA-256 over the maps' names and bytes, 64 hex digits."""
+        """SHA-256 over names and bytes of all maps, as 64 hex digits."""
         listed = sorted({file for files in self.files.values() for file in files})
         return config_hash({file.relative_to(self.root).as_posix(): sha256_file(file) for file in listed})
 
     def of(self, path: str) -> list[Path]:
-        """Maps of the photo listed at `path`, in the order of their numbers; empty where nobody drew."""
+        """Maps of the photo listed at `path`, in the order of their numbers; empty if there are none."""
         parts = PurePosixPath(path).with_suffix("").parts
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         return next((self.files[end] for end in ends if end in self.files), [])
@@ -52,9 +52,9 @@ class MaskFolder:
         image_size_px: int,
         grid: tuple[int, int],
     ) -> np.ndarray:
-        """The first usable map of a photo on its tokens, int64 [H, W]: the label most cells of a token have.
+        """Return the first usable map of a photo at one label per token, int64 [H, W]; see `majority`.
 
-        −1 throughout where there is none. width, height: of the upright photo in pixels.
+        All labels are −1 if the photo has no usable map. width, height: size of the upright photo in pixels.
         """
         if width is not None and height is not None:
             cells = (grid[0] * VOTES_PER_SIDE, grid[1] * VOTES_PER_SIDE)
@@ -64,26 +64,26 @@ class MaskFolder:
         return np.full(grid, -1, dtype=np.int64)
 
     def check_photos(self, paths: Sequence[str]) -> None:
-        """Raise UsageError when no photo has a map, or one map fits two of them."""
+        """Raise UsageError if no photo has a map, or if one map matches two photos."""
         owners: dict[Path, str] = {}
         for path in paths:
             for file in self.of(path):
                 if owners.setdefault(file, path) != path:
                     raise UsageError(
-                        f"--masks {self.root}: {file.name} fits both {owners[file]} and {path}: put the maps into "
-                        "folders like those of the images"
+                        f"--masks {self.root}: {file.name} matches both {owners[file]} and {path}: put the "
+                        "maps into folders like those of the images"
                     )
         if not owners:
             stem = PurePosixPath(paths[0]).stem
             raise UsageError(
-                f"--masks {self.root} has no map of any of {len(paths)} images: expected, for {paths[0]}, "
-                f"{stem}.png or {stem}_0.png"
+                f"--masks {self.root} has no map for any of {len(paths)} images: expected {stem}.png or {stem}_0.png "
+                f"for {paths[0]}"
             )
 
     def read(
         self, path: str, photo_size: tuple[int, int], image_size_px: int, cells: tuple[int, int]
     ) -> tuple[np.ndarray, list[ImageError]]:
-        """Maps of one photo as `read_mask` gives them, int64 [M, h, w], and why others cannot be used."""
+        """Return the usable maps of one photo as `read_mask` reads them, int64 [M, h, w], and the errors of the others."""
         maps, refused = [], []
         for file in self.of(path):
             try:
@@ -94,7 +94,7 @@ class MaskFolder:
 
 
 def open_masks(root: Path) -> MaskFolder:
-    """List a folder of label maps. Raises UsageError when it holds none."""
+    """List a folder of label maps. Raises UsageError if it contains none."""
     files: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(root.rglob("*.png")):
         stem = path.relative_to(root).with_suffix("").as_posix()
@@ -103,13 +103,13 @@ def open_masks(root: Path) -> MaskFolder:
             files.setdefault(numbered[1], []).append((int(numbered[2]), path))
     if not files:
         raise UsageError(
-            f"--masks {root} holds no label maps: expected <stem>.png or <stem>_<k>.png of photos"
+            f"--masks {root} contains no label maps: expected <stem>.png or <stem>_<k>.png, named after the photos"
         )
     return MaskFolder(root, {stem: [path for _, path in sorted(found)] for stem, found in files.items()})
 
 
 def majority(cells: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Label most frequent among the cells of each token, int64 [H, W]; the smallest where several are."""
+    """The most frequent label among the cells of each token, int64 [H, W]; of equally frequent ones the smallest."""
     height, width = grid
     side = (cells.shape[0] // height, cells.shape[1] // width)
     tokens = cells.reshape(height, side[0], width, side[1]).swapaxes(1, 2).reshape(height * width, -1)
@@ -121,9 +121,10 @@ def majority(cells: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def read_mask(
     path: Path, photo_size: tuple[int, int], image_size_px: int, cells: tuple[int, int]
 ) -> np.ndarray:
-    """One label map, cut as its photo, at `cells` = (h, w): int64 [h, w]; 0 stays 0, other labels count from 1.
+    """Read a label map, crop it as its photo and sample it at `cells` = (h, w): int64 [h, w].
 
-    photo_size: (width, height) of the upright photo. A cell has the label of the pixel at its centre.
+    Label 0 stays 0, and the other labels are renumbered from 1. A cell takes the label of the pixel at its centre.
+    photo_size: (width, height) of the upright photo.
     Raises ImageError with reason `not_a_label_map` or `wrong_size`.
     """
     square = crop_square(_open_labels(path, photo_size), image_size_px, Image.Resampling.NEAREST)
@@ -139,18 +140,18 @@ def _open_labels(path: Path, photo_size: tuple[int, int]) -> Image.Image:
             if image.size != photo_size:
                 found, expected = ("×".join(map(str, size)) for size in (image.size, photo_size))
                 raise ImageError(
-                    "wrong_size", f"{path.name} has {found} pixels, expected {expected} of its photo"
+                    "wrong_size", f"{path.name} has {found} pixels, expected {expected} as its photo"
                 )
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError("not_a_label_map", f"{path.name}: {error}") from None
     if image.mode not in LABEL_MODES:
         raise ImageError(
-            "not_a_label_map", f"{path.name} has mode {image.mode}, expected one plane of labels"
+            "not_a_label_map", f"{path.name} has mode {image.mode}, expected one plane of integer labels"
         )
     return image
 
 
 def _centres(num_cells: int, size_px: int) -> np.ndarray:
-    """Pixels at the centres of `num_cells` equal cells of a side of `size_px` pixels."""
+    """Indices of the pixels at the centres of `num_cells` equal cells along a side of `size_px` pixels."""
     return ((np.arange(num_cells) + 0.5) * size_px / num_cells).astype(np.int64)

@@ -1,11 +1,11 @@
-"""Bicubic resizing of the part of a picture that is kept: Pillow's pixels, bit for bit, in less of its time.
+"""Bicubic resizing of only the crop that is kept, faster than Pillow and equal to its result bit for bit.
 
-Pillow resizes the whole picture and the crop throws its ends away; here only rows and columns of the crop are
-computed, in loops a compiler turns into vector instructions, without the lock of the interpreter. The arithmetic is
-Pillow's: a cubic of a = −0.5 widened by the scale (antialias), weights normalised in float64 and rounded to 22 bits,
-columns first, 8 bits between the two passes (libImaging/Resample.c).
+Pillow resizes the whole image, of which the crop discards a part. Here only the rows and columns of the crop are
+computed, in loops that numba vectorises and that run without the GIL. The arithmetic is that of Pillow
+(libImaging/Resample.c): a cubic filter with a = −0.5, widened by the scale for antialiasing; weights normalised in
+float64 and rounded to 22 bits; columns first; 8 bits between the two passes.
 
-    h×w picture, S pixels a side of the crop, T taps of the filter
+    h×w image, S×S pixels of the crop, T taps of the filter
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numba
 import numpy as np
 
 PRECISION_BITS = 22
-"""Fraction bits of a weight: products of 8-bit values still fit int32."""
+"""Fraction bits of a weight; with 22 the sums of products with 8-bit values still fit int32."""
 
 
 def resize_centre(
     pixels: np.ndarray, size: tuple[int, int], side: int, out_px: int | None = None
 ) -> np.ndarray:
-    """The centre square of a picture resized to `size`: RGB uint8 [h,w,3] → uint8 [S,S,3], contiguous.
+    """Return the centre square of RGB uint8 [h,w,3] after resizing to `size`: contiguous uint8 [S,S,3].
 
-    size: (width, height) of the whole picture after resizing, at least S each; corners are rounded to even.
-    out_px: pixels a side of what comes back, for the region of `side` at another scale, from the same `pixels`.
+    size: (width, height) of the whole image after resizing, at least S each. The corner of the crop is rounded half
+    to even. out_px: side of the result in pixels, if the same region is wanted at another scale.
     """
     out_px = side if out_px is None else out_px
     height, width = pixels.shape[:2]
@@ -39,9 +39,9 @@ def resize_centre(
 
 @functools.lru_cache(maxsize=256)
 def _weights(old: int, scale: float, start: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """First input pixel int32 [count] and weights int32 [count,T] of outputs start..start+count−1.
+    """First input pixel int32 [count] and filter weights int32 [count,T] of `count` outputs.
 
-    scale: input pixels of an output. start: outputs between the first of `old` inputs and the first wanted.
+    old: number of input pixels. scale: input pixels per output pixel. start: index of the first output computed.
     """
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -53,13 +53,15 @@ def _weights(old: int, scale: float, start: float, count: int) -> tuple[np.ndarr
         high = min(old, int(centre + support + 0.5))
         values = [_cubic((x + low - centre + 0.5) * (1.0 / stretch)) for x in range(high - low)]
         total = 0.0
-        for value in values:  # in this order, as Pillow does
+        for value in values:  # summed in the order of Pillow, for equal rounding
             total += value
         inverse = 1.0 / total if total != 0.0 else 1.0
         for x, value in enumerate(values):
             scaled = value * inverse * (1 << PRECISION_BITS)
             weights[number, x] = int(scaled - 0.5) if scaled < 0 else int(scaled + 0.5)
-        first[number] = min(low, max(0, old - taps))  # weights stay inside the picture where it has T pixels
+        first[number] = min(
+            low, max(0, old - taps)
+        )  # shift the window so that all T taps lie inside the image, if it is wide enough
         if first[number] != low:
             weights[number] = np.roll(weights[number], low - first[number])
     return first, weights

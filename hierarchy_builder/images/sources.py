@@ -1,12 +1,11 @@
-"""Where pictures come from: a tree of class folders, a tar, or a CSV or parquet listing, local or by URL.
+"""Image sources: a tree of class folders, a tar, or a CSV, TSV or parquet table, local or at an fsspec URL.
 
-Listing happens once and gives records in the order of their paths. Reading needs only a reader, which a
-worker process opens from `ImageSource.location` without listing again (of a tar it reads the headers).
+A source is listed once, which gives records in the order of their paths. A worker process only needs a reader, which
+it opens from `ImageSource.location` without listing again; for a tar it reads the headers.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import posixpath
@@ -18,27 +17,21 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from hierarchy_builder.errors import ImageError, UsageError
-from hierarchy_builder.images.decoding import ImageFacts, crop_square, decode_image
+from hierarchy_builder.fields import nearest
 from hierarchy_builder.images.keys import assign_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.records import ImageRecord
-
-__all__ = [
-    "ImageFacts",
-    "ImageSource",
-    "Reader",
-    "crop_square",
-    "decode_image",
-    "open_reader",
-    "open_source",
-]
+from hierarchy_builder.terminal import counted
 
 
 class Reader(Protocol):
-    """Reads the bytes of one picture by the path of its record."""
+    """Reads image files."""
 
     def read(self, path: str) -> bytes:
-        """Raises ImageError with reason `missing` or `unreadable`."""
+        """Return the bytes of the image whose record has this `path`.
+
+        Raises ImageError with reason `missing` or `unreadable`.
+        """
         ...
 
 
@@ -46,8 +39,8 @@ class Reader(Protocol):
 class ImageSource:
     """A listed data set.
 
-    records: sorted by path. class_map: name → id, classes without pictures included. listing_hash: SHA-256
-    over keys, paths, sizes and labels. location: what `open_reader` takes. warnings: lines for people.
+    records: sorted by path. class_map: class name → id, including classes without images. listing_hash: SHA-256 over
+    keys, paths, sizes and labels. location: argument for `open_reader`. warnings: messages to print.
     """
 
     records: list[ImageRecord]
@@ -58,29 +51,29 @@ class ImageSource:
     warnings: tuple[str, ...] = ()
 
     def read(self, path: str) -> bytes:
-        """Bytes of the picture at `path` of a record. Raises ImageError `missing` or `unreadable`."""
+        """See `Reader.read`."""
         return self.reader.read(path)
 
 
 @dataclass(frozen=True, slots=True)
 class FileReader:
-    """Files below `root`; absolute paths and URLs of a listing are followed as they are."""
+    """Reads files below `root`; absolute paths and URLs in a table are used as they are."""
 
     fs: AbstractFileSystem
     root: str
 
     def read(self, path: str) -> bytes:
-        """Bytes of one file. Raises ImageError with reason `missing` or `unreadable`."""
+        """See `Reader.read`."""
         try:
             fs, place = self.locate(path)
             return fs.cat_file(place)
         except FileNotFoundError:
-            raise ImageError("missing", "the file is no longer there") from None
+            raise ImageError("missing", "the file no longer exists") from None
         except (OSError, ValueError, ImportError) as error:
             raise ImageError("unreadable", str(error)) from None
 
     def size(self, path: str) -> int | None:
-        """Size in bytes, None where there is no such file."""
+        """Size of a file in bytes, or None if it cannot be found."""
         try:
             fs, place = self.locate(path)
             return int(fs.size(place) or 0)
@@ -88,22 +81,22 @@ class FileReader:
             return None
 
     def locate(self, path: str) -> tuple[AbstractFileSystem, str]:
-        """File system and place behind a path of the listing."""
+        """File system of a listed path, and the path on it."""
         return url_to_fs(path) if "://" in path else (self.fs, posixpath.join(self.root, path))
 
 
 @dataclass(frozen=True, slots=True)
 class TarReader:
-    """Members of an uncompressed tar, read by their (offset, size)."""
+    """Reads members of an uncompressed tar by their (offset, size)."""
 
     fs: AbstractFileSystem
     path: str
     members: dict[str, tuple[int, int]]
 
     def read(self, path: str) -> bytes:
-        """Bytes of one member. Raises ImageError with reason `missing` or `unreadable`."""
+        """See `Reader.read`."""
         if path not in self.members:
-            raise ImageError("missing", f"not in {self.path}")
+            raise ImageError("missing", f"{self.path} has no such member")
         start, size = self.members[path]
         try:
             return self.fs.cat_file(self.path, start=start, end=start + size) if size else b""
@@ -116,25 +109,23 @@ def open_source(
 ) -> ImageSource:
     """List a data set.
 
-    source: folder of class folders (or of pictures: one class `unlabelled`), `.tar` of such a tree, or a
-    `.csv`, `.tsv` or `.parquet` with column `path` (relative to the listing) and optionally `class` (names)
-    and `label` (ids, or names); a path or any fsspec URL.
-    split: sub-folder to take, or value of column `split` of a listing.
-    class_map: class name → id, as a mapping or a JSON file; without it ids follow the sorted names.
-    Raises UsageError for a source that is not understood, BuilderError when it holds no images.
+    source: path or fsspec URL of a folder of class folders (or of images, which then form one class `unlabelled`), of
+    a `.tar` of such a folder, or of a `.csv`, `.tsv` or `.parquet` table with the column `path` (relative to the table)
+    and optionally `class` (names) and `label` (ids or names).
+    split: sub-folder to use, or for a table the value of its column `split`.
+    class_map: class name → id, as a mapping or a JSON file; without it classes are numbered in the order of their names.
+    Raises UsageError if the source is of none of these kinds, and BuilderError if it contains no images.
     """
     source = str(source)
     if not source.strip():
-        raise UsageError("the images are named by an empty text: expected a folder, a .tar or a listing")
+        raise UsageError("the path of the images is empty, expected a folder, a .tar or a table")
     fs, place = _filesystem(source)
     reader: Reader
     if fs.isdir(place):
         reader = FileReader(fs, place)
         found = list_folder(fs, place, source, split)
     elif not fs.exists(place):
-        raise UsageError(
-            f"{source} does not exist: expected a folder, a .tar or a listing {', '.join(TABLES)}"
-        )
+        raise UsageError(f"{source} does not exist: expected a folder, a .tar or a table {', '.join(TABLES)}")
     elif place.lower().endswith(".tar"):
         members, folders = scan_tar(fs, place)
         reader = TarReader(fs, place, members)
@@ -144,7 +135,7 @@ def open_source(
         found = list_table(fs, place, files.size, source, split)
     else:
         raise UsageError(
-            f"{source} is a file: expected a folder of class folders, an uncompressed .tar, or a listing "
+            f"{source} is a file: expected a folder of class folders, an uncompressed .tar, or a table "
             f"{', '.join(TABLES)}"
         )
     ids = found.ids or {name: number for number, name in enumerate(sorted(found.classes))}
@@ -163,7 +154,7 @@ def open_source(
 
 
 def open_reader(location: str) -> Reader:
-    """The reader of a source that was listed before; paths are those of its records."""
+    """Open a reader for a source that was listed before."""
     fs, place = _filesystem(location)
     if place.lower().endswith(".tar") and not fs.isdir(place):
         return TarReader(fs, place, scan_tar(fs, place)[0])
@@ -194,7 +185,7 @@ def _read_class_map(class_map: str | Mapping[str, int]) -> dict[str, int]:
     )
     if not valid or not content or len(set(content.values())) < len(content):
         raise UsageError(
-            f"{where}: expected JSON of names and ids from 0 to {MAX_LABEL}, each of one class, for example "
+            f"{where}: expected JSON of class names and different ids from 0 to {MAX_LABEL}, for example "
             '{"cat": 0, "dog": 1}'
         )
     return dict(content)
@@ -204,10 +195,9 @@ def _check_classes(classes: list[str], ids: Mapping[str, int], class_map: str | 
     unknown = [name for name in classes if name not in ids]
     where = f" {class_map}" if isinstance(class_map, str) else ""
     if unknown:
-        close = difflib.get_close_matches(unknown[0], ids, n=1)
         raise UsageError(
-            f"{len(unknown)} classes are not in the class map{where}, the first is {unknown[0]!r}"
-            + (f"; near it is {close[0]!r}" if close else "")
+            f"{counted(len(unknown), 'class', 'classes')} missing in the class map{where}, the first is "
+            f"{unknown[0]!r}: {nearest(unknown[0], ids)}"
         )
 
 
@@ -221,7 +211,7 @@ def _records(images: list[tuple[str, str, int]], ids: Mapping[str, int]) -> list
 
 
 def listing_hash(records: Iterable[ImageRecord]) -> str:
-    """SHA-256 over keys, paths, sizes and labels, whatever the order of the rows."""
+    """SHA-256 over keys, paths, sizes and labels; the order of the records plays no role."""
     digest = hashlib.sha256()
     for record in sorted(records, key=lambda record: record.path):
         line = json.dumps([record.key, record.path, record.num_bytes, record.label])

@@ -110,7 +110,7 @@ def test_images_are_counted_by_class_and_damage_is_sampled(photos: Path, tmp_pat
     assert plan.num_images == 36
     assert plan.input_bytes == sum(path.stat().st_size for path in photos.rglob("*.png"))
     assert plan.unreadable == {"circle/000.png": "empty: the file has no bytes"}
-    assert plan.warnings == ("1 class without images, ids kept: nothing",)
+    assert plan.warnings == ("1 class without images, which keep their ids: nothing",)
     tables = plan_tables(plan)
     assert {"class": "nothing", "images": 0} in tables["Classes"]
     assert tables["Unreadable"] == [{"path": "circle/000.png", "reason": "empty: the file has no bytes"}]

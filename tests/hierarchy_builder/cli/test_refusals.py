@@ -124,7 +124,7 @@ def test_what_the_end_would_refuse_is_refused_at_the_start(tmp_path: Path) -> No
     words = ["build", str(photos), "--out", str(out), "--encoder", "dct", "--workers", "0", "--quiet"]
     for flag, value, message in (
         ("--publish", "nope://bucket/set", "expected a URL of a file system that fsspec knows"),
-        ("--masks", str(tmp_path / "none"), "holds no label maps"),
+        ("--masks", str(tmp_path / "none"), "contains no label maps"),
     ):
         with pytest.raises(BuilderError, match=message):
             CliRunner().invoke(app, [*words, flag, value], catch_exceptions=False)

@@ -19,7 +19,7 @@ def reason(data: bytes, **options: int) -> str:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_a_cut_file_is_truncated_never_half_a_picture(image_format: str) -> None:
+def test_truncated_file_is_refused(image_format: str) -> None:
     data = encoded(NOISE, image_format)
     image, facts = decode_image(data)
     assert (image.mode, image.size) == ("RGB", (60, 40))
@@ -28,7 +28,7 @@ def test_a_cut_file_is_truncated_never_half_a_picture(image_format: str) -> None
         assert reason(data[: int(len(data) * share)]) == "truncated"
 
 
-def test_what_is_no_picture_is_named() -> None:
+def test_file_that_is_no_image_is_refused_with_its_reason() -> None:
     assert reason(b"") == "empty"
     assert reason(b"<html>moved</html>") == "not_an_image"
 
@@ -62,14 +62,14 @@ def test_exif_orientation_is_applied(orientation: int, image_format: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_or_foolish_exif_does_not_spoil_a_picture() -> None:
+def test_damaged_or_invalid_exif_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 99
     assert decode_image(encoded(NOISE, "JPEG", exif=exif))[1].orientation == 1
     assert decode_image(encoded(NOISE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"))[1].orientation == 1
 
 
-def test_transparency_is_matted_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     hidden = np.zeros((2, 2, 4), np.uint8)
     hidden[..., 1] = 200
     hidden[0, 0, 3] = 255
@@ -106,7 +106,7 @@ def test_sixteen_bit_grey_is_divided_by_256(image_format: str) -> None:
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_deep_pictures_are_scaled_by_their_range() -> None:
+def test_images_of_more_than_8_bits_are_scaled_by_their_range() -> None:
     def grey(values: list[float], dtype: type) -> list[int]:
         image = Image.fromarray(np.array([values], dtype))
         return np.asarray(decode_image(encoded(image, "TIFF"))[0])[0, :, 0].tolist()
@@ -129,7 +129,7 @@ def test_the_first_frame_of_an_animation_is_taken(image_format: str) -> None:
     assert np.allclose(np.asarray(image), (255, 0, 0), atol=4)
 
 
-def test_content_decides_not_the_name(tmp_path: Path) -> None:
+def test_file_extension_plays_no_role(tmp_path: Path) -> None:
     (tmp_path / "really_png.jpg").write_bytes(encoded(NOISE, "PNG"))
     source = open_source(str(tmp_path))
     assert np.array_equal(np.asarray(decode_image(source.read(source.records[0].path))[0]), NOISE)
@@ -138,7 +138,7 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
 # Cropping
 
 
-def test_crop_is_the_release_preprocessing() -> None:
+def test_crop_equals_the_published_preprocessing() -> None:
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (333, 500, 3), dtype=np.uint8))
     resized = image.resize((224 * 500 // 333, 224), Image.Resampling.BICUBIC)
     left = round((resized.width - 224) / 2)
@@ -158,7 +158,7 @@ def test_every_size_gives_a_square(size: tuple[int, int]) -> None:
     assert square.std(axis=(0, 1)).max() == 0
 
 
-def test_a_strip_shows_its_middle() -> None:
+def test_crop_of_a_long_strip_is_its_middle() -> None:
     strip = np.zeros((4, 400, 3), np.uint8)
     strip[:, 198:202] = 255
     square = crop_square(Image.fromarray(strip), 64)

@@ -51,7 +51,7 @@ def test_class_folders_become_classes_in_sorted_order(tmp_path: Path) -> None:
     assert source.read("dog/b.png") == (tmp_path / "dog/b.png").read_bytes()
 
 
-def test_an_empty_class_keeps_its_id_and_is_named(tmp_path: Path) -> None:
+def test_empty_class_folder_gets_an_id_and_a_warning(tmp_path: Path) -> None:
     tree(tmp_path, "a/1.png", "c/1.png")
     (tmp_path / "b").mkdir()
     source = open_source(str(tmp_path))
@@ -60,19 +60,19 @@ def test_an_empty_class_keeps_its_id_and_is_named(tmp_path: Path) -> None:
     assert "b" in source.warnings[0]
 
 
-def test_a_folder_without_classes_is_one_class(tmp_path: Path) -> None:
+def test_folder_without_class_folders_is_one_class(tmp_path: Path) -> None:
     source = open_source(str(tree(tmp_path, "one.png", "two.png")))
     assert source.class_map == {"unlabelled": 0}
     assert [r.key for r in source.records] == ["unlabelled/one", "unlabelled/two"]
 
 
-def test_pictures_beside_class_folders_are_left_out_aloud(tmp_path: Path) -> None:
+def test_images_outside_class_folders_are_left_out_with_a_warning(tmp_path: Path) -> None:
     source = open_source(str(tree(tmp_path, "cat/1.png", "cover.png")))
     assert [r.path for r in source.records] == ["cat/1.png"]
-    assert "1 image beside the class folders" in source.warnings[0]
+    assert "1 image outside the class folders" in source.warnings[0]
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_except_to_parent_folders(tmp_path: Path) -> None:
     tree(tmp_path / "data", "cat/1.png")
     tree(tmp_path / "elsewhere", "2.png")
     (tmp_path / "data/dog").symlink_to(tmp_path / "elsewhere")
@@ -85,7 +85,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         source.read("cat/gone.png")
 
 
-def test_a_split_is_a_sub_folder_and_stays_in_the_path(tmp_path: Path) -> None:
+def test_split_is_a_sub_folder_and_part_of_the_path(tmp_path: Path) -> None:
     tree(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/9.png")
     source = open_source(str(tmp_path), split="train")
     assert source.class_map == {"cat": 0, "dog": 1}
@@ -97,7 +97,7 @@ def test_a_split_is_a_sub_folder_and_stays_in_the_path(tmp_path: Path) -> None:
         open_source(str(tmp_path), split="test")
 
 
-def test_a_source_that_cannot_be_used_says_what_was_expected(tmp_path: Path) -> None:
+def test_unusable_source_is_refused_with_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing here")
     with pytest.raises(BuilderError, match=r"no images under .*1 other files.*expected one folder per class"):
         open_source(str(tmp_path))
@@ -109,14 +109,14 @@ def test_a_source_that_cannot_be_used_says_what_was_expected(tmp_path: Path) -> 
         open_source("nonsense://bucket/photos")
 
 
-def test_a_class_map_fixes_ids_whatever_is_present(tmp_path: Path) -> None:
+def test_class_map_decides_ids_of_present_and_absent_classes(tmp_path: Path) -> None:
     tree(tmp_path / "data", "dog/1.png")
     map_file = tmp_path / "map.json"
     map_file.write_text(json.dumps({"cat": 0, "dog": 7}))
     assert labels(tmp_path / "data", class_map=str(map_file))["dog/1.png"] == ("dog/1", 7)
     assert open_source(str(tmp_path / "data"), class_map={"dog": 7}).class_map == {"dog": 7}
     with pytest.raises(
-        UsageError, match="1 classes are not in the class map, the first is 'dog'; near it is 'dogs'"
+        UsageError, match="1 class missing in the class map, the first is 'dog': did you mean 'dogs'"
     ):
         open_source(str(tmp_path / "data"), class_map={"dogs": 0})
     for content in ('["cat"]', '{"cat": 0, "dog": 0}', '{"dog": -1}', '{"dog": 1700000000}', "{}"):
@@ -125,7 +125,7 @@ def test_a_class_map_fixes_ids_whatever_is_present(tmp_path: Path) -> None:
             open_source(str(tmp_path / "data"), class_map=str(map_file))
 
 
-def test_the_listing_hash_sees_names_sizes_and_labels(tmp_path: Path) -> None:
+def test_listing_hash_depends_on_names_sizes_and_labels(tmp_path: Path) -> None:
     tree(tmp_path, "a/1.png", "b/2.png")
     first = open_source(str(tmp_path)).listing_hash
     assert open_source(str(tmp_path)).listing_hash == first
@@ -141,7 +141,7 @@ def make_tar(path: Path, folder: Path, arcname: str) -> Path:
 
 
 @pytest.mark.parametrize("arcname", [".", "photos"])
-def test_a_tar_lists_like_the_tree_in_it(tmp_path: Path, arcname: str) -> None:
+def test_tar_is_listed_as_the_tree_it_contains(tmp_path: Path, arcname: str) -> None:
     data = tree(tmp_path / "data", "cat/1.png", "dog/2.png")
     (data / "empty").mkdir()
     source = open_source(str(make_tar(tmp_path / "photos.tar", data, arcname)))
@@ -152,7 +152,7 @@ def test_a_tar_lists_like_the_tree_in_it(tmp_path: Path, arcname: str) -> None:
         assert source.read(record.path) == open_reader(source.location).read(record.path) == expected
 
 
-def test_a_split_inside_a_tar(tmp_path: Path) -> None:
+def test_split_of_a_tar_is_a_folder_in_it(tmp_path: Path) -> None:
     data = tree(tmp_path / "data", "train/cat/1.png", "val/dog/2.png")
     path = str(make_tar(tmp_path / "photos.tar", data, "photos"))
     assert labels(path, split="val") == {"photos/val/dog/2.png": ("dog/2", 0)}
@@ -160,19 +160,19 @@ def test_a_split_inside_a_tar(tmp_path: Path) -> None:
         open_source(path, split="test")
 
 
-def test_a_broken_tar_is_refused(tmp_path: Path) -> None:
+def test_truncated_or_compressed_tar_is_refused(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "photos.tar", tree(tmp_path / "data", "cat/1.png"), ".")
     whole = path.read_bytes()
     for end in (1400, 1536, 1600, 2048, 2600):  # inside headers, between members, inside data
         path.write_bytes(whole[:end])
-        with pytest.raises(BuilderError, match="not a whole, uncompressed tar"):
+        with pytest.raises(BuilderError, match="not a complete, uncompressed tar"):
             open_source(str(path))
     path.write_bytes(gzip.compress(whole))
-    with pytest.raises(BuilderError, match="not a whole, uncompressed tar"):
+    with pytest.raises(BuilderError, match="not a complete, uncompressed tar"):
         open_source(str(path))
 
 
-def test_csv_and_parquet_listings_agree(tmp_path: Path) -> None:
+def test_csv_tsv_and_parquet_tables_give_the_same_records(tmp_path: Path) -> None:
     tree(tmp_path, "x/1.png", "y/2.png", "y/3.png")
     rows = {"path": ["y/2.png", "x/1.png", "y/3.png"], "class": ["zebra", "ant", "ant"]}
     pq.write_table(pa.table(rows), tmp_path / "list.parquet")
@@ -187,7 +187,7 @@ def test_csv_and_parquet_listings_agree(tmp_path: Path) -> None:
         assert source.records[0].num_bytes > 0
 
 
-def test_labels_of_a_listing_are_ids_where_they_are_numbers(tmp_path: Path) -> None:
+def test_numeric_labels_of_a_table_are_class_ids(tmp_path: Path) -> None:
     tree(tmp_path, "1.png", "2.png")
     table = tmp_path / "list.csv"
     table.write_text("path,label\n1.png,10\n2.png,2\n")
@@ -218,14 +218,14 @@ def test_labels_of_a_listing_are_ids_where_they_are_numbers(tmp_path: Path) -> N
         ("path,class,label\n1.png,a,1\n2.png,b,1\n", "classes 'a' and 'b' share label 1"),
     ],
 )
-def test_a_listing_that_cannot_be_used_says_why(tmp_path: Path, text: str, message: str) -> None:
+def test_unusable_table_is_refused_with_the_reason(tmp_path: Path, text: str, message: str) -> None:
     table = tree(tmp_path, "1.png", "2.png") / "list.csv"
     table.write_text(text)
     with pytest.raises(BuilderError, match=message):
         open_source(str(table))
 
 
-def test_a_listing_warns_of_missing_and_repeated_files(tmp_path: Path) -> None:
+def test_table_with_missing_or_repeated_files_gives_warnings(tmp_path: Path) -> None:
     table = tree(tmp_path, "1.png") / "list.csv"
     table.write_text("path,split\n1.png,a\n1.png,a\ngone.png,a\nother.png,b\n")
     source = open_source(str(table), split="a")
@@ -235,7 +235,7 @@ def test_a_listing_warns_of_missing_and_repeated_files(tmp_path: Path) -> None:
         source.read("gone.png")
 
 
-def test_sources_behind_a_url() -> None:
+def test_fsspec_urls_are_listed_and_read() -> None:
     fs = fsspec.filesystem("memory")
     picture = encoded(NOISE)
     for path in ("photos/cat/1.png", "photos/dog/2.png", "photos/.cache/3.png"):
@@ -268,7 +268,7 @@ def test_keys_are_safe_and_unique(parts: set[tuple[str, str]]) -> None:
     )
 
 
-def test_keys_stay_readable_and_collisions_are_told_apart() -> None:
+def test_keys_are_readable_and_colliding_ones_get_a_hash() -> None:
     keys = assign_keys(
         [("cat/a.b c.png", "cat"), ("cat/x.jpg", "cat"), ("cat/x.png", "cat"), ("chien/été.png", "chien")]
     )
@@ -282,7 +282,7 @@ def test_keys_stay_readable_and_collisions_are_told_apart() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+def test_unreadable_folder_is_named_in_the_error(tmp_path: Path) -> None:
     tree(tmp_path, "cat/1.png")
     (tmp_path / "cat").chmod(0)
     with pytest.raises(BuilderError, match="Permission denied"):

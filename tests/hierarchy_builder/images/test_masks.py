@@ -27,7 +27,7 @@ def save(path: Path, labels: np.ndarray, dtype: type = np.uint8) -> Path:
 
 @pytest.mark.parametrize("size", [(320, 481), (481, 321), (64, 64), (100, 900), (1000, 90)])
 @pytest.mark.parametrize("image_size_px", [224, 256])
-def test_cells_lie_where_the_photo_shows_them(tmp_path, size, image_size_px) -> None:
+def test_cells_are_sampled_at_the_positions_of_the_photo(tmp_path, size, image_size_px) -> None:
     labels = labels_of(*size)
     path = save(tmp_path / "a.png", labels)
     photo = crop_square(Image.fromarray(COLOURS[labels].astype(np.uint8)), image_size_px)
@@ -39,7 +39,7 @@ def test_cells_lie_where_the_photo_shows_them(tmp_path, size, image_size_px) -> 
     assert (values[np.searchsorted(values, seen)] == cells).mean() > 0.97  # colours mix where segments meet
 
 
-def test_zero_stays_zero_and_others_count_from_one(tmp_path) -> None:
+def test_label_zero_stays_and_others_are_renumbered_from_one(tmp_path) -> None:
     stripes = np.repeat([[0, 700, 40, 60000]], 8, axis=0).repeat(2, axis=1)
     cells = read_mask(save(tmp_path / "a.png", stripes, np.uint16), (8, 8), 8, (8, 8))
     assert cells[0].tolist() == [0, 0, 2, 2, 1, 1, 3, 3]
@@ -50,17 +50,17 @@ def test_zero_stays_zero_and_others_count_from_one(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("labels", "reason", "text"),
     [
-        (np.zeros((8, 9)), "wrong_size", "a.png has 9×8 pixels, expected 8×8 of its photo"),
+        (np.zeros((8, 9)), "wrong_size", "a.png has 9×8 pixels, expected 8×8 as its photo"),
         (np.zeros((8, 8, 3)), "not_a_label_map", "a.png has mode RGB"),
     ],
 )
-def test_what_is_no_map_of_the_photo_is_refused(tmp_path, labels, reason, text) -> None:
+def test_map_of_other_size_or_mode_is_refused(tmp_path, labels, reason, text) -> None:
     with pytest.raises(ImageError, match=text) as caught:
         read_mask(save(tmp_path / "a.png", labels), (8, 8), 8, (8, 8))
     assert caught.value.reason == reason
 
 
-def test_damage_is_refused(tmp_path) -> None:
+def test_damaged_map_is_refused(tmp_path) -> None:
     path = save(tmp_path / "a.png", labels_of(200, 200))
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ImageError, match=r"a\.png") as caught:
@@ -68,7 +68,7 @@ def test_damage_is_refused(tmp_path) -> None:
     assert caught.value.reason == "not_a_label_map"
 
 
-def test_maps_are_found_by_name_in_the_order_of_their_numbers(tmp_path) -> None:
+def test_maps_of_a_photo_are_ordered_by_number(tmp_path) -> None:
     for name in ("7_0", "7_10", "7_2", "8", "cat/9_0"):
         save(tmp_path / f"{name}.png", np.zeros((8, 8)))
     masks = open_masks(tmp_path)
@@ -79,7 +79,7 @@ def test_maps_are_found_by_name_in_the_order_of_their_numbers(tmp_path) -> None:
     masks.check_photos(["7.jpg", "8.jpg", "6.jpg"])
 
 
-def test_maps_of_one_photo_come_with_the_reasons_of_others(tmp_path) -> None:
+def test_read_returns_usable_maps_and_the_errors_of_others(tmp_path) -> None:
     save(tmp_path / "a_0.png", np.zeros((8, 8)))
     save(tmp_path / "a_1.png", np.zeros((8, 4)))
     masks = open_masks(tmp_path)
@@ -90,14 +90,14 @@ def test_maps_of_one_photo_come_with_the_reasons_of_others(tmp_path) -> None:
     assert (maps.shape, refused) == ((0, 8, 8), [])
 
 
-def test_folders_without_use_say_what_is_expected(tmp_path) -> None:
-    with pytest.raises(UsageError, match="holds no label maps"):
+def test_folder_without_matching_maps_is_refused(tmp_path) -> None:
+    with pytest.raises(UsageError, match="contains no label maps"):
         open_masks(tmp_path)
     save(tmp_path / "x_0.png", np.zeros((8, 8)))
     masks = open_masks(tmp_path)
     with pytest.raises(
-        UsageError, match=r"no map of any of 2 images: expected, for cat/1\.jpg, 1\.png or 1_0\.png"
+        UsageError, match=r"no map for any of 2 images: expected 1\.png or 1_0\.png for cat/1\.jpg"
     ):
         masks.check_photos(["cat/1.jpg", "cat/2.jpg"])
-    with pytest.raises(UsageError, match=r"fits both cat/x\.jpg and dog/x\.jpg"):
+    with pytest.raises(UsageError, match=r"matches both cat/x\.jpg and dog/x\.jpg"):
         masks.check_photos(["cat/x.jpg", "dog/x.jpg"])

@@ -46,7 +46,7 @@ def rows_by_path(folder: BuildFolder) -> dict[str, dict[str, Any]]:
     return {row["path"]: row for row in read_index(folder.index).to_pylist()}
 
 
-def test_every_odd_file_is_listed_once(odd: tuple[BuildFolder, dict[str, Odd]]) -> None:
+def test_each_odd_file_is_listed_once(odd: tuple[BuildFolder, dict[str, Odd]]) -> None:
     folder, written = odd
     rows = rows_by_path(folder)
     assert set(rows) == set(written)
@@ -57,7 +57,7 @@ def test_every_odd_file_is_listed_once(odd: tuple[BuildFolder, dict[str, Odd]]) 
 
 
 @pytest.mark.parametrize("kind", odd_pictures())
-def test_each_has_its_stated_outcome(odd: tuple[BuildFolder, dict[str, Odd]], kind: str) -> None:
+def test_odd_file_has_the_expected_status(odd: tuple[BuildFolder, dict[str, Odd]], kind: str) -> None:
     expected = odd_pictures()[kind]
     row = rows_by_path(odd[0])[f"odd/{expected.name}"]
     assert row["status"] == ("skipped" if expected.reason else "ok")
@@ -66,20 +66,20 @@ def test_each_has_its_stated_outcome(odd: tuple[BuildFolder, dict[str, Odd]], ki
     assert row["bytes"] == len(expected.data)
 
 
-def test_links_that_lead_nowhere_are_missing(odd: tuple[BuildFolder, dict[str, Odd]]) -> None:
+def test_dangling_links_are_skipped_as_missing(odd: tuple[BuildFolder, dict[str, Odd]]) -> None:
     rows = rows_by_path(odd[0])
     for name in ("gone", "itself"):
         assert rows[f"odd/{name}.png"]["reason"].startswith(("missing", "unreadable"))
 
 
-def test_only_what_is_fine_reaches_the_shards(odd: tuple[BuildFolder, dict[str, Odd]]) -> None:
+def test_shards_contain_only_images_with_status_ok(odd: tuple[BuildFolder, dict[str, Odd]]) -> None:
     folder, written = odd
     assert list(find_problems(folder)) == []
     paths = {sample.metadata["path"] for tar in folder.shards.glob("*.tar") for sample in read_shard(tar)}
     assert paths == {path for path, each in written.items() if not each.reason}
 
 
-def test_skips_are_counted_with_reasons_and_capped(tmp_path: Path) -> None:
+def test_skipped_images_are_counted_with_reasons(tmp_path: Path) -> None:
     write_odd_tree(tmp_path / "photos")
     strict = ExtractConfig(encoder="dct", max_bad_fraction=0.05)
     with pytest.raises(TooManySkippedError) as caught:
@@ -141,7 +141,7 @@ def built_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_mended_images_make_the_build_they_would_have_made(
+def test_retry_after_repair_equals_a_fresh_build(
     broken: tuple[BuildFolder, Path], never_broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, photos = broken
@@ -158,7 +158,7 @@ def test_mended_images_make_the_build_they_would_have_made(
     assert artefacts(folder) == never_broken
 
 
-def test_later_stages_wait_to_be_run_again(broken: tuple[BuildFolder, Path]) -> None:
+def test_later_stages_are_out_of_date_after_a_retry(broken: tuple[BuildFolder, Path]) -> None:
     folder, photos = broken
     mend(photos)
     summary = steps.extract(folder, str(photos), PLAN.extract, SESSION, retry_failed=True)
@@ -171,7 +171,7 @@ def test_later_stages_wait_to_be_run_again(broken: tuple[BuildFolder, Path]) -> 
 
 
 @pytest.mark.parametrize("end_at", ["_rename_markers", "_take_back"])
-def test_an_interrupted_retry_goes_on(
+def test_interrupted_retry_is_resumed(
     broken: tuple[BuildFolder, Path],
     never_broken: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -192,7 +192,7 @@ def test_an_interrupted_retry_goes_on(
     assert artefacts(folder) == never_broken
 
 
-def test_what_is_still_broken_changes_nothing(broken: tuple[BuildFolder, Path]) -> None:
+def test_retry_of_unrepaired_images_changes_nothing(broken: tuple[BuildFolder, Path]) -> None:
     folder, photos = broken
     before = artefacts(folder)
     summaries = steps.build(folder, str(photos), PLAN, SESSION, retry_failed=True)
@@ -200,7 +200,7 @@ def test_what_is_still_broken_changes_nothing(broken: tuple[BuildFolder, Path]) 
     assert artefacts(folder) == before
 
 
-def test_half_mended_is_half_better(broken: tuple[BuildFolder, Path]) -> None:
+def test_retry_takes_the_repaired_images_only(broken: tuple[BuildFolder, Path]) -> None:
     folder, photos = broken
     draw_picture(CLASSES[0], 0).save(photos / BROKEN[0])
     summaries = steps.build(folder, str(photos), PLAN, SESSION, retry_failed=True)
@@ -208,7 +208,7 @@ def test_half_mended_is_half_better(broken: tuple[BuildFolder, Path]) -> None:
     assert list(find_problems(folder)) == []
 
 
-def test_a_file_that_reads_again_needs_no_other_listing(
+def test_retry_of_a_file_that_is_readable_again_keeps_the_listing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hierarchy_builder.images.sources import FileReader
@@ -233,7 +233,7 @@ def test_a_file_that_reads_again_needs_no_other_listing(
     assert artefacts(folder) == artefacts(whole)
 
 
-def test_other_changes_are_refused(broken: tuple[BuildFolder, Path]) -> None:
+def test_retry_refuses_other_changes_of_the_input(broken: tuple[BuildFolder, Path]) -> None:
     folder, photos = broken
     mend(photos)
     (photos / "square/002.png").write_bytes(encoded(PICTURE))
@@ -254,7 +254,7 @@ def test_other_changes_are_refused(broken: tuple[BuildFolder, Path]) -> None:
         steps.extract(BuildFolder(folder.root / "new"), str(photos), PLAN.extract, SESSION, retry_failed=True)
 
 
-def test_kept_features_are_those_of_the_store(broken: tuple[BuildFolder, Path]) -> None:
+def test_retry_keeps_the_stored_features(broken: tuple[BuildFolder, Path]) -> None:
     folder, photos = broken
     before = stores.read_rows(stores.open_store(folder.features), "features", slice(None))
     usable = stores.read_rows(stores.open_store(folder.features), "status", slice(None)) == 1

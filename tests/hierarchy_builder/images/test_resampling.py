@@ -24,7 +24,7 @@ def with_pillow(pixels: np.ndarray, size: tuple[int, int], side: int) -> np.ndar
     side=st.sampled_from([1, 7, 32, 224]),
     kind=st.sampled_from(["noise", "extremes", "ramp"]),
 )
-def test_every_pixel_is_pillows(short: int, aspect: float, lies: bool, side: int, kind: str) -> None:
+def test_resized_crop_equals_pillow(short: int, aspect: float, lies: bool, side: int, kind: str) -> None:
     long = int(short * aspect)
     height, width = (short, long) if lies else (long, short)
     random = np.random.default_rng(short)
@@ -39,7 +39,7 @@ def test_every_pixel_is_pillows(short: int, aspect: float, lies: bool, side: int
     assert found.flags.c_contiguous
 
 
-def test_photographs_keep_their_pixels(shared) -> None:
+def test_resized_photographs_equal_pillow(shared) -> None:
     photos = sorted((shared / "data" / "caltech101").rglob("*.jpg"))[::40]
     if not photos:
         pytest.skip("no photographs there")
