@@ -1,12 +1,11 @@
-"""Frozen encoders: pictures → token features, chosen by name.
+"""Frozen encoders that turn images into token features; they are chosen by name.
 
-An encoder's own libraries (timm, onnxruntime) load when it is chosen, so that `dct` and the command line's
-help stay quick. All work on B pictures of S×S pixels: uint8 [B, S, S, 3] RGB → float32 [B, H, W, C].
+The library of an encoder (timm, onnxruntime) is imported when that encoder is loaded, so that `dct` and `--help` start
+quickly. All encoders map B images of S×S pixels, uint8 [B, S, S, 3] RGB, to float32 [B, H, W, C].
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ import torch
 
 from hierarchy_builder.encoders.dct import DctEncoder
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.fields import nearest
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What a build needs of an encoder; `module:function` names a function that returns one."""
+    """Interface of an encoder; `module:function` names a function that returns one."""
 
     name: str
     image_size_px: int
@@ -32,17 +32,17 @@ class Encoder(Protocol):
     weights_hash: str
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C]; a row never depends on its neighbours."""
+        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C]; no row depends on other rows of the batch."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON for the manifest: the attributes, `normalisation` and `decoder` (None where there is none)."""
+        """JSON for the manifest: the attributes, `normalisation`, and `decoder` (None if the encoder has none)."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class EncoderRow:
-    """One line of `hierarchy-builder encoders`; width and grid are None where the file decides."""
+    """One line of `hierarchy-builder encoders`; width and grid are None if the model file decides them."""
 
     name: str
     description: str
@@ -55,36 +55,27 @@ DINOV2_WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
 
 
 def list_encoders() -> list[EncoderRow]:
-    """Every name `load_encoder` understands, patterns last."""
-    rows = [
-        EncoderRow(
-            name=f"dinov2{registers}-{size}",
-            description=f"DINOv2 ViT-{size[0].upper()}/14"
-            + (", 4 registers" if registers else "")
-            + ", 224 px",
-            width=width,
-            grid=(16, 16),
-            needs="weights from the hub or --weights FILE",
-        )
-        for registers in ("-reg", "")
-        for size, width in DINOV2_WIDTHS.items()
-    ]
-    dct = DctEncoder
-    patterns = (
-        ("timm:NAME", "any timm ViT at its own image size", "weights from the hub or --weights FILE"),
-        ("onnx:FILE[:OUTPUT]", "an exported encoder", "onnxruntime"),
-        ("module:function", "your own: a function that returns an encoder", "an importable module"),
-    )
+    """All names that `load_encoder` accepts, patterns last."""
+    weights, grid = "weights from the hub or --weights FILE", (16, 16)
+    dct = "DCT of Oklab patches, 256 px, decodes to pixels"
     return [
-        *rows,
-        EncoderRow(
-            name=dct.name,
-            description="DCT of Oklab patches, 256 px, decodes to pixels",
-            width=dct().width,
-            grid=(16, 16),
-            needs="nothing",
+        *(
+            EncoderRow(
+                f"dinov2{infix}-{size}",
+                f"DINOv2 ViT-{size[0].upper()}/14{note}, 224 px",
+                width,
+                grid,
+                weights,
+            )
+            for infix, note in (("-reg", ", 4 registers"), ("", ""))
+            for size, width in DINOV2_WIDTHS.items()
         ),
-        *(EncoderRow(name=n, description=d, width=None, grid=None, needs=needs) for n, d, needs in patterns),
+        EncoderRow(DctEncoder.name, dct, DctEncoder().width, grid, "nothing"),
+        EncoderRow("timm:NAME", "any timm ViT at its own image size", None, None, weights),
+        EncoderRow("onnx:FILE[:OUTPUT]", "an exported encoder", None, None, "onnxruntime"),
+        EncoderRow(
+            "module:function", "your own function that returns an encoder", None, None, "an importable module"
+        ),
     ]
 
 
@@ -95,12 +86,12 @@ def load_encoder(
     precision: Precision = "auto",
     device: str | torch.device | None = None,
 ) -> Encoder:
-    """Load an encoder by the name a build was configured with.
+    """Load an encoder by name.
 
-    weights: local file, or `random:SEED` for untrained weights; only for encoders that take any.
-    precision: of the arithmetic; `auto` is bfloat16 on CUDA and float32 on a CPU.
-    device: where it runs; without it CUDA where there is one.
-    Raises UsageError for a name that is not understood, BuilderError when files or packages are missing.
+    weights: local file, or `random:SEED` for untrained weights; only some encoders accept it.
+    precision: precision of the arithmetic; `auto` is bfloat16 on CUDA and float32 on a CPU.
+    device: by default CUDA if available, else the CPU.
+    Raises UsageError for an unknown name, and BuilderError if a file or package is missing.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if precision == "auto":
@@ -108,21 +99,22 @@ def load_encoder(
     if name.startswith(("dinov2-", "timm:")):
         return _load_timm(name, weights, precision, device)
     if weights is not None and (name == DctEncoder.name or name.startswith("onnx:")):
-        raise UsageError(f"encoder {name} takes no weight file, found {weights!r}: leave --weights out")
+        raise UsageError(f"encoder {name} takes no weight file, found {weights!r}: omit --weights")
     if name == DctEncoder.name:
         return DctEncoder(device)
     if name.startswith("onnx:"):
         onnx = importlib.import_module("hierarchy_builder.encoders.onnx")
-        return _with_regions(onnx.load_onnx(name, device), name)
+        return _require_grid(onnx.load_onnx(name, device), name)
     if ":" in name:
-        return _with_regions(_load_own(name, weights), name)
+        return _require_grid(_load_custom(name, weights), name)
     raise _unknown(name)
 
 
-def _with_regions(encoder: Encoder, origin: str) -> Encoder:
+def _require_grid(encoder: Encoder, origin: str) -> Encoder:
     if encoder.grid[0] * encoder.grid[1] < 2:
         raise UsageError(
-            f"encoder {origin!r} gives one token per picture, expected a grid of them: name an output of maps"
+            f"encoder {origin!r} gives one token per image, expected a grid of tokens: choose an output that is a "
+            "feature map"
         )
     return encoder
 
@@ -135,21 +127,20 @@ def _load_timm(name: str, weights: str | None, precision: str, device: torch.dev
 
 
 def _unknown(name: str) -> UsageError:
-    known = [row.name for row in list_encoders()]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    nearest = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-    return UsageError(f"unknown encoder {name!r}: {nearest}")
+    return UsageError(f"unknown encoder {name!r}: {nearest(name, [row.name for row in list_encoders()])}")
 
 
-def _load_own(name: str, weights: str | None) -> Encoder:
+def _load_custom(name: str, weights: str | None) -> Encoder:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except AttributeError:
-        raise UsageError(f"encoder {name!r}: module {module_name} has no {function_name!r}") from None
-    except Exception as error:  # whatever the module does when it is imported
         raise UsageError(
-            f"encoder {name!r}: {error}; expected module:function with the module on PYTHONPATH"
+            f"encoder {name!r}: module {module_name} has no function {function_name!r}"
+        ) from None
+    except Exception as error:  # importing a module can raise anything
+        raise UsageError(
+            f"encoder {name!r}: {error}; expected module:function, where PYTHONPATH finds the module"
         ) from error
     try:
         encoder = function() if weights is None else function(weights=weights)
@@ -160,9 +151,9 @@ def _load_own(name: str, weights: str | None) -> Encoder:
 
 
 def check_encoder(encoder: object, origin: str) -> None:
-    """Check attributes and, on one grey picture, shape and dtype of an encoder somebody else wrote.
+    """Check the attributes of a custom encoder, and shape and dtype of its output for one grey image.
 
-    Raises BuilderError naming `origin` and everything that is missing or wrong.
+    Raises BuilderError with `origin` and everything that is missing or wrong.
     """
     members = ("name", "image_size_px", "grid", "width", "weights_hash", "encode", "describe")
     missing = [member for member in members if not hasattr(encoder, member)]
@@ -189,33 +180,33 @@ def _check_description(encoder: Encoder, origin: str) -> None:
         missing = keys - json.loads(json.dumps(found)).keys()
     except (TypeError, ValueError, AttributeError) as error:
         raise BuilderError(
-            f"encoder {origin!r}: describe() must give a mapping of plain JSON: {error}"
+            f"encoder {origin!r}: describe() must return a dict that JSON can hold: {error}"
         ) from None
     if missing:
         raise BuilderError(f"encoder {origin!r}: describe() has no {', '.join(sorted(missing))}")
 
 
 def encode(encoder: Encoder, images: np.ndarray) -> np.ndarray:
-    """`encoder.encode`, checked: RGB uint8 [B, S, S, 3] → float32 [B, H, W, C].
+    """Call `encoder.encode` and check its result: RGB uint8 [B, S, S, 3] → float32 [B, H, W, C].
 
-    cuDNN would run float32 convolutions in TF32, with 10 bits of mantissa; here float32 means float32.
-    Raises BuilderError when it fails or gives another shape or dtype.
+    TF32 is disabled, since cuDNN would otherwise run float32 convolutions with 10 bits of mantissa.
+    Raises BuilderError if the encoder fails or returns another shape or dtype.
     """
     try:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             features = encoder.encode(images)
     except BuilderError:
         raise
-    except Exception as error:  # theirs, or of the device
+    except Exception as error:  # from custom code, or from the device
         raise BuilderError(
-            f"encoder {encoder.name!r} failed on a batch of {len(images)} pictures: "
-            f"{type(error).__name__}: {error}; where memory ran out, lower --batch-size"
+            f"encoder {encoder.name!r} failed on a batch of {len(images)} images: "
+            f"{type(error).__name__}: {error}; if memory ran out, lower --batch-size"
         ) from error
     expected = (len(images), *encoder.grid, encoder.width)
     found = (getattr(features, "shape", None), str(getattr(features, "dtype", type(features).__name__)))
     if found != (expected, "float32"):
         raise BuilderError(
-            f"encoder {encoder.name!r} turned {len(images)} pictures of {images.shape[1]} px into "
-            f"{found[0]} {found[1]}, expected {expected} float32 from its grid and width"
+            f"encoder {encoder.name!r} returned {found[0]} {found[1]} for {len(images)} images of "
+            f"{images.shape[1]} px, expected {expected} float32 from its grid and width"
         )
     return features

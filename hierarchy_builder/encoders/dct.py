@@ -1,6 +1,7 @@
-"""The encoder that needs no weights: low DCT frequencies of Oklab patches, 256 px → 16×16×48.
+"""An encoder without weights: low DCT frequencies of Oklab patches, 256 px → 16×16×48.
 
-Crude next to a trained network, but exact, offline and decodable to pixels: the whole path runs on it.
+Its features are poorer than those of a trained network, but they are exact, need no download and decode to pixels, so
+every stage from images to samples can run on it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hierarchy_builder.canvases.dct import DctBasis
 
 
 class DctEncoder:
-    """Encoder over `DctBasis.default()`; see there for the channels. Always float32."""
+    """Encoder with the channels of `DctBasis.default()`; it always computes in float32."""
 
     name = "dct"
     image_size_px = 256
@@ -36,7 +37,7 @@ class DctEncoder:
         return self.basis(pixels).contiguous().cpu().numpy()
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest records; `decoder` holds every number needed to turn features into pixels."""
+        """JSON for the manifest; `decoder` holds every number needed to turn features into pixels."""
         return {
             "name": self.name,
             "image_size_px": self.image_size_px,

@@ -1,6 +1,6 @@
-"""Pictures → features of one unit: read, decode and crop in threads, ahead of the encoder in a thread of its own.
+"""Encodes the images of one unit: threads read, decode and crop them while another thread runs the encoder.
 
-b images of a batch, S pixels a side, H×W grid, C channels
+b images of a batch, S×S pixels, H×W grid, C channels
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 
 from hierarchy_builder.encoders import Encoder, encode
 from hierarchy_builder.errors import BuilderError, ImageError
-from hierarchy_builder.images.decoding import ImageFacts, crop_square, decode_image
+from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.sources import Reader
 from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord
 
@@ -25,17 +25,17 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 FLOAT16_EXPONENT = np.uint16(0x7C00)
-"""Exponent bits of a float16, all of them set in NaN and infinity."""
+"""Exponent bits of a float16; all of them are set in NaN and infinity."""
 
 Outcome = dict[str, Any]
-"""What index.parquet tells of an image from `status` on; empty while it is to be done."""
+"""Columns of index.parquet for one image from `status` on; empty until the image has been processed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedBatch:
     """Rows of a unit with their features float16 [b,H,W,C].
 
-    finite: bool [b]; where the features are not finite in float16 they are zeros. pictures: what `keep` made of them.
+    finite: bool [b]; features that are not finite in float16 are stored as zeros. pictures: results of `keep`.
     """
 
     rows: list[int]
@@ -46,7 +46,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A crop uint8 [S,S,3] and what is kept beside its features."""
+    """A crop uint8 [S,S,3] and the result of `ImageEncoder.keep` for it."""
 
     crop: np.ndarray
     picture: bytes | None
@@ -54,10 +54,10 @@ class _Loaded:
 
 @dataclass(slots=True)
 class ImageEncoder:
-    """An encoder and what brings pictures to it; kept by a worker from unit to unit.
+    """An encoder with a reader for its input; a worker keeps one for all its units.
 
-    batch_size: images in one evaluation; where memory of the device runs out it is halved, and stays so.
-    keep: makes of an upright photograph and its crop uint8 [S,S,3] what is kept of them beside the features.
+    batch_size: images per evaluation; it is halved for good when the device runs out of memory.
+    keep: called with the upright photo and its crop uint8 [S,S,3]; its result is stored next to the features.
     """
 
     encoder: Encoder
@@ -69,10 +69,10 @@ class ImageEncoder:
     def batches(
         self, records: list[ImageRecord], outcomes: list[Outcome], pool: Executor
     ) -> Iterator[EncodedBatch]:
-        """Encode the pictures that have no outcome yet, in order; fills in their outcomes.
+        """Encode the images without an outcome, in order, and fill in their outcomes.
 
-        `pool` decodes a bounded number of pictures ahead, while another thread encodes the batch before.
-        Raises BuilderError where the encoder fails; a picture that cannot be used is only skipped.
+        `pool` decodes a bounded number of images ahead while another thread encodes the previous batch.
+        Raises BuilderError if the encoder fails; an unusable image is only skipped, with the reason in its outcome.
         """
         todo = [row for row, outcome in enumerate(outcomes) if not outcome]
         crops = ahead(pool, self._load, (records[row] for row in todo), 2 * self.batch_size)
@@ -107,7 +107,7 @@ class ImageEncoder:
         return EncodedBatch(rows=rows, features=stored, finite=finite, pictures=pictures)
 
     def _evaluate(self, crops: np.ndarray) -> Iterator[np.ndarray]:
-        """Features of consecutive parts of a batch: one part unless memory runs out."""
+        """Yield the features of a batch, in several consecutive parts if memory runs out."""
         start = 0
         while start < len(crops):
             part = crops[start : start + self.batch_size]
@@ -121,13 +121,13 @@ class ImageEncoder:
                 yield values
                 start += len(part)
                 continue
-            torch.cuda.empty_cache()  # here, where the failed evaluation is no longer held by its traceback
+            torch.cuda.empty_cache()  # only here has the traceback released the tensors of the failed evaluation
 
     def _load(self, record: ImageRecord) -> tuple[_Loaded | None, Outcome]:
         try:
             image, facts = decode_image(self.reader.read(record.path), max_pixels=self.max_pixels)
             crop = crop_square(image, self.encoder.image_size_px)
-            return _Loaded(crop, self.keep(image, crop)), _outcome(facts)
+            return _Loaded(crop, self.keep(image, crop)), asdict(facts)
         except ImageError as error:
             return None, {"reason": str(error)}
         except OSError as error:
@@ -137,7 +137,7 @@ class ImageEncoder:
 def ahead(
     pool: Executor, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], depth: int
 ) -> Iterator[ResultT]:
-    """`map` in a pool, in order, with at most `depth` results done or under way beside the one waited for."""
+    """Map `items` in a pool and yield results in order, with at most `depth` further results running or waiting."""
     waiting: deque[Future[ResultT]] = deque()
     try:
         for item in items:
@@ -152,16 +152,6 @@ def ahead(
 
 
 def finite_rows(features: np.ndarray) -> np.ndarray:
-    """Which rows of float16 [b, ...] hold neither NaN nor infinity: bool [b]; isfinite takes 7 times as long."""
+    """Which rows of float16 [b, ...] are finite: bool [b]. This is 7 times as fast as np.isfinite."""
     bits = features.view(np.uint16) & FLOAT16_EXPONENT
     return bits.reshape(len(features), -1).max(axis=1) != FLOAT16_EXPONENT
-
-
-def _outcome(facts: ImageFacts) -> Outcome:
-    return {
-        "width": facts.width,
-        "height": facts.height,
-        "mode": facts.mode,
-        "frames": facts.frames,
-        "orientation": facts.orientation,
-    }

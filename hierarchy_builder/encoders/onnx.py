@@ -1,17 +1,16 @@
-"""Any exported encoder: `onnx:FILE` or `onnx:FILE:OUTPUT`, run by onnxruntime.
+"""Exported encoders: `onnx:FILE` or `onnx:FILE:OUTPUT`, run by onnxruntime.
 
-The model takes RGB [N, 3, S, S] float32 and gives maps [N, C, H, W] or tokens [N, prefix + H·W, C]. What it
-does not say itself follows these rules, each overridable by a metadata key of the model:
+The model takes RGB float32 [N, 3, S, S] and returns maps [N, C, H, W] or tokens [N, prefix + H·W, C]. A metadata key
+of the model can set each of the following; without the key the rule next to it applies:
 
-    image_size_px   static size of the input, else 256
-    mean, std       three numbers for pixels in [0, 1]; else 0.5 and 0.5, that is [−1, 1]
-    output          the last declared map with at least 64 channels (exports list shallow outputs first, and
-                    maps of class scores are narrower), else the last map, else the last token sequence
+    image_size_px   the static size of the input, else 256
+    mean, std       three numbers each, for pixels in [0, 1]; else 0.5, so that pixels lie in [−1, 1]
+    output          the last declared map with at least 64 channels (exports list shallow outputs first, and maps of
+                    class scores are narrower), else the last map, else the last token sequence
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,19 @@ import numpy as np
 import torch
 
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.fields import nearest
+from hierarchy_builder.files import sha256_file
 
 DEFAULT_SIZE_PX = 256
 MIN_FEATURE_CHANNELS = 64
 
 
 class OnnxEncoder:
-    """An onnxruntime session as an encoder; raises UsageError for a model that is no picture encoder."""
+    """An onnxruntime session as an encoder. Raises UsageError if the model is no image encoder."""
 
     def __init__(self, path: Path, output: str | None, device: torch.device) -> None:
         self.name = f"onnx:{path.name}" + (f":{output}" if output else "")
-        with path.open("rb") as file:
-            self.weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        self.weights_hash = sha256_file(path)
         self.session = _open_session(path, device)
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         self.input, self.batch, self.image_size_px = self._read_input()
@@ -51,7 +51,7 @@ class OnnxEncoder:
         return _channels_last(np.concatenate(parts), self.name)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest records; an exported encoder has no decoder."""
+        """JSON for the manifest; an exported encoder has no decoder."""
         return {
             "name": self.name,
             "image_size_px": self.image_size_px,
@@ -78,7 +78,9 @@ class OnnxEncoder:
                 "expected one float input [N, 3, H, W]"
             )
         if isinstance(shape[2], int) and shape[2] != shape[3]:
-            raise UsageError(f"{self.name}: found input of {shape[2]}×{shape[3]} pixels, expected a square")
+            raise UsageError(
+                f"{self.name}: found an input of {shape[2]}×{shape[3]} pixels, expected a square"
+            )
         static = shape[2] if isinstance(shape[2], int) else DEFAULT_SIZE_PX
         size_px = int(self.metadata.get("image_size_px", static))
         return first.name, shape[0] if isinstance(shape[0], int) else None, size_px
@@ -90,14 +92,16 @@ class OnnxEncoder:
         except ValueError:
             values = np.empty(0, np.float32)
         if values.shape != (3,):
-            raise UsageError(f"{self.name}: metadata {key} is {text!r}, expected three numbers: 0.5,0.5,0.5")
+            raise UsageError(
+                f"{self.name}: metadata {key} is {text!r}, expected three numbers such as 0.5,0.5,0.5"
+            )
         return values
 
     def _choose_output(self, wanted: str | None) -> str:
         outputs = {output.name: output.shape for output in self.session.get_outputs()}
         if wanted is not None:
             if wanted not in outputs:
-                raise UsageError(f"{self.name}: no output {wanted!r}, the model has {', '.join(outputs)}")
+                raise UsageError(f"{self.name}: unknown output {wanted!r}, {nearest(wanted, outputs)}")
             return wanted
         maps = [name for name, shape in outputs.items() if len(shape) == 4]
         wide = [
@@ -109,11 +113,11 @@ class OnnxEncoder:
         for candidates in (wide, maps, tokens):
             if candidates:
                 return candidates[-1]
-        raise UsageError(f"{self.name}: no output [N, C, H, W] or [N, tokens, C], found {outputs}")
+        raise UsageError(f"{self.name}: outputs are {outputs}, expected one [N, C, H, W] or [N, tokens, C]")
 
 
 def load_onnx(name: str, device: torch.device) -> OnnxEncoder:
-    """Open `onnx:FILE` or `onnx:FILE:OUTPUT`; a colon inside an existing file name is part of it."""
+    """Open `onnx:FILE` or `onnx:FILE:OUTPUT`; if a file of the whole name exists, its colons are part of the name."""
     text = name.removeprefix("onnx:")
     path, _, output = (text, "", "") if Path(text).is_file() else text.rpartition(":")
     if not Path(path).is_file():
@@ -137,16 +141,16 @@ def _open_session(path: Path, device: torch.device) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions share no base class
         reason = " ".join(str(error).split())[:300]
-        raise BuilderError(f"{path} is not a model onnxruntime can run: {reason}") from None
+        raise BuilderError(f"{path} is not a model that onnxruntime can run: {reason}") from None
 
 
 def _channels_last(values: np.ndarray, name: str) -> np.ndarray:
-    """[B, C, H, W], or tokens [B, T, C] with T = prefix + G², → float32 [B, H, W, C]."""
+    """Bring [B, C, H, W], or tokens [B, T, C] with T = prefix + G², into the layout float32 [B, H, W, C]."""
     if values.ndim == 3:
         side = math.isqrt(values.shape[1])
         values = values[:, values.shape[1] - side * side :].reshape(len(values), side, side, -1)
     elif values.ndim == 4:
         values = values.transpose(0, 2, 3, 1)
     else:
-        raise UsageError(f"{name}: output of shape {values.shape}, expected [N, C, H, W] or [N, tokens, C]")
+        raise UsageError(f"{name}: output has shape {values.shape}, expected [N, C, H, W] or [N, tokens, C]")
     return np.ascontiguousarray(values, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""A fingerprint of an encoder as it runs: three drawn pictures in, twelve numbers out, compared with those expected.
+"""A fingerprint of a running encoder: twelve numbers that summarise its features of three synthetic images.
 
-The hash of a weight file does not see another resize, layer, norm, precision or library; these numbers do. They
-are compared with the table of references where the weights are known, and with the first run of a build always.
+The numbers change with the resize, layer, norm, precision and library, which the hash of a weight file does not cover.
+Every run of a build compares them with those of its first run and, if the weights are in REFERENCES, with that table.
 """
 
 from __future__ import annotations
@@ -13,29 +13,40 @@ import numpy as np
 from PIL import Image
 
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
-from hierarchy_builder.encoders.references import REFERENCES
 from hierarchy_builder.errors import ConfigMismatchError
 from hierarchy_builder.images.decoding import crop_square
 
 SIGNIFICANT_DIGITS = 5
 PICTURE_SIZE = (500, 375)
-"""Width and height of the drawn pictures; most photographs of ImageNet have it, and every encoder must shrink it."""
+"""Width and height of the synthetic images: the usual size in ImageNet, which every encoder has to reduce."""
 
 TOLERANCES = {"float32": 5e-4, "bfloat16": 1e-2}
-"""Largest difference by arithmetic: relative of sizes, absolute of shares and cosines, which are at most 1.
+"""Largest accepted difference by precision: relative for magnitudes, absolute for ratios and cosines.
 
-float32 differs between machines in the order of sums, by some 1e-6, and the fifth digit is rounded; bfloat16 has
-8 bits of mantissa, and depends on the kernels of a device.
+Machines add float32 numbers in different orders, which changes results by some 1e-6, and the fifth digit is rounded;
+bfloat16 has 8 bits of mantissa, and its results depend on the kernels of the device.
+"""
+REFERENCES: dict[tuple[str, str], tuple[float, ...]] = {
+    ("434b247383948414a28a1a0019812889c23f25c2a447b44a3bc45497a01777c8", ""): (  # dct, 256 px, 16×16×48
+        *(0.15975, 0.63668, 0.15426, 0.87288),
+        *(0.24754, 0.52159, 0.16954, 0.882),
+        *(0.13785, 0.98349, 0.97629, 0.83722),
+    ),
+}
+"""Probe values of known encoders by (hash of the weights, output of an ONNX model or ""), in float32 on a CPU.
+
+`hierarchy-builder encoders --probe NAME [--weights FILE] --json` computes them. Only `dct` is listed, since no value of
+trained weights has been computed yet; for unlisted weights the manifest of the first run serves as the reference.
 """
 
 
 def probe_value(encoder: Encoder) -> list[float]:
-    """Four summaries of each of three pictures, rounded to 5 significant digits.
+    """Compute four summaries of each of three images, rounded to 5 significant digits.
 
-    Pictures come from integer arithmetic, are cropped like photographs and encoded one at a time, so no random
-    generator and no batch size enters. Per picture: mean |f|; the length of the mean token over the root mean
-    square length of tokens; the cosine of the first and the central token; the root mean square of the first
-    quarter of the channels.
+    Integer arithmetic draws the images; they are cropped like photos and encoded one at a time, so that neither a
+    random generator nor a batch size plays a role. The summaries are the mean of |f|, the norm of the mean token over
+    the root mean square norm of tokens, the cosine of the first and the central token, and the root mean square of
+    the first quarter of the channels.
     """
     values: list[float] = []
     for picture in probe_pictures():
@@ -47,23 +58,23 @@ def probe_value(encoder: Encoder) -> list[float]:
 def check_probe(
     encoder: Encoder, value: Sequence[float], precision: str, recorded: Sequence[float] | None
 ) -> str:
-    """Compare the probe value with the reference of these weights and with what the build recorded.
+    """Compare the probe value with the reference of these weights and with the value the build recorded.
 
-    recorded: value of the run that began the build, None for a new one.
-    Returns `reference` where the weights are in the table and `recorded` or `new` where they are not.
-    Raises ConfigMismatchError with both values where one differs by more than the tolerance of `precision`.
+    recorded: probe value of the first run of the build, None for a new build.
+    Returns `reference` if the weights are in REFERENCES, otherwise `recorded` or `new`.
+    Raises ConfigMismatchError with both values if they differ by more than the tolerance of `precision`.
     """
     reference = reference_of(encoder.describe())
-    for expected, whose in (
+    for expected, source in (
         (reference, "the reference of these weights"),
-        (recorded, "what this build began with"),
+        (recorded, "the first run of this build"),
     ):
         if expected is not None and not agrees(value, expected, precision):
             raise ConfigMismatchError(
-                f"encoder {encoder.name} (weights {encoder.weights_hash[:12]}…, {precision}) does not see the probe "
-                f"pictures as {whose} does:\n  expected {list(expected)}\n  found    {list(value)}\n"
-                "another resize, layer, norm, weight file or library is at work: bring back what it was, or build "
-                "into another folder"
+                f"encoder {encoder.name} (weights {encoder.weights_hash[:12]}…, {precision}) gives other features of "
+                f"the probe images than {source}:\n  expected {list(expected)}\n  found    {list(value)}\n"
+                "its resize, layer, norm, weight file or a library has changed: restore the former one, or build into "
+                "another folder"
             )
     if reference is not None:
         return "reference"
@@ -71,9 +82,9 @@ def check_probe(
 
 
 def probe_report(name: str, weights: str | None = None) -> dict[str, Any]:
-    """An encoder's hash and probe value in float32 on the CPU, as `references.py` holds them, and how they compare.
+    """Return the hash and the probe value of an encoder in float32 on the CPU, as REFERENCES lists them, and a verdict.
 
-    verdict: `agrees` or `DIFFERS` with the reference, or `unknown weights`.
+    verdict: `agrees`, `DIFFERS` (both compared with REFERENCES) or `unknown weights`.
     """
     encoder = load_encoder(name, weights=weights, precision="float32", device="cpu")
     description, value = encoder.describe(), probe_value(encoder)
@@ -91,7 +102,7 @@ def probe_report(name: str, weights: str | None = None) -> dict[str, Any]:
 
 
 def reference_of(description: dict[str, Any]) -> tuple[float, ...] | None:
-    """Expected value of an encoder by hash of its weights (and output), None for unknown weights."""
+    """The reference value for the weights (and ONNX output) of an encoder, or None for unknown weights."""
     return REFERENCES.get((description["weights_hash"], description.get("output", "")))
 
 
@@ -100,13 +111,13 @@ def agrees(value: Sequence[float], expected: Sequence[float], precision: str) ->
     if len(value) != len(expected):
         return False
     found, wanted = np.array(value).reshape(-1, 4), np.array(expected).reshape(-1, 4)
-    # Mean |f| and root mean square have the encoder's own unit; share and cosine have none.
+    # Mean |f| and root mean square scale with the features; the ratio and the cosine do not.
     unit = np.where([True, False, False, True], np.abs(wanted), 1.0)
     return bool((np.abs(found - wanted) <= TOLERANCES[precision] * unit).all())
 
 
 def probe_pictures() -> list[np.ndarray]:
-    """A coloured ramp, a board of squares and fine noise, uint8 [375, 500, 3]."""
+    """A colour gradient, a board of squares and fine noise, each uint8 [375, 500, 3]."""
     width, height = PICTURE_SIZE
     row, column = np.mgrid[:height, :width]
     ramp = [row * 255 // height, column * 255 // width, (row + column) * 255 // (height + width)]

@@ -1,13 +1,12 @@
-"""DINOv2 and every other vision transformer of timm: patch tokens after the last LayerNorm, without affine.
+"""DINOv2 and all other vision transformers of timm: patch tokens after a final LayerNorm without weight and bias.
 
-Trajectory Forcing's encoder is `dinov2-reg-base`: the final LayerNorm keeps its epsilon and loses weight and
-bias, so that every token has mean 0 and variance 1, and class and register tokens are dropped. The same
-holds for every timm ViT, also for those whose own norm sits behind the pooling.
+Trajectory Forcing uses `dinov2-reg-base` in this way: the final LayerNorm keeps its epsilon but has no weight and bias,
+so that each token has mean 0 and variance 1; class and register tokens are dropped. Every timm ViT is treated alike,
+including those whose final norm comes after the pooling.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.fields import nearest
+from hierarchy_builder.files import sha256_file
 from hierarchy_builder.vision_libraries import import_vision
 
 timm = import_vision("timm")
 
 DINOV2_SIZE_PX = 224
-"""DINOv2 runs at 224 px here (its own 518 px position embedding is resampled by timm, bicubic, antialiased)."""
+"""Input size of DINOv2; timm resamples its position embedding from 518 px (bicubic, antialiased)."""
 HUB_TIMEOUT_S = 10
 
 
@@ -32,7 +33,7 @@ class TimmEncoder:
     """A timm vision transformer as an encoder.
 
     model: any timm model with `patch_embed`, `num_prefix_tokens` and `forward_features` → [B, prefix + N, C].
-    Pictures are cropped bicubic and whole (timm's crop_pct is not used) and normalised as the model asks.
+    Images are resized bicubically without timm's crop_pct and normalised with the mean and std of the model.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class TimmEncoder:
         return tokens.reshape(-1, *self.grid, self.width).cpu().numpy()
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest records. Its tokens need a trained decoder, which is none of ours."""
+        """JSON for the manifest; `decoder` is None, since decoding these tokens needs a trained decoder."""
         return {
             "name": self.name,
             "image_size_px": self.image_size_px,
@@ -91,23 +92,22 @@ class TimmEncoder:
 
 
 def load_timm(name: str, *, weights: str | None, precision: str, device: torch.device) -> TimmEncoder:
-    """Build the model behind `dinov2-…` or `timm:NAME` with weights from a file, the cache or the hub.
+    """Build the model for `dinov2-…` or `timm:NAME` with weights from a file, the hub cache or the hub.
 
-    weights: .safetensors or a .pth of plain tensors (timm's or the original authors' names), `random:SEED`,
-    or None for the hub. The hash is that of the file.
+    weights: .safetensors or .pth of plain tensors, named as in timm or by the original authors; `random:SEED`; or None
+    for the hub. The weights hash is that of the file, or of the tensors if they are random.
     """
     model_name, arguments = _timm_name(name)
     if model_name.partition(".")[0] not in timm.list_models():
-        close = difflib.get_close_matches(model_name, timm.list_models("*vit*"), n=3)
-        nearest = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them"
-        raise UsageError(f"encoder {name}: timm has no model {model_name!r}, {nearest}")
+        hint = nearest(model_name, timm.list_models("*vit*"))
+        raise UsageError(f"encoder {name}: timm has no model {model_name!r}, {hint}")
     if weights is not None and weights.startswith("random:"):
         model = _random_model(name, model_name, weights.removeprefix("random:"), arguments)
         digest = _state_hash(model)
     else:
         path = Path(weights) if weights is not None else _hub_file(name, model_name)
         model = _model_with_weights(name, model_name, path, arguments)
-        digest = _file_hash(path)
+        digest = sha256_file(path)
     return TimmEncoder(model, name=name, weights_hash=digest, precision=precision, device=device)
 
 
@@ -120,27 +120,29 @@ def _timm_name(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _final_epsilon(model: Any) -> float:
-    """Epsilon of the last LayerNorm, before or (fc_norm) behind the pooling."""
+    """Epsilon of the last LayerNorm, before or (fc_norm) after the pooling."""
     norms = (getattr(model, name, None) for name in ("norm", "fc_norm"))
     return next((float(norm.eps) for norm in norms if norm is not None and hasattr(norm, "eps")), 1e-6)
 
 
 def _random_model(name: str, model_name: str, seed: str, arguments: dict[str, Any]) -> nn.Module:
     if not seed.isdigit():
-        raise UsageError(f"encoder {name}: weights random:{seed}, expected random:SEED, for example random:0")
+        raise UsageError(
+            f"encoder {name}: weights are random:{seed}, expected random:SEED, for example random:0"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
         return timm.create_model(model_name, pretrained=False, num_classes=0, **arguments)
 
 
 def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
-    """Every weight of the model must be in the file.
+    """Build a model with weights from `path`, which must hold every weight of the model.
 
-    timm stops checking as soon as the classifier is left out, and then keeps what the file lacks at random;
-    so the classifier is taken out of the file here, and timm told that there is none.
+    If timm omits the classifier, it no longer checks for missing weights and leaves them random. Therefore the
+    classifier is removed from the file's tensors here, and timm is configured for a model without one.
     """
     if not path.is_file():
-        raise UsageError(f"encoder {name}: weight file {path} not found")
+        raise UsageError(f"encoder {name}: weight file {path} not found; check --weights")
     try:
         config = timm.models.get_pretrained_cfg(model_name)
         classifier = (config and config.classifier) or ()
@@ -156,7 +158,7 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
         )
         model.pretrained_cfg.pop("state_dict", None)
         return model
-    except Exception as error:  # foreign files fail in as many ways as there are formats
+    except Exception as error:  # each file format raises its own exceptions
         reason = " ".join(str(error).partition(". ")[0].split())[:300]
         raise BuilderError(
             f"encoder {name}: {path} does not hold the weights of {model_name}; expected .safetensors "
@@ -165,13 +167,14 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
 
 
 def _hub_file(name: str, model_name: str) -> Path:
-    """The weight file of a timm model from the local hub cache, else downloaded.
+    """Return the weight file of a timm model from the local hub cache, or download it.
 
-    One look at the hub with a short limit decides: its own client would repeat for most of a minute.
+    A single request with a short timeout checks whether the hub is reachable, since huggingface_hub would retry for
+    most of a minute.
     """
     config = timm.models.get_pretrained_cfg(model_name)
     if config is None or not config.hf_hub_id:
-        raise BuilderError(f"encoder {name}: timm names no weights on the hub, pass --weights FILE")
+        raise BuilderError(f"encoder {name}: timm knows no weights on the hub, pass --weights FILE")
     file = {"repo_id": config.hf_hub_id, "filename": config.hf_hub_filename or "model.safetensors"}
     try:
         return Path(hub.hf_hub_download(**file, local_files_only=True))
@@ -185,14 +188,9 @@ def _hub_file(name: str, model_name: str) -> Path:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise BuilderError(
-        f"encoder {name}: no weights in the local hub cache and none from the hub ({reason}): download "
-        f"https://huggingface.co/{file['repo_id']} {file['filename']} elsewhere and pass --weights FILE"
+        f"encoder {name}: the weights are not in the local hub cache, and the hub did not provide them ({reason}): "
+        f"download {file['filename']} of https://huggingface.co/{file['repo_id']} elsewhere and pass --weights FILE"
     )
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state_hash(model: nn.Module) -> str:

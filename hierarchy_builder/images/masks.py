@@ -83,7 +83,7 @@ class MaskFolder:
     def read(
         self, path: str, photo_size: tuple[int, int], image_size_px: int, cells: tuple[int, int]
     ) -> tuple[np.ndarray, list[ImageError]]:
-        """Return the usable maps of one photo as `read_mask` reads them, int64 [M, h, w], and the errors of the others."""
+        """Read the maps of one photo; return the usable ones, int64 [M, h, w], and the errors of the others."""
         maps, refused = [], []
         for file in self.of(path):
             try:

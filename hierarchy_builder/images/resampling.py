@@ -59,9 +59,7 @@ def _weights(old: int, scale: float, start: float, count: int) -> tuple[np.ndarr
         for x, value in enumerate(values):
             scaled = value * inverse * (1 << PRECISION_BITS)
             weights[number, x] = int(scaled - 0.5) if scaled < 0 else int(scaled + 0.5)
-        first[number] = min(
-            low, max(0, old - taps)
-        )  # shift the window so that all T taps lie inside the image, if it is wide enough
+        first[number] = min(low, max(0, old - taps))  # keeps all T taps inside the image
         if first[number] != low:
             weights[number] = np.roll(weights[number], low - first[number])
     return first, weights

@@ -113,7 +113,7 @@ def open_source(
     a `.tar` of such a folder, or of a `.csv`, `.tsv` or `.parquet` table with the column `path` (relative to the table)
     and optionally `class` (names) and `label` (ids or names).
     split: sub-folder to use, or for a table the value of its column `split`.
-    class_map: class name → id, as a mapping or a JSON file; without it classes are numbered in the order of their names.
+    class_map: class name → id, as a mapping or a JSON file; by default ids follow the sorted class names.
     Raises UsageError if the source is of none of these kinds, and BuilderError if it contains no images.
     """
     source = str(source)

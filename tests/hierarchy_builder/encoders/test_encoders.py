@@ -56,7 +56,7 @@ def test_dinov2_tokens_are_patches_after_a_norm_without_affine() -> None:
     assert np.abs(encoder.encode(images[1:2]) - features[1:2]).max() < 1e-5
 
 
-def test_the_method_encoder_has_its_published_shape() -> None:
+def test_dinov2_reg_base_has_the_published_shape() -> None:
     encoder = load_encoder("dinov2-reg-small", weights="random:0", device="cpu")
     assert encoder.encode(pictures(1, 224)).shape == (1, 16, 16, 384)
     description = json.loads(json.dumps(encoder.describe()))
@@ -66,14 +66,14 @@ def test_the_method_encoder_has_its_published_shape() -> None:
     assert description["decoder"] is None
 
 
-def test_random_weights_are_those_of_their_seed() -> None:
+def test_random_weights_depend_on_the_seed_only() -> None:
     state = torch.get_rng_state()
     hashes = [load_encoder("timm:test_vit", weights=f"random:{seed}").weights_hash for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_weights_come_from_a_file_at_their_own_resolution(tmp_path: Path) -> None:
+def test_weight_file_of_another_resolution_is_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     published = timm.create_model("test_vit", num_classes=10)
     safetensors.torch.save_file(published.state_dict(), tmp_path / "vit.safetensors")
@@ -92,7 +92,7 @@ def test_weights_come_from_a_file_at_their_own_resolution(tmp_path: Path) -> Non
     assert np.abs(one.encode(images) - expected).max() < 1e-5
 
 
-def test_unusable_weights_are_one_clear_line(tmp_path: Path) -> None:
+def test_unusable_weights_are_refused_in_one_line(tmp_path: Path) -> None:
     junk = tmp_path / "junk.pth"
     junk.write_bytes(b"junk")
     other = timm.create_model("test_vit", num_classes=0)
@@ -109,7 +109,7 @@ def test_unusable_weights_are_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_without_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+def test_hub_without_network_is_requested_once(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     asked: list[str] = []
 
     def refuse(url: str, **_: Any) -> None:
@@ -135,7 +135,7 @@ def test_without_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, 
 def test_models_without_patches_are_refused() -> None:
     with pytest.raises(UsageError, match="ResNet has no patch tokens"):
         load_encoder("timm:resnet18", weights="random:0")
-    with pytest.raises(UsageError, match="did you mean vit_tiny_patch16_224"):
+    with pytest.raises(UsageError, match="did you mean 'vit_tiny_patch16_224"):
         load_encoder("timm:vit_tiny_patch16_22", weights="random:0")
 
 
@@ -242,9 +242,9 @@ def test_onnx_follows_its_metadata_and_static_shapes(tmp_path: Path) -> None:
         load_encoder(f"onnx:{broken}")
 
 
-def test_onnx_files_that_do_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_onnx_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "junk.onnx").write_bytes(b"junk")
-    with pytest.raises(BuilderError, match="is not a model onnxruntime can run"):
+    with pytest.raises(BuilderError, match="is not a model that onnxruntime can run"):
         load_encoder(f"onnx:{tmp_path}/junk.onnx")
     with pytest.raises(BuilderError, match=r"file '.*nowhere\.onnx' not found"):
         load_encoder(f"onnx:{tmp_path}/nowhere.onnx")
@@ -292,7 +292,7 @@ def one_token() -> object:
     return own(grid=(1, 1), encode=lambda self, images: np.zeros((len(images), 1, 1, 3), np.float32))()
 
 
-def test_your_own_encoder_is_taken_by_name() -> None:
+def test_custom_encoder_is_loaded_by_name() -> None:
     encoder = load_encoder(f"{__name__}:MeanColour")
     assert isinstance(encoder, Encoder)
     assert encoder.name == "mean-colour"
@@ -302,43 +302,46 @@ def test_your_own_encoder_is_taken_by_name() -> None:
     ("make", "message"),
     [
         (lambda: object(), "returned object without name, image_size_px"),
-        (own(width=7), r"into \(1, 4, 4, 3\) float32, expected \(1, 4, 4, 7\) float32"),
-        (own(encode=lambda self, images: np.zeros((1, 4, 4, 3))), "float64, expected"),
-        (own(encode=lambda self, images: [1]), r"into None list"),
-        (own(encode=lambda self, images: 1 / 0), "failed on a batch of 1 pictures: ZeroDivisionError"),
+        (
+            own(width=7),
+            r"returned \(1, 4, 4, 3\) float32 for 1 images of 64 px, expected \(1, 4, 4, 7\) float32",
+        ),
+        (own(encode=lambda self, images: np.zeros((1, 4, 4, 3))), "float64 for 1 images of 64 px, expected"),
+        (own(encode=lambda self, images: [1]), r"returned None list"),
+        (own(encode=lambda self, images: 1 / 0), "failed on a batch of 1 images: ZeroDivisionError"),
         (own(image_size_px="64"), "expected positive integers and a tuple"),
         (own(grid=16), "expected positive integers and a tuple"),
-        (own(describe=lambda self: None), "must give a mapping of plain JSON"),
-        (own(describe=lambda self: {"name": np.float32(1)}), "must give a mapping of plain JSON"),
+        (own(describe=lambda self: None), "must return a dict that JSON can hold"),
+        (own(describe=lambda self: {"name": np.float32(1)}), "must return a dict that JSON can hold"),
         (own(describe=lambda self: {"name": "mine"}), r"describe\(\) has no decoder, grid, image_size_px"),
     ],
 )
-def test_your_own_encoder_is_checked(make: Callable[[], object], message: str) -> None:
+def test_custom_encoder_is_checked(make: Callable[[], object], message: str) -> None:
     with pytest.raises(BuilderError, match=message):
         check_encoder(make(), "mine:make")
 
 
-def test_an_encoder_that_loses_pictures_of_a_batch_is_refused() -> None:
+def test_encoder_that_drops_images_of_a_batch_is_refused() -> None:
     make = own(encode=lambda self, images: MeanColour.encode(self, images[:1]))
-    with pytest.raises(BuilderError, match=r"turned 3 pictures of 64 px into \(1, 4, 4, 3\)"):
+    with pytest.raises(BuilderError, match=r"returned \(1, 4, 4, 3\) float32 for 3 images of 64 px"):
         encode(make(), np.zeros((3, 64, 64, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dinov2-reg-bas", "unknown encoder 'dinov2-reg-bas': did you mean dinov2-reg-base"),
-        ("dinov2-reg-tiny", "did you mean dinov2-reg-"),
+        ("dinov2-reg-bas", "unknown encoder 'dinov2-reg-bas': did you mean 'dinov2-reg-base'"),
+        ("dinov2-reg-tiny", "did you mean 'dinov2-reg-"),
         ("resnet", "known are dinov2-reg-small"),
         ("no_such_module:make", "No module named 'no_such_module'; expected module:function"),
-        ("json:no_such_function", "module json has no 'no_such_function'"),
+        ("json:no_such_function", "module json has no function 'no_such_function'"),
         (":make", "Empty module name; expected module:function"),
         (".relative:make", "expected module:function"),
-        (f"{__name__}:one_token", "gives one token per picture, expected a grid"),
+        (f"{__name__}:one_token", "gives one token per image, expected a grid"),
         (f"{__name__}:failing", "calling it failed: RuntimeError: no such checkpoint"),
     ],
 )
-def test_names_that_are_not_understood(name: str, message: str) -> None:
+def test_unknown_encoder_name_is_refused(name: str, message: str) -> None:
     with pytest.raises(BuilderError, match=message):
         load_encoder(name)
 
@@ -364,7 +367,7 @@ def load_name(name: str) -> str:
 # Probe
 
 
-def test_the_probe_sees_weights_and_not_batches() -> None:
+def test_probe_depends_on_weights() -> None:
     encoder = load_encoder("dct", device="cpu")
     value = probe_value(encoder)
     assert len(value) == 12
@@ -377,7 +380,7 @@ def test_the_probe_sees_weights_and_not_batches() -> None:
     assert probe_value(tiny[0]) != probe_value(tiny[1])
 
 
-def test_probe_pictures_never_change() -> None:
+def test_probe_images_are_fixed() -> None:
     ramp, board, noise = probe_pictures()
     assert ramp.shape == board.shape == noise.shape == (375, 500, 3)
     assert ramp[374, 128].tolist() == [254, 65, 146]

@@ -21,8 +21,14 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.encoders import load_encoder, probe
-from hierarchy_builder.encoders.probe import TOLERANCES, agrees, check_probe, probe_report, probe_value
-from hierarchy_builder.encoders.references import REFERENCES
+from hierarchy_builder.encoders.probe import (
+    REFERENCES,
+    TOLERANCES,
+    agrees,
+    check_probe,
+    probe_report,
+    probe_value,
+)
 from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
 from hierarchy_builder.errors import ConfigMismatchError
 from hierarchy_builder.progress import Reporter
@@ -70,15 +76,17 @@ def other_norm(model: Any) -> None:
 @pytest.mark.parametrize(
     "change", [drop_last_layer, other_weights, other_mean, other_norm], ids=lambda change: change.__name__
 )
-def test_a_wrong_encoder_is_seen(change: Callable[[Any], None]) -> None:
+def test_probe_detects_a_changed_encoder(change: Callable[[Any], None]) -> None:
     right, wrong = probe_value(tiny_vit()), tiny_vit(change)
     assert check_probe(tiny_vit(), probe_value(tiny_vit()), "float32", right) == "recorded"
-    with pytest.raises(ConfigMismatchError, match=r"what this build began with(.|\n)*expected(.|\n)*found"):
+    with pytest.raises(ConfigMismatchError, match=r"the first run of this build(.|\n)*expected(.|\n)*found"):
         check_probe(wrong, probe_value(wrong), "float32", right)
 
 
 @pytest.mark.parametrize("resampling", [Image.Resampling.BILINEAR, Image.Resampling.NEAREST])
-def test_a_wrong_resize_is_seen(monkeypatch: pytest.MonkeyPatch, resampling: Image.Resampling) -> None:
+def test_probe_detects_a_changed_resize(
+    monkeypatch: pytest.MonkeyPatch, resampling: Image.Resampling
+) -> None:
     right = {name: probe_value(encoder) for name, encoder in encoders().items()}
     monkeypatch.setattr(probe, "crop_square", partial(probe.crop_square, resampling=resampling))
     for name, encoder in encoders().items():
@@ -89,7 +97,7 @@ def encoders() -> dict[str, Any]:
     return {"dct": load_encoder("dct", device="cpu"), "tiny": tiny_vit()}
 
 
-def test_rounding_is_let_pass_by_precision() -> None:
+def test_probe_tolerates_rounding_of_each_precision() -> None:
     exact = probe_value(tiny_vit())
     rounded = probe_value(tiny_vit(precision="bfloat16"))
     assert agrees(rounded, exact, "bfloat16")
@@ -105,21 +113,21 @@ def test_rounding_is_let_pass_by_precision() -> None:
 # References
 
 
-def test_the_table_is_well_formed() -> None:
+def test_references_are_well_formed() -> None:
     for (weights_hash, _), value in REFERENCES.items():
         assert re.fullmatch(r"[0-9a-f]{64}", weights_hash)
         assert len(value) == 12
         assert np.isfinite(value).all()
 
 
-def test_dct_agrees_with_its_reference() -> None:
+def test_probe_of_dct_agrees_with_its_reference() -> None:
     encoder = load_encoder("dct", device="cpu")
     assert check_probe(encoder, probe_value(encoder), "float32", None) == "reference"
     report = probe_report("dct")
     assert (report["verdict"], report["weights_hash"]) == ("agrees", encoder.weights_hash)
 
 
-def test_known_weights_that_see_otherwise_are_refused(
+def test_known_weights_with_another_probe_value_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     encoder = load_encoder("dct", device="cpu")
@@ -133,7 +141,7 @@ def test_known_weights_that_see_otherwise_are_refused(
     assert probe_report("dct")["verdict"] == "DIFFERS"
 
 
-def test_the_command_prints_what_the_table_holds(tmp_path: Path) -> None:
+def test_probe_command_prints_the_reference(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["encoders", "--probe", "dct", "--json"])
     (row,) = json.loads(done.stdout)
     assert np.allclose(row["value"], REFERENCES[row["weights_hash"], row["output"]], rtol=1e-4)
@@ -163,7 +171,7 @@ class Gain:
         }  # fmt: skip
 
 
-def test_unknown_weights_are_held_to_what_they_saw_first(
+def test_unknown_weights_are_compared_with_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos, folder = write_tree(tmp_path / "photos", per_class=4), BuildFolder(tmp_path / "build")
@@ -175,7 +183,7 @@ def test_unknown_weights_are_held_to_what_they_saw_first(
     assert recorded == probe_value(Gain())
     (folder.ledger("extract") / "000001.json").unlink()
     monkeypatch.setattr(Gain, "factor", 1.01)
-    with pytest.raises(ConfigMismatchError, match="what this build began with") as caught:
+    with pytest.raises(ConfigMismatchError, match="the first run of this build") as caught:
         steps.extract(folder, str(photos), config, SESSION)
     assert caught.value.exit_code == 5
     assert stage_entry(folder, "extract")["probe"] == recorded
