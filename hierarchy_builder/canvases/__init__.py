@@ -1,4 +1,4 @@
-"""Level canvases (regions × features) and everything that is drawn from them."""
+"""Level canvases, made from regions and features, and the colours, cards and pages that show them."""
 
 from hierarchy_builder.canvases.means import level_canvases, region_means
 

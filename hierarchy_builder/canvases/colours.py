@@ -1,10 +1,9 @@
-"""Colours that mean the same everywhere on a page: features by a shared PCA palette, regions by their place in the
-hierarchy.
+"""Colours with one meaning per page: a shared PCA palette for features, and colours of regions by their ancestry.
 
     H×W grid of tokens, C channels, L levels (coarse → fine)
 
-Region hues live in OKLCH (Ottosson 2020, "A perceptual color space for image processing"), where equal steps
-of hue and lightness look equal; evenly spaced HSV hues crowd the greens and lose the yellows.
+Region colours are chosen in OKLCH (Ottosson 2020, "A perceptual color space for image processing"), where equal steps
+of hue and lightness look equal; evenly spaced HSV hues would look alike among greens and have hardly any yellow.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 GREYS = (0.18, 0.54)
-"""Lightnesses shared by the regions of a divided background; one that is whole has the middle, 0.36."""
+"""Range of lightness for the regions of a divided background; an undivided background has the middle, 0.36."""
 GREY_CHROMA_AND_HUE = (0.006, 280.0)
-"""Nearly neutral, far from every colour of the object."""
+"""Nearly neutral, to differ from all colours of the object."""
 
 FIT_TOKENS = 16_384
-"""Tokens the principal axes are fitted on; more change no colour by a visible step."""
+"""Number of tokens for the PCA; more tokens change no colour visibly."""
 
 CHROMA = 0.125
 LIGHTNESSES = (0.74, 0.62, 0.84)
@@ -31,7 +30,7 @@ TOKEN_STEP = 0.028
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Palette:
-    """Three axes of feature space and the range of each that spans black to full colour.
+    """Three axes of feature space, and for each the range of values that maps to black up to full colour.
 
     mean: float32 [C]. axes: float32 [C, 3], orthonormal columns. low, high: float32 [3].
     """
@@ -42,15 +41,15 @@ class Palette:
     high: np.ndarray
 
     def apply(self, features: np.ndarray) -> np.ndarray:
-        """Colour features [..., C] of any float dtype as uint8 [..., 3]; tokens that are not finite are black.
+        """Map features [..., C] of any float dtype to colours uint8 [..., 3]; tokens that are not finite become black.
 
-        Raises ValueError if C is not the width the palette was fitted on.
+        Raises ValueError if the palette was fitted on another number of channels.
         """
         features = np.asarray(features, dtype=np.float32)
         if features.shape[-1] != len(self.mean):
             raise ValueError(
                 f"features have {features.shape[-1]} channels, the palette was fitted on {len(self.mean)}: "
-                "fit one palette on features of the encoder that is shown"
+                "fit a palette on features of the same encoder"
             )
         finite = np.isfinite(features).all(axis=-1, keepdims=True)
         projected = (np.where(finite, features, 0.0) - self.mean) @ self.axes
@@ -60,17 +59,17 @@ class Palette:
 
 
 def fit_palette(features: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)) -> Palette:
-    """Fit the palette of a page: PCA to red, green, blue, ranges by percentiles.
+    """Fit a palette: the first three PCA axes become red, green and blue, and percentiles set their ranges.
 
-    features: [..., C], any float dtype; at most FIT_TOKENS rows, spread over all, are used, and those that are
-    not finite are left out. The largest loading of each axis is positive, so equal features give equal colours.
+    features: [..., C], any float dtype. At most FIT_TOKENS rows, spread over all, are used, except those that are not
+    finite. The largest loading of each axis is made positive, so that equal features give equal colours.
     Raises ValueError if no finite token is left.
     """
     tokens_MC = np.asarray(features).reshape(-1, np.shape(features)[-1])
     tokens_MC = tokens_MC[spread_rows(len(tokens_MC), FIT_TOKENS)].astype(np.float32)
     tokens_MC = tokens_MC[np.isfinite(tokens_MC).all(axis=1)]
     if not len(tokens_MC):
-        raise ValueError("no finite token to fit a palette on: pass features of at least one image")
+        raise ValueError("no finite token to fit a palette on: pass finite features of at least one image")
     mean = tokens_MC.mean(axis=0, dtype=np.float64).astype(np.float32)
     axes = _principal_axes(tokens_MC - mean)
     low, high = np.percentile((tokens_MC - mean) @ axes, percentiles, axis=0).astype(np.float32)
@@ -78,9 +77,9 @@ def fit_palette(features: np.ndarray, percentiles: tuple[float, float] = (1.0, 9
 
 
 def spread_rows(num_rows: int, limit: int, seed: int = 0) -> np.ndarray:
-    """Indices of at most `limit` of `num_rows` rows, one drawn from each of `limit` equal runs; int64, rising.
+    """Indices of at most `limit` of `num_rows` rows, one random row from each of `limit` equal runs; int64, ascending.
 
-    Drawn, since a fixed stride that divides the grid would only ever meet one column of tokens.
+    Rows are drawn at random because a fixed stride that divides the grid would select only one column of tokens.
     """
     if num_rows <= limit:
         return np.arange(num_rows, dtype=np.int64)
@@ -91,10 +90,9 @@ def spread_rows(num_rows: int, limit: int, seed: int = 0) -> np.ndarray:
 def hierarchy_colours(regions: np.ndarray) -> np.ndarray:
     """Colour all levels of one image so that children resemble their parent.
 
-    regions: uint8 [L−1, H, W], nested, 0 the background on level 0. Returns uint8 [L, H, W, 3]; the last level is
-    the tokens, each a shade of the finest region it lies in. A region of the object owns an arc of the hue circle, one
-    of the background a range of greys, and its children share it; a region that is not divided keeps its colour from
-    one level to the next.
+    regions: uint8 [L−1, H, W], nested; 0 is the background on level 0. Returns uint8 [L, H, W, 3]; on the last level
+    each token has a shade of its finest region. A region of the object has an arc of the hue circle, a region of the
+    background a range of greys, and its children divide it among them. A region that is not divided keeps its colour.
     """
     regions = np.asarray(regions)
     spans = {0: _Span(*GREYS), 1: _Span(FIRST_HUE, FIRST_HUE + 360.0, LIGHTNESSES[0])}
@@ -118,18 +116,18 @@ def _principal_axes(centred_MC: np.ndarray) -> np.ndarray:
 
 
 class _Span(NamedTuple):
-    """What a region hands on to its children: hues at some lightness, or without one, lightnesses of grey."""
+    """Range that a region divides among its children: hues at one lightness, or greys if `lightness` is None."""
 
     start: float
     stop: float
     lightness: float | None = None
 
     def divide(self, count: int) -> list[_Span]:
-        """Spans of `count` children in order, told apart from their neighbours also where there are many."""
+        """Spans of `count` children in order, chosen so that neighbours look different even if there are many."""
         width = (self.stop - self.start) / count
         spans = []
         for i in range(count):
-            # Neighbours among greys lie half the range apart, those among hues also differ in lightness.
+            # Neighbouring greys lie half the range apart; neighbouring hues also differ in lightness.
             slot = i if self.lightness else i // 2 + (i % 2) * ((count + 1) // 2)
             own = self.lightness if count == 1 or not self.lightness else LIGHTNESSES[i % len(LIGHTNESSES)]
             spans.append(_Span(self.start + slot * width, self.start + (slot + 1) * width, own))
@@ -144,7 +142,7 @@ class _Span(NamedTuple):
 def _divide_spans(
     level_HW: np.ndarray, parents_HW: np.ndarray, spans: Mapping[int, _Span]
 ) -> dict[int, _Span]:
-    """Span of every region, cut from its parent's (the parent under its first token)."""
+    """Span of each region, taken from the span of its parent (the region at its first token one level up)."""
     children: dict[int, list[int]] = {}
     for region in np.unique(level_HW):
         parent = int(parents_HW[level_HW == region][0])
@@ -166,7 +164,7 @@ def _paint(level_HW: np.ndarray, spans: Mapping[int, _Span]) -> np.ndarray:
 def _shade_tokens(lch_HW3: np.ndarray) -> np.ndarray:
     rows, columns = np.indices(lch_HW3.shape[:2])
     shaded = lch_HW3.copy()
-    # A knight's-move pattern of five shades: none of the eight neighbours of a token has its shade.
+    # Five shades in a pattern in which none of the eight neighbours of a token has the same shade.
     shaded[..., 0] += TOKEN_STEP * ((2 * rows + columns) % 5 - 2)
     return shaded
 

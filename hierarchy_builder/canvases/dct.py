@@ -1,13 +1,13 @@
-"""A dictionary of low DCT frequencies of Oklab patches: an encoder without weights, and its own decoder.
+"""Low DCT frequencies of Oklab patches: an encoder without weights together with its decoder.
 
-One patch of P×P pixels becomes C numbers: the kept coefficients of the orthonormal 2-D DCT of its Oklab
-planes, each times a scale, plus an offset. Both directions are linear in Oklab, so the mean of tokens is
-the mean of patches, and a canvas decodes like a picture.
+A patch of P×P pixels becomes C numbers: selected coefficients of the orthonormal 2-D DCT of its Oklab planes, each
+times a scale, plus an offset. Encoding and decoding are linear in Oklab, so a mean of tokens decodes to the mean of
+their patches, and a canvas decodes like an image.
 
-Lightness enters twice, as L and as 1 − L. Cosine distance would otherwise only see ratios: all greys would
-be one direction, or, with the mean taken off, middle grey would be no direction at all.
+Lightness is encoded twice, as L and as 1 − L. Cosine distance compares directions only: with L alone all greys would
+have one direction, and with L minus its mean middle grey would have none.
 
-    B pictures, [B, 3, h, w] RGB in [0, 1]    features [B, H, W, C] float32, h = H·P, w = W·P
+    B images, [B, 3, h, w] RGB in [0, 1]    features [B, H, W, C] float32, h = H·P, w = W·P
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ LMS_TO_LAB = (
 PATCH_PX = 16
 KEPT_LIGHTNESS = 35
 KEPT_CHROMA = 6
-# Scales of a patch mean: 4 brings the spread of lightness and, with 8 times as much for the narrow chroma
-# axes, that of a and b near 1. Higher frequencies grow by √radius to meet their falling spectrum, chroma
-# ones at half weight. Equal spread for all would let fine texture decide the cosine distance.
+# Scales of patch means: with 4 for L, and 8 times that for the narrow range of a and b, each spread is near 1. Higher
+# frequencies are multiplied by √radius against the falling spectrum of images, and by a half for chroma. Scaling all
+# frequencies to equal spread would let fine texture dominate the cosine distance.
 LIGHTNESS_SCALE = 4.0
 CHROMA_SCALE = 32.0
 CHROMA_DETAIL = 0.5
 
 
 class DctBasis(nn.Module):
-    """Pictures ↔ features. `channels` lists, per channel, (plane, row, column, scale, offset)."""
+    """Converts images to features and back. `channels` lists (plane, row, column, scale, offset) for each channel."""
 
     analysis: Tensor
     synthesis: Tensor
@@ -59,7 +59,7 @@ class DctBasis(nn.Module):
         self.channels = channels
         images = torch.stack([_basis_image(patch_px, *channel[:3]) for channel in channels])
         scale_C = torch.tensor([channel[3] for channel in channels], dtype=torch.float64)
-        # Channels that share a coefficient share its inverse, weighted by their scales (least squares).
+        # Channels of the same coefficient are combined by least squares, that is weighted by their scales.
         energy: dict[tuple[int, int, int], float] = {}
         for channel in channels:
             energy[channel[:3]] = energy.get(channel[:3], 0.0) + channel[3] ** 2
@@ -74,7 +74,7 @@ class DctBasis(nn.Module):
 
     @classmethod
     def default(cls) -> DctBasis:
-        """16-px patches, 48 channels: 1 − L, 35 frequencies of L, 6 of a, 6 of b, each lowest first."""
+        """Patches of 16 px and 48 channels: 1 − L, then 35 frequencies of L, 6 of a and 6 of b, each lowest first."""
         unit = 1 / PATCH_PX  # the lowest coefficient of an orthonormal DCT is PATCH_PX times the mean
         channels = [(0, 0, 0, -LIGHTNESS_SCALE * unit, LIGHTNESS_SCALE)]
         for plane, kept, scale, detail in (
@@ -105,7 +105,7 @@ class DctBasis(nn.Module):
             ) from None
 
     def spec(self) -> dict[str, Any]:
-        """Every number needed to decode, as JSON: see `from_spec`."""
+        """All numbers needed to decode, as JSON for `from_spec`."""
         return {
             "kind": "dct",
             "color": "oklab",
@@ -115,7 +115,7 @@ class DctBasis(nn.Module):
 
     @property
     def width(self) -> int:
-        """C, channels of one token."""
+        """C, the number of channels of a token."""
         return len(self.channels)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class DctBasis(nn.Module):
         return F.conv2d(lab, self.analysis, self.offset, stride=self.patch_px).permute(0, 2, 3, 1)
 
     def inverse(self, features: Tensor) -> Tensor:
-        """Features [B, H, W, C] → RGB [B, 3, h, w], clamped to [0, 1]; dropped frequencies are zero."""
+        """Features [B, H, W, C] → RGB [B, 3, h, w], clamped to [0, 1]; frequencies without a channel are 0."""
         coefficients = (features.to(self.offset.dtype) - self.offset).permute(0, 3, 1, 2)
         return self.to_rgb(F.conv_transpose2d(coefficients, self.synthesis, stride=self.patch_px))
 
@@ -150,9 +150,11 @@ def _mix(matrix: Tensor, images: Tensor) -> Tensor:
 
 
 def _basis_image(patch_px: int, plane: int, row: int, column: int) -> Tensor:
-    """One orthonormal DCT-II picture [3, P, P], float64, in `plane` only."""
+    """An orthonormal DCT-II basis image, float64 [3, P, P], nonzero in `plane` only."""
     if not (0 <= plane < 3 and 0 <= row < patch_px and 0 <= column < patch_px):
-        raise ValueError(f"frequency ({plane}, {row}, {column}) outside 3 planes of {patch_px}×{patch_px}")
+        raise ValueError(
+            f"frequency ({plane}, {row}, {column}) lies outside 3 planes of {patch_px}×{patch_px}"
+        )
     image = torch.zeros(3, patch_px, patch_px, dtype=torch.float64)
     image[plane] = torch.outer(_cosine(patch_px, row), _cosine(patch_px, column))
     return image

@@ -1,8 +1,8 @@
-"""Pages to look at: galleries swept coarse → fine, facts, tables and plots in one self-contained HTML file.
+"""Self-contained HTML pages with galleries (one slider for all levels), facts, tables and plots.
 
-A page is plain data (`Page`, `Section` and the blocks below); `render` turns it into HTML that needs no network,
-opens from file:// and also reads without JavaScript and on paper, where every level is shown side by side.
-Pictures are embedded at their own resolution, token grids at one pixel per token.
+A page is plain data: `Page`, `Section` and the blocks below. `render` makes HTML that needs no network and opens from
+file://. Without JavaScript and on paper it shows all levels side by side. Images are embedded at their own
+resolution, token grids at one pixel per token.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from hierarchy_builder.files import write_bytes
 from hierarchy_builder.terminal import show_value
 
 LOSSLESS_PIXELS = 64
-"""Pictures up to this many pixels a side are token grids: kept exact as PNG and shown with hard pixel edges."""
+"""Images up to this side are treated as token grids: stored losslessly as PNG, shown with hard pixel edges."""
 WEBP_QUALITY = 82
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """One way to look at all levels of an image: uint8 [L, h, w, 3], coarse → fine."""
+    """One kind of display of all levels of an image: uint8 [L, h, w, 3], coarse → fine."""
 
     name: str
     layers: np.ndarray
@@ -41,9 +41,9 @@ class View:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LevelViewer:
-    """One card: views side by side, swept together by one slider, over a picture that a divider reveals.
+    """One card: views side by side with a common level slider, over an image that the reader can reveal by a divider.
 
-    level_names and captions have L entries; a caption follows its level's name. reveal: uint8 [h, w, 3] or None.
+    level_names and captions have L entries each; a caption is shown after its name. reveal: uint8 [h, w, 3] or None.
     """
 
     title: str
@@ -65,18 +65,18 @@ class LevelViewer:
 
     @property
     def num_levels(self) -> int:
-        """L, the steps of the card's slider."""
+        """L, the number of positions of the slider."""
         return len(self.level_names)
 
     @property
     def shows_reveal_apart(self) -> bool:
-        """Whether the revealed picture is embedded on its own; not where it is the last view's finest level."""
+        """Whether `reveal` is embedded as an image of its own: not if it equals the finest level of the last view."""
         return self.reveal is not None and not np.array_equal(self.reveal, self.views[-1].layers[-1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
-    """Cards below one slider that sweeps them all. `start` is the level shown first, −1 the finest."""
+    """Cards below a slider for all of them. `start` is the level shown first; −1 is the finest."""
 
     kind: ClassVar[str] = "gallery"
 
@@ -86,7 +86,7 @@ class Gallery:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """Names and values, for what a reader looks up first."""
+    """Names and values of the most important facts."""
 
     kind: ClassVar[str] = "facts"
 
@@ -95,7 +95,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows of named cells; the columns are those of the first row, then new ones in order of appearance."""
+    """Rows of named cells; columns appear in the order in which rows first name them."""
 
     kind: ClassVar[str] = "table"
 
@@ -104,18 +104,18 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """Every name that occurs in a row."""
+        """All names that occur in any row."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
     @property
     def numeric(self) -> set[str]:
-        """Columns that hold a number in some row; they are set flush right."""
+        """Columns with a number in some row; they are right-aligned."""
         return {name for row in self.rows for name, value in row.items() if _is_number(value)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Code:
-    """Preformatted text, folded until it is asked for."""
+    """Preformatted text that is collapsed until the reader opens it."""
 
     kind: ClassVar[str] = "code"
 
@@ -134,7 +134,7 @@ class Plots:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strip:
-    """Pictures that belong together, side by side: uint8 [h, w, 3] each, with a caption each."""
+    """Related images side by side, uint8 [h, w, 3] each, with one caption per image."""
 
     title: str
     pictures: Sequence[np.ndarray]
@@ -144,13 +144,13 @@ class Strip:
     def __post_init__(self) -> None:
         if len(self.captions) != len(self.pictures):
             raise ValueError(
-                f"strip {self.title!r}: {len(self.captions)} captions, expected {len(self.pictures)}, one a picture"
+                f"strip {self.title!r}: {len(self.captions)} captions, expected {len(self.pictures)}, one per image"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strips:
-    """Strips below one another."""
+    """A column of strips."""
 
     kind: ClassVar[str] = "strips"
 
@@ -162,7 +162,7 @@ Block = Gallery | Facts | Table | Plots | Code | Strips
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A heading, a sentence on what is seen, and blocks."""
+    """A heading, a sentence that explains the section, and blocks."""
 
     title: str
     blocks: Sequence[Block]
@@ -171,7 +171,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
-    """What one HTML file shows."""
+    """The content of one HTML file."""
 
     title: str
     sections: Sequence[Section]
@@ -179,7 +179,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document; the same page always gives the same text."""
+    """Return the page as one HTML document; equal pages give equal text."""
     script = _resource("gallery.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -197,7 +197,7 @@ def write_page(page: Page, path: str | Path) -> None:
 
 
 def data_uri(picture: np.ndarray) -> str:
-    """Embed uint8 [h, w, 3]: token grids exactly as PNG, larger pictures as WebP of quality WEBP_QUALITY."""
+    """Encode uint8 [h, w, 3] as a data URI: token grids losslessly as PNG, larger images as WebP."""
     buffer = io.BytesIO()
     if is_token_grid(picture):
         _indexed(picture).save(buffer, "PNG", optimize=True)
@@ -209,12 +209,12 @@ def data_uri(picture: np.ndarray) -> str:
 
 
 def is_token_grid(picture: np.ndarray) -> bool:
-    """Whether the picture is small enough to be one pixel per token."""
+    """Whether an image is small enough to be a token grid."""
     return max(picture.shape[:2]) <= LOSSLESS_PIXELS
 
 
 def _indexed(picture: np.ndarray) -> Image.Image:
-    """The same pixels with a colour table where one pays: region maps have few colours."""
+    """The same pixels, with a colour table if there are few colours, as in region maps."""
     height, width = picture.shape[:2]
     colours, indices = np.unique(picture.reshape(-1, 3), axis=0, return_inverse=True)
     if len(colours) > 64:

@@ -1,7 +1,7 @@
-"""Regions × features → level canvases: each token replaced by the mean over its region.
+"""Builds level canvases: each token is replaced by the mean feature of its region.
 
-Runs on whatever device the features are on, in one pass per level over all images. Each mean is summed in
-token order in float32, so its bits depend neither on the other images of the batch nor on region ids.
+The work runs on the device of the features, in one pass for all images. Each mean is summed in token order in float32,
+so that its bits depend neither on the other images of the batch nor on region ids.
 
     N images, L levels (coarse → fine), H×W grid, C channels, K = largest region id + 1
 """
@@ -20,10 +20,10 @@ ArrayT = TypeVar("ArrayT", np.ndarray, torch.Tensor)
 
 
 def level_canvases(features: ArrayT, regions: np.ndarray | torch.Tensor) -> ArrayT:
-    """Canvases of all levels: level l < L−1 holds region means of the raw features, level L−1 the features.
+    """Canvases of all levels: levels l < L−1 hold region means of the raw features, level L−1 the features.
 
     features: float [N, H, W, C], numpy or torch. regions: integer [N, L−1, H, W], ids from 0.
-    Returns [N, L, H, W, C] of the features' kind, dtype and device; differentiable in the features.
+    Returns [N, L, H, W, C] of the same kind, dtype and device as the features; differentiable in them.
     Raises BuilderError if the shapes do not fit.
     Source: Trajectory Forcing (arXiv 2606.22527), level canvases.
     """
@@ -44,17 +44,17 @@ def level_canvases(features: ArrayT, regions: np.ndarray | torch.Tensor) -> Arra
 
 
 def region_means(features: ArrayT, regions: np.ndarray | torch.Tensor) -> tuple[ArrayT, ArrayT]:
-    """Mean feature of every region of one level.
+    """Mean feature of each region of one level.
 
     features: float [N, H, W, C], numpy or torch. regions: integer [N, H, W], ids from 0.
-    Returns means float32 [N, K, C], row k of region k (zeros where an image has no region k), and counts
-    int64 [N, K], tokens of each region; of the features' kind and device.
+    Returns means float32 [N, K, C] (row k belongs to region k; zeros if an image has no region k) and counts int64
+    [N, K], the tokens of each region, of the same kind and device as the features.
     Raises BuilderError if the shapes do not fit.
     """
     tokens, ids = _as_tensors(features, regions)
     if ids.shape != tokens.shape[:3]:
         raise BuilderError(
-            f"regions have shape {tuple(ids.shape)}, expected [N, H, W] = {tuple(tokens.shape[:3])} of the features"
+            f"regions have shape {tuple(ids.shape)}, expected [N, H, W] = {tuple(tokens.shape[:3])} as the features"
         )
     means, counts, _ = _means(tokens, ids[:, None])
     means, counts = means.view(len(ids), -1, tokens.shape[3]), counts.view(len(ids), -1)
@@ -65,7 +65,7 @@ def _as_tensors(
     features: np.ndarray | torch.Tensor, regions: np.ndarray | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, ids = (
-        # A writable copy only where needed: torch warns of read-only memory.
+        # torch warns about read-only memory, so such arrays are copied.
         torch.from_numpy(np.require(array, requirements=["C", "W"]))
         if isinstance(array, np.ndarray)
         else array
@@ -85,10 +85,10 @@ def _token_rows(tokens_NHWC: torch.Tensor) -> torch.Tensor:
 def _means(
     tokens_NHWC: torch.Tensor, ids_NSHW: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means float32 [N·S·K, C] over the regions of S partitions, their counts, and each token's row in them.
+    """Means float32 [N·S·K, C] over the regions of S partitions, their counts, and the row of each token in the means.
 
-    One bag of token rows per region, summed in order: index_add would use atomics on a GPU, whose order
-    changes from run to run, and is 2.5 times slower on a CPU.
+    embedding_bag sums the tokens of each region in order. index_add would use atomics on a GPU, whose order differs
+    between runs, and it is 2.5 times slower on a CPU.
     """
     num_images, num_partitions = ids_NSHW.shape[:2]
     num_regions = int(ids_NSHW.max()) + 1 if ids_NSHW.numel() else 1

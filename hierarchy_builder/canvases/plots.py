@@ -1,7 +1,7 @@
-"""Line plots as inline SVG: no plotting library, no script; colours come from the page's style sheet.
+"""Line plots as inline SVG without a plotting library or script; the style sheet of the page sets the colours.
 
-Long series are drawn as the mean of equal runs of points with a band from their minimum to their maximum, so a
-plot of a million steps stays small and hides no spike; on a logarithmic axis the mean is taken of the logarithms.
+A long series is drawn as the means of equal runs of points, with a band from their minimum to their maximum, so that a
+plot of a million steps is small and still shows spikes. On a logarithmic axis the logarithms are averaged.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MAX_POINTS = 240
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line: a name and its points, with an interval around each where low and high are given.
+    """One line: a name and its points, and an interval around each point if low and high are given.
 
-    Points that are not finite are left out; an interval that is not is as wide as its point.
+    Points that are not finite are omitted; an interval with a bound that is not finite ends at its point.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """One pair of axes; with `log_y` points at or below zero are left out. No `y_label`: the title says it."""
+    """One pair of axes; with `log_y` points at or below 0 are omitted. Without `y_label` the title names the values."""
 
     title: str
     x_label: str
@@ -52,7 +52,7 @@ class _Curve:
 
 
 def draw(plot: Plot) -> Markup:
-    """The plot as an `<svg>` element; series take the classes s0, s1, … in order."""
+    """Return the plot as an `<svg>` element; its series have the classes s0, s1, … in order."""
     curves = [_curve(series, plot.log_y) for series in plot.series]
     drawn = [curve for curve in curves if len(curve.x)]
     if not drawn:
@@ -69,7 +69,7 @@ def draw(plot: Plot) -> Markup:
 
 
 def describe(plot: Plot) -> str:
-    """The plot in words: axes, and first and last value of every series."""
+    """Describe the plot for screen readers: its axes, and the first and last value of each series."""
     ends = []
     for series in plot.series:
         curve = _curve(series, log_y=False)
@@ -80,7 +80,7 @@ def describe(plot: Plot) -> str:
 
 
 def short_number(value: float, digits: int = 4) -> str:
-    """A number as an axis shows it, to `digits` significant digits: 1.5M, 20k, 0.05, 1e-06."""
+    """Format a number for an axis with `digits` significant digits: 1.5M, 20k, 0.05, 1e-06."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{letter}"
@@ -160,19 +160,19 @@ def _to_y(value: float, y_range: tuple[float, float]) -> float:
 
 
 def _linear_ticks(low: float, high: float, count: int, are_whole: bool = False) -> list[tuple[float, str]]:
-    """Round values within the range, about `count` of them and at least count − 1; fewer where they are to be whole."""
+    """About `count` round values in the range, at least count − 1, or fewer if they have to be whole numbers."""
     least = max(0.6 * (high - low) / count, 1.0 if are_whole else 0.0)
     power = 10.0 ** math.floor(math.log10(least))
     steps = (m * power for m in (1, 2, 2.5, 5, 10))
     step = next(each for each in steps if each >= least and (each.is_integer() or not are_whole))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    # As many digits as tell two ticks apart, also where a loss only moves in its fifth digit.
+    # Enough digits to distinguish two ticks, even if a loss only changes in its fifth digit.
     digits = max(4, math.ceil(math.log10(max(abs(low), abs(high)) / step)) + 1)
     return [(i * step, short_number(i * step, digits)) for i in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Powers of ten, thinned where they are many, joined by 2 and 5 where they are few; range in log10."""
+    """Powers of ten; only some if there are many, with multiples of 2 and 5 if there are few. The range is in log10."""
     decades = list(range(math.ceil(low), math.floor(high) + 1))
     if len(decades) >= 3:
         return [

@@ -1,6 +1,6 @@
-"""From arrays to cards: what a teacher hierarchy or a chain of level canvases looks like.
+"""Turns teacher hierarchies and level canvases into cards of a page.
 
-L levels (coarse → fine), H×W grid of tokens, C channels, S pixels a side
+L levels (coarse → fine), H×W grid of tokens, C channels, S×S pixels
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hierarchy_builder.canvases.colours import (
 )
 from hierarchy_builder.canvases.gallery import LevelViewer, View
 from hierarchy_builder.canvases.means import level_canvases
+from hierarchy_builder.terminal import counted
 
 REGIONS, LATENT, DECODED = "regions", "latent (PCA)", "decoded"
 
@@ -28,8 +29,8 @@ REGIONS, LATENT, DECODED = "regions", "latent (PCA)", "decoded"
 class HierarchyView:
     """One image with its teacher hierarchy, as a report shows it.
 
-    regions: uint8 [L−1, H, W]. features: float [H, W, C]; or canvases: float [L, H, W, C], taken as they are.
-    photo: uint8 [S, S, 3] or None. decoded: uint8 [L, S, S, 3] or None. notes: short values shown below.
+    regions: uint8 [L−1, H, W]. features: float [H, W, C], or ready canvases: float [L, H, W, C].
+    photo: uint8 [S, S, 3] or None. decoded: uint8 [L, S, S, 3] or None. notes: short values shown on the card.
     """
 
     key: str
@@ -42,13 +43,11 @@ class HierarchyView:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def tokens(self) -> np.ndarray | None:
-        """The raw tokens [H, W, C], or None where neither features nor canvases were given."""
-        if self.canvases is not None:
-            return self.canvases[-1]
-        return self.features
+        """The raw tokens [H, W, C], or None if neither features nor canvases are given."""
+        return self.features if self.canvases is None else self.canvases[-1]
 
     def levels(self) -> np.ndarray | None:
-        """The level canvases float32 [L, H, W, C], built from features where they were not given."""
+        """The level canvases float32 [L, H, W, C], built from the features if they are not given."""
         if self.canvases is not None:
             return np.asarray(self.canvases, dtype=np.float32)
         if self.features is None:
@@ -58,10 +57,7 @@ class HierarchyView:
 
 
 def level_names(num_levels: int) -> tuple[str, ...]:
-    """What the levels are called, coarse → fine, in the method's words.
-
-    More than two cuts are numbered; a single level is the tokens.
-    """
+    """Names of the levels, coarse → fine, as in the publication; levels of more than two cuts are numbered."""
     if num_levels == 1:
         return ("tokens",)
     cuts = num_levels - 2
@@ -70,9 +66,9 @@ def level_names(num_levels: int) -> tuple[str, ...]:
 
 
 def shared_palette(feature_maps: Iterable[np.ndarray | None], max_tokens: int = FIT_TOKENS) -> Palette | None:
-    """One palette for all pictures of a page, from tokens drawn from all parts of every map [..., C].
+    """Fit one palette for all images of a page to tokens from all parts of each map [..., C].
 
-    Returns None where no map has a finite token.
+    Returns None if no map has a finite token.
     """
     maps = [features for features in feature_maps if features is not None]
     share = -(-max_tokens // max(len(maps), 1))
@@ -87,12 +83,12 @@ def shared_palette(feature_maps: Iterable[np.ndarray | None], max_tokens: int = 
 
 
 def hierarchy_viewers(views: Sequence[HierarchyView], palette: Palette | None) -> list[LevelViewer]:
-    """One card per image: region map, latent colours where there are features, decoded levels where given."""
+    """One card per image with its region map and, if given, its features in palette colours and its decoded levels."""
     return [_hierarchy_viewer(view, palette) for view in views]
 
 
 def region_captions(regions: np.ndarray) -> tuple[str, ...]:
-    """Regions of the object on each level, those of a divided background, and the grid; regions uint8 [L−1, H, W]."""
+    """Captions with the number of regions of object and divided background per level; regions uint8 [L−1, H, W]."""
     is_object = regions[0] > 0
     height, width = regions.shape[1:]
     return (*(_count_regions(level_HW, is_object) for level_HW in regions), f"{height} × {width}")
@@ -101,9 +97,9 @@ def region_captions(regions: np.ndarray) -> tuple[str, ...]:
 def latent_views(
     canvases: np.ndarray | None, decoded: np.ndarray | None, palette: Palette | None
 ) -> list[View]:
-    """Canvases [L, H, W, C] in the palette's colours beside decoded levels uint8 [L, S, S, 3]; either may miss.
+    """Views of canvases [L, H, W, C] in palette colours and of decoded levels uint8 [L, S, S, 3], if given.
 
-    Without a palette no token was finite: canvases are black, and the page can still be read.
+    The palette is None if no token was finite; canvases are then shown in black.
     """
     views = []
     if canvases is not None:
@@ -116,7 +112,7 @@ def latent_views(
 
 def _count_regions(level_HW: np.ndarray, is_object: np.ndarray) -> str:
     count, behind = len(np.unique(level_HW[is_object])), len(np.unique(level_HW[~is_object]))
-    return f"{count} region{'' if count == 1 else 's'}{f', background {behind}' if behind > 1 else ''}"
+    return counted(count, "region") + (f", background {behind}" if behind > 1 else "")
 
 
 def _hierarchy_viewer(view: HierarchyView, palette: Palette | None) -> LevelViewer:

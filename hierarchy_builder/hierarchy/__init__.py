@@ -1,4 +1,4 @@
-"""Features → nested regions of each image."""
+"""Builds the nested regions of each image from its token features."""
 
 from hierarchy_builder.hierarchy.recipe import Flag, Hierarchy, build_hierarchy, check_nesting, cut_levels
 

@@ -1,10 +1,10 @@
-"""How far two partitions of the same images agree: with each other, and with what people drew.
+"""Measures how far partitions of an image agree with each other, or with label maps drawn by people.
 
     N images, h×w cells, K regions of one partition, M label maps drawn by people for one image
 
-Machine regions live on tokens, people's label maps on pixels. They meet at `CELLS_PER_TOKEN` cells a token and
-side (64×64 for a 16×16 grid): fine enough to tell where within a token an outline runs, coarse enough that a
-score is not ruled by pixels no token can follow.
+Computed regions consist of tokens, label maps of pixels. Both are compared on a grid with `CELLS_PER_TOKEN` cells along
+each side of a token (64×64 cells for 16×16 tokens). That is fine enough to see where an outline crosses a token, and
+coarse enough that details smaller than a token do not dominate the score.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hierarchy_builder.errors import BuilderError
 
 CELLS_PER_TOKEN = 4
 TOLERANCE_CELLS = CELLS_PER_TOKEN / 2
-"""Half a token. The 0.0075 of the diagonal of the BSDS benchmark is 0.17 tokens of a 16×16 grid: an outline
-along token borders is off by a quarter of a token on average even where every token is right."""
+"""Half a token. The tolerance of the BSDS benchmark, 0.0075 of the diagonal, is 0.17 tokens of a 16×16 grid; outlines
+along token borders exceed it, since they deviate by a quarter of a token on average even if every token is right."""
 TABLE_ENTRIES = 2**22
-"""Entries of the contingency tables worked on at once, 32 MiB."""
+"""Entries of the contingency tables held in memory at once, 32 MiB."""
 
 
 class BoundaryAgreement(NamedTuple):
-    """float64 [N] each, from 0 to 1."""
+    """Scores from 0 to 1, float64 [N] each."""
 
     precision: np.ndarray
     recall: np.ndarray
@@ -35,30 +35,30 @@ class BoundaryAgreement(NamedTuple):
 
 
 def adjusted_rand(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Adjusted Rand index of two partitions of each image: 1 for equal ones, 0 on average for unrelated ones.
+    """Adjusted Rand index of two partitions of each image: 1 for equal, on average 0 for unrelated partitions.
 
-    a, b: integer [N, ...], equal shapes, ids from 0 (memory grows with the largest id).
-    Returns float64 [N]. Two partitions that are both trivial agree: 1.
-    Raises BuilderError if shapes differ or are empty, or an id is negative.
+    a, b: integer [N, ...] of equal shape, ids from 0 (memory grows with the largest id).
+    Returns float64 [N]; two partitions that both consist of one region score 1.
+    Raises BuilderError if the shapes differ or are empty, or an id is negative.
     Source: Hubert and Arabie (1985), Comparing partitions, with pairs of cells counted in order.
     """
     return _by_tables(_adjusted_rand, a, b)
 
 
 def variation_of_information(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Variation of information of two partitions of each image, in nats: 0 for equal ones, a metric.
+    """Variation of information of two partitions of each image in nats; it is a metric, 0 for equal partitions.
 
-    a, b as for `adjusted_rand`. Returns float64 [N], H(a|b) + H(b|a), at most log(cells).
+    a, b: as for `adjusted_rand`. Returns float64 [N], H(a|b) + H(b|a), at most log(cells).
     Source: Meilă (2007), Comparing clusterings: an information based distance.
     """
     return _by_tables(_variation_of_information, a, b)
 
 
 def covering(segments: np.ndarray, humans: Sequence[np.ndarray]) -> np.ndarray:
-    """How well people's regions are covered by the machine's: area-weighted best overlap, mean over people.
+    """How well the segments cover the drawn regions: area-weighted best overlap, averaged over the label maps.
 
-    segments: integer [N, h, w]. humans: N integer arrays [M, h, w], M ≥ 0 may differ; ids from 0 as above.
-    Returns float64 [N], 0 to 1; NaN where nobody drew.
+    segments: integer [N, h, w]. humans: N integer arrays [M, h, w] with ids from 0; M ≥ 0 may differ.
+    Returns float64 [N] from 0 to 1, NaN for images without label maps.
     Source: Arbelaez et al. (2011), Contour detection and hierarchical image segmentation: covering of the ground
     truth by the segmentation.
     """
@@ -68,12 +68,12 @@ def covering(segments: np.ndarray, humans: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def object_iou(objects: np.ndarray, humans: Sequence[np.ndarray]) -> np.ndarray:
-    """Intersection over union of the object and what people drew, mean over people.
+    """Intersection over union of the object and the drawn object, averaged over the label maps.
 
-    objects: bool [N, h, w]. humans as for `covering`. A map that holds a 0 marks its object with all other ids.
-    A map without one (segments of equal rank, as in BSDS) is taken at the union of its segments that fits best,
-    which asks whether the outline follows drawn ones, not which object was meant.
-    Returns float64 [N]; NaN where nobody drew.
+    objects: bool [N, h, w]. humans: as for `covering`. In a map with the label 0, all other labels form the object. A
+    map without 0 (segments without a marked object, as in BSDS) scores with the best union of its segments; this
+    measures whether the outline follows drawn outlines, not whether it is the intended object.
+    Returns float64 [N], NaN for images without label maps.
     """
     owners, drawn = _pairs(objects, humans)
     scores = _by_tables(_object_iou, (~objects[owners]).astype(np.uint8), drawn)
@@ -83,14 +83,14 @@ def object_iou(objects: np.ndarray, humans: Sequence[np.ndarray]) -> np.ndarray:
 def boundary_f(
     segments: np.ndarray, humans: Sequence[np.ndarray], tolerance: float = TOLERANCE_CELLS
 ) -> BoundaryAgreement:
-    """Precision, recall and F of region outlines against people's, matched one to one within `tolerance` cells.
+    """Precision, recall and F of region outlines, matched one to one with drawn outlines within `tolerance` cells.
 
     segments: integer [N, h, w]. humans: N integer arrays [M, h, w].
-    Precision: share of the machine's outline that some person drew; recall: share of all people's outlines that
-    was found; F their harmonic mean. No outline at all scores 0, except where nobody drew one: then 1.
-    NaN where there are no maps.
-    Source: boundary benchmark of BSDS (Martin et al. 2004); the matching is one of largest size, there it is one of
-    least cost with a high price of unmatched cells.
+    Precision is the share of the computed outline that matches some label map, recall the share of all drawn outlines
+    that is matched, and F their harmonic mean. Segments without any outline score 0, or 1 if no map has an outline
+    either. Images without label maps have NaN.
+    Source: boundary benchmark of BSDS (Martin et al. 2004). Here the matching has maximum size; there it has minimum
+    cost with a high cost for unmatched cells.
     """
     _pairs(segments, humans)
     outlines = boundaries(segments)
@@ -105,7 +105,7 @@ def boundary_f(
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:
-    """Outlines one cell wide: cells that differ from the cell right of, below, or right below them.
+    """Outlines one cell wide: the cells that differ from their right, lower or lower right neighbour.
 
     labels: integer [N, h, w]. Returns bool [N, h, w]. Source: seg2bmap of the BSDS benchmark.
     """
@@ -115,9 +115,9 @@ def boundaries(labels: np.ndarray) -> np.ndarray:
 
 
 def _by_tables(score: Callable[[np.ndarray], np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`score` of the contingency tables int64 [n, Ka, Kb] of a few images at a time."""
+    """Apply `score` to the contingency tables int64 [n, Ka, Kb] of a few images at a time."""
     if a.shape != b.shape or 0 in a.shape[1:]:
-        raise BuilderError(f"partitions have shapes {a.shape} and {b.shape}, expected equal ones [N, h, w]")
+        raise BuilderError(f"partitions have shapes {a.shape} and {b.shape}, expected equal shapes [N, h, w]")
     if not len(a):
         return np.empty(0)
     a, b = a.reshape(len(a), -1).astype(np.int64), b.reshape(len(b), -1).astype(np.int64)
@@ -140,7 +140,7 @@ def _adjusted_rand(table: np.ndarray) -> np.ndarray:
     in_a = (table.sum(axis=2, dtype=np.float64) ** 2).sum(axis=1)
     in_b = (table.sum(axis=1, dtype=np.float64) ** 2).sum(axis=1)
     cells = table.sum(axis=(1, 2), dtype=np.float64)
-    # Pairs of cells, in order: together in both, in a, in b, and all.
+    # Numbers of ordered pairs of cells: in one region of both partitions, of a, of b, and all pairs.
     both, pairs_a, pairs_b, pairs = together - cells, in_a - cells, in_b - cells, cells**2 - cells
     by_chance = pairs_a * pairs_b / np.maximum(pairs, 1)
     largest = (pairs_a + pairs_b) / 2
@@ -149,7 +149,7 @@ def _adjusted_rand(table: np.ndarray) -> np.ndarray:
 
 
 def _variation_of_information(table: np.ndarray) -> np.ndarray:
-    """−Σ p(a,b) [log p(a|b) + log p(b|a)]: exactly 0 for equal partitions, never below."""
+    """−Σ p(a,b) [log p(a|b) + log p(b|a)], written so that it is never negative and exactly 0 for equal partitions."""
     counts = np.maximum(table, 1)
     in_a, in_b = table.sum(axis=2, keepdims=True), table.sum(axis=1, keepdims=True)
     nats = np.log(np.maximum(in_a, 1) / counts) + np.log(np.maximum(in_b, 1) / counts)
@@ -164,7 +164,7 @@ def _covering(table: np.ndarray) -> np.ndarray:
 
 
 def _object_iou(table: np.ndarray) -> np.ndarray:
-    """table [n, 1 or 2, K]: first the object, then the background, against a map's labels."""
+    """table [n, 1 or 2, K]: first row the object, second the background; columns are the labels of a map."""
     inside, area = table[:, 0].astype(np.float64), table.sum(axis=1).astype(np.float64)
     object_area = inside.sum(axis=1)
 
@@ -173,14 +173,14 @@ def _object_iou(table: np.ndarray) -> np.ndarray:
         return np.where(union > 0, inside / np.maximum(union, 1), 1.0)
 
     foreground = iou(inside[:, 1:].sum(axis=1)[:, None], area[:, 1:].sum(axis=1)[:, None])[:, 0]
-    # The best union takes all segments above some share inside (Dinkelbach): one of the prefixes in this order.
+    # The best union takes all segments whose share inside exceeds some value (Dinkelbach): a prefix in this order.
     order = np.argsort(-inside / np.maximum(area, 1), axis=1, kind="stable")
     prefixes = (np.take_along_axis(values, order, axis=1).cumsum(axis=1) for values in (inside, area))
     return np.where(area[:, 0] > 0, foreground, iou(*prefixes).max(axis=1))
 
 
 def _boundary_scores(ours: np.ndarray, drawn: np.ndarray, tolerance: float) -> tuple[float, float]:
-    """Precision and recall of one outline [h, w] against those of M people [M, h, w]."""
+    """Precision and recall of one outline [h, w] against M drawn outlines [M, h, w]."""
     if not len(drawn):
         return np.nan, np.nan
     if not drawn.any():
@@ -199,7 +199,7 @@ def _boundary_scores(ours: np.ndarray, drawn: np.ndarray, tolerance: float) -> t
 def _neighbours(
     ours: np.ndarray, drawn: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every pair of outline cells at most `tolerance` apart: (person, our cell, their cell), cells row-major."""
+    """All pairs of outline cells at most `tolerance` apart: index of the map, our cell, drawn cell (row-major)."""
     reach, width = int(tolerance), ours.shape[1]
     padded = np.pad(drawn, ((0, 0), (reach, reach), (reach, reach)))
     y, x = np.nonzero(ours)
@@ -211,7 +211,7 @@ def _neighbours(
 
 
 def _pairs(segments: np.ndarray, humans: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(image of each map int64 [P], all maps [P, h, w]). Raises BuilderError if they do not fit."""
+    """The image index of each map, int64 [P], and all maps [P, h, w]. Raises BuilderError if shapes do not fit."""
     shapes = {maps.shape[1:] for maps in humans if len(maps)}
     if len(humans) != len(segments) or shapes - {segments.shape[1:]}:
         raise BuilderError(

@@ -1,10 +1,10 @@
-"""Average linkage where only some pairs may merge: neighbours on the grid, or tokens of one given region.
+"""Average linkage under constraints: neighbours on the grid merge first, and tokens of one given region before others.
 
-Pairs fall into phases, and a phase is done before the next begins: FREE pairs first, then pieces of one given region
-that do not touch (APART), last what was given as different regions (GIVEN). A height is the average distance plus
-PHASE · phase, so a stored tree tells its phases and cuts keep to them. Two clusters are in the earliest phase any
-pair of their tokens is in. Heights never fall: a merge that comes out below an earlier one of its cluster, which
-average linkage cannot do but this can, takes the earlier height.
+Each pair of tokens belongs to a phase, and all merges of a phase come before those of the next: FREE pairs first, then
+tokens of one given region that are not neighbours (APART), then tokens of different given regions (GIVEN). The phase of
+two clusters is the earliest phase of any pair of their tokens. The height of a merge is the average distance plus
+PHASE · phase, so that the phases can be read from a stored tree when it is cut. Heights never fall: unlike plain
+average linkage, this one can merge below an earlier merge of the same cluster, and then the earlier height is used.
 
     m tokens of one side (object or background) of an image
 """
@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 PHASE = 8.0
-"""Distance between phases; an average distance is at most 2 + spatial_weight · √2, which the recipe keeps below."""
+"""Offset between phases; the recipe limits spatial_weight so that average distances, ≤ 2 + spatial_weight · √2, fit."""
 FREE, APART, GIVEN = 0, 1, 2
 
 
@@ -23,7 +23,7 @@ FREE, APART, GIVEN = 0, 1, 2
 def pair_phases(tokens: np.ndarray, width: int, connected: bool, given: np.ndarray) -> np.ndarray:
     """Phase of each pair of tokens, uint8 [m, m].
 
-    tokens: rising positions in row-major order of a grid `width` wide. given: region of each position of the grid.
+    tokens: ascending row-major positions on a grid of `width` columns. given: region of each position of the grid.
     """
     m = tokens.size
     phases = np.empty((m, m), dtype=np.uint8)
@@ -41,10 +41,10 @@ def pair_phases(tokens: np.ndarray, width: int, connected: bool, given: np.ndarr
 
 @numba.njit(cache=True)
 def constrained_pairs(distance: np.ndarray, phases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge rows of `distance` (overwritten, as `phases`), always the nearest pair of the earliest phase.
+    """Merge clusters until one is left, always the nearest pair of the earliest phase; overwrites both arguments.
 
-    Returns the pairs of slots merged and their heights, in order: the merged cluster lives on in the second slot.
-    Equal distances: the first pair in token order wins.
+    Returns the merged pairs of slots and their heights in the order of merging; the second slot of a pair holds the
+    merged cluster. Of equally distant pairs the first in token order is merged.
     """
     m = distance.shape[0]
     pairs, heights = np.empty((m - 1, 2), dtype=np.int64), np.empty(m - 1)
@@ -83,11 +83,11 @@ def _find_nearest(
     nearest: np.ndarray,
     nearest_at: np.ndarray,
 ) -> None:
-    """Among the clusters after `i`: each pair is kept at the first of its two."""
+    """Find the nearest cluster after `i`, since each pair is recorded at the first of its two clusters."""
     nearest[i], nearest_at[i] = i, np.inf
     for j in range(i + 1, size.size):
         if size[j] > 0:
-            value = distance[i, j] + PHASE * phases[i, j]
+            value = _effective(distance, phases, i, j)
             if value < nearest_at[i]:
                 nearest[i], nearest_at[i] = j, value
 

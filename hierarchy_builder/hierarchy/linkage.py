@@ -1,8 +1,8 @@
-"""Average linkage of an image's tokens, the merge tree, and its cuts.
+"""Average linkage of the tokens of an image, and cuts of the resulting merge tree.
 
-The tree is stored (`merges`), so levels can be cut anew without the features; for that reason the cuts
-read the stored float32 heights also when a hierarchy is first built. Compiled with numba; threads may work on
-different images at once.
+The tree is stored as `merges`, so that levels can be cut again at other heights without the features. A first build
+also cuts by the stored float32 heights, so that both give the same regions. The code is compiled with numba, and
+threads may process different images at the same time.
 
     N images, T = H·W tokens, m object tokens of an image, K cuts
 """
@@ -15,9 +15,9 @@ import numpy as np
 from hierarchy_builder.hierarchy.constrained_linkage import FREE, GIVEN, PHASE, constrained_pairs, pair_phases
 
 HEIGHT_EPSILON = 1e-8
-"""Added to the range of heights before dividing by it, as the published recipe does."""
+"""Added to the range of heights before dividing by it, as in the published recipe."""
 MARGIN = 0.5
-"""Phases of heights are told apart this far below their start, out of the reach of rounding."""
+"""A phase of heights starts this far below PHASE · phase, so that rounding cannot move a height to another phase."""
 
 
 def average_linkage(
@@ -33,14 +33,13 @@ def average_linkage(
     """Merge the object tokens of each image, nearest clusters first, until one cluster is left.
 
     gram: float64 [N, T, T], symmetric, cosine similarities. object_mask: bool or uint8 [N, T].
-    penalty: float64 [T, T], added to the cosine distance 1 − gram (spatial term). divide_background: also
-    merge the other tokens, in rows after the object's. connected_width: width of the grid on which only
-    neighbours merge. given: int [N, T], regions whose tokens merge before any with others (see
-    `constrained_linkage` for the heights of both).
-    Returns float32 [N, T − 1, 3]: rows (left, right, height) in rising order of height. Ids are scipy's:
-    leaf i is the i-th token of its side in row-major order, row j of the side makes cluster m + j,
-    left < right; unused rows are −1. `out` may give the array to fill. Equal distances: the first cluster
-    in token order wins.
+    penalty: float64 [T, T], added to the cosine distance 1 − gram (spatial term). out: array to fill with the result.
+    divide_background: also merge the background tokens, in rows after those of the object. connected_width: columns
+    of the grid if only neighbours may merge. given: int [N, T], regions whose tokens merge with each other before they
+    merge with other tokens (`constrained_linkage` defines the heights in both cases).
+    Returns float32 [N, T − 1, 3], rows (left, right, height) by ascending height, with ids as in scipy: leaf i is the
+    i-th token of its side (object or background) in row-major order, row j of a side of m tokens forms cluster m + j,
+    and left < right. Unused rows are −1. Of equally distant clusters the first in token order is merged.
     Source: nearest-neighbour chain, Müllner (2011), arXiv 1109.2378, fig. 3, with the average update
     (Sokal and Michener 1958).
     """
@@ -49,12 +48,10 @@ def average_linkage(
         out = np.empty((num_images, num_tokens - 1, 3), dtype=np.float32)
     out[:] = -1
     mask = np.asarray(object_mask, dtype=np.uint8)
-    if connected_width is None and given is None:
-        _link_images(gram, mask, penalty, divide_background, out)
-    else:
-        regions = np.zeros(mask.shape, dtype=np.int32) if given is None else np.asarray(given, dtype=np.int32)
-        width, connected = connected_width or num_tokens, connected_width is not None
-        _link_constrained(gram, mask, penalty, divide_background, width, connected, regions, out)
+    constrained, connected = connected_width is not None or given is not None, connected_width is not None
+    regions = np.zeros(mask.shape, dtype=np.int32) if given is None else np.asarray(given, dtype=np.int32)
+    width = connected_width or num_tokens
+    _link_images(gram, mask, penalty, divide_background, constrained, width, connected, regions, out)
     return out
 
 
@@ -63,12 +60,12 @@ def cut_merges(
 ) -> np.ndarray:
     """Region ids of each image at each cut.
 
-    object_mask: bool or uint8 [N, T]. merges: float32 [N, T − 1, 3] of `average_linkage`. cuts: relative
-    heights; a merge is undone where (h − h_min) / (h_max − h_min + 1e-8) > cut, over the heights of both
-    sides where the background is divided. given_level: level (from 1), one or int [N], at which the given
-    regions appear as they are, finer cuts divide them and coarser ones join them; 0 where there are none.
-    Returns int32 [N, K, T]: background 0, object regions 1… in order of first token, then what else the
-    background is divided into.
+    object_mask: bool or uint8 [N, T]. merges: float32 [N, T − 1, 3] from `average_linkage`. cuts: relative heights; a
+    merge is undone if (h − h_min) / (h_max − h_min + 1e-8) > cut, where the range covers both sides if the background
+    is divided. given_level: level (from 1) at which the given regions appear unchanged, for all images or as int [N];
+    finer cuts divide them and coarser cuts join them; 0 for images without given regions.
+    Returns int32 [N, K, T]: background 0, object regions from 1 in the order of their first token, then the further
+    regions of a divided background.
     """
     num_images, num_tokens = object_mask.shape
     regions = np.zeros((num_images, len(cuts), num_tokens), dtype=np.int32)
@@ -84,24 +81,11 @@ def cut_merges(
 
 @numba.njit(cache=True, nogil=True)
 def _link_images(
-    gram: np.ndarray, object_mask: np.ndarray, penalty: np.ndarray, both: bool, merges: np.ndarray
-) -> None:
-    for n in range(object_mask.shape[0]):
-        row = 0
-        for side in range(1, -1 if both else 0, -1):
-            tokens = np.flatnonzero(object_mask[n] == side)
-            if tokens.size > 1:
-                pairs, heights = _chain(_distances(gram[n], penalty, tokens))
-                _label(pairs, heights, merges[n, row : row + heights.size])
-                row += heights.size
-
-
-@numba.njit(cache=True, nogil=True)
-def _link_constrained(
     gram: np.ndarray,
     object_mask: np.ndarray,
     penalty: np.ndarray,
     both: bool,
+    constrained: bool,
     width: int,
     connected: bool,
     given: np.ndarray,
@@ -112,8 +96,12 @@ def _link_constrained(
         for side in range(1, -1 if both else 0, -1):
             tokens = np.flatnonzero(object_mask[n] == side)
             if tokens.size > 1:
-                phases = pair_phases(tokens, width, connected, given[n])
-                pairs, heights = constrained_pairs(_distances(gram[n], penalty, tokens), phases)
+                distances = _distances(gram[n], penalty, tokens)
+                if constrained:
+                    phases = pair_phases(tokens, width, connected, given[n])
+                    pairs, heights = constrained_pairs(distances, phases)
+                else:
+                    pairs, heights = _chain(distances)
                 _label(pairs, heights, merges[n, row : row + heights.size])
                 row += heights.size
 
@@ -130,7 +118,7 @@ def _distances(gram: np.ndarray, penalty: np.ndarray, tokens: np.ndarray) -> np.
     return distance
 
 
-# Without NaN, a minimum is the same in any order: the flags let LLVM use vector instructions (3× here).
+# Without NaN a minimum does not depend on the order, so the flags allow LLVM to vectorise it (3 times as fast).
 @numba.njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
 def _smallest(row: np.ndarray) -> float:
     smallest = np.inf
@@ -141,7 +129,7 @@ def _smallest(row: np.ndarray) -> float:
 
 @numba.njit(cache=True)
 def _nearest(row: np.ndarray, previous: int) -> int:
-    """First index of the smallest value; `previous` where it is no farther (so that chains end)."""
+    """First index of the smallest value; `previous` if its value is as small, so that chains end."""
     smallest = _smallest(row)
     if previous >= 0 and row[previous] <= smallest:
         return previous
@@ -153,10 +141,10 @@ def _nearest(row: np.ndarray, previous: int) -> int:
 
 @numba.njit(cache=True)
 def _chain(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge rows of `distance` (overwritten; inf on the diagonal and for dead clusters).
+    """Merge clusters until one is left; overwrites `distance`, inf on the diagonal and for merged slots.
 
-    Returns the pairs of slots merged and their heights, in the order the chain finds them: the merged
-    cluster lives on in the second slot.
+    Returns the merged pairs of slots and their heights in the order in which the chain finds them; the second slot of
+    a pair holds the merged cluster.
     """
     m = distance.shape[0]
     pairs = np.empty((m - 1, 2), dtype=np.int64)
@@ -203,11 +191,11 @@ def _merge_rows(distance: np.ndarray, size: np.ndarray, gone: int, kept: int) ->
 
 @numba.njit(cache=True)
 def _label(pairs: np.ndarray, heights: np.ndarray, merges: np.ndarray) -> None:
-    """Sort merges by height and name clusters as scipy does."""
+    """Sort merges by height and number clusters as scipy does."""
     m = heights.size + 1
     order = np.argsort(heights, kind="mergesort")
-    parent = np.arange(m)  # slots, joined as merges are replayed
-    name = np.arange(m)  # cluster id a root slot stands for
+    parent = np.arange(m)  # union-find over slots, updated merge by merge
+    name = np.arange(m)  # cluster id of each root slot
     for row in range(m - 1):
         a, b = _root(parent, pairs[order[row], 0]), _root(parent, pairs[order[row], 1])
         merges[row, 0] = min(name[a], name[b])
@@ -238,9 +226,7 @@ def _cut_images(
         rows = 0
         while rows < merges.shape[1] and merges[n, rows, 0] >= 0:
             rows += 1
-        split = min(
-            rows, max(objects.size - 1, 0)
-        )  # rows of the object's tree; none where nothing is divided
+        split = min(rows, max(objects.size - 1, 0))  # number of rows in the tree of the object
         heights = merges[n, :rows, 2]
         for k in range(cuts.size):
             limit = _limit(heights, k + 1, cuts[k], given_level[n])
@@ -251,15 +237,15 @@ def _cut_images(
 
 @numba.njit(cache=True)
 def _limit(heights: np.ndarray, level: int, cut: float, given_level: int) -> tuple[float, float, float]:
-    """(start, scale, cut): merges of a height h are kept where (h − start) / scale ≤ cut."""
+    """(start, scale, cut) such that merges of height h are kept if (h − start) / scale ≤ cut."""
     if given_level == 0 or level > given_level:
         lowest, span = _range(heights, FREE)
-        if span < 0:  # no such merges: keep none of the others
+        if span < 0:  # the tree has no FREE merges: undo all others
             return -np.inf, 1.0, cut
         return lowest, span + HEIGHT_EPSILON, cut
     if level < given_level:
         lowest, span = _range(heights, GIVEN)
-        if span < 0:  # no such merges: keep all of the others
+        if span < 0:  # the tree has no GIVEN merges: keep all others
             return np.inf, 1.0, cut
         return lowest, span + HEIGHT_EPSILON, cut
     return PHASE * GIVEN - MARGIN, 1.0, 0.0
@@ -267,7 +253,7 @@ def _limit(heights: np.ndarray, level: int, cut: float, given_level: int) -> tup
 
 @numba.njit(cache=True)
 def _range(heights: np.ndarray, phase: int) -> tuple[float, float]:
-    """Lowest height of a phase and how far the highest is above it; negative where the phase has none."""
+    """Lowest height of a phase and the difference to its highest, which is negative if the phase has no merges."""
     lowest, highest = np.inf, -np.inf
     for height in heights:
         if PHASE * phase - MARGIN <= height < PHASE * (phase + 1) - MARGIN:
@@ -284,9 +270,10 @@ def _number(
     second: int,
     regions: np.ndarray,
 ) -> int:
-    """Number the clusters that the merges within `limit` leave, by first token: `first`, then on from `second`.
+    """Write the region ids of the clusters that remain after the merges within `limit`, in order of first token.
 
-    Where first is second, on from there. Returns the number after the last. A tree without merges is one cluster.
+    The first cluster gets the id `first`, the next ones `second`, `second` + 1 and so on; if both are equal, ids count
+    up from there. Returns the next unused id. A tree without merges is one cluster.
     """
     m = tokens.size
     start, scale, cut = limit
@@ -294,7 +281,9 @@ def _number(
     while kept < len(merges) and (merges[kept, 2] - start) / scale <= cut:
         kept += 1
     root = np.arange(m + kept)
-    for row in range(kept - 1, -1, -1):  # from the top down: a child's root is its parent's
+    for row in range(
+        kept - 1, -1, -1
+    ):  # from the top down, so that children inherit the root of their parent
         root[np.int64(merges[row, 0])] = root[m + row]
         root[np.int64(merges[row, 1])] = root[m + row]
     if len(merges) == 0:

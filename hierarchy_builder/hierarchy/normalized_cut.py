@@ -1,12 +1,11 @@
-"""The normalised cut of an image's tokens in two: no start to draw, so nothing about it is chance.
+"""Splits the tokens of an image in two by a normalised cut, which needs no random start.
 
     N images, T tokens of an image
 
-Tokens are nodes of a graph whose edges weigh exp(SHARPNESS · (cosine − 1)). The cut that is cheap against what each
-side holds together is relaxed to the second eigenvector of D^-½ A D^-½, a score of each token, and tokens are divided
-where the scores are, by weighted least squares. (The threshold of the cheapest cut, which the source takes, jumps
-between distant places when features are rounded to bfloat16, for one photo in a hundred.) Unlike 2-means it does not
-prefer halves of equal size.
+Tokens are nodes of a graph with edge weights exp(SHARPNESS · (cosine − 1)). The second eigenvector of D^-½ A D^-½
+is the relaxed cut. It gives each token a score, and weighted least squares find the threshold on the scores. (The source
+takes the threshold of minimum cut cost, but for one photo in a hundred that threshold jumps to a distant value when
+features are rounded to bfloat16.) Unlike 2-means, the cut does not prefer halves of equal size.
 
 Source: Shi and Malik (2000), Normalized Cuts and Image Segmentation, eq. 2 (cost) and §3 (relaxation).
 """
@@ -19,18 +18,18 @@ import numpy as np
 from hierarchy_builder.hierarchy.similarity import NO_SPREAD, spread
 
 SHARPNESS = 15.0
-"""How fast edges fade with cosine distance; from 5 to 20 the agreement with human segments hardly changed."""
+"""Decay of edge weights with cosine distance; from 5 to 20 the agreement with human segments hardly changed."""
 CHECKED_STEPS = 16
-"""Lanczos steps between looks at how far the eigenvector is from being one."""
+"""Number of Lanczos steps between two checks of convergence."""
 RESIDUAL = 1e-7
-"""‖M v − λ v‖ up to which it is taken for one; M has norm 1. Photos take 32 to 64 steps."""
+"""‖M v − λ v‖ at which the eigenvector counts as converged; M has norm 1. Photos take 32 to 64 steps."""
 
 
 def normalized_cut(gram: np.ndarray) -> np.ndarray:
-    """Cut each image's tokens in two, uint8 [N, T] of 0 and 1; which half is 1 has no meaning.
+    """Split the tokens of each image in two: uint8 [N, T] of 0 and 1, where it has no meaning which half is 1.
 
-    gram: float64 [N, T, T], symmetric, finite, cosine similarities. Neither the order of the tokens nor the other
-    images matter. A single token, or tokens that are all alike, stay whole: all 0.
+    gram: float64 [N, T, T], symmetric, finite, cosine similarities. The result depends neither on the order of the
+    tokens nor on the other images. A single token, or tokens that are all equal, are not split and all get 0.
     """
     labels = np.zeros(gram.shape[:2], dtype=np.uint8)
     if gram.shape[1] > 1:
@@ -50,17 +49,19 @@ def _cut_images(gram: np.ndarray, labels: np.ndarray) -> None:
 
 @numba.njit(cache=True)
 def _second_eigenvector(weights: np.ndarray, degrees: np.ndarray) -> np.ndarray:
-    """Of M = D^-½ A D^-½, whose first is √d; by Lanczos with full reorthogonalisation."""
+    """Second eigenvector of M = D^-½ A D^-½ (the first is √d) by Lanczos with full reorthogonalisation."""
     num_tokens = degrees.size
     root = np.sqrt(degrees)
     matrix = weights / root.reshape(-1, 1) / root.reshape(1, -1)
     basis = np.zeros((num_tokens, num_tokens))
     basis[0] = root / np.sqrt(degrees.sum())
     projected = np.zeros((num_tokens, num_tokens))
-    direction = np.cos(np.arange(num_tokens) + 1.0)  # any will do that is orthogonal to no eigenvector
+    direction = np.cos(
+        np.arange(num_tokens) + 1.0
+    )  # any start vector works that is not orthogonal to the eigenvector
     vector = direction
     for step in range(1, num_tokens):
-        for _ in range(2):  # once leaves rounding of the size of what was removed
+        for _ in range(2):  # a single pass leaves rounding errors as large as the removed part
             direction -= (basis[:step] @ direction) @ basis[:step]
         length = np.sqrt(direction @ direction)
         if step > 1:
@@ -79,7 +80,7 @@ def _second_eigenvector(weights: np.ndarray, degrees: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True)
 def _divide(score: np.ndarray, weight: np.ndarray, labels: np.ndarray) -> None:
-    """Label 1 above the threshold whose two halves have the least weighted squares around their means."""
+    """Label tokens 1 above the threshold that minimises weighted squared deviations from the means of both halves."""
     order = np.argsort(score, kind="mergesort")
     total_weight, total = weight.sum(), (weight * score).sum()
     below_weight, below = 0.0, 0.0

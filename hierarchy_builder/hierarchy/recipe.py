@@ -1,7 +1,6 @@
-"""Recipe → nested region ids of every image, the merge tree behind them, and the nesting check.
+"""Builds nested regions and their merge trees from features as a recipe describes, and checks the nesting.
 
-One Gram matrix per image serves both the split into object and background and the linkage of the
-tokens of each side.
+One Gram matrix per image serves both the split into object and background and the linkage of the tokens of each side.
 
     N images, L levels (coarse → fine), H×W grid, T = H·W tokens, C channels
 """
@@ -27,39 +26,37 @@ from hierarchy_builder.hierarchy.two_means import inertia, two_means
 from hierarchy_builder.records import MAX_REGIONS, REGION_DTYPE
 
 GRAM_BYTES = 4 * 2**20
-"""Memory of the Gram matrices a thread works on at once: 8 images of a 16×16 grid."""
+"""Memory for the Gram matrices that a thread processes at once, enough for 8 images of a 16×16 grid."""
 NUM_STARTS = 8
-"""Draws of `start: several`; 40 found a lower inertia for one image in ten, by 0.01 % on average."""
+"""Number of starts with `start: several`; 40 starts lower the inertia of one image in ten, by 0.01 % on average."""
 TIE = 1e-12
 NO_MASK_LABEL = -1
-"""In label maps: this image has none."""
+"""Label of all tokens of an image without a label map."""
 
 
 class Flag(IntFlag):
-    """What is unusual about an image's hierarchy: bits of `Hierarchy.flags`."""
+    """Bits of `Hierarchy.flags`, which mark images with an unusual hierarchy."""
 
     DEGENERATE = 1
-    """Tokens hardly differ: the whole image is the object, and one region on every level where the recipe has a
-    min_spread; without, its parts follow from positions alone."""
+    """Tokens hardly differ, so the whole image is the object. With a min_spread in the recipe it is one region on every
+    level; without, its parts follow from token positions alone."""
     NONFINITE = 2
-    """Features hold NaN or infinity: one region on every level."""
+    """Features contain NaN or infinity, so the image is one region on every level."""
     NO_MASK = 4
-    """The recipe asks for label maps, and this image has none that can be used: its `start` decided."""
+    """The recipe uses label maps, but this image has no usable one, so that `start` of the recipe decided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Hierarchy:
-    """Nested regions of N images and the trees they were cut from.
+    """Nested regions of N images and the trees from which they were cut.
 
-    regions: uint8 [N, L−1, H, W], coarse → fine; level 0 is object (1) and background (0); ids are dense,
-    background 0, object regions from 1 in order of first token (row-major), then, where the background is
-    divided, its regions after the first.
-    merges: float32 [N, H·W−1, 3], rows (left, right, height) over the object tokens in rising order of
-    height, not normalised, then over the background tokens where it is divided; ids as in scipy's linkage
-    (leaf i is the i-th token of its side); unused rows −1.
+    regions: uint8 [N, L−1, H, W], coarse → fine. Level 0 is object (1) and background (0). Ids are dense: background
+    0, object regions from 1 in the order of their first token (row-major), then other regions of a divided background.
+    merges: float32 [N, H·W−1, 3], rows (left, right, height) by ascending height (not normalised) for the object, then
+    for a divided background; ids as in scipy's linkage (leaf i is the i-th token of its side); unused rows are −1.
     flags: uint8 [N], bits of `Flag`.
-    scores: float32 [N, 2], mean squared distance of the L2-normalised tokens to their mean, and the share of
-    it that level 0 explains (both 0 where features are not finite).
+    scores: float32 [N, 2], the mean squared distance of the L2-normalised tokens to their mean, and the share of it
+    that level 0 explains (both 0 if features are not finite).
     """
 
     regions: np.ndarray
@@ -75,17 +72,16 @@ def build_hierarchy(
     *,
     threads: int | None = None,
 ) -> Hierarchy:
-    """Divide every image into object and background, and these into ever finer regions.
+    """Divide each image into object and background, and these into finer regions.
 
-    features: float16 or float32 [N, H, W, C], encoder tokens as stored (any grid; a tensor may be on a GPU).
-    masks: integer [N, H, W] for recipes with masks: labels of tokens, 0 background, −1 throughout where an
-    image has none. threads: images worked on at once, all CPUs if None; results do not depend on it.
-    Returns regions [N, L−1, H, W] with L − 1 = 1 + number of cuts, merges, flags and scores, as numpy arrays.
-    Raises BuilderError for another shape, and where a cut leaves more than 255 regions. Images whose features
-    are not finite are flagged.
-    Source: Trajectory Forcing (arXiv 2606.22527) as released: 2-means on L2-normalised tokens, the cluster
-    nearer to the image centre is the object; average linkage on cosine distance + spatial_weight ·
-    distance on the unit square; cuts at relative heights. `HierarchyRecipe` says where it may differ.
+    features: float16 or float32 [N, H, W, C], encoder tokens as stored, of any grid; a tensor may be on a GPU.
+    masks: integer [N, H, W] for recipes with masks, the label of each token: 0 is background, and all labels of an
+    image without a map are −1. threads: number of threads, by default one per CPU; results do not depend on it.
+    Returns numpy arrays, with L − 1 = 1 + number of cuts. Images whose features are not finite are flagged.
+    Raises BuilderError for another shape, or if a cut leaves more than 255 regions.
+    Source: Trajectory Forcing (arXiv 2606.22527) as released: 2-means on L2-normalised tokens, where the cluster nearer
+    to the image centre is the object; average linkage on cosine distance + spatial_weight · distance on the unit
+    square; cuts at relative heights. `HierarchyRecipe` lists the alternatives.
     """
     if features.ndim != 4 or 0 in features.shape[1:]:
         raise BuilderError(f"features have shape {tuple(features.shape)}, expected [N, H, W, C]")
@@ -119,7 +115,7 @@ def build_hierarchy(
 
 
 def num_cpus() -> int:
-    """CPUs this process may use."""
+    """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -133,7 +129,7 @@ def _divide(
     flags: np.ndarray,
     scores: np.ndarray,
 ) -> None:
-    """Fill in objects, trees, flags and scores of a few images, one after another on one thread."""
+    """Fill in objects, trees, flags and scores of a few images on one thread."""
     _, height, width, num_channels = features.shape
     gram = similarities(features)
     contrast = spread(gram)
@@ -165,7 +161,7 @@ def _divide(
 
 
 def given_levels(flags: np.ndarray, recipe: HierarchyRecipe) -> np.ndarray:
-    """Level (from 1) each image has from a label map, int64 [N]; 0 where the tree decides about all of them."""
+    """The level (from 1) that each image takes from its label map, int64 [N]; 0 if all levels come from the tree."""
     own = (flags & (Flag.NO_MASK | Flag.NONFINITE)) == 0
     return np.where(own, recipe.masks_level if recipe.masks is not None else 0, 0).astype(np.int64)
 
@@ -176,13 +172,12 @@ def cut_levels(
     cuts: Sequence[float],
     given_level: int | np.ndarray = 0,
 ) -> np.ndarray:
-    """Levels of stored trees at other cuts, without the features.
+    """Cut stored trees at other heights, without the features.
 
     object_mask: [N, H, W], nonzero on the object (`regions[:, 0]`). merges: float32 [N, H·W−1, 3].
-    cuts: relative heights, falling (coarse → fine). given_level: of `given_levels`, one for all images or one
-    of each.
-    Returns uint8 [N, 1 + len(cuts), H, W], what `build_hierarchy` gives with these cuts.
-    Raises BuilderError if the trees are not of these objects, or a cut leaves more than 255 regions.
+    cuts: relative heights, descending (coarse → fine). given_level: as from `given_levels`, or one for all images.
+    Returns uint8 [N, 1 + len(cuts), H, W], the regions that `build_hierarchy` returns with these cuts.
+    Raises BuilderError if the trees do not belong to these objects, or if a cut leaves more than 255 regions.
     """
     num_images, height, width = object_mask.shape
     mask = (object_mask != 0).reshape(num_images, height * width)
@@ -195,11 +190,11 @@ def cut_levels(
 
 
 def check_nesting(regions: np.ndarray) -> np.ndarray:
-    """Count what breaks the rules of region ids, per image; 0 everywhere for a sound hierarchy.
+    """Count violations of the rules of region ids per image; a valid hierarchy has none.
 
-    regions: uint8 [N, L−1, H, W]. Returns int64 [N]: ids missing from 0 or 1 up to the largest of their
-    level, plus tokens of id 0 that are object on level 0, plus tokens whose region has another parent than
-    the region's last token.
+    regions: uint8 [N, L−1, H, W]. Returns int64 [N], the sum of: ids missing between 1 and the largest id of a level;
+    tokens with id 0 that belong to the object on level 0; and tokens whose parent region differs from that of the last
+    token of their region.
     """
     num_images, num_levels, height, width = regions.shape
     ids = regions.reshape(num_images, num_levels, height * width).astype(np.int64)
@@ -219,7 +214,7 @@ def check_nesting(regions: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _token_distances(height: int, width: int) -> np.ndarray:
-    """Distances of all pairs of tokens on the unit square, float64 [T, T]."""
+    """Distances between all pairs of tokens on the unit square, float64 [T, T]."""
     where = _coordinates(height, width)
     return np.linalg.norm(where[:, None] - where[None], axis=-1)
 
@@ -231,7 +226,7 @@ def _coordinates(height: int, width: int) -> np.ndarray:
 
 
 def _halves(gram: np.ndarray, recipe: HierarchyRecipe, num_channels: int) -> np.ndarray:
-    """Labels 0 and 1 of each image's tokens, uint8 [n, T]; all 0 where they are all alike."""
+    """Split the tokens of each image in two: labels 0 and 1, uint8 [n, T], all 0 if the tokens are all equal."""
     if recipe.start == "cut":
         return normalized_cut(gram)
     return two_means(gram, recipe.seed, num_channels, NUM_STARTS if recipe.start == "several" else 1)
@@ -240,7 +235,7 @@ def _halves(gram: np.ndarray, recipe: HierarchyRecipe, num_channels: int) -> np.
 def _given_labels(
     masks: np.ndarray | None, shape: tuple[int, int, int], recipe: HierarchyRecipe
 ) -> np.ndarray | None:
-    """Label maps as int [N, T], or None where the recipe knows of none."""
+    """Label maps as int [N, T], or None if the recipe uses none."""
     if masks is None and recipe.masks is None:
         return None
     if masks is None or recipe.masks is None:
@@ -249,18 +244,18 @@ def _given_labels(
             "pass both or neither"
         )
     if masks.shape != shape:
-        raise BuilderError(f"masks have shape {masks.shape}, expected [N, H, W] = {shape} of the features")
+        raise BuilderError(f"masks have shape {masks.shape}, expected [N, H, W] = {shape} as the features")
     return masks.reshape(shape[0], -1)
 
 
 def _explained(gram: np.ndarray, mask: np.ndarray, contrast: np.ndarray) -> np.ndarray:
-    """Share of the spread that object and background explain, [n]; 0 where there is none."""
+    """Share of the spread that the split into object and background explains, [n]; 0 if there is no spread."""
     total = contrast * mask.shape[1]
     return np.clip(np.where(total > 0, 1 - inertia(gram, mask) / np.where(total > 0, total, 1), 0), 0, 1)
 
 
 def _object_mask(labels: np.ndarray, height: int, width: int, recipe: HierarchyRecipe) -> np.ndarray:
-    """The cluster the recipe takes for the object; cluster 1 on a tie, and never an empty one."""
+    """The cluster that the recipe chooses as the object: cluster 1 on a tie, and never an empty one."""
     if recipe.object_choice == "border":
         inner = np.zeros((height, width))
         inner[1:-1, 1:-1] = 1
@@ -298,7 +293,7 @@ def _require_few_regions(level: np.ndarray, cut: float) -> None:
     if wrong.size:
         raise BuilderError(
             f"cut {cut} leaves {most[wrong[0]]} object regions in image row {wrong[0]} ({wrong.size} such "
-            f"images), uint8 ids hold {MAX_REGIONS - 1}: raise this cut, or use a smaller grid"
+            f"images), at most {MAX_REGIONS - 1} fit uint8: raise this cut, or use a smaller grid"
         )
 
 

@@ -1,7 +1,7 @@
-"""Cosine similarities of each image's tokens: the only thing a hierarchy computes from the channels.
+"""Cosine similarities between the tokens of each image, the only quantity that a hierarchy computes from channels.
 
-On a CPU products are summed in float32, which is half the time of the whole; images with hardly any contrast
-are done again in float64.
+On a CPU the products are computed in float32, and again in float64 for images with hardly any contrast. Even so they
+take half of the time of a hierarchy.
 
     N images, H×W grid, T = H·W tokens, C channels
 """
@@ -17,16 +17,16 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 SINGLE_PRECISION_SPREAD = 1e-2
-"""Spread above which float32 products, exact to 1e-7, do."""
+"""Spread above which float32 products, with errors of 1e-7, are accurate enough."""
 NO_SPREAD = 1e-12
-"""Spread up to which all tokens of an image count as alike."""
+"""Spread up to which all tokens of an image count as equal."""
 NORM_EPSILON = 1e-8
 
 
 def similarities(features: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Cosine similarities of all pairs of tokens, float64 [N, T, T], each matrix exactly symmetric.
+    """Cosine similarities of all pairs of tokens, float64 [N, T, T]; each matrix is exactly symmetric.
 
-    features: float16 or float32 [N, H, W, C], numpy or torch. Images with NaN or infinity have NaN in theirs.
+    features: float16 or float32 [N, H, W, C], numpy or torch. NaN or infinity in an image gives NaN similarities.
     """
     tokens = _as_tensor(features).flatten(1, 2)
     if tokens.device.type != "cpu":
@@ -39,13 +39,15 @@ def similarities(features: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def spread(gram: np.ndarray) -> np.ndarray:
-    """Mean squared distance of the tokens to their mean, [N]; gram: [N, T, T]."""
+    """Mean squared distance of the tokens of each image to their mean, [N]; gram: [N, T, T]."""
     return np.trace(gram, axis1=1, axis2=2) / gram.shape[1] - gram.mean(axis=(1, 2))
 
 
 def single_threaded_blas() -> contextlib.AbstractContextManager[object]:
-    """A product divided among BLAS threads differs in its last bits with their number; and they would only get in
-    the way of threads that each work on images of their own."""
+    """Context with one BLAS thread, since the last bits of a product depend on the number of threads.
+
+    BLAS threads would also compete with the threads that process different images.
+    """
     return _blas().limit(limits=1, user_api="blas")
 
 
@@ -57,7 +59,9 @@ def _blas() -> ThreadpoolController:
 def _as_tensor(features: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(features, torch.Tensor):
         return features.detach()
-    return torch.from_numpy(np.require(features, requirements=["C", "W"]))  # torch warns of read-only memory
+    return torch.from_numpy(
+        np.require(features, requirements=["C", "W"])
+    )  # torch warns about read-only memory
 
 
 def _cosines(tokens_NTC: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
@@ -65,8 +69,8 @@ def _cosines(tokens_NTC: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
     wide = tokens_NTC.to(dtype)
     if wide.device.type == "cpu":
         rows = wide.numpy()
-        with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are found by their spread
-            products = np.matmul(rows, rows.swapaxes(1, 2))  # syrk: half the work, and symmetric
+        with np.errstate(over="ignore", invalid="ignore"):  # callers detect NaN and infinity by their spread
+            products = np.matmul(rows, rows.swapaxes(1, 2))  # BLAS uses syrk: half the work, symmetric result
     else:
         products = torch.bmm(wide, wide.mT)
         products = ((products + products.mT) / 2).cpu().numpy()

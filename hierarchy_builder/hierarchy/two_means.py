@@ -1,8 +1,8 @@
-"""2-means of every image's tokens: object or background.
+"""2-means clustering of the tokens of each image, to separate object and background.
 
-Replays scikit-learn's KMeans(n_clusters=2, n_init=1) on Gram matrices: distances to a mean of tokens are sums
-of inner products, so one matrix product per image replaces all passes over C channels (and the same matrix
-serves the linkage).
+It reproduces scikit-learn's KMeans(n_clusters=2, n_init=1) on Gram matrices. Distances to a mean of tokens are sums of
+inner products, so one matrix product per image replaces all passes over C channels, and the linkage uses the same
+matrix.
 
     N images, T tokens of an image, C channels
 """
@@ -17,18 +17,17 @@ from hierarchy_builder.hierarchy.similarity import NO_SPREAD
 MAX_ITERATIONS = 300
 RELATIVE_TOLERANCE = 1e-4
 NUM_CANDIDATES = 2
-"""Defaults of scikit-learn's KMeans; 2 + int(log 2) candidates for the second start."""
+"""Defaults of scikit-learn's KMeans, with 2 + int(log 2) candidates for the second initial centre."""
 
 
 def two_means(gram: np.ndarray, seed: int, num_channels: int, num_starts: int = 1) -> np.ndarray:
-    """Split each image's tokens in two clusters, as scikit-learn's KMeans(2, n_init=1, random_state=seed).
+    """Split the tokens of each image in two clusters, as scikit-learn's KMeans(2, n_init=1, random_state=seed).
 
-    gram: float64 [N, T, T], symmetric, inner products of L2-normalised tokens. num_channels: C, which
-    scales scikit-learn's tolerance (mean variance per column; the recipe appends two columns of zeros).
-    num_starts: draws of two first centres; of several the one that ends with the least inertia is kept (the
-    first on a tie), and the first of them is the only one of `num_starts=1`.
-    Returns uint8 [N, T] of 0 and 1. An image whose tokens are all alike has one cluster, all 0, which is
-    what scikit-learn returns for it.
+    gram: float64 [N, T, T], symmetric, inner products of L2-normalised tokens. num_channels: C, which scales the
+    tolerance of scikit-learn (mean variance per column; the published recipe appends two columns of zeros).
+    num_starts: number of random starts; the result of least inertia is kept, the first one on a tie. The first start
+    does not depend on this number.
+    Returns uint8 [N, T] of 0 and 1. As in scikit-learn, an image whose tokens are all equal has one cluster, all 0.
     """
     num_images, num_tokens, _ = gram.shape
     labels = np.zeros((num_images, num_tokens), dtype=np.uint8)
@@ -42,7 +41,7 @@ def two_means(gram: np.ndarray, seed: int, num_channels: int, num_starts: int = 
 
 
 def inertia(gram: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Sum of squared distances of each image's tokens to the mean of their cluster, [N].
+    """Sum of squared distances of the tokens of each image to the mean of their cluster, [N].
 
     gram: float64 [N, T, T]. labels: uint8 [N, T] of 0 and 1.
     """
@@ -95,7 +94,7 @@ def _squared_distances(gram: np.ndarray, token: int) -> np.ndarray:
 
 @numba.njit(cache=True)
 def _second_start(gram: np.ndarray, first: int, draws: np.ndarray) -> int:
-    """k-means++: of a few tokens drawn by squared distance, the one that leaves the least inertia."""
+    """k-means++: draw a few tokens in proportion to squared distance and take the one of least remaining inertia."""
     closest = _squared_distances(gram, first)
     cumulative = np.cumsum(closest)
     best, best_inertia = first, np.inf
@@ -110,7 +109,7 @@ def _second_start(gram: np.ndarray, first: int, draws: np.ndarray) -> int:
 
 @numba.njit(cache=True)
 def _assign(dots: np.ndarray, squares: np.ndarray, labels: np.ndarray) -> bool:
-    """Nearest centre of each token, the first on a tie. dots [2, T]: token · centre. squares: ‖centre‖²."""
+    """Assign each token to its nearest centre, the first on a tie. dots [2, T]: token · centre. squares: ‖centre‖²."""
     changed = False
     for i in range(labels.size):
         label = np.uint8(squares[1] - 2.0 * dots[1, i] < squares[0] - 2.0 * dots[0, i])
@@ -128,7 +127,7 @@ def _lloyd(gram: np.ndarray, first: int, draws: np.ndarray, num_columns: int, la
     squares = np.array([gram[first, first], gram[second, second]])
     sums = np.zeros((2, num_tokens))  # token · (sum of a cluster's tokens)
     counts = np.zeros(2)
-    summed = np.full(num_tokens, 2, dtype=np.uint8)  # cluster each token is counted in; 2: none yet
+    summed = np.full(num_tokens, 2, dtype=np.uint8)  # cluster whose sums include each token; 2 if none does
     for iteration in range(MAX_ITERATIONS):
         if not _assign(dots, squares, labels) and iteration > 0:
             return
@@ -146,7 +145,7 @@ def _lloyd(gram: np.ndarray, first: int, draws: np.ndarray, num_columns: int, la
 def _update_sums(
     gram: np.ndarray, labels: np.ndarray, summed: np.ndarray, sums: np.ndarray, counts: np.ndarray
 ) -> None:
-    """Move only the tokens that changed cluster: after the first iterations they are few."""
+    """Update sums and counts for the tokens that changed cluster, which are few after the first iterations."""
     for i in range(labels.size):
         old, new = summed[i], labels[i]
         if old != new:
@@ -160,7 +159,7 @@ def _update_sums(
 
 @numba.njit(cache=True)
 def _add_row(total: np.ndarray, row: np.ndarray, sign: float) -> None:
-    for i in range(row.size):  # a loop: the array expression would allocate
+    for i in range(row.size):  # a loop, since an array expression would allocate memory
         total[i] += sign * row[i]
 
 
@@ -168,12 +167,12 @@ def _add_row(total: np.ndarray, row: np.ndarray, sign: float) -> None:
 def _move_centres(
     labels: np.ndarray, sums: np.ndarray, counts: np.ndarray, dots: np.ndarray, squares: np.ndarray
 ) -> float:
-    """Put both centres at their cluster's mean; returns the sum of their squared shifts."""
+    """Move both centres to the means of their clusters and return the sum of their squared shifts."""
     new_squares, crossed = np.zeros(2), np.zeros(2)
     for i in range(labels.size):
         k = labels[i]
         new_squares[k] += sums[k, i]
-        crossed[k] += dots[k, i]  # old centre · tokens of the new cluster
+        crossed[k] += dots[k, i]  # old centre · sum of the tokens of the new cluster
     shift = 0.0
     for k in range(2):
         new_squares[k] /= counts[k] ** 2

@@ -1,1 +1,1 @@
-"""Prototypes of a whole data set."""
+"""Prototypes of the parts of all images of a data set."""

@@ -1,9 +1,9 @@
-"""k-means of a data set's tokens: Lloyd's iterations as sums that can be formed anywhere, and library engines.
+"""k-means clustering of the tokens of a data set: distributed Lloyd iterations, and library engines.
 
-One iteration assigns tokens to their nearest centroid and sums each cluster. `sum_clusters` does this for some of the
-tokens, `lloyd` adds such sums in a fixed order and moves the centroids, wherever and by whomever they were formed.
+An iteration assigns tokens to their nearest centroid and sums each cluster. `sum_clusters` does this for a part of the
+tokens, in any process; `lloyd` adds the sums of all parts in a fixed order and moves the centroids.
 
-M tokens of a data set, K prototypes, C channels
+    M tokens of a data set, K prototypes, C channels
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, UsageError
 
 SLAB_TOKENS = 8192
-"""Tokens summed at once: float64 sums of up to 8,192 float16 are exact, whatever the order (2¹³ · 2¹⁶ = 2⁵³ · 2⁻²⁴)."""
+"""Tokens per float64 sum: sums of up to 8,192 float16 are exact in any order (2¹³ · 2¹⁶ = 2⁵³ · 2⁻²⁴)."""
 CACHED_TOKENS = 1024
-"""Tokens assigned at once on a CPU: 1,024 × 768 stay in its cache, where summing takes a tenth of the time."""
+"""Tokens assigned at once on a CPU: 1,024 × 768 fit its cache, so that summing takes a tenth of the time."""
 FARTHEST_TOKENS = 32
-"""Tokens kept for empty clusters: more than these are refilled over several iterations."""
+"""Tokens kept as new centroids of empty clusters; more empty clusters are refilled over several iterations."""
 START_TOKENS = 131_072
-"""Most tokens k-means++ chooses from, and 32 per prototype where that is fewer."""
+"""Largest number of tokens that k-means++ chooses from; it takes 32 per prototype if that is fewer."""
 CANDIDATES = 256
-"""Most candidates k-means++ measures at once."""
+"""Largest number of candidates whose distances k-means++ computes at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prototypes:
     """Centroids of a data set's tokens.
 
-    centroids: float32 [K, C]. counts: int64 [K], tokens nearest to each. inertia: sum of squared distances of the
-    tokens to their nearest centroid, as a library engine reports it, or after 0, 1, 2, … moves of Lloyd's; the
-    last value is that of `centroids`.
+    centroids: float32 [K, C]. counts: int64 [K], the tokens nearest to each. inertia: sum of squared distances of the
+    tokens to their nearest centroid after 0, 1, 2, … Lloyd iterations, or as a library engine reports it; the last
+    value belongs to `centroids`.
     """
 
     centroids: np.ndarray
@@ -50,10 +50,10 @@ class Prototypes:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class ClusterSums:
-    """What some tokens contribute to one iteration.
+    """Sums over some tokens for one iteration.
 
     sums: float64 [K, C]. counts: int64 [K]. inertia: sum of squared distances. far_tokens: float32 [F, C] and
-    far_distances: float32 [F], those farthest from their centroid, falling; F ≤ FARTHEST_TOKENS.
+    far_distances: float32 [F], the tokens farthest from their centroid, farthest first; F ≤ FARTHEST_TOKENS.
     """
 
     sums: np.ndarray
@@ -64,7 +64,7 @@ class ClusterSums:
 
     @classmethod
     def nothing(cls, shape: tuple[int, ...]) -> ClusterSums:
-        """What no tokens contribute, for centroids of `shape` [K, C]."""
+        """Sums over no tokens, for centroids of `shape` [K, C]."""
         return cls(
             sums=np.zeros(shape),
             counts=np.zeros(shape[0], np.int64),
@@ -74,7 +74,7 @@ class ClusterSums:
         )
 
     def add(self, other: ClusterSums) -> None:
-        """Take in the contribution of further tokens."""
+        """Add the sums over further tokens."""
         self.sums += other.sums
         self.counts += other.counts
         self.inertia += other.inertia
@@ -84,11 +84,10 @@ class ClusterSums:
         self.far_tokens = np.concatenate([self.far_tokens, other.far_tokens])[farthest]
 
     def moved(self, centroids: np.ndarray) -> np.ndarray:
-        """The mean of each cluster, float32 [K, C].
+        """Return the mean of each cluster, float32 [K, C].
 
-        An empty cluster takes the token farthest from its own centroid, several take the farthest ones in turn,
-        and their former clusters give them up in the next iteration. Where no token is away from its centroid, or
-        there are more empty clusters than FARTHEST_TOKENS, they stay where they are.
+        Empty clusters move to the tokens farthest from their own centroids, which then change cluster in the next
+        iteration. Empty clusters beyond FARTHEST_TOKENS, or beyond the tokens that differ from their centroid, stay.
         """
         means = (self.sums / np.maximum(self.counts, 1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(self.counts == 0)
@@ -101,11 +100,11 @@ class ClusterSums:
 def sum_clusters(
     tokens: np.ndarray, centroids: np.ndarray, *, weights: np.ndarray | None = None, threads: int = 1
 ) -> ClusterSums:
-    """Assign tokens to their nearest centroid (the first on a tie) and sum each cluster; on CUDA where there is any.
+    """Assign tokens to their nearest centroid (the first on a tie) and sum each cluster, on CUDA if available.
 
     tokens: float16 or float32 [M, C]. centroids: float32 [K, C]. weights: int64 [M], how often each token counts.
-    Distances are float32, sums float64. The result depends neither on `threads` nor, for float16 tokens, on the
-    order in which a GPU adds.
+    Distances are float32, sums float64. The result does not depend on `threads` and, for float16 tokens, not on the
+    order of additions on a GPU.
     """
     table = _tensor(centroids).to(_device())
     rows, shares = _tensor(tokens), np.ones(len(tokens), np.int64) if weights is None else weights
@@ -137,12 +136,12 @@ def lloyd(
     inertia: Iterable[float] = (),
     after_move: Callable[[np.ndarray, list[float]], None] | None = None,
 ) -> Prototypes:
-    """Move centroids to the means of their clusters, `iterations` times or until none moves.
+    """Move centroids to the means of their clusters, `iterations` times or until they no longer change.
 
-    assess: centroids float32 [K, C] → the sums of all tokens in parts; they are added in the order they come.
-    start: float32 [K, C], after `len(inertia)` moves of an earlier run. after_move: told of centroids and inertia
-    after each move, enough to go on from.
-    Raises BuilderError when a distance is not finite. Source: Lloyd (1982).
+    assess: returns the sums over all tokens for centroids float32 [K, C], in parts that are added in their order.
+    start: float32 [K, C]; to resume a run, its centroids after `len(inertia)` iterations. after_move: called with
+    centroids and inertia after each iteration, from which the fit can be resumed.
+    Raises BuilderError if a distance is not finite. Source: Lloyd (1982).
     """
     centroids, history = start, list(inertia)
     while True:
@@ -161,12 +160,12 @@ def lloyd(
 
 
 def fit_prototypes(tokens: np.ndarray, config: VocabularyConfig, threads: int = 1) -> Prototypes:
-    """Find `config.num_prototypes` centroids of tokens in memory, the same ones for the same seed.
+    """Fit `config.num_prototypes` centroids to tokens in memory.
 
-    tokens: float16 or float32 [M, C]; library engines make a float32 copy. torch and faiss repeat bit for bit on
-    the same machine; cuML promises less. threads: those engine torch takes.
-    Raises UsageError if there are fewer tokens than prototypes, BuilderError for tokens that are not finite
-    and where the library of the chosen engine is missing.
+    tokens: float16 or float32 [M, C]; library engines make a float32 copy. With the same seed on the same machine,
+    torch and faiss return the same bits; cuML does not guarantee that. threads: number of threads for engine torch.
+    Raises UsageError if there are fewer tokens than prototypes, and BuilderError if tokens are not finite or the
+    library of the chosen engine is missing.
     """
     check_tokens(len(tokens), config)
     if not np.isfinite(tokens).all():
@@ -182,47 +181,47 @@ def fit_prototypes(tokens: np.ndarray, config: VocabularyConfig, threads: int = 
 
 
 def check_tokens(num_tokens: int, config: VocabularyConfig) -> None:
-    """Raise UsageError where there are fewer tokens than prototypes."""
+    """Raise UsageError if there are fewer tokens than prototypes."""
     if num_tokens < config.num_prototypes:
         raise UsageError(
-            f"sizes ask for {config.num_prototypes} prototypes, but there are only {num_tokens} tokens to fit them"
-            " to: lower sizes, or raise sampled_tokens where there are more images"
+            f"sizes require {config.num_prototypes} prototypes, but there are only {num_tokens} tokens to fit them to: "
+            "lower sizes, or raise sampled_tokens if the images have more tokens"
         )
 
 
 def num_start_tokens(num_tokens: int, config: VocabularyConfig) -> int:
-    """How many of `num_tokens` tokens k-means++ chooses from."""
+    """Number of tokens, out of `num_tokens`, that k-means++ chooses from."""
     return min(num_tokens, max(config.num_prototypes, min(32 * config.num_prototypes, START_TOKENS)))
 
 
 def start_rows(num_tokens: int, config: VocabularyConfig) -> np.ndarray:
-    """Which of `num_tokens` tokens k-means++ chooses from: int64, rising, evenly drawn."""
+    """Indices of the tokens, out of `num_tokens`, that k-means++ chooses from: int64, ascending, uniformly drawn."""
     random = np.random.default_rng((config.seed, 0))
     return np.sort(random.choice(num_tokens, num_start_tokens(num_tokens, config), replace=False))
 
 
 def first_centroids(tokens: np.ndarray, config: VocabularyConfig) -> np.ndarray:
-    """Where Lloyd's iterations begin: k-means++ on some tokens, float32 [K, C]."""
+    """Initial centroids for `lloyd`, float32 [K, C]: k-means++ on some of the tokens."""
     return plus_plus(tokens, config.num_prototypes, np.random.default_rng((config.seed, 1)))
 
 
 def plus_plus(
     tokens: np.ndarray, num_clusters: int, random: np.random.Generator, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Choose tokens, each in proportion to its squared distance from those before it; float32 [num_clusters, C].
+    """Choose tokens one after another with probability proportional to the squared distance from those chosen before.
 
-    tokens: float [M, C]. weights: int64 [M], how often each counts. Where all tokens coincide with chosen ones, the
-    first is repeated.
-    Source: Arthur and Vassilvitskii (2007), k-means++. Candidates are drawn many at a time from the distances as
-    they were and kept with probability distance now / distance then, which leaves the law as it is; one matrix
-    product instead of many passes over the tokens takes a quarter of the time for 4,096 clusters.
+    tokens: float [M, C]. weights: int64 [M], how often each token counts. Returns float32 [num_clusters, C]; if all
+    tokens coincide with chosen ones, the first chosen token is repeated.
+    Source: Arthur and Vassilvitskii (2007), k-means++. Many candidates are drawn at a time with the distances at that
+    moment, and each is accepted with probability current distance / distance when drawn, which keeps the distribution.
+    One matrix product then replaces many passes over the tokens: a quarter of the time for 4,096 clusters.
     """
     rows = _tensor(tokens).to(_device()).float()
     shares = torch.ones(len(rows)) if weights is None else _tensor(weights)
     shares, norms = shares.to(rows.device), rows.square().sum(dim=1)
 
     def draw(mass: torch.Tensor, count: int) -> torch.Tensor:
-        heap = mass.double().cpu().cumsum(0)  # on CUDA its bits change from run to run
+        heap = mass.double().cpu().cumsum(0)  # on the CPU, since CUDA sums differ from run to run
         found = torch.searchsorted(heap, torch.from_numpy(random.random(count)) * heap[-1], right=True)
         return found.clamp(max=len(rows) - 1).to(rows.device)
 
@@ -249,8 +248,8 @@ def plus_plus(
 def nearest_prototype(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Index of the centroid nearest to each vector (the first on a tie), and the squared Euclidean distance to it.
 
-    vectors: float [M, C]. centroids: float32 [K, C]. Returns int64 [M] and float64 [M]. Distances are float64, so
-    that the answer does not depend on which vectors are asked about together.
+    vectors: float [M, C]. centroids: float32 [K, C]. Returns int64 [M] and float64 [M]. Distances are computed in
+    float64, so that the result for a vector does not depend on the other vectors of the call.
     """
     table = _tensor(np.asarray(centroids, dtype=np.float64))
     chunks = _tensor(vectors).split(max(256, 2**22 // len(centroids)))
@@ -262,7 +261,7 @@ def nearest_prototype(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.nd
 def _fit_faiss(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray, list[float]]:
     faiss = _library("faiss")
     threads = faiss.omp_get_max_threads()
-    # Two threads were measured twice as slow as one (its OpenMP threads spin beside BLAS threads).
+    # Two threads were measured twice as slow as one, since the OpenMP threads of faiss compete with BLAS threads.
     faiss.omp_set_num_threads(1)
     try:
         kmeans = faiss.Kmeans(
@@ -286,7 +285,7 @@ def _fit_cuml(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray,
         max_iter=config.iterations,
         random_state=config.seed,
         n_init=1,
-        tol=1e-12,  # practically none: run all iterations
+        tol=1e-12,  # never reached, so that all iterations run
         output_type="numpy",
     )
     kmeans.fit(tokens)
@@ -313,7 +312,7 @@ def _library(name: str) -> ModuleType:
 def _sum_slab(
     table: torch.Tensor, slab: torch.Tensor, shares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums and counts of each cluster over one slab, float64, and each token's squared distance, float32."""
+    """Sums and counts of each cluster over one slab of tokens, float64, and squared distances of tokens, float32."""
     sums = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
     counts = torch.zeros(len(table), dtype=torch.float64, device=table.device)
     distances = []
@@ -334,7 +333,7 @@ def _assign(rows_MC: torch.Tensor, table_KC: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch warns of read-only memory
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch warns about read-only memory
 
 
 def _device() -> torch.device:

@@ -1,8 +1,8 @@
-"""A vocabulary of parts: nested prototypes shared by the whole data set, and which of them each image's parts are.
+"""A vocabulary of parts: nested prototypes for the whole data set, and the prototype of each region of an image.
 
-The finest prototypes are fitted to tokens, the coarser ones to the finer ones, each counting as often as it has
-tokens; so every prototype has one parent, and an id of the finest level says all the coarser ones. Works on arrays
-and knows no store; centroids live in the space of the raw features.
+The finest prototypes are fitted to tokens, coarser ones to the finer ones, weighted by their numbers of tokens. Hence
+each prototype has one parent, and an id of the finest level implies the ids of all coarser levels. Centroids have the
+units of the raw features.
 
     N images, n images of a block, L levels, H×W grid, T = H·W tokens, C channels, K prototypes
 """
@@ -34,19 +34,19 @@ from hierarchy_builder.vocabulary.kmeans import (
 )
 
 NO_REGION = 65_535
-"""Stored where an image has no region of that id."""
+"""Stored instead of a prototype if an image has no region with that id."""
 
 COARSE_ITERATIONS = 100
-"""Most iterations of a coarser level; few points converge long before."""
+"""Largest number of iterations for a coarser level, which usually converges long before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Vocabulary:
     """Nested prototypes, coarse → fine.
 
-    centroids: float32 [K, C] of each level. counts: int64 [K] of each level, tokens of the fit they stand for.
-    parents: uint16 [K] of each level but the first, the prototype of the level before that each belongs to.
-    inertia: of the finest level, see `kmeans.Prototypes`.
+    centroids: float32 [K, C] per level. counts: int64 [K] per level, the number of fitted tokens of each prototype.
+    parents: uint16 [K] per level except the first, the prototype of the next coarser level to which each belongs.
+    inertia: history of the finest level, as in `kmeans.Prototypes`.
     """
 
     centroids: tuple[np.ndarray, ...]
@@ -56,11 +56,11 @@ class Vocabulary:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Prototypes of each level, coarse → fine."""
+        """Numbers of prototypes per level, coarse → fine."""
         return tuple(len(level) for level in self.centroids)
 
     def climb(self, prototypes: np.ndarray, level: int) -> np.ndarray:
-        """Ids of the finest level → ids of their ancestors of `level`, uint16; 65535 stays."""
+        """Map ids of the finest level to their ancestors on `level`, uint16; NO_REGION stays."""
         ids = np.asarray(prototypes, dtype=np.uint16)
         for parents in reversed(self.parents[level:]):
             ids = np.append(parents, np.repeat(np.uint16(NO_REGION), 2**16 - len(parents)))[ids]
@@ -68,7 +68,7 @@ class Vocabulary:
 
 
 def nest_prototypes(finest: Prototypes, config: VocabularyConfig) -> Vocabulary:
-    """Add the coarser levels of `config.sizes`: k-means of the prototypes of the level below, weighted by counts."""
+    """Add the coarser levels of `config.sizes` by k-means on the next finer prototypes, weighted by their counts."""
     centroids, counts, parents = [finest.centroids], [finest.counts], list[np.ndarray]()
     for size in reversed(config.sizes[:-1]):
         fine, weights = centroids[0], counts[0]
@@ -85,15 +85,15 @@ def nest_prototypes(finest: Prototypes, config: VocabularyConfig) -> Vocabulary:
 
 
 def token_shares(num_images: int, num_tokens: int) -> np.ndarray:
-    """How many of `num_tokens` tokens each image gives, int64 [num_images]; any two differ by at most one."""
+    """Numbers of tokens to draw from the images, int64 [num_images]; they add up to `num_tokens` and differ by at most 1."""
     bounds = np.arange(num_images + 1, dtype=np.int64) * num_tokens // max(num_images, 1)
     return np.diff(bounds)
 
 
 def draw_tokens(features: np.ndarray, rows: Iterable[int], shares: Iterable[int], seed: int) -> np.ndarray:
-    """Draw `shares[i]` tokens of each image; those of a row are the same whichever block it is read in.
+    """Draw `shares[i]` random tokens of each image; the draw depends on the row of the image, not on its block.
 
-    features: [n, H, W, C], images `rows` of the data set. Returns [sum of shares, C] of the same dtype.
+    features: [n, H, W, C] of the images `rows` of the data set. Returns [sum of shares, C] of the same dtype.
     """
     tokens = features.reshape(len(features), -1, features.shape[-1])
     drawn = [tokens[:0, 0]]
@@ -107,18 +107,18 @@ def draw_tokens(features: np.ndarray, rows: Iterable[int], shares: Iterable[int]
 def part_prototypes(
     features: np.ndarray, regions: np.ndarray, centroids: np.ndarray, level: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest prototype of the mean feature of each region of one level, and the squared distance to it.
+    """Nearest prototype to the mean feature of each region of one level, and the squared distance to it.
 
     features: float [n, H, W, C]. regions: uint8 [n, L−1, H, W]. centroids: float32 [K, C].
-    Returns uint16 and float32 [n, 256]: entry k belongs to region id k (0 is the background); 65535 and NaN where
-    there is none.
-    Raises BuilderError if channels differ or the level has no regions.
+    Returns uint16 and float32 [n, 256]: entry k belongs to region id k (0 is the background), and is NO_REGION and NaN
+    if the image has no such region.
+    Raises BuilderError if the numbers of channels differ or the level has no regions.
     """
     if not 0 <= level < regions.shape[1]:
-        raise BuilderError(f"level is {level}, expected 0 to {regions.shape[1] - 1}: these have regions")
+        raise BuilderError(f"level is {level}, expected 0 to {regions.shape[1] - 1}, the levels with regions")
     if features.shape[-1] != centroids.shape[1]:
         raise BuilderError(
-            f"prototypes have {centroids.shape[1]} channels, features {features.shape[-1]}: "
+            f"prototypes have {centroids.shape[1]} channels, features have {features.shape[-1]}: "
             "fit the vocabulary to features of the same encoder"
         )
     prototypes = np.full((len(features), MAX_REGIONS), NO_REGION, dtype=np.uint16)
@@ -134,9 +134,9 @@ def part_prototypes(
 def save_vocabulary(
     path: str | Path, vocabulary: Vocabulary, config: VocabularyConfig, *, config_hash: str = ""
 ) -> None:
-    """Write all levels and the configuration to one .npz (no pickle), under its name only when complete.
+    """Write all levels and the configuration to one .npz (without pickle), whole or not at all.
 
-    config_hash: of the stage that fitted it, so that a reader can tell it from another.
+    config_hash: hash of the stage that fitted the vocabulary, by which a reader can recognise it.
     """
     described = {
         "format_version": FORMAT_VERSION,
@@ -157,9 +157,9 @@ def save_vocabulary(
 
 
 def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str]:
-    """Read vocabulary, configuration and configuration hash as `save_vocabulary` wrote them.
+    """Read the vocabulary, configuration and configuration hash that `save_vocabulary` wrote.
 
-    Raises BuilderError for a missing or damaged file, or another version.
+    Raises BuilderError if the file is missing, damaged or of another format version.
     """
     try:
         with np.load(path, allow_pickle=False) as content:

@@ -223,7 +223,7 @@ def test_library_engines_fit_the_drawn_tokens(folder: BuildFolder) -> None:
 
 
 def test_fewer_tokens_than_prototypes(folder: BuildFolder) -> None:
-    with pytest.raises(UsageError, match="sizes ask for 3001 prototypes, but there are only 3000 tokens"):
+    with pytest.raises(UsageError, match="sizes require 3001 prototypes, but there are only 3000 tokens"):
         fit(folder, replace(CONFIG, sizes=(3001,)))
 
 

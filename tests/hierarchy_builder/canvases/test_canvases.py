@@ -22,7 +22,7 @@ def batch(num_images: int = 5, grid: tuple[int, int] = (6, 7), num_channels: int
     return features, regions
 
 
-def test_every_token_is_its_regions_mean() -> None:
+def test_canvas_token_is_the_mean_of_its_region() -> None:
     features, regions = batch()
     canvases = level_canvases(features.astype(np.float32), regions)
     assert canvases.shape == (5, 4, 6, 7, 9)
@@ -96,12 +96,12 @@ def test_region_means_and_counts() -> None:
     np.testing.assert_allclose(means[2, 2], expected, atol=1e-6)
 
 
-def test_no_images() -> None:
+def test_no_images_give_empty_canvases() -> None:
     features, regions = batch()
     assert level_canvases(features[:0], regions[:0]).shape == (0, 4, 6, 7, 9)
 
 
-def test_shapes_that_do_not_fit_are_named() -> None:
+def test_shapes_that_do_not_fit_are_refused() -> None:
     features, regions = batch()
     with pytest.raises(BuilderError, match=r"regions have shape \(5, 3, 6, 6\), expected .*\[5, L−1, 6, 7\]"):
         level_canvases(features, regions[..., :6])

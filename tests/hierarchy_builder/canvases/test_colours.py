@@ -90,7 +90,7 @@ def test_palette_takes_torch_tensors_of_half_precision() -> None:
     )
 
 
-def test_palette_names_the_width_it_was_fitted_on() -> None:
+def test_palette_refuses_another_number_of_channels() -> None:
     with pytest.raises(ValueError, match="features have 5 channels, the palette was fitted on 12"):
         fit_palette(clustered_features()).apply(np.zeros((2, 5)))
 
@@ -130,7 +130,7 @@ def divided_background(seed: int, count: int, side: int = 8) -> np.ndarray:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4))
-def test_a_divided_background_is_in_greys_that_can_be_told_apart(seed: int, count: int) -> None:
+def test_regions_of_a_divided_background_have_different_greys(seed: int, count: int) -> None:
     regions = divided_background(seed, count, side=12)
     behind = regions[0] == 0
     plain, colours = hierarchy_colours(nested_regions(seed, side=12)), hierarchy_colours(regions)

@@ -72,7 +72,7 @@ def test_the_mean_of_tokens_decodes_to_the_mean_patch() -> None:
     assert torch.allclose(features.mean(2, keepdim=True), kept, atol=1e-3)
 
 
-def test_cosine_distance_tells_greys_apart() -> None:
+def test_cosine_distance_differs_between_greys() -> None:
     levels = torch.linspace(0, 1, 6)
     tokens = BASIS(flat(*[(float(v),) * 3 for v in levels]))[0, 0]
     steps = [cosine_distance(tokens[i], tokens[i + 1]) for i in range(5)]
@@ -88,7 +88,7 @@ def test_texture_does_not_outweigh_colour() -> None:
     assert cosine_distance(grey[0], grey[1]) < 0.2 * cosine_distance(grey[0], red)
 
 
-def test_a_reader_needs_only_the_json() -> None:
+def test_basis_is_rebuilt_from_its_json_alone() -> None:
     spec = json.loads(json.dumps(BASIS.spec()))
     again = DctBasis.from_spec(spec)
     features = torch.randn((1, 2, 2, 48), generator=torch.Generator().manual_seed(0))

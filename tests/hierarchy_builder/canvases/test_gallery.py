@@ -144,7 +144,7 @@ def test_every_picture_has_a_text_and_every_level_a_caption() -> None:
         assert f"<span>{caption}</span>" in text
 
 
-def test_parts_without_content_are_left_out() -> None:
+def test_empty_parts_of_a_page_are_omitted() -> None:
     assert [section.title for section in hierarchy_page([], {"images": 0}).sections] == ["Summary"]
     page = training_page(title="run", facts={"images": 1}, trajectories=[trajectory(decoded=False)])
     assert [section.title for section in page.sections] == ["Summary", "Generated trajectories"]
@@ -267,7 +267,7 @@ def test_blocks_of_every_kind_are_drawn() -> None:
         ("dct", "dct"),
     ],
 )
-def test_values_are_shown_as_a_reader_expects(value: Any, shown: str) -> None:
+def test_values_are_formatted_for_readers(value: Any, shown: str) -> None:
     assert show_value(value) == shown
 
 
@@ -316,7 +316,7 @@ def test_ticks_of_whole_numbers_are_whole(last: int) -> None:
     assert any("." in text for text in ticks([0, 0.5, 1]))
 
 
-def test_ticks_tell_apart_a_loss_that_moves_in_its_fifth_digit() -> None:
+def test_ticks_differ_for_a_loss_that_changes_in_its_fifth_digit() -> None:
     series = Series(name="loss", x=[0, 1, 2], y=[0.99991, 0.99995, 0.99999])
     svg = draw(Plot(title="loss", x_label="step", series=[series]))
     labels = re.findall(r'class="tick end"[^>]*>([^<]*)<', svg)

@@ -32,13 +32,13 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
     return a, np.where(keep, a, random.integers(0, 5, a.shape))
 
 
-def test_adjusted_rand_is_that_of_scikit_learn(pair) -> None:
+def test_adjusted_rand_equals_scikit_learn(pair) -> None:
     a, b = pair
     expected = [adjusted_rand_score(x.ravel(), y.ravel()) for x, y in zip(a, b, strict=True)]
     np.testing.assert_allclose(adjusted_rand(a, b), expected, atol=1e-12)
 
 
-def test_variation_of_information_is_entropies_less_mutual_information(pair) -> None:
+def test_variation_of_information_equals_entropies_minus_mutual_information(pair) -> None:
     a, b = pair
     expected = [
         entropy(np.bincount(x)) + entropy(np.bincount(y)) - 2 * mutual_info_score(x, y)
@@ -47,7 +47,7 @@ def test_variation_of_information_is_entropies_less_mutual_information(pair) -> 
     np.testing.assert_allclose(variation_of_information(a, b), expected, atol=1e-12)
 
 
-def test_closed_forms() -> None:
+def test_scores_equal_closed_forms() -> None:
     whole, halves = np.zeros((1, 4, 4), int), np.repeat([[[0], [0], [1], [1]]], 4, axis=2)
     quarters = halves * 2 + halves.swapaxes(1, 2)
     assert variation_of_information(halves, quarters)[0] == pytest.approx(np.log(2))
@@ -66,7 +66,7 @@ def test_large_maps_do_not_overflow() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(partitions, partitions, st.permutations(range(7)))
-def test_symmetric_bounded_and_blind_to_names(a, b, names) -> None:
+def test_scores_are_symmetric_bounded_and_independent_of_ids(a, b, names) -> None:
     renamed = np.array(names)[a]
     for score in (adjusted_rand, variation_of_information):
         np.testing.assert_allclose(score(a, b), score(b, a), atol=1e-12)
@@ -85,7 +85,7 @@ def test_variation_of_information_is_a_metric(a, b, c) -> None:
     assert (direct <= variation_of_information(a, b) + variation_of_information(b, c) + 1e-12).all()
 
 
-def test_covering_by_brute_force(pair) -> None:
+def test_covering_equals_brute_force(pair) -> None:
     segments, drawn = pair
     humans = [np.stack([drawn[n], segments[(n + 1) % 60]])[: n % 3] for n in range(60)]
     expected = [
@@ -125,7 +125,7 @@ def test_boundaries_lie_left_of_and_above_a_change() -> None:
     np.testing.assert_array_equal(boundaries(labels)[0], expected)
 
 
-def test_boundary_matching_by_brute_force() -> None:
+def test_boundary_matching_equals_brute_force() -> None:
     """Against the largest set of disjoint pairs, found by trying all."""
     random = np.random.default_rng(2)
     for _ in range(30):
@@ -152,7 +152,7 @@ def test_boundaries_match_one_to_one_within_the_tolerance() -> None:
     assert (precision, recall, f) == (1, 0.5, pytest.approx(2 / 3))
 
 
-def test_precision_takes_the_union_over_people() -> None:
+def test_boundary_precision_counts_a_match_with_any_map() -> None:
     ours, one, other = (np.zeros((1, 8, 16), int) for _ in range(3))
     ours[:, :, 4:], one[:, :, 4:], other[:, :, 12:] = 1, 1, 1
     ours[:, :, 12:] = 2
@@ -162,7 +162,7 @@ def test_precision_takes_the_union_over_people() -> None:
     assert (precision[0], recall[0]) == (1, 0.5)
 
 
-def test_outlines_nobody_drew() -> None:
+def test_boundary_scores_without_outlines_or_maps() -> None:
     flat, split = np.zeros((1, 4, 4), int), np.repeat([[[0, 0, 1, 1]]], 4, axis=1)
     assert [value[0] for value in boundary_f(flat, [flat])] == [1, 1, 1]
     assert [value[0] for value in boundary_f(split, [flat])] == [0, 0, 0]
@@ -172,7 +172,7 @@ def test_outlines_nobody_drew() -> None:
     assert np.isnan([covering(split, nobody)[0], object_iou(split > 0, nobody)[0]]).all()
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_shapes_that_do_not_fit_are_refused() -> None:
     a = np.zeros((2, 4, 4), int)
     with pytest.raises(BuilderError, match=r"shapes \(2, 4, 4\) and \(2, 3, 4\)"):
         adjusted_rand(a, a[:, 1:])

@@ -74,7 +74,7 @@ def test_reference_parity_with_little_contrast() -> None:
     assert_parity(hierarchy.regions[:, :1], expected[:, :1], images=1.0, tokens=1.0)
 
 
-def test_linkage_is_scipys_even_with_ties() -> None:
+def test_linkage_equals_scipy_with_ties() -> None:
     coordinates = np.stack(np.meshgrid(np.arange(7.0), np.arange(6.0), indexing="ij"), -1).reshape(-1, 2)
     distance = np.linalg.norm(coordinates[:, None] - coordinates[None], axis=-1)
     gram = np.ones((1, 42, 42))
@@ -84,7 +84,7 @@ def test_linkage_is_scipys_even_with_ties() -> None:
     )
 
 
-def test_merges_equal_scipys_over_the_object() -> None:
+def test_merges_of_the_object_equal_scipy() -> None:
     features = smooth_features(4, 8, 8, 32, 0.5)
     hierarchy = build_hierarchy(features)
     tokens = features.reshape(4, 64, 32).astype(np.float64)
@@ -247,17 +247,17 @@ def test_nonfinite_features_are_flagged_and_the_others_go_on(bad: float, recipe:
     np.testing.assert_array_equal(again, hierarchy.regions)
 
 
-def test_values_beyond_float32_products_are_fine() -> None:
+def test_products_beyond_float32_are_handled() -> None:
     features = smooth_features(2, 6, 6, 8, 0.5).astype(np.float32)
     np.testing.assert_array_equal(build_hierarchy(features * 1e25).regions, build_hierarchy(features).regions)
 
 
-def test_wrong_shape_is_named() -> None:
+def test_features_of_wrong_shape_are_refused() -> None:
     with pytest.raises(BuilderError, match=r"shape \(4, 4, 8\), expected \[N, H, W, C\]"):
         build_hierarchy(np.zeros((4, 4, 8), dtype=np.float16))
 
 
-def test_more_regions_than_uint8_holds() -> None:
+def test_more_regions_than_uint8_holds_are_refused() -> None:
     features = smooth_features(1, 30, 30, 16, 3.0)
     with pytest.raises(BuilderError, match=r"cut 0\.001 leaves \d+ object regions in image row 0 .* 255"):
         build_hierarchy(features, HierarchyRecipe(cuts=(0.5, 0.001)))
@@ -273,7 +273,7 @@ def test_trees_of_other_objects_are_refused() -> None:
         cut_levels(mask, hierarchy.merges[:, :4], (0.5,))
 
 
-def test_no_tree_leaves_a_side_whole() -> None:
+def test_side_without_a_tree_is_one_region() -> None:
     mask = np.ones((1, 2, 2), dtype=np.uint8)
     assert (cut_levels(mask, np.full((1, 3, 3), -1, dtype=np.float32), (0.7, 0.3)) == 1).all()
 

@@ -98,7 +98,7 @@ def test_the_cut_does_not_depend_on_the_order_of_tokens(seed: int) -> None:
     )
 
 
-def test_stable_is_the_same_mirrored() -> None:
+def test_stable_recipe_mirrors_with_the_image() -> None:
     features = smooth_features(6, 12, 12, 32, 0.8)
     recipe = HierarchyRecipe.stable()
     plain, mirrored = build_hierarchy(features, recipe), build_hierarchy(features[:, :, ::-1].copy(), recipe)
@@ -147,7 +147,7 @@ def test_a_divided_background_has_ids_after_the_object() -> None:
         assert len(behind) > 1
 
 
-def test_the_border_choice_takes_what_keeps_away_from_it() -> None:
+def test_border_choice_takes_the_half_away_from_the_border() -> None:
     features = np.zeros((1, 8, 8, 2), dtype=np.float32)
     features[..., 0] = 1
     features[0, 1:7, 1:3] = [0, 1]  # off centre: the rest is nearer to it on average
@@ -161,7 +161,7 @@ def test_the_border_choice_takes_what_keeps_away_from_it() -> None:
     assert (centre == drawn).all() == (from_centre[drawn].mean() <= from_centre[~drawn].mean())
 
 
-def test_hardly_any_contrast_is_one_region_where_the_recipe_says_so() -> None:
+def test_image_below_min_spread_is_one_region() -> None:
     features = np.ones((2, 6, 6, 16), dtype=np.float32)
     features += 0.01 * np.random.default_rng(0).normal(size=features.shape).astype(np.float32)
     features[1] = smooth_features(1, 6, 6, 16, 0.3)[0]
@@ -175,7 +175,7 @@ def test_hardly_any_contrast_is_one_region_where_the_recipe_says_so() -> None:
     assert plain.scores[0, 0] == pytest.approx(1e-4, rel=0.2)  # 0.01² against a length of 1
 
 
-def test_scores_are_contrast_and_what_the_object_explains() -> None:
+def test_scores_are_spread_and_share_explained_by_the_object() -> None:
     features = smooth_features(3, 6, 6, 8, 0.4)
     hierarchy = build_hierarchy(features)
     for gram, mask, (contrast, explained) in zip(
@@ -222,7 +222,7 @@ def test_masks_give_any_level(level: int, fields: dict[str, bool]) -> None:
     np.testing.assert_array_equal(again, hierarchy.regions)
 
 
-def test_masks_and_recipe_go_together() -> None:
+def test_masks_without_masks_in_the_recipe_are_refused() -> None:
     features = smooth_features(2, 4, 4, 8, 0.5)
     with pytest.raises(
         BuilderError, match=r"masks are None, but label maps were passed: pass both or neither"
@@ -246,7 +246,7 @@ def test_masks_and_recipe_go_together() -> None:
         ({"min_spread": -1.0}, "min_spread is -1.0, expected 0 to 1"),
     ],
 )
-def test_recipes_that_make_no_sense(fields: dict[str, object], message: str) -> None:
+def test_invalid_recipe_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HierarchyRecipe(**fields)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from hierarchy_builder.hierarchy.two_means import two_means
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
 @pytest.mark.parametrize(("num_tokens", "num_channels"), [(256, 64), (30, 5), (7, 3), (2, 2)])
-def test_two_means_replays_scikit_learn(seed: int, num_tokens: int, num_channels: int) -> None:
+def test_two_means_equals_scikit_learn(seed: int, num_tokens: int, num_channels: int) -> None:
     random = np.random.default_rng(num_tokens)
     tokens = random.normal(size=(20, num_tokens, num_channels)) + random.normal(size=num_channels)
     tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)

@@ -47,7 +47,7 @@ def cloud() -> np.ndarray:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prototypes_are_as_good_as_scikit_learns(backend: str) -> None:
+def test_inertia_is_as_low_as_scikit_learn(backend: str) -> None:
     tokens = blobs()
     found = fit_prototypes(tokens, VocabularyConfig(sizes=(12,), iterations=30, backend=backend))
     assert found.centroids.shape == (12, 16)
@@ -71,7 +71,7 @@ def test_engines_agree_within_one_per_cent() -> None:
     assert ours <= 1.01 * faiss
 
 
-def test_iterations_are_those_of_scikit_learn() -> None:
+def test_iterations_equal_scikit_learn() -> None:
     tokens = cloud()
     start = tokens[:8]
     ours = lloyd(lambda centroids: [sum_clusters(tokens, centroids)], start, 5)
@@ -129,14 +129,14 @@ def test_any_split_of_stored_tokens_gives_the_same_sums(cuts: list[int], seed: i
     np.testing.assert_allclose(total.inertia, whole.inertia, rtol=1e-5)  # float32, rounded by the company
 
 
-def test_threads_change_no_bit() -> None:
+def test_sums_do_not_depend_on_threads() -> None:
     tokens = blobs(num_tokens=20_000, num_channels=4)
     one, three = (sum_clusters(tokens, tokens[:5], threads=threads) for threads in (1, 3))
     np.testing.assert_array_equal(one.sums, three.sums)
     assert one.inertia == three.inertia
 
 
-def test_a_weight_is_as_many_tokens() -> None:
+def test_weighted_token_equals_repeated_tokens() -> None:
     tokens, weights = blobs(200), np.random.default_rng(0).integers(0, 5, 200)
     weighted = sum_clusters(tokens, tokens[:6], weights=weights)
     repeated = sum_clusters(np.repeat(tokens, weights, axis=0), tokens[:6])
@@ -152,14 +152,14 @@ def test_empty_clusters_take_the_farthest_tokens() -> None:
     assert sum_clusters(tokens, centroids).moved(centroids).tolist() == [[3.0], [9.0], [5.0]]
 
 
-def test_more_empty_clusters_than_tokens_kept_stay() -> None:
+def test_surplus_empty_clusters_stay() -> None:
     tokens = np.arange(200, dtype=np.float32)[:, None]
     centroids = np.full((100, 1), -7, dtype=np.float32)
     moved = sum_clusters(tokens, centroids).moved(centroids)
     assert (moved == -7).sum() == 99 - FARTHEST_TOKENS
 
 
-def test_an_interrupted_fit_goes_on_to_the_same_bits() -> None:
+def test_resumed_fit_gives_the_same_bits() -> None:
     tokens = blobs()
     whole = lloyd(lambda centroids: [sum_clusters(tokens, centroids)], tokens[:9], 6)
     saved: list[tuple[np.ndarray, list[float]]] = []
@@ -177,7 +177,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits() -> None:
     assert rest.inertia == whole.inertia
 
 
-def test_second_starts_follow_the_law_of_squared_distances() -> None:
+def test_second_start_is_drawn_by_squared_distance() -> None:
     """Points 0, 1 and 3, two starts: P(left out) in closed form, within 4 standard deviations of 3,000 draws."""
     points = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
     expected = np.array([4 / 5 + 4 / 13, 9 / 10 + 9 / 13, 1 / 10 + 1 / 5]) / 3
@@ -188,7 +188,7 @@ def test_second_starts_follow_the_law_of_squared_distances() -> None:
     assert np.abs(left_out / 3000 - expected).max() < 4 * 0.5 / np.sqrt(3000)
 
 
-def test_candidates_drawn_together_are_spread_as_if_one_by_one() -> None:
+def test_batched_candidates_are_distributed_as_single_ones() -> None:
     """Of 20 pairs of close points, 20 starts take one each: twice the same pair has probability 1e-8."""
     ends = np.random.default_rng(1).permutation(20)[:, None] * 100.0
     points = np.concatenate([ends, ends + 0.01]).astype(np.float32)
@@ -197,7 +197,7 @@ def test_candidates_drawn_together_are_spread_as_if_one_by_one() -> None:
         assert len(np.unique(np.rint(chosen))) == 20
 
 
-def test_weightless_tokens_are_no_starts() -> None:
+def test_tokens_of_weight_zero_are_never_starts() -> None:
     tokens, weights = np.arange(30, dtype=np.float32)[:, None], np.repeat([0, 3, 0], 10)
     for seed in range(20):
         chosen = plus_plus(tokens, 5, np.random.default_rng(seed), weights)
@@ -226,7 +226,7 @@ def test_as_many_prototypes_as_tokens(backend: str) -> None:
     assert sorted(found.centroids.tolist()) == tokens.tolist()
 
 
-def test_equal_tokens_leave_spare_prototypes_in_place() -> None:
+def test_equal_tokens_keep_surplus_prototypes_in_place() -> None:
     tokens = np.repeat(np.array([[1.0, 2.0], [3.0, 4.0]], dtype=np.float32), 10, axis=0)
     found = fit_prototypes(tokens, VocabularyConfig(sizes=(5,)))
     assert {tuple(row) for row in found.centroids.tolist()} == {(1.0, 2.0), (3.0, 4.0)}
@@ -245,7 +245,7 @@ def test_faiss_uses_every_token_and_restores_its_threads() -> None:
     np.testing.assert_allclose(found.centroids, means, atol=1e-4)  # the default would sample 512 of 3000
 
 
-def test_nearest_prototype_against_brute_force() -> None:
+def test_nearest_prototype_equals_brute_force() -> None:
     tokens = blobs(500)
     centroids = tokens[:40]
     brute = ((tokens[:, None].astype(np.float64) - centroids[None]) ** 2).sum(axis=-1)
@@ -257,8 +257,8 @@ def test_nearest_prototype_against_brute_force() -> None:
     assert nearest_prototype(np.zeros((0, 16), dtype=np.float32), centroids)[0].shape == (0,)
 
 
-def test_too_few_tokens_are_named() -> None:
-    with pytest.raises(UsageError, match=r"sizes ask for 9 prototypes, but there are only 5 tokens"):
+def test_fewer_tokens_than_prototypes_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"sizes require 9 prototypes, but there are only 5 tokens"):
         fit_prototypes(np.zeros((5, 2), dtype=np.float32), VocabularyConfig(sizes=(2, 9)))
 
 

@@ -61,7 +61,7 @@ def test_nothing_is_drawn_from_images_without_a_share() -> None:
     assert token_shares(0, 0).shape == (0,)
 
 
-def test_levels_nest(fitted: Vocabulary) -> None:
+def test_each_prototype_has_a_parent(fitted: Vocabulary) -> None:
     assert fitted.sizes == (3, 10, 40)
     assert fitted.counts[-1].sum() == 2000
     for level, parents in enumerate(fitted.parents):
@@ -85,7 +85,7 @@ def test_coarse_prototypes_are_about_as_good_as_ones_fitted_to_tokens(fitted: Vo
     assert nearest_prototype(tokens, fitted.centroids[1])[1].sum() < 1.1 * direct
 
 
-def test_ids_climb_to_their_ancestors(fitted: Vocabulary) -> None:
+def test_climb_maps_ids_to_their_ancestors(fitted: Vocabulary) -> None:
     ids = np.array([[0, 39], [17, NO_REGION]], dtype=np.uint16)
     np.testing.assert_array_equal(fitted.climb(ids, 2), ids)
     up = fitted.parents[1]
@@ -138,7 +138,7 @@ def test_a_block_without_images_has_no_parts() -> None:
 
 def test_part_prototypes_refuse_other_channels_and_levels() -> None:
     features, regions = features_and_regions()
-    with pytest.raises(BuilderError, match="prototypes have 4 channels, features 3"):
+    with pytest.raises(BuilderError, match="prototypes have 4 channels, features have 3"):
         part_prototypes(features, regions, np.zeros((2, 4), dtype=np.float32))
     with pytest.raises(BuilderError, match="level is 2, expected 0 to 1"):
         part_prototypes(features, regions, np.zeros((2, 3), dtype=np.float32), level=2)
@@ -155,7 +155,7 @@ def test_write_then_read_is_identity(fitted: Vocabulary, tmp_path: Path) -> None
     assert (read.inertia, config, config_hash) == (fitted.inertia, CONFIG, "ab")
 
 
-def test_damaged_missing_and_newer_files(
+def test_damaged_missing_or_newer_file_is_refused(
     fitted: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "vocabulary.npz"
