@@ -3,7 +3,7 @@
     N images, T tokens of an image
 
 Tokens are nodes of a graph with edge weights exp(SHARPNESS · (cosine − 1)). The second eigenvector of D^-½ A D^-½
-is the relaxed cut. It gives each token a score, and weighted least squares find the threshold on the scores. (The source
+is the relaxed cut. It gives each token a score; weighted least squares find the threshold on the scores. (The source
 takes the threshold of minimum cut cost, but for one photo in a hundred that threshold jumps to a distant value when
 features are rounded to bfloat16.) Unlike 2-means, the cut does not prefer halves of equal size.
 

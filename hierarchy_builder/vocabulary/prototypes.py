@@ -85,7 +85,7 @@ def nest_prototypes(finest: Prototypes, config: VocabularyConfig) -> Vocabulary:
 
 
 def token_shares(num_images: int, num_tokens: int) -> np.ndarray:
-    """Numbers of tokens to draw from the images, int64 [num_images]; they add up to `num_tokens` and differ by at most 1."""
+    """Numbers of tokens to draw per image, int64 [num_images]; they add up to `num_tokens` and differ by at most 1."""
     bounds = np.arange(num_images + 1, dtype=np.int64) * num_tokens // max(num_images, 1)
     return np.diff(bounds)
 
