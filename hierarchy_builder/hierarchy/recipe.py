@@ -94,15 +94,7 @@ def build_hierarchy(
 
     def divide(rows: slice) -> None:
         drawn = None if given is None else given[rows]
-        _divide(
-            features[rows],
-            recipe,
-            drawn,
-            mask=mask[rows],
-            merges=merges[rows],
-            flags=flags[rows],
-            scores=scores[rows],
-        )
+        _divide(features[rows], recipe, drawn, mask[rows], merges[rows], flags[rows], scores[rows])
 
     step = max(1, GRAM_BYTES // (8 * (height * width) ** 2))
     groups = [slice(start, start + step) for start in range(0, num_images, step)]
@@ -123,7 +115,6 @@ def _divide(
     features: np.ndarray | torch.Tensor,
     recipe: HierarchyRecipe,
     drawn: np.ndarray | None,
-    *,
     mask: np.ndarray,
     merges: np.ndarray,
     flags: np.ndarray,

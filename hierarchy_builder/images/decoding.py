@@ -58,7 +58,10 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Imag
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width}×{height} pixels, expected at most {max_pixels}")
     orientation = _orientation(image)
-    _load(image)
+    try:
+        image.load()
+    except Exception as error:
+        raise _damage(error) from None
     mode, frames = image.mode, _count_frames(data)
     # Pillow rotates some formats (TIFF) while loading and then removes the tag, so it is read again here.
     turn = UPRIGHT.get(_orientation(image))
@@ -115,13 +118,6 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from None
     except Exception as error:  # each format raises its own exceptions for a damaged header
-        raise _damage(error) from None
-
-
-def _load(image: Image.Image) -> None:
-    try:
-        image.load()
-    except Exception as error:
         raise _damage(error) from None
 
 

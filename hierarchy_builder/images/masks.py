@@ -44,13 +44,7 @@ class MaskFolder:
         return next((self.files[end] for end in ends if end in self.files), [])
 
     def tokens(
-        self,
-        path: str,
-        width: int | None,
-        height: int | None,
-        *,
-        image_size_px: int,
-        grid: tuple[int, int],
+        self, path: str, width: int | None, height: int | None, *, image_size_px: int, grid: tuple[int, int]
     ) -> np.ndarray:
         """Return the first usable map of a photo at one label per token, int64 [H, W]; see `majority`.
 

@@ -93,7 +93,7 @@ def test_config_file_flag_and_environment(photos, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("build", "{photos}", "--out", "{out}", "--encoder", "dcp"), 2, "did you mean dct"),
+        (("build", "{photos}", "--out", "{out}", "--encoder", "dcp"), 2, "did you mean 'dct'"),
         (("build", "{missing}", "--out", "{out}", "--encoder", "dct"), 2, "{missing}"),
         (("build", "{empty}", "--out", "{out}", "--encoder", "dct"), 1, "no images"),
         (("build", "{photos}", "--out", "{out}", "--encoder", "dct", "--cuts", "0.2,0.8"), 2, "falling heights"),
