@@ -109,6 +109,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def readable_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or return an empty one when the file is missing, damaged or not readable."""
+    try:
+        return read_json(path)
+    except (UserError, OSError):
+        return {}
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits."""
     with open(path, "rb") as file:

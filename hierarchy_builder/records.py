@@ -85,6 +85,11 @@ class Sample:
     image: bytes | None = None
 
 
+def spread_evenly(count: int, limit: int) -> np.ndarray:
+    """Return min(count, limit) of the numbers below `count`, spread evenly from first to last: int64, rising."""
+    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
+
+
 def blocks_of(num_rows: int, block_rows: int) -> list[Block]:
     """Cut `num_rows` rows into blocks of `block_rows` (the last may be shorter), numbered from 0."""
     starts = range(0, num_rows, block_rows)

@@ -21,7 +21,7 @@ from hierarchy_builder.images.sources import ImageSource, open_source
 from hierarchy_builder.records import Status
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, status_name
-from hierarchy_builder.store.ledger import known_entry
+from hierarchy_builder.store.ledger import recorded_stages
 from hierarchy_builder.store.units import stored_source
 
 
@@ -66,7 +66,7 @@ def settle(folder: BuildFolder, config: ExtractConfig, session: Session) -> Extr
     """Settle the precision `auto`, so that a build is never resumed in another precision."""
     if config.precision != "auto":
         return config
-    began = None if session.fresh else known_entry(folder, "extract")
+    began = None if session.fresh else recorded_stages(folder).get("extract")
     if began:
         return replace(config, precision=began["inputs"]["config"]["precision"])
     return replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
@@ -74,7 +74,7 @@ def settle(folder: BuildFolder, config: ExtractConfig, session: Session) -> Extr
 
 def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, session: Session) -> list[float]:
     """Check the probe value of the encoder and return it; a build keeps the value it began with."""
-    began = None if session.fresh else known_entry(folder, "extract")
+    began = None if session.fresh else recorded_stages(folder).get("extract")
     # If the encoder differs or no unit is done, the ledger decides whether the build may resume.
     same = began and began["inputs"]["encoder"] == encoder.describe()
     markers = [*folder.markers("extract"), *folder.markers("fuse")]

@@ -157,7 +157,7 @@ def damaged_layout(path: Path, layout: Layout) -> list[str]:
     return damaged
 
 
-def mend_layout(path: Path, layout: Layout) -> None:
+def repair_layout(path: Path, layout: Layout) -> None:
     """Write the damaged descriptions of a store anew; the chunks stay as they are."""
     for name in damaged_layout(path, layout):
         (path / name / "zarr.json").unlink(missing_ok=True)

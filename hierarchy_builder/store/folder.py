@@ -1,4 +1,4 @@
-"""The folder of a build: where each artefact is, which files are its own, and who writes to it."""
+"""The folder of a build: the path of every file, the files a build may remove, and the lock for its one writer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.files import read_json, target_of
+from hierarchy_builder.files import readable_json, target_of
 
 OWN_FILES = r"""
     (?:manifest|class_map|quality|\.progress)\.json | (?:index\.parquet|vocabulary\.npz)
@@ -24,138 +23,103 @@ OWN_FILES = r"""
   | vocabulary/(?:tokens-\d{6}\.npy|state\.npz)
   | shards/(?:SPLIT-\d{6}\.(?:tar|json)|(?:index|class_map)\.json|(?:statistics|vocabulary)\.npz|README\.md|_SUCCESS)
 """
-"""Every file a build writes into its folder, as a pattern of its path from there; only such files are removed."""
+"""Pattern of the relative paths of all files that a build writes; only files that match are ever removed."""
 
 OWN_FOLDERS = r"""
     ledger/\w+ | parts | vocabulary | shards
   | (?:features\.zarr|regions\.zarr|regions\.zarr\.recut)(?:/\w+(?:/c(?:/\d+)*)?)?
 """
-"""The folders it makes for them; only such are removed, once they are empty."""
+"""Pattern of the folders that a build makes for them; they are removed once they are empty, and no others."""
 
 LEFTOVER = re.compile(
     r"(?P<whole>.+)\.tmp-\d+|"
     r"(?P<store>(?:features|regions)\.zarr(?:\.recut)?)/(?:.+/)?\.?(?:zarr|\d+)\.[0-9a-f]+\.partial",
     re.ASCII,
 )
-"""What a killed run leaves of a file: the temporary name of `whole_file`, and inside a store that of zarr."""
+"""Pattern of the temporary files of killed runs: names of `whole_file`, and inside a store those of zarr."""
 
 MARKERS = "[0-9]" * 6 + ".json"
-"""Markers of units among the files of a ledger."""
+"""Pattern of the names of unit markers in the folder of a ledger."""
+
+
+class _Place:
+    """The path of one file or folder of a build, `name` relative to the build folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: BuildFolder, owner: type[BuildFolder] | None = None) -> Path:
+        return folder.root / self.name
 
 
 @dataclass(frozen=True, slots=True)
 class BuildFolder:
-    """The folder of one build; every artefact has one place in it."""
+    """The folder of one build; every file that the build writes has one place in it."""
 
     root: Path
 
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.json"
-
-    @property
-    def manifest_copy(self) -> Path:
-        """The manifest again, for the day it is damaged."""
-        return self.root / "ledger" / "manifest.json"
-
-    @property
-    def listing(self) -> Path:
-        """The images as listed, in the order of rows: index.parquet before anything was done."""
-        return self.root / "ledger" / "listing.parquet"
-
-    @property
-    def index(self) -> Path:
-        return self.root / "index.parquet"
-
-    @property
-    def class_map(self) -> Path:
-        return self.root / "class_map.json"
-
-    @property
-    def features(self) -> Path:
-        return self.root / "features.zarr"
-
-    @property
-    def regions(self) -> Path:
-        return self.root / "regions.zarr"
-
-    @property
-    def recut(self) -> Path:
-        """Where the levels of other cuts are made; gone once they are in regions.zarr."""
-        return self.root / "regions.zarr.recut"
-
-    @property
-    def vocabulary(self) -> Path:
-        return self.root / "vocabulary.npz"
-
-    @property
-    def vocabulary_work(self) -> Path:
-        """Where a vocabulary is being fitted; gone once it is."""
-        return self.root / "vocabulary"
-
-    @property
-    def vocabulary_page(self) -> Path:
-        return self.root / "vocabulary.html"
-
-    @property
-    def shards(self) -> Path:
-        return self.root / "shards"
-
-    @property
-    def live(self) -> Path:
-        """What the run that works on the build tells of its stage; gone when it is not at one."""
-        return self.root / ".progress.json"
+    manifest = _Place("manifest.json")
+    manifest_copy = _Place("ledger/manifest.json")
+    """A copy of the manifest, from which repair restores it."""
+    listing = _Place("ledger/listing.parquet")
+    """The images as listed, in the order of rows: index.parquet before any outcome is known."""
+    index = _Place("index.parquet")
+    class_map = _Place("class_map.json")
+    features = _Place("features.zarr")
+    regions = _Place("regions.zarr")
+    recut = _Place("regions.zarr.recut")
+    """Holds the regions of other cuts until all are written and move to regions.zarr."""
+    vocabulary = _Place("vocabulary.npz")
+    vocabulary_work = _Place("vocabulary")
+    """Holds the state of an unfinished vocabulary fit; removed afterwards."""
+    parts = _Place("parts")
+    """Holds one tar and one npz of each unit of a fused build, see `part` and `part_moments`."""
+    shards = _Place("shards")
+    live = _Place(".progress.json")
+    """The progress of the stage that runs now; removed when the stage ends."""
+    report = _Place("report.html")
+    quality = _Place("quality.json")
+    quality_page = _Place("quality.html")
+    vocabulary_page = _Place("vocabulary.html")
 
     def part(self, number: int) -> Path:
-        """What one unit of a build in one pass leaves until its rows are in shards."""
-        return self.root / "parts" / f"{number:06d}.tar"
+        """Return the tar that holds the samples of one unit of a fused build until they are in shards."""
+        return self.parts / f"{number:06d}.tar"
 
     def part_moments(self, number: int) -> Path:
-        """Statistics of the same rows; they stay."""
+        """Return the npz with the statistics of the same samples; it is kept."""
         return self.part(number).with_suffix(".npz")
 
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def quality(self) -> Path:
-        return self.root / "quality.json"
-
-    @property
-    def quality_page(self) -> Path:
-        return self.root / "quality.html"
-
     def ledger(self, stage: str) -> Path:
-        """Folder of the markers of one stage."""
+        """Return the folder of the markers of one stage."""
         return self.root / "ledger" / stage
 
     def markers(self, stage: str) -> list[Path]:
-        """Markers of finished units of one stage, in order; `*` for those of all."""
+        """Return the markers of the finished units of one stage in order, or of all stages for `*`."""
         return sorted((self.root / "ledger").glob(f"{stage}/{MARKERS}"))
 
     def is_build(self) -> bool:
-        """Whether something here carries the mark of a build: its manifest, the copy, or the marker of a unit."""
-        marks = {"format_version": (self.manifest, self.manifest_copy), "stage_hash": self.markers("*")}
-        return any(mark in _told(path) for mark, paths in marks.items() for path in paths)
+        """Whether the folder has a readable manifest, a copy of one, or the marker of a unit."""
+        signs = {"format_version": (self.manifest, self.manifest_copy), "stage_hash": self.markers("*")}
+        return any(field in readable_json(path) for field, paths in signs.items() for path in paths)
 
     def own_files(self, place: Path, split: str | None = None) -> list[Path]:
-        """The file `place` or the files below it that a build writes; of tars only those of `split`, if given."""
+        """Return the file `place`, or files below it, if a build writes them; only the tars of `split`, if given."""
         own = _own_pattern(split)
         return [path for path in _files_of(place) if own.fullmatch(self._name(path))]
 
     def remove(self, place: Path, split: str | None = None) -> None:
-        """Remove what `own_files` finds, and the folders of a build that are empty then; nothing else."""
+        """Remove the files that `own_files` returns, then the folders of a build that are empty; nothing else."""
         for path in self.own_files(place, split):
             path.unlink(missing_ok=True)
         own = re.compile(OWN_FOLDERS, re.VERBOSE | re.ASCII)
         for parent, _, _ in os.walk(place, topdown=False):
             if own.fullmatch(self._name(Path(parent))):
-                with contextlib.suppress(OSError):  # somebody else's files are in it, or it is a link
+                with contextlib.suppress(OSError):  # it holds other files, or it is a link
                     os.rmdir(parent)
 
     def remove_leftovers(self, place: Path | None = None) -> None:
-        """Remove what killed runs left of files that a build writes, below `place` or anywhere."""
+        """Remove the temporary files of killed runs, below `place` or in the whole build."""
         own = _own_pattern()
         places = [self.root / name for name in self._own_names()] if place is None else [place]
         files = [*_files_of(self.root, is_deep=False)] if place is None else []
@@ -166,20 +130,17 @@ class BuildFolder:
                 path.unlink(missing_ok=True)
 
     def refuse_foreign(self, places: Iterable[Path]) -> None:
-        """Raise UsageError naming those of `places` that are there, where they are no build's."""
-        if foreign := [str(place.relative_to(self.root)) for place in places if os.path.lexists(place)]:
+        """Raise UsageError naming those of `places` that exist; the caller knows that no build made them."""
+        if foreign := [self._name(place) for place in places if os.path.lexists(place)]:
             raise UsageError(
-                f"{self.root} holds {', '.join(foreign)} but no build that made "
-                f"{'it' if len(foreign) == 1 else 'them'}, and would write there: choose an empty or new folder "
-                "with --out, or move what is there away"
+                f"{self.root} holds {', '.join(foreign)}, which no build has made and a build would overwrite: "
+                "choose an empty or new folder with --out, or move the files away"
             )
 
     def _own_names(self) -> list[str]:
-        files = (self.manifest, self.index, self.class_map, self.vocabulary, self.vocabulary_page, self.live)
-        pages = (self.report, self.quality, self.quality_page)
-        folders = (self.features, self.regions, self.recut, self.vocabulary_work, self.shards)
-        more = (self.part(0).parent, self.manifest_copy.parent)
-        return [place.name for place in (*files, *pages, *folders, *more)]
+        """Return the names that a build uses directly in its folder."""
+        names = (place.name for place in vars(BuildFolder).values() if isinstance(place, _Place))
+        return list(dict.fromkeys(name.partition("/")[0] for name in names))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -187,7 +148,7 @@ class BuildFolder:
     def require(self, *, damaged: bool = False) -> BuildFolder:
         """Return self, or raise UsageError when this is not the folder of a build.
 
-        damaged: be content with the copy of the manifest.
+        damaged: accept a build that has only the copy of the manifest.
         """
         if not self.manifest.is_file() and not (damaged and self.manifest_copy.is_file()):
             raise UsageError(
@@ -198,10 +159,10 @@ class BuildFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the build for one writer; a second one raises BuilderError at once. Freed by the kernel on exit.
+        """Lock the build for one writer; a second one raises BuilderError at once. The kernel unlocks it on exit.
 
-        Raises UsageError where no build can be: at a file, or among things of these names that are no build's.
-        A folder in which nothing was begun is taken away again.
+        Raises UsageError where no build can be: at a file, or in a folder with files of these names that no build
+        made. A new folder in which no stage started is removed again.
         """
         is_new = not self.root.exists()
         if not self.is_build():
@@ -216,7 +177,7 @@ class BuildFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.fstat(file.fileno()).st_nlink:
-                    raise BlockingIOError  # its owner has just taken the folder away
+                    raise BlockingIOError  # its owner has just removed the folder
             except BlockingIOError:
                 raise BuilderError(
                     f"{self.root} is being written by another process: wait for it, or choose another --out"
@@ -229,7 +190,7 @@ class BuildFolder:
                     self.root.rmdir()
 
     def is_locked(self) -> bool:
-        """Whether a writer holds the build now."""
+        """Whether a writer has locked the build now."""
         try:
             with open(self.root / ".lock") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -240,7 +201,7 @@ class BuildFolder:
         return False
 
     def check_apart(self, images: str) -> None:
-        """Raise UsageError when the build would lie among the local folder `images`, as one of its classes."""
+        """Raise UsageError if the build lies in the local folder `images`, where it would be listed as a class."""
         root, place = self.root.resolve(), Path(images).resolve()
         if not place.is_dir() or not root.is_relative_to(place):
             return
@@ -259,7 +220,7 @@ def _own_pattern(split: str | None = None) -> re.Pattern[str]:
 
 
 def _files_of(place: Path, *, is_deep: bool = True) -> Iterator[Path]:
-    """`place` where it is a file, or the files below it; no link below it is followed."""
+    """Yield `place` if it is a file, or else the files below it, without following links."""
     if not place.is_dir():
         yield from [place] if os.path.lexists(place) else []
         return
@@ -267,11 +228,3 @@ def _files_of(place: Path, *, is_deep: bool = True) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names))
         if not is_deep:
             folders.clear()
-
-
-def _told(path: Path) -> dict[str, Any]:
-    """What a JSON object holds, nothing where it cannot be read."""
-    try:
-        return read_json(path)
-    except (BuilderError, OSError):
-        return {}

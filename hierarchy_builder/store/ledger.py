@@ -1,7 +1,7 @@
-"""What an output was made with, and which units of it are done: resume, or refuse.
+"""The manifest and the markers: with what each stage was made, and which of its units are finished.
 
-manifest.json holds, per stage, everything that decides the result and its hash. ledger/<stage>/NNNNNN.json marks
-one finished unit and carries that hash, so that a marker of another configuration never counts.
+manifest.json holds, for every stage, all that decides its result, and the hash of it. ledger/<stage>/NNNNNN.json marks
+one finished unit and holds the same hash, so that a marker of another configuration is ignored.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder
 
 STAGES = ("extract", "vocabulary", "cluster", "link", "shard", "fuse")
-"""In the order of the data; starting a stage afresh removes it and all stages after it.
+"""Stages in the order of the data; `--fresh` removes a stage and all stages after it.
 
-`fuse` is extract, cluster and shard in one pass (`fused.py`); its inputs are those of the three, by name.
+`fuse` is the only stage of a fused build (`build/fused.py`): it does extract, cluster and shard for one block after
+another, without stores. Its inputs and its request hold those of the three stages by name.
 """
 
 VERBS = {
@@ -32,12 +33,12 @@ VERBS = {
     "shard": "shard",
     "fuse": "build IMAGES --fused --out",
 }
-"""The command that does a stage; `cluster DIR` also takes up the vocabulary a build was asked for."""
+"""The command that runs a stage; `cluster DIR` also continues the vocabulary and the links of a build."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Markers of one stage of one build."""
+    """The markers of one stage of a build."""
 
     folder: Path
     stage_hash: str
@@ -46,18 +47,18 @@ class Ledger:
         return self.folder / f"{unit:06d}.json"
 
     def is_done(self, unit: int) -> bool:
-        """Whether `unit` was finished under this configuration; a damaged marker counts for nothing."""
+        """Whether `unit` was finished with this configuration; a damaged marker is ignored."""
         try:
             return read_json(self.marker(unit)).get("stage_hash") == self.stage_hash
         except BuilderError:
             return False
 
     def finish(self, unit: int, result: Mapping[str, Any]) -> None:
-        """Mark `unit` as finished; called after everything it wrote is on disk."""
+        """Write the marker of `unit`; call this only after everything the unit wrote is on disk."""
         write_json(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
 
     def results(self, units: Iterable[int]) -> list[dict[str, Any]]:
-        """What the markers of `units` hold, in that order. Raises BuilderError when one is missing."""
+        """Return the content of the markers of `units`, in that order. Raises BuilderError when one is missing."""
         found = [read_json(self.marker(unit)) for unit in units]
         for unit, result in zip(units, found, strict=True):
             if result.get("stage_hash") != self.stage_hash:
@@ -68,14 +69,14 @@ class Ledger:
 
 
 def read_manifest(folder: BuildFolder) -> dict[str, Any]:
-    """The manifest of a build, or an empty one. Raises BuilderError for a newer format version."""
+    """Return the manifest of a build, or an empty one. Raises BuilderError for another format version."""
     if not folder.manifest.exists():
         return {"format_version": FORMAT_VERSION, "stages": {}}
     return check_manifest(folder.manifest)
 
 
 def check_manifest(path: Path) -> dict[str, Any]:
-    """What a manifest (or its copy) holds. Raises BuilderError where it is missing, damaged or newer."""
+    """Read a manifest or its copy. Raises BuilderError when it is missing, damaged or of another format version."""
     manifest = read_json(path)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
@@ -97,46 +98,45 @@ def write_manifest(folder: BuildFolder, manifest: Mapping[str, Any]) -> None:
 
 
 def stage_entry(folder: BuildFolder, stage: str) -> dict[str, Any]:
-    """What the manifest holds of `stage`. Raises BuilderError naming the command to run first."""
-    entry = known_entry(folder, stage)
-    if entry is None:
+    """Return the manifest's entry of `stage`. Raises BuilderError naming the command to run if there is none."""
+    entries = recorded_stages(folder)
+    if stage not in entries:
         raise BuilderError(
             f"{folder.root} has no {stage} stage yet: run `hierarchy-builder {VERBS[stage]} {folder.root}` first"
         )
-    return entry
+    return entries[stage]
 
 
-def known_entry(folder: BuildFolder, stage: str) -> dict[str, Any] | None:
-    """What the manifest holds of `stage`, if anything; of a build in one pass what the stage would have by itself."""
-    stages = read_manifest(folder)["stages"]
-    fused = stages.get("fuse", {"inputs": {}})
-    if stage in stages or stage not in fused["inputs"]:
-        return stages.get(stage)
-    inputs = fused["inputs"][stage]
-    return {**fused, "inputs": inputs, "hash": hash_of(stage, inputs), "request": fused["request"][stage]}
+def recorded_stages(folder: BuildFolder) -> dict[str, dict[str, Any]]:
+    """Return the manifest's entries by stage; for a fused build also those that its three stages would have alone."""
+    entries = dict(read_manifest(folder)["stages"])
+    fused = entries.get("fuse", {"inputs": {}})
+    for stage, inputs in fused["inputs"].items():
+        own = {"inputs": inputs, "hash": hash_of(stage, inputs), "request": fused["request"][stage]}
+        entries[stage] = {**fused, **own}
+    return entries
 
 
 def is_fused(folder: BuildFolder) -> bool:
-    """Whether the shards were made in one pass, without stores."""
+    """Whether this is a fused build, which has shards but no stores."""
     return "fuse" in read_manifest(folder)["stages"]
 
 
 def open_ledger(folder: BuildFolder, stage: str) -> Ledger:
-    """The ledger of a stage that is already in the manifest."""
+    """Open the ledger of a stage that is in the manifest."""
     return Ledger(folder.ledger(stage), stage_entry(folder, stage)["hash"])
 
 
 def begin_stage(
     folder: BuildFolder, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any], *, fresh: bool
 ) -> Ledger:
-    """Record what `stage` is made with before it starts, or check that it is what the output was made with.
+    """Record the inputs of a stage before it starts; if it has started already, check that they are the same.
 
-    inputs: everything that decides the result. facts: things worth keeping that do not, such as where the input
-    lies now.
-    fresh: remove this stage and those after it first.
-    Units whose store was taken away are to do again; what was begun without a unit done may be begun anew.
-    Raises ConfigMismatchError listing the differing keys side by side, UsageError where files that no stage made lie
-    where this one writes.
+    inputs: everything that decides the result. facts: what is recorded but does not, such as the path of the images.
+    fresh: first remove this stage and those after it.
+    If the store of the stage is missing, its units are run again. Other inputs are accepted if no unit is finished.
+    Raises ConfigMismatchError listing the keys that differ, UsageError if files that no stage made are where this one
+    writes.
     """
     manifest = read_manifest(folder)
     known = {path for one in _begun(folder, manifest) for path in _outputs_of(folder, one)}
@@ -190,9 +190,9 @@ def hash_of(stage: str, inputs: Mapping[str, Any]) -> str:
 
 
 def replace_regions(folder: BuildFolder, inputs: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Record other inputs of `cluster` whose result lies ready, and forget which prototypes its parts had.
+    """Record other inputs of `cluster` whose regions are computed, and remove the links of the former parts.
 
-    Shards of the former regions stay; their stage is refused until it is started afresh.
+    Shards of the former regions are kept; the stage `shard` refuses to continue them without --fresh.
     """
     manifest = read_manifest(folder)
     _forget(folder, manifest, ["link"])
@@ -213,7 +213,7 @@ def _record(
 
 
 def _stores_of(folder: BuildFolder, stage: str) -> list[Path]:
-    """What the units of a stage write into; the tars of `shard` are looked at one by one."""
+    """Return the stores that the units of a stage write to; tars are not among them, since each is checked alone."""
     return {
         "extract": [folder.features],
         "vocabulary": [folder.vocabulary],
@@ -227,14 +227,14 @@ def _links_of(folder: BuildFolder) -> list[Path]:
 
 
 def _begun(folder: BuildFolder, manifest: Mapping[str, Any]) -> set[str]:
-    """Stages that made what lies where they write; of a lost manifest its copy and the markers tell."""
+    """Return the stages that have started, from the manifest and the markers; without a manifest from its copy."""
     copy = folder.manifest_copy
     kept = check_manifest(copy)["stages"] if not folder.manifest.exists() and copy.exists() else {}
     return {*manifest["stages"], *kept, *(stage for stage in STAGES if folder.markers(stage))}
 
 
 def _outputs_of(folder: BuildFolder, stage: str) -> list[Path]:
-    """Where a stage writes, its markers included."""
+    """Return the files and folders that a stage writes, its markers included."""
     outputs = {
         "extract": [folder.listing, folder.index, folder.class_map, folder.features],
         "vocabulary": [folder.vocabulary, folder.vocabulary_work],
@@ -242,7 +242,7 @@ def _outputs_of(folder: BuildFolder, stage: str) -> list[Path]:
         "link": _links_of(folder),
         "shard": [folder.shards],
         "fuse": [
-            *(folder.listing, folder.index, folder.class_map, folder.shards, folder.part(0).parent),
+            *(folder.listing, folder.index, folder.class_map, folder.shards, folder.parts),
             folder.ledger("shard"),
         ],
     }
@@ -250,13 +250,13 @@ def _outputs_of(folder: BuildFolder, stage: str) -> list[Path]:
 
 
 def _split_of(manifest: Mapping[str, Any], stage: str) -> str | None:
-    """First part of the names of the tars a stage made, where it is known."""
+    """Return the split in the names of the tars that a stage made, if it is recorded."""
     inputs = manifest["stages"].get(stage, {}).get("inputs", {})
     return inputs.get("shard", inputs).get("config", {}).get("split")
 
 
 def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
-    """Remove what these stages made, as far as they were begun, and take them out of the manifest."""
+    """Remove what these stages made, if they have started, and their entries in the manifest."""
     for stage in (stage for stage in STAGES if stage in stages and stage in _begun(folder, manifest)):
         split = _split_of(manifest, stage)
         for path in _outputs_of(folder, stage):
@@ -277,11 +277,13 @@ def _describe_mismatch(
     if stage in ("extract", "fuse"):
         again = "start over with --fresh"
     else:
-        again = f"start over, with the flags you want now: hierarchy-builder {VERBS[stage]} {folder.root} … --fresh"
+        again = (
+            f"start over with the flags you want: hierarchy-builder {VERBS[stage]} {folder.root} … --fresh"
+        )
     return (
         f"{folder.root} was made with another {stage} configuration or input:\n"
         + "\n".join(lines)
-        + ("\nappend images that are new with --accept-new-files" if has_grown else "")
+        + ("\nappend the new images with --accept-new-files" if has_grown else "")
         + f"\nrepeat the command with the stored values, choose another folder, or {again}"
     )
 

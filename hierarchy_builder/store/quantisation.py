@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.hierarchy.agreement import adjusted_rand
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
+from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 
@@ -50,7 +51,7 @@ def measure_quantisation(folder: BuildFolder, recipe: HierarchyRecipe, rows: np.
     of a token and its stored form), and per level, coarse → fine, `tokens_changed` (share of tokens outside the
     best one-to-one matching of regions before and after) and `agreement` (mean adjusted Rand index).
     """
-    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_IMAGES)).astype(np.int64)]
+    chosen = rows[spread_evenly(len(rows), SAMPLED_IMAGES)]
     exact = stores.read_rows(stores.open_store(folder.features), "features", chosen).astype(np.float32)
     stored = dequantise(*quantise(exact))
     before, after = (build_hierarchy(values, recipe).regions for values in (exact, stored))

@@ -114,10 +114,17 @@ def per_channel(position: Moments) -> Moments:
 
 
 def write_statistics(path: Path, position: Moments, joint: Moments | None = None) -> None:
-    """Write statistics.npz; its arrays are listed in docs/formats.md.
+    """Write statistics.npz, see `statistics_arrays`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **statistics_arrays(position, joint))
+    write_bytes(path, buffer.getvalue())
 
-    position: moments [H, W, C]; those per channel follow from them. joint: moments of all tokens with their
-    scatter matrix [C, C], from which `covariance` is written; without it there is none.
+
+def statistics_arrays(position: Moments, joint: Moments | None) -> dict[str, Any]:
+    """Return the arrays of statistics.npz, which docs/formats.md lists.
+
+    position: moments [H, W, C], from which those per channel follow. joint: moments of all tokens with their scatter
+    matrix [C, C], from which `covariance` follows; without it there is none.
     """
     channel = per_channel(position)
     arrays: dict[str, Any] = {
@@ -132,9 +139,7 @@ def write_statistics(path: Path, position: Moments, joint: Moments | None = None
     }
     if joint is not None:
         arrays["covariance"] = joint.variance
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_bytes(path, buffer.getvalue())
+    return arrays
 
 
 def write_part_moments(

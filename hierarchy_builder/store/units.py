@@ -1,4 +1,4 @@
-"""What a build consists of and how far it is, read from manifest and markers alone; nothing is changed here."""
+"""The units of every stage of a build and their progress, from manifest and markers alone; nothing is changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import read_json, size_on_disk
+from hierarchy_builder.files import readable_json, size_on_disk
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -22,7 +22,7 @@ from hierarchy_builder.store.shards import sample_bytes
 
 
 def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
-    """The manifest's entry of a stage all of whose units are done. Raises BuilderError naming what to run."""
+    """Return the manifest's entry of a stage. Raises BuilderError naming the command to run if units are missing."""
     entry = stage_entry(folder, stage)
     ledger = open_ledger(folder, stage)
     units = stage_units(folder, stage)
@@ -36,7 +36,7 @@ def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
 
 
 def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
-    """Every unit of a stage that is in the manifest, done or not."""
+    """Return every unit of a stage that is in the manifest, finished or not."""
     extracted = stage_entry(folder, "extract")
     num_rows, block_rows, _ = store_layout(extracted)
     if stage == "vocabulary":
@@ -50,7 +50,7 @@ def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
 
 
 def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
-    """Per stage in the manifest: units done and in all, images, summed seconds of the units, bytes on disk, state."""
+    """Return one row per stage: units, finished ones, images, seconds summed over units, bytes on disk and state."""
     outputs = {
         "extract": folder.features,
         "vocabulary": folder.vocabulary,
@@ -79,9 +79,9 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
 
 
 def state_of(folder: BuildFolder, stage: str, num_missing: int) -> str:
-    """`done`, `unfinished`, or `out of date` where what the stage was made from has been made anew since."""
+    """Return `done`, `unfinished`, or `out of date` if a stage it was made from has changed since."""
     stages = read_manifest(folder)["stages"]
-    inputs = stages[stage]["inputs"] if stage != "fuse" else {}  # made from the images alone
+    inputs = stages[stage]["inputs"] if stage != "fuse" else {}  # made from no other stage
     made_from = {name: value for name, value in inputs.items() if name in STAGES and value}
     if any(name not in stages or stages[name]["hash"] != value for name, value in made_from.items()):
         return "out of date"
@@ -89,33 +89,33 @@ def state_of(folder: BuildFolder, stage: str, num_missing: int) -> str:
 
 
 def stored_source(folder: BuildFolder) -> str:
-    """Where the images of a build come from; a local path is kept relative to the build folder."""
+    """Return the folder or URL of the images; the manifest holds local paths relative to the build folder."""
     source = stage_entry(folder, "extract")["source"]
     return source if "://" in source else os.path.normpath(folder.root / source)
 
 
 def relative_source(folder: BuildFolder, source: str) -> str:
-    """How `source` is written into the manifest: URLs as they are, local paths relative to the build folder."""
+    """Return `source` as the manifest holds it: a URL unchanged, a local path relative to the build folder."""
     return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
 
 
 def usable_rows(folder: BuildFolder) -> np.ndarray:
-    """int64 rows of the index whose features are usable, rising."""
+    """Return the rows of the index whose features are usable: int64, rising."""
     if is_fused(folder):
-        words = read_index(folder.index).column("status").to_pylist()
-        return np.flatnonzero(np.array(words) == status_name(Status.OK))
+        names = read_index(folder.index).column("status").to_pylist()
+        return np.flatnonzero(np.array(names) == status_name(Status.OK))
     status = stores.read_rows(stores.open_store(folder.features), "status", slice(None))
     return np.flatnonzero(status == Status.OK)
 
 
 def store_layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:
-    """(rows, rows of a block, description of the encoder) of the stores, from the manifest's extract entry."""
+    """Return rows, rows per block and the description of the encoder, from the manifest's entry of extract."""
     inputs = extracted["inputs"]
     return inputs["num_images"], inputs["config"]["block_rows"], inputs["encoder"]
 
 
 def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, stores.Layout]:
-    """The store a stage (or `covariance`) writes to and its arrays there; none for what is written elsewhere."""
+    """Return the store that a stage (or `covariance`) writes to and its arrays; none if it writes no arrays."""
     num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
     rows, grid = {"num_rows": num_rows, "block_rows": block_rows}, tuple(encoder["grid"])
     if stage == "extract":
@@ -129,13 +129,8 @@ def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, stores.Layout]:
     return folder.regions, stores.prototypes_layout(**rows) if stage == "link" else {}
 
 
-def spread_rows(count: int, limit: int) -> list[int]:
-    """At most `limit` of the numbers below `count`, spread evenly."""
-    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64).tolist() if count else []
-
-
 def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], clustered: Mapping[str, Any]) -> int:
-    """Samples in every tar but the last, from the number asked for or from the bytes a tar aims at."""
+    """Return the samples of every tar but the last: as configured, or estimated from the configured bytes of a tar."""
     if config.shard_bytes is None:
         return config.samples_per_shard
     encoder = extracted["inputs"]["encoder"]
@@ -151,18 +146,15 @@ def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], cluster
 
 
 def running_stage(folder: BuildFolder) -> dict[str, Any] | None:
-    """What the run that works on a build has last told of its stage (`Meter.as_row`), None where there is none.
+    """Return the progress that a running stage has last written (`Meter.as_row`), or None where no stage runs.
 
-    `seconds` and `remaining_s` are as of now; what a killed run left behind does not count.
+    `seconds` and `remaining_s` are as of now. The file of a killed run is ignored, since it holds no lock.
     """
-    if not folder.is_locked() or not folder.live.is_file():
+    row = readable_json(folder.live) if folder.is_locked() else {}
+    if not row:
         return None
-    try:
-        told = read_json(folder.live)
-    except BuilderError:  # gone, or another release's
-        return None
-    age = max(0.0, time.time() - told.pop("time", time.time()))
-    left = told.get("remaining_s")
-    told["seconds"] = round(told.get("seconds", 0.0) + age, 1)
-    told["remaining_s"] = None if left is None else round(max(0.0, left - age), 1)
-    return told
+    age = max(0.0, time.time() - row.pop("time", time.time()))
+    remaining = row.get("remaining_s")
+    row["seconds"] = round(row.get("seconds", 0.0) + age, 1)
+    row["remaining_s"] = None if remaining is None else round(max(0.0, remaining - age), 1)
+    return row

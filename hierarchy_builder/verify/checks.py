@@ -1,38 +1,79 @@
-"""Does a finished build hold what its manifest promises? Every artefact is read whole; nothing is changed.
+"""Check that a build holds what its manifest promises. Every file is read whole; nothing is changed.
 
-Markers hold the SHA-256 of what their unit wrote, so a block that came from elsewhere is found as surely as a
-flipped bit. What can be told from other artefacts is checked against them besides.
+The marker of a unit holds the SHA-256 of what the unit wrote, so verify finds a block of another build as well as a
+flipped bit. What can be computed from other files of the build is compared with them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import tarfile
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hierarchy_builder.config import HierarchyRecipe
+from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import read_json, sha256_file
+from hierarchy_builder.files import read_json, readable_json, sha256_file
 from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
 from hierarchy_builder.images.sources import listing_hash
-from hierarchy_builder.records import Block, Status
+from hierarchy_builder.records import REGION_DTYPE, Block, ImageRecord, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.damage import MANIFEST, Damage
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
-from hierarchy_builder.store.ledger import VERBS, Ledger, check_manifest, is_fused, open_ledger, stage_entry
-from hierarchy_builder.store.statistics import read_part_moments
-from hierarchy_builder.store.units import layout_of, spread_rows, stage_units, state_of
+from hierarchy_builder.store.ledger import (
+    VERBS,
+    Ledger,
+    check_manifest,
+    is_fused,
+    open_ledger,
+    recorded_stages,
+)
+from hierarchy_builder.store.samples import FACTS, make_sample
+from hierarchy_builder.store.shard_set import (
+    SUCCESS,
+    card_of,
+    dataset_joint_moments,
+    dataset_moments,
+    index_of,
+)
+from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name, sidecar
+from hierarchy_builder.store.statistics import read_part_moments, statistics_arrays
+from hierarchy_builder.store.units import layout_of, stage_units, state_of, usable_rows
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.verify.shard_checks import check_shards
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 
+MANIFEST = "manifest"
+"""Value of `Damage.stage` for damage of the manifest itself."""
 SAMPLED_ROWS = 16
-"""Rows of a block whose regions are cut again from their trees."""
+"""Rows of each block whose regions are cut from their trees again and compared."""
+SAMPLED_SAMPLES = 8
+"""Samples of each tar that are made from the stores again, with canvases, and compared byte by byte."""
+MEASURED = ("quantisation", "code_version")
+"""Fields of index.json that do not follow from the manifest and the markers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Damage:
+    """One problem that verify finds and repair can remove."""
+
+    stage: str
+    """The stage that wrote the damaged file: a name of `ledger.STAGES`, `covariance` or `manifest`."""
+    text: str
+    """Where the problem is, what was found and what was expected."""
+    unit: int | None = None
+    """The unit that wrote it; None for what a stage writes after all its units, and for units that are missing."""
+    is_stale: bool = False
+    """Whether the files are whole, but an earlier stage was run again after this one."""
+
+
+Check = Callable[[BuildFolder, Mapping[str, Any]], Iterator[Damage]]
+BlockCheck = Callable[[Block, Mapping[str, np.ndarray], Mapping[str, Any]], Iterator[str]]
 
 
 def find_problems(folder: BuildFolder) -> Iterator[str]:
@@ -41,9 +82,9 @@ def find_problems(folder: BuildFolder) -> Iterator[str]:
 
 
 def find_damage(folder: BuildFolder) -> Iterator[Damage]:
-    """The same with the stage and unit each problem belongs to.
+    """Do the same, and yield each problem with its stage and unit.
 
-    Raises UsageError when this is not the folder of a build.
+    Raises UsageError when `folder` is not a build.
     """
     folder.require(damaged=True)
     try:
@@ -51,86 +92,77 @@ def find_damage(folder: BuildFolder) -> Iterator[Damage]:
     except BuilderError as error:
         yield Damage(stage=MANIFEST, text=f"{error}; nothing else was checked")
         return
-    doubted = set[int | None]()  # blocks that cannot bear witness against a tar
+    damaged_blocks = set[int | None]()
     checks: dict[str, Check] = {
         "extract": _check_extract,
         "vocabulary": _check_vocabulary,
         "cluster": _check_regions,
         "link": _check_links,
-        "shard": partial(check_shards, doubted=doubted),
+        "shard": partial(_check_shards, damaged_blocks=damaged_blocks),
         "fuse": _check_fused,
     }
     for stage in (name for name in checks if name in stages):
         if state_of(folder, stage, 0) == "out of date":
             again = f"hierarchy-builder {VERBS[stage]} {folder.root} --fresh"
-            text = f"{stage} is out of date, what it was made from has changed since: run `{again}`"
+            text = f"{stage} is out of date, since an earlier stage has changed: run `{again}`"
             yield Damage(stage=stage, text=text, is_stale=True)
             continue
-        for damage in _check_stage(folder, stages, stage, checks[stage]):
+        for damage in _check_stage(folder, stage, checks[stage]):
             if stage != "shard":
-                doubted.add(damage.unit)
+                damaged_blocks.add(damage.unit)
             yield damage
 
 
-Check = Callable[[BuildFolder, Mapping[str, Any]], Iterator[Damage]]
-
-
-def _check_stage(
-    folder: BuildFolder, stages: Mapping[str, Any], stage: str, check: Check
-) -> Iterator[Damage]:
+def _check_stage(folder: BuildFolder, stage: str, check: Check) -> Iterator[Damage]:
     try:
-        yield from _check_layout(folder, stage)
+        path, layout = layout_of(folder, stage)
+        for name in stores.damaged_layout(path, layout) if layout else []:
+            yield Damage(stage=stage, text=f"{path / name / 'zarr.json'} is not as it was made")
         yield from _check_markers(folder, stage)
-        yield from check(folder, stages)
+        yield from check(folder, recorded_stages(folder))
     except BuilderError as error:
         yield Damage(stage=stage, text=f"{stage}: {error}")
 
 
-def _check_layout(folder: BuildFolder, stage: str) -> Iterator[Damage]:
-    """The descriptions of the arrays a stage writes."""
-    path, layout = layout_of(folder, stage)
-    for name in stores.damaged_layout(path, layout) if layout else []:
-        yield Damage(stage=stage, text=f"{path / name / 'zarr.json'} is not as it was made")
+def _then_error(texts: Iterator[str]) -> Iterator[str]:
+    """Yield the problems a check finds, and the text of the BuilderError that ends it, if there is one."""
+    try:
+        yield from texts
+    except BuilderError as error:
+        yield str(error)
 
 
 def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-    names = {ledger.marker(unit.number).name for unit in units}
-    for stray in (path for path in folder.markers(stage) if path.name not in names):
-        yield Damage(
-            stage=stage, unit=int(stray.stem), text=f"{stray} marks a unit that {stage} does not have"
-        )
-    done = [ledger.is_done(unit.number) for unit in units]
-    for unit, is_done in zip(units, done, strict=True):
-        if not is_done and ledger.marker(unit.number).exists():
-            yield Damage(
-                stage=stage,
-                unit=unit.number,
-                text=f"{ledger.marker(unit.number)} is damaged or of another configuration",
-            )
-    if not all(done):
+    markers = {ledger.marker(unit.number): unit.number for unit in units}
+    for path in folder.markers(stage):
+        if path not in markers:
+            text = f"{path} is the marker of a unit that {stage} does not have"
+            yield Damage(stage=stage, unit=int(path.stem), text=text)
+    unfinished = {path: number for path, number in markers.items() if not ledger.is_done(number)}
+    for path, number in unfinished.items():
+        if path.exists():
+            text = f"{path} is damaged or belongs to another configuration"
+            yield Damage(stage=stage, unit=number, text=text)
+    if unfinished:
         yield Damage(
             stage=stage,
-            text=f"{folder.root}: {stage} has done {sum(done)} of {len(units)} units: "
+            text=f"{folder.root}: {stage} has done {len(units) - len(unfinished)} of {len(units)} units: "
             f"run `hierarchy-builder {VERBS[stage]} {folder.root}` again to finish it",
         )
 
 
-BlockCheck = Callable[[Block, Mapping[str, np.ndarray], Mapping[str, Any]], Iterator[str]]
-
-
-def _each_block(
+def _check_blocks(
     folder: BuildFolder, stage: str, check: BlockCheck, ledger: Ledger | None = None
 ) -> Iterator[Damage]:
-    """The SHA-256 of all that each finished block wrote, then `check(block, arrays, marker)`."""
+    """Compare the arrays of each finished block with their SHA-256, then run `check(block, arrays, marker)`."""
     ledger = ledger or open_ledger(folder, stage)
     path, layout = layout_of(folder, stage)
     for block in stage_units(folder, "extract"):
-        if not ledger.is_done(block.number):
-            continue
-        marker = read_json(ledger.marker(block.number))
-        for text in _block_problems(path, layout, block, marker, check):
-            yield Damage(stage=stage, unit=block.number, text=f"{path}, block {block.number}: {text}")
+        if ledger.is_done(block.number):
+            marker = read_json(ledger.marker(block.number))
+            for text in _block_problems(path, layout, block, marker, check):
+                yield Damage(stage=stage, unit=block.number, text=f"{path}, block {block.number}: {text}")
 
 
 def _block_problems(
@@ -146,76 +178,74 @@ def _block_problems(
         if marker.get("digests", {}).get(name, digest) != digest:
             yield f"{name} are not those that were written"
     if len(arrays) == len(layout):
-        try:
-            yield from check(block, arrays, marker)
-        except BuilderError as error:
-            yield str(error)
+        yield from _then_error(check(block, arrays, marker))
 
 
 def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
-    entry = stages["extract"]
-    yield from _check_listing(folder, entry)
+    yield from _check_listing(folder, stages["extract"])
 
     def check(block: Block, arrays: Mapping[str, np.ndarray], marker: Mapping[str, Any]) -> Iterator[str]:
         features, status = arrays["features"], arrays["status"]
-        told = [outcome["status"] for outcome in marker["outcomes"]]
-        if [status_name(Status(value)) for value in status.tolist()] != told:
+        recorded = [outcome["status"] for outcome in marker["outcomes"]]
+        if [status_name(Status(value)) for value in status.tolist()] != recorded:
             yield "status differs from the marker"
         usable = features[status == Status.OK]
         if not np.isfinite(usable).all():
-            yield "values that are not finite"
+            yield "features are not finite"
         if len(usable) and not usable.reshape(len(usable), -1).any(axis=1).all():
-            yield "usable rows that hold only zeros"
+            yield "features of usable rows are all zeros"
 
-    yield from _each_block(folder, "extract", check)
+    yield from _check_blocks(folder, "extract", check)
     if stores.is_store(folder.features) and stores.has_scatter(folder.features):
-        ledger = Ledger(folder.ledger("covariance"), entry["hash"])
-        yield from _each_block(folder, "covariance", lambda *_: iter(()), ledger)
+        ledger = Ledger(folder.ledger("covariance"), stages["extract"]["hash"])
+        yield from _check_blocks(folder, "covariance", lambda *_: iter(()), ledger)
 
 
 def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
-    """A build in one pass: its listing, the statistics of its blocks, its shards."""
-    made = {name: stage_entry(folder, name) for name in stages["fuse"]["inputs"]}
-    yield from _check_listing(folder, made["extract"])
+    """Check the listing of a fused build and the statistics of its blocks; if these are whole, its shards."""
+    yield from _check_listing(folder, stages["extract"])
     lost = list[Damage]()
     for block in stage_units(folder, "fuse"):
         try:
             read_part_moments(folder, block.number)
         except BuilderError as error:
             lost.append(Damage(stage="fuse", unit=block.number, text=str(error)))
-    yield from lost or check_shards(folder, made)
+    yield from lost or _check_shards(folder, stages)
 
 
 def _check_listing(folder: BuildFolder, entry: Mapping[str, Any]) -> Iterator[Damage]:
-    """The listing, the index and the class map against the manifest and the markers."""
-    inputs, outcomes = entry["inputs"], _outcomes(folder)
+    for text in _listing_problems(folder, entry["inputs"]["listing_hash"]):
+        yield Damage(stage="extract", text=text)
+    if "class_map" in entry:
+        for text in _then_error(_class_map_problems(folder.class_map, entry["class_map"])):
+            yield Damage(stage="extract", text=text)
+
+
+def _listing_problems(folder: BuildFolder, expected_hash: str) -> Iterator[str]:
+    """Check the listing and the index against the manifest and the markers."""
+    outcomes = _recorded_outcomes(folder)
     for path in (folder.listing, folder.index):
         try:
             table = read_index(path)
-            if listing_hash(records_of(table)) != inputs["listing_hash"]:
-                yield Damage(stage="extract", text=f"{path} is not the listing the build was made from")
+            if listing_hash(records_of(table)) != expected_hash:
+                yield f"{path} is not the listing the build was made from"
         except (BuilderError, ValueError) as error:
-            yield Damage(stage="extract", text=f"{path}: {error}")
+            yield f"{path}: {error}"
             continue
         if path == folder.index and outcomes is not None:
             if table.select(OUTCOME_COLUMNS).to_pylist() != outcomes:
-                yield Damage(stage="extract", text=f"{path}: outcomes differ from those of the markers")
+                yield f"{path}: outcomes differ from those of the markers"
             if records_of(table) != records_of(read_index(folder.listing)):
-                yield Damage(
-                    stage="extract", text=f"{path}: rows in another order than {folder.listing.name}"
-                )
-    class_map = entry.get("class_map")
-    try:
-        if class_map is not None and read_json(folder.class_map) != class_map:
-            yield Damage(
-                stage="extract", text=f"{folder.class_map} is not the class map the build was made with"
-            )
-    except BuilderError as error:
-        yield Damage(stage="extract", text=str(error))
+                yield f"{path}: rows are in another order than in {folder.listing.name}"
 
 
-def _outcomes(folder: BuildFolder) -> list[dict[str, Any]] | None:
-    """Outcome columns of the index as the markers have them, or None where markers are missing."""
+def _class_map_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
+    if read_json(path) != expected:
+        yield f"{path} is not the class map of the build"
+
+
+def _recorded_outcomes(folder: BuildFolder) -> list[dict[str, Any]] | None:
+    """Return the outcome columns of the index as the markers record them, or None where markers are missing."""
     stage = "fuse" if is_fused(folder) else "extract"
     try:
         results = open_ledger(folder, stage).results([unit.number for unit in stage_units(folder, stage)])
@@ -235,14 +265,14 @@ def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[D
         if violations.any():
             yield f"{counted(int((violations > 0).sum()), 'image')} with ids that are not dense or not nested"
             return
-        some = spread_rows(len(regions), SAMPLED_ROWS)
-        if not len(some):
+        rows = spread_evenly(len(regions), SAMPLED_ROWS)
+        if not len(rows):
             return
-        again = cut_levels(regions[some, 0], merges[some], recipe.cuts, given_levels(flags[some], recipe))
-        if not np.array_equal(again, regions[some]):
-            yield "regions that do not follow from their trees"
+        given = given_levels(flags[rows], recipe)
+        if not np.array_equal(cut_levels(regions[rows, 0], merges[rows], recipe.cuts, given), regions[rows]):
+            yield "regions do not follow from their trees"
 
-    yield from _each_block(folder, "cluster", check)
+    yield from _check_blocks(folder, "cluster", check)
 
 
 def _check_links(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
@@ -251,40 +281,246 @@ def _check_links(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Dam
     def check(block: Block, arrays: Mapping[str, np.ndarray], marker: Mapping[str, Any]) -> Iterator[str]:
         prototypes, distances = arrays["prototypes"], arrays["prototype_distances"]
         if ((prototypes >= num_prototypes) & (prototypes != NO_REGION)).any():
-            yield f"prototypes of {num_prototypes} or more"
+            yield f"prototypes have ids of {num_prototypes} or more"
         if not np.array_equal(np.isfinite(distances), prototypes != NO_REGION):
-            yield "prototypes without a distance, or the reverse"
+            yield "prototypes without a distance, or distances without a prototype"
 
-    yield from _each_block(folder, "link", check)
+    yield from _check_blocks(folder, "link", check)
 
 
 def _check_vocabulary(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
     ledger = open_ledger(folder, "vocabulary")
     if ledger.is_done(0):
-        for text in _vocabulary_problems(folder, stages, read_json(ledger.marker(0))):
+        for text in _then_error(_vocabulary_problems(folder, stages, read_json(ledger.marker(0)))):
             yield Damage(stage="vocabulary", unit=0, text=f"{folder.vocabulary}: {text}")
 
 
 def _vocabulary_problems(
     folder: BuildFolder, stages: Mapping[str, Any], marker: Mapping[str, Any]
 ) -> Iterator[str]:
-    try:
-        vocabulary, config, config_hash = load_vocabulary(folder.vocabulary)
-    except BuilderError as error:
-        yield str(error)
-        return
+    vocabulary, config, config_hash = load_vocabulary(folder.vocabulary)
     width = stages["extract"]["inputs"]["encoder"]["width"]
     if sha256_file(folder.vocabulary) != marker.get("sha256", sha256_file(folder.vocabulary)):
         yield "not the one that was fitted"
     if config_hash != stages["vocabulary"]["hash"]:
-        yield f"configuration {config_hash[:12]} is not the manifest's"
+        yield f"configuration {config_hash[:12]}… differs from that in the manifest"
     shapes = [level.shape for level in vocabulary.centroids]
     if shapes != [(size, width) for size in config.sizes]:
-        yield f"prototypes of shape {shapes}, expected sizes {config.sizes} of width {width}"
+        yield f"prototypes have shapes {shapes}, expected sizes {config.sizes} of width {width}"
     if not all(np.isfinite(level).all() for level in vocabulary.centroids):
-        yield "prototypes that are not finite"
-    for coarse, fine, parents in zip(
-        vocabulary.counts, vocabulary.counts[1:], vocabulary.parents, strict=False
-    ):
+        yield "prototypes are not finite"
+    levels = zip(vocabulary.counts, vocabulary.counts[1:], vocabulary.parents, strict=False)
+    for coarse, fine, parents in levels:
         if not np.array_equal(np.bincount(parents, fine, len(coarse)), coarse):
-            yield "prototypes do not have the tokens of those below them"
+            yield "token counts of prototypes differ from the sums over their children"
+
+
+def _check_shards(
+    folder: BuildFolder, stages: Mapping[str, Any], *, damaged_blocks: Collection[int | None] = ()
+) -> Iterator[Damage]:
+    """Check every finished tar against its marker, the index and the stores, then the files next to the tars.
+
+    damaged_blocks: blocks of the stores whose rows are not compared with tars; nothing is checked if None is among
+    them, since the index itself may be wrong then.
+    """
+    if None in damaged_blocks:
+        return
+    config = from_mapping(ShardConfig, stages["shard"]["request"])
+    ledger, units = open_ledger(folder, "shard"), stage_units(folder, "shard")
+    rows, index, seen = usable_rows(folder), read_index(folder.index), set[str]()
+    damaged = [block for block in damaged_blocks if block is not None]
+    markers = list[Mapping[str, Any]]()
+    for unit in (unit for unit in units if ledger.is_done(unit.number)):
+        tar, marker = folder.shards / shard_name(config.split, unit.number), ledger.results([unit.number])[0]
+        markers.append(marker)
+        tar_rows = rows[unit.start : unit.stop]
+        blocks = tar_rows // stages["extract"]["inputs"]["config"]["block_rows"]
+        intact = np.flatnonzero(~np.isin(blocks, damaged))
+        expected = _ExpectedTar(folder, stages, config, index.take(tar_rows), tar_rows, intact)
+        for text in _tar_problems(tar, marker, expected, seen):
+            yield Damage(stage="shard", unit=unit.number, text=text)
+    if len(markers) == len(units):
+        for text in _set_problems(folder, config, markers):
+            yield Damage(stage="shard", text=text)
+
+
+class _ExpectedTar:
+    """What a tar should hold: rows of the index, and samples that are made from the stores again.
+
+    table, rows: the rows of the index in this tar and their numbers. intact: positions in `rows` whose blocks are
+    not damaged.
+    """
+
+    def __init__(
+        self,
+        folder: BuildFolder,
+        stages: Mapping[str, Any],
+        config: ShardConfig,
+        table: Any,
+        rows: np.ndarray,
+        intact: np.ndarray,
+    ) -> None:
+        self.config, self.rows = config, rows
+        self.records: Sequence[ImageRecord] = records_of(table)
+        self.facts = table.select(FACTS).to_pylist()
+        extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
+        self.num_classes: int = extracted["num_classes"]
+        grid = tuple(extracted["encoder"]["grid"])
+        self.arrays = {
+            "features": ((*grid, extracted["encoder"]["width"]), np.dtype(config.feature_dtype)),
+            "regions": ((len(recipe["cuts"]) + 1, *grid), REGION_DTYPE),
+            "scale": ((*grid, 1), np.dtype("float32")),
+        }
+        self.sampled: set[int] = set()
+        if not is_fused(folder):  # a fused build has no stores
+            self.features = stores.open_store(folder.features)
+            self.regions = stores.open_store(folder.regions)
+            self.sampled = set(intact[spread_evenly(len(intact), SAMPLED_SAMPLES)].tolist())
+
+    def sample(self, number: int, image: bytes | None) -> Sample:
+        """Make sample `number` of the tar; `image` is the crop that the tar has."""
+        row = slice(int(self.rows[number]), int(self.rows[number]) + 1)
+        arrays = {"features": stores.read_rows(self.features, "features", row)[0]}
+        for name in (name for name in ("regions", "flags", "prototypes") if name in self.regions):
+            arrays[name] = stores.read_rows(self.regions, name, row)[0]
+        return make_sample(self.records[number], self.facts[number], arrays, self.config, image)
+
+
+def _tar_problems(
+    tar: Path, marker: Mapping[str, Any], expected: _ExpectedTar, seen: set[str]
+) -> Iterator[str]:
+    """Check one tar. seen: keys of the tars before it; those of this tar are added."""
+    if not tar.is_file():
+        yield f"{tar} is missing"
+        return
+    digest = sha256_file(tar)
+    if digest != marker["sha256"]:
+        yield f"{tar}: sha256 {digest[:12]}…, expected {marker['sha256'][:12]}…"
+    yield from _sidecar_problems(sidecar(tar), marker)
+    keys = list[str]()
+    try:
+        yield from _header_problems(tar)
+        for number, sample in enumerate(read_shard(tar)):
+            keys.append(sample.key)
+            if sample.key in seen:
+                yield f"{tar}: key {sample.key} occurs twice in the set"
+            seen.add(sample.key)
+            if problem := _array_problem(sample, expected) or _content_problem(sample, number, expected):
+                yield f"{tar}: {sample.key}: {problem}"
+    except BuilderError as error:
+        yield str(error)
+    if keys != [record.key for record in expected.records]:
+        yield f"{tar}: {len(keys)} samples, expected the {len(expected.records)} of its rows of the index"
+
+
+def _sidecar_problems(path: Path, marker: Mapping[str, Any]) -> Iterator[str]:
+    found = readable_json(path)
+    if any(found.get(name) != marker[name] for name in ("count", "bytes", "sha256", "config_hash")):
+        yield f"{path} is missing or belongs to another tar"
+
+
+def _header_problems(tar: Path) -> Iterator[str]:
+    """Check that headers are as `write_shard` makes them: plain files without time, owner or parent folders."""
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for info in archive:
+                owner = (info.mtime, info.uid, info.gid)
+                if not info.isfile() or owner != (0, 0, 0) or info.name.startswith("/") or ".." in info.name:
+                    yield f"{tar}: member {info.name} is not as it was written"
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise BuilderError(f"{tar}: not a whole tar ({error})") from None
+
+
+def _array_problem(sample: Sample, expected: _ExpectedTar) -> str | None:
+    for name, (shape, dtype) in expected.arrays.items():
+        array = getattr(sample, name)
+        if array is not None and (array.shape != shape or array.dtype != dtype):
+            return f"{name} are {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
+    if not 0 <= sample.label < expected.num_classes:
+        return f"label {sample.label}, expected 0 to {expected.num_classes - 1}"
+    if not np.isfinite(sample.features).all():
+        return "features are not finite"
+    if sample.scale is not None and not (np.isfinite(sample.scale) & (sample.scale >= 0)).all():
+        return "scales are not finite or below 0"
+    if np.asarray(check_nesting(sample.regions[None])).any():
+        return "region ids are not dense or not nested"
+    return None
+
+
+def _content_problem(sample: Sample, number: int, expected: _ExpectedTar) -> str | None:
+    """Compare key, label and path with the index, and every member of a sampled one with the stores."""
+    if number >= len(expected.records):
+        return "more samples than rows"
+    record = expected.records[number]
+    if (sample.key, sample.label, sample.metadata.get("path")) != (record.key, record.label, record.path):
+        return f"not row {int(expected.rows[number])} of the index, {record.key} of class {record.label}"
+    if number not in expected.sampled:
+        return None
+    found, made = encode_sample(sample), encode_sample(expected.sample(number, sample.image))
+    different = sorted(name for name in found.keys() | made.keys() if found.get(name) != made.get(name))
+    return f"{', '.join(different)} differ from what the stores give" if different else None
+
+
+def _set_problems(
+    folder: BuildFolder, config: ShardConfig, markers: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Check index.json, class map, statistics, card, vocabulary and _SUCCESS, and look for tars not in the index."""
+    shards, index = folder.shards, index_of(folder, config, markers)
+    listed = {entry["url"] for entry in index["shardlist"]}
+    for path in folder.own_files(shards, config.split):
+        if path.suffix == ".tar" and path.name not in listed:
+            yield f"{path} is not in index.json"
+    yield from _then_error(_index_problems(shards / "index.json", index))
+    try:
+        yield from _class_map_problems(shards / "class_map.json", read_json(folder.class_map))
+    except BuilderError as error:
+        yield str(error)
+    if index["vocabulary"]:
+        copy, made = shards / folder.vocabulary.name, folder.vocabulary
+        if not (copy.is_file() and made.is_file() and sha256_file(copy) == sha256_file(made)):
+            yield f"{copy} is not the vocabulary of the build"
+    yield from _statistics_problems(folder, shards / "statistics.npz", config)
+    yield from _then_error(_success_problems(shards, index))
+
+
+def _index_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
+    found = read_json(path)
+    if lacking := sorted(expected.keys() - found.keys()):
+        yield f"{path} has no {', '.join(lacking)}: it is damaged"
+        return
+    names = [name for name in expected if name not in MEASURED and found[name] != expected[name]]
+    if names or found.keys() - expected.keys():
+        yield f"{path}: {', '.join(names) or 'its fields'} differ from what the manifest and the markers say"
+        return
+    card = path.with_name("README.md")
+    if not card.is_file() or card.read_bytes() != card_of(found).encode():
+        yield f"{card} is not the card of this index"
+
+
+def _statistics_problems(folder: BuildFolder, path: Path, config: ShardConfig) -> Iterator[str]:
+    joint = dataset_joint_moments(folder) if config.covariance else None
+    expected = statistics_arrays(dataset_moments(folder), joint)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            different = [
+                name
+                for name, value in expected.items()
+                if stored[name].shape != np.shape(value) or not np.allclose(stored[name], value, rtol=1e-12)
+            ]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        yield f"{path} is damaged: {error}"
+        return
+    if different:
+        yield f"{path}: {', '.join(different)} differ from those of the features"
+
+
+def _success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
+    path, index_path = shards / SUCCESS, shards / "index.json"
+    if not path.is_file():
+        yield f"{path} is missing: the set was not finished"
+        return
+    found = read_json(path)
+    if found.get("index_sha256") != (sha256_file(index_path) if index_path.is_file() else ""):
+        yield f"{index_path} was changed after the set was finished"
+    if found.get("count") != index["num_samples"]:
+        yield f"{path}: {found.get('count')} samples, the markers have {index['num_samples']}"

@@ -1,12 +1,13 @@
-"""Mend what verify finds: take back the markers of damaged units, do these again, derive anew what is derived.
+"""Repair what verify finds: remove the markers of damaged units, run these units again and rewrite what follows.
 
-A unit gives the same bytes again, so nothing after it has to be done over. Where it does not (a photograph that can
-no longer be read, another machine's arithmetic), what was made from it is taken back too.
+A unit normally writes the same bytes again, and later stages stay as they are. If it writes others (because an image
+can no longer be read, or another machine rounds differently), repair also removes what was made from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.build.clustering import cluster, link, vocabulary
@@ -21,18 +22,18 @@ from hierarchy_builder.files import read_json, write_bytes, write_json
 from hierarchy_builder.images.sources import listing_hash
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.damage import MANIFEST, Damage
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of, write_index
 from hierarchy_builder.store.ledger import Ledger, check_manifest, is_fused, stage_entry
 from hierarchy_builder.store.units import layout_of, stage_units
-from hierarchy_builder.verify.checks import find_damage
+from hierarchy_builder.terminal import counted
+from hierarchy_builder.verify.checks import MANIFEST, Damage, find_damage
 
 ROUNDS = 8
-"""Times verify is asked again: what lies behind damage shows once that is mended."""
+"""How often verify and repair alternate at most: some damage is found only after other damage is repaired."""
 
 ORDER = ("extract", "covariance", "vocabulary", "cluster", "link", "shard")
-"""Stages and the sums beside them, in the order of the data."""
+"""Stages, and the scatter matrices (`covariance`), in the order of the data."""
 
 AFTER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "extract": (("covariance", "cluster"), ("vocabulary", "link", "shard")),
@@ -40,13 +41,13 @@ AFTER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cluster": (("link",), ("shard",)),
     "link": ((), ("shard",)),
 }
-"""What follows from a unit of each stage: units of the same number, and stages as a whole."""
+"""What is made from a unit of each stage: units with the same number, and whole stages."""
 
 
 def repair(folder: BuildFolder, session: Session) -> list[Damage]:
-    """Mend everything verify finds in a build; returns what was found.
+    """Repair everything verify finds in a build; returns what was found.
 
-    Raises VerificationError naming what could not be mended, and whatever a stage raises that is done again.
+    Raises VerificationError naming what could not be repaired, and any error of a stage that runs again.
     """
     folder.remove_leftovers()
     found: list[Damage] = []
@@ -57,15 +58,15 @@ def repair(folder: BuildFolder, session: Session) -> list[Damage]:
         for damage in damages:
             session.reporter.say(damage.text)
         found += damages
-        _mend(folder, damages, session)
+        _repair_round(folder, damages, session)
     raise VerificationError(
-        f"{folder.root}: {len(damages)} problems are still there after {ROUNDS} repairs, the first is: "
+        f"{folder.root}: {counted(len(damages), 'problem')} left after {ROUNDS} repairs, the first is: "
         f"{damages[0].text}; start its stage over with --fresh"
     )
 
 
-def _mend(folder: BuildFolder, damages: Iterable[Damage], session: Session) -> None:
-    """Mend the first stage that is damaged, and those after it as far as they are."""
+def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Session) -> None:
+    """Repair the manifest alone if it is damaged, else every damaged stage in the order of the data."""
     by_stage: dict[str, set[int | None]] = {}
     for damage in damages:
         by_stage.setdefault(damage.stage, set()).add(damage.unit)
@@ -74,24 +75,27 @@ def _mend(folder: BuildFolder, damages: Iterable[Damage], session: Session) -> N
         return
     if is_fused(folder):
         _restore_listing(folder)
-        for damage in damages:
-            if damage.unit is not None:
-                folder.remove(Ledger(folder.ledger(damage.stage), "").marker(damage.unit))
+        for stage, numbers in by_stage.items():
+            _remove_markers(folder, stage, (number for number in numbers if number is not None))
         fuse_again(folder, session)
         return
     for stage in (name for name in ORDER if name in by_stage):
-        units = {unit for unit in by_stage[stage] if unit is not None}
+        damaged = {unit for unit in by_stage[stage] if unit is not None}
         path, layout = layout_of(folder, stage)
         if layout and path.exists():
-            stores.mend_layout(path, layout)
+            stores.repair_layout(path, layout)
         if stage == "extract":
             _restore_listing(folder)
-        before = _take_back(folder, stage, units)
+        units = [unit for unit in stage_units(folder, _recorded_as(stage)) if unit.number in damaged]
+        before = {unit.number: _written(folder, stage, unit) for unit in units}
+        _remove_markers(folder, stage, damaged)
         try:
-            if stage != "extract" or units or not _rewrite_index(folder):
-                _do_again(folder, stage, session)
+            if stage != "extract" or damaged or not _rewrite_index(folder):
+                _run_again(folder, stage, session)
         finally:
-            _take_back_changed(folder, stage, before)
+            changed = [unit.number for unit in units if before[unit.number] != _written(folder, stage, unit)]
+            if changed:
+                _remove_later(folder, stage, changed)
 
 
 def _restore_manifest(folder: BuildFolder) -> None:
@@ -100,24 +104,25 @@ def _restore_manifest(folder: BuildFolder) -> None:
     except BuilderError as error:
         raise VerificationError(
             f"{folder.manifest} is damaged, and so is its copy ({error}): remove both and repeat the command that "
-            "made the build; units that are done are kept"
+            "made the build; finished units are kept"
         ) from None
     write_bytes(folder.manifest, folder.manifest_copy.read_bytes())
 
 
 def _restore_listing(folder: BuildFolder) -> None:
-    """Bring the class map back from the manifest, and listing and index from one another where one is whole."""
+    """Restore the class map from the manifest, the listing from the index; remove damaged listings and indices."""
     entry = stage_entry(folder, "extract")
     if "class_map" in entry:
         write_json(folder.class_map, entry["class_map"])
-    whole = [path for path in (folder.listing, folder.index) if _is_listing(path, entry)]
-    if whole and folder.listing not in whole:
-        write_index(folder.listing, records_of(read_index(folder.index)))
-    for path in {folder.listing, folder.index}.difference(whole, [folder.listing] if whole else []):
-        folder.remove(path)
+    if not _is_listing(folder.index, entry):
+        folder.remove(folder.index)
+    if not _is_listing(folder.listing, entry):
+        folder.remove(folder.listing)
+        if folder.index.exists():
+            write_index(folder.listing, records_of(read_index(folder.index)))
 
 
-def _is_listing(path: Any, entry: Mapping[str, Any]) -> bool:
+def _is_listing(path: Path, entry: Mapping[str, Any]) -> bool:
     try:
         return listing_hash(records_of(read_index(path))) == entry["inputs"]["listing_hash"]
     except (BuilderError, ValueError):
@@ -125,7 +130,7 @@ def _is_listing(path: Any, entry: Mapping[str, Any]) -> bool:
 
 
 def _rewrite_index(folder: BuildFolder) -> bool:
-    """Write the index from the listing and the markers, where they are all there."""
+    """Write the index from the listing and the markers; returns whether all of them exist."""
     ledger = Ledger(folder.ledger("extract"), stage_entry(folder, "extract")["hash"])
     units = [unit.number for unit in stage_units(folder, "extract")]
     if not folder.listing.exists() or not all(ledger.is_done(unit) for unit in units):
@@ -135,21 +140,18 @@ def _rewrite_index(folder: BuildFolder) -> bool:
     return True
 
 
-def _take_back(folder: BuildFolder, stage: str, units: set[int]) -> dict[int, Any]:
-    """Remove the markers of `units`; returns what each unit had written, by its SHA-256."""
-    existing = [unit for unit in stage_units(folder, _units_of(stage)) if unit.number in units]
-    before = {unit.number: _written(folder, stage, unit) for unit in existing}
+def _remove_markers(folder: BuildFolder, stage: str, units: Iterable[int]) -> None:
     for number in units:
         folder.remove(Ledger(folder.ledger(stage), "").marker(number))
-    return before
 
 
-def _units_of(stage: str) -> str:
+def _recorded_as(stage: str) -> str:
+    """Return the stage under which the manifest records `stage`."""
     return "extract" if stage == "covariance" else stage
 
 
 def _written(folder: BuildFolder, stage: str, unit: Block) -> Any:
-    """SHA-256 of what a unit wrote, from its marker; where that is gone, of what is there now."""
+    """Return the SHA-256 of what a unit wrote, from its marker or else from what the store holds now."""
     path, layout = layout_of(folder, stage)
     try:
         marker = read_json(Ledger(folder.ledger(stage), "").marker(unit.number))
@@ -162,35 +164,31 @@ def _written(folder: BuildFolder, stage: str, unit: Block) -> Any:
         return None
 
 
-def _take_back_changed(folder: BuildFolder, stage: str, before: Mapping[int, Any]) -> None:
-    """Where a unit wrote something else than before, what follows from it is to do again."""
-    units = [unit for unit in stage_units(folder, _units_of(stage)) if unit.number in before]
-    changed = [unit.number for unit in units if before[unit.number] != _written(folder, stage, unit)]
-    if not changed or stage not in AFTER:
-        return
-    by_block, whole = AFTER[stage]
+def _remove_later(folder: BuildFolder, stage: str, changed: Iterable[int]) -> None:
+    """Remove the markers of everything that was made from the changed units of a stage."""
+    by_block, whole = AFTER.get(stage, ((), ()))
     for name in by_block:
-        for number in changed:
-            folder.remove(Ledger(folder.ledger(name), "").marker(number))
+        _remove_markers(folder, name, changed)
     for name in whole:
         folder.remove(folder.ledger(name))
     if "vocabulary" in whole:
         folder.remove(folder.vocabulary_work)
 
 
-def _do_again(folder: BuildFolder, stage: str, session: Session) -> None:
-    """Run a stage as the manifest says it was asked for; only units without a marker are done."""
-    entry = stage_entry(folder, _units_of(stage))
+def _run_again(folder: BuildFolder, stage: str, session: Session) -> None:
+    """Run the units of a stage that have no marker, with the configuration in the manifest."""
+    entry = stage_entry(folder, _recorded_as(stage))
     request: Callable[[type[Any]], Any] = lambda cls: from_mapping(cls, entry["request"], stage)  # noqa: E731
-    if stage == "extract":
-        extract(folder, None, request(ExtractConfig), session)
-    elif stage == "covariance":
-        sum_covariance(folder, entry["hash"], session)
-    elif stage == "vocabulary":
-        vocabulary(folder, request(VocabularyConfig), session)
-    elif stage == "cluster":
-        cluster(folder, request(HierarchyRecipe), session)
-    elif stage == "link":
-        link(folder, session)
-    else:
-        shard(folder, request(ShardConfig), session)
+    match stage:
+        case "extract":
+            extract(folder, None, request(ExtractConfig), session)
+        case "covariance":
+            sum_covariance(folder, entry["hash"], session)
+        case "vocabulary":
+            vocabulary(folder, request(VocabularyConfig), session)
+        case "cluster":
+            cluster(folder, request(HierarchyRecipe), session)
+        case "link":
+            link(folder, session)
+        case _:
+            shard(folder, request(ShardConfig), session)

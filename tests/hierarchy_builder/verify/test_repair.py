@@ -1,4 +1,4 @@
-"""Planted damage of every kind: verify finds it, repair mends it, and every byte is what it was."""
+"""Verify finds damage of every kind, and repair restores every byte."""
 
 import io
 import shutil
@@ -207,7 +207,7 @@ DAMAGE: dict[str, tuple[Callable[[BuildFolder], object], str]] = {
     "tar forged": (forge_tar, "features.npy differ from what the stores give"),
     "canvases forged": (forge_canvases, "canvases.npy differ from what the stores give"),
     "member outside": (add_member, "is not as it was written"),
-    "tar nobody asked for": (
+    "tar not in the index": (
         lambda f: shutil.copy(f.shards / "train-000000.tar", f.shards / "train-000004.tar"),
         "train-000004.tar is not in index.json",
     ),
@@ -224,24 +224,24 @@ DAMAGE: dict[str, tuple[Callable[[BuildFolder], object], str]] = {
     "vocabulary of the shards": (lambda f: flip(f.shards / "vocabulary.npz"), "is not the vocabulary"),
     "last marker gone": (lambda f: (f.shards / "_SUCCESS").unlink(), "_SUCCESS is missing"),
     "last marker torn": (lambda f: cut(f.shards / "_SUCCESS"), "_SUCCESS is damaged"),
-    "marker torn": (lambda f: cut(f.ledger("extract") / "000001.json"), "is damaged or of another"),
+    "marker torn": (lambda f: cut(f.ledger("extract") / "000001.json"), "is damaged or belongs to another"),
     "marker gone": (
         lambda f: (f.ledger("cluster") / "000002.json").unlink(),
         "cluster has done 2 of 3 units",
     ),
     "marker of another run": (
         lambda f: change_json(f.ledger("shard") / "000000.json", stage_hash="0" * 64),
-        "of another configuration",
+        "belongs to another configuration",
     ),
     "marker of nothing": (
         lambda f: shutil.copy(f.ledger("link") / "000000.json", f.ledger("link") / "000009.json"),
-        "marks a unit that link does not have",
+        "is the marker of a unit that link does not have",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_found_and_mended(folder: BuildFolder, kind: str) -> None:
+def test_repair_restores_every_byte_after_damage(folder: BuildFolder, kind: str) -> None:
     before = contents(folder)
     plant, text = DAMAGE[kind]
     plant(folder)
@@ -250,7 +250,7 @@ def test_damage_is_found_and_mended(folder: BuildFolder, kind: str) -> None:
     assert contents(folder) == before
 
 
-def test_only_what_failed_is_done_again(folder: BuildFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_runs_only_damaged_units(folder: BuildFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     done = list[tuple[str, int]]()
     perform = stages.perform
 
@@ -265,7 +265,7 @@ def test_only_what_failed_is_done_again(folder: BuildFolder, monkeypatch: pytest
     assert done == [("extract", 1), ("shard", 2)]
 
 
-def test_a_photograph_lost_meanwhile_takes_what_follows_along(folder: BuildFolder) -> None:
+def test_repair_redoes_later_stages_if_an_image_was_lost(folder: BuildFolder) -> None:
     row = pq.read_table(folder.index).to_pylist()[9]
     photo = folder.root.parent / "photos" / row["path"]
     photo.write_bytes(bytes(photo.stat().st_size))
@@ -289,7 +289,7 @@ def tars_of(folder: BuildFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.shards.glob("*.tar")}
 
 
-def test_what_cannot_be_mended_is_said(folder: BuildFolder) -> None:
+def test_repair_refuses_a_build_without_any_manifest(folder: BuildFolder) -> None:
     cut(folder.manifest)
     cut(folder.manifest_copy)
     with pytest.raises(
@@ -304,7 +304,7 @@ def test_what_cannot_be_mended_is_said(folder: BuildFolder) -> None:
     assert list(find_problems(folder)) == []
 
 
-def test_index_and_listing_come_back_from_the_photographs(folder: BuildFolder) -> None:
+def test_repair_restores_index_and_listing_from_the_images(folder: BuildFolder) -> None:
     before = contents(folder)
     cut(folder.index)
     cut(folder.listing)
@@ -312,7 +312,7 @@ def test_index_and_listing_come_back_from_the_photographs(folder: BuildFolder) -
     assert contents(folder) == before
 
 
-def test_left_overs_of_killed_runs_are_cleared_away(folder: BuildFolder) -> None:
+def test_repair_removes_temporary_files_of_killed_runs(folder: BuildFolder) -> None:
     before = contents(folder)
     (folder.shards / "train-000001.tar.tmp-77").write_bytes(b"half")
     (folder.features / "features" / "c" / ".0.77.partial").write_bytes(b"half")
@@ -320,7 +320,7 @@ def test_left_overs_of_killed_runs_are_cleared_away(folder: BuildFolder) -> None
     assert contents(folder) == before
 
 
-def test_what_is_out_of_date_is_left_to_its_owner(folder: BuildFolder) -> None:
+def test_repair_leaves_an_outdated_stage_as_it_is(folder: BuildFolder) -> None:
     recut(folder, (0.8, 0.2), SESSION)
     (stale,) = (damage for damage in find_damage(folder) if damage.stage == "shard")
     assert stale.is_stale

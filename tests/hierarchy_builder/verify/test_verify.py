@@ -1,4 +1,4 @@
-"""Damage planted in a build: verify names it, and building again mends what is lost."""
+"""Verify names every damage in a build, and running the build again restores lost files."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_problems
 
 
-def test_verify_compares_what_stands_beside_the_tars(tiny_build, tmp_path) -> None:
+def test_verify_checks_files_next_to_the_tars(tiny_build, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "copy")
     shutil.copytree(tiny_build.root, folder.root)
     (folder.shards / "class_map.json").write_text('{"circle": 0}')
@@ -54,13 +54,13 @@ def test_verify_reads_merge_trees_and_prototypes(tiny_build, tmp_path) -> None:
     stores.write_block(folder.regions, second, {"prototypes": np.full_like(prototypes, 5)})
     problems = list(find_problems(folder))
     assert len([line for line in problems if "merges" in line]) == 3
-    assert [line for line in problems if "block 1: prototypes of 5 or more" in line]
+    assert [line for line in problems if "block 1: prototypes have ids of 5 or more" in line]
     assert [line for line in problems if "block 1: prototypes without a distance" in line]
     assert [line for line in problems if "block 1: prototypes are not those that were written" in line]
     assert len(problems) == 6
 
 
-def test_lost_tars_and_stores_are_made_again(tiny_build, tiny_photos, tmp_path) -> None:
+def test_build_restores_lost_tars_and_stores(tiny_build, tiny_photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     shutil.copytree(tiny_build.root, folder.root)
     before = digests(folder.shards, "*.tar")
