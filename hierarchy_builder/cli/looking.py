@@ -116,7 +116,7 @@ def report(
 
         page = write_vocabulary_page(build_folder, out or build_folder.vocabulary_page, limit=prototypes)
     else:
-        from hierarchy_builder.quality.inspection import write_report
+        from hierarchy_builder.quality.report import write_report
 
         page = write_report(build_folder, out or build_folder.report, limit=samples or 48, keys=chosen)
     stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)

@@ -30,7 +30,7 @@ from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import Reader, open_reader
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.quality.inspection import choose_rows
+from hierarchy_builder.quality.report import choose_rows
 from hierarchy_builder.quality.scores import (
     Quality,
     baselines,

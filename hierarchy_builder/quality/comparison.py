@@ -17,7 +17,7 @@ from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Page, Secti
 from hierarchy_builder.canvases.views import HierarchyView, level_names
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
 from hierarchy_builder.hierarchy.agreement import adjusted_rand, variation_of_information
-from hierarchy_builder.quality.inspection import hierarchy_views
+from hierarchy_builder.quality.report import hierarchy_views
 from hierarchy_builder.quality.scores import count_regions
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder

@@ -1,21 +1,64 @@
-"""Contact sheets: what the builder made of a sample of images, on one page."""
+"""The report of a build: photos of some images with their regions and decoded levels on one page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 
-from hierarchy_builder.canvases.gallery import Code, Facts, Gallery, Page, Section, Table
+from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.canvases.dct import DctBasis
+from hierarchy_builder.canvases.gallery import Code, Facts, Gallery, Page, Section, Table, write_page
 from hierarchy_builder.canvases.views import HierarchyView, hierarchy_viewers, shared_palette
+from hierarchy_builder.errors import BuilderError, ImageError, UsageError
+from hierarchy_builder.images.decoding import crop_square, decode_image
+from hierarchy_builder.images.sources import Reader, open_reader
+from hierarchy_builder.quality.scores import flag_names
+from hierarchy_builder.records import ImageRecord
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.ledger import read_manifest
+from hierarchy_builder.store.units import finished_stage, progress_of, stored_source, usable_rows
 
 GALLERY_TEXT = (
-    "From object and background to single tokens. Region colours are each image's own: children share the hues of "
-    "their parent, and a region that is not divided keeps its colour; the background is grey and is counted apart. "
-    "Latent colours are the three main directions of all features shown here, so equal colours mean similar "
-    "features on every card; each region has the mean of its tokens."
+    "Levels run from object and background to single tokens. Every image has its own region colours: children share "
+    "the hues of their parent, and a region that is not divided keeps its colour; the background is grey and is "
+    "counted separately. Latent colours show the three principal components of all features on this page, so equal "
+    "colours mean similar features on every card; each region has the mean of its tokens."
 )
+
+
+def write_report(
+    folder: BuildFolder, path: Path, *, limit: int = 48, keys: Sequence[str] | None = None
+) -> Path:
+    """Write the report of a clustered build to `path` and return it.
+
+    limit: images shown, taken from all classes in turn. keys: show these images instead.
+    Raises UsageError for a key that is not in the build.
+    """
+    clustered = finished_stage(folder, "cluster")
+    records = records_of(read_index(folder.index))
+    rows = choose_rows(folder, records, limit, keys)
+    stages = read_manifest(folder)["stages"]
+    encoder = stages["extract"]["inputs"]["encoder"]
+    views = hierarchy_views(folder, records, rows, encoder)
+    facts = {
+        "images": f"{len(usable_rows(folder)):,} of {len(records):,} usable",
+        "classes": stages["extract"]["inputs"]["num_classes"],
+        "encoder": f"{encoder['name']}, {encoder['grid'][0]}×{encoder['grid'][1]} tokens × {encoder['width']} channels",
+        "levels": len(clustered["inputs"]["config"]["cuts"]) + 2,
+        "shown": len(views),
+    }
+    config = {stage: entry["inputs"]["config"] for stage, entry in stages.items()}
+    title = f"Teacher hierarchies: {folder.root.resolve().name}"
+    write_page(hierarchy_page(views, facts, progress_of(folder), config, title=title), path)
+    return path
 
 
 def hierarchy_page(
@@ -26,27 +69,98 @@ def hierarchy_page(
     *,
     title: str = "Teacher hierarchies",
 ) -> Page:
-    """The report of a build: facts, a gallery of hierarchies, what the stages did, and the configuration.
+    """Lay out a report: facts, a gallery of hierarchies, a table of the stages and the configuration.
 
     facts: name → value. stages: one mapping per stage, column → value. config: plain data, shown as YAML.
-    Empty parts are left out. Write it with `canvases.gallery.write_page`.
+    Empty sections are left out.
     """
-    palette = shared_palette(view.tokens() for view in samples)
-    gallery = Gallery(viewers=hierarchy_viewers(samples, palette), start=1)
+    gallery = Gallery(
+        viewers=hierarchy_viewers(samples, shared_palette(view.tokens() for view in samples)), start=1
+    )
     configuration = yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True)
+    code = Code(summary="Resolved configuration", text=configuration)
     candidates = [
         (facts, Section(title="Summary", blocks=[Facts(entries=facts)])),
         (samples, Section(title="Hierarchies", text=GALLERY_TEXT, blocks=[gallery])),
         (stages, Section(title="Stages", blocks=[Table(rows=stages)])),
-        (
-            config,
-            Section(
-                title="Configuration", blocks=[Code(summary="Resolved configuration", text=configuration)]
-            ),
-        ),
+        (config, Section(title="Configuration", blocks=[code])),
     ]
     return Page(
         title=title,
-        intro="Images as nested regions, coarse → fine, and the level canvases a model learns to draw.",
+        intro="Images as nested regions, coarse → fine, and the level canvases that a model learns to generate.",
         sections=[section for content, section in candidates if content],
     )
+
+
+def hierarchy_views(
+    folder: BuildFolder, records: Sequence[ImageRecord], rows: Sequence[int], encoder: Mapping[str, Any]
+) -> list[HierarchyView]:
+    """Return what a page shows of the given rows; a photo is None where it cannot be read any more."""
+    features, regions = stores.open_store(folder.features), stores.open_store(folder.regions)
+    basis = DctBasis.from_spec(encoder["decoder"]) if encoder["decoder"] else None
+    reader = photo_reader(folder)
+    views = []
+    for row in rows:
+        one = slice(row, row + 1)
+        tokens = stores.read_rows(features, "features", one)
+        ids = stores.read_rows(regions, "regions", one)
+        flags = flag_names(int(stores.read_rows(regions, "flags", one)[0]))
+        views.append(
+            HierarchyView(
+                key=records[row].key,
+                class_name=records[row].class_name,
+                regions=ids[0],
+                features=tokens[0],
+                photo=read_photo(reader, records[row], encoder["image_size_px"]),
+                decoded=None if basis is None else _decode(basis, level_canvases(tokens, ids)[0]),
+                notes={"flags": ", ".join(flags)} if flags else {},
+            )
+        )
+    return views
+
+
+def choose_rows(
+    folder: BuildFolder, records: Sequence[ImageRecord], limit: int, keys: Sequence[str] | None = None
+) -> list[int]:
+    """Return the usable rows of `keys`; without keys the first of every class, the second of every class, … to `limit`.
+
+    Raises UsageError for a key that is not in the build.
+    """
+    usable = usable_rows(folder).tolist()
+    if keys:
+        by_key = {records[row].key: row for row in usable}
+        if missing := [key for key in keys if key not in by_key]:
+            raise UsageError(
+                f"{folder.root} has no usable image {', '.join(missing)}; {folder.index.name} lists the keys"
+            )
+        return [by_key[key] for key in keys]
+    by_class: dict[str, list[int]] = {}
+    for row in usable:
+        by_class.setdefault(records[row].class_name, []).append(row)
+    turns = zip_longest(*(by_class[name] for name in sorted(by_class)))
+    return [row for row in chain.from_iterable(turns) if row is not None][:limit]
+
+
+def photo_reader(folder: BuildFolder) -> Reader | None:
+    """Open the photos of a build; returns None where they are gone."""
+    try:
+        return open_reader(stored_source(folder))
+    except (BuilderError, OSError):
+        return None
+
+
+def read_photo(reader: Reader | None, record: ImageRecord, size_px: int) -> np.ndarray | None:
+    """Return the crop that was encoded, uint8 [S, S, 3], or None where it cannot be read any more."""
+    if reader is None:
+        return None
+    try:
+        return crop_square(decode_image(reader.read(record.path))[0], size_px)
+    except (ImageError, OSError):
+        return None
+
+
+def _decode(basis: DctBasis, canvases: np.ndarray) -> np.ndarray:
+    """Decode level canvases [L,H,W,C] to pictures uint8 [L,h,w,3]."""
+    with torch.inference_mode():
+        pictures = basis.inverse(torch.from_numpy(canvases.astype(np.float32)))
+    return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -14,7 +14,7 @@ from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.canvases.views import hierarchy_viewers, level_names, shared_palette
 from hierarchy_builder.files import write_json
 from hierarchy_builder.quality.assessment import Assessment
-from hierarchy_builder.quality.inspection import hierarchy_views
+from hierarchy_builder.quality.report import hierarchy_views
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import stage_entry

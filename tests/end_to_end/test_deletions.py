@@ -160,7 +160,7 @@ def test_a_folder_that_is_no_build_is_refused(
         "build", tiny_photos, "--out", tmp_path, "--encoder", "dct", "--workers", "0", "--quiet", *words
     )
     assert isinstance(error, UsageError)
-    assert f"holds {name.split('/')[0]} but no build" in str(error)
+    assert f"holds {name.split('/')[0]}, which no build" in str(error)
     assert "choose an empty or new folder" in str(error)
     assert digests(tmp_path) == before
 
@@ -189,7 +189,7 @@ def test_a_stage_does_not_take_what_it_did_not_make(tiny_photos: Path, tmp_path:
     write_bytes(folder.shards / "train-000000.tar", b"mine")
     before = digests(folder.root)
     assert PLAN.vocabulary is not None
-    with pytest.raises(UsageError, match=r"holds vocabulary/tokens-000000\.npy but no build that made it"):
+    with pytest.raises(UsageError, match=r"holds vocabulary/tokens-000000\.npy, which no build has made"):
         vocabulary(folder, PLAN.vocabulary, session(fresh=fresh))
     extract(folder, str(tiny_photos), PLAN.extract, session(fresh=True))
     assert {name: digests(folder.root)[name] for name in before if name[0] in "vs"} == {

@@ -15,7 +15,7 @@ from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.quality.inspection import write_report
+from hierarchy_builder.quality.report import write_report
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard
 from hierarchy_builder.verify.checks import find_problems

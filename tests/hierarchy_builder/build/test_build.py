@@ -15,7 +15,7 @@ from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.quality.inspection import write_report
+from hierarchy_builder.quality.report import write_report
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder

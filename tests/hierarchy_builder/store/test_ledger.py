@@ -126,7 +126,7 @@ def test_a_folder_in_which_nothing_was_begun_is_taken_away(folder) -> None:
 def test_a_folder_of_other_things_is_left_alone(folder) -> None:
     (folder.root / "shards").mkdir(parents=True)
     (folder.root / "shards" / "mine.tar").write_bytes(b"precious")
-    with pytest.raises(UsageError, match=r"holds shards but no build"), folder.locked():
+    with pytest.raises(UsageError, match=r"holds shards, which no build"), folder.locked():
         raise AssertionError("let in")
     file = BuildFolder(folder.root / "shards" / "mine.tar")
     for place in (file, BuildFolder(file.root / "below")):
