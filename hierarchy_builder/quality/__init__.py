@@ -1,1 +1,1 @@
-"""How good a build is, and what it looks like."""
+"""Scores of the hierarchies of a build, comparisons of builds, and their HTML pages."""

@@ -1,9 +1,9 @@
-"""How good the hierarchies of a build are, and how stable when a photo is seen a little differently.
+"""Score the hierarchies of a build, and their stability when a photo is flipped, shifted or rounded.
 
     N images, L levels (coarse → fine), H×W grid, C channels, M label maps of one image
 
-Stability is the adjusted Rand index of two hierarchies of one photo, per image and level. Photos are decoded
-and encoded again a batch at a time, so memory does not grow with the sample.
+Stability is the adjusted Rand index between two hierarchies of one photo, for each image and level. Photos are decoded
+and encoded again one batch at a time, so memory does not grow with the sample.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ VIEW_SCORES = ("flip", "shift", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Views:
-    """Features of the same photos seen four ways, float [N, H, W, C] each.
+    """Features of four crops of the same photos, float [N, H, W, C] each.
 
-    plain: the crop as built, not rounded. mirrored: that crop flipped left to right. upper_left, lower_right:
-    two windows of a crop larger by one token, one token apart, down and right.
+    plain: the crop of the build, not rounded. mirrored: that crop flipped left to right. upper_left, lower_right:
+    two windows of a crop that is one token larger; the second is one token further down and right.
     """
 
     plain: np.ndarray
@@ -71,10 +71,10 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Assessment:
-    """What `assess_build` found.
+    """The result of `assess_build`.
 
-    rows, keys: the images of the sample. quality: their scores. baselines: those of partitions with as many
-    regions that do not look at the image. facts: plain data on what was assessed, and on what could not be.
+    rows, keys: the sampled images. quality: their scores. baselines: scores of partitions with as many regions that
+    do not depend on the image. facts: plain data on what was scored, and on what could not be.
     """
 
     rows: list[int]
@@ -84,7 +84,7 @@ class Assessment:
     facts: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """The content of quality.json."""
+        """Return the content of quality.json."""
         return {
             "format_version": FORMAT_VERSION,
             **self.facts,
@@ -105,46 +105,46 @@ def assess_build(
 ) -> Assessment:
     """Score the stored hierarchies of some images of a build.
 
-    limit: images, taken in turn from every class. keys: these images instead. masks: folder of people's label
-    maps, see `masks`.
-    Where a photo, the encoder or a label map cannot be used, the scores that need it are left out for these
-    images; `facts` counts them and says why.
-    Raises BuilderError when clustering is not finished, UsageError for an unknown key or when no map fits.
+    limit: number of images, taken from all classes in turn. keys: score these images instead. masks: folder of label
+    maps drawn by people, see `images.masks`.
+    If a photo, the encoder or a label map cannot be used, the scores that need it are left out for these images;
+    `facts` counts these images and says why.
+    Raises BuilderError when clustering is not finished, UsageError for an unknown key or when no label map fits.
     """
     clustered = finished_stage(folder, "cluster")
     recipe = from_mapping(HierarchyRecipe, clustered["request"], str(folder.manifest))
     index = read_index(folder.index)
     rows = sorted(set(choose_rows(folder, records_of(index), limit, keys)))
     index = index.take(rows)
-    camera = _Camera(why_not=FROM_MAPS) if recipe.masks else _open_camera(folder)
-    people = None if masks is None else _open_people(folder, masks, index)
+    photos = _Photos(why_not=FROM_MAPS) if recipe.masks else _open_photos(folder)
+    drawn = None if masks is None else _open_maps(folder, masks, index)
     batches: list[tuple[Quality, dict[str, Quality]]] = []
     with (reporter or Reporter(quiet=True)).stage("quality", len(rows)) as meter:
         for start in range(0, len(rows), BATCH_IMAGES):
             some = slice(start, start + BATCH_IMAGES)
-            photos = index.slice(start, BATCH_IMAGES)
-            batches.append(_assess_batch(folder, np.array(rows[some]), photos, recipe, camera, people))
-            meter.advance(len(photos))
+            images = index.slice(start, BATCH_IMAGES)
+            batches.append(_assess_batch(folder, np.array(rows[some]), images, recipe, photos, drawn))
+            meter.advance(len(images))
     every = stores.read_rows(stores.open_store(folder.regions), "flags", usable_rows(folder))
     facts = {
         "cluster": clustered["hash"],
         "num_images": len(every),
         "num_sampled": len(rows),
         "flagged": flag_shares(every),
-        "photos": camera.facts(),
-        "masks": None if people is None else people.facts(),
+        "photos": photos.facts(),
+        "masks": None if drawn is None else drawn.facts(),
     }
     return Assessment(
         rows=rows,
         keys=index.column("key").to_pylist(),
         quality=join([scored for scored, _ in batches]),
-        baselines={name: join([blind[name] for _, blind in batches]) for name in batches[0][1]},
+        baselines={name: join([scored[name] for _, scored in batches]) for name in batches[0][1]},
         facts=facts,
     )
 
 
 def encode_views(encoder: Encoder, photos: Sequence[Image.Image]) -> Views:
-    """Crop and encode upright RGB photos, float32 as the encoder gives them."""
+    """Crop and encode upright RGB photos; features are float32, not rounded."""
     size_px = encoder.image_size_px
     down, right = (round(size_px / tokens) for tokens in encoder.grid)
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
@@ -159,18 +159,18 @@ def encode_views(encoder: Encoder, photos: Sequence[Image.Image]) -> Views:
 
 
 def view_scores(views: Views, regions: np.ndarray, recipe: HierarchyRecipe) -> dict[str, np.ndarray]:
-    """Stability when the photo is seen differently: float64 [N, L−1] each, named as in VIEW_SCORES.
+    """Return the stability under four changes of the photo: float64 [N, L−1] each, named as in VIEW_SCORES.
 
-    flip: against the mirrored photo, mirrored back. shift: between two crops one token apart, on the tokens they
-    share. float16, bfloat16: of features rounded so, against the unrounded.
-    regions: [N, L−1, H, W], what the recipe makes of plain features rounded to float16, as stores hold them.
+    flip: regions of the mirrored photo, mirrored back. shift: two crops one token apart, on the tokens they share.
+    float16, bfloat16: features rounded to these, compared with unrounded ones.
+    regions: [N, L−1, H, W], which the recipe finds in plain features rounded to float16, as stores hold them.
     """
-    upper_left = _divide(views.upper_left.astype(FEATURE_DTYPE), recipe)
-    lower_right = _divide(views.lower_right.astype(FEATURE_DTYPE), recipe)
-    mirrored = _divide(views.mirrored.astype(FEATURE_DTYPE), recipe)
+    upper_left = _regions_of(views.upper_left.astype(FEATURE_DTYPE), recipe)
+    lower_right = _regions_of(views.lower_right.astype(FEATURE_DTYPE), recipe)
+    mirrored = _regions_of(views.mirrored.astype(FEATURE_DTYPE), recipe)
     plain = views.plain.astype(np.float32)
-    unrounded = _divide(plain, recipe)
-    bfloat16 = _divide(torch.from_numpy(plain).bfloat16().float().numpy(), recipe)
+    unrounded = _regions_of(plain, recipe)
+    bfloat16 = _regions_of(torch.from_numpy(plain).bfloat16().float().numpy(), recipe)
     scores = (
         stability(regions, mirrored[..., ::-1]),
         stability(upper_left[..., 1:, 1:], lower_right[..., :-1, :-1]),
@@ -183,18 +183,18 @@ def view_scores(views: Views, regions: np.ndarray, recipe: HierarchyRecipe) -> d
 def seed_scores(
     features: np.ndarray, regions: np.ndarray, recipe: HierarchyRecipe, num_seeds: int = 1
 ) -> np.ndarray:
-    """Stability against the next `num_seeds` seeds, their mean: float64 [N, L−1]; 1 where nothing is drawn.
+    """Return the mean stability over the next `num_seeds` seeds: float64 [N, L−1]; 1 where the recipe draws nothing.
 
-    features: float16 [N, H, W, C]. regions: what the recipe makes of them.
+    features: float16 [N, H, W, C]. regions: those that the recipe finds in them.
     """
     seeds = [(recipe.seed + number) % 2**32 for number in range(1, num_seeds + 1)]
-    found = [stability(regions, _divide(features, replace(recipe, seed=seed))) for seed in seeds]
+    found = [stability(regions, _regions_of(features, replace(recipe, seed=seed))) for seed in seeds]
     return np.mean(found, axis=0)
 
 
 @dataclass(kw_only=True, slots=True)
-class _Camera:
-    """Sees photos again; without encoder or reader `why_not` says why it cannot."""
+class _Photos:
+    """The photos of a build and its encoder; without one of them `why_not` says why."""
 
     encoder: Encoder | None = None
     reader: Reader | None = None
@@ -203,8 +203,8 @@ class _Camera:
     num_seen: int = 0
     unreadable: Counter[str] = field(default_factory=Counter)
 
-    def look(self, paths: Sequence[str]) -> tuple[np.ndarray, Views | None]:
-        """(bool [n], which photos could be read; their views)."""
+    def views(self, paths: Sequence[str]) -> tuple[np.ndarray, Views | None]:
+        """Read and encode photos; returns which of them could be read (bool [n]) and the views of these."""
         if self.encoder is None or self.reader is None:
             return np.zeros(len(paths), dtype=bool), None
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
@@ -227,8 +227,8 @@ class _Camera:
 
 
 @dataclass(kw_only=True, slots=True)
-class _People:
-    """Label maps of the photos of a build."""
+class _LabelMaps:
+    """The label maps that people drew of the photos of a build."""
 
     masks: MaskFolder
     image_size_px: int
@@ -237,9 +237,9 @@ class _People:
     num_maps: int = 0
     refused: list[str] = field(default_factory=list)
 
-    def maps_of(self, photos: pa.Table) -> list[np.ndarray]:
-        """int64 [M, h, w] of each row of the index."""
-        columns = (photos.column(name).to_pylist() for name in ("path", "width", "height"))
+    def read(self, images: pa.Table) -> list[np.ndarray]:
+        """Return the maps of each row of the index, int64 [M, h, w]."""
+        columns = (images.column(name).to_pylist() for name in ("path", "width", "height"))
         found = []
         for path, width, height in zip(*columns, strict=True):
             maps, refused = self.masks.read(path, (width, height), self.image_size_px, self.cells)
@@ -256,17 +256,17 @@ class _People:
 def _assess_batch(
     folder: BuildFolder,
     rows: np.ndarray,
-    photos: pa.Table,
+    images: pa.Table,
     recipe: HierarchyRecipe,
-    camera: _Camera,
-    people: _People | None,
+    photos: _Photos,
+    drawn: _LabelMaps | None,
 ) -> tuple[Quality, dict[str, Quality]]:
-    """Scores of a few images, and those of the baselines."""
+    """Return the scores of some images, and those of the baselines."""
     features = stores.read_rows(stores.open_store(folder.features), "features", rows)
     store = stores.open_store(folder.regions)
     regions, flags = (stores.read_rows(store, name, rows) for name in ("regions", "flags"))
-    humans = None if people is None else people.maps_of(photos)
-    seen, views = camera.look(photos.column("path").to_pylist())
+    humans = None if drawn is None else drawn.read(images)
+    seen, views = photos.views(images.column("path").to_pylist())
     scores = region_scores(features, regions)
     scores |= {name: np.full(regions.shape[:2], np.nan) for name in ("seed", *VIEW_SCORES)}
     if not recipe.masks:
@@ -280,31 +280,30 @@ def _assess_batch(
     return scored, baselines(features, scores["regions"], humans, seed=int(rows[0]))
 
 
-def _open_camera(folder: BuildFolder) -> _Camera:
-    """The encoder and the photos of a build, as far as they are still there."""
+def _open_photos(folder: BuildFolder) -> _Photos:
+    """Open the encoder and the photos of a build, if they still exist."""
     extracted = stage_entry(folder, "extract")
     config = from_mapping(ExtractConfig, extracted["request"], str(folder.manifest))
     try:
         encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
         if encoder.weights_hash != extracted["inputs"]["encoder"]["weights_hash"]:
-            return _Camera(
-                why_not=f"encoder {encoder.name} now has other weights than the build was made with"
+            return _Photos(
+                why_not=f"encoder {encoder.name} has other weights now than when the build was made"
             )
-        return _Camera(
-            encoder=encoder, reader=open_reader(stored_source(folder)), max_pixels=config.max_pixels
-        )
+        reader = open_reader(stored_source(folder))
+        return _Photos(encoder=encoder, reader=reader, max_pixels=config.max_pixels)
     except (BuilderError, OSError) as error:
-        return _Camera(why_not=str(error))
+        return _Photos(why_not=str(error))
 
 
-def _open_people(folder: BuildFolder, masks: Path, index: pa.Table) -> _People:
+def _open_maps(folder: BuildFolder, masks: Path, index: pa.Table) -> _LabelMaps:
     opened = open_masks(masks)
     opened.check_photos(index.column("path").to_pylist())
     encoder = stage_entry(folder, "extract")["inputs"]["encoder"]
-    return _People(masks=opened, image_size_px=encoder["image_size_px"], cells=cells_of(encoder["grid"]))
+    return _LabelMaps(masks=opened, image_size_px=encoder["image_size_px"], cells=cells_of(encoder["grid"]))
 
 
-def _divide(features: np.ndarray, recipe: HierarchyRecipe) -> np.ndarray:
+def _regions_of(features: np.ndarray, recipe: HierarchyRecipe) -> np.ndarray:
     return build_hierarchy(features, recipe).regions
 
 

@@ -1,4 +1,4 @@
-"""Two builds of the same images: how far their regions differ, level by level, and on which images most.
+"""Compare two builds of the same images: how far their regions differ, by level, and on which images most.
 
 N images in both, L levels (coarse → fine), H×W grid
 """
@@ -30,32 +30,33 @@ IMAGES_SHOWN = 24
 SCORES = {
     "adjusted_rand": "adjusted Rand index",
     "variation_of_information": "variation of information, nats",
-    "identical": "images alike",
-    "regions_a": "regions of A",
-    "regions_b": "regions of B",
-    "count_shift": "regions of B less those of A",
-    "count_changed": "images of another count",
+    "identical": "share of images with equal regions",
+    "regions_a": "number of regions in A",
+    "regions_b": "number of regions in B",
+    "count_shift": "number in B minus number in A",
+    "count_changed": "share of images whose number differs",
 }
 TEXTS = {
-    "Summary": "Images are matched by key, levels from the coarsest on.",
+    "Summary": "Images are matched by key, and levels by number, starting with the coarsest.",
     "Levels in both": (
-        "Means over the images in both builds. Adjusted Rand index: 1 where regions are the same, 0 on average for "
-        "unrelated ones. Variation of information in nats: 0 where they are the same. Background counts as a region."
+        "Means over the images in both builds. The adjusted Rand index is 1 where regions are equal and 0 on average "
+        "where they are unrelated; the variation of information, in nats, is 0 where they are equal. The background "
+        "counts as a region."
     ),
     "Most changed": (
-        "Smallest mean adjusted Rand index first; the number beside a level is its index there. Each map has the "
-        "colours of its own build."
+        "The image with the smallest mean adjusted Rand index comes first; the number next to a level is the index "
+        "of that level. Region colours of A and B are chosen separately."
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Comparison:
-    """What `compare_builds` found, on the levels both builds have (level l of one against level l of the other).
+    """The result of `compare_builds`; level l of A is compared with level l of B, as far as both have it.
 
-    keys: images in both. rows_a, rows_b: int64 [N], their rows. adjusted_rand, variation_of_information (nats):
-    float64 [N, l]. counts_a, counts_b: regions, int64 [N, l]. only_a, only_b: usable images of one build alone.
-    num_levels: L of each build.
+    keys: images in both builds. rows_a, rows_b: their rows, int64 [N]. adjusted_rand, variation_of_information (nats):
+    float64 [N, l]. counts_a, counts_b: number of regions, int64 [N, l]. only_a, only_b: number of usable images in
+    one build only. num_levels: L of each build.
     """
 
     keys: list[str]
@@ -70,7 +71,7 @@ class Comparison:
     num_levels: tuple[int, int]
 
     def by_level(self) -> list[dict[str, float]]:
-        """Means over the images, one mapping per common level."""
+        """Return means over the images, one mapping per common level."""
         shift = self.counts_b - self.counts_a
         columns = {
             "adjusted_rand": self.adjusted_rand.mean(axis=0),
@@ -87,13 +88,13 @@ class Comparison:
         ]
 
     def most_changed(self) -> np.ndarray:
-        """Images from the most changed one on, by mean adjusted Rand index: int64, those that differ at all."""
+        """Return the images that differ, int64, in rising order of their mean adjusted Rand index."""
         mean = self.adjusted_rand.mean(axis=1)
         order = np.argsort(mean, kind="stable")
         return order[mean[order] < 1]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data: counts, means per level, and the images that changed most with their indices per level."""
+        """Return plain data: counts, means per level, and the most changed images with their indices per level."""
         return {
             "num_images": len(self.keys),
             "only_a": self.only_a,
@@ -109,10 +110,10 @@ class Comparison:
 
 
 def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
-    """Compare the regions of two clustered builds, image by image, matched by key.
+    """Compare the regions of two clustered builds for each image; images are matched by key.
 
     Raises ConfigMismatchError when the token grids differ, UsageError when no image is in both, BuilderError when
-    one is not clustered yet.
+    a build is not clustered yet.
     """
     rows_a, rows_b = _rows_by_key(a), _rows_by_key(b)
     _check_grids(a, b)
@@ -120,7 +121,7 @@ def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
     if not keys:
         raise UsageError(
             f"{a.root} and {b.root} have no image in common: {len(rows_a)} keys such as {next(iter(rows_a), None)!r} "
-            f"there, {len(rows_b)} such as {next(iter(rows_b), None)!r} here; expected builds of the same images"
+            f"in A, {len(rows_b)} such as {next(iter(rows_b), None)!r} in B; expected builds of the same images"
         )
     in_a, in_b = np.array([rows_a[key] for key in keys]), np.array([rows_b[key] for key in keys])
     stored = stores.open_store(a.regions), stores.open_store(b.regions)
@@ -146,7 +147,7 @@ def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
 
 
 def comparison_tables(a: BuildFolder, b: BuildFolder, found: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """Title → rows of name and value, for the terminal and the page."""
+    """Return the tables of the terminal and the page: title → rows."""
     facts = {
         "A": str(a.root),
         "B": str(b.root),
@@ -161,8 +162,8 @@ def comparison_tables(a: BuildFolder, b: BuildFolder, found: Comparison) -> dict
     tables = {
         "Summary": [{"name": name, "value": value} for name, value in facts.items()],
         "Levels in both": [
-            {"score": word, **dict(zip(names, (round(level[score], 3) for level in levels), strict=False))}
-            for score, word in SCORES.items()
+            {"score": label, **dict(zip(names, (round(level[score], 3) for level in levels), strict=False))}
+            for score, label in SCORES.items()
         ],
         "Most changed": [
             {"key": found.keys[n], **dict(zip(names, found.adjusted_rand[n].round(3).tolist(), strict=False))}
@@ -173,7 +174,7 @@ def comparison_tables(a: BuildFolder, b: BuildFolder, found: Comparison) -> dict
 
 
 def write_comparison(a: BuildFolder, b: BuildFolder, found: Comparison, path: Path) -> Path:
-    """Write a page with both hierarchies of the most changed images side by side to `path` and return it."""
+    """Write a page that shows both hierarchies of the most changed images to `path` and return it."""
     tables = comparison_tables(a, b, found)
     sections = [
         Section(title=title, text=TEXTS[title], blocks=[Table(rows=rows)]) for title, rows in tables.items()
@@ -190,7 +191,7 @@ def write_comparison(a: BuildFolder, b: BuildFolder, found: Comparison, path: Pa
 
 
 def _rows_by_key(folder: BuildFolder) -> dict[str, int]:
-    """Key → row of the usable images, in the order of the rows."""
+    """Return the rows of the usable images by key, in rising order."""
     finished_stage(folder, "cluster")
     rows = usable_rows(folder)
     keys = read_index(folder.index).column("key").take(rows).to_pylist()
@@ -208,13 +209,13 @@ def _check_grids(a: BuildFolder, b: BuildFolder) -> None:
 
 
 def _read(group: zarr.Group, rows: np.ndarray) -> np.ndarray:
-    """Regions of rows in any order."""
+    """Read the regions of rows that need not rise."""
     order = np.argsort(rows)
     return stores.read_rows(group, "regions", rows[order])[np.argsort(order)]
 
 
 def _compare(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """a, b: uint8 [n, l, H, W]. Adjusted Rand index, variation of information, regions of a, regions of b: [n, l]."""
+    """Compare regions uint8 [n, l, H, W]; returns adjusted Rand index, variation of information and counts, [n, l]."""
     levels = [(a[:, level], b[:, level]) for level in range(a.shape[1])]
     indices = np.stack([adjusted_rand(*level) for level in levels], axis=1)
     information = np.stack([variation_of_information(*level) for level in levels], axis=1)

@@ -1,9 +1,9 @@
-"""Scores of region hierarchies, as functions of arrays: what regions are like, how stable, how close to people's.
+"""Scores of region hierarchies as functions of arrays: shape and similarity, stability, agreement with people.
 
     N images, L levels (coarse → fine), H×W grid, T = H·W tokens, C channels, K regions of one image and level
 
-Regions are read as plain partitions: the background counts like any other region. A score is one number per image
-and level, float64 [N, L−1], NaN where it has no meaning.
+Regions are a partition of the tokens: the background counts like any other region. A score is one number per image
+and level, float64 [N, L−1], NaN where it is not defined.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Quality:
     flags: np.ndarray
 
     def by_level(self) -> list[dict[str, float | None]]:
-        """Mean of every score over the images that have it, one mapping per level; None where none has."""
+        """Return the mean of every score over the images that have it, one mapping per level; None if no image has."""
         num_levels = next(iter(self.scores.values())).shape[1]
         return [
             {name: _mean(values[:, level]) for name, values in self.scores.items()}
@@ -46,7 +46,7 @@ class Quality:
         ]
 
     def of_image(self, row: int) -> dict[str, Any]:
-        """Every number of one image as plain data; scores as lists over levels."""
+        """Return all scores of one image as plain data, each a list over levels."""
         facts = {"violations": int(self.violations[row]), "flags": flag_names(int(self.flags[row]))}
         return facts | {
             name: [_mean(v) for v in values[row, :, None]] for name, values in self.scores.items()
@@ -54,7 +54,7 @@ class Quality:
 
 
 def join(parts: Sequence[Quality]) -> Quality:
-    """Scores of all images of `parts`, which have the same scores and levels."""
+    """Concatenate the images of `parts`, which have the same scores and levels."""
     return Quality(
         scores={name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
         violations=np.concatenate([part.violations for part in parts]),
@@ -63,28 +63,28 @@ def join(parts: Sequence[Quality]) -> Quality:
 
 
 def flag_names(value: int) -> list[str]:
-    """The flags that are set in `Hierarchy.flags` of one image, in lower case."""
+    """Return the names of the flags that are set in `Hierarchy.flags` of one image, in lower case."""
     return [str(flag.name).lower() for flag in Flag(value)]
 
 
 def flag_shares(flags: np.ndarray) -> dict[str, float]:
-    """Share of images with each flag; flags: uint8 [N], N ≥ 1."""
+    """Return the share of images with each flag. flags: uint8 [N], N ≥ 1."""
     return {str(flag.name).lower(): float(((flags & flag.value) != 0).mean()) for flag in Flag}
 
 
 def count_regions(regions: np.ndarray) -> np.ndarray:
-    """Different ids of every image and level: int64 [N, L−1]. regions: integer [N, L−1, H, W]."""
+    """Count the different ids of every image and level: int64 [N, L−1]. regions: integer [N, L−1, H, W]."""
     ids = np.sort(regions.reshape(*regions.shape[:2], -1), axis=2)
     return 1 + (np.diff(ids, axis=2) != 0).sum(axis=2)
 
 
 def region_scores(features: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray]:
-    """What the regions of every image and level are like.
+    """Describe the regions of every image and level by seven scores.
 
     features: float [N, H, W, C]. regions: integer [N, L−1, H, W], ids from 0.
-    regions: their number. smallest, median, largest: tokens of a region. connected: share of regions that are one
-    piece (4-connected). within: mean cosine of a token and the mean token of its region. between: mean cosine
-    of the mean tokens of two regions, NaN where there is only one. Tokens are L2-normalised first.
+    The scores are regions: their number; smallest, median, largest: tokens of a region; connected: share of regions
+    that are one piece (4-connected); within: mean cosine between a token and the mean token of its region; between:
+    mean cosine between the mean tokens of two regions, NaN if there is only one. Tokens are L2-normalised first.
     """
     tokens = features.astype(np.float32)
     tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True) + NORM_EPSILON
@@ -94,16 +94,16 @@ def region_scores(features: np.ndarray, regions: np.ndarray) -> dict[str, np.nda
 
 
 def stability(regions: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Adjusted Rand index of every level: float64 [N, L−1]. regions, others: integer [N, L−1, H, W]."""
+    """Return the adjusted Rand index of every level: float64 [N, L−1]. regions, others: integer [N, L−1, H, W]."""
     levels = range(regions.shape[1])
     return np.stack([adjusted_rand(regions[:, level], others[:, level]) for level in levels], axis=1)
 
 
 def human_scores(regions: np.ndarray, humans: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Agreement with people's label maps: covering, boundary precision, recall and F; object IoU of level 0.
+    """Compare with label maps that people drew: covering, boundary precision, recall and F; object IoU of level 0.
 
-    regions: integer [N, L−1, H, W]. humans: N integer arrays [M, h, w] at the cells of `cells_of`.
-    Defined in `agreement`; means over images are means of each image's score.
+    regions: integer [N, L−1, H, W]. humans: N integer arrays [M, h, w] on the cells of `cells_of`.
+    `hierarchy.agreement` defines the scores; a mean over images is the mean of the scores of single images.
     """
     cells = regions.repeat(CELLS_PER_TOKEN, axis=2).repeat(CELLS_PER_TOKEN, axis=3)
     levels = [_level_agreement(level, humans) for level in cells.swapaxes(0, 1)]
@@ -114,36 +114,32 @@ def human_scores(regions: np.ndarray, humans: Sequence[np.ndarray]) -> dict[str,
 
 
 def cells_of(grid: Sequence[int]) -> tuple[int, int]:
-    """Cells (h, w) at which label maps are compared with regions of a grid of tokens (H, W)."""
+    """Return the grid of cells (h, w) on which label maps are compared with regions of tokens (H, W)."""
     return grid[0] * CELLS_PER_TOKEN, grid[1] * CELLS_PER_TOKEN
 
 
 def baselines(
     features: np.ndarray, counts: np.ndarray, humans: Sequence[np.ndarray] | None, seed: int = 0
 ) -> dict[str, Quality]:
-    """The same scores for partitions that do not look at the image: `grid` and `random`.
+    """Compute the same scores for partitions that do not depend on the image: `grid` and `random`.
 
-    counts: regions wanted in every image and level, integer [N, L−1]; a level gets at least those of a coarser one.
+    counts: number of regions of every image and level, integer [N, L−1]; a level has at least as many as a coarser one.
     """
     counts, grid = np.maximum.accumulate(counts.astype(np.int64), axis=1), features.shape[1:3]
-    found = {
-        "grid": grid_regions(counts, grid),
-        "random": random_regions(counts, grid, seed),
-    }
-    nothing = np.zeros(len(counts), dtype=np.int64)
+    found = {"grid": grid_regions(counts, grid), "random": random_regions(counts, grid, seed)}
     return {
         name: Quality(
-            scores=region_scores(features, blind)
-            | (human_scores(blind, humans) if humans is not None else {}),
-            violations=nothing,
-            flags=nothing.astype(np.uint8),
+            scores=region_scores(features, regions)
+            | (human_scores(regions, humans) if humans is not None else {}),
+            violations=np.zeros(len(counts), np.int64),
+            flags=np.zeros(len(counts), np.uint8),
         )
-        for name, blind in found.items()
+        for name, regions in found.items()
     }
 
 
 def grid_regions(counts: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Regular blocks, as many as asked for.
+    """Divide the grid into `counts` rectangular blocks.
 
     counts: int [N, L−1], 1 to T, not falling from coarse to fine. The largest block is halved across its longer
     side until there are enough, so 4 and 16 blocks of a square are 2×2 and 4×4, and levels are nested.
@@ -160,9 +156,10 @@ def grid_regions(counts: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 
 
 def random_regions(counts: np.ndarray, grid: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Voronoi cells of random tokens, as many as asked for; coarser levels join each cell to the nearest kept one.
+    """Divide the grid into the Voronoi cells of `counts` random tokens; a coarser level keeps only the first of them.
 
-    counts: int [N, L−1], 1 to T, not falling from coarse to fine. Nested. Returns int64 [N, L−1, H, W], ids from 0.
+    counts: int [N, L−1], 1 to T, not falling from coarse to fine. Each cell joins that of the nearest token which the
+    coarser level keeps, so levels are nested. Returns int64 [N, L−1, H, W], ids from 0.
     """
     positions = np.indices(grid).reshape(2, -1).T
     random = np.random.default_rng(seed)
@@ -179,13 +176,13 @@ def random_regions(counts: np.ndarray, grid: tuple[int, ...], seed: int = 0) -> 
 
 
 def _level_scores(tokens: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarray]:
-    """tokens: unit vectors float32 [N, H, W, C]. regions: [N, H, W]."""
+    """Compute the scores of one level. tokens: unit vectors float32 [N, H, W, C]. regions: [N, H, W]."""
     means, counts = region_means(tokens, regions)
     number = (counts > 0).sum(axis=1)
     sizes = np.where(counts > 0, counts, np.nan)
     lengths = np.linalg.norm(means.astype(np.float64), axis=-1)
     directions = means / np.maximum(lengths, NORM_EPSILON)[..., None]
-    # Of unit vectors: the mean cosine to their mean is its length; Σ_{k≠l} d_k·d_l = |Σ d|² − Σ |d|².
+    # The mean cosine of unit vectors to their mean is its length; Σ_{k≠l} d_k·d_l = |Σ d|² − Σ |d|².
     pairs = (directions.sum(axis=1) ** 2).sum(axis=-1) - (directions**2).sum(axis=(1, 2))
     return {
         "regions": number.astype(np.float64),
@@ -203,7 +200,7 @@ def _level_agreement(cells: np.ndarray, humans: Sequence[np.ndarray]) -> dict[st
 
 
 def _count_connected(regions: np.ndarray) -> np.ndarray:
-    """How many regions are one 4-connected piece: int64 [N, L−1]."""
+    """Count the regions that are one 4-connected piece: int64 [N, L−1]."""
     planes = regions.reshape(-1, *regions.shape[2:]).astype(np.int64)
     tokens = np.arange(planes.size).reshape(planes.shape)
     down, right = planes[:, 1:] == planes[:, :-1], planes[:, :, 1:] == planes[:, :, :-1]

@@ -1,4 +1,4 @@
-"""The quality of a build as tables for the terminal and as a page: scores per level, distributions, worst images."""
+"""The scores of a build as tables for the terminal and as an HTML page with distributions and the worst images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hierarchy_builder.store.ledger import stage_entry
 WORST_IMAGES = 12
 BUILD = "build"
 SIZES = ("regions", "smallest", "median", "largest")
-"""Scores that are not shown of the baselines: their regions are as many by design."""
+"""Scores that are not shown for baselines, which have the same number of regions by construction."""
 SCORES = {
     "Regions": {
         "regions": "regions",
@@ -34,11 +34,11 @@ SCORES = {
         "between": "similarity between",
     },
     "Stability": {
-        "flip": "mirrored",
-        "shift": "moved by a token",
+        "flip": "photo mirrored",
+        "shift": "crop shifted by one token",
         "seed": "other seeds",
-        "float16": "in float16",
-        "bfloat16": "in bfloat16",
+        "float16": "features in float16",
+        "bfloat16": "features in bfloat16",
     },
     "Agreement with people": {
         "object_iou": "object IoU",
@@ -48,51 +48,51 @@ SCORES = {
         "boundary_f": "boundary F",
     },
 }
-"""The tables, and the words for each score in them."""
+"""Title of each table → score → its label in the table."""
 
 TEXTS = {
     "Regions": (
-        "Means over images. Connected is the share of regions in one piece; similarity the mean cosine of a token and "
-        "its region's mean (within) and of two regions' means (between). Grid and random are partitions with as "
-        "many regions that do not look at the image."
+        "Means over images. Connected is the share of regions in one piece. Similarity is the mean cosine between a "
+        "token and the mean of its region (within) or between the means of two regions (between). Grid and random are "
+        "partitions with as many regions that do not depend on the image."
     ),
     "Stability": (
-        "Adjusted Rand index between two hierarchies of one photo, 1 where nothing changes: mirrored, cropped one "
-        "token further, with other seeds, and from features rounded to 16 bits."
+        "Adjusted Rand index between two hierarchies of one photo, which is 1 where nothing changes: the photo is "
+        "mirrored, its crop is shifted by one token, other seeds are used, or features are rounded to 16 bits."
     ),
     "Agreement with people": (
-        "Means over images. Label maps are read at 4 cells a token and side, and outlines match within half a token. "
-        "Covering is the best overlap of each drawn segment, weighted by area."
+        "Means over images. Label maps are sampled at 4×4 cells per token, and boundaries match within half a token. "
+        "Covering is the best overlap of each drawn segment with a region, weighted by area."
     ),
 }
 
 
 def score_tables(found: Assessment) -> dict[str, list[dict[str, Any]]]:
-    """Title → rows of name and value: one row per score and partition, one column per level.
+    """Return title → rows: one row per score and partition, one column per level.
 
-    Scores nobody has are left out, and so are tables without any.
+    Scores that no image has are left out, and so are tables without scores.
     """
     partitions = {BUILD: found.quality.by_level()}
     partitions |= {name: quality.by_level() for name, quality in found.baselines.items()}
     names = level_names(len(partitions[BUILD]) + 1)
     tables = {}
-    for title, words in SCORES.items():
+    for title, labels in SCORES.items():
         rows = []
-        for score, word in words.items():
+        for score, label in labels.items():
             for name, means in partitions.items():
                 if name != BUILD and score in SIZES:
                     continue
                 values = [level.get(score) for level in means]
                 if any(value is not None for value in values):
                     cells = dict(zip(names, map(_rounded, values), strict=False))
-                    rows.append({"score": word, "partition": name, **cells})
+                    rows.append({"score": label, "partition": name, **cells})
         if rows:
             tables[title] = rows
     return tables
 
 
 def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
-    """Write quality.json into the build and a self-contained page to `path`, and return the latter."""
+    """Write quality.json into the build and a self-contained page to `path`; returns `path`."""
     write_json(folder.quality, found.as_json())
     sections = [Section(title="Summary", blocks=[Facts(entries=summary(found))])]
     for title, rows in score_tables(found).items():
@@ -101,10 +101,14 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
     for title, text, names in (
         (
             "Least stable",
-            "Smallest adjusted Rand index, mean of flip, shift and seed; below each card level by level.",
+            "The mean adjusted Rand index of flip, shift and seed is smallest; each card lists it by level.",
             ("flip", "shift", "seed"),
         ),
-        ("Furthest from people", "Smallest covering of the drawn segments, mean over levels.", ("covering",)),
+        (
+            "Furthest from people",
+            "The mean covering of the drawn segments is smallest.",
+            ("covering",),
+        ),
     ):
         gallery = _worst(folder, found, names)
         if gallery is not None:
@@ -115,23 +119,23 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
 
 
 def summary(found: Assessment) -> dict[str, Any]:
-    """What was assessed and what could not be, as names and values."""
+    """Return names and values that say what was scored, and what could not be."""
     facts = found.facts
     entries = {
         "images": f"{facts['num_sampled']:,} of {facts['num_images']:,}",
         "nesting violations": int(found.quality.violations.sum()),
         **{f"{name}, all images": f"{share:.2%}" for name, share in facts["flagged"].items()},
-        "photos seen again": facts["photos"]["read"],
+        "photos encoded again": facts["photos"]["read"],
     }
     if facts["photos"]["why_not"]:
-        entries["photos not seen again"] = facts["photos"]["why_not"]
+        entries["photos not encoded again"] = facts["photos"]["why_not"]
     if facts["photos"]["unreadable"]:
         entries["photos not readable"] = facts["photos"]["unreadable"]
     if facts["masks"]:
         entries["label maps"] = f"{facts['masks']['maps']:,} of {facts['masks']['images']:,} images"
         if facts["masks"]["refused"]:
             refused = facts["masks"]["refused"]
-            entries["label maps left out"] = f"{len(refused):,}, the first: {refused[0]}"
+            entries["label maps refused"] = f"{len(refused):,}, the first: {refused[0]}"
     return entries
 
 
@@ -139,8 +143,8 @@ def _plots(scores: Mapping[str, np.ndarray]) -> list[Plot]:
     candidates = [
         ("regions", "Regions of an image", "regions", None),
         ("connected", "Connected regions", "share in one piece", (0.0, 1.0)),
-        ("flip", "Stability: mirrored", "adjusted Rand index", (0.0, 1.0)),
-        ("shift", "Stability: one token further", "adjusted Rand index", (0.0, 1.0)),
+        ("flip", "Stability: photo mirrored", "adjusted Rand index", (0.0, 1.0)),
+        ("shift", "Stability: crop shifted", "adjusted Rand index", (0.0, 1.0)),
         ("covering", "Covering of drawn segments", "covering", (0.0, 1.0)),
         ("boundary_f", "Boundary F", "F", (0.0, 1.0)),
     ]
@@ -156,7 +160,7 @@ def _plots(scores: Mapping[str, np.ndarray]) -> list[Plot]:
 
 
 def _histogram(name: str, values: np.ndarray, span: tuple[float, float] | None, num_bins: int = 20) -> Series:
-    """Share of images in each bin as the outline of bars; without a span one bin per whole number."""
+    """Return the share of images in each bin as the outline of bars; without `span` every whole number has a bin."""
     values = values[np.isfinite(values)]
     if span is None:
         edges = np.arange(0, values.max(initial=0) + 2) + 0.5
@@ -168,7 +172,7 @@ def _histogram(name: str, values: np.ndarray, span: tuple[float, float] | None, 
 
 
 def _worst(folder: BuildFolder, found: Assessment, names: Sequence[str]) -> Gallery | None:
-    """Cards of the images with the smallest mean of some scores, their values below; None where none is below 1."""
+    """Return cards of the images with the smallest mean of the named scores, or None if no mean is below 1."""
     scores = {name: found.quality.scores[name] for name in names if name in found.quality.scores}
     if not scores:
         return None

@@ -1,4 +1,4 @@
-"""What the prototypes of a vocabulary stand for: of each, the parts of images nearest to it, on one page.
+"""A page that shows what the prototypes of a vocabulary mean: each with the image parts nearest to it.
 
 N images, P parts of all images, K prototypes of the finest level, H×W grid, S pixels a side of a photo
 """
@@ -32,14 +32,14 @@ Groups = dict[int, list[int]]
 PICTURE_PX = 144
 MARGIN_TOKENS = 1
 MIN_TOKENS = 6
-"""Tokens a side that a picture shows at least: less of a photo is hard to recognise."""
+"""Smallest side of a picture in tokens, since a smaller part of a photo is hard to recognise."""
 GROUP_ROWS = 8
-"""Prototypes shown of each group, where there are more than the page takes."""
+"""Fewest prototypes that the page shows of each group, if the limit allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Parts:
-    """All parts of a build: int64 rows of the index, region ids, prototypes, squared distances to them; [P] each."""
+    """All parts of a build: int64 rows of the index, region ids, prototypes and squared distances to them, [P] each."""
 
     rows: np.ndarray
     regions: np.ndarray
@@ -48,7 +48,7 @@ class Parts:
 
     @classmethod
     def read(cls, folder: BuildFolder) -> Parts:
-        """Block by block from regions.zarr."""
+        """Read regions.zarr, one block at a time."""
         found = []
         for block in stage_units(folder, "link"):
             prototypes = stores.read_block(folder.regions, "prototypes", block)
@@ -59,7 +59,7 @@ class Parts:
         return cls(rows=rows, regions=regions, prototypes=prototypes, distances=distances)
 
     def nearest(self, prototype: int, count: int) -> np.ndarray:
-        """Up to `count` parts nearest to a prototype among those that carry it, one of each image; int64."""
+        """Return the `count` nearest of the parts that have this prototype, at most one of each image: int64."""
         mine = np.flatnonzero(self.prototypes == prototype)
         mine = mine[np.argsort(self.distances[mine], kind="stable")]
         _, first = np.unique(self.rows[mine], return_index=True)
@@ -69,9 +69,9 @@ class Parts:
 def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, examples: int = 8) -> Path:
     """Write the page of a linked build to `path` and return it.
 
-    limit: prototypes shown, the most used ones; where there are coarser levels, the most used of each group of the
-    coarsest. examples: parts shown of each.
-    Raises BuilderError where parts are not linked yet.
+    limit: number of prototypes shown, the most used ones; if there are several levels, the most used of each group of
+    the coarsest. examples: number of parts shown of each.
+    Raises BuilderError when parts are not linked yet.
     """
     if "link" not in read_manifest(folder)["stages"]:
         raise BuilderError(
@@ -87,7 +87,7 @@ def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, e
     num_tokens = int(vocabulary.counts[-1].sum())
     facts = {
         "prototypes": " → ".join(f"{size:,}" for size in vocabulary.sizes),
-        "carried by a part": f"{np.count_nonzero(uses):,} of {config.num_prototypes:,}",
+        "used by a part": f"{np.count_nonzero(uses):,} of {config.num_prototypes:,}",
         "parts": len(parts.rows),
         "tokens fitted": num_tokens,
         "engine": config.backend,
@@ -98,8 +98,8 @@ def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, e
     )
     page = Page(
         title=f"Vocabulary: {folder.root.resolve().name}",
-        intro="Prototypes of the whole data set, and the parts of images nearest to each: the region is outlined, "
-        "the rest of the photo dimmed.",
+        intro="Prototypes of the whole data set, and the image parts nearest to each: the region is outlined, and the "
+        "rest of the photo is dimmed.",
         sections=[summary, *_sections(vocabulary, uses, strips)],
     )
     write_page(page, path)
@@ -107,9 +107,9 @@ def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, e
 
 
 def choose_prototypes(vocabulary: Vocabulary, uses: np.ndarray, limit: int) -> Groups:
-    """Which finest prototypes to show, by prototype of the coarsest level, the most used first.
+    """Choose the finest prototypes to show, by prototype of the coarsest level, the most used first.
 
-    uses: int64 [K]. With one level all are in group 0. Prototypes no part carries are left out.
+    uses: int64 [K]. With one level all are in group 0. Prototypes that no part has are left out.
     """
     used = [k for k in np.argsort(-uses, kind="stable").tolist() if uses[k]]
     if len(vocabulary.sizes) == 1:
@@ -119,16 +119,16 @@ def choose_prototypes(vocabulary: Vocabulary, uses: np.ndarray, limit: int) -> G
     share = max(GROUP_ROWS, limit // vocabulary.sizes[0])
     groups: Groups = {}
     for group in np.argsort(-totals, kind="stable").tolist():
-        room = limit - sum(map(len, groups.values()))
-        if members := [k for k in used if ancestors[k] == group][: min(share, room)]:
+        left = limit - sum(map(len, groups.values()))
+        if members := [k for k in used if ancestors[k] == group][: min(share, left)]:
             groups[group] = members
     return groups
 
 
 def part_picture(photo: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
-    """A square cut around a region: outlined, the rest dimmed. uint8 [PICTURE_PX, PICTURE_PX, 3].
+    """Cut a square around a region, outline the region and dim the rest: uint8 [PICTURE_PX, PICTURE_PX, 3].
 
-    photo: uint8 [S, S, 3], or None for the region alone. mask: bool [H, W].
+    photo: uint8 [S, S, 3], or None to show the region on grey. mask: bool [H, W].
     """
     left, top, extent = _window(mask)
     steps = (np.arange(PICTURE_PX) + 0.5) / PICTURE_PX * extent
@@ -146,7 +146,7 @@ def part_picture(photo: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
 
 
 def _window(mask: np.ndarray) -> tuple[float, float, float]:
-    """Left, top and side of the square around a region, as shares of the photo's side."""
+    """Return left, top and side of the square around a region, as shares of the side of the photo."""
     spans = [np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1)]  # columns, rows
     sizes = mask.shape[::-1]
     extent = max(
@@ -162,7 +162,7 @@ def _window(mask: np.ndarray) -> tuple[float, float, float]:
 
 
 def _highlight(picture: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Dim what is not `inside` (bool [P, P]) and draw its border, two pixels wide; not along the picture's edge."""
+    """Dim what is not `inside` (bool [P, P]) and draw its border two pixels wide, but not along the picture's edge."""
     dimmed = 0.45 * picture.mean(axis=-1, keepdims=True) + 20
     padded = np.pad(inside, 2, mode="edge")
     kept = inside.copy()
@@ -197,7 +197,7 @@ def _strips(
 
 
 def _pictures(folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray) -> dict[int, np.ndarray]:
-    """The picture of each needed part; every photo is decoded once, in threads."""
+    """Return the picture of each needed part; threads decode every photo once."""
     index, reader = read_index(folder.index), photo_reader(folder)
     size_px = stage_entry(folder, "extract")["inputs"]["encoder"]["image_size_px"]
     regions = stores.open_store(folder.regions)
@@ -214,15 +214,15 @@ def _pictures(folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray)
 
 
 def _lineage(vocabulary: Vocabulary, prototype: int) -> tuple[int, ...]:
-    """Ids of a finest prototype and its ancestors, coarse → fine."""
+    """Return the ids of the ancestors of a finest prototype and its own, coarse → fine."""
     finest = np.array([prototype])
     return tuple(int(vocabulary.climb(finest, level)[0]) for level in range(len(vocabulary.sizes)))
 
 
 def _sections(vocabulary: Vocabulary, uses: np.ndarray, strips: dict[int, list[Strip]]) -> Iterator[Section]:
-    """One section, or one of each group of the coarsest level."""
+    """Yield one section for each group of the coarsest level, or a single one if there is only one level."""
     if len(vocabulary.sizes) == 1:
-        text = "The most used first; the number is the id of the prototype."
+        text = "The most used prototype comes first; the number is its id."
         yield Section(title="Prototypes", text=text, blocks=[Strips(strips=strips[0])])
         return
     ancestors = vocabulary.climb(np.arange(len(uses)), 0)

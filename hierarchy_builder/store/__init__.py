@@ -1,1 +1,1 @@
-"""Everything a build keeps on disk."""
+"""Files that a build writes, and how they are read."""

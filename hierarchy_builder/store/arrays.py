@@ -1,9 +1,9 @@
-"""The zarr stores between the stages: features.zarr and regions.zarr, written one whole block at a time.
+"""The zarr stores of a build, features.zarr and regions.zarr, which are written one whole block at a time.
 
     N images, B rows in a block, H×W grid, C channels, L levels, T = H·W tokens
 
-A block is one zarr shard of every array, so a block has one writer and is replaced whole. Chunks carry a crc32c,
-since a flipped byte passes unnoticed otherwise.
+A block is one zarr shard of every array, so it has one writer and is replaced as a whole. Every chunk has a crc32c,
+without which a flipped byte would not be noticed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS
 from hierarchy_builder.store.statistics import Moments
 
 NOT_STORED = 2**64 - 1
-"""Length in the index of a shard of a chunk that holds only zeros."""
+"""Length that the index of a shard holds for a chunk of zeros, which is not stored."""
 ROWS_PER_CHUNK = 8
-"""Rows read together at random access; a block is a whole number of chunks or a single short one."""
-
+"""Rows of a chunk, which are read together; a block is a whole number of chunks or a single short one."""
 
 MOMENTS = ("block_count", "block_mean", "block_m2")
 """Arrays of features.zarr with one value per block."""
 
 Layout = dict[str, dict[str, Any]]
-"""Arrays of a store by name: shape, shards, chunks and dtype."""
+"""Shape, shards, chunks and dtype of the arrays of a store, by name."""
 
 
 def create_features(path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> None:
@@ -42,10 +41,10 @@ def create_features(path: Path, *, num_rows: int, block_rows: int, grid: tuple[i
 
 
 def features_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> Layout:
-    """`features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
+    """Return the arrays `features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
 
     `block_count` int64 [blocks], `block_mean` and `block_m2` float64 [blocks,H,W,C] hold count, mean and sum of
-    squared deviations of a block's usable rows.
+    squared deviations of the usable rows of a block.
     """
     token_shape = (*grid, width)
     num_blocks = -(-num_rows // block_rows)
@@ -59,7 +58,7 @@ def features_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], wi
 
 
 def has_scatter(path: Path) -> bool:
-    """Whether `create_scatter` was called on features.zarr."""
+    """Whether features.zarr has scatter matrices, see `scatter_layout`."""
     return "block_scatter" in open_store(path)
 
 
@@ -70,7 +69,7 @@ def create_scatter(path: Path) -> None:
 
 
 def scatter_layout(*, num_blocks: int, width: int) -> Layout:
-    """`block_scatter` float64 [blocks,C,C]."""
+    """Return the array `block_scatter` float64 [blocks,C,C], the scatter matrix of the tokens of each block."""
     return {"block_scatter": _by_blocks(num_blocks, (width, width), np.dtype("float64"))}
 
 
@@ -82,9 +81,9 @@ def create_regions(
 
 
 def regions_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int) -> Layout:
-    """`regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N] and `scores` float32 [N,2].
+    """Return the arrays of regions.zarr, which `hierarchy.Hierarchy` documents.
 
-    See `hierarchy.Hierarchy` for what they hold.
+    `regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N] and `scores` float32 [N,2].
     """
     return {
         "regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE),
@@ -107,9 +106,9 @@ def create_prototypes(path: Path, *, num_rows: int, block_rows: int) -> None:
 
 
 def prototypes_layout(*, num_rows: int, block_rows: int) -> Layout:
-    """`prototypes` uint16 [N,256], nearest dataset-wide prototype of each part, by region id.
+    """Return the arrays `prototypes` uint16 [N,256] and `prototype_distances` float32 [N,256].
 
-    `prototype_distances` float32 [N,256] holds the squared distances to them.
+    They hold the nearest prototype of each part, by region id, and the squared distance to it.
     """
     row = (MAX_REGIONS,)
     return {
@@ -119,9 +118,9 @@ def prototypes_layout(*, num_rows: int, block_rows: int) -> Layout:
 
 
 def create(path: Path, layout: Layout) -> None:
-    """Create the arrays of `layout` in the store `path`; those there are kept.
+    """Create the arrays of `layout` in the store `path`; arrays that exist are kept.
 
-    Raises BuilderError where one there has another shape or the store is damaged.
+    Raises BuilderError when one of them has another shape or the store is damaged.
     """
     try:
         group = zarr.open_group(path, mode="a", zarr_format=3)
@@ -143,7 +142,7 @@ def create(path: Path, layout: Layout) -> None:
 
 
 def damaged_layout(path: Path, layout: Layout) -> list[str]:
-    """Which of the descriptions `zarr.json` are not those `create` writes: names of arrays, "." for the store."""
+    """Return the names of arrays whose `zarr.json` is not as `create` writes it, and "." for that of the store."""
     expected = zarr.create_group(MemoryStore(), zarr_format=3)
     damaged = [] if is_store(path) else ["."]
     for name, array in layout.items():
@@ -158,19 +157,18 @@ def damaged_layout(path: Path, layout: Layout) -> list[str]:
 
 
 def repair_layout(path: Path, layout: Layout) -> None:
-    """Write the damaged descriptions of a store anew; the chunks stay as they are."""
+    """Write every damaged `zarr.json` of a store again; the chunks stay as they are."""
     for name in damaged_layout(path, layout):
         (path / name / "zarr.json").unlink(missing_ok=True)
     create(path, layout)
 
 
 def grow(path: Path, *, num_rows: int, num_blocks: int) -> None:
-    """Make room in all arrays of a store for more rows; what is there stays."""
-    group = open_store(path, "r+")
-    for name, array in group.arrays():
-        first = num_blocks if name.startswith("block_") else num_rows
-        if array.shape[0] < first:
-            array.resize((first, *array.shape[1:]))
+    """Enlarge all arrays of a store to more rows and blocks; their values are kept."""
+    for name, array in open_store(path, "r+").arrays():
+        length = num_blocks if name.startswith("block_") else num_rows
+        if array.shape[0] < length:
+            array.resize((length, *array.shape[1:]))
 
 
 def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -186,17 +184,17 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> d
             raise BuilderError(
                 f"{path}/{name}: block {block.number} has shape {values.shape}, expected {expected}"
             )
-        # zarr would read the last shard, which is short, to write it; where it is damaged that fails.
-        shard_file(path, name, block).unlink(missing_ok=True)
+        # zarr reads the last shard, which is short, before it writes it, and fails if the shard is damaged.
+        shard_file(path, name, block.number).unlink(missing_ok=True)
         target[block.start : block.stop] = values
         digests[name] = _digest(values, target.dtype)
     return digests
 
 
-def shard_file(path: Path, name: str, block: Block) -> Path:
-    """Where the rows of a block of one array lie."""
+def shard_file(path: Path, name: str, number: int) -> Path:
+    """Return the file that holds the rows of block `number` of one array."""
     num_axes = len(array_of(open_store(path), name).shape)
-    return path.joinpath(name, "c", str(block.number), *"0" * (num_axes - 1))
+    return path.joinpath(name, "c", str(number), *"0" * (num_axes - 1))
 
 
 def write_block_moments(path: Path, block: Block, moments: Moments) -> dict[str, str]:
@@ -211,7 +209,7 @@ def write_block_scatter(path: Path, block: Block, scatter: np.ndarray) -> dict[s
 
 
 def read_written(path: Path, block: Block, name: str) -> tuple[np.ndarray, str]:
-    """What one array holds of `block`, and its SHA-256. Raises BuilderError when stored bytes are damaged."""
+    """Return the values of `block` in one array and their SHA-256. Raises BuilderError when they are damaged."""
     of_block = name.startswith("block_")
     rows = slice(block.number, block.number + 1) if of_block else slice(block.start, block.stop)
     values = read_rows(open_store(path), name, rows)
@@ -219,24 +217,24 @@ def read_written(path: Path, block: Block, name: str) -> tuple[np.ndarray, str]:
 
 
 def read_block_moments(path: Path, block: Block) -> Moments:
-    """What `write_block_moments` wrote."""
+    """Read what `write_block_moments` wrote."""
     group, row = open_store(path), slice(block.number, block.number + 1)
     count, mean, m2 = (read_rows(group, name, row)[0] for name in ("block_count", "block_mean", "block_m2"))
     return Moments(int(count), mean, m2)
 
 
 def read_block_scatter(path: Path, block: Block) -> np.ndarray:
-    """What `write_block_scatter` wrote."""
+    """Read what `write_block_scatter` wrote."""
     return read_rows(open_store(path), "block_scatter", slice(block.number, block.number + 1))[0]
 
 
 def read_block(path: Path, name: str, block: Block) -> np.ndarray:
-    """Rows of `block` of one array. Raises BuilderError when the stored bytes are damaged."""
+    """Return the rows of `block` of one array. Raises BuilderError when they are damaged."""
     return read_rows(open_store(path), name, slice(block.start, block.stop))
 
 
 def read_rows(group: zarr.Group, name: str, rows: slice | np.ndarray) -> np.ndarray:
-    """Rows of one array; an index array must rise. Raises BuilderError when the stored bytes are damaged."""
+    """Return rows of one array; an index array must rise. Raises BuilderError when they are damaged."""
     array = array_of(group, name)
     try:
         return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
@@ -247,16 +245,16 @@ def read_rows(group: zarr.Group, name: str, rows: slice | np.ndarray) -> np.ndar
 
 
 def chunk_bytes(path: Path, name: str) -> np.ndarray:
-    """Bytes each chunk of an array takes on disk, int64 in the order of rows; 0 where all values are 0.
+    """Return the bytes of each chunk of an array on disk, int64 in the order of rows; 0 where all values are 0.
 
-    A file of a shard ends in an index: offset and length of each of its chunks, and 4 bytes of checksum.
+    The file of a shard ends with an index: offset and length of each of its chunks, and a checksum of 4 bytes.
     """
     array = array_of(open_store(path), name)
     assert array.shards is not None
     per_shard = array.shards[0] // array.chunks[0]
     sizes = np.zeros((-(-array.shape[0] // array.shards[0]), per_shard), np.int64)
     for number, row in enumerate(sizes):
-        file = path.joinpath(name, "c", str(number), *"0" * (len(array.shape) - 1))
+        file = shard_file(path, name, number)
         if file.is_file():
             with file.open("rb") as content:
                 content.seek(-shard_index_bytes(per_shard), os.SEEK_END)
@@ -266,12 +264,12 @@ def chunk_bytes(path: Path, name: str) -> np.ndarray:
 
 
 def shard_index_bytes(num_chunks: int) -> int:
-    """Bytes of the index at the end of a shard of so many chunks."""
+    """Return the bytes of the index of a shard with `num_chunks` chunks."""
     return 16 * num_chunks + 4
 
 
 def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
-    """Open a store; raises BuilderError when it is missing or of another format version."""
+    """Open a store. Raises BuilderError when it is missing, damaged or of another format version."""
     try:
         group = zarr.open_group(path, mode=mode)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -283,7 +281,7 @@ def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
 
 
 def is_store(path: Path) -> bool:
-    """Whether `open_store` opens it."""
+    """Whether `open_store` can open `path`."""
     try:
         open_store(path)
     except BuilderError:
@@ -292,7 +290,7 @@ def is_store(path: Path) -> bool:
 
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array:
-    """One array of a store; raises BuilderError naming those there."""
+    """Return one array of a store. Raises BuilderError naming the arrays that exist if it is missing."""
     try:
         array = group[name]
     except KeyError:

@@ -1,4 +1,4 @@
-"""index.parquet: one row per image, in the order of every store; after extraction with the outcome of each."""
+"""index.parquet: one row per image, in the order of rows of every store; extraction adds the outcome of each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OUTCOME_COLUMNS = ("status", "reason", "width", "height", "mode", "frames", "ori
 
 
 def in_build_order(records: Sequence[ImageRecord], order: str) -> list[ImageRecord]:
-    """Rows as they will be stored: `listed`, or `shuffled` by the SHA-256 of their keys (the same everywhere)."""
+    """Return records in the order of rows: as `listed`, or `shuffled` by the SHA-256 of their keys on any machine."""
     if order == "listed":
         return list(records)
     return sorted(records, key=lambda record: hashlib.sha256(record.key.encode()).digest())
@@ -45,9 +45,9 @@ def in_build_order(records: Sequence[ImageRecord], order: str) -> list[ImageReco
 def write_index(
     path: Path, records: Sequence[ImageRecord], outcomes: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Write the index, whole or not at all; without `outcomes` every row is pending.
+    """Write the index as a whole; without `outcomes` every row is pending.
 
-    outcomes: one mapping per row with the columns from `status` on.
+    outcomes: one mapping per row with `OUTCOME_COLUMNS`.
     """
     columns: dict[str, list[Any]] = {
         "key": [record.key for record in records],
@@ -65,7 +65,7 @@ def write_index(
 
 
 def read_index(path: Path) -> pa.Table:
-    """The whole index. Raises BuilderError when it is missing or damaged."""
+    """Read an index. Raises BuilderError when it is missing or damaged."""
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
@@ -75,7 +75,7 @@ def read_index(path: Path) -> pa.Table:
 
 
 def records_of(table: pa.Table) -> list[ImageRecord]:
-    """The rows of (a slice of) the index as records."""
+    """Return the rows of an index, or of a slice of it, as records."""
     columns = (table.column(name).to_pylist() for name in ("key", "path", "label", "class_name", "bytes"))
     return [
         ImageRecord(key=key, path=path, label=label, class_name=class_name, num_bytes=num_bytes)
@@ -84,5 +84,5 @@ def records_of(table: pa.Table) -> list[ImageRecord]:
 
 
 def status_name(status: Status) -> str:
-    """The word index.parquet holds for a status, for example `ok`."""
+    """Return the name of a status in index.parquet, for example `ok`."""
     return status.name.lower()

@@ -1,8 +1,8 @@
-"""Features as int8, one scale per token, in half the bytes; and what that costs, measured on a sample of a build.
+"""Features as int8 with one scale per token, which takes half the bytes, and its error on a sample of a build.
 
     N images, H×W grid, C channels
 
-The largest value of a token becomes 127, so outliers are kept and the small channels beside them lose most.
+The largest value of a token becomes 127, so outliers are exact and the small channels of their token lose most.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ LARGEST = 127
 """Largest int8 in use: −128 is left out, so that the range is symmetric and zero stays zero."""
 
 SAMPLED_IMAGES = 256
-"""Images whose features and regions are compared before and after; they lie evenly in the build."""
+"""Largest number of images whose features and regions are compared; they are spread evenly over the build."""
 
 
 def quantise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features → int8 [..., C] and scale float32 [..., 1], with value = int8 · scale.
+    """Round features to int8 [..., C] and scale float32 [..., 1], with value = int8 · scale.
 
     features: float [..., C], finite. The scale of a token is max|x|/127, so an error is at most half of that.
     """
     wide = features.astype(np.float32)
     scale = np.abs(wide).max(axis=-1, keepdims=True) / np.float32(LARGEST)
     steps = wide / np.where(scale > 0, scale, 1)
-    # In the smallest numbers of float32 the division rounds up to 128.
+    # With the smallest numbers of float32 the division can round up to 128.
     return np.clip(np.rint(steps), -LARGEST, LARGEST).astype(np.int8), scale
 
 
 def dequantise(features: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """int8 [..., C] and scale float32 [..., 1] → float32 [..., C]."""
+    """Return int8 [..., C] · scale float32 [..., 1] as float32 [..., C]."""
     return features.astype(np.float32) * scale
 
 
 def measure_quantisation(folder: BuildFolder, recipe: HierarchyRecipe, rows: np.ndarray) -> dict[str, Any]:
-    """What int8 does to the features of a build and to the regions `recipe` finds in them.
+    """Measure how int8 changes the features of a build and the regions that `recipe` finds in them.
 
     rows: usable rows of the index, rising; up to 256 of them, spread evenly, are read.
-    Returns plain data: `images`, `relative_error` (root of squared error over squared length), `cosine` (smallest
-    of a token and its stored form), and per level, coarse → fine, `tokens_changed` (share of tokens outside the
-    best one-to-one matching of regions before and after) and `agreement` (mean adjusted Rand index).
+    Returns plain data: `images`, `relative_error` (root of squared error over squared length), `cosine` (the smallest
+    between a token and its stored form), and for each level, coarse → fine, `tokens_changed` (share of tokens outside
+    the best one-to-one matching of regions before and after) and `agreement` (mean adjusted Rand index).
     """
     chosen = rows[spread_evenly(len(rows), SAMPLED_IMAGES)]
     exact = stores.read_rows(stores.open_store(folder.features), "features", chosen).astype(np.float32)
@@ -71,9 +71,9 @@ def measure_quantisation(folder: BuildFolder, recipe: HierarchyRecipe, rows: np.
 
 
 def changed_share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Share of an image's tokens that lie outside the best one-to-one matching of regions, float64 [N].
+    """Return the share of tokens outside the best one-to-one matching of regions, float64 [N].
 
-    before, after: uint8 [N, H, W]. Ids may be numbered otherwise; only which tokens are together counts.
+    before, after: uint8 [N, H, W]. The numbering of the ids does not matter.
     """
     return np.array([_changed_share(a.ravel(), b.ravel()) for a, b in zip(before, after, strict=True)])
 
@@ -85,5 +85,5 @@ def _changed_share(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def _digits(value: float) -> float:
-    """Six significant digits: the last bits differ between machines, index.json must not."""
+    """Round to six significant digits, since the last bits differ between machines and index.json must not."""
     return float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""One row of a build → the sample a tar holds: metadata, rounding to int8, canvases, the crop as JPEG."""
+"""Make the sample of one row of a build: metadata, rounding to int8, canvases, and the crop as JPEG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PART_LEVEL = 1
 """The level whose regions are linked to prototypes."""
 
 FACTS = ("width", "height", "orientation")
-"""What the metadata of a sample tells of its picture."""
+"""Columns of the index that the metadata of a sample repeats."""
 
 
 def make_sample(
@@ -29,10 +29,10 @@ def make_sample(
     config: ShardConfig,
     image: bytes | None = None,
 ) -> Sample:
-    """The sample of a usable image.
+    """Make the sample of a usable image.
 
-    facts: its outcome, `FACTS` among it. row: `features` float16 [H,W,C], `regions` uint8 [L−1,H,W], `flags`, and
-    `prototypes` uint16 [256] where the parts are linked. image: JPEG bytes of the crop.
+    facts: its outcome, which includes `FACTS`. row: `features` float16 [H,W,C], `regions` uint8 [L−1,H,W], `flags`,
+    and `prototypes` uint16 [256] if parts are linked. image: JPEG bytes of the crop.
     """
     regions = row["regions"]
     counts = [int(level.max()) + 1 for level in regions]
@@ -49,7 +49,7 @@ def make_sample(
     features, scale = row["features"], None
     if config.feature_dtype == "int8":
         features, scale = quantise(features)
-    # Of the stored values, as a reader of the shard would build them.
+    # Canvases are means of the stored values, as a reader of the shard would compute them.
     values = features if scale is None else dequantise(features, scale).astype(FEATURE_DTYPE)
     canvases = level_canvases(values[None], regions[None])[0] if config.canvases else None
     return Sample(
@@ -67,9 +67,9 @@ def make_sample(
 def picture_of(
     image: Image.Image, image_size_px: int, config: ShardConfig, crop: np.ndarray | None = None
 ) -> bytes:
-    """The crop that a sample holds of an upright photograph: JPEG of the size asked for, colours not subsampled.
+    """Return the crop of an upright photo as JPEG of the configured size, without chroma subsampling.
 
-    image_size_px: S of the encoder, whose region it is. crop: uint8 [S,S,3], where it is made already.
+    image_size_px: S of the encoder, which sees the same crop. crop: uint8 [S,S,3], if it exists already.
     """
     if crop is None or config.stored_px(image_size_px) != image_size_px:
         crop = crop_square(image, image_size_px, out_px=config.image_px)

@@ -1,4 +1,4 @@
-"""What stands beside the tars: index, class map, statistics, dataset card; `_SUCCESS` last."""
+"""Write the files next to the tars: index, class map, statistics and dataset card, and `_SUCCESS` at the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SUCCESS = "_SUCCESS"
 
 
 def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write the files of the whole set once every tar is there. `results` are the markers of the tars, in order."""
+    """Write the files of the whole set when all tars are finished. results: the markers of the tars, in order."""
     shards = folder.shards
     remove_strays(folder, config.split, len(results))
     index = index_of(folder, config, results)
@@ -63,15 +63,14 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
 
 
 def dataset_moments(folder: BuildFolder) -> Moments:
-    """Moments of all usable features per position and channel, merged over a fixed tree of blocks."""
-    blocks = stage_units(folder, "extract")
-    return merge_tree(_moments(folder, block) for block in blocks)
+    """Merge the moments of all usable features by position and channel over a fixed tree of blocks."""
+    return merge_tree(_moments(folder, block) for block in stage_units(folder, "extract"))
 
 
 def dataset_joint_moments(folder: BuildFolder) -> Moments:
-    """Mean [C] and scatter matrix [C, C] of all usable tokens, merged over the same tree.
+    """Merge mean [C] and scatter matrix [C, C] of all usable tokens over the same tree.
 
-    Raises BuilderError where the scatter matrices of the blocks were not computed.
+    Raises BuilderError when the scatter matrices of the blocks were not computed.
     """
     return merge_tree(_joint_moments(folder, block) for block in stage_units(folder, "extract"))
 
@@ -79,8 +78,10 @@ def dataset_joint_moments(folder: BuildFolder) -> Moments:
 def _joint_moments(folder: BuildFolder, block: Block) -> Moments:
     channel = per_channel(_moments(folder, block))
     if is_fused(folder):
-        return Moments(channel.count, channel.mean, read_part_scatter(folder, block.number))
-    return Moments(channel.count, channel.mean, stores.read_block_scatter(folder.features, block))
+        scatter = read_part_scatter(folder, block.number)
+    else:
+        scatter = stores.read_block_scatter(folder.features, block)
+    return Moments(channel.count, channel.mean, scatter)
 
 
 def _moments(folder: BuildFolder, block: Block) -> Moments:
@@ -90,7 +91,7 @@ def _moments(folder: BuildFolder, block: Block) -> Moments:
 
 
 def remove_strays(folder: BuildFolder, split: str, num_shards: int) -> None:
-    """Remove tars and temporary files that a longer or interrupted earlier run left behind."""
+    """Remove tars of an earlier run that wrote more of them, and temporary files of interrupted runs."""
     expected = {shard_name(split, number) for number in range(num_shards)}
     for tar in folder.shards.glob("*.tar"):
         if tar.name not in expected:
@@ -102,7 +103,7 @@ def remove_strays(folder: BuildFolder, split: str, num_shards: int) -> None:
 def index_of(
     folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Content of index.json, without what has to be measured."""
+    """Return the content of index.json, except the measured error of int8."""
     extracted, clustered = stage_entry(folder, "extract")["inputs"], stage_entry(folder, "cluster")["inputs"]
     encoder, recipe = extracted["encoder"], clustered["config"]
     members = [FEATURES_MEMBER, REGIONS_MEMBER, LABEL_MEMBER, METADATA_MEMBER]
@@ -141,18 +142,18 @@ def index_of(
 
 
 def _quantisation(folder: BuildFolder, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What int8 costs, measured on this build with the recipe of its regions (label maps left aside)."""
+    """Measure the error of int8 on this build with the recipe of its regions, without label maps."""
     return measure_quantisation(folder, from_mapping(HierarchyRecipe, recipe), usable_rows(folder))
 
 
 def _vocabulary_sizes(folder: BuildFolder) -> list[int] | None:
-    """Prototypes of each level where the parts are linked to them."""
+    """Return the number of prototypes of each level if parts are linked to them."""
     stages = read_manifest(folder)["stages"]
     return stages["vocabulary"]["inputs"]["config"]["sizes"] if "link" in stages else None
 
 
 def card_of(index: Mapping[str, Any]) -> str:
-    """The dataset card, from index.json alone."""
+    """Return the dataset card, which depends on index.json alone."""
     encoder, levels = index["encoder"], index["num_levels"]
     height, width = index["grid"]
     total = sum(entry["filesize"] for entry in index["shardlist"])
@@ -209,7 +210,7 @@ def _picture_note(index: Mapping[str, Any]) -> str:
 
 
 def _quantisation_note(found: Mapping[str, Any] | None) -> str:
-    """What int8 costs, in a paragraph; nothing for float16."""
+    """Return a paragraph on the error of int8, or nothing for float16."""
     if found is None:
         return ""
     changed = ", ".join(f"{share:.3%}" for share in found["tokens_changed"])

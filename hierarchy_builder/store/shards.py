@@ -1,7 +1,7 @@
-"""Samples ↔ tar members, and the files beside the tars.
+"""Write samples to tars and read them, and the sidecar of each tar.
 
-A tar of ours is plain webdataset: the members of a sample are adjacent and named `<key>.<member>`. mtime, uid and
-gid are 0, members are sorted, so equal samples give equal bytes.
+A tar is plain webdataset: the members of a sample are adjacent and named `<key>.<member>`. mtime, uid and gid are 0
+and members are sorted, so equal samples give equal bytes.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from hierarchy_builder.records import (
 
 TAR_BLOCK = 512
 JPEG_BYTES_PER_PIXEL = 0.55
-"""Average of 1,000 photographs at quality 95 and 256 px, from which single ones differ by 30 %; shards aim by it.
+"""Average over 1,000 photos at quality 95 and 256 px, used to estimate how many samples fill a shard.
 
-Small pictures take more a pixel (64 px: 0.9), large ones less (512 px: 0.35).
+Single photos differ by 30 %. Small images take more per pixel (64 px: 0.9), large ones less (512 px: 0.35).
 """
 
 ARRAY_MEMBERS = (FEATURES_MEMBER, SCALE_MEMBER, REGIONS_MEMBER, CANVASES_MEMBER)
 
 
 def shard_name(split: str, number: int) -> str:
-    """`train-000000.tar`: a dash, six digits, contiguous from 0."""
+    """Return a name such as `train-000000.tar`; numbers are contiguous from 0."""
     return f"{split}-{number:06d}.tar"
 
 
 def sidecar(tar: Path) -> Path:
-    """The JSON beside a tar: count, bytes, sha256 and the hash of its configuration."""
+    """Return the JSON file of a tar, which holds its count, bytes, sha256 and configuration hash."""
     return tar.with_suffix(".json")
 
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
-    """Members of a sample by name; arrays as .npy without pickle, the label as decimal text, JSON with sorted keys."""
+    """Return the members of a sample by name: arrays as .npy without pickle, label as text, JSON with sorted keys."""
     arrays = {
         FEATURES_MEMBER: sample.features,
         SCALE_MEMBER: sample.scale,
@@ -69,7 +69,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
 
 
 def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
-    """The inverse of `encode_sample`. Raises BuilderError naming the key and the member that is missing or damaged."""
+    """Invert `encode_sample`. Raises BuilderError naming the key and the member that is missing or damaged."""
     for name in (FEATURES_MEMBER, REGIONS_MEMBER, LABEL_MEMBER, METADATA_MEMBER):
         if name not in members:
             raise BuilderError(f"sample {key} has no {name}, found {', '.join(sorted(members)) or 'nothing'}")
@@ -85,7 +85,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
     if (arrays[FEATURES_MEMBER].dtype == np.int8) != (SCALE_MEMBER in arrays):
         raise BuilderError(
             f"sample {key} has {FEATURES_MEMBER} of {arrays[FEATURES_MEMBER].dtype} "
-            f"{'with' if SCALE_MEMBER in arrays else 'without'} {SCALE_MEMBER}: it belongs to int8 and only there"
+            f"{'with' if SCALE_MEMBER in arrays else 'without'} {SCALE_MEMBER}, which belongs to int8 only"
         )
     return Sample(
         key=key,
@@ -100,7 +100,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
 
 
 def write_shard(tar: Path, samples: Iterable[Sample], *, config_hash: str) -> dict[str, Any]:
-    """Write one tar and its sidecar, whole or not at all; returns the sidecar's content.
+    """Write one tar as a whole, then its sidecar; returns the content of the sidecar.
 
     Raises BuilderError when two samples share a key.
     """
@@ -116,7 +116,7 @@ def write_shard(tar: Path, samples: Iterable[Sample], *, config_hash: str) -> di
 
 
 def read_shard(tar: Path) -> Iterator[Sample]:
-    """Samples of a tar in order; nothing is unpacked, and no link followed.
+    """Yield the samples of a tar in order, without unpacking files or following links.
 
     Raises BuilderError naming the tar, and the key when it is known.
     """
@@ -157,7 +157,7 @@ def sample_bytes(
     image_size_px: int | None,
     feature_dtype: str = "float16",
 ) -> int:
-    """Bytes one sample takes in a tar: members with their headers, padded; pictures by an average."""
+    """Estimate the bytes of one sample in a tar: members with headers and padding; images by their average size."""
     tokens = grid[0] * grid[1]
     feature_bytes = tokens * width * np.dtype(feature_dtype).itemsize
     members = [128 + feature_bytes, 128 + tokens * (num_levels - 1), 4, 512]
@@ -171,7 +171,7 @@ def sample_bytes(
 
 
 def _npy(array: np.ndarray) -> bytes:
-    """The bytes numpy.save writes, in one copy of the values."""
+    """Return the bytes that numpy.save writes, with one copy of the values only."""
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
     return b"".join((_npy_header(array.dtype, array.shape), array.view(np.uint8).data))
@@ -186,7 +186,7 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 class TarWriter:
-    """Writes a tar member by member, in few large pieces; knows its SHA-256 and the length of every sample."""
+    """Writes a tar in few large pieces, and records its SHA-256 and the length of every sample."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -195,7 +195,7 @@ class TarWriter:
         self.sizes: list[int] = []
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """One sample; its members in the order of their names. Raises BuilderError for an unsafe key."""
+        """Write one sample, its members sorted by name. Raises BuilderError for an unsafe key."""
         self.keys.add(check_key(key, "sample"))
         size = 0
         for name in sorted(members):
@@ -208,12 +208,12 @@ class TarWriter:
         self.sizes.append(size)
 
     def copy(self, samples: bytes, sizes: Sequence[int]) -> None:
-        """Samples as they lie in another tar."""
+        """Write the bytes of samples of another tar, which have lengths `sizes`."""
         self._write(samples)
         self.sizes += sizes
 
     def close(self) -> dict[str, Any]:
-        """Write the end of the tar; returns `count`, `bytes` and `sha256` of the whole."""
+        """Write the end of the tar; returns `count`, `bytes` and `sha256` of the file."""
         length = sum(self.sizes)
         end = 2 * TAR_BLOCK
         end += -(length + end) % tarfile.RECORDSIZE

@@ -1,7 +1,7 @@
 """Exact, mergeable statistics of the stored features: count, mean and sum of squared deviations in float64.
 
-Blocks are merged over a fixed binary tree in block order, so the result has the same bytes for any number of
-workers. Source: Chan, Golub and LeVeque (1979), pairwise update of mean and M2.
+Blocks are merged over a fixed binary tree in block order, so any number of workers gives the same bytes.
+Source: Chan, Golub and LeVeque (1979), pairwise update of mean and M2.
 
     H×W grid, C channels
 """
@@ -23,14 +23,14 @@ from hierarchy_builder.files import write_bytes
 from hierarchy_builder.store.folder import BuildFolder
 
 SCATTER_VALUES = 2**22
-"""Values made float64 at once by one thread (32 MiB); fixed, since the order of a sum decides its last bits."""
+"""Values that a thread converts to float64 at a time (32 MiB); fixed, since the order of a sum changes its bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of `count` arrays of one shape: their mean and M2 = Σ (x − mean)², float64 of that shape.
+    """Mean and M2 = Σ (x − mean)² of `count` arrays of one shape, both float64 of that shape.
 
-    Of vectors [C], m2 may also be the scatter matrix Σ (x − mean)(x − mean)ᵀ [C, C], whose diagonal is M2.
+    For vectors [C], m2 may instead be the scatter matrix Σ (x − mean)(x − mean)ᵀ [C, C], whose diagonal is M2.
     """
 
     count: int
@@ -39,17 +39,17 @@ class Moments:
 
     @property
     def variance(self) -> np.ndarray:
-        """Population variance (or covariance) M2 / count; zeros when nothing was counted."""
+        """Population variance (or covariance) M2 / count; zeros when `count` is 0."""
         return self.m2 / self.count if self.count else np.zeros_like(self.m2)
 
 
 def moments_of(values: np.ndarray) -> Moments:
-    """Moments over the first axis of `values` [n, m, ...]; n may be 0."""
+    """Return the moments over the first axis of `values` [n, m, ...]; n may be 0."""
     count = len(values)
     mean, m2 = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
     if count == 0:
         return Moments(0, mean, m2)
-    for place in range(values.shape[1]):  # float64 of a whole block would take four times its memory
+    for place in range(values.shape[1]):  # a whole block in float64 takes four times its memory
         wide = values[:, place].astype(np.float64)
         mean[place] = wide.mean(axis=0)
         wide -= mean[place]
@@ -58,10 +58,10 @@ def moments_of(values: np.ndarray) -> Moments:
 
 
 def scatter_of(features: np.ndarray, mean: np.ndarray, threads: int = 1) -> np.ndarray:
-    """Scatter matrix Σ (x − mean)(x − mean)ᵀ of all tokens x about their mean: float64 [C, C], symmetric.
+    """Return the scatter matrix Σ (x − mean)(x − mean)ᵀ of all tokens x: float64 [C, C], symmetric.
 
-    features: [n, H, W, C], n may be 0. mean: float64 [C]. The bits do not depend on `threads`: each sums its own
-    images, and the sums are added in order.
+    features: [n, H, W, C], n may be 0. mean: float64 [C]. The bits do not depend on `threads`, since every thread sums
+    whole images and the sums are added in order.
     """
     step = max(1, SCATTER_VALUES // features[:1].size) if len(features) else 1
 
@@ -78,7 +78,7 @@ def scatter_of(features: np.ndarray, mean: np.ndarray, threads: int = 1) -> np.n
 
 
 def merge(left: Moments, right: Moments) -> Moments:
-    """Moments of the union of two disjoint sets."""
+    """Return the moments of the union of two disjoint sets."""
     if left.count == 0 or right.count == 0:
         return right if left.count == 0 else left
     count = left.count + right.count
@@ -89,9 +89,9 @@ def merge(left: Moments, right: Moments) -> Moments:
 
 
 def merge_tree(parts: Iterable[Moments]) -> Moments:
-    """Merge equal subtrees as they fill up, like a binary counter; at least one part.
+    """Merge at least one part over a binary tree; equal subtrees are merged as soon as both are complete.
 
-    The tree depends on the number of parts only, and no more than log2 of them are held at once.
+    The tree depends only on the number of parts, and at most log2 of this number are in memory.
     """
     waiting: list[tuple[int, Moments]] = []
     for part in parts:
@@ -107,7 +107,7 @@ def merge_tree(parts: Iterable[Moments]) -> Moments:
 
 
 def per_channel(position: Moments) -> Moments:
-    """Moments per channel [C] from moments per position and channel [H, W, C], positions pooled."""
+    """Pool the positions of moments [H, W, C]; returns moments [C]."""
     tokens = position.mean.reshape(-1, position.mean.shape[-1])
     squares = position.m2.reshape(tokens.shape)
     return merge_tree([Moments(position.count, mean, m2) for mean, m2 in zip(tokens, squares, strict=True)])

@@ -164,7 +164,7 @@ def test_without_encoder_the_rest_is_scored(copied) -> None:
     manifest["stages"]["extract"]["request"]["encoder"] = "onnx:gone.onnx"
     write_json(copied.manifest, manifest)
     found = assess_build(copied)
-    assert "gone.onnx" in summary(found)["photos not seen again"]
+    assert "gone.onnx" in summary(found)["photos not encoded again"]
     assert np.isnan(found.quality.scores["shift"]).all()
     assert [row["score"] for row in score_tables(found)["Stability"]] == ["other seeds"]
 
