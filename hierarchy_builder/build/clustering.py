@@ -37,7 +37,7 @@ from hierarchy_builder.store.ledger import (
     stage_entry,
 )
 from hierarchy_builder.store.samples import PART_LEVEL
-from hierarchy_builder.store.units import finished_stage, stage_units, store_layout, usable_rows
+from hierarchy_builder.store.units import finished_stage, layout_of, stage_units, store_layout, usable_rows
 from hierarchy_builder.vocabulary.prototypes import save_vocabulary
 
 
@@ -51,13 +51,7 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
     settle_recut(folder)
     num_rows, block_rows, encoder = store_layout(extracted)
-    stores.create_regions(
-        folder.regions,
-        num_rows=num_rows,
-        block_rows=block_rows,
-        grid=tuple(encoder["grid"]),
-        num_levels=recipe.num_levels,
-    )
+    stores.create(*layout_of(folder, "cluster"))
     blocks = blocks_of(num_rows, block_rows)
     load = partial(ClusterStage.load, folder, recipe, encoder["image_size_px"])
     done, seconds = do_units(load, ledger, blocks, session, "cluster")
@@ -91,9 +85,10 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
             folder.remove(folder.recut)
             folder.remove(ledger.folder)
         grid = tuple(encoder["grid"])
-        stores.create_levels(
-            folder.recut, num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=recipe.num_levels
+        layout = stores.regions_layout(
+            num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=recipe.num_levels
         )
+        stores.create(folder.recut, {"regions": layout["regions"]})
         done, seconds = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session, "recut")
         replace_regions(folder, inputs, {"request": to_mapping(recipe)})
         settle_recut(folder)
@@ -154,7 +149,7 @@ def link(folder: BuildFolder, session: Session) -> StageSummary:
     inputs = {"config": {"level": level}, "vocabulary": fitted["hash"], "cluster": clustered["hash"]}
     ledger = begin_stage(folder, "link", inputs, {}, fresh=session.fresh)
     num_rows, block_rows, _ = store_layout(stage_entry(folder, "extract"))
-    stores.create_prototypes(folder.regions, num_rows=num_rows, block_rows=block_rows)
+    stores.create(*layout_of(folder, "link"))
     blocks = blocks_of(num_rows, block_rows)
     done, seconds = do_units(partial(LinkStage.load, folder, level), ledger, blocks, session, "link")
     return StageSummary(

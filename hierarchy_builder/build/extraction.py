@@ -30,7 +30,7 @@ from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import write_index
 from hierarchy_builder.store.ledger import begin_stage
-from hierarchy_builder.store.units import relative_source
+from hierarchy_builder.store.units import layout_of, relative_source
 from hierarchy_builder.terminal import counted
 
 
@@ -86,13 +86,7 @@ def extract(
     blocks = blocks_of(len(records), config.block_rows)
     if not folder.index.exists():
         write_index(folder.index, records)
-    stores.create_features(
-        folder.features,
-        num_rows=len(records),
-        block_rows=config.block_rows,
-        grid=encoder.grid,
-        width=encoder.width,
-    )
+    stores.create(*layout_of(folder, "extract"))
     del encoder
     load = partial(ExtractStage.load, folder, images.location, config, retry_failed or accepts)
     done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True)

@@ -28,6 +28,7 @@ from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import shard_name, sidecar
 from hierarchy_builder.store.units import (
     finished_stage,
+    layout_of,
     samples_per_shard,
     stage_units,
     stored_source,
@@ -148,7 +149,7 @@ def sum_covariance(folder: BuildFolder, features_hash: str, session: Session) ->
     ledger = Ledger(folder.ledger("covariance"), features_hash)
     if not stores.has_scatter(folder.features):  # the features were rebuilt
         folder.remove(ledger.folder)
-        stores.create_scatter(folder.features)
+        stores.create(*layout_of(folder, "covariance"))
     do_units(partial(CovarianceStage, folder), ledger, stage_units(folder, "extract"), session, "covariance")
 
 

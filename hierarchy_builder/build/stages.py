@@ -206,7 +206,7 @@ class CovarianceStage:
         features = stores.read_block(self.folder.features, "features", unit)[usable]
         mean = per_channel(stores.read_block_moments(self.folder.features, unit)).mean
         scatter = scatter_of(features, mean, threads)
-        digests = stores.write_block_scatter(self.folder.features, unit, scatter)
+        digests = stores.write_block(self.folder.features, unit, {"block_scatter": scatter[None]})
         return {"images": len(unit), "digests": digests}
 
 

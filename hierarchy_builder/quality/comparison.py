@@ -16,9 +16,9 @@ from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Page, Section, Table, View, write_page
 from hierarchy_builder.canvases.views import HierarchyView, level_names
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
-from hierarchy_builder.hierarchy.agreement import adjusted_rand, variation_of_information
+from hierarchy_builder.hierarchy.agreement import variation_of_information
 from hierarchy_builder.quality.report import hierarchy_views
-from hierarchy_builder.quality.scores import count_regions
+from hierarchy_builder.quality.scores import count_regions, stability
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
@@ -216,10 +216,9 @@ def _read(group: zarr.Group, rows: np.ndarray) -> np.ndarray:
 
 def _compare(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Compare regions uint8 [n, l, H, W]; returns adjusted Rand index, variation of information and counts, [n, l]."""
-    levels = [(a[:, level], b[:, level]) for level in range(a.shape[1])]
-    indices = np.stack([adjusted_rand(*level) for level in levels], axis=1)
+    levels = zip(a.swapaxes(0, 1), b.swapaxes(0, 1), strict=True)
     information = np.stack([variation_of_information(*level) for level in levels], axis=1)
-    return indices, information, count_regions(a), count_regions(b)
+    return stability(a, b), information, count_regions(a), count_regions(b)
 
 
 def _viewers(a: BuildFolder, b: BuildFolder, found: Comparison, shown: np.ndarray) -> list[LevelViewer]:

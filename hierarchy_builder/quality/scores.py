@@ -106,8 +106,11 @@ def human_scores(regions: np.ndarray, humans: Sequence[np.ndarray]) -> dict[str,
     `hierarchy.agreement` defines the scores; a mean over images is the mean of the scores of single images.
     """
     cells = regions.repeat(CELLS_PER_TOKEN, axis=2).repeat(CELLS_PER_TOKEN, axis=3)
-    levels = [_level_agreement(level, humans) for level in cells.swapaxes(0, 1)]
-    scores = {name: np.stack([level[name] for level in levels], axis=1) for name in levels[0]}
+    levels = [(covering(level, humans), *boundary_f(level, humans)) for level in cells.swapaxes(0, 1)]
+    names = ("covering", "precision", "recall", "boundary_f")
+    scores = {
+        name: np.stack(values, axis=1) for name, values in zip(names, zip(*levels, strict=True), strict=True)
+    }
     iou = np.full(regions.shape[:2], np.nan)
     iou[:, 0] = object_iou(cells[:, 0] != 0, humans)
     return {"object_iou": iou, **scores}
@@ -192,11 +195,6 @@ def _level_scores(tokens: np.ndarray, regions: np.ndarray) -> dict[str, np.ndarr
         "within": (lengths * counts).sum(axis=1) / counts.sum(axis=1),
         "between": np.where(number > 1, pairs / np.maximum(number * (number - 1), 1), np.nan),
     }
-
-
-def _level_agreement(cells: np.ndarray, humans: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    precision, recall, f = boundary_f(cells, humans)
-    return {"covering": covering(cells, humans), "precision": precision, "recall": recall, "boundary_f": f}
 
 
 def _count_connected(regions: np.ndarray) -> np.ndarray:

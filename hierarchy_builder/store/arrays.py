@@ -35,11 +35,6 @@ Layout = dict[str, dict[str, Any]]
 """Shape, shards, chunks and dtype of the arrays of a store, by name."""
 
 
-def create_features(path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> None:
-    """Create features.zarr, see `features_layout`. An existing store of the same shape is kept."""
-    create(path, features_layout(num_rows=num_rows, block_rows=block_rows, grid=grid, width=width))
-
-
 def features_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> Layout:
     """Return the arrays `features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
 
@@ -62,22 +57,9 @@ def has_scatter(path: Path) -> bool:
     return "block_scatter" in open_store(path)
 
 
-def create_scatter(path: Path) -> None:
-    """Add `block_scatter` float64 [blocks,C,C] to features.zarr: scatter matrix of the tokens of each block."""
-    num_blocks, *_, width = array_of(open_store(path), "block_mean").shape
-    create(path, scatter_layout(num_blocks=num_blocks, width=width))
-
-
 def scatter_layout(*, num_blocks: int, width: int) -> Layout:
     """Return the array `block_scatter` float64 [blocks,C,C], the scatter matrix of the tokens of each block."""
     return {"block_scatter": _by_blocks(num_blocks, (width, width), np.dtype("float64"))}
-
-
-def create_regions(
-    path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
-) -> None:
-    """Create regions.zarr, see `regions_layout`. An existing store of the same shape is kept."""
-    create(path, regions_layout(num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=num_levels))
 
 
 def regions_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int) -> Layout:
@@ -91,18 +73,6 @@ def regions_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], num
         "flags": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
         "scores": _by_rows(num_rows, block_rows, (2,), np.dtype("float32")),
     }
-
-
-def create_levels(
-    path: Path, *, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int
-) -> None:
-    """Create a store of `regions` alone."""
-    create(path, {"regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE)})
-
-
-def create_prototypes(path: Path, *, num_rows: int, block_rows: int) -> None:
-    """Add to regions.zarr what `prototypes_layout` says."""
-    create(path, prototypes_layout(num_rows=num_rows, block_rows=block_rows))
 
 
 def prototypes_layout(*, num_rows: int, block_rows: int) -> Layout:
@@ -172,21 +142,21 @@ def grow(path: Path, *, num_rows: int, num_blocks: int) -> None:
 
 
 def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Write rows of `block` into each named array; returns the SHA-256 of each.
+    """Write the rows of `block` into each named array, or its one value into a `block_` array.
 
-    Raises BuilderError on a wrong shape.
+    Returns the SHA-256 of each. Raises BuilderError on a wrong shape.
     """
     group, digests = open_store(path, "r+"), {}
     for name, values in arrays.items():
-        target = array_of(group, name)
-        expected = (len(block), *target.shape[1:])
+        target, rows = array_of(group, name), _rows_of(name, block)
+        expected = (rows.stop - rows.start, *target.shape[1:])
         if values.shape != expected:
             raise BuilderError(
                 f"{path}/{name}: block {block.number} has shape {values.shape}, expected {expected}"
             )
         # zarr reads the last shard, which is short, before it writes it, and fails if the shard is damaged.
         shard_file(path, name, block.number).unlink(missing_ok=True)
-        target[block.start : block.stop] = values
+        target[rows] = values
         digests[name] = _digest(values, target.dtype)
     return digests
 
@@ -200,37 +170,24 @@ def shard_file(path: Path, name: str, number: int) -> Path:
 def write_block_moments(path: Path, block: Block, moments: Moments) -> dict[str, str]:
     """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`; returns the SHA-256 of each."""
     values = zip(MOMENTS, (moments.count, moments.mean, moments.m2), strict=True)
-    return _write_of_block(path, block, {name: np.asarray(value) for name, value in values})
-
-
-def write_block_scatter(path: Path, block: Block, scatter: np.ndarray) -> dict[str, str]:
-    """Write the scatter matrix (float64 [C,C]) of the usable tokens of `block`; returns its SHA-256."""
-    return _write_of_block(path, block, {"block_scatter": scatter})
-
-
-def read_written(path: Path, block: Block, name: str) -> tuple[np.ndarray, str]:
-    """Return the values of `block` in one array and their SHA-256. Raises BuilderError when they are damaged."""
-    of_block = name.startswith("block_")
-    rows = slice(block.number, block.number + 1) if of_block else slice(block.start, block.stop)
-    values = read_rows(open_store(path), name, rows)
-    return values, _digest(values, values.dtype)
+    return write_block(path, block, {name: np.asarray(value)[None] for name, value in values})
 
 
 def read_block_moments(path: Path, block: Block) -> Moments:
     """Read what `write_block_moments` wrote."""
-    group, row = open_store(path), slice(block.number, block.number + 1)
-    count, mean, m2 = (read_rows(group, name, row)[0] for name in ("block_count", "block_mean", "block_m2"))
+    count, mean, m2 = (read_block(path, name, block)[0] for name in MOMENTS)
     return Moments(int(count), mean, m2)
 
 
-def read_block_scatter(path: Path, block: Block) -> np.ndarray:
-    """Read what `write_block_scatter` wrote."""
-    return read_rows(open_store(path), "block_scatter", slice(block.number, block.number + 1))[0]
+def read_written(path: Path, block: Block, name: str) -> tuple[np.ndarray, str]:
+    """Return what `read_block` reads, and its SHA-256."""
+    values = read_block(path, name, block)
+    return values, _digest(values, values.dtype)
 
 
 def read_block(path: Path, name: str, block: Block) -> np.ndarray:
-    """Return the rows of `block` of one array. Raises BuilderError when they are damaged."""
-    return read_rows(open_store(path), name, slice(block.start, block.stop))
+    """Return the rows of `block` of one array, one of a `block_` array. Raises BuilderError when they are damaged."""
+    return read_rows(open_store(path), name, _rows_of(name, block))
 
 
 def read_rows(group: zarr.Group, name: str, rows: slice | np.ndarray) -> np.ndarray:
@@ -305,6 +262,12 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array:
     return array
 
 
+def _rows_of(name: str, block: Block) -> slice:
+    """Return where one array holds the values of `block`."""
+    is_per_block = name.startswith("block_")
+    return slice(block.number, block.number + 1) if is_per_block else slice(block.start, block.stop)
+
+
 def _by_rows(num_rows: int, block_rows: int, row: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
     chunk = ROWS_PER_CHUNK if row and block_rows % ROWS_PER_CHUNK == 0 else block_rows
     return {
@@ -323,15 +286,6 @@ def _create_array(group: zarr.Group, name: str, layout: dict[str, Any]) -> zarr.
     return group.create_array(
         name, fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=False, **layout
     )
-
-
-def _write_of_block(path: Path, block: Block, values: Mapping[str, np.ndarray]) -> dict[str, str]:
-    group, digests = open_store(path, "r+"), {}
-    for name, value in values.items():
-        target = array_of(group, name)
-        target[block.number] = value
-        digests[name] = _digest(value, target.dtype)
-    return digests
 
 
 def _digest(values: np.ndarray, dtype: np.dtype) -> str:

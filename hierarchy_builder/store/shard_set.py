@@ -80,7 +80,7 @@ def _joint_moments(folder: BuildFolder, block: Block) -> Moments:
     if is_fused(folder):
         scatter = read_part_scatter(folder, block.number)
     else:
-        scatter = stores.read_block_scatter(folder.features, block)
+        scatter = stores.read_block(folder.features, "block_scatter", block)[0]
     return Moments(channel.count, channel.mean, scatter)
 
 
@@ -156,6 +156,12 @@ def card_of(index: Mapping[str, Any]) -> str:
     """Return the dataset card, which depends on index.json alone."""
     encoder, levels = index["encoder"], index["num_levels"]
     height, width = index["grid"]
+    features = f"| `features.npy` | {index['feature_dtype']} [{height}, {width}, {index['width']}] |"
+    if index["quantisation"] is not None:
+        features += f"\n| `scale.npy` | float32 [{height}, {width}, 1]; a feature is int8 · scale |"
+    sizes = index["vocabulary"]
+    prototypes = "" if sizes is None else f", prototype of each part (of {sizes[-1]:,} in `vocabulary.npz`)"
+    size = f", of {index['image_px']} px a side" if "image_px" in index else ""
     total = sum(entry["filesize"] for entry in index["shardlist"])
     head = {
         "pretty_name": f"Teacher hierarchies ({encoder['name']})",
@@ -182,11 +188,11 @@ themselves.
 
 | member | content |
 |---|---|
-{_feature_rows(index)}
+{features}
 | `regions.npy` | uint8 [{levels - 1}, {height}, {width}], nested ids, coarse → fine; level 0: 0 background, 1 object |
 | `cls` | class id as decimal text, see `class_map.json` |
-| `json` | path of the image, class name, size, regions per level{_prototypes_note(index["vocabulary"])} |
-| `jpg` | optional: the crop the features came from{_picture_note(index)} |
+| `json` | path of the image, class name, size, regions per level{prototypes} |
+| `jpg` | optional: the crop the features came from{size} |
 | `canvases.npy` | optional: float16 [{levels}, {height}, {width}, {index["width"]}] |
 
 {_quantisation_note(index["quantisation"])}Encoder weights: `{encoder["weights_hash"]}`.
@@ -195,18 +201,6 @@ Configuration: `{index["config_hash"]}`. `statistics.npz` holds exact moments pe
 
 The licence of the source images applies to everything derived from them.
 """
-
-
-def _feature_rows(index: Mapping[str, Any]) -> str:
-    height, width = index["grid"]
-    row = f"| `features.npy` | {index['feature_dtype']} [{height}, {width}, {index['width']}] |"
-    if index["quantisation"] is None:
-        return row
-    return f"{row}\n| `scale.npy` | float32 [{height}, {width}, 1]; a feature is int8 · scale |"
-
-
-def _picture_note(index: Mapping[str, Any]) -> str:
-    return f", of {index['image_px']} px a side" if "image_px" in index else ""
 
 
 def _quantisation_note(found: Mapping[str, Any] | None) -> str:
@@ -221,10 +215,6 @@ are those of the unrounded features; from the stored ones the recipe would put {
 (levels coarse → fine; adjusted Rand index {agreement}).
 
 """
-
-
-def _prototypes_note(sizes: Sequence[int] | None) -> str:
-    return "" if sizes is None else f", prototype of each part (of {sizes[-1]:,} in `vocabulary.npz`)"
 
 
 def _size_category(count: int) -> str:

@@ -120,17 +120,17 @@ def test_bytes_do_not_depend_on_the_order_of_completion(
     for order in (blocks, data.draw(st.permutations(blocks))):
         folder = tmp_path_factory.mktemp("order")
         store = folder / "features.zarr"
-        stores.create_features(store, num_rows=num_rows, block_rows=block_rows, grid=(2, 2), width=3)
-        stores.create_scatter(store)
+        layout = stores.features_layout(num_rows=num_rows, block_rows=block_rows, grid=(2, 2), width=3)
+        stores.create(store, layout | stores.scatter_layout(num_blocks=len(blocks), width=3))
         for block in order:
             part = features[block.start : block.stop]
             stores.write_block_moments(store, block, moments_of(part))
-            stores.write_block_scatter(store, block, joint_moments(part).m2)
+            stores.write_block(store, block, {"block_scatter": joint_moments(part).m2[None]})
         position = merge_tree(stores.read_block_moments(store, block) for block in blocks)
         joint = merge_tree(
             replace(
                 per_channel(stores.read_block_moments(store, block)),
-                m2=stores.read_block_scatter(store, block),
+                m2=stores.read_block(store, "block_scatter", block)[0],
             )
             for block in blocks
         )

@@ -11,7 +11,7 @@ from hierarchy_builder.store import arrays as stores
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "features.zarr"
-    stores.create_features(path, num_rows=21, block_rows=8, grid=(2, 3), width=4)
+    stores.create(path, stores.features_layout(num_rows=21, block_rows=8, grid=(2, 3), width=4))
     return path
 
 
@@ -34,10 +34,10 @@ def test_round_trip_in_any_order(path) -> None:
 def test_creating_again_keeps_what_is_there(path) -> None:
     block = Block(number=0, start=0, stop=8)
     stores.write_block(path, block, {"status": np.ones(8, np.uint8)})
-    stores.create_features(path, num_rows=21, block_rows=8, grid=(2, 3), width=4)
+    stores.create(path, stores.features_layout(num_rows=21, block_rows=8, grid=(2, 3), width=4))
     assert stores.read_block(path, "status", block).all()
     with pytest.raises(BuilderError, match=r"shape \(21, 2, 3, 4\), expected \(20, 2, 3, 4\).*--fresh"):
-        stores.create_features(path, num_rows=20, block_rows=8, grid=(2, 3), width=4)
+        stores.create(path, stores.features_layout(num_rows=20, block_rows=8, grid=(2, 3), width=4))
 
 
 def test_wrong_shape_is_refused(path) -> None:
