@@ -85,9 +85,9 @@ class Sample:
     image: bytes | None = None
 
 
-def spread_evenly(count: int, limit: int) -> np.ndarray:
-    """Return min(count, limit) of the numbers below `count`, spread evenly from first to last: int64, rising."""
-    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
+def spread_evenly(count: int, limit: int) -> list[int]:
+    """Return at most `limit` of the numbers below `count`, spread evenly from the first to the last."""
+    return np.linspace(0, count - 1, min(count, limit)).astype(int).tolist()
 
 
 def blocks_of(num_rows: int, block_rows: int) -> list[Block]:

@@ -145,10 +145,10 @@ def begin_stage(
     if fresh and stage in ("extract", "fuse"):
         _forget(folder, manifest, _stages_from(stage))
     elif ("fuse" in manifest["stages"]) != (stage == "fuse") and manifest["stages"]:
-        made, now = ("by stages", "in one pass") if stage == "fuse" else ("in one pass", "by stages")
+        made, now = ("in stages", "fused") if stage == "fuse" else ("fused", "in stages")
         raise ConfigMismatchError(
-            f"{folder.root} was made {made} and is asked for {now}: repeat the command that made it, choose another "
-            "--out, or start over with --fresh"
+            f"{folder.root} was built {made} and cannot be continued {now}: repeat the command that made it, choose "
+            "another --out, or start over with --fresh"
         )
     elif fresh:
         _forget(folder, manifest, _stages_from(stage))
@@ -165,7 +165,7 @@ def begin_stage(
 
 
 def removed_by_fresh(folder: BuildFolder, stage: str) -> list[Path]:
-    """What exists of the files and folders that `begin_stage(…, fresh=True)` removes, markers left aside."""
+    """Return those files and folders that `begin_stage(…, fresh=True)` would remove and that exist, without markers."""
     manifest = read_manifest(folder)
     if "fuse" in manifest["stages"] and stage not in ("extract", "fuse"):
         return []  # refused: a fused build has no stores to go on from
@@ -178,14 +178,14 @@ def removed_by_fresh(folder: BuildFolder, stage: str) -> list[Path]:
 
 
 def _stages_from(stage: str) -> Sequence[str]:
-    """A stage and all later ones; `extract` also starts a fused build over."""
+    """Return a stage and all later ones; `extract` and `fuse` start the whole build over."""
     if stage in ("extract", "fuse"):
         return STAGES
     return STAGES[STAGES.index(stage) : STAGES.index("fuse")]
 
 
 def hash_of(stage: str, inputs: Mapping[str, Any]) -> str:
-    """What the markers of a stage made with these inputs carry."""
+    """Return the hash that the markers of a stage with these inputs hold."""
     return config_hash({"stage": stage, "format_version": FORMAT_VERSION, **inputs})
 
 

@@ -6,7 +6,6 @@ and members are sorted, so equal samples give equal bytes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import atomic_file, read_json, write_json
+from hierarchy_builder.files import atomic_file, readable_json, write_json
 from hierarchy_builder.images.keys import check_key
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
@@ -140,12 +139,9 @@ def read_shard(tar: Path) -> Iterator[Sample]:
 
 
 def count_samples(folder: Path) -> int:
-    """Samples in the finished tars of a folder, as their sidecars say; damaged ones count for nothing."""
-    total = 0
-    for tar in folder.glob("*.tar"):
-        with contextlib.suppress(BuilderError, OSError, TypeError):
-            total += int(read_json(sidecar(tar)).get("count", 0))
-    return total
+    """Count the samples of the finished tars of a folder by their sidecars; a damaged sidecar counts as 0."""
+    counts = (readable_json(sidecar(tar)).get("count", 0) for tar in folder.glob("*.tar"))
+    return sum(count for count in counts if isinstance(count, int))
 
 
 def sample_bytes(

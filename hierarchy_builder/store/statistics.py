@@ -145,7 +145,7 @@ def statistics_arrays(position: Moments, joint: Moments | None) -> dict[str, Any
 def write_part_moments(
     folder: BuildFolder, part: int, moments: Moments, scatter: np.ndarray | None = None
 ) -> None:
-    """Keep count, mean and M2 (float64 [H,W,C]) of a part's rows; scatter: float64 [C,C] of its tokens."""
+    """Write count, mean and M2 (float64 [H,W,C]) of the rows of a part. scatter: float64 [C,C] of its tokens."""
     arrays: dict[str, Any] = {"count": np.int64(moments.count), "mean": moments.mean, "m2": moments.m2}
     if scatter is not None:
         arrays["scatter"] = scatter
@@ -155,13 +155,13 @@ def write_part_moments(
 
 
 def read_part_moments(folder: BuildFolder, part: int) -> Moments:
-    """What `write_part_moments` kept. Raises BuilderError where it is missing or damaged."""
+    """Read what `write_part_moments` wrote. Raises BuilderError when it is missing or damaged."""
     arrays = _read_arrays(folder, part, ("count", "mean", "m2"))
     return Moments(int(arrays["count"]), arrays["mean"], arrays["m2"])
 
 
 def read_part_scatter(folder: BuildFolder, part: int) -> np.ndarray:
-    """Scatter matrix [C,C] of a part's tokens. Raises BuilderError where the build began without --covariance."""
+    """Read the scatter matrix [C,C] of a part. Raises BuilderError when the build began without --covariance."""
     return _read_arrays(folder, part, ("scatter",))["scatter"]
 
 
@@ -172,7 +172,7 @@ def _read_arrays(folder: BuildFolder, part: int, names: Sequence[str]) -> dict[s
             return {name: stored[name] for name in names}
     except KeyError as error:
         raise BuilderError(
-            f"{path} has no {error.args[0]}: a build in one pass takes --covariance from its beginning, "
+            f"{path} has no {error.args[0]}: a fused build takes --covariance only from its beginning, "
             "start it over with --fresh"
         ) from None
     except (OSError, ValueError, EOFError) as error:

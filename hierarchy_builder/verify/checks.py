@@ -266,7 +266,7 @@ def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[D
             yield f"{counted(int((violations > 0).sum()), 'image')} with ids that are not dense or not nested"
             return
         rows = spread_evenly(len(regions), SAMPLED_ROWS)
-        if not len(rows):
+        if not rows:
             return
         given = given_levels(flags[rows], recipe)
         if not np.array_equal(cut_levels(regions[rows, 0], merges[rows], recipe.cuts, given), regions[rows]):
@@ -375,7 +375,7 @@ class _ExpectedTar:
         if not is_fused(folder):  # a fused build has no stores
             self.features = stores.open_store(folder.features)
             self.regions = stores.open_store(folder.regions)
-            self.sampled = set(intact[spread_evenly(len(intact), SAMPLED_SAMPLES)].tolist())
+            self.sampled = {int(intact[n]) for n in spread_evenly(len(intact), SAMPLED_SAMPLES)}
 
     def sample(self, number: int, image: bytes | None) -> Sample:
         """Make sample `number` of the tar; `image` is the crop that the tar has."""

@@ -116,11 +116,6 @@ def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]
     return found
 
 
-def spread_evenly(total: int, most: int) -> list[int]:
-    """At most `most` of the numbers 0 … total − 1, spread evenly."""
-    return np.linspace(0, total - 1, min(most, total)).astype(int).tolist()
-
-
 def _exists(url: str) -> bool:
     filesystem, path = fsspec.url_to_fs(url)
     return bool(filesystem.exists(path))

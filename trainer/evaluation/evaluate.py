@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.progress import Follow, unseen
-from hierarchy_builder.records import Sample
+from hierarchy_builder.records import Sample, spread_evenly
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
-from trainer.data.shards import ShardIndex, spread_evenly
+from trainer.data.shards import ShardIndex
 from trainer.evaluation.distribution import Crowd, Inception, Pictures, distances, picture_distances, seen_by
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance

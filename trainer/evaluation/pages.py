@@ -32,10 +32,11 @@ from hierarchy_builder.canvases.views import (
 )
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.files import without_nan
+from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import ShardReader
-from trainer.data.shards import ShardIndex, spread_evenly
+from trainer.data.shards import ShardIndex
 from trainer.decode.rae import to_uint8
 from trainer.evaluation.studies import LIKELIHOOD
 from trainer.evaluation.sweep import BASELINES, SETTING, summary_table

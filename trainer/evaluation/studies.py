@@ -23,7 +23,8 @@ from torch import Tensor
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import write_bytes, write_json
 from hierarchy_builder.progress import Follow, unseen
-from trainer.data.shards import ShardIndex, spread_evenly
+from hierarchy_builder.records import spread_evenly
+from trainer.data.shards import ShardIndex
 from trainer.evaluation.evaluate import check_fits
 from trainer.evaluation.sweep import EDIT, OTHER_NOISE, SweepConfig, summarise, sweep
 from trainer.methods.normalizing_trajectory.likelihood import likelihood

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
+from hierarchy_builder.records import spread_evenly
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.data.shards import spread_evenly
 from trainer.decode.rae import decoder_for
 from trainer.methods import registry
 from trainer.seeds import check_seed, level_noise

@@ -141,7 +141,7 @@ def test_another_configuration_is_refused(photos, tmp_path) -> None:
     other = replace(PLAN, hierarchy=replace(PLAN.hierarchy, seed=7))
     with pytest.raises(ConfigMismatchError, match=r"cluster\.config\.seed: 0 there, 7 now"):
         run(tmp_path / "out", photos, other)
-    with pytest.raises(ConfigMismatchError, match="was made in one pass and is asked for by stages"):
+    with pytest.raises(ConfigMismatchError, match="was built fused and cannot be continued in stages"):
         run(tmp_path / "out", photos, fused=False)
     assert content(run(tmp_path / "out", photos, other, fresh=True)) != {}
 

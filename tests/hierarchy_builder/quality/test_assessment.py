@@ -136,7 +136,7 @@ def test_limit_and_keys_choose_the_images(built) -> None:
         assess_build(built, keys=["no/such"])
 
 
-def test_people_are_agreed_with_where_they_drew(built, masks) -> None:
+def test_human_scores_exist_only_for_images_with_label_maps(built, masks) -> None:
     found = assess_build(built, masks=masks)
     drawn = np.isfinite(found.quality.scores["covering"][:, 0])
     assert [key for key, has in zip(found.keys, drawn, strict=True) if has] == ["circle/000"]
@@ -149,7 +149,7 @@ def test_people_are_agreed_with_where_they_drew(built, masks) -> None:
     assert found.baselines["grid"].by_level()[0]["covering"] > 0
 
 
-def test_a_photo_that_is_gone_is_counted_and_left_out(copied) -> None:
+def test_missing_photo_is_counted_and_left_out(copied) -> None:
     (copied.root.parent.parent / "photos" / "photos" / "circle" / "001.png").unlink()
     found = assess_build(copied)
     gone = found.keys.index("circle/001")
@@ -159,7 +159,7 @@ def test_a_photo_that_is_gone_is_counted_and_left_out(copied) -> None:
     assert summary(found)["photos not readable"] == {"missing": 1}
 
 
-def test_without_encoder_the_rest_is_scored(copied) -> None:
+def test_assessment_without_encoder_scores_the_regions(copied) -> None:
     manifest = read_json(copied.manifest)
     manifest["stages"]["extract"]["request"]["encoder"] = "onnx:gone.onnx"
     write_json(copied.manifest, manifest)
@@ -169,7 +169,7 @@ def test_without_encoder_the_rest_is_scored(copied) -> None:
     assert [row["score"] for row in score_tables(found)["Stability"]] == ["other seeds"]
 
 
-def test_other_weights_are_not_taken_for_the_same(copied) -> None:
+def test_encoder_with_other_weights_is_not_used(copied) -> None:
     manifest = read_json(copied.manifest)
     manifest["stages"]["extract"]["inputs"]["encoder"]["weights_hash"] = "other"
     write_json(copied.manifest, manifest)
@@ -184,7 +184,7 @@ def test_broken_nesting_is_counted(copied) -> None:
     assert assess_build(copied).as_json()["violations"] > 0
 
 
-def test_clustering_comes_first(photos, tmp_path) -> None:
+def test_assessment_of_an_unclustered_build_is_refused(photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     steps.extract(folder, str(photos), ExtractConfig(encoder="dct"), SESSION)
     with pytest.raises(BuilderError, match="hierarchy-builder cluster"):

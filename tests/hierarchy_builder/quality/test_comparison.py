@@ -48,7 +48,7 @@ def second(photos, tmp_path_factory) -> BuildFolder:
     )
 
 
-def test_a_build_is_like_itself(first) -> None:
+def test_comparison_of_a_build_with_itself_finds_no_difference(first) -> None:
     found = compare_builds(first, first)
     assert (found.adjusted_rand == 1).all()
     assert (found.variation_of_information == 0).all()
@@ -71,7 +71,7 @@ def test_images_are_matched_by_key_and_levels_from_the_coarsest(first, second) -
     assert fine["count_shift"] == pytest.approx(fine["regions_b"] - fine["regions_a"], abs=1e-5)
 
 
-def test_it_reads_alike_from_both_sides(first, second) -> None:
+def test_comparison_is_symmetric(first, second) -> None:
     there, back = compare_builds(first, second).by_level(), compare_builds(second, first).by_level()
     for a, b in zip(there, back, strict=True):
         assert a["adjusted_rand"] == pytest.approx(b["adjusted_rand"])
@@ -106,7 +106,7 @@ def test_builds_without_a_common_image_are_refused(first, tmp_path) -> None:
         compare_builds(first, built(tmp_path / "photos", tmp_path / "build"))
 
 
-def test_another_grid_is_refused(first, photos, tmp_path) -> None:
+def test_builds_of_different_grids_are_refused(first, photos, tmp_path) -> None:
     other = BuildFolder(tmp_path / "build")
     steps.extract(other, str(photos), ExtractConfig(encoder="patch_means:PatchMeans"), SESSION)
     with pytest.raises(BuilderError, match="hierarchy-builder cluster"):

@@ -60,7 +60,7 @@ def test_region_scores_by_brute_force(features, regions) -> None:
         assert {name: values[n, level] for name, values in found.items()} == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_region_has_no_other_to_resemble() -> None:
+def test_between_is_undefined_for_one_region() -> None:
     found = region_scores(np.ones((1, 4, 4, 2), np.float16), np.zeros((1, 1, 4, 4), np.uint8))
     assert np.isnan(found["between"][0, 0])
     assert found["within"][0, 0] == pytest.approx(1)
@@ -81,7 +81,7 @@ def test_stability_compares_level_by_level(regions) -> None:
     assert (found == 1).sum() == found.size - 1
 
 
-def test_human_scores_of_people_who_drew_the_regions(regions) -> None:
+def test_human_scores_are_1_for_label_maps_equal_to_the_regions(regions) -> None:
     drawn = [level[None].repeat(4, axis=1).repeat(4, axis=2).astype(np.int64) for level in regions[:, 1]]
     found = human_scores(regions, drawn)
     assert (found["covering"][:, 1] == 1).all()
@@ -100,7 +100,7 @@ counts_of_levels = st.lists(
 
 @settings(max_examples=30, deadline=None)
 @given(counts_of_levels, st.sampled_from([(5, 6), (16, 16)]))
-def test_baselines_have_the_regions_asked_for_and_nest(counts, grid) -> None:
+def test_baselines_have_the_given_counts_and_are_nested(counts, grid) -> None:
     wanted = np.array(counts)
     for made in (grid_regions(wanted, grid), random_regions(wanted, grid)):
         assert made.shape == (*wanted.shape, *grid)
@@ -131,7 +131,7 @@ def test_baselines_take_counts_from_the_regions(features, regions) -> None:
         np.testing.assert_array_equal(quality.scores["regions"], count_regions(regions))
 
 
-def test_means_leave_out_what_has_no_meaning() -> None:
+def test_means_ignore_undefined_scores() -> None:
     scores = np.array([[0.5, np.nan], [np.nan, np.nan], [1.0, np.nan]])
     quality = Quality(
         scores={"s": scores}, violations=np.array([0, 2, 0]), flags=np.array([0, 1, 0], np.uint8)

@@ -23,7 +23,7 @@ def test_units_stay_done_for_the_same_inputs(folder) -> None:
     assert again.results([0])[0]["images"] == 3
 
 
-def test_other_inputs_are_refused_side_by_side(folder) -> None:
+def test_other_inputs_are_refused_with_a_list_of_differences(folder) -> None:
     ledger = begin_stage(
         folder, "extract", {"config": {"encoder": "dct", "order": "listed"}}, {}, fresh=False
     )
@@ -36,14 +36,14 @@ def test_other_inputs_are_refused_side_by_side(folder) -> None:
     assert caught.value.exit_code == 5
 
 
-def test_units_are_to_do_again_when_their_store_is_gone(folder) -> None:
+def test_units_are_run_again_if_their_store_is_missing(folder) -> None:
     folder.features.mkdir(parents=True)
     begin_stage(folder, "extract", {"a": 1}, {}, fresh=False).finish(0, {})
     folder.features.rmdir()
     assert not begin_stage(folder, "extract", {"a": 1}, {}, fresh=False).is_done(0)
 
 
-def test_what_was_begun_without_a_unit_done_may_be_begun_otherwise(folder) -> None:
+def test_stage_without_finished_units_accepts_other_inputs(folder) -> None:
     begin_stage(folder, "extract", {"a": 1}, {}, fresh=False)
     begin_stage(folder, "extract", {"a": 2}, {}, fresh=False)
     assert stage_entry(folder, "extract")["inputs"] == {"a": 2}
@@ -60,7 +60,7 @@ def test_fresh_removes_the_stage_and_all_after_it(folder) -> None:
     assert not folder.ledger("cluster").exists()
 
 
-def test_a_marker_of_another_configuration_does_not_count(folder) -> None:
+def test_marker_of_another_configuration_is_ignored(folder) -> None:
     Ledger(folder.ledger("extract"), "old").finish(0, {})
     new = Ledger(folder.ledger("extract"), "new")
     assert not new.is_done(0)
@@ -88,7 +88,7 @@ def test_damaged_json_is_named(folder, content) -> None:
         read_manifest(folder)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"old")
 
@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_second_writer_is_told(folder) -> None:
+def test_second_writer_is_refused(folder) -> None:
     with (
         folder.locked(),
         pytest.raises(BuilderError, match="being written by another process"),
@@ -114,7 +114,7 @@ def test_second_writer_is_told(folder) -> None:
         assert (folder.root / ".lock").exists()
 
 
-def test_a_folder_in_which_nothing_was_begun_is_taken_away(folder) -> None:
+def test_new_folder_is_removed_if_no_stage_started(folder) -> None:
     with folder.locked():
         assert folder.root.exists()
     assert not folder.root.exists()
@@ -123,7 +123,7 @@ def test_a_folder_in_which_nothing_was_begun_is_taken_away(folder) -> None:
     assert folder.manifest.exists()
 
 
-def test_a_folder_of_other_things_is_left_alone(folder) -> None:
+def test_folder_with_foreign_files_is_refused_and_kept(folder) -> None:
     (folder.root / "shards").mkdir(parents=True)
     (folder.root / "shards" / "mine.tar").write_bytes(b"precious")
     with pytest.raises(UsageError, match=r"holds shards, which no build"), folder.locked():
@@ -134,7 +134,7 @@ def test_a_folder_of_other_things_is_left_alone(folder) -> None:
             raise AssertionError("let in")
 
 
-def test_a_build_among_its_images_is_refused(tmp_path) -> None:
+def test_build_inside_its_images_is_refused(tmp_path) -> None:
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     for inside in ("photos", "photos/build", "photos/cat/build"):
         with pytest.raises(UsageError, match="lies inside the images"):

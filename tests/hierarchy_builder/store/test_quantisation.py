@@ -41,7 +41,7 @@ PLAN = steps.BuildPlan(
 
 
 @given(arrays.arrays(np.float16, (2, 3, 5), elements=st.floats(-60000, 60000, width=16)))
-def test_an_error_is_at_most_half_a_step(features: np.ndarray) -> None:
+def test_quantisation_error_is_at_most_half_a_step(features: np.ndarray) -> None:
     stored, scale = quantise(features)
     assert (stored.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (2, 3, 1))
     assert stored.min(initial=0) >= -127
@@ -50,7 +50,7 @@ def test_an_error_is_at_most_half_a_step(features: np.ndarray) -> None:
     assert not dequantise(*quantise(np.zeros((1, 4), np.float16))).any()
 
 
-def test_only_which_tokens_are_together_counts() -> None:
+def test_changed_share_ignores_numbering_of_regions() -> None:
     before = np.array([[[0, 0], [1, 1]], [[0, 0], [1, 1]], [[0, 0], [0, 0]]], np.uint8)
     after = np.array([[[1, 1], [0, 0]], [[0, 1], [1, 1]], [[0, 1], [2, 2]]], np.uint8)
     assert changed_share(before, after).tolist() == [0, 0.25, 0.5]
@@ -102,7 +102,7 @@ def test_shards_hold_int8_with_their_scale(built: BuildFolder) -> None:
     )
 
 
-def test_the_card_states_what_it_costs(built: BuildFolder) -> None:
+def test_card_states_the_error_of_int8(built: BuildFolder) -> None:
     found = json.loads((built.shards / "index.json").read_text())["quantisation"]
     assert found["images"] == 12
     assert 0 < found["relative_error"] < 0.02
@@ -117,7 +117,7 @@ def test_the_card_states_what_it_costs(built: BuildFolder) -> None:
     assert yaml.safe_load(card.split("---")[1])["pretty_name"] == "Teacher hierarchies (dct)"
 
 
-def test_int8_and_scale_belong_together() -> None:
+def test_int8_without_scale_is_refused() -> None:
     features, scale = quantise(np.ones((2, 2, 3), np.float16))
     sample = Sample(key="a/b", label=0, features=features, scale=scale, regions=np.zeros((1, 2, 2), np.uint8))
     members = encode_sample(sample)
@@ -127,7 +127,7 @@ def test_int8_and_scale_belong_together() -> None:
         decode_sample("a/b", members)
 
 
-def test_verify_finds_a_scale_that_is_none(built: BuildFolder, tmp_path: Path) -> None:
+def test_verify_finds_scales_that_are_not_finite(built: BuildFolder, tmp_path: Path) -> None:
     folder = BuildFolder(tmp_path / "copy")
     shutil.copytree(built.root, folder.root)
     tar = folder.shards / "train-000001.tar"

@@ -94,7 +94,7 @@ def test_webdataset_reads_what_we_write(tmp_path) -> None:
     assert read[2]["cls"] == 2
 
 
-def test_nothing_is_left_when_a_sample_fails(tmp_path) -> None:
+def test_failed_sample_leaves_no_file(tmp_path) -> None:
     def failing():
         yield make_sample("a/b")
         raise BuilderError("boom")
@@ -104,7 +104,7 @@ def test_nothing_is_left_when_a_sample_fails(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_must_not_occur_twice(tmp_path) -> None:
+def test_repeated_key_is_refused(tmp_path) -> None:
     with pytest.raises(BuilderError, match="key a/b occurs twice"):
         write_shard(tmp_path / "train-000000.tar", [make_sample("a/b"), make_sample("a/b")], config_hash="")
 

@@ -58,7 +58,7 @@ def test_merged_blocks_equal_the_whole(values: np.ndarray, cuts: list[int]) -> N
 
 @settings(max_examples=40, deadline=None)
 @given(features=FEATURES, cuts=st.lists(st.integers(0, 30), max_size=5))
-def test_merged_covariance_is_numpys(features: np.ndarray, cuts: list[int]) -> None:
+def test_merged_covariance_equals_that_of_numpy(features: np.ndarray, cuts: list[int]) -> None:
     merged = merge_tree([joint_moments(part) for part in np.split(features, sorted(cuts))])
     tokens = features.reshape(-1, 3).astype(np.float64)
     assert merged.count == len(tokens)
@@ -68,7 +68,7 @@ def test_merged_covariance_is_numpys(features: np.ndarray, cuts: list[int]) -> N
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_few_channels_have_a_covariance(width: int) -> None:
+def test_covariance_of_few_channels_has_two_axes(width: int) -> None:
     features = np.random.default_rng(0).normal(size=(6, 2, 2, width)).astype(np.float16)
     merged = merge_tree([joint_moments(part) for part in np.split(features, 3)])
     expected = np.cov(features.reshape(-1, width).astype(np.float64), rowvar=False, bias=True)
@@ -91,7 +91,7 @@ def test_channels_pool_all_positions() -> None:
     np.testing.assert_allclose(pooled.variance, values.var(axis=(0, 1, 2)))
 
 
-def test_means_far_above_the_spread_cost_no_digits() -> None:
+def test_variance_is_exact_for_means_far_above_the_deviation() -> None:
     """Against rational arithmetic; the sum of squares minus the square of the sum has no correct digit here."""
     values = (1e4 + np.random.default_rng(1).normal(0, 1e-2, (300, 1, 1, 2))).astype(np.float32)
     exact = [[Fraction(float(value)) for value in column] for column in values.reshape(-1, 2).T]
@@ -155,7 +155,7 @@ def test_file_loads_without_pickle(tmp_path: Path) -> None:
         assert "covariance" not in stored.files
 
 
-def test_covariance_of_finished_shards_leaves_the_tars_alone(tmp_path: Path) -> None:
+def test_covariance_of_finished_shards_keeps_the_tars(tmp_path: Path) -> None:
     plan = steps.BuildPlan(
         extract=ExtractConfig(encoder="dct", block_rows=4),
         hierarchy=HierarchyRecipe.paper(),
@@ -178,7 +178,7 @@ def test_covariance_of_finished_shards_leaves_the_tars_alone(tmp_path: Path) -> 
     assert list(find_problems(folder)) == []
 
 
-def test_covariance_follows_features_made_anew(tmp_path: Path) -> None:
+def test_covariance_is_computed_again_for_new_features(tmp_path: Path) -> None:
     plan = steps.BuildPlan(
         extract=ExtractConfig(encoder="dct", block_rows=4),
         hierarchy=HierarchyRecipe.paper(),

@@ -31,7 +31,7 @@ def test_round_trip_in_any_order(path) -> None:
         )
 
 
-def test_creating_again_keeps_what_is_there(path) -> None:
+def test_create_keeps_existing_arrays(path) -> None:
     block = Block(number=0, start=0, stop=8)
     stores.write_block(path, block, {"status": np.ones(8, np.uint8)})
     stores.create(path, stores.features_layout(num_rows=21, block_rows=8, grid=(2, 3), width=4))
@@ -69,7 +69,7 @@ def test_missing_store_and_array_are_named(path, tmp_path) -> None:
         stores.read_block(path, "regions", Block(number=0, start=0, stop=8))
 
 
-def test_a_store_described_by_something_else_is_damaged(tmp_path) -> None:
+def test_store_with_foreign_description_is_damaged(tmp_path) -> None:
     (tmp_path / "a.zarr").mkdir()
     (tmp_path / "a.zarr" / "zarr.json").write_text("[1, 2]")
     with pytest.raises(BuilderError, match="missing or not a zarr store"):

@@ -27,8 +27,9 @@ from torch import Tensor
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import NonFiniteLossError, UsageError
 from hierarchy_builder.progress import Follow, unseen
+from hierarchy_builder.records import spread_evenly
 from trainer.data.reader import ShardReader
-from trainer.data.shards import ShardIndex, spread_evenly
+from trainer.data.shards import ShardIndex
 from trainer.methods.normalizing_trajectory.chains import chain_entropy, noise_times, posterior
 from trainer.methods.normalizing_trajectory.objective import HALF_LOG_2PI, Chain, build_chain, transitions
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
