@@ -127,7 +127,7 @@ def test_int8_without_scale_is_refused() -> None:
         decode_sample("a/b", members)
 
 
-def test_verify_finds_scales_that_are_not_finite(built: BuildFolder, tmp_path: Path) -> None:
+def test_verify_finds_negative_scales(built: BuildFolder, tmp_path: Path) -> None:
     folder = BuildFolder(tmp_path / "copy")
     shutil.copytree(built.root, folder.root)
     tar = folder.shards / "train-000001.tar"
