@@ -45,7 +45,7 @@ SUCCESS = "_SUCCESS"
 def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> None:
     """Write the files of the whole set when all tars are finished. results: the markers of the tars, in order."""
     shards = folder.shards
-    remove_strays(folder, config.split, len(results))
+    remove_surplus(folder, config.split, len(results))
     index = index_of(folder, config, results)
     if config.feature_dtype == "int8":
         index["quantisation"] = _quantisation(folder, index["recipe"])
@@ -90,7 +90,7 @@ def _moments(folder: BuildFolder, block: Block) -> Moments:
     return stores.read_block_moments(folder.features, block)
 
 
-def remove_strays(folder: BuildFolder, split: str, num_shards: int) -> None:
+def remove_surplus(folder: BuildFolder, split: str, num_shards: int) -> None:
     """Remove tars of an earlier run that wrote more of them, and temporary files of interrupted runs."""
     expected = {shard_name(split, number) for number in range(num_shards)}
     for tar in folder.shards.glob("*.tar"):

@@ -21,7 +21,7 @@ from hierarchy_builder.errors import BuilderError, TrainerError, UsageError
 from hierarchy_builder.files import atomic_file, read_json, whole_file, write_bytes, write_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.shard_set import remove_strays
+from hierarchy_builder.store.shard_set import remove_surplus
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair
 
@@ -211,10 +211,10 @@ def test_a_linked_store_is_emptied_and_stays_a_link(folder: BuildFolder, tiny_ph
     assert list(find_problems(folder)) == []
 
 
-def test_strays_are_tars_of_the_same_split(folder: BuildFolder) -> None:
+def test_surplus_tars_are_those_of_the_same_split(folder: BuildFolder) -> None:
     for name in ("train-000099.tar", "train-000099.json", "val-000099.tar", "archive.tar"):
         (folder.shards / name).write_bytes(b"{}")
-    remove_strays(folder, "train", 4)
+    remove_surplus(folder, "train", 4)
     left = {path.name for path in folder.shards.iterdir()}
     assert left & {"train-000099.tar", "train-000099.json"} == set()
     assert {"val-000099.tar", "archive.tar", "train-000003.tar"} <= left

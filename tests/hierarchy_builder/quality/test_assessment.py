@@ -212,7 +212,7 @@ def test_page_shows_tables_plots_and_the_least_stable(built, masks, tmp_path) ->
 
 def test_command(built, masks, tmp_path) -> None:
     runner = CliRunner()
-    words = [
+    arguments = [
         "report",
         str(built.root),
         "--quality",
@@ -222,11 +222,11 @@ def test_command(built, masks, tmp_path) -> None:
         "--out",
         str(tmp_path / "page.html"),
     ]
-    told = runner.invoke(app, [*words, "--masks", str(masks)])
-    assert told.exit_code == 0, told.output
-    assert "boundary F" in told.stdout
-    assert str(tmp_path / "page.html") in told.stdout
-    printed = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
+    result = runner.invoke(app, [*arguments, "--masks", str(masks)])
+    assert result.exit_code == 0, result.output
+    assert "boundary F" in result.stdout
+    assert str(tmp_path / "page.html") in result.stdout
+    printed = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
     assert printed["num_sampled"] == 4
     assert printed["cluster"] == read_json(built.manifest)["stages"]["cluster"]["hash"]
     alone = runner.invoke(app, ["report", str(built.root), "--masks", str(masks)])
@@ -236,8 +236,8 @@ def test_command(built, masks, tmp_path) -> None:
 
 def test_benchmark_of_recipes_runs(photos, masks) -> None:
     script = Path(__file__).resolve().parents[3] / "benchmarks" / "recipes.py"
-    words = [str(photos), "--masks", str(masks), "--recipes", "paper", "--limit", "3"]
-    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    arguments = [str(photos), "--masks", str(masks), "--recipes", "paper", "--limit", "3"]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     assert [line.split("|")[1].strip() for line in table[2::3]] == [

@@ -121,12 +121,12 @@ def test_page_and_command(first, second, tmp_path) -> None:
     assert page.count('<article class="card') == len(compare_builds(first, second).most_changed())
     assert "Most changed" in page
     runner = CliRunner()
-    words = ["compare", str(first.root), str(second.root)]
-    told = runner.invoke(app, [*words, "--out", str(tmp_path / "compare.html")])
-    assert told.exit_code == 0, told.output
-    assert "variation of information" in told.stdout
+    arguments = ["compare", str(first.root), str(second.root)]
+    result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "compare.html")])
+    assert result.exit_code == 0, result.output
+    assert "variation of information" in result.stdout
     assert (tmp_path / "compare.html").read_text() == page
-    printed = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
+    printed = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
     assert printed == compare_builds(first, second).as_json()
     same = runner.invoke(
         app, ["compare", str(first.root), str(first.root), "--out", str(tmp_path / "same.html")]

@@ -1,4 +1,4 @@
-"""Scores of regions against brute force; baselines have the regions asked for and nest."""
+"""Scores of regions against brute force; baselines have the given counts and are nested."""
 
 import numpy as np
 import pytest

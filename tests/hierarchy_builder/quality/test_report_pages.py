@@ -1,4 +1,4 @@
-"""The report pages in a browser: sliders, divider, keyboard, touch, phone width, and no word to the network."""
+"""The report pages in a browser: sliders, divider, keyboard, touch, phone width, and no network access."""
 
 import io
 from collections.abc import Iterator
@@ -276,7 +276,7 @@ def _view(number: int) -> HierarchyView:
 
 def _note_request(url: str, complaints: list[str]) -> None:
     if not url.startswith(("file:", "data:")):
-        complaints.append(f"asked for {url}")
+        complaints.append(f"requested {url}")
 
 
 def _shown_levels(card: Any) -> list[int]:

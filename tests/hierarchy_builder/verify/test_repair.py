@@ -114,7 +114,7 @@ def other_reason(folder: BuildFolder) -> None:
 
 
 def forge_tar(folder: BuildFolder, number: int = 1) -> None:
-    """A sample twice instead of another, with every hash beside the tar telling the same lie."""
+    """Replace a sample by another one, and forge every hash next to the tar to match."""
     tar = folder.shards / f"train-{number:06d}.tar"
     samples = list(read_shard(tar))
     samples[1].features = samples[0].features
