@@ -69,12 +69,13 @@ class HierarchyRecipe:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     cuts: tuple[float, ...] = (0.65, 0.35)
-    """Relative merge heights at which the object is cut, coarse → fine (falling); levels = cuts + 2."""
+    """Relative merge heights at which the object is cut into parts, coarse → fine, so falling; each adds one level."""
     spatial_weight: float = 0.2
     """Weight of the distance of two tokens on the unit square, added to their cosine distance."""
     start: Literal["single", "several", "cut"] = "single"
-    """How tokens fall in two: 2-means from one k-means++ draw of scikit-learn with `seed` (`single`), the best of 8
-    such draws by inertia (`several`), or the normalised cut of their similarity graph, which draws nothing (`cut`)."""
+    """How tokens are split into object and background: 2-means from one k-means++ start of scikit-learn with `seed`
+    (`single`), the best of 8 such starts by inertia (`several`), or the normalised cut of the similarity graph of the
+    tokens, which needs no random start (`cut`)."""
     seed: int = 0
     """Seed of the k-means++ draws."""
     object_choice: Literal["centre", "border"] = "centre"
@@ -83,13 +84,16 @@ class HierarchyRecipe:
     connected: bool = False
     """Whether only clusters that touch (4 neighbours) merge, so that each region below level 0 is in one piece."""
     divide_background: bool = False
-    """Whether the background is divided as the object is, at the same heights, or stays one region on every level."""
+    """Whether the background is split into parts too, at the same heights, or stays one region on every level."""
     min_spread: float = 0.0
-    """Mean squared distance of L2-normalised tokens to their mean up to which an image is one region on every level."""
+    """Treat an image as one single region on every level if its L2-normalised tokens vary no more than this (mean
+    squared distance to their mean)."""
     masks: str | None = field(default=None, metadata=EXECUTION)
-    """Folder of label maps `<stem>.png` (0 is background) that give one level; `start` decides for photos without."""
+    """Folder of label maps `<stem>.png` (0 is background) that give one level; images without a map are split by
+    `start`."""
     masks_level: int = 0
-    """Level the label maps give: 0 takes them as object or not, a finer level as they are; the others follow."""
+    """Level that the label maps give: at 0 they say only what is object, at a finer level they give its regions; the
+    other levels follow from the features."""
 
     def __post_init__(self) -> None:
         require(

@@ -6,10 +6,15 @@ the identity that decides whether an existing output may be continued.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
+import inspect
+import itertools
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -132,3 +137,21 @@ def _explain(problem: dict[str, Any], known: list[str]) -> str:
         return f"unknown field {name!r}, {nearest(name, known)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name}: {message}" if name else message
+
+
+@functools.cache
+def sentences(kind: type) -> dict[str, str]:
+    """The text below each field of a configuration, its base classes included, as one line by the field's name."""
+    found: dict[str, str] = {}
+    for cls in reversed(kind.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(tree, ast.ClassDef)
+        for node, below in itertools.pairwise(tree.body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                found[node.target.id] = " ".join(str(below.value.value).split())
+    return found

@@ -64,7 +64,7 @@ def extract(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Images → index.parquet and features.zarr."""
+    """Encode images: images → index.parquet and features.zarr."""
     flags = opt.of_config(ExtractConfig, locals())
     from hierarchy_builder.build import pipeline as steps
 
@@ -112,7 +112,7 @@ def cluster(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """features.zarr → regions.zarr; with --vocabulary also prototypes of the whole dataset."""
+    """Cluster features into nested regions: features.zarr → regions.zarr; with --vocabulary also prototypes."""
     arguments = locals()
     from hierarchy_builder.build import pipeline as steps
 
@@ -155,7 +155,7 @@ def shard(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Stores → webdataset tars."""
+    """Write features and regions as webdataset shards."""
     flags = opt.of_config(ShardConfig, locals())
     _check_url(publish)
     from hierarchy_builder.build import pipeline as steps
@@ -219,7 +219,7 @@ def build(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """extract, cluster and shard in one go; the same command resumes."""
+    """Run extract, cluster and shard; the same command resumes."""
     arguments = locals()
     from hierarchy_builder.build import pipeline as steps
 
@@ -276,7 +276,7 @@ def publish_shards(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Copy finished shards to another file system; the same command sends what is missing."""
+    """Upload finished shards to another file system; the same command uploads what is missing."""
     build_folder = BuildFolder(folder).require()
     with build_folder.locked():
         print_stages(_publish(build_folder, url, _session(0, None, False, quiet)), as_json)
@@ -290,7 +290,7 @@ def repair(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Do again what verify finds damaged, and only that; exit code 4 when something could not be mended."""
+    """Rebuild what verify finds damaged, and only that; exit code 4 if something could not be repaired."""
     from hierarchy_builder.verify.repair import repair as mend
 
     build_folder = BuildFolder(folder).require(damaged=True)

@@ -17,7 +17,7 @@ from hierarchy_builder.terminal import counted, print_cells, print_json, print_t
 
 
 def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
-    """What is done, stage by stage, read from the markers; and how the run goes that works on it now."""
+    """Show what is done, stage by stage, and the progress of the run that works on the build now."""
     from hierarchy_builder.progress import as_duration
     from hierarchy_builder.store.units import progress_of, running_stage
 
@@ -50,7 +50,7 @@ def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
 
 
 def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
-    """Read everything and check it against what was written; exit code 4 when something is wrong."""
+    """Read every file and compare it with what was written; exit code 4 if something is damaged."""
     from hierarchy_builder.verify.checks import find_problems
 
     build_folder = BuildFolder(folder)
@@ -100,7 +100,7 @@ def report(
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """A self-contained page: photo, region maps, PCA colours, decoded levels, with a slider coarse → fine."""
+    """Write a self-contained page: photographs, region maps, colours of features, decoded levels, a slider."""
     build_folder, chosen = BuildFolder(folder).require(), keys.split(",") if keys else None
     if out is not None:
         target_of(out)  # refused before anything is read
@@ -130,7 +130,7 @@ def compare(
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """How far the regions of two builds differ: agreement per level, counts, the images that changed most."""
+    """Compare the regions of two builds: agreement per level, counts, and the images that differ most."""
     from hierarchy_builder.quality.comparison import compare_builds, comparison_tables, write_comparison
 
     folders = BuildFolder(a).require(), BuildFolder(b).require()
@@ -155,7 +155,7 @@ def encoders(
     weights: opt.Weights = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """The encoders that can be named with --encoder."""
+    """List the encoders that --encoder takes."""
     from hierarchy_builder.encoders import list_encoders
     from hierarchy_builder.encoders.probe import probe_report
 

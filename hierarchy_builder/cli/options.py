@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig, load_yaml
+from hierarchy_builder.config import (
+    ExtractConfig,
+    HierarchyRecipe,
+    ShardConfig,
+    VocabularyConfig,
+    load_yaml,
+)
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import from_mapping, to_mapping
+from hierarchy_builder.fields import from_mapping, sentences, to_mapping
 
 
 def a_path(text: str) -> Path:
@@ -24,103 +31,134 @@ def a_path(text: str) -> Path:
 PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
 """What options and arguments of paths to be written have in common."""
 
+
+def flag(kind: type, name: str, *declarations: str) -> Any:
+    """The option of a configuration field: its type, its sentence as help, its choices and its default.
+
+    The value of an option that is not given is None, so that a config file or a stored build can decide. Lists are
+    text, numbers separated by commas.
+    """
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    hint = get_type_hints(kind)[name]
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    inner = get_args(hint)[0] if NoneType in get_args(hint) else hint
+    single = inner if inner in (int, float, bool) else str
+    text = sentences(kind)[name]
+    if field.default is not None and single is not bool:
+        default = field.default if isinstance(field.default, tuple) else (field.default,)
+        text = f"{text} Default: {','.join(map(str, default))}."
+    return Annotated[
+        single | None,
+        typer.Option(*declarations, help=text, metavar="|".join(choices) or None),
+    ]
+
+
 Images = Annotated[
-    str, typer.Argument(help="Folder of class folders, tar, CSV/parquet listing, or fsspec URL of one.")
+    str,
+    typer.Argument(help="Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one."),
 ]
 Folder = Annotated[Path, typer.Argument(parser=a_path, metavar="DIR", help="Folder of the build.")]
-Out = Annotated[Path, typer.Option(**PATH, help="Folder of the build; the same command resumes there.")]
-Encoder = Annotated[str | None, typer.Option(help="See `hierarchy-builder encoders`.")]
-Weights = Annotated[str | None, typer.Option(help="Local weight file of the encoder.")]
-Precision = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images in one evaluation of the encoder.")]
-BlockRows = Annotated[int | None, typer.Option(help="Images in a unit of work.")]
-Order = Annotated[str | None, typer.Option(help="Order of rows: shuffled or listed.")]
+Out = Annotated[Path, typer.Option(help="Folder of the build; the same command resumes there.", **PATH)]
+Encoder = flag(ExtractConfig, "encoder")
+Weights = flag(ExtractConfig, "weights")
+Precision = flag(ExtractConfig, "precision")
+BatchSize = flag(ExtractConfig, "batch_size")
+BlockRows = flag(ExtractConfig, "block_rows")
+Order = flag(ExtractConfig, "order")
+MaxBad = flag(ExtractConfig, "max_bad_fraction")
+InputSplit = flag(ExtractConfig, "split")
 ClassMap = Annotated[
-    str | None, typer.Option(help="JSON of class name → id; without it ids follow the names.")
+    str | None,
+    typer.Option(help="JSON file of class name → id; without it ids follow the sorted names of the classes."),
 ]
-MaxBad = Annotated[
-    float | None, typer.Option(help="Share of unusable images above which the exit code is 3.")
-]
-InputSplit = Annotated[str | None, typer.Option("--split", help="Sub-folder of IMAGES to take.")]
-Cuts = Annotated[
-    str | None, typer.Option(help="Relative merge heights, coarse → fine, for example 0.65,0.35.")
-]
-SpatialWeight = Annotated[float | None, typer.Option(help="Weight of token distance beside cosine distance.")]
 Recipe = Annotated[
-    str | None, typer.Option("--recipe", help="What the flags start from: paper (default) or stable.")
-]
-Recut = Annotated[
     str | None,
-    typer.Option(help="Make other levels from the stored trees, for example 0.7,0.5,0.3; reads no features."),
-]
-Start = Annotated[str | None, typer.Option(help="How tokens fall in two: single, several or cut.")]
-ObjectChoice = Annotated[str | None, typer.Option(help="Which half is the object: centre or border.")]
-Connected = Annotated[
-    bool | None, typer.Option("--connected/--scattered", help="Only clusters that touch merge.")
-]
-DivideBackground = Annotated[
-    bool | None,
-    typer.Option("--divide-background/--whole-background", help="Divide the background as the object."),
-]
-MinSpread = Annotated[
-    float | None, typer.Option(help="Contrast of tokens up to which an image is one region on every level.")
-]
-Masks = Annotated[
-    str | None, typer.Option(help="Folder of label maps <stem>.png that give one level; 0 is background.")
-]
-MasksLevel = Annotated[int | None, typer.Option(help="Level that --masks gives.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the 2-means start.")]
-Vocabulary = Annotated[
-    str | None,
-    typer.Option(help="Also fit dataset-wide prototypes and link every part: 256, or nested 64,512,4096."),
-]
-Backend = Annotated[str | None, typer.Option(help="k-means engine of the vocabulary: torch, faiss, cuml.")]
-Split = Annotated[str | None, typer.Option(help="First part of the shard names.")]
-SamplesPerShard = Annotated[int | None, typer.Option(help="Samples in a tar.")]
-ShardBytes = Annotated[int | None, typer.Option(help="Bytes a tar aims at, instead of a number of samples.")]
-FeatureDtype = Annotated[
-    str | None, typer.Option(help="float16, or int8 with one scale per token in half the bytes.")
-]
-WithImages = Annotated[bool | None, typer.Option("--images/--no-images", help="Store the crop as JPEG too.")]
-ImagePx = Annotated[
-    int | None,
     typer.Option(
-        "--image-px", help="Pixels a side of the stored crop; without it as many as the encoder sees."
+        "--recipe",
+        help="Recipe to start from; further options change its fields. Default: paper.",
+        metavar="paper|stable",
     ),
 ]
-WithCanvases = Annotated[
-    bool | None, typer.Option("--canvases/--no-canvases", help="Store the canvases too.")
+Cuts = flag(HierarchyRecipe, "cuts")
+SpatialWeight = flag(HierarchyRecipe, "spatial_weight")
+Start = flag(HierarchyRecipe, "start")
+ObjectChoice = flag(HierarchyRecipe, "object_choice")
+Connected = flag(HierarchyRecipe, "connected", "--connected/--scattered")
+DivideBackground = flag(HierarchyRecipe, "divide_background", "--divide-background/--whole-background")
+MinSpread = flag(HierarchyRecipe, "min_spread")
+Masks = flag(HierarchyRecipe, "masks")
+MasksLevel = flag(HierarchyRecipe, "masks_level")
+Seed = flag(HierarchyRecipe, "seed")
+Recut = Annotated[
+    str | None,
+    typer.Option(
+        help="Cut the stored merge trees at other heights, for example 0.7,0.5,0.3; reads no features."
+    ),
 ]
-WithCovariance = Annotated[
-    bool | None,
-    typer.Option("--covariance/--no-covariance", help="Covariance of the channels in statistics.npz."),
+Vocabulary = Annotated[
+    str | None,
+    typer.Option(
+        help="Also fit prototypes of the whole data set and link every part to one: 256, or nested 64,512,4096."
+    ),
+]
+Backend = flag(VocabularyConfig, "backend")
+Split = flag(ShardConfig, "split")
+SamplesPerShard = flag(ShardConfig, "samples_per_shard")
+ShardBytes = flag(ShardConfig, "shard_bytes")
+FeatureDtype = flag(ShardConfig, "feature_dtype")
+WithImages = flag(ShardConfig, "images", "--images/--no-images")
+ImagePx = flag(ShardConfig, "image_px", "--image-px")
+WithCanvases = flag(ShardConfig, "canvases", "--canvases/--no-canvases")
+WithCovariance = flag(ShardConfig, "covariance", "--covariance/--no-covariance")
+PublishTo = Annotated[
+    str | None,
+    typer.Option("--publish", help="Also copy the shards to this fsspec URL, for example s3://bucket/set."),
 ]
 WorkerCount = Annotated[
     int | None,
-    typer.Option("--workers", envvar="HIERARCHY_BUILDER_WORKERS", help="Processes; 0 works in this one."),
+    typer.Option(
+        "--workers",
+        help="Worker processes; 0 works in this process. Default: one for each CPU.",
+        envvar="HIERARCHY_BUILDER_WORKERS",
+    ),
 ]
 GpusPerWorker = Annotated[
     float | None, typer.Option(help="GPUs that each worker reserves while it encodes, for example 0.5.")
 ]
-Address = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to join, HOST:PORT or auto; without it a local Ray starts.", envvar="RAY_ADDRESS"
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", envvar="HIERARCHY_BUILDER_CONFIG", help="YAML of sections of fields."),
+    typer.Option(
+        "--config",
+        help="YAML with sections extract, hierarchy, vocabulary, shard; options override it.",
+        envvar="HIERARCHY_BUILDER_CONFIG",
+    ),
 ]
 RetryFailed = Annotated[
-    bool, typer.Option("--retry-failed", help="Do images again that could not be used and now can.")
+    bool,
+    typer.Option(
+        "--retry-failed", help="Try images again that could not be used, and add those that can be used now."
+    ),
 ]
 AcceptNew = Annotated[
-    bool, typer.Option("--accept-new-files", help="Append images that came since the build began.")
+    bool,
+    typer.Option(
+        "--accept-new-files", help="Append images that were added to the source since the build began."
+    ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Begin also where the disk has too little room.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Start even if the disk seems to have too little space.")
+]
 Fused = Annotated[
     bool,
-    typer.Option("--fused", help="In one pass: no features and regions are stored, the shards are the same."),
-]
-PublishTo = Annotated[
-    str | None,
-    typer.Option("--publish", help="Also copy the shards to this fsspec URL, for example s3://bucket/set."),
+    typer.Option(
+        "--fused", help="Build in one pass, without storing features and regions; the shards are the same."
+    ),
 ]
 Fresh = Annotated[
     bool,
@@ -128,7 +166,9 @@ Fresh = Annotated[
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Let --fresh remove finished shards without asking.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no configuration on stderr.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress and no configuration on stderr.")
+]
 
 
 RECIPES = {"paper": HierarchyRecipe.paper, "stable": HierarchyRecipe.stable}
