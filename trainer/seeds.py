@@ -1,4 +1,4 @@
-"""Seeds: how they are written, checked and mixed, and the noise that follows from them."""
+"""Seeds: parsing, checking and combining them, and the noise drawn from them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 from hierarchy_builder.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MOST_NUMBERS = 10_000_000
-"""Seeds of one command; more than the images of any data set."""
+"""Largest number of seeds in one command; more than any data set has images."""
 
 
 def parse_seeds(text: str, what: str = "seeds") -> list[int]:
-    """Numbers of a list such as `0-7` or `0,3,9-11`. Raises UsageError."""
+    """Parse a list of numbers and ranges such as `0-7` or `0,3,9-11`. Raises UsageError."""
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -25,19 +26,21 @@ def parse_seeds(text: str, what: str = "seeds") -> list[int]:
             raise UsageError(f"{what} {text!r}, expected numbers and ranges such as 0-7 or 0,3,9")
         named = range(int(first), int(last or first) + 1)
         if len(numbers) + len(named) > MOST_NUMBERS:
-            raise UsageError(f"{what} {text!r} name more than {MOST_NUMBERS:,}, expected as many at most")
+            raise UsageError(
+                f"{what} {text!r}: found more than {MOST_NUMBERS:,} numbers, expected at most that many"
+            )
         numbers += named
     if not numbers:
-        raise UsageError(f"{what} {text!r} name none, expected a rising range such as 0-7")
+        raise UsageError(f"{what} {text!r}: found no number, expected an ascending range such as 0-7")
     return numbers
 
 
 def level_noise(seeds: Sequence[int], num_levels: int, grid: tuple[int, int], channels: int) -> Tensor:
-    """Noise for one image per seed: float32 [L, B, H, W, C] on the CPU.
+    """Draw noise for one image per seed: float32 [L, B, H, W, C] on the CPU.
 
-    Image i depends on seeds[i] only, not on its neighbours in the batch. See `check_seed` for errors.
+    Image i depends only on seeds[i], not on the rest of the batch. See `check_seed` for errors.
     """
-    import torch  # not above: the command line reads seeds, and starts without torch
+    import torch  # imported here because the command line parses seeds, and must start without loading torch
 
     images = []
     for seed in seeds:
@@ -47,12 +50,34 @@ def level_noise(seeds: Sequence[int], num_levels: int, grid: tuple[int, int], ch
     return torch.stack(images, dim=1)
 
 
+def row_noise(
+    shapes: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    device: torch.device | str,
+) -> list[Tensor]:
+    """Draw N(0, 1) for these rows of the global batch of one training step: float32 [rows, *shape] for each shape.
+
+    A row's numbers depend on (seed, step, row) and on the type of `device`, where they are drawn.
+    """
+    import torch
+
+    generator = torch.Generator(device)
+    noises = []
+    for row in rows:
+        generator.manual_seed(mixed_seed(seed, step, row))
+        noises.append([torch.randn(*shape, generator=generator, device=device) for shape in shapes])
+    return [torch.stack(each) for each in zip(*noises, strict=True)]
+
+
 def check_seed(seed: int) -> None:
-    """Raise UsageError for a seed outside 0 … 2³²−1, the range torch's CPU generator tells apart."""
+    """Raise UsageError for a seed outside 0 … 2³²−1, the range that torch's CPU generator distinguishes."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed}, expected 0 to {2**32 - 1}")
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers, well mixed."""
+    """Hash several numbers into one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

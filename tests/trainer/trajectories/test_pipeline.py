@@ -251,7 +251,7 @@ def test_guidance_must_be_finite(pipe: TrajectoryPipeline, how: dict) -> None:
 
 
 def test_endless_lists_of_seeds_are_refused() -> None:
-    with pytest.raises(UsageError, match="name more than 10,000,000"):
+    with pytest.raises(UsageError, match="found more than 10,000,000"):
         parse_seeds("0-99999999999")
     assert parse_seeds("0-2,7") == [0, 1, 2, 7]
 

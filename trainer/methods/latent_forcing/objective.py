@@ -1,11 +1,11 @@
-"""Latent Forcing: flow matching of pixels and latents together, each on a clock of its own; x-prediction, v-loss.
+"""Latent Forcing's loss: flow matching of pixels and latents together, each with its own time; x-prediction, v-loss.
 
     t = 1 is noise, t = 0 is data, z_t = (1−t)·x + t·e and v = (z_t − x)/max(t, floor) for either modality
 
-The release counts the other way round, which changes the sign of v and nothing else. Which modality is written first
-is in the clocks alone, see `trainer.methods.latent_forcing.clocks`.
+The release has t = 0 for noise, which only changes the sign of v. The times alone decide which modality is generated
+first, see `trainer.methods.latent_forcing.clocks`.
 
-    B batch, H×W grid, K canvases, C channels of one, h×w pixels
+    B batch, H×W grid, K canvases, C channels of a canvas, h×w pixels
 
 Source: Latent Forcing (2026), arXiv 2602.11401; x-prediction with v-loss from JiT (2025), arXiv 2511.13720.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from trainer.methods.latent_forcing.clocks import Clocks, draw_clocks
 from trainer.methods.latent_forcing.config import LatentMethodConfig
-from trainer.seeds import mixed_seed
+from trainer.seeds import mixed_seed, row_noise
 
 TIME_FLOOR = 0.05
-"""Velocities divide by t no smaller than this, where `LatentMethodConfig.time_floor` says nothing else."""
+"""Default of `LatentMethodConfig.time_floor`: velocities divide by max(t, floor)."""
 
 
 def loss(
@@ -40,15 +40,15 @@ def loss(
     latent_weight: float = 1 / 3,
     time_floor: float = TIME_FLOOR,
 ) -> dict[str, Tensor]:
-    """The objective on a batch; gradients flow from `["loss"]`.
+    """Compute the loss of a batch; call `backward` on `["loss"]`.
 
     network: called as network(pixels, latents, t_pixels=, t_latents=, label=) → clean (pixels, latents). pixels,
-    noise_pixels: float32 [B, h, w, 3], clean ones in [−1, 1]. latents, noise_latents: float32 [B, H, W, K·C].
+    noise_pixels: float32 [B, h, w, 3]; clean pixels lie in [−1, 1]. latents, noise_latents: float32 [B, H, W, K·C].
     t_pixels, weight_pixels: float [B]. t_latents, weight_latents: float [B] or [B, K]; a weight is 1 where a sample
-    trains that modality and 0 where not. label: int64 [B].
+    trains that modality, else 0. label: int64 [B].
 
     Returns scalars: loss = loss_pixels + latent_weight·loss_latents; each is the mean over the whole batch of the
-    weighted squared error of v, so samples that do not train a modality count as 0.
+    weighted squared error of v, so a sample that does not train a modality counts as 0.
     """
     z_pixels, z_latents = mixed(pixels, noise_pixels, t_pixels), mixed(latents, noise_latents, t_latents)
     found = network(z_pixels, z_latents, t_pixels=t_pixels, t_latents=t_latents, label=label)
@@ -58,7 +58,7 @@ def loss(
         for x_hat, x, t in ((found[0], pixels, t_pixels), (found[1], latents, t_latents))
     )
     loss_pixels = (squares_pixels * per_channel(weight_pixels, pixels)).mean()
-    # A canvas counts whole: its mean over H, W and C; the sum over the canvases, of which one is trained.
+    # One canvas of a sample is trained: take its mean over H, W and C, so sum over canvases instead of averaging.
     num_canvases = weight_latents.shape[1] if weight_latents.ndim == 2 else 1
     loss_latents = num_canvases * (squares_latents * per_channel(weight_latents, latents)).mean()
     return {
@@ -69,18 +69,18 @@ def loss(
 
 
 def mixed(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t of x [B, ., ., F] at times t [B], or [B, K] for K equal groups of the F channels."""
+    """Return z_t of x [B, ., ., F] at times t [B], or [B, K] for K equal groups of the F channels."""
     t = per_channel(t, x)
     return (1 - t) * x + t * noise
 
 
 def velocity(z: Tensor, x: Tensor, t: Tensor, time_floor: float = TIME_FLOOR) -> Tensor:
-    """Velocity at z that leads to the clean x, both [B, ., ., F]: (z − x)/max(t, floor), t as for `mixed`."""
+    """Return the velocity at z that leads to the clean x, both [B, ., ., F]: (z − x)/max(t, floor); t as in `mixed`."""
     return (z - x) / per_channel(t, z).clamp(min=time_floor)
 
 
 def per_channel(value: Tensor, like: Tensor) -> Tensor:
-    """A number per sample [B], or per sample and group of channels [B, K], ready to multiply `like` [B, ., ., F]."""
+    """Reshape a number per sample [B], or per sample and channel group [B, K], to multiply `like` [B, ., ., F]."""
     if value.ndim == 2 and value.shape[1] > 1:
         value = value.repeat_interleave(like.shape[-1] // value.shape[1], dim=1)
         return value[:, None, None, :]
@@ -88,7 +88,7 @@ def per_channel(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Draws(NamedTuple):
-    """What one training step leaves to chance, for some rows of the global batch."""
+    """The random numbers of one training step, for some rows of the global batch."""
 
     clocks: Clocks
     noise_pixels: Tensor
@@ -110,17 +110,13 @@ def draw_batch(
 ) -> Draws:
     """Draw clocks, noise and label dropout for `rows` of the batch of step `step`.
 
-    A row's draws depend on (seed, step, row) alone, so any split of the batch over ranks trains the same run.
-    Clocks are drawn for the whole batch on the CPU; noise per row on `device`, whose type it depends on.
+    A row's draws depend only on (seed, step, row), so training is the same for any split of the batch over ranks.
+    Clocks are drawn for the whole batch on the CPU; see `row_noise` for the noise.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, step))
     clocks = draw_clocks(global_batch_size, config, generator, num_canvases)
     drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
-    on_device = torch.Generator(device)
-    pixels, latents = [], []
-    for row in range(global_batch_size)[rows]:
-        on_device.manual_seed(mixed_seed(seed, step, row))
-        pixels.append(torch.randn(pixel_shape, generator=on_device, device=device))
-        latents.append(torch.randn(latent_shape, generator=on_device, device=device))
     chosen = Clocks(*(values[rows].to(device) for values in clocks))
-    return Draws(chosen, torch.stack(pixels), torch.stack(latents), drop[rows].to(device))
+    numbers = range(global_batch_size)[rows]
+    pixels, latents = row_noise((pixel_shape, latent_shape), numbers, seed=seed, step=step, device=device)
+    return Draws(chosen, pixels, latents, drop[rows].to(device))

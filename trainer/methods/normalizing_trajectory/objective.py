@@ -25,7 +25,7 @@ from torch import Tensor
 from trainer.methods.normalizing_trajectory import chains
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, Trajectory
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork
-from trainer.seeds import mixed_seed
+from trainer.seeds import mixed_seed, row_noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 SCORED_TOGETHER = 16
@@ -275,15 +275,12 @@ def draw_batch(
     t_min = low + (high - low) * torch.rand(global_batch_size, generator=generator)
     drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
     pair = torch.randint(T, (global_batch_size,), generator=generator)[rows].to(device)
-    on_device = torch.Generator(device)
-    noise = []
-    for row in range(global_batch_size)[rows]:
-        on_device.manual_seed(mixed_seed(seed, step, row))
-        noise.append(torch.randn(T + 1, *shape, generator=on_device, device=device))
+    numbers = range(global_batch_size)[rows]
+    (noise,) = row_noise([(T + 1, *shape)], numbers, seed=seed, step=step, device=device)
     return Draws(
         num_steps=T,
         t_min=t_min[rows].to(device),
-        noise=torch.stack(noise),
+        noise=noise,
         pair=pair if config.pairs == "one" else None,
         drop_label=drop[rows].to(device),
     )
