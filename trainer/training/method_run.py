@@ -1,9 +1,9 @@
-"""What the trainings of all methods do alike: from shards and a configuration to the loop, step by step.
+"""Training of a method: the base class of every method's run, which turns shards and a configuration into a loop.
 
-A method subclasses `MethodRun` and says which data it reads, which network it trains, what it draws for a step, and
-how its terms become a loss. A step's draws are functions of (seed, step) for the whole global batch, and each rank
-takes its rows. Every part of the loss is scaled to the global batch before `backward`, so that gradients are summed,
-not averaged, over micro-batches and ranks, and any split of the batch takes the same steps.
+A method subclasses `MethodRun` and defines which data it reads, which network it trains, what it draws for a step, and
+how its terms are combined into a loss. The random numbers of a step depend only on (seed, step, row of the global
+batch), and each rank takes its rows. Every part of the loss is scaled to the global batch before `backward`, so
+gradients are summed, not averaged, over micro-batches and ranks: any split of the batch takes the same steps.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from trainer.training.weights import WeightAverages
 
 Objective = Callable[..., dict[str, Tensor]]
 ConfigT = TypeVar("ConfigT", bound=MethodRunConfig)
+DrawsT = TypeVar("DrawsT")
 
 
 class MethodRun(Loop):
     """One run of a method in one process."""
 
     loss_function: ClassVar[Objective]
-    """The objective, which `compile` compiles: (network, …) → terms by name."""
+    """The method's loss, (network, …) → terms by name; compiled if the configuration sets `compile`."""
     pipeline: ClassVar[Callable[..., Any]]
-    """The class that draws samples of the network, whose `sheet` is a picture of some."""
+    """Class of the method's pipeline; its `sheet()` draws the samples shown during training."""
 
     def __init__(
         self,
@@ -72,32 +73,37 @@ class MethodRun(Loop):
 
     @abstractmethod
     def _network(self) -> nn.Module:
-        """The network as a run begins with it; torch's global generator holds the seed of the run."""
+        """Build the initial network; torch's global generator is seeded with the seed of the run."""
 
     @abstractmethod
     def _terms(self, part: Any, rows: slice) -> dict[str, Tensor]:
-        """The terms of some rows of a batch. rows: their places in the global batch."""
+        """Compute the loss terms of `part`, which holds the rows `rows` of the global batch."""
 
     def _plan(self) -> StreamPlan:
-        """The order of the samples."""
+        """Return the order in which samples are read."""
         return self._stream_plan()
 
     def _dataset(self) -> Any:
-        """The shards as batches. Raises TrainerError where they lack what the method needs."""
+        """Open the shards as batches. Raises TrainerError if they lack data that the method needs."""
         config, world = self.config, self.world
         return BatchDataset(
             self.index, self.plan, world.rank, world.size, config.verify_shards, config.max_damaged_shards
         )
 
     def _first_normaliser(self, origin: Path | None) -> Normaliser:
-        """The normaliser of the checkpoint `origin`, else the one that the configuration asks for."""
+        """Return the normaliser of the checkpoint `origin`, or without one that of the configuration."""
         return saved.load_normaliser(origin) if origin else normaliser_of(self.config.normalise, self.index)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return optimizer_of(self.model, self.config.optim)
 
+    def _draw(self, draw_batch: Callable[..., DrawsT], rows: slice, *inputs: Any, **options: Any) -> DrawsT:
+        """Call the method's `draw_batch(batch size, *inputs, **options)` for `rows` of the current step."""
+        config, place = self.config, {"step": self.step, "rows": rows, "device": self.world.device}
+        return draw_batch(config.batch_size, *inputs, seed=config.seed, **place, **options)
+
     def _scaled(self, terms: Mapping[str, Tensor], part: Any) -> dict[str, Tensor]:
-        """Each of `self.terms` as its part of the mean over the global batch; gradients are those of `loss`."""
+        """Scale each of `self.terms` to its share of the mean over the global batch; `loss` is differentiated."""
         share = len(part) / self.config.batch_size
         return {name: terms[name] * share for name in self.terms}
 
@@ -123,7 +129,7 @@ class MethodRun(Loop):
         return None
 
     def _autocast(self) -> torch.autocast:
-        """The arithmetic of the network."""
+        """Return the context in which the network computes in the configured precision."""
         is_short = self.config.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_short)
 
@@ -133,20 +139,21 @@ def run_method(
 ) -> RunSummary:
     """Train until `total_images` in the run folder `out`, in every process that torchrun started.
 
-    resume: `auto` goes on from the newest checkpoint of `out` if there is one, `never` asks for a fresh folder,
-    else a run or checkpoint folder to start from. Raises MismatchError when `out` was made with another
-    configuration or other shards, InterruptedRunError after a checkpoint on SIGTERM, SIGUSR1 or `max_seconds`,
-    KeyboardInterrupt after one on Ctrl-C, and NonFiniteLossError when the loss or a gradient is not finite.
+    resume: `auto` continues from the newest checkpoint of `out`, if any; `never` refuses a folder with checkpoints;
+    anything else is a run or checkpoint folder to start from. Raises MismatchError if `out` was made with another
+    configuration or other shards, InterruptedRunError (after writing a checkpoint) on SIGTERM, SIGUSR1 or
+    `max_seconds`, KeyboardInterrupt (after writing a checkpoint) on Ctrl-C, and NonFiniteLossError if the loss or a
+    gradient is not finite.
     """
     with joined_world() as world, stop_signals() as stop:
         return run(config, index, Path(out), resume, world, stop, quiet).train()
 
 
 def with_model(config: ConfigT, index: ShardIndex, asked: Collection[str] = (), **more: Any) -> ConfigT:
-    """The config with the model's grid, channels and classes as the shards have them, and the fields `more`.
+    """Return the config with the model's grid, channels and classes set from the shards, and the fields `more`.
 
-    asked: dotted names of the fields that were set on purpose. Raises MismatchError naming both values where one
-    of these fields has another value in the shards.
+    asked: dotted names of the fields that the user set. Raises MismatchError with both values if one of these
+    fields has another value in the shards.
     """
     model = config.model  # type: ignore[attr-defined]
     found = {"grid": index.grid, "in_channels": index.width, "num_classes": index.num_classes, **more}
@@ -160,9 +167,9 @@ def with_model(config: ConfigT, index: ShardIndex, asked: Collection[str] = (), 
 
 
 def compiled(objective: Objective) -> Objective:
-    """`objective` compiled into one graph, tangents included, once for every shape.
+    """Compile `objective` into one graph, including forward-mode derivatives, once for every shape.
 
-    A call raises TrainerError where this machine cannot compile.
+    A call raises TrainerError if this machine cannot compile.
     """
     from torch._dynamo.exc import TorchDynamoException  # loading it takes as long as torch itself
 

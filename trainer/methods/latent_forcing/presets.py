@@ -1,8 +1,9 @@
-"""Named starting points of Latent Forcing, each a full configuration; what the shards say comes from the shards.
+"""Presets of Latent Forcing, each a full configuration; grid, channels, classes and canvases come from the shards.
 
-The paper trains 80 epochs of ImageNet for its ablations and 200 for its best network, at batches of 1,024 and a rate
-of 2e-4, in bfloat16, on crops of 256 px, mirrored at random; features of shards are of unmirrored crops, so here
-nothing is mirrored. Hours and scores of all but the tiny one: unmeasured.
+The paper trains 80 epochs of ImageNet for its ablations and 200 for its best network, at batches of 1,024 and a
+learning rate of 2e-4, in bfloat16, on crops of 256 px that are mirrored at random. Here nothing is mirrored, because
+the features in the shards were computed from unmirrored crops. Only `tiny-latent` was run here; hours and scores of
+the others are unmeasured.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from trainer.methods.latent_forcing.config import (
-    LatentMethodConfig,
     LatentModelConfig,
     LatentOptimConfig,
     LatentTrainConfig,
@@ -18,10 +18,9 @@ from trainer.methods.latent_forcing.config import (
 
 
 def tiny_latent() -> LatentTrainConfig:
-    """A network that learns colours and layouts of its classes on two CPU cores, pictures of 64 px on a grid of 16.
+    """A network that learns colours and layouts of its classes on two CPU cores, from 64 px pictures on a 16×16 grid.
 
-    Command: `trainer train SHARDS --out RUN --preset tiny-latent`, shards built with `--images`.
-    Hardware and time: 2 cores, docs/results.md. Score: unmeasured.
+    The shards must be built with `--images`; for times see docs/results.md.
     """
     return LatentTrainConfig(
         preset="tiny-latent",
@@ -70,27 +69,20 @@ def LF_L() -> LatentTrainConfig:  # noqa: N802 (the name in the paper)
 
 
 def LF_LM() -> LatentTrainConfig:  # noqa: N802 (the name in the paper)
-    """LF-LM/16, the paper's L: 20 blocks of width 1024, 24 with the two of each expert; 465 million parameters."""
+    """LF-LM/16, the paper's L: 20 blocks of width 1024, 24 counting the two of each expert; 465 million parameters."""
     return _sized("LF-LM", width=1024, depth=20, num_heads=16, class_tokens_at=8)
 
 
 def LF_H() -> LatentTrainConfig:  # noqa: N802 (the name in the paper)
-    """LF-H/16: 32 blocks of width 1280, pixels through a bottleneck of 256.
-
-    Its experts are 1280 wide: no whole number of its heads, 80 wide each, makes the 1024 of the other sizes.
-    """
+    """LF-H/16: 32 blocks of width 1280, pixels through a bottleneck of 256."""
+    # Heads are 80 wide and 1024, the expert width of the other sizes, is no multiple of 80.
     wide = {"pixel_bottleneck": 256, "expert_width": 1280}
     return _sized("LF-H", width=1280, depth=32, num_heads=16, class_tokens_at=10, **wide)
 
 
 def _sized(preset: str, **model: int) -> LatentTrainConfig:
-    return LatentTrainConfig(
-        preset=preset,
-        model=LatentModelConfig(**model),  # type: ignore[arg-type]
-        method=LatentMethodConfig(),
-        precision="bfloat16",
-        micro_batch_size=32,
-    )
+    sizes = LatentModelConfig(**model)  # type: ignore[arg-type]
+    return LatentTrainConfig(preset=preset, model=sizes, precision="bfloat16", micro_batch_size=32)
 
 
 LATENT_PRESETS: dict[str, Callable[[], LatentTrainConfig]] = {

@@ -1,7 +1,7 @@
-"""Training of Latent Forcing on shards with pictures; `trainer.training.method_run` holds what all methods share.
+"""Training of Latent Forcing on shards with pictures; see `trainer.training.method_run` for the shared part.
 
-Latents are normalised by the exact statistics of the shards and scaled to about the spread of pixels, since a scale
-is a shift in time.
+Latents are normalised by the exact statistics of the shards and scaled to about the standard deviation of pixels,
+because a change of scale acts like a shift in time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.schedules import learning_rate
 
 CHECKED = 16
-"""Samples, spread evenly, whose features the statistics have to describe."""
-FOREIGN = 4.0
-"""Statistics by which those are this much too large or too small are of something else."""
+"""Number of samples, spread evenly over the shards, whose features are compared with the statistics."""
+LARGEST_RATIO = 4.0
+"""If the normalised features are larger or smaller than 1 by more than this factor, the statistics are refused."""
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 
-    Raises TrainerError also when the shards hold no pictures.
+    Raises TrainerError also if the shards hold no pictures.
     """
     index = open_index(shards)
     return run_method(LatentForcingRun, fit_to_shards(config, index), index, out, resume, quiet)
@@ -45,19 +45,19 @@ def train(
 def fit_to_shards(
     config: LatentTrainConfig, index: ShardIndex, asked: Collection[str] = ()
 ) -> LatentTrainConfig:
-    """The config with the model's grid, channels, classes and canvases as the shards and `pixel_stage` have them."""
+    """Set the model's grid, channels, classes and number of canvases from the shards and `pixel_stage`."""
     return with_model(config, index, asked, num_canvases=index.num_levels if config.pixel_stage else 1)
 
 
 def latent_normaliser(config: LatentTrainConfig, index: ShardIndex, features: Tensor) -> Normaliser:
-    """Raw features → latents of deviation `latent_scale`.
+    """Return the map from raw features to latents of standard deviation `latent_scale`.
 
-    features: float [b, H, W, C], some of the shards. Raises MismatchError when the statistics do not describe them,
-    as those of another encoder do not, and what `shards.read_statistics` raises.
+    features: float [b, H, W, C], a few from the shards. Raises MismatchError if the statistics do not fit them, for
+    example because another encoder wrote them, and what `shards.read_statistics` raises.
     """
     plain = normaliser_of(config.normalise, index)
     found = float(plain.apply(features.float()).square().mean().sqrt())
-    if config.normalise != "none" and not 1 / FOREIGN < found < FOREIGN:
+    if config.normalise != "none" and not 1 / LARGEST_RATIO < found < LARGEST_RATIO:
         raise MismatchError(
             f"{index.url}/{STATISTICS} does not describe these features: normalised by it, their root mean square is "
             f"{found:.3g}, expected about 1; run `hierarchy-builder shard DIR` again"
@@ -83,7 +83,7 @@ class LatentForcingRun(MethodRun):
         limits = (config.verify_shards, config.max_damaged_shards)
         dataset = PictureDataset(self.index, self.plan, size_px, world.rank, world.size, *limits)
         count = self.index.num_samples
-        # Read before the run folder is touched, so that shards without pictures are refused in time.
+        # Read before the run folder is changed, so that shards without pictures are refused in time.
         self.some = dataset.samples(range(0, count, -(-count // CHECKED)))
         return dataset
 
@@ -103,16 +103,13 @@ class LatentForcingRun(MethodRun):
         latents = latents_of(
             part.features.float(), part.regions if config.pixel_stage else None, self.normaliser
         )
-        draws = latent_forcing.draw_batch(
-            config.batch_size,
+        draws = self._draw(
+            latent_forcing.draw_batch,
+            rows,
             pixels.shape[1:],
             latents.shape[1:],
             method,
             num_canvases=config.model.num_canvases,
-            seed=config.seed,
-            step=self.step,
-            rows=rows,
-            device=self.world.device,
         )
         label = torch.where(draws.drop_label, config.model.num_classes, part.label)
         with self._autocast():

@@ -1,7 +1,8 @@
-"""Named starting points of Normalizing Trajectory Models; what the shards say comes from the shards.
+"""Presets of Normalizing Trajectory Models; grid, channels, classes and levels come from the shards.
 
-The paper trains 1.4 to 4 billion parameters at batches of 1,024 on 64 H100; B and L have its shape, two blocks of four
-layers before a deep predictor, at the widths of Trajectory Forcing. Hours and scores of these two: unmeasured.
+The paper trains 1.4 to 4 billion parameters at batches of 1,024 on 64 H100. NTM-B and NTM-L have the paper's layout,
+two blocks of four layers before a deep predictor, at the widths of Trajectory Forcing. Their hours and scores are
+unmeasured. Train them with `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NAME`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ from trainer.methods.normalizing_trajectory.config import (
 
 
 def tiny_normalizing() -> NormalizingTrainConfig:
-    """A network that trains for minutes on two CPU cores, one transition of a sample at a time.
-
-    Command: `trainer train SHARDS --out RUN --preset tiny-normalizing`. Hardware and time: see docs/results.md.
-    """
+    """A network that trains in minutes on two CPU cores, one transition of a sample per step; see docs/results.md."""
     return NormalizingTrainConfig(
         preset="tiny-normalizing",
         model=NormalizingModelConfig(
@@ -44,19 +42,13 @@ def tiny_normalizing() -> NormalizingTrainConfig:
     )
 
 
-def NTM_B() -> NormalizingTrainConfig:  # noqa: N802 (named as its kin)
-    """16 blocks of width 768 behind a transporter of two blocks of four layers; bfloat16.
-
-    Command: `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NTM-B`.
-    """
+def NTM_B() -> NormalizingTrainConfig:  # noqa: N802 (named like TF-B)
+    """16 blocks of width 768 behind a transporter of two blocks of four layers; bfloat16."""
     return NormalizingTrainConfig(precision="bfloat16", micro_batch_size=16)
 
 
-def NTM_L() -> NormalizingTrainConfig:  # noqa: N802 (named as its kin)
-    """24 blocks of width 1024, a transporter of equal width; bfloat16.
-
-    Command: `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NTM-L`.
-    """
+def NTM_L() -> NormalizingTrainConfig:  # noqa: N802 (named like TF-L)
+    """24 blocks of width 1024 behind a transporter of equal width; bfloat16."""
     model = NormalizingModelConfig(width=1024, depth=24, num_heads=16, flow_width=1024, flow_heads=16)
     return NormalizingTrainConfig(preset="NTM-L", model=model, precision="bfloat16", micro_batch_size=8)
 

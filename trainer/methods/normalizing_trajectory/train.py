@@ -1,8 +1,8 @@
-"""Training of Normalizing Trajectory Models: shards in, checkpoints and metrics.jsonl out; the loop of every training.
+"""Training of Normalizing Trajectory Models; see `trainer.training.method_run` for the part that all methods share.
 
-Three runs share it: from scratch; from a network of Trajectory Forcing (`init_from`), whose posterior sampler it
-starts as; and, with all of that frozen, the learned denoiser (`distil_from`). A step's chains are functions of (seed,
-step) for the whole global batch, and each rank takes its rows.
+There are three kinds of run: from scratch; from a network of Trajectory Forcing (`init_from`), where the new network
+at first equals that network's posterior sampler; and training only the learned denoiser of a finished run, with
+everything else frozen (`distil_from`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train(
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 
-    A log-determinant that is not finite stops the run as a loss does, with the seed and the keys of the samples.
+    A log-determinant that is not finite raises NonFiniteLossError too, with the seed and the keys of the samples.
     """
     index = open_index(shards)
     return run_method(NormalizingRun, fit_to_shards(config, index), index, out, resume, quiet)
@@ -50,12 +50,12 @@ def train(
 def fit_to_shards(
     config: NormalizingTrainConfig, index: ShardIndex, asked: Collection[str] = ()
 ) -> NormalizingTrainConfig:
-    """The config with the model's grid, channels, classes and levels as the shards have them.
+    """Return the config with the model's grid, channels, classes and levels set from the shards.
 
-    The network of `distil_from` and the backbone of `init_from` come from those runs, `init_from` as the checkpoint it
-    is now. asked: dotted names of the fields that were set on purpose. Raises MismatchError naming both values where
-    one of them is not that of the shards or of the run, UsageError where the run is of another method than it has to
-    be and where t_min leaves no first step.
+    The network of `distil_from` and the backbone of `init_from` come from those runs; `init_from` is resolved to the
+    run's newest checkpoint. asked: dotted names of the fields that the user set. Raises MismatchError with both
+    values if one of them differs from the shards or the run, and UsageError if the run is of the wrong method or
+    t_min leaves no first step.
     """
     run = config.distil_from
     fitted = _fitted(config, index) if run is None else _distilling(config, Path(run), index)
@@ -74,9 +74,8 @@ def fit_to_shards(
 def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTrainConfig:
     found: dict[str, Any] = {"num_levels": index.num_levels}
     if config.init_from is not None:
-        source = saved.find_checkpoint(
-            config.init_from
-        )  # its network pulls to the end, however far that run goes
+        # Resolved once, because the loss compares with this network until the end, even if that run continues.
+        source = saved.find_checkpoint(config.init_from)
         flow = _flow_state(source)
         backbone = checked(ModelConfig, flow["model"], str(source))
         found |= {"trajectory": "canvases", "backbone": backbone}
@@ -84,7 +83,8 @@ def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTra
     if found.get("trajectory", config.model.trajectory) == "levels":
         found["num_steps"] = (index.num_levels,)
     config = with_model(config, index, **found)
-    _check_backbone(config, index)
+    if (trained := config.model.backbone) is not None:
+        _check_shards(index, trained, config.init_from)
     return config
 
 
@@ -124,15 +124,8 @@ class NormalizingRun(MethodRun):
         config = self.config
         tokens_only = config.model.trajectory == "tokens"
         canvases = part.tokens(self.normaliser)[:, None] if tokens_only else part.canvases(self.normaliser)
-        draws = method.draw_batch(
-            config.batch_size,
-            canvases.shape[2:],
-            config.method,
-            num_steps=config.model.num_steps,
-            seed=config.seed,
-            step=self.step,
-            rows=rows,
-            device=self.world.device,
+        draws = self._draw(
+            method.draw_batch, rows, canvases.shape[2:], config.method, num_steps=config.model.num_steps
         )
         chain = method.build_chain(
             canvases,
@@ -158,13 +151,13 @@ class NormalizingRun(MethodRun):
             )
 
     def _flow_weight(self) -> float:
-        """λ, which falls along a cosine over the run."""
+        """Return λ, which falls to 0 along a cosine over the run."""
         share = min(1.0, self.images_seen / self.config.total_images)
         return self.config.method.flow_weight * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _frozen_flow(network: NormalizingNetwork, config: NormalizingTrainConfig) -> FlowPredictor | None:
-    """The predictor as it is before training, for the regulariser."""
+    """Copy the predictor before training, as the reference of the regulariser; None without a regulariser."""
     if config.init_from is None or not config.method.flow_weight:
         return None
     assert isinstance(network.predictor, FlowPredictor)
@@ -172,7 +165,7 @@ def _frozen_flow(network: NormalizingNetwork, config: NormalizingTrainConfig) ->
 
 
 def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
-    """The network as a run begins with it: random, or with the weights of the run it starts from."""
+    """Build the initial network: random, or with the weights of the run it starts from."""
     network = NormalizingNetwork(config.model)
     if config.init_from is not None:
         folder = saved.find_checkpoint(config.init_from)
@@ -180,7 +173,7 @@ def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
         weights = saved.load_weights(folder, f"{halflives[0]:g}" if halflives else None)
         assert isinstance(network.predictor, FlowPredictor)
         network.predictor.backbone.load_state_dict(weights)
-        # The u-head takes no part; a gradient it never gets would only be averaged over ranks.
+        # The u-head is not used, so it gets no gradient; otherwise zeros would be summed over ranks at every step.
         for module in (network.predictor.backbone.u_blocks, network.predictor.backbone.u_norm):
             module.requires_grad_(False)
         network.predictor.backbone.u_out.requires_grad_(False)
@@ -189,9 +182,7 @@ def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
         name = average_of(_own_config(folder), "auto")
         weights = saved.load_weights(folder, name)
         frozen = {name: weights[name] for name in network.state_dict() if not name.startswith("denoiser.")}
-        network.load_state_dict(
-            frozen, strict=False
-        )  # of the denoiser nothing: it starts anew, maybe in other depth
+        network.load_state_dict(frozen, strict=False)  # the denoiser stays random; its depth may differ
         network.requires_grad_(False)
         assert network.denoiser is not None
         network.denoiser.requires_grad_(True)
@@ -199,15 +190,10 @@ def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
 
 
 def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) -> NormalizingTrainConfig:
-    """The network and method of the run to distil, with a denoiser as deep as asked, or a third of the predictor."""
+    """Take network and method from the run to distil; the denoiser defaults to a third of the predictor's depth."""
     whole = _own_config(saved.find_checkpoint(run))
-    model: NormalizingModelConfig = whole.model
-    found = (index.grid, index.width, index.num_levels, index.num_classes)
-    wanted = (model.grid, model.in_channels, model.num_levels, model.num_classes)
-    if found != wanted:
-        raise MismatchError(
-            f"{index.url} holds (grid, width, levels, classes) {found}, {run} was trained on {wanted}: give its shards"
-        )
+    model = whole.model
+    _check_shards(index, model, run)
     depth = config.model.denoiser_depth or max(1, model.depth // 3)
     model = dataclasses.replace(model, denoiser_depth=depth)
     return dataclasses.replace(config, model=model, method=whole.method, normalise=whole.normalise)
@@ -221,7 +207,7 @@ def _own_config(folder: Path) -> NormalizingTrainConfig:
 
 
 def _flow_state(run: str | Path) -> dict[str, Any]:
-    """Configuration of a run of Trajectory Forcing, as its checkpoint holds it."""
+    """Read the configuration of a Trajectory Forcing run from its checkpoint."""
     config = saved.load_state(saved.find_checkpoint(run)).config
     found = config.get("method_name", "trajectory-forcing")
     if found != "trajectory-forcing":
@@ -229,14 +215,12 @@ def _flow_state(run: str | Path) -> dict[str, Any]:
     return config
 
 
-def _check_backbone(config: NormalizingTrainConfig, index: ShardIndex) -> None:
-    backbone = config.model.backbone
-    if backbone is None:
-        return
+def _check_shards(index: ShardIndex, model: ModelConfig | NormalizingModelConfig, run: object) -> None:
+    """Raise MismatchError unless the shards have the shape that `model`, the network of `run`, was trained on."""
     found = (index.grid, index.width, index.num_levels, index.num_classes)
-    wanted = (backbone.grid, backbone.in_channels, backbone.num_levels, backbone.num_classes)
+    wanted = (model.grid, model.in_channels, model.num_levels, model.num_classes)
     if found != wanted:
         raise MismatchError(
-            f"{index.url} holds (grid, width, levels, classes) {found}, {config.init_from} was trained on {wanted}: "
+            f"{index.url} holds (grid, width, levels, classes) {found}, {run} was trained on {wanted}: "
             "give shards of the same encoder, recipe and classes"
         )

@@ -1,9 +1,13 @@
-"""Named starting points, each a full TrainConfig; grid, channels, classes and levels come from the shards."""
+"""Presets of Trajectory Forcing and of decoders; grid, channels, classes and levels come from the shards.
+
+TF-B, TF-L and TF-H are the sizes of the release. They need 8 GPUs of 80 GB; hours and scores are unmeasured. Train
+them with `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NAME`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, get_args
+from typing import get_args
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import named
@@ -12,14 +16,11 @@ from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.networks.config import ModelConfig
 from trainer.training.config import OptimConfig
 
-Preset = TypeVar("Preset")
-
 
 def tiny_cpu() -> TrainConfig:
-    """A model small enough to learn something in minutes on two CPU cores: the demo.
+    """The demo: a model small enough to learn something in minutes on two CPU cores.
 
-    Command: `trainer train SHARDS --out RUN --preset tiny-cpu`, about 2,000 images of `dct` features.
-    Hardware and time: 2 cores, about 2.5 minutes (0.07 core seconds an image). Score: unmeasured.
+    About 2,000 images of `dct` features take about 2.5 minutes on 2 cores (0.07 core seconds an image).
     """
     return TrainConfig(
         preset="tiny-cpu",
@@ -32,8 +33,8 @@ def tiny_cpu() -> TrainConfig:
             num_time_tokens=2,
             num_level_tokens=2,
         ),
-        # A short run has no time to average its noise away: a high rate, then a long cooldown. On Caltech photos
-        # the class of samples is found in 39 % so, in 30 % at half the rate, in 10 % at 0.01 without cooldown.
+        # A short run cannot average its noise away, so it takes a high rate and a long cooldown. On Caltech photos a
+        # classifier then names the class of 39 % of the samples; 30 % at half the rate, 10 % at 0.01 without cooldown.
         optim=OptimConfig(lr=0.04, cooldown_fraction=0.6, ema_halflives_kimg=(0.5, 2.0)),
         total_images=9_000,
         batch_size=16,
@@ -45,30 +46,18 @@ def tiny_cpu() -> TrainConfig:
 
 
 def TF_B() -> TrainConfig:  # noqa: N802 (the name in the paper)
-    """TF-B of the release on DINOv2-B features of ImageNet: 16 blocks of width 768, 80 epochs, float32.
-
-    Command: `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset TF-B`.
-    Hardware: 8 GPUs of 80 GB. Hours and score: unmeasured.
-    """
+    """TF-B of the release on DINOv2-B features of ImageNet: 16 blocks of width 768, 80 epochs, float32."""
     return TrainConfig(preset="TF-B", micro_batch_size=64)
 
 
 def TF_L() -> TrainConfig:  # noqa: N802 (the name in the paper)
-    """TF-L of the release: 32 blocks of width 1024, bfloat16.
-
-    Command: `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset TF-L`.
-    Hardware: 8 GPUs of 80 GB. Hours and score: unmeasured.
-    """
+    """TF-L of the release: 32 blocks of width 1024, bfloat16."""
     model = ModelConfig(width=1024, depth=32, num_heads=16)
     return TrainConfig(preset="TF-L", model=model, precision="bfloat16", micro_batch_size=16)
 
 
 def TF_H() -> TrainConfig:  # noqa: N802 (the name in the paper)
-    """TF-H of the release: 48 blocks of width 1280, batches of 512, bfloat16.
-
-    Command: `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset TF-H`.
-    Hardware: 8 GPUs of 80 GB. Hours and score: unmeasured.
-    """
+    """TF-H of the release: 48 blocks of width 1280, batches of 512, bfloat16."""
     model = ModelConfig(width=1280, depth=48, num_heads=16)
     return TrainConfig(preset="TF-H", model=model, batch_size=512, precision="bfloat16", micro_batch_size=16)
 
@@ -82,14 +71,14 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 
 def preset(name: str) -> TrainConfig:
-    """The preset called `name`. Raises UsageError naming the nearest for an unknown name."""
+    """Return the preset `name`. Raises UsageError with the nearest known name for an unknown one."""
     return named(PRESETS, name, "preset")()
 
 
 def decoder_preset(size: str) -> DecoderConfig:
-    """The training of a decoder of one size: RAE's for B, L and XL, minutes on two CPU cores for tiny.
+    """Return the configuration of a decoder's training: RAE's for B, L and XL; `tiny` takes minutes on two CPU cores.
 
-    Raises UsageError naming the sizes.
+    Raises UsageError with the known sizes for an unknown one.
     """
     if size not in get_args(DecoderSize):
         raise UsageError(f"decoder size {size!r}, known are {', '.join(get_args(DecoderSize))}")

@@ -1,4 +1,4 @@
-"""Training of Trajectory Forcing; `trainer.training.method_run` holds what all methods share."""
+"""Training of Trajectory Forcing; see `trainer.training.method_run` for the part that all methods share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(
 
 
 def fit_to_shards(config: TrainConfig, index: ShardIndex, asked: Collection[str] = ()) -> TrainConfig:
-    """The config with the model's grid, channels, classes and levels as the shards have them; see `with_model`."""
+    """Set the model's grid, channels, classes and levels from the shards; see `with_model`."""
     return with_model(config, index, asked, num_levels=index.num_levels)
 
 
@@ -46,7 +46,7 @@ class TrajectoryForcingRun(MethodRun):
     loss_function = staticmethod(trajectory_forcing.loss)
     model: TrajectoryTransformer
     counts: np.ndarray | None = None
-    """Images per level so far, as far as `counted` images."""
+    """Images per sample and level during the first `counted` images of the run."""
     counted = 0
 
     def _network(self) -> TrajectoryTransformer:
@@ -65,15 +65,7 @@ class TrajectoryForcingRun(MethodRun):
     def _terms(self, part: Batch, rows: slice) -> dict[str, Tensor]:
         config = self.config
         x, prev, regions = part.targets(self.normaliser)
-        draws = trajectory_forcing.draw_batch(
-            config.batch_size,
-            x.shape[1:],
-            config.method,
-            seed=config.seed,
-            step=self.step,
-            rows=rows,
-            device=self.world.device,
-        )
+        draws = self._draw(trajectory_forcing.draw_batch, rows, x.shape[1:], config.method)
         label = part.label
         if config.model.guidance:
             label = torch.where(draws.drop_label, config.model.num_classes, label)
@@ -93,7 +85,7 @@ class TrajectoryForcingRun(MethodRun):
             )
 
     def _scaled(self, terms: Mapping[str, Tensor], part: Batch) -> dict[str, Tensor]:
-        # The region term is a mean over the samples that have regions, the others over all samples.
+        # The region term is a mean over the samples that have regions; the other terms are means over all samples.
         share = len(part) / self.config.batch_size
         with_regions = (part.level < self.config.model.num_levels - 1).sum()
         region = terms["region"] * (with_regions / self._num_with_regions())
@@ -102,7 +94,7 @@ class TrajectoryForcingRun(MethodRun):
         return {"loss": loss, "region": region, **means}
 
     def _num_with_regions(self) -> int:
-        """Samples of the current global batch whose level has regions (the last has none), at least 1."""
+        """Count the samples of the global batch whose level has regions (the last level has none), at least 1."""
         _, levels = self.plan.places(self.images_seen, self.images_seen + self.config.batch_size)
         return max(1, int((levels < self.config.model.num_levels - 1).sum()))
 
@@ -113,7 +105,7 @@ class TrajectoryForcingRun(MethodRun):
         return find_decoder(self.out, self.index.encoder)
 
     def _coverage(self) -> dict[str, list[int]]:
-        """Audit of all finished epochs: images per level, and samples by the number of levels they met."""
+        """Count over all finished epochs: images per level, and samples by how many of their levels were trained."""
         boundary = self.images_seen // self.plan.num_samples * self.plan.num_samples
         if self.counts is None:
             self.counts, self.counted = self.plan.level_counts(0, boundary), boundary
