@@ -1,4 +1,4 @@
-"""Fields that the networks of all methods have, and the network of Trajectory Forcing, on which others build."""
+"""Configuration fields of every method's network, and of the Trajectory Forcing network, which others reuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, STRICT, requi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """A transformer over a grid of tokens; stored in every checkpoint, enough to rebuild the network."""
+    """A transformer over a grid of tokens; every checkpoint stores it, so the network can be rebuilt."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
@@ -22,11 +22,11 @@ class NetworkConfig:
     in_channels: int = 768
     """Channels of one token, the width of the encoder; comes from the shards."""
     num_classes: int = 1000
-    """Classes, from the shards; the label table has one row more, the null class."""
+    """Number of classes; comes from the shards. The label table has one more row, the null class."""
     width: int = 768
     """Width of the transformer."""
     depth: int = 16
-    """Blocks of the transformer that a token passes."""
+    """Number of transformer blocks that a token passes through."""
     num_heads: int = 12
     """Attention heads of a block."""
     num_class_tokens: int = 8
@@ -51,18 +51,18 @@ class NetworkConfig:
         require(0 <= self.norm_eps < 1, f"norm_eps is {self.norm_eps}, expected 0 up to below 1")
 
     def check_sizes(self, *names: str) -> None:
-        """Refuse fields of these names that are not above 0, or larger than in any network."""
+        """Raise UsageError if a field is 0, negative or implausibly large."""
         for name in names:
             require_size(name, getattr(self, name))
 
     def check_counts(self, *names: str, most: int = MOST) -> None:
-        """Refuse fields of these names below 0, or larger than in any network."""
+        """Raise UsageError if a field is negative or larger than `most`."""
         for name in names:
             count = getattr(self, name)
             require(0 <= count <= most, f"{name} is {count}, expected 0 to {most:,}")
 
     def check_heads(self, width: str, heads: str) -> None:
-        """Refuse a width that rotary pairs do not divide evenly among the heads."""
+        """Raise UsageError unless each head gets a whole number of rotary pairs for rows and columns."""
         self.check_sizes(width, heads)
         found, factor = getattr(self, width), 4 * getattr(self, heads)
         require(
@@ -78,7 +78,7 @@ class ModelConfig(NetworkConfig):
     num_levels: int = 4
     """L, levels of the hierarchy including the raw tokens; comes from the shards."""
     head_depth: int = 8
-    """Blocks of the u-head and, with other weights, of the v-head; depth − head_depth are shared."""
+    """Blocks of the u-head, and as many of the v-head; the first depth − head_depth blocks are shared."""
     num_time_tokens: int = 8
     """Conditioning tokens that carry h = t − r."""
     num_level_tokens: int = 8
@@ -86,11 +86,11 @@ class ModelConfig(NetworkConfig):
     guidance: bool = False
     """Whether the network takes a guidance scale omega and its interval as input."""
     num_guidance_tokens: int = 4
-    """Conditioning tokens that carry omega, with guidance."""
+    """Conditioning tokens that carry omega, if the network takes guidance."""
     num_interval_tokens: int = 2
-    """Conditioning tokens for each end of the guidance interval, with guidance."""
+    """Conditioning tokens for each end of the guidance interval, if the network takes guidance."""
     fusion: Literal["fused", "concat"] = "fused"
-    """How the previous level enters: fused with each token, or appended to the sequence."""
+    """How the previous level's canvas is fed in: fused with each token, or appended to the sequence."""
 
     def __post_init__(self) -> None:
         NetworkConfig.__post_init__(self)  # super() does not find the class that slots make

@@ -1,7 +1,7 @@
-"""What a training run is: nested as the rooms are, frozen, checked, YAML in and out.
+"""Configurations of training runs: frozen dataclasses, validated, read from and written to YAML.
 
-Fields marked `execution` change how fast or how long a run goes, not the course it takes: a run folder may be
-continued with other values of them, and with no other value of the rest.
+Fields marked EXECUTION change how fast or how long a run trains but not the weights it computes at a step. A run
+folder may be continued with other values of these fields; any other difference is refused.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Muon for matrices, Adam with Nesterov for the rest, and the weight averages."""
+    """Muon for matrices, Adam with Nesterov momentum for all other parameters, and the weight averages."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     lr: float = 1e-2
-    """Learning rate of both, constant until the cooldown."""
+    """Learning rate of Muon and Adam, constant until the cooldown."""
     cooldown_fraction: float = 0.0
-    """Share of the run, at its end, over which the learning rate falls linearly to 0; the release has none."""
+    """Share of the run, at its end, over which the learning rate falls linearly to 0; 0 in the release."""
     momentum: float = 0.95
     """Momentum of Muon."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -64,18 +64,18 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuledOptimConfig:
-    """AdamW or Muon, and the weight averages; the learning rate's course is the method's own."""
+    """AdamW or Muon, and the weight averages; each method adds its own schedule of the learning rate."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     rule: Literal["adamw", "muon"] = "adamw"
-    """AdamW as published, or Muon as in Trajectory Forcing, by which small networks learn in minutes."""
+    """AdamW as in the paper, or Muon as in Trajectory Forcing, with which small networks learn in minutes."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moments; with Muon of what Adam then takes."""
+    """Decay of the first and second moments of AdamW, or of the Adam part of Muon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; Muon here has none."""
+    """Decoupled weight decay of AdamW; must be 0 with Muon."""
     ema_halflives_kimg: tuple[float, ...] = (1000.0,)
     """Half-lives of the weight averages in thousands of images."""
     ema_ramp: float = 0.05
@@ -91,11 +91,11 @@ class RuledOptimConfig:
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         require(
             self.rule == "adamw" or self.weight_decay == 0,
-            f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: Muon here has none",
+            f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: this Muon has no weight decay",
         )
 
     def check_shares(self, *names: str) -> None:
-        """Refuse fields of these names that are no share from 0 to 1."""
+        """Raise UsageError if one of these fields is not between 0 and 1."""
         for name in names:
             found = getattr(self, name)
             require(0 <= found <= 1, f"{name} is {found}, expected a share from 0 to 1")
@@ -103,42 +103,42 @@ class RuledOptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """What every training run has: its length, batches and seed, and how it is carried out and watched."""
+    """Fields of every training run: length, batches, seed, execution and logging."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     total_images: int = field(default=102_400_000, metadata=EXECUTION)
-    """Images seen until the run ends (80 epochs of ImageNet); a cooldown begins at its share of them."""
+    """Images after which the run ends; the default is 80 epochs of ImageNet."""
     batch_size: int = 1024
     """Images in one optimiser step, over all ranks."""
     micro_batch_size: int | None = field(default=None, metadata=EXECUTION)
-    """Images in one backward pass on one rank; without it the rank's whole share of the batch."""
+    """Images in one backward pass on one rank; by default the rank's whole share of the batch."""
     seed: int = 0
-    """Seed of all that is random: initial weights, order of the data, noise."""
+    """Seed of all random numbers: initial weights, order of the data, noise."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic inside the network; weights and losses stay float32."""
     shuffle_shards: int = 64
-    """Shards whose samples are shuffled together, at most 128: a rank keeps them open."""
+    """Number of shards whose samples are shuffled together; at most 128, because a rank keeps them open."""
     loader_workers: int = field(default=2, metadata=EXECUTION)
-    """Threads that read shards ahead, per rank; 0 reads between the steps."""
+    """Threads per rank that read shards ahead of training; 0 reads between steps."""
     checkpoint_images: int = field(default=1_280_000, metadata=EXECUTION)
     """Images between two checkpoints."""
     keep_checkpoints: int = field(default=2, metadata=EXECUTION)
-    """Latest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     log_images: int = field(default=10_240, metadata=EXECUTION)
     """Images between two lines of metrics.jsonl."""
     sample_images: int | None = field(default=1_280_000, metadata=EXECUTION)
-    """Images between two sheets of samples in RUN/samples; none without it."""
+    """Images between two sheets of samples in RUN/samples; null draws none."""
     tensorboard: bool = field(default=True, metadata=EXECUTION)
-    """Whether numbers and sheets also go to RUN/tensorboard."""
+    """Whether metrics and sample sheets are also written to RUN/tensorboard."""
     wandb_project: str | None = field(default=None, metadata=EXECUTION)
-    """Project of Weights & Biases that numbers and sheets also go to."""
+    """Weights & Biases project to which metrics and sample sheets are also sent."""
     verify_shards: bool = field(default=True, metadata=EXECUTION)
     """Whether each shard's SHA-256 is checked when it is first read."""
     max_damaged_shards: int = field(default=0, metadata=EXECUTION)
-    """Damaged shards that a run goes on without, reading samples of the next in their place; 0 stops at the first."""
+    """Number of damaged shards to skip, reading samples of the next shard instead; 0 stops at the first one."""
     max_seconds: float | None = field(default=None, metadata=EXECUTION)
-    """Wall clock after which the run writes a checkpoint and ends with exit code 75, to be resumed."""
+    """Seconds after which the run writes a checkpoint and ends with exit code 75, so that it can be resumed."""
 
     def __post_init__(self) -> None:
         counts = ("total_images", "batch_size", "checkpoint_images", "log_images", "keep_checkpoints")
@@ -159,26 +159,26 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodRunConfig(RunConfig):
-    """What a run of every method has besides: the units of its features, and two ways through its objective."""
+    """Fields of every method's run: the units of features, and how the objective is computed."""
 
     normalise: Literal["none", "channel", "position"] = "channel"
-    """Units of the network's features: raw (`none`), or of mean 0 and spread 1 per channel or per position and
-    channel, by statistics.npz; samples are always raw."""
+    """Units of the network's features: raw (`none`), or of mean 0 and standard deviation 1 per channel or per position
+    and channel, from statistics.npz; samples are always in raw units."""
     compile: bool = field(default=False, metadata=EXECUTION)
-    """Whether the objective is compiled; equal up to rounding, after minutes of compiling."""
+    """Whether to compile the objective; takes minutes at the start, results are equal up to rounding."""
     activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
-    """Whether blocks keep only their input and run again in the backward pass: less memory, more time; exact."""
+    """Whether to recompute blocks in the backward pass instead of storing activations: less memory, more time."""
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)  # super() does not find the class that slots make
         require(
             not (self.compile and self.activation_checkpointing),
-            "compile and activation_checkpointing exclude each other: compiled code chooses itself what it keeps",
+            "compile and activation_checkpointing exclude each other: torch.compile decides itself what to recompute",
         )
 
 
 def checked(kind: type[Config], mapping: Mapping[str, Any], where: str) -> Config:
-    """Build a configuration of one kind from plain nested data.
+    """Build a configuration of type `kind` from plain nested data.
 
     Raises UsageError as `fields.from_mapping` does, and MismatchError for the configuration of another method.
     """
@@ -193,22 +193,22 @@ def checked(kind: type[Config], mapping: Mapping[str, Any], where: str) -> Confi
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The config with fields replaced by dotted name, for example `{"optim.lr": 0.005}`.
+    """Return the config with fields replaced by dotted name, for example `{"optim.lr": 0.005}`.
 
-    Raises UsageError for an unknown field, naming the nearest, for a value the field does not take, and for another
-    method than that of `config`.
+    Raises UsageError for an unknown field (with the nearest known name), for an invalid value, and for a
+    `method_name` that is not the one of `config`.
     """
     mapping, kind = to_mapping(config), type(config)
     own = _method_in(mapping)
     if isinstance(config, MethodRunConfig) and (asked := settings.get("method_name", own)) != own:
         raise UsageError(
-            f"method_name is {asked!r}, expected {own!r}: --method, or a preset, chooses the method"
+            f"method_name is {asked!r}, expected {own!r}: choose the method by --method or a preset"
         )
     for name, value in settings.items():
-        room, _, field_name = name.rpartition(".")
+        section, _, field_name = name.rpartition(".")
         if name not in (known := fields.known_fields(kind)):
             raise UsageError(f"unknown field {name!r}, {fields.nearest(name, known)}; --dry-run lists all")
-        (mapping[room] if room else mapping)[field_name] = value
+        (mapping[section] if section else mapping)[field_name] = value
     return checked(kind, mapping, "settings")
 
 
@@ -217,6 +217,6 @@ def _method_of(kind: type) -> str:
 
 
 def _method_in(given: Mapping[str, Any]) -> str:
-    """The method a run's fields are of; those of a decoder have no network."""
+    """Return the method that a run's fields belong to; a decoder's run is recognised by its fields."""
     is_decoder = "patch_size" in given and "model" not in given
     return given.get("method_name", "train-decoder" if is_decoder else "trajectory-forcing")

@@ -1,4 +1,4 @@
-"""What a run of Normalizing Trajectory Models is: the fields of every run, with its network, method and optimiser."""
+"""Configuration of a run of Normalizing Trajectory Models."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from trainer.networks.config import ModelConfig, NetworkConfig
 from trainer.training.config import MethodRunConfig, RuledOptimConfig
 
 Trajectory = Literal["tokens", "canvases", "levels"]
-"""What a trajectory runs through: noise levels of the tokens, of each level's canvas given the one before, or the
-levels of the hierarchy themselves."""
+"""Kind of trajectory: growing noise on the tokens, growing noise on each level's canvas given the level before, or the
+levels of the hierarchy as states."""
 
 Ending = Literal["inverse", "score", "denoiser"]
-"""How the states that a trajectory ends in become canvases, see `trainer.methods.normalizing_trajectory.sample`."""
+"""How final states of a trajectory become canvases, see `trainer.methods.normalizing_trajectory.sample`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizingModelConfig(NetworkConfig):
     """The network of Normalizing Trajectory Models. Defaults are those of NTM-B.
 
-    Width, depth and heads are those of the predictor, whose blocks see all tokens at once.
+    `width`, `depth` and `num_heads` are those of the predictor, whose blocks attend to all tokens.
     """
 
     num_levels: int = 4
     """L, levels of the hierarchy including the raw tokens; comes from the shards."""
     trajectory: Trajectory = "tokens"
-    """What a trajectory runs through: noise levels of the tokens, of every canvas, or the levels themselves."""
+    """States of a trajectory: noisy versions of the tokens or of every canvas, or the levels themselves."""
     num_steps: tuple[int, ...] = (4,)
-    """Transitions T of a trajectory; one of them is drawn for each step of training. With `levels` T is L."""
+    """Possible numbers T of transitions; each training step draws one of them. With `levels`, T is L."""
     flow_width: int = 768
     """Width of the transporter."""
     flow_blocks: int = 2
-    """Affine autoregressive blocks of the transporter, alternately in raster order and against it."""
+    """Affine autoregressive blocks of the transporter, in raster order and in reverse by turns."""
     flow_depth: int = 4
-    """Causal transformer blocks in each of them."""
+    """Causal transformer blocks in each autoregressive block."""
     flow_heads: int = 12
     """Attention heads of the transporter."""
     flow_max_log_scale: float = 1.0
-    """Largest logarithm of a scale of the transporter; its inverse stretches by as much, once in each block."""
+    """Largest log-scale of a transporter block; the block's inverse amplifies by at most its exponential."""
     denoiser_depth: int = 0
-    """Blocks of the learned denoiser, as wide as the predictor; 0 for none."""
+    """Blocks of the learned denoiser, as wide as the predictor; 0 means no denoiser."""
     backbone: ModelConfig | None = None
-    """Network of the flow-matching run that `init_from` named, which then predicts; it comes from that run."""
+    """Network of the flow-matching run in `init_from`, used as the predictor; it is read from that run."""
 
     def __post_init__(self) -> None:
         NetworkConfig.__post_init__(self)  # super() does not find the class that slots make
@@ -62,12 +62,12 @@ class NormalizingModelConfig(NetworkConfig):
         )
         require(
             self.backbone is None or self.trajectory == "canvases",
-            f"trajectory {self.trajectory!r} with a backbone: expected 'canvases', which is what it was trained on",
+            f"trajectory {self.trajectory!r} with a backbone: expected 'canvases', on which the backbone was trained",
         )
 
     @property
     def knows_levels(self) -> bool:
-        """Whether the predictor is told the level and the canvas before it."""
+        """Whether level and previous canvas are inputs of the predictor."""
         return self.trajectory == "canvases"
 
 
@@ -78,17 +78,17 @@ class NormalizingMethodConfig:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     pairs: Literal["all", "one"] = "all"
-    """Transitions of a sample that a step trains: all of its trajectory, or one drawn by chance."""
+    """Transitions of a sample that a step trains: all of its trajectory, or one at random."""
     t_min: tuple[float, float] = (0.0, 0.05)
-    """Interval of the noise on the cleanest state, uniform in training; not used by `levels`."""
+    """Interval from which training draws the noise of the cleanest state uniformly; not used by `levels`."""
     sampling_t_min: float = 0.02
-    """Noise on the cleanest state in sampling and in likelihoods; not used by `levels`."""
+    """Noise of the cleanest state in sampling and in likelihoods; not used by `levels`."""
     level_noise: float = 0.1
-    """Trajectory `levels`: standard deviation of the noise on canvases, in units of the normalised features."""
+    """With trajectory `levels`, standard deviation of the noise on canvases, in units of normalised features."""
     label_dropout: float = 0.1
-    """Probability that the label is replaced by the null class; 0 trains a model that takes no guidance."""
+    """Probability that the label is replaced by the null class; a model trained with 0 cannot be guided."""
     flow_weight: float = 2.5
-    """λ, weight of the distance to the means of the frozen flow-matching network, which falls along a cosine to 0."""
+    """λ, initial weight of the distance to the means of the frozen flow-matching network; it falls to 0 by a cosine."""
 
     def __post_init__(self) -> None:
         low, high = self.t_min
@@ -106,16 +106,16 @@ class NormalizingMethodConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizingOptimConfig(RuledOptimConfig):
-    """Warm-up and cosine. Defaults are the paper's, but for warm-up and averages, which it does not state."""
+    """Warm-up and cosine. Defaults are the paper's, except warm-up and averages, which it does not state."""
 
     lr: float = 1e-4
-    """Learning rate after the warm-up; from a flow-matching network the paper has 5e-5."""
+    """Learning rate after the warm-up; the paper uses 5e-5 when it starts from a flow-matching network."""
     final_lr_fraction: float = 0.01
-    """Share of it that is left at the end of the cosine."""
+    """Share of the learning rate that remains at the end of the cosine."""
     warmup_fraction: float = 0.02
     """Share of the run, at its start, over which the learning rate rises from 0."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay; Muon here has none."""
+    """Decoupled weight decay of AdamW; must be 0 with Muon."""
 
     def __post_init__(self) -> None:
         RuledOptimConfig.__post_init__(self)  # super() does not find the class that slots make
@@ -127,22 +127,22 @@ class NormalizingTrainConfig(MethodRunConfig):
     """One run of Normalizing Trajectory Models."""
 
     method_name: Literal["normalizing-trajectory"] = "normalizing-trajectory"
-    """Tells this configuration from one of another method."""
+    """Method of the run."""
     preset: str = "NTM-B"
     """Name of the preset the run started from."""
     model: NormalizingModelConfig = field(default_factory=NormalizingModelConfig)
     method: NormalizingMethodConfig = field(default_factory=NormalizingMethodConfig)
     optim: NormalizingOptimConfig = field(default_factory=NormalizingOptimConfig)
     init_from: str | None = None
-    """Run of Trajectory Forcing whose network predicts from the start, with an identity transporter."""
+    """Run of Trajectory Forcing whose network becomes the predictor, with an identity transporter at first."""
     distil_from: str | None = None
-    """Run of this method that is frozen while its denoiser is trained on what the scores of its trajectories say."""
+    """Run of this method whose network is frozen while a denoiser learns from the scores of its trajectories."""
 
     def __post_init__(self) -> None:
         MethodRunConfig.__post_init__(self)  # super() does not find the class that slots make
         require(
             self.init_from is None or self.distil_from is None,
-            "init_from and distil_from exclude each other: a denoiser is trained after the rest",
+            "init_from and distil_from exclude each other: the denoiser is trained after everything else",
         )
         require(
             not (self.compile and self.distil_from),
@@ -151,6 +151,6 @@ class NormalizingTrainConfig(MethodRunConfig):
         )
         require(
             self.init_from is None or self.method.t_min[0] > 0,
-            f"method.t_min is {self.method.t_min}, expected a low end above 0 with init_from: the deviation of its "
-            "last transition is about t_min",
+            f"method.t_min is {self.method.t_min}, expected a lower end above 0 with init_from: the standard deviation "
+            "of the last transition is about t_min",
         )

@@ -16,7 +16,7 @@ from trainer.training.config import MethodRunConfig, OptimConfig, checked
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig:
-    """Trajectory Forcing's objective: the law of (t, r), guidance, and the weight of the region loss."""
+    """Trajectory Forcing's objective: the distribution of (t, r), guidance, and the weight of the region loss."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
@@ -25,7 +25,7 @@ class MethodConfig:
     time_std: float = 1.0
     """Standard deviation of logit(t)."""
     time_shift: float = 10.0
-    """Shift of the law: its logarithm is added to the mean."""
+    """Shift of the distribution of t: its logarithm is added to the mean."""
     uniform_fraction: float = 0.1
     """Share of samples whose t and r are uniform on [0, 1] instead."""
     data_fraction: float = 0.0
@@ -37,7 +37,7 @@ class MethodConfig:
     label_dropout: float = 0.1
     """Probability that the label is replaced by the null class, with guidance."""
     prev_noise: float = 0.0
-    """Noise on the canvas of the previous level: σ·N(0, 1), σ uniform up to this, in the network's units; 0: none."""
+    """Largest noise on the previous level's canvas: σ·N(0, 1) with σ uniform up to this, in the network's units."""
 
     def __post_init__(self) -> None:
         for name in ("uniform_fraction", "data_fraction", "label_dropout"):
@@ -62,9 +62,10 @@ class TrainConfig(MethodRunConfig):
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     normalise: Literal["none", "channel", "position"] = "none"
-    """As for every method; the release trains on raw features."""
+    """Units of the network's features: raw (`none`), or of mean 0 and standard deviation 1 per channel or per position
+    and channel; the release trains on raw features."""
     level_per: Literal["sample", "batch"] = "sample"
-    """Whether each sample draws its level or, as the release does, a batch shares one."""
+    """Whether each sample draws its own level, or the whole batch shares one as in the release."""
 
 
 def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
