@@ -1,17 +1,17 @@
-"""A run's state on disk: `checkpoints/step-00001234/`, written under another name and renamed when whole.
+"""Checkpoints of a run: folders `checkpoints/step-00001234/`, written under another name and renamed when complete.
 
     model.safetensors       the raw weights
     ema-500.safetensors     one file for each weight average, named by its half-life in thousands of images
     optimizer.safetensors   tensors of the optimiser's state
-    normaliser.safetensors  mean and spread of the features, so that sampling needs no shards
-    state.json              step, images seen, configuration, encoder of the shards, sizes and checksums of the above
+    normaliser.safetensors  mean and standard deviation of the features, so that sampling needs no shards
+    state.json              step, images seen, configuration, encoder of the shards, sizes and checksums of these files
 
-Everything random in a run is a function of (seed, step), so no generator state is kept. A checkpoint counts
-when state.json, written last, is there and the files have the sizes it lists; a file's checksum is compared when
-its tensors are read.
+All random numbers of a run depend only on (seed, step), so no generator state is stored. A checkpoint is complete if
+state.json, which is written last, exists and all files have the sizes it lists; the checksum of a file is compared
+when its tensors are read.
 
-What is not a whole checkpoint of this program is never removed. Commands that only read pass over it with a warning;
-training stops before it changes anything, because it would come to write in that place.
+A folder that is not a complete checkpoint of this program is never removed. Commands that only read skip it with a
+warning; training stops before it changes anything, because it might later have to write to that path.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -43,26 +43,26 @@ STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NORMALISER = "normaliser.safetensors"
-ADVICE = "use another checkpoint, or move this one away and go on from the one before"
+ADVICE = "use another checkpoint, or move this one away and continue from the one before"
 RETRY = "if that error may have passed, give the same command again"
 FORMAT_VERSION = 1
-"""Version of the checkpoint folder; readers refuse another."""
+"""Version of the checkpoint format; other versions are refused."""
 STEP_FOLDER = re.compile(r"step-(\d+)")
 PARTIAL_FOLDER = re.compile(r"step-\d{8,}\.tmp-\d+")
 OWN_FILE = re.compile(r"state\.json|(model|optimizer|normaliser|ema-[\w.+-]+)\.safetensors")
 
 
 class ForeignCheckpointError(TrainerError):
-    """A folder has the name of a checkpoint, but its content is not that of one."""
+    """A folder is named like a checkpoint, but its content is not a checkpoint."""
 
 
 class UnreadableCheckpointError(TrainerError):
-    """The system failed to read a checkpoint, which may be a passing error."""
+    """The operating system could not read a checkpoint; the error may be transient."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RunState:
-    """What a checkpoint knows besides tensors, as plain data."""
+    """Content of state.json: everything in a checkpoint except tensors."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
@@ -71,7 +71,7 @@ class RunState:
     config: dict[str, Any]
     """The resolved TrainConfig."""
     shards: dict[str, Any]
-    """Description of the shards: encoder, class names, grid, configuration hash."""
+    """Encoder, class names, grid and configuration hash of the shards."""
     seconds: float = 0.0
     """Time spent training so far."""
     loss: float | None = None
@@ -83,12 +83,12 @@ class RunState:
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each other file."""
     checksums: dict[str, str] = field(default_factory=dict)
-    """CRC-32 of each other file, eight hexadecimal digits; checkpoints of earlier releases have none."""
+    """CRC-32 of each other file in eight hexadecimal digits; empty in checkpoints of earlier releases."""
     format_version: int = FORMAT_VERSION
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies in a run folder."""
+    """Return the path of the checkpoint of `step` in a run folder."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -100,7 +100,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     normaliser: Normaliser = RAW,
 ) -> None:
-    """Write the checkpoint folder `target`; an unfinished one never bears that name.
+    """Write the checkpoint folder `target`, which appears under this name only when it is complete.
 
     averages: weights by half-life, for example {"500": {...}}.
     """
@@ -117,7 +117,7 @@ def save_checkpoint(
 def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
     """Write the checkpoint folder `target` from tensors by file name, one file in memory at a time.
 
-    On any exception nothing of it is left. Raises TrainerError if `target` exists.
+    If an exception is raised, nothing is left on disk. Raises TrainerError if `target` exists.
     """
     if os.path.lexists(target):
         raise TrainerError(f"{target} exists, nothing was written there; {_advice(target)}")
@@ -129,7 +129,7 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
             state.files[name], state.checksums[name] = len(data), f"{zlib.crc32(data):08x}"
             (partial / name).write_bytes(data)
             sync(partial / name)
-            del content, data  # before the next file's tensors come
+            del content, data  # frees memory before the next file's tensors are loaded
         (partial / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         sync(partial / STATE)
         partial.rename(target)
@@ -140,10 +140,10 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
 
 
 def load_state(folder: Path) -> RunState:
-    """state.json of a checkpoint folder.
+    """Read state.json of a checkpoint folder and compare the sizes of all files.
 
-    Raises MismatchError for another version, ForeignCheckpointError where the folder is not a checkpoint,
-    UnreadableCheckpointError where the system cannot read it, and TrainerError where a file is damaged.
+    Raises MismatchError for another format version, ForeignCheckpointError if the folder is not a checkpoint,
+    UnreadableCheckpointError if the operating system cannot read it, and TrainerError if a file is damaged.
     """
     try:
         content = json.loads((folder / STATE).read_bytes())
@@ -184,9 +184,9 @@ def load_state(folder: Path) -> RunState:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU.
+    """Read the tensors of a safetensors file, on the CPU.
 
-    Raises TrainerError when it cannot be read, or is not what the state.json beside it lists.
+    Raises TrainerError if it cannot be read, or its checksum is not the one in state.json of the same folder.
     """
     try:
         listed = _listed_checksum(path)
@@ -200,9 +200,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Whatever a run has under the name `checkpoints/step-<number>`, in the order of the numbers.
+    """List all paths `checkpoints/step-<number>` of a run, whatever they are, in the order of the numbers.
 
-    Raises UnreadableCheckpointError where the folder cannot be listed: it may hold checkpoints.
+    Raises UnreadableCheckpointError if the folder cannot be listed, because it may hold checkpoints.
     """
     try:
         names = os.listdir(run / "checkpoints")
@@ -215,107 +215,92 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints" / n for n in names if STEP_FOLDER.fullmatch(n)), key=_number)
 
 
-def latest_checkpoint(run: Path, damaged: list[TrainerError] | None = None) -> Path | None:
-    """The newest checkpoint of a run that is whole, or None; what is wrong with newer ones goes to `damaged`."""
-    found = _latest(run, [] if damaged is None else damaged)
+def _search(
+    run: Path, read: Callable[[Path], RunState]
+) -> tuple[tuple[Path, RunState] | None, dict[Path, TrainerError]]:
+    """Return a run's newest folder `step-*` that `read` accepts, and the errors for all newer ones, newest first."""
+    refused: dict[Path, TrainerError] = {}
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            return (folder, read(folder)), refused
+        except TrainerError as error:
+            refused[folder] = error
+    return None, refused
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    found, _ = _search(run, load_state)
     return found and found[0]
 
 
-def _latest(run: Path, damaged: list[TrainerError]) -> tuple[Path, RunState] | None:
-    for folder in reversed(list_checkpoints(run)):
-        try:
-            return folder, load_state(folder)
-        except TrainerError as error:
-            damaged.append(error)
-    return None
+def find_checkpoint(folder: str | Path, warn: bool = False) -> Path:
+    """Return `folder` if it is a checkpoint, or the newest complete checkpoint of the run folder `folder`.
 
-
-def find_checkpoint(folder: str | Path, damaged: list[TrainerError] | None = None) -> Path:
-    """The checkpoint folder meant by `folder`: itself, or the newest whole one of a run folder.
-
-    damaged: see `latest_checkpoint`. Raises TrainerError when there is none.
+    warn: name newer checkpoints that are damaged on stderr. Raises TrainerError if there is none.
     """
     path = Path(folder)
-    return path if (path / STATE).exists() else _newest(path, [] if damaged is None else damaged)[0]
+    return path if (path / STATE).exists() else _newest(path, warn)[0]
 
 
 def read_checkpoint(folder: str | Path) -> tuple[Path, RunState]:
-    """The checkpoint folder that `find_checkpoint` finds and its state, which is read once.
+    """Return the checkpoint folder that `find_checkpoint` finds, and its state, which is read once.
 
     Newer checkpoints that are damaged are named on stderr.
     """
-    path, damaged = Path(folder), list[TrainerError]()
-    if (path / STATE).exists():
-        return path, load_state(path)
-    found = _newest(path, damaged)
-    warn_of(damaged, found[0])
+    path = Path(folder)
+    return (path, load_state(path)) if (path / STATE).exists() else _newest(path, warn=True)
+
+
+def _newest(run: Path, warn: bool) -> tuple[Path, RunState]:
+    found, refused = _search(run, load_state)
+    if found is None:
+        for error in refused.values():
+            raise error  # the one of the newest folder
+        raise TrainerError(
+            f"{run}: found no checkpoint; give a run folder of `trainer train` or one step of it"
+        )
+    for error in refused.values() if warn else ():
+        print(f"warning: {_problem(error)}; taking {found[0].name} instead", file=sys.stderr)
     return found
 
 
-def _newest(run: Path, damaged: list[TrainerError]) -> tuple[Path, RunState]:
-    found = _latest(run, damaged)
-    if found is not None:
-        return found
-    if steps := list_checkpoints(run):
-        load_state(steps[-1])  # says what is wrong with it
-    raise TrainerError(f"{run}: found no checkpoint; give a run folder of `trainer train` or one step of it")
-
-
-def warn_of(damaged: Iterable[TrainerError], taken: Path) -> None:
-    """Say on stderr which checkpoints were passed over, why, and what is `taken` instead."""
-    for error in damaged:
-        print(f"warning: {_problem(error)}; taking {taken.name} instead", file=sys.stderr)
-
-
 def checkpoint_to_resume(run: Path) -> Path | None:
-    """The newest checkpoint of a run, for training to go on from; None where there is no folder `step-*`.
+    """Return the newest checkpoint of a run, from which training continues; None if there is no folder `step-*`.
 
-    Raises MismatchError or TrainerError where the newest folder `step-*` is not a whole checkpoint.
+    Raises MismatchError or TrainerError if the newest folder `step-*` is not a complete checkpoint.
     """
-    unknown: dict[Path, TrainerError] = {}
-    for folder in reversed(list_checkpoints(run)):
-        try:
-            _load_own(folder)
-        except TrainerError as error:
-            unknown[folder] = error
-            continue
-        _refuse(unknown, folder)
-        return folder
-    _refuse(unknown, None)
-    return None
+    found, refused = _search(run, _load_own)
+    origin = found and found[0]
+    _refuse(refused, origin)
+    return origin
 
 
 def later_checkpoints(run: Path, step: int, origin: Path | None) -> list[Path]:
-    """Checkpoints of later steps than `step`, which training removes when it goes on from `origin`.
+    """List the checkpoints after `step`, which training removes when it continues from `origin`.
 
-    Raises MismatchError or TrainerError where one of them is not a whole checkpoint, or holds anything else.
+    Raises MismatchError or TrainerError if one of them is not a complete checkpoint, or contains other files.
     """
     later = [folder for folder in list_checkpoints(run) if _number(folder) > step]
-    unknown: dict[Path, TrainerError] = {}
-    for folder in reversed(later):
-        try:
-            _check_removable(folder)
-        except TrainerError as error:
-            unknown[folder] = error
-    _refuse(unknown, origin)
+    _refuse(_unremovable(reversed(later)), origin)
     return later
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint folder belongs to; one that lies elsewhere is its own."""
+    """Return the run folder of a checkpoint; a checkpoint outside a run folder is returned itself."""
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def averages_of(folder: Path) -> list[str]:
-    """Half-lives of the weight averages in a checkpoint, as their files name them, shortest first."""
+    """List the half-lives of the weight averages in a checkpoint, as in their file names, shortest first."""
     names = [p.stem.removeprefix("ema-") for p in folder.glob("ema-*.safetensors")]
     return sorted(names, key=float)
 
 
 def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
-    """Weights of the average with half-life `ema`, or the raw ones for None.
+    """Read the weight average of half-life `ema`, or the raw weights if `ema` is None.
 
-    Raises UsageError naming the averages there are.
+    Raises UsageError with the available half-lives for an unknown one.
     """
     if ema is None:
         return load_tensors(folder / MODEL)
@@ -328,7 +313,7 @@ def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
 
 
 def load_normaliser(folder: Path) -> Normaliser:
-    """The normaliser of a checkpoint; one of earlier releases holds none and has raw features."""
+    """Read the normaliser of a checkpoint; checkpoints of earlier releases have none and use raw features."""
     path = folder / NORMALISER
     tensors = load_tensors(path) if path.exists() else {}
     if not tensors.keys() <= {"mean", "std"}:
@@ -337,9 +322,9 @@ def load_normaliser(folder: Path) -> Normaliser:
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps than `step`, which belong to a course that was given up.
+    """Remove the checkpoints after `step`, so that the run continues from there.
 
-    Raises, before it removes anything, what `later_checkpoints` raises.
+    Raises what `later_checkpoints` raises, before anything is removed.
     """
     origin = checkpoint_folder(run, step) if step else None
     for folder in later_checkpoints(run, step, origin):
@@ -349,14 +334,11 @@ def drop_after(run: Path, step: int) -> None:
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what interrupted writes left behind.
 
-    Whatever is not a whole checkpoint, or holds anything else, stays and does not count.
+    Folders that are not complete checkpoints, or contain other files, are kept and not counted.
     """
-    own = []
-    for folder in list_checkpoints(run):
-        with contextlib.suppress(TrainerError):
-            _check_removable(folder)
-            own.append(folder)
-    for folder in own[:-keep]:
+    folders = list_checkpoints(run)
+    foreign = _unremovable(folders)
+    for folder in [folder for folder in folders if folder not in foreign][:-keep]:
         _remove(folder)
     for folder in (run / "checkpoints").iterdir():
         if _is_partial(folder):
@@ -364,7 +346,7 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """State of an optimiser over named parameters: tensors as `<slot>/<parameter>`, and its groups as plain data."""
+    """Return the state of an optimiser: tensors by name `<slot>/<parameter>`, and its groups as plain data."""
     state = optimizer.state_dict()
     names = _parameter_names(state["param_groups"])
     tensors = {
@@ -378,7 +360,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Put back what `optimizer_tensors` returned. Raises MismatchError for another set of parameters."""
+    """Restore the state that `optimizer_tensors` returned. Raises MismatchError if the parameters differ."""
     own = optimizer.state_dict()["param_groups"]
     names = [group["param_names"] for group in own]
     stored = {path.partition("/")[2] for path in tensors}
@@ -405,18 +387,28 @@ def _size(path: Path) -> int:
 
 
 def _load_own(folder: Path) -> RunState:
-    """Raises what `load_state` raises, and ForeignCheckpointError where the folder is named for another step."""
+    """Raise what `load_state` raises, and ForeignCheckpointError if the folder is named for another step."""
     state = load_state(folder)
     if state.step != _number(folder):
         raise ForeignCheckpointError(f"{folder} holds the checkpoint of another step, {state.step}")
     return state
 
 
+def _unremovable(folders: Iterable[Path]) -> dict[Path, TrainerError]:
+    """Return those folders that are not complete checkpoints, or contain other files, and why."""
+    errors: dict[Path, TrainerError] = {}
+    for folder in folders:
+        try:
+            _check_removable(folder)
+        except TrainerError as error:
+            errors[folder] = error
+    return errors
+
+
 def _check_removable(folder: Path) -> None:
-    """Raise TrainerError unless the folder is a whole checkpoint and holds nothing else."""
     _load_own(folder)
     if folder.is_symlink():
-        raise ForeignCheckpointError(f"{folder} is a link, which this program did not make")
+        raise ForeignCheckpointError(f"{folder} is a symbolic link, which this program did not make")
     if strangers := _strangers(folder):
         raise ForeignCheckpointError(
             f"{folder} holds {', '.join(strangers)}, which is not part of a checkpoint"
@@ -424,7 +416,7 @@ def _check_removable(folder: Path) -> None:
 
 
 def _strangers(folder: Path) -> list[str]:
-    """Names of all that is in a folder besides the files of a checkpoint."""
+    """List the names in a folder that are not files of a checkpoint."""
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -437,7 +429,7 @@ def _strangers(folder: Path) -> list[str]:
 
 
 def _is_partial(folder: Path) -> bool:
-    """Whether a folder is what an interrupted write or removal left: by its name and by all that it holds."""
+    """Whether a folder is left from an interrupted write or removal, judging by its name and all its files."""
     if not PARTIAL_FOLDER.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
     with contextlib.suppress(UnreadableCheckpointError):
@@ -446,36 +438,36 @@ def _is_partial(folder: Path) -> bool:
 
 
 def _vacant_partial(target: Path) -> Path:
-    """The name under which this process writes or removes `target`, with nothing in that place."""
+    """Return the path under which this process writes or removes `target`, after making sure that it is free."""
     partial = partial_name(target)
-    if _is_partial(partial):  # of a process that was killed; in containers ids come again
+    if _is_partial(partial):  # from a killed process; in containers process ids repeat
         shutil.rmtree(partial)
     if os.path.lexists(partial):
         raise TrainerError(
-            f"{partial} is not a checkpoint that was being written, and is in its place; move it away and give "
+            f"{partial} is in the way and is not a checkpoint that was being written; move it away and give "
             f"the same command again: {_move(partial)}"
         )
     return partial
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. After a kill in between, the rest of it does not have the name of a checkpoint."""
+    """Remove a checkpoint; it is renamed first, so that a partly removed one is never taken for a checkpoint."""
     partial = _vacant_partial(folder)
     folder.rename(partial)
     shutil.rmtree(partial)
 
 
 def _refuse(unknown: Mapping[Path, TrainerError], origin: Path | None) -> None:
-    """Raise the error of the newest of the `unknown` folders, newest first, with what to do about all of them.
+    """Raise the first error of `unknown` (folders, newest first), with a command that moves all of them away.
 
-    origin: where training goes on once they are moved away.
+    origin: the checkpoint from which training continues once they are moved; None if it starts from scratch.
     """
     if not unknown:
         return
     first = next(iter(unknown.values()))
     others = f" (and {len(unknown) - 1} more before it)" if len(unknown) > 1 else ""
     retry = f"{RETRY}; else " if isinstance(first, UnreadableCheckpointError) else ""
-    then = "starts anew" if origin is None else f"goes on from {origin.name}"
+    then = "starts from scratch" if origin is None else f"continues from {origin.name}"
     message = (
         f"{_problem(first)}{others}; nothing was changed: "
         f"{retry}train into another --out, or move {'it' if len(unknown) == 1 else 'them'} away, "
@@ -487,7 +479,7 @@ def _refuse(unknown: Mapping[Path, TrainerError], origin: Path | None) -> None:
 
 
 def _problem(error: TrainerError) -> str:
-    """What an error of `load_state` says, without the advice."""
+    """Return the message of an error of `load_state` without the advice at its end."""
     return re.split(f"; (?:{ADVICE}|{RETRY})", str(error))[0]
 
 
@@ -496,7 +488,7 @@ def _advice(folder: Path) -> str:
 
 
 def _move(folder: Path) -> str:
-    """The shell command that gives a folder a name beside it which no checkpoint has."""
+    """Return the shell command that renames a folder, in the same place, to a name no checkpoint has."""
     names = (folder.with_name(f"{folder.name}.aside{number}") for number in ("", *range(2, 1000)))
     target = next(path for path in names if not os.path.lexists(path))
     return shlex.join(["mv", "--", str(folder), str(target)])
@@ -507,7 +499,7 @@ def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def _listed_checksum(path: Path) -> str | None:
-    """What state.json says of a file beside it; None where there is none or it does not say."""
+    """Return the checksum of a file in state.json of its folder; None without such a file or entry."""
     try:
         content = json.loads((path.parent / STATE).read_bytes())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The run folder: what may be continued in it, and by what.
+"""The run folder: its lock, its configuration, and the checks before a run is continued.
 
 config.yaml     resolved configuration, and a description of the shards
 checkpoints/    see `trainer.training.checkpoint`
@@ -32,14 +32,14 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run folder for one writer; a second one raises TrainerError at once. Freed by the kernel on exit."""
+    """Lock a run folder for one writer; a second one gets TrainerError at once. The kernel unlocks it on exit."""
     run.mkdir(parents=True, exist_ok=True)
     with open(run / LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TrainerError(
-                f"{run} is being trained in by another process: wait for it, or choose another --out"
+                f"{run} is locked by another process that trains in it: wait for it, or choose another --out"
             ) from None
         except OSError as error:  # some network file systems have no locks
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
@@ -48,10 +48,10 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start.
+    """Return the checkpoint to continue from, or None to start from scratch.
 
-    The main rank says which checkpoints of another run were passed over. Raises MismatchError or TrainerError where
-    `out` has a later folder `step-*` that is not a whole checkpoint, as training would have to remove it.
+    The main rank names damaged checkpoints of another run that were skipped. Raises MismatchError or TrainerError if
+    `out` has a later folder `step-*` that is not a complete checkpoint, because training would have to remove it.
     """
     if resume == "auto":
         return saved.checkpoint_to_resume(out)
@@ -65,17 +65,16 @@ def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
         raise UsageError(
             f"--resume {resume}: found no such folder, expected auto, never or a run or checkpoint"
         )
-    damaged: list[TrainerError] = []
-    asked = saved.find_checkpoint(resume, damaged)
+    asked = saved.find_checkpoint(resume)
     if asked.parent.resolve() == (out / "checkpoints").resolve():
         saved.later_checkpoints(out, saved.load_state(asked).step, asked)
         return asked
     own = saved.checkpoint_to_resume(out)
     if own is not None:
-        return own  # a rerun of a command that once started from elsewhere goes on from its own checkpoints
-    if is_main:
-        saved.warn_of(damaged, asked)
-    return asked
+        return (
+            own  # a command that started from another run is repeated: it continues from its own checkpoints
+        )
+    return saved.find_checkpoint(resume, warn=is_main)
 
 
 def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardIndex) -> None:

@@ -223,7 +223,7 @@ def test_training_stops_at_a_step_that_it_cannot_read_and_goes_on_once_it_is_mov
         assert found == code, error
         assert re.search(rf"^error: .*step-00000002.*{message}", error), error
         assert "nothing was changed" in error
-        assert "the same command goes on from step-00000001: mv -- " in error
+        assert "the same command continues from step-00000001: mv -- " in error
         assert len(error.splitlines()) == 1
     assert content(run) == before
     follow(error)
@@ -296,7 +296,7 @@ def test_a_run_without_a_whole_step_starts_anew_only_after_all_are_moved_away(
     code, error = call("train", shards, "--out", run, "--quiet")
     assert code == 1
     assert "step-00000002/model.safetensors: 0 bytes" in error
-    assert "and the same command starts anew: mv -- " in error
+    assert "and the same command starts from scratch: mv -- " in error
     assert content(run) == before
     follow(error)
     assert call("train", shards, "--out", run, "--quiet")[0] == 0

@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import target_of, write_bytes
 from trainer.data.normalisation import RAW
@@ -108,9 +108,7 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
     Raises MismatchError for a run of another method or on normalised features, which the release's format cannot
     tell, or whose weights are not finite and of its configuration; UsageError for a network it cannot hold.
     """
-    damaged: list[TrainerError] = []
-    folder = saved.find_checkpoint(run, damaged)
-    saved.warn_of(damaged, folder)
+    folder = saved.find_checkpoint(run, warn=True)
     state = saved.load_state(folder)
     config = from_mapping(state.config, str(folder))
     normaliser = saved.load_normaliser(folder)
