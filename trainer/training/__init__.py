@@ -1,1 +1,1 @@
-"""What every training shares."""
+"""The training loop, optimisers, checkpoints and run folders that all methods use."""

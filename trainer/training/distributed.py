@@ -1,8 +1,8 @@
-"""Several processes that train one model: who they are, and the sums they take together.
+"""Data-parallel training: the ranks, and the sums of gradients over them.
 
-Gradients are added by hand: `torch.func.jvp` bypasses the hooks of DistributedDataParallel, so a wrapped
-model would train on unsynchronised gradients without a word. The norm of the sum must then be the same on all
-ranks, and that of the weights too: `check_equal`.
+Gradients are summed explicitly, because `torch.func.jvp` bypasses the hooks of DistributedDataParallel: a wrapped
+model would train on unsynchronised gradients without any error. As a check, the norms of the summed gradients and of
+the weights must be equal on all ranks (`check_equal`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from hierarchy_builder.errors import TrainerError
 
 BUCKET_ELEMENTS = 1 << 24
-"""Elements of gradients added in one call (64 MiB of float32)."""
+"""Gradient elements summed in one call (64 MiB of float32)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """This process among all: rank 0 also writes files and prints."""
+    """This process's rank among all; rank 0 also writes files and prints."""
 
     device: torch.device
     rank: int = 0
@@ -42,7 +42,7 @@ class World:
             dist.barrier()
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over all processes, in buckets; a missing gradient counts as 0."""
+        """Replace every gradient by its sum over all ranks, in buckets; a missing gradient counts as 0."""
         gradients = []
         for parameter in parameters:
             if parameter.grad is None:
@@ -57,7 +57,7 @@ class World:
                 gradient.copy_(part.view_as(gradient))
 
     def gather(self, values: Tensor) -> Tensor:
-        """`values` [n] of every process, in order of rank: [size, n]."""
+        """Collect `values` [n] of all processes in the order of ranks: [size, n]."""
         if self.size == 1:
             return values[None]
         rows = [torch.empty_like(values) for _ in range(self.size)]
@@ -66,7 +66,7 @@ class World:
 
 
 def check_equal(values: Tensor, what: str) -> None:
-    """Raise TrainerError when the numbers of all processes, [size], are not one and the same."""
+    """Raise TrainerError unless `values` [size], one number per process, are all equal."""
     if not torch.equal(values, values[:1].expand_as(values)):
         raise TrainerError(
             f"{what} differs between processes: {values.tolist()}; stop and resume from a checkpoint"
@@ -88,7 +88,7 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
-    """This process's World: alone, or one of the ranks `torchrun` started (gloo on CPU, nccl on CUDA)."""
+    """Join the process group that `torchrun` started (gloo on CPU, nccl on CUDA), or use a single process."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -96,7 +96,7 @@ def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
         return
-    if dist.is_initialized():  # by whoever started this process, Ray Train for one
+    if dist.is_initialized():  # by the program that started this process, for example Ray Train
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"

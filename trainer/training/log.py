@@ -1,4 +1,4 @@
-"""What a run says while it trains: lines of metrics.jsonl, sheets of samples, a bar or plain lines on stderr."""
+"""Logging of a run: metrics.jsonl, sheets of samples, trackers, and a progress bar or plain lines on stderr."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hierarchy_builder.files import whole_file, write_bytes
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
-"""Sheets of samples, in the run folder."""
+"""Folder for sheets of samples, in the run folder."""
 TENSORBOARD = "tensorboard"
-"""Event files, in the run folder."""
+"""Folder for event files, in the run folder."""
 
 
 def truncate_metrics(run: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, so that a resumed run writes no step twice."""
+    """Remove the lines of metrics.jsonl after `step`, so that a resumed run writes no step twice."""
     path = run / METRICS
     if not path.exists():
         return
@@ -34,7 +34,7 @@ def truncate_metrics(run: Path, step: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl in order, up to a line that is cut off or no row."""
+    """Read the rows of metrics.jsonl in order, up to the first line that is incomplete or not a row."""
     rows = []
     for line in (run / METRICS).read_bytes().splitlines():
         try:
@@ -48,20 +48,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class Tracker(Protocol):
-    """Takes what a run reports."""
+    """A service or file format that receives the metrics and sheets of a run."""
 
     def scalars(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Note numbers by name."""
+        """Record numbers by name."""
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        """Note a picture."""
+        """Record a picture."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all pending data and close."""
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard; what an interrupted run wrote after `images_seen` is hidden."""
+    """Event files in RUN/tensorboard; entries after `images_seen`, from an interrupted run, are hidden."""
 
     def __init__(self, run: Path, images_seen: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -69,22 +69,22 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=images_seen + 1)
 
     def scalars(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Note numbers by name."""
+        """Record numbers by name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, images_seen)
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        """Note a picture."""
+        """Record a picture."""
         pixels = np.asarray(picture.convert("RGB"))
         self._writer.add_image(name, pixels, images_seen, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all pending data and close."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of the project in Weights & Biases, found again by the name of the run folder."""
+    """A run in a Weights & Biases project, identified by the name of the run folder, so that it can be resumed."""
 
     def __init__(self, run: Path, project: str, config: Mapping[str, Any]) -> None:
         try:
@@ -101,15 +101,15 @@ class WeightsAndBiases:
         )
 
     def scalars(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Note numbers by name."""
+        """Record numbers by name."""
         self._run.log({**values, "images": images_seen})
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        """Note a picture."""
+        """Record a picture."""
         self._run.log({name: self._module.Image(picture), "images": images_seen})
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all pending data and close."""
         self._run.finish()
 
 
@@ -122,9 +122,9 @@ def open_trackers(
     config: Mapping[str, Any],
     quiet: bool = False,
 ) -> list[Tracker]:
-    """Those that were asked for. Raises UsageError when wandb was and is not installed.
+    """Open the configured trackers. Raises UsageError if wandb is configured but not installed.
 
-    Without TensorBoard the run goes on, since metrics.jsonl holds the same numbers; a line on stderr says so.
+    If TensorBoard is not installed the run continues with a notice on stderr, because metrics.jsonl has the same data.
     """
     trackers: list[Tracker] = []
     if wandb_project is not None:
@@ -139,7 +139,7 @@ def open_trackers(
 
 
 class RunLog:
-    """Writes rows to metrics.jsonl and shows them: to trackers, and in a bar on a terminal or plain lines."""
+    """Writes rows to metrics.jsonl and trackers, and shows them in a progress bar on a terminal or as plain lines."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class RunLog:
             self._bar.start()
 
     def advance(self, images_seen: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._bar:
             self._bar.update(self._task, completed=images_seen)
 
@@ -189,7 +189,7 @@ class RunLog:
             print(f"step {row['step']}  {seen}  {text}", file=sys.stderr, flush=True)
 
     def show_samples(self, sheet: Image.Image, step: int, images_seen: int) -> None:
-        """Keep a sheet as RUN/samples/step-NNNNNNNN.png."""
+        """Save a sheet as RUN/samples/step-NNNNNNNN.png and send it to the trackers."""
         folder = self._run / SAMPLES
         folder.mkdir(exist_ok=True)
         with whole_file(folder / f"step-{step:08d}.png") as partial:

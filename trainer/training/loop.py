@@ -1,6 +1,6 @@
-"""The loop every training shares: steps over ranks and micro-batches, logs, checkpoints, stopping and going on.
+"""The training loop: steps over ranks and micro-batches, logs, checkpoints, stopping and resuming.
 
-A step's gradients are summed by hand over micro-batches and ranks, so every part of a loss is scaled to the global
+Gradients of a step are summed explicitly over micro-batches and ranks, so every part of a loss is scaled to the global
 batch before `backward`. All ranks stop at the same step, after a checkpoint.
 """
 
@@ -33,18 +33,18 @@ from trainer.training.run_folder import locked, prepare_folder
 from trainer.training.weights import WeightAverages, fill
 
 SHOWN_KEYS = 8
-"""Sample keys named in an error."""
+"""Largest number of sample keys listed in an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSummary:
-    """How a run ended."""
+    """State of a run when it ended."""
 
     run: str
     step: int
     images_seen: int
     seconds: float
-    """Time spent training, over all resumptions."""
+    """Training time, including the time before each resumption."""
     loss: float | None
     """Loss in the last line of metrics.jsonl."""
     checkpoint: str
@@ -55,7 +55,7 @@ CTRL_C, OTHER_STOP = "Ctrl-C", "a signal or the wall clock"
 
 @dataclass(slots=True)
 class StopRequest:
-    """Which signal asked the run to stop, if any."""
+    """The number of the signal that asks the run to stop; 0 for none."""
 
     signal: int = 0
 
@@ -64,7 +64,7 @@ class StopRequest:
 def stop_signals() -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGUSR1 and the first Ctrl-C into a request to stop at the end of the step.
 
-    Only the main thread may take signals; in another one nothing is noted.
+    Python handles signals only in the main thread; in other threads the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -85,16 +85,16 @@ def stop_signals() -> Iterator[StopRequest]:
 
 
 class Loop(ABC):
-    """One run in one process: the state that checkpoints keep, and the loop over it.
+    """One run in one process: the state that checkpoints store, and the loop over steps.
 
-    A kind of training sets `plan`, `dataset`, `model`, `optimizer` and `averages`, calls `_begin`, and says what a
-    step computes (`backward`), its learning rate (`_rate`), and what is shown (`_sheet`) and audited (`_audit`).
+    A subclass sets `plan`, `dataset`, `model`, `optimizer` and `averages`, calls `_begin`, and implements the step
+    (`backward`), its learning rate (`_rate`), the sheet of samples (`_sheet`) and the report on epochs (`_audit`).
     """
 
     terms: tuple[str, ...]
-    """What `backward` returns, each a mean over the global batch; one is `loss`."""
+    """Names of the terms that `backward` returns, each a mean over the global batch; one of them is `loss`."""
     shown: tuple[str, ...] = ("loss", "raw_mse_u")
-    """Numbers shown on stderr. The adaptive loss stays near 2 by construction; the squared error of u falls."""
+    """Terms shown on stderr. `raw_mse_u` falls as training proceeds; the adaptive loss stays near 2 by design."""
     rate_field: str = "optim.lr"
     """Name of the learning rate in the configuration."""
     plan: StreamPlan
@@ -115,10 +115,10 @@ class Loop(ABC):
         self.sums: dict[str, float] = {}
 
     def _begin(self, origin: Path | None) -> None:
-        """Go on from the checkpoint `origin`, if there is one, and make the run folder ready."""
+        """Restore the checkpoint `origin`, if there is one, and prepare the run folder."""
         if origin is not None:
             self._restore(origin)
-        self.world.barrier()  # until all ranks have read the folder that the main one is to change
+        self.world.barrier()  # all ranks must have read the folder before the main rank changes it
         if self.world.is_main:
             with locked(self.out):
                 prepare_folder(self.out, self.config, self.index, self.step)
@@ -126,23 +126,23 @@ class Loop(ABC):
 
     @abstractmethod
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
-        """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each of `terms`."""
+        """Add the gradients of rows `start` ≤ i < `stop` of this rank; return their share of each of `terms`."""
 
     @abstractmethod
     def _rate(self) -> float:
-        """Learning rate of the coming update."""
+        """Return the learning rate of the next update."""
 
     @abstractmethod
     def _sheet(self) -> Image.Image:
-        """Picture of what the model makes now."""
+        """Draw a picture of samples from the current model."""
 
     def _audit(self) -> dict[str, Any]:
-        """What is written about the epochs that are finished, at the end of each: here, shards left out."""
+        """Return the report on finished epochs, written at the end of each; the base class lists skipped shards."""
         damaged = self.dataset.damaged_shards()
         return {"damaged_shards": damaged} if damaged else {}
 
     def _stream_plan(self, shard_sizes: tuple[int, ...] | None = None, **fields: Any) -> StreamPlan:
-        """The order of samples that the configuration asks for; shard_sizes: of those trained on, all if None."""
+        """Return the configured order of samples; shard_sizes: samples of each shard to train on, None for all."""
         return StreamPlan(
             shard_sizes=shard_sizes or tuple(shard.num_samples for shard in self.index.shards),
             num_levels=self.index.num_levels,
@@ -153,7 +153,7 @@ class Loop(ABC):
         )
 
     def _averaged(self) -> AbstractContextManager[object]:
-        """Lends the model its first weight average, where there is one."""
+        """Return a context in which the model has its first weight average, if there is one."""
         halflives = list(self.averages.averages)
         return self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
 
@@ -162,7 +162,7 @@ class Loop(ABC):
         return self.step * self.config.batch_size
 
     def train(self) -> RunSummary:
-        """Take the remaining steps; checkpoints on the way, at the end and when asked to stop."""
+        """Take the remaining steps; write checkpoints at intervals, at the end and when asked to stop."""
         config = self.config
         batches = range(self.step, -(-config.total_images // config.batch_size))
         loader = batch_loader(
@@ -207,7 +207,7 @@ class Loop(ABC):
         return RunLog(self.out, config.total_images, self.images_seen, self.quiet, trackers, self.shown)
 
     def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
-        """One optimiser step. Returns its terms, and why all ranks are to stop now, if any of them is."""
+        """Take one optimiser step. Returns its terms and, if any rank wants to stop, the reason, else ""."""
         world, share = self.world, len(batch)
         micro = self.config.micro_batch_size or share
         sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=world.device)
@@ -216,7 +216,7 @@ class Loop(ABC):
             sums[: len(self.terms)] += self.backward(batch, start, min(start + micro, share))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         world.add_gradients(parameters)
-        # The wish to stop travels with the losses, so that all ranks stop at the same step.
+        # Stop requests are gathered together with the losses, so that all ranks stop at the same step.
         sums[-3] = self.stop.signal == signal.SIGINT
         sums[-2] = time_is_up or self.stop.signal != 0
         sums[-1] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -235,7 +235,7 @@ class Loop(ABC):
         return terms, CTRL_C if interrupted else OTHER_STOP if stopped else ""
 
     def _note(self, log: RunLog | None, terms: dict[str, float], is_last: bool) -> None:
-        """Add a step's terms to the running sums; write their means, and at the end of an epoch its audit."""
+        """Add a step's terms to the running sums; write their means, and at the end of an epoch its report."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.sums["steps"] = self.sums.get("steps", 0.0) + 1
@@ -259,7 +259,7 @@ class Loop(ABC):
         return {"step": self.step, "images": self.images_seen, "epoch": epoch}
 
     def _crosses(self, every: int) -> bool:
-        """Whether the last step passed a multiple of `every` images."""
+        """Whether the last step reached or passed a multiple of `every` images."""
         return self.images_seen // every > (self.images_seen - self.config.batch_size) // every
 
     def _assert_equal_weights(self) -> None:
@@ -274,11 +274,11 @@ class Loop(ABC):
         shown = ", ".join(keys[:SHOWN_KEYS]) + (
             f" and {len(keys) - SHOWN_KEYS} more" * (len(keys) > SHOWN_KEYS)
         )
-        what = "features not finite in" if damaged else "features finite; samples of this rank:"
+        what = "features are not finite in" if damaged else "all features are finite; samples of this rank:"
         bad = ", ".join(f"{name} {value}" for name, value in terms.items() if not math.isfinite(value))
         raise NonFiniteLossError(
             f"step {self.step}, seed {self.config.seed}: {bad}; {what} {shown}. "
-            f"Train into another folder with a lower {self.rate_field}, or on shards without the samples"
+            f"Train into another folder with a lower {self.rate_field}, or on shards without these samples"
         )
 
     def _save(self) -> Path:
@@ -312,5 +312,5 @@ class Loop(ABC):
             raise KeyboardInterrupt
         raise InterruptedRunError(
             f"{self.out}: stopped by {reason} at step {self.step}, {self.images_seen} images, after a checkpoint; "
-            "the same command goes on"
+            "the same command continues"
         )

@@ -1,14 +1,14 @@
-"""The optimiser of the method: Muon for matrices, Adam with Nesterov momentum for everything else.
+"""The optimiser of Trajectory Forcing: Muon for matrices, Adam with Nesterov momentum for all other parameters.
 
-    n the number of the update, from 1; g the gradient; m, s moments without bias correction
+    n number of the update, from 1; g gradient; m, s moments without bias correction
     Muon   m ← μm + (1−μ)g          X = μ·m/(1−μ^(n+1)) + (1−μ)·g/(1−μ^n), orthogonalised
            w ← w − lr·X·sqrt(max(1, rows/columns))
     Adam   m ← b₁m + (1−b₁)g        s ← b₂s + (1−b₂)g²
            w ← w − lr·[b₁·m/(1−b₁^(n+1)) + (1−b₁)·g/(1−b₁^n)] / (sqrt(s/(1−b₂^n)) + 1e-8)
 
-A parameter is a matrix if it has two dimensions and is no table of embeddings; the network of Trajectory Forcing keeps
-tokens, tables and position embedding at three. No weight decay, no warm-up. `torch.optim.Muon` has no bias
-correction and iterates in bfloat16, so it takes other steps.
+A parameter counts as a matrix if it has two dimensions and is not an embedding table; in the network of Trajectory
+Forcing tokens, tables and position embeddings have three dimensions. There is no weight decay and no warm-up.
+`torch.optim.Muon` has no bias correction and iterates in bfloat16, so its steps differ.
 
 Source: Jordan et al. (2024), Muon, with the shape factor of its reference implementation.
 """
@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from trainer.training.config import OptimConfig, RuledOptimConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration that pulls all singular values towards 1."""
+"""Coefficients of the quintic iteration that moves all singular values towards 1."""
 STACK_ELEMENTS = 2**26
-"""Matrices of one shape are iterated together up to this many numbers (256 MiB in float32)."""
+"""Matrices of one shape are processed together, up to this many elements (256 MiB in float32)."""
 EPS = 1e-8
 
 
 class MuonAdam(torch.optim.Optimizer):
     """Muon on two-dimensional parameters, Adam with Nesterov momentum on all others.
 
-    named_parameters: as from `model.named_parameters()`; the names are kept in `state_dict`. tables: names of those
-    with two dimensions that are no matrices. Parameters without a gradient are left alone.
+    named_parameters: as from `model.named_parameters()`; `state_dict` contains the names. tables: names of
+    two-dimensional parameters that Adam updates. Parameters without a gradient are not changed.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class MuonAdam(torch.optim.Optimizer):
         torch._foreach_addcdiv_(parameters, directions, scales, value=-group["lr"])
 
     def _nesterov(self, parameters: list[Tensor], beta: float, n: int) -> list[Tensor]:
-        """Advance the first moments and look one update ahead, each part with its own bias correction."""
+        """Update the first moments; return the Nesterov direction, each part with its own bias correction."""
         moments = self._moments(parameters, "momentum")
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_lerp_(moments, gradients, 1 - beta)
@@ -105,7 +105,7 @@ class MuonAdam(torch.optim.Optimizer):
 
 
 def optimizer_of(model: nn.Module, config: RuledOptimConfig) -> torch.optim.Optimizer:
-    """AdamW or `MuonAdam`, as `config.rule` says, on the parameters of `model` that are trained."""
+    """Return AdamW or `MuonAdam`, depending on `config.rule`, for the trainable parameters of `model`."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.rule == "adamw":
         return torch.optim.AdamW(named, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
@@ -115,7 +115,7 @@ def optimizer_of(model: nn.Module, config: RuledOptimConfig) -> torch.optim.Opti
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Bring each matrix near the closest one with orthonormal rows, by Newton–Schulz iteration.
+    """Approximate, for each matrix, the closest one with orthonormal rows, by Newton–Schulz iteration.
 
     matrices: float [..., rows, columns] with rows ≤ columns. Singular values end up near 1 (about 0.7 to 1.2).
     """
@@ -132,7 +132,7 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _stacks(matrices: list[Tensor]) -> Iterator[list[int]]:
-    """Indices of matrices of equal shape, up to transposition, in stacks that stay small in memory."""
+    """Group indices of matrices of equal shape, up to transposition, into stacks of limited size."""
     by_shape: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault((*_wide(matrix).shape, matrix.dtype, matrix.device), []).append(i)

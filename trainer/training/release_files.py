@@ -1,4 +1,4 @@
-"""What the files of every release have in common: a configuration in JSON, tensors by name, and whether they fit."""
+"""Reading the files of releases: a JSON configuration, named tensors, and the check that they fit the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a configuration file of a release. Raises UsageError if it is none."""
+    """Read the fields of a release's configuration file. Raises UsageError if it is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -27,14 +27,14 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU: .safetensors, or a plain state dict that torch saved.
+    """Read tensors by name, on the CPU, from .safetensors or from a state dict saved by torch.
 
-    Raises TrainerError if there are none to read.
+    Raises TrainerError if the file does not exist or holds anything else.
     """
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # torch's of a pickle, before it refuses it
+        with warnings.catch_warnings(action="ignore"):  # torch warns about a pickle before it refuses it
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"found {type(content).__name__}, not names of tensors")
@@ -54,15 +54,16 @@ def check_weights(
     expected: Mapping[str, Sequence[int]],
     hint: Callable[[str, tuple[int, ...]], str] = lambda name, shape: "",
 ) -> None:
-    """Raise MismatchError, naming the first that differ, unless `given` are finite weights of the `expected` shapes.
+    """Raise MismatchError, listing the first problems, unless `given` are finite weights of the `expected` shapes.
 
-    hint: what a wrong shape of an array tells about the configuration; problems with one are named first.
+    hint: (name, shape found) → explanation of a wrong shape by the configuration, or "". Problems with an explanation
+    are listed first.
     """
     problems = []
     for name, shape in expected.items():
         if problem := _problem(given.get(name), tuple(shape)):
-            told = hint(name, tuple(given[name].shape)) if "has shape" in problem else ""
-            problems.append((not told, f"{name} {problem}{told and f' ({told})'}"))
+            cause = hint(name, tuple(given[name].shape)) if "has shape" in problem else ""
+            problems.append((not cause, f"{name} {problem}{cause and f' ({cause})'}"))
     problems += [(True, f"{name} has no place in the network") for name in given if name not in expected]
     if problems:
         lines = [line for _, line in sorted(problems, key=lambda problem: problem[0])]

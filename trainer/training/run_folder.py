@@ -78,7 +78,7 @@ def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
 
 
 def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardIndex) -> None:
-    """Raise MismatchError, naming the differing keys, if `out` or `origin` were made with something else."""
+    """Raise MismatchError, listing the differing fields, if `out` or `origin` has other settings or shards."""
     wanted = _identity(config, index.describe())
     if (out / CONFIG).exists():
         _compare(str(out / CONFIG), read_config(out), wanted, type(config))
@@ -89,9 +89,9 @@ def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardInde
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """config.yaml of a run: the fields of `config`, and what `shards` says of the data.
+    """Read config.yaml of a run: the mappings `config`, its fields, and `shards`, a description of the data.
 
-    Raises MismatchError for another file of that name, TrainerError where there is none.
+    Raises TrainerError if the file does not exist, MismatchError if it is damaged or is not from a run.
     """
     path = run / CONFIG
     try:
@@ -103,14 +103,14 @@ def read_config(run: Path) -> dict[str, Any]:
     parts = (content.get("config"), content.get("shards")) if isinstance(content, dict) else ()
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise MismatchError(
-            f"{path} is not the configuration of a run, or damaged: give another folder, or remove it, and "
-            "`trainer train` with the preset and settings of the run writes it again"
+            f"{path} is damaged or is not the configuration of a run: give another folder; or remove the file and "
+            "repeat `trainer train` with the preset and settings of the run, which writes it again"
         )
     return content
 
 
 def read_kept(path: Path) -> dict[str, Any]:
-    """What `trainer evaluate` keeps with a run in a JSON file, with its `metrics`; without any before the first.
+    """Read a JSON file in which `trainer evaluate` stores `metrics` of a run; without the file there are none.
 
     Raises TrainerError if the file is damaged.
     """
@@ -131,7 +131,7 @@ def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any], kind: ty
     try:
         before = _identity(checked(kind, found["config"], where), found["shards"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
-        raise MismatchError(f"{where} holds no configuration of this release ({error})") from None
+        raise MismatchError(f"{where} holds no configuration that this release can read ({error})") from None
     rows = [
         f"  {name}: {before.get(name)!r} there, {wanted.get(name)!r} now"
         for name in sorted(before.keys() | wanted.keys())
@@ -145,7 +145,7 @@ def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any], kind: ty
 
 
 def _is_unknown(name: str, before: dict[str, Any]) -> bool:
-    """Whether a checkpoint that was imported says nothing about this property of its shards."""
+    """Whether this is a property of the shards that an imported checkpoint does not record."""
     return name.startswith("shards.") and before.get(name) is None
 
 
@@ -156,7 +156,7 @@ def _identity(config: Any, shards: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_folder(out: Path, config: Any, index: ShardIndex, step: int) -> None:
-    """Write config.yaml and take back what later steps than `step` left in the folder."""
+    """Write config.yaml and remove checkpoints and metrics after `step` from the folder."""
     saved.drop_after(out, step)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     content = {

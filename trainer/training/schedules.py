@@ -1,7 +1,7 @@
-"""The laws that training draws from, and the decay of weight averages.
+"""Learning rates, the decay of weight averages, and the distributions from which training draws times.
 
-t = 1 is noise, t = 0 is data. n numbers are drawn by inverting a distribution function, one uniform number
-each, so that equal generators give equal draws whatever the parameters.
+t = 1 is noise, t = 0 is data. Times are drawn by inverting a distribution function, with one uniform number each, so
+the generator advances by the same amount whatever the parameters.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def ema_beta(step: int, halflife_kimg: float, batch_size: int = 1024, ramp: float = 0.05) -> float:
-    """Share of the old average that survives optimiser step `step`, counted from 1, all of `batch_size`."""
+    """Return the weight of the old average at step `step`, counted from 1, if all steps have `batch_size` images."""
     return ema_decay(step * batch_size, halflife_kimg, batch_size, ramp)
 
 
 def ema_decay(images_seen: int, halflife_kimg: float, batch_size: int, ramp: float = 0.05) -> float:
-    """Share of the old average that survives an update by `batch_size` images, `images_seen` so far.
+    """Return the weight of the old average in an update by `batch_size` images that brings the total to `images_seen`.
 
     Source: Karras et al. (2022), the EMA half-life ramp-up of EDM.
     """
@@ -27,7 +27,7 @@ def ema_decay(images_seen: int, halflife_kimg: float, batch_size: int, ramp: flo
 
 
 def learning_rate(images_seen: int, total_images: int, lr: float, cooldown_fraction: float) -> float:
-    """The rate of the update after `images_seen` images: `lr`, then a straight line to 0 at `total_images`."""
+    """Return the learning rate after `images_seen` images: `lr`, then falling linearly to 0 at `total_images`."""
     left = max(0, total_images - images_seen)
     return lr * min(1.0, left / max(cooldown_fraction * total_images, 1e-8))
 
@@ -35,8 +35,8 @@ def learning_rate(images_seen: int, total_images: int, lr: float, cooldown_fract
 def warmup_cosine(
     images_seen: int, total_images: int, lr: float, warmup_fraction: float, final: float = 0.1
 ) -> float:
-    """The rate of the update that makes `images_seen` the total: a straight line up to `lr`, then a cosine down to
-    final·lr at `total_images`.
+    """Return the learning rate of the update that brings the total to `images_seen`: it rises linearly to `lr`, then
+    falls along a cosine to final·lr at `total_images`.
     """
     share = min(1.0, images_seen / total_images)
     if share < warmup_fraction:
@@ -48,7 +48,7 @@ def warmup_cosine(
 def logit_normal(
     n: int, mean: float, std: float, shift: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw t with logit(t) ~ N(mean + ln shift, std²): float32 [n] on [0, 1]; a larger shift is more noise."""
+    """Draw t with logit(t) ~ N(mean + ln shift, std²): float32 [n] on [0, 1]; a larger shift means more noise."""
     uniform = torch.rand(n, dtype=torch.float64, generator=generator)
     return torch.sigmoid(mean + math.log(shift) + std * torch.special.ndtri(uniform)).float()
 
@@ -56,9 +56,9 @@ def logit_normal(
 def plateau_logit_normal(
     n: int, mean: float, std: float, shift: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw t logit-normal up to the mode of that law and with constant density from there to 1.
+    """Draw t from a density that is logit-normal up to its mode and constant from there to 1.
 
-    logit(t) has mean `mean + ln shift` and deviation `std` below the mode. Returns float32 [n] on [0, 1].
+    The logit-normal part has mean `mean + ln shift` and standard deviation `std`. Returns float32 [n] on [0, 1].
     """
     centre = mean + math.log(shift)
     mode = _mode(centre, std)
@@ -71,9 +71,9 @@ def plateau_logit_normal(
 
 
 def _mode(centre: float, std: float) -> float:
-    """Where the logit-normal density is largest: y = logit(t) solves y = centre + std²·tanh(y/2).
+    """Return the t of the largest logit-normal density: y = logit(t) solves y = centre + std²·tanh(y/2).
 
-    The iteration falls from above, and rises from below, to the outermost solutions; with std² ≤ 2 they agree.
+    Started above and below, the iteration converges to the outermost solutions, which are equal if std² ≤ 2.
     """
     candidates = []
     for y in (centre + std**2, centre - std**2):

@@ -1,4 +1,4 @@
-"""Running averages of the weights, and how weights of a checkpoint come into a network."""
+"""Running averages of weights, and loading the weights of a checkpoint into a network."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainer.training.schedules import ema_decay
 class WeightAverages:
     """Exponential averages of a model's parameters, with half-lives counted in images.
 
-    halflives_kimg: thousands of images. ramp: a half-life never exceeds this share of the images seen, so that
-    early averages forget the random start. `update` belongs after every optimiser step.
+    halflives_kimg: in thousands of images. ramp: a half-life never exceeds this share of the images seen, so that
+    early averages forget the random initialisation. Call `update` after every optimiser step.
     """
 
     def __init__(self, model: nn.Module, halflives_kimg: Sequence[float], ramp: float = 0.05) -> None:
@@ -31,7 +31,7 @@ class WeightAverages:
 
     @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, batch_size: int) -> None:
-        """Move every average towards `model`, after the step that made `images_seen` the total."""
+        """Move every average towards `model`, after the step that brought the total to `images_seen`."""
         current = [p.detach().float() for p in model.parameters()]
         for halflife, average in self.averages.items():
             decay = ema_decay(images_seen, halflife, batch_size, self.ramp)
@@ -39,7 +39,7 @@ class WeightAverages:
 
     @contextmanager
     def lent_to(self, model: nn.Module, halflife: float) -> Iterator[None]:
-        """Let `model` hold the average of `halflife` for a while; nothing is copied."""
+        """Put the average of `halflife` into `model` for the duration of the context; nothing is copied."""
         average = self.averages[halflife]
         own = {name: p.data for name, p in model.named_parameters()}
         try:
@@ -51,12 +51,12 @@ class WeightAverages:
                 p.data = own[name]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The averages by half-life ("500") and parameter name, not copied."""
+        """Return the averages by half-life ("500") and parameter name, without copying."""
         return {f"{halflife:g}": average for halflife, average in self.averages.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over saved averages. Raises MismatchError if half-lives, names or shapes differ."""
+        """Load saved averages. Raises MismatchError if half-lives, names or shapes differ."""
         own = self.state_dict()
         if own.keys() != state.keys():
             raise MismatchError(
@@ -72,9 +72,9 @@ class WeightAverages:
 
 
 def average_of(config: Any, ema: float | str | None) -> str | None:
-    """Name of the weight average meant by `ema` in a run of `config`; None for the raw weights.
+    """Return the name of the weight average that `ema` selects in a run of `config`; None means the raw weights.
 
-    ema: half-life in thousands of images, `auto` for the first one trained, None or `raw` for the raw weights.
+    ema: half-life in thousands of images, `auto` for the first one configured, None or `raw` for the raw weights.
     """
     if ema == "auto":
         ema = config.optim.ema_halflives_kimg[0] if config.optim.ema_halflives_kimg else None
@@ -82,7 +82,7 @@ def average_of(config: Any, ema: float | str | None) -> str | None:
 
 
 def fill(network: nn.Module, path: Path, name: str | None) -> None:
-    """Give a network the weights of a checkpoint. Raises MismatchError if they are of another shape."""
+    """Load weights of a checkpoint into a network. Raises MismatchError if their names or shapes differ."""
     try:
         network.load_state_dict(saved.load_weights(path, name))
     except RuntimeError:
@@ -92,9 +92,9 @@ def fill(network: nn.Module, path: Path, name: str | None) -> None:
 
 
 def check_weak(weak: Path, strong: Path, here: Any, there: Any, fields: Sequence[str]) -> None:
-    """That the model of a weak checkpoint sees and draws what the strong one does, whatever its width and depth.
+    """Raise MismatchError unless a weak model has the same inputs and outputs as the strong one.
 
-    here, there: configurations of the two models. fields: those that have to agree. Raises MismatchError.
+    here, there: configurations of the two models. fields: names of the fields that must be equal.
     """
     for name in fields:
         if getattr(here, name) != getattr(there, name):
@@ -104,14 +104,16 @@ def check_weak(weak: Path, strong: Path, here: Any, there: Any, fields: Sequence
             )
     ours, theirs = saved.load_normaliser(weak), saved.load_normaliser(strong)
     if not (torch.equal(ours.mean, theirs.mean) and torch.equal(ours.std, theirs.std)):
-        raise MismatchError(f"weak model {weak}: it sees features normalised otherwise than {strong}")
+        raise MismatchError(
+            f"weak model {weak}: its features are normalised differently from those of {strong}"
+        )
 
 
 def weights_note(path: Path, name: str | None) -> dict[str, str]:
-    """What trajectories say about the weights that drew them."""
+    """Describe the weights for the metadata of trajectories sampled with them."""
     return {"folder": str(path.resolve()), "ema": name or "raw"}
 
 
 def best_device(device: str | torch.device | None) -> str | torch.device:
-    """The device asked for, else CUDA where there is one."""
+    """Return `device`, or by default CUDA if it is available, else the CPU."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")

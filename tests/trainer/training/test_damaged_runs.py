@@ -400,7 +400,7 @@ def test_a_config_yaml_that_is_none(
     for words in (("train", shards, "--out", run), ("report", run), ("train-decoder", shards, "--out", run)):
         code, error = call(*words)
         assert code == 5, words
-        assert "config.yaml is not the configuration of a run, or damaged" in error
+        assert "config.yaml is damaged or is not the configuration of a run" in error
     assert not (run / "report.html").exists()
 
 

@@ -74,7 +74,7 @@ def test_features_that_are_not_finite_are_named(
     before_step(monkeypatch, 2, damage)
     with pytest.raises(NonFiniteLossError, match="step 2, seed 0: loss") as caught:
         train(tmp_path)
-    assert f"features not finite in {keys[0]}. Train into another folder" in str(caught.value)
+    assert f"features are not finite in {keys[0]}. Train into another folder" in str(caught.value)
     assert saved.list_checkpoints(tmp_path) == []
 
 

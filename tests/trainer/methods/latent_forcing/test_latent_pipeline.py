@@ -274,7 +274,7 @@ def test_a_weak_network_sees_what_the_other_does(
         TrajectoryPipeline.from_pretrained(run, weak=levels_run)
     smaller = dataclasses.replace(TINY, method=LatentMethodConfig(latent_scale=0.3), total_images=8)
     registry.train(smaller, shards, str(tmp_path), quiet=True)
-    with pytest.raises(MismatchError, match="it sees features normalised otherwise than"):
+    with pytest.raises(MismatchError, match="its features are normalised differently from"):
         TrajectoryPipeline.from_pretrained(run, weak=tmp_path)
 
 

@@ -206,7 +206,7 @@ def test_signal_stops_after_a_checkpoint(
     shards: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     signal_at(monkeypatch, number, step=2)
-    with pytest.raises(InterruptedRunError, match="the same command goes on") as caught:
+    with pytest.raises(InterruptedRunError, match="the same command continues") as caught:
         room.train(TINY, shards, str(tmp_path), quiet=True)
     assert caught.value.exit_code == 75
     assert saved.latest_checkpoint(tmp_path) == saved.checkpoint_folder(tmp_path, 3)
@@ -240,7 +240,7 @@ def test_nonfinite_sample_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(BatchDataset, "read", damaged)
     with pytest.raises(NonFiniteLossError, match="step 2, seed 0") as caught:
         room.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
-    assert f"features not finite in {damaged.key}. " in str(caught.value)
+    assert f"features are not finite in {damaged.key}. " in str(caught.value)
 
 
 def test_bfloat16_run_learns(shards: str, whole: Path, tmp_path: Path) -> None:
