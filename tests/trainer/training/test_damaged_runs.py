@@ -119,7 +119,7 @@ def test_a_flipped_bit_is_found_by_whatever_reads_the_file(
         code, error = call(*words)
         assert code == 1, words
         assert "step-00000002/model.safetensors: its checksum is" in error, words
-        assert "move this one away and go on from the one before: mv -- " in error
+        assert "move this one away and continue from the one before: mv -- " in error
     assert not (run.parent / "out").exists() or not [*(run.parent / "out").rglob("*.*")]
     follow(error)
     assert call("train", shards, "--out", run, "--quiet")[0] == 0

@@ -57,7 +57,7 @@ def test_a_signal_stops_after_a_checkpoint_that_goes_on(
 
 
 def test_a_folder_has_one_training_at_a_time(train: Train, tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(TrainerError, match="being trained in by another process"):
+    with locked(tmp_path), pytest.raises(TrainerError, match="is locked by another process"):
         train(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 

@@ -1,22 +1,22 @@
-"""Two clocks, one of the pixels and one of the latents: how training draws them, and how sampling turns them.
+"""The times ("clocks") of pixels and latents: how training draws them, and the path that sampling takes.
 
-    t = 1 is noise, t = 0 is data; n samples, S steps, K canvases that are latents, each with a clock of its own
+    t = 1 is noise, t = 0 is data; n samples, S steps, K canvases used as latents, each with its own time
 
-What comes first is decided by the clocks alone. Data α times larger is as far as data at a shifted time (see
-`shifted`), so "α times ahead" makes sense for two modalities of equal spread.
+The times alone decide which modality is generated first. Data scaled by α has the same signal-to-noise ratio as data
+at a shifted time (see `shifted`), so "α times ahead" is meaningful for two modalities of equal standard deviation.
 
     cascaded         latents first, then pixels given the clean latents
-    cascaded-noised  trained on given latents with a little noise, sampled as cascaded; the paper's recipe
+    cascaded-noised  trained with a little noise on given latents, sampled like cascaded; the paper's recipe
     shifted          both at once, latents α times ahead
-    offset           both at once, on straight lines: pixels start when latents have come `offset` of their way
+    offset           both at once and at constant speed; pixels start when latents have finished `offset` of their path
     independent      trained on all pairs of times, sampled along any path
     latents-only     pixels stay noise
     pixels-only      latents stay noise
 
-The release has no training form of the offset. Chosen here is that of `shifted` on the other path: the modality that
-is trained draws its time by its own law, and the other is where the path has it then.
+The release only samples with `offset` and does not train with it. Training here works as for `shifted`: the modality
+that is trained draws its time from its own distribution, and the other one has the time that the path assigns to it.
 
-Source: Latent Forcing (2026), arXiv 2602.11401, sections on schedules, with its times turned round.
+Source: Latent Forcing (2026), arXiv 2602.11401, sections on schedules; its times are 1 − t.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from trainer.methods.latent_forcing.config import LatentMethodConfig, Schedule
 from trainer.training.schedules import logit_normal
 
 PIXEL_UNIFORM_FROM = 0.5
-"""Cascaded: the uniform share of pixel times lies between this and 1."""
+"""With cascaded schedules, the uniformly drawn pixel times lie between this and 1."""
 
 
 class Clocks(NamedTuple):
-    """Times of a batch and what is trained in it: float32 [n], of latents [n, K].
+    """Times and loss weights of a batch: float32 [n] for pixels, [n, K] for latents.
 
     weight_pixels, weight_latents: 1 where a sample trains that modality, else 0.
     """
@@ -48,18 +48,18 @@ class Clocks(NamedTuple):
 
 
 def shifted(t: Tensor, towards_noise: float) -> Tensor:
-    """w·t/(1 + (w − 1)·t): the time at which data w times smaller are as noisy as at t. Its inverse has 1/w."""
+    """Return w·t/(1 + (w − 1)·t), at which data are as noisy as w times smaller data at t; 1/w inverts it."""
     return towards_noise * t / (1 + (towards_noise - 1) * t)
 
 
 def draw_clocks(
     n: int, config: LatentMethodConfig, generator: torch.Generator, num_canvases: int = 1
 ) -> Clocks:
-    """Draw the times of n samples by `config.schedule`; every schedule uses up the same random numbers.
+    """Draw the times of n samples by `config.schedule`; every schedule consumes the same random numbers.
 
-    With several canvases (cascaded schedules only) a sample that trains a latent trains one of them, any as likely:
-    those before it are given, those after it and the pixels are noise. Of those that train pixels some are given the
-    first levels only, so that every level has pictures.
+    With several canvases (cascaded schedules only), a sample that trains a latent trains one canvas, chosen uniformly:
+    the canvases before it are given, the canvases after it and the pixels are noise. Some of the samples that train
+    pixels are given only the first levels, so that pictures can be drawn from every level.
     """
     latent = logit_normal(n, config.latent_time_mean, config.latent_time_std, generator=generator)
     pixel = logit_normal(n, config.pixel_time_mean, config.pixel_time_std, generator=generator)
@@ -98,10 +98,10 @@ def draw_clocks(
 def _cascade(
     latent: Tensor, pixel: Tensor, trains_latent: Tensor, canvas: Tensor, num_given: Tensor, given: Tensor
 ) -> Clocks:
-    """One stage of K + 1 for each sample.
+    """Train one of K + 1 stages in each sample.
 
-    canvas: the one that is trained, where one is. num_given: how many are given where pixels are trained, 1 … K.
-    given: times [n, K] of canvases that are given.
+    canvas: [n], the canvas to train in samples that train a latent. num_given: [n], 1 … K, the number of canvases given
+    in samples that train pixels. given: [n, K], times of canvases that are given.
     """
     number = torch.arange(given.shape[1])
     is_given = number < torch.where(trains_latent, canvas, num_given)[:, None]
@@ -125,18 +125,18 @@ def sampling_grid(
     shift: float = 9.0,
     offset: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
-    """The times a sampler passes, from noise to data: float32 t_pixels [S + 1] and t_latents [S + 1, K].
+    """Return the times of a sampler from noise to data: float32 t_pixels [S + 1] and t_latents [S + 1, K].
 
-    Cascaded: the steps are spread evenly over the canvases and the pixels, which take what does not divide; the times
-    of a stage are even ones, shifted towards noise by the warps (1/0.575 is what the paper writes 0.575).
-    shift: α of `shifted` and `independent`; above 1 latents come first, 1 is simultaneous, below 1 pixels come first.
-    Raises UsageError for fewer steps than stages.
+    Cascaded: the steps are divided evenly among the canvases and the pixels, and the pixels get the remainder; times
+    within a stage are evenly spaced, then shifted towards noise by the warps (1/0.575 here is 0.575 in the paper).
+    shift: α of `shifted` and `independent`; above 1 latents come first, at 1 both go together, below 1 pixels come
+    first. Raises UsageError for fewer steps than stages.
     """
     K = num_canvases
     if schedule in ("cascaded", "cascaded-noised"):
         if num_steps <= K:
             raise UsageError(
-                f"{num_steps} steps, expected {K + 1} or more: one for each canvas and the pixels"
+                f"{num_steps} steps, expected {K + 1} or more: one for each canvas and one for the pixels"
             )
         per_stage = num_steps // (K + 1)
         latent, pixel = _even(per_stage), _even(num_steps - K * per_stage)

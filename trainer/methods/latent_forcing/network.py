@@ -1,14 +1,14 @@
-"""The network of Latent Forcing: noisy pixels and noisy latents in, both clean out; each has a clock of its own.
+"""The network of Latent Forcing: it predicts clean pixels and latents from noisy ones, each with its own time.
 
-    B batch, H×W grid, N = H·W tokens, P pixels a side of a patch, K canvases, C channels of a canvas, D width
+    B batch, H×W grid, N = H·W tokens, P side of a patch in pixels, K canvases, C channels of a canvas, D width
 
-A patch of pixels and the latents of the same place are embedded through a bottleneck and summed: N tokens, whatever
-is generated. Clocks and class modulate every norm (adaLN-Zero); from one block on, class tokens stand before the
-image tokens. After the trunk two experts, of blocks of their own, end in pixels and in latents. The network knows
-no noise and no loss.
+A patch of pixels and the latents at the same position are embedded through bottlenecks and summed to one of N tokens.
+Times and class modulate every norm (adaLN-Zero); from block `class_tokens_at` on, class tokens stand before the image
+tokens. After the trunk, two experts with their own blocks predict pixels and latents. Drawing noise and computing the
+loss happen outside.
 
-t = 1 is noise, as everywhere here. The release counts from noise 0 to data 1, and so do its weights: the one place
-that turns the clock round is `_condition`.
+t = 1 is noise, as in all of this package. The release, and so its weights, have time 0 for noise and 1 for data; only
+`_condition` converts between the two.
 
 Source: Latent Forcing (2026), arXiv 2602.11401, on the network of JiT (2025), arXiv 2511.13720.
 """
@@ -29,7 +29,7 @@ from trainer.networks.layers import RMSNorm, ScalarEmbedding, SwiGLU, at_least_f
 
 PIXEL_CHANNELS = 3
 EMBEDDING_STD = 0.02
-"""Deviation of fresh class tables, class tokens and time embeddings."""
+"""Standard deviation of initial class tables, class tokens and time embeddings."""
 
 
 class Bottleneck(nn.Module):
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
 
 
 class AdaptiveBlock(nn.Module):
-    """Attention and SwiGLU behind RMSNorms; shifts, scales and gates are read off a condition [B, D_c]."""
+    """Attention and SwiGLU behind RMSNorms, with shifts, scales and gates computed from a condition [B, D_c]."""
 
     def __init__(self, config: LatentModelConfig, width: int, num_heads: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Output(nn.Module):
 
 
 class Expert(nn.Module):
-    """What makes one modality of the trunk's tokens: a projection, blocks, an output."""
+    """Turns the tokens of the trunk into one modality: a projection, blocks and an output layer."""
 
     def __init__(self, config: LatentModelConfig, fan_out: int) -> None:
         super().__init__()
@@ -89,12 +89,12 @@ class Expert(nn.Module):
 
 
 class PixelLatentTransformer(nn.Module):
-    """The network of `LatentModelConfig`, float32, freshly initialised from torch's global generator."""
+    """The network of `LatentModelConfig`, float32, initialised from torch's global generator."""
 
     rotations: Tensor
     positions: Tensor
     recompute: bool = False
-    """Whether blocks keep only their input for reverse mode and run again in it: less memory, more time."""
+    """Whether blocks are recomputed in the backward pass instead of storing activations."""
 
     def __init__(self, config: LatentModelConfig) -> None:
         super().__init__()
@@ -124,9 +124,9 @@ class PixelLatentTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predict the clean pixels and latents from noisy ones.
 
-        pixels: float [B, H·P, W·P, 3], clean ones lie in [−1, 1]. latents: float [B, H, W, K·C], canvas after canvas,
-        normalised. t_pixels: float [B], 1 is noise. t_latents: float [B], or [B, K] with a clock for each canvas.
-        label: int64 [B]; `num_classes` is the null class. Returns float32 of the same two shapes.
+        pixels: float [B, H·P, W·P, 3]; clean pixels lie in [−1, 1]. latents: float [B, H, W, K·C], normalised,
+        canvases concatenated. t_pixels: float [B], 1 is noise. t_latents: float [B], or [B, K] with a time for each
+        canvas. label: int64 [B]; `num_classes` is the null class. Returns float32 of the same two shapes.
         Raises MismatchError if pixels or latents do not fit the network.
         """
         self._check(pixels, latents)
@@ -173,19 +173,19 @@ class PixelLatentTransformer(nn.Module):
         return block(x, condition, rotations)
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """[B, H·P, W·P, 3] → [B, N, P·P·3], a patch by rows, columns, channels."""
+        """Cut [B, H·P, W·P, 3] into patches [B, N, P·P·3], each in the order rows, columns, channels."""
         rows, columns = self.config.grid
         tokens = pixels.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
         return tokens.flatten(3).flatten(1, 2)
 
     def _picture(self, patches: Tensor) -> Tensor:
-        """[B, N, P·P·3] → [B, H·P, W·P, 3]."""
+        """Join patches [B, N, P·P·3] to pictures [B, H·P, W·P, 3]."""
         P = self.config.patch_px
         tokens = patches.unflatten(-1, (P, P, PIXEL_CHANNELS)).unflatten(1, self.config.grid)
         return tokens.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def _initialise(self) -> None:
-        """Xavier-uniform layers without bias; what modulates, and the outputs, start at 0."""
+        """Initialise linear layers Xavier-uniform with bias 0, and modulations and outputs with 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -223,7 +223,7 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _as_one(*layers: nn.Linear) -> None:
-    """Narrow Xavier's bound √(6/(fan_in + fan_out)) to that of one matrix of all of them, as the release has it."""
+    """Scale Xavier's bound √(6/(fan_in + fan_out)) down as if the layers were one matrix, as in the release."""
     fan_out, fan_in = layers[0].weight.shape
     for layer in layers:
         layer.weight.mul_(math.sqrt((fan_in + fan_out) / (fan_in + len(layers) * fan_out)))

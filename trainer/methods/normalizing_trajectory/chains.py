@@ -1,13 +1,13 @@
-"""The chains of states that a normalizing trajectory has: growing noise on one canvas, or levels of a hierarchy.
+"""The chains of states of a normalizing trajectory: growing noise on one canvas, or the levels of a hierarchy.
 
     B batch, T transitions, L levels, H×W grid, C channels, N = H·W tokens
 
-State 0 is the cleanest and t = 0 is data, t = 1 noise: x_t = (1−t)·x₀ + t·e, with fresh noise in every transition
+State 0 is the cleanest; t = 0 is data and t = 1 is noise: x_t = (1−t)·x₀ + t·e, with new noise in every transition
 
     x_t = α·x_s + σ·e,  α = (1−t)/(1−s),  σ² = t² − α²s²,  s < t
 
 Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, §2.1–2.2, A.4, A.6 and C.4. The coefficients A, B and C
-printed in its Table 3 disagree with its formulas, which are what stands here.
+printed in its Table 3 disagree with its formulas; this module follows the formulas.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hierarchy_builder.errors import UsageError
 
 
 class Posterior(NamedTuple):
-    """q(x_s | x_t, x₀) = N(a·x_t + b·x₀, c²); each shaped as the times."""
+    """Coefficients of q(x_s | x_t, x₀) = N(a·x_t + b·x₀, c²), each of the shape of the times."""
 
     a: Tensor
     b: Tensor
@@ -30,15 +30,15 @@ class Posterior(NamedTuple):
 
 
 def posterior(t: Tensor, s: Tensor) -> Posterior:
-    """Mean and deviation of the state at s, given those at t and at 0; 0 ≤ s < t ≤ 1. Source: Proposition 2."""
-    # (t + s − 2ts) = t(1−s) + s(1−t): a sum, so that nothing cancels near the ends
+    """Return the distribution of the state at s given the states at t and 0; 0 ≤ s < t ≤ 1. Source: Proposition 2."""
+    # (t + s − 2ts) is written as t(1−s) + s(1−t), a sum of positive terms, to avoid cancellation near 0 and 1.
     span = (t - s) * (t * (1 - s) + s * (1 - t))
     a = s.square() * (1 - t) / (t.square() * (1 - s))
     return Posterior(a, span / (t.square() * (1 - s)), s * span.sqrt() / (t * (1 - s)))
 
 
 def step_times(num_steps: int, num_tokens: int) -> Tensor:
-    """t_1 … t_T, float64 [T], the last one 1: even times, shifted towards noise the more tokens there are.
+    """Return t_1 … t_T = 1, float64 [T]: even times, shifted towards noise, by more for more tokens.
 
     Source: C.4 and Table 5.
     """
@@ -48,25 +48,25 @@ def step_times(num_steps: int, num_tokens: int) -> Tensor:
 
 
 def noise_times(t_min: Tensor, num_steps: int, num_tokens: int) -> Tensor:
-    """t_0 … t_T of samples with `t_min` [B], below t_1 (`check_first_step`): [B, T + 1] of its type."""
+    """Return t_0 … t_T, [B, T + 1], with t_0 = `t_min` [B], which must be below t_1 (see `check_first_step`)."""
     times = step_times(num_steps, num_tokens).to(t_min)
     return torch.cat([t_min[:, None], times.expand(len(t_min), -1)], dim=1)
 
 
 def check_first_step(t_min: float, num_steps: int, num_tokens: int) -> None:
-    """Raise UsageError if the step from t_1 to the largest `t_min` is no step."""
+    """Raise UsageError unless `t_min`, the largest t_0, is below t_1."""
     first = float(step_times(num_steps, num_tokens)[0])
     if t_min >= first:
         raise UsageError(
-            f"t_min is up to {t_min:.3g}, the first of {num_steps} steps on {num_tokens} tokens is {first:.3g}: "
+            f"t_min is up to {t_min:.3g}, the first of {num_steps} steps on {num_tokens} tokens is at {first:.3g}: "
             "expected t_min below it; lower method.t_min or method.sampling_t_min, or take fewer steps"
         )
 
 
 def noise_chain(x: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-    """States [B, T + 1, H, W, C] of clean canvases x [B, H, W, C] at `times` [B, T + 1].
+    """Add noise to clean canvases x [B, H, W, C]: states [B, T + 1, H, W, C] at `times` [B, T + 1].
 
-    noise: N(0, 1) [B, T + 1, H, W, C]; each state adds its own. The last state, at t = 1, is its noise.
+    noise: N(0, 1) [B, T + 1, H, W, C], one for each state. The last state, at t = 1, equals its noise.
     """
     times = times[..., None, None, None]
     states = [(1 - times[:, 0]) * x + times[:, 0] * noise[:, 0]]
@@ -79,9 +79,9 @@ def noise_chain(x: Tensor, times: Tensor, noise: Tensor) -> Tensor:
 
 
 def noise_covariance(times: Tensor) -> Tensor:
-    """Covariance of states 0 … T−1 given the clean canvas, [..., T, T] of times [..., T + 1].
+    """Return the covariance of states 0 … T−1 given the clean canvas: [..., T, T] for times [..., T + 1].
 
-    Source: Proposition 3. The last state, pure noise, is correlated with none of the others.
+    Source: Proposition 3. The last state is pure noise and uncorrelated with the others.
     """
     times = times[..., :-1]
     low = torch.minimum(times[..., :, None], times[..., None, :])
@@ -90,21 +90,21 @@ def noise_covariance(times: Tensor) -> Tensor:
 
 
 def chain_entropy(times: Tensor) -> Tensor:
-    """Entropy in nats per number of states 1 … T, given state 0: Σ ½ ln(2πe σ²), [...] of times [..., T + 1]."""
+    """Return the entropy of states 1 … T given state 0, in nats per element: Σ ½ ln(2πe σ²), [...]."""
     s, t = times[..., :-1], times[..., 1:]
     variance = t.square() - ((1 - t) / (1 - s) * s).square()
     return (0.5 * torch.log(2 * math.pi * math.e * variance)).sum(dim=-1)
 
 
 def level_times(num_levels: int, batch: int, like: Tensor) -> Tensor:
-    """Numbers that tell levels apart, [B, L + 1] typed as `like`: 0 for the tokens, 1 for what is before level 0."""
+    """Return the numbers that stand for levels, [B, L + 1]: from 0 for the tokens to 1 for the state before level 0."""
     return torch.linspace(0, 1, num_levels + 1, dtype=like.dtype, device=like.device).expand(batch, -1)
 
 
 def level_chain(canvases: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """States [B, L + 1, H, W, C] of canvases [B, L, H, W, C]: levels fine → coarse, each with σ·noise, then zeros.
+    """Return states [B, L + 1, H, W, C]: canvases [B, L, H, W, C] from fine to coarse plus σ·noise, then zeros.
 
-    noise: N(0, 1) [B, L + 1, H, W, C], of which the last entry is not used.
+    noise: N(0, 1) [B, L + 1, H, W, C]; the last entry is not used.
     """
     states = canvases.flip(1) + sigma * noise[:, :-1]
     return torch.cat([states, torch.zeros_like(states[:, :1])], dim=1)

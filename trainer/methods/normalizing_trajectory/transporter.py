@@ -1,15 +1,15 @@
-"""The invertible map of Normalizing Trajectory Models: affine autoregressive blocks, in raster order and against it.
+"""The transporter, the invertible map of Normalizing Trajectory Models: a stack of affine autoregressive blocks.
 
     B batch, N tokens in raster order, C channels, D width, ℓ block
 
     u^ℓ_n = (u^{ℓ−1}_n − μ^ℓ(u^{ℓ−1}_{<n})) / σ^ℓ(u^{ℓ−1}_{<n}),   log|det| = −Σ log σ
 
-One pass of causal attention gives all μ and σ, so the map is parallel and its inverse goes token by token, with the
-keys and values of tokens that are done kept. A start token stands first, so the first token is transformed too. The
-last layer starts at 0: a fresh transporter is the identity.
+Blocks alternate between raster order and its reverse. One pass of causal attention computes all μ and σ, so the map is
+parallel; its inverse goes token by token and caches the keys and values of finished tokens. A start token comes first,
+so the first token is transformed too. The last layer is initialised with 0: a new transporter is the identity.
 
 Sources: Normalizing Trajectory Models (2026), arXiv 2605.08078; TARFlow (2024), arXiv 2412.06329; STARFlow (2025),
-arXiv 2506.06276, whose start token and bounded scales these are.
+arXiv 2506.06276, for the start token and the bounded scales.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from trainer.networks.attention import Attention, Block, grid_rotations, rotate
 from trainer.networks.layers import RMSNorm, at_least_float32, linear, recomputed
 
 LOG_SCALE_BOUND = 4.0
-"""Logarithms of scales are c·tanh(a/c): numbers are stretched by e^±4 at most, and never to infinity."""
+"""Log-scales are c·tanh(a/c) with this c, so elements are scaled by a factor between e^−4 and e^4."""
 
 
 class KeyValues:
-    """Keys and values of the tokens that passed one attention layer so far, [B, H, N, d] each."""
+    """Cache of the keys and values of one attention layer for the tokens so far, [B, H, N, d] each."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens, self.length = num_tokens, 0
         self.keys, self.values = torch.empty(0), torch.empty(0)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, H, 1, d] of the next token; returns all there are."""
+        """Add [B, H, 1, d] of the next token; return those of all tokens so far."""
         if not self.length:
             B, H, _, d = keys.shape
             self.keys, self.values = (new.new_empty(B, H, self.num_tokens, d) for new in (keys, values))
@@ -46,7 +46,7 @@ class KeyValues:
 
 
 class CausalAttention(Attention):
-    """Attention to the tokens up to one's own; with a cache, of one more token to those before it."""
+    """Attention of each token to itself and the tokens before it; with a cache, x is the one next token."""
 
     def forward(self, x: Tensor, rotations: Tensor, cache: KeyValues | None = None) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
@@ -71,14 +71,14 @@ class CausalBlock(Block):
 
 
 class Affine(NamedTuple):
-    """Shift and logarithm of the scale of each token, float32 [B, N, C]."""
+    """Shift and log-scale of each token, float32 [B, N, C]."""
 
     mean: Tensor
     log_scale: Tensor
 
 
 class AutoregressiveBlock(nn.Module):
-    """One affine autoregressive map; `flipped` goes through the tokens from the last to the first."""
+    """One affine autoregressive map; with `flipped` it processes the tokens from the last to the first."""
 
     rotations: Tensor
     recompute: bool = False
@@ -100,14 +100,14 @@ class AutoregressiveBlock(nn.Module):
         self.out = linear(D, 2 * c.in_channels, 0.0)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """x float32 [B, N, C], condition [B, D] → (u [B, N, C], log|det| by token [B, N])."""
+        """Map x float32 [B, N, C], condition [B, D] to (u [B, N, C], log|det| by token [B, N])."""
         x = self._ordered(x)
         mean, log_scale = self._affine(x, condition)
         u, log_det = (x - mean) * torch.exp(-log_scale), -log_scale.sum(dim=-1)
         return self._ordered(u), self._ordered(log_det)
 
     def inverse(self, u: Tensor, condition: Tensor) -> Tensor:
-        """x from u = forward(x)[0], token by token."""
+        """Compute x from u = forward(x)[0], token by token."""
         u = self._ordered(u)
         caches = [KeyValues(u.shape[1]) for _ in self.blocks]
         rotations = torch.view_as_complex(at_least_float32(self.rotations))
@@ -123,7 +123,7 @@ class AutoregressiveBlock(nn.Module):
         return self._ordered(x)
 
     def _affine(self, x: Tensor, condition: Tensor) -> Affine:
-        """Parameters of every token from those before it in this block's order; x may hold the first tokens only."""
+        """Compute shift and scale of every token from the tokens before it, in this block's order."""
         h = torch.cat([self.start.expand(len(x), 1, -1), self.embedder(x[:, :-1])], dim=1)
         h = h + self.positions[:, : x.shape[1]] + condition[:, None]
         rotations = torch.view_as_complex(at_least_float32(self.rotations[: x.shape[1]]))
@@ -149,9 +149,9 @@ class Transporter(nn.Module):
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """x float32 [B, N, C], condition float [B, D] → (u [B, N, C], log|det ∂u/∂x| [B, N], a part for each token).
+        """Map x float32 [B, N, C], condition float [B, D] to (u [B, N, C], log|det ∂u/∂x| by token [B, N]).
 
-        The parts of tokens add up to the exact logarithm of the determinant.
+        The sum over tokens is the exact logarithm of the determinant; a single token's part has no such meaning.
         """
         log_det = x.new_zeros(x.shape[:2])
         for block in self.blocks:
@@ -161,7 +161,7 @@ class Transporter(nn.Module):
 
     @torch.no_grad()
     def inverse(self, u: Tensor, condition: Tensor) -> Tensor:
-        """x of u [B, N, C]: N steps for each block, one token each."""
+        """Compute x from u [B, N, C], with N steps of one token in each block."""
         for block in reversed(self.blocks):
             assert isinstance(block, AutoregressiveBlock)
             u = block.inverse(u, condition)
@@ -169,6 +169,6 @@ class Transporter(nn.Module):
 
 
 def bounded(a: Tensor, highest: float = LOG_SCALE_BOUND) -> Tensor:
-    """The logarithm of a scale from what a network says: a near 0, above −4 and below `highest` everywhere."""
+    """Turn a network output into a log-scale: about equal to `a` near 0, always above −4 and below `highest`."""
     bound = torch.where(a > 0, highest, LOG_SCALE_BOUND)
     return bound * torch.tanh(a / bound)

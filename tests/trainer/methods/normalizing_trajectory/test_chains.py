@@ -66,7 +66,7 @@ def test_t_min_above_the_first_step_is_refused() -> None:
     first = float(chains.step_times(4, 256)[0])
     chains.check_first_step(0.99 * first, 4, 256)
     with pytest.raises(
-        UsageError, match=r"t_min is up to 0\.355, the first of 4 steps on 256 tokens is 0\.355"
+        UsageError, match=r"t_min is up to 0\.355, the first of 4 steps on 256 tokens is at 0\.355"
     ):
         chains.check_first_step(first, 4, 256)
 
