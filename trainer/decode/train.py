@@ -1,13 +1,13 @@
-"""Training a decoder for an encoder that has none: features and their pictures in, RAE's ViT decoder out.
+"""Training of RAE's ViT decoder, on pairs of features and pictures, for an encoder without a published decoder.
 
     b images of one pass, H×W grid of tokens, C channels, h×w pixels
 
-The folder is a run folder, and the decoder lies in it as config.json and model.safetensors under the names of RAE's
-release: `--decoder FOLDER` takes it, and a run of `trainer train` finds it in its own folder `decoder`.
+The folder is a run folder that also holds the decoder as config.json and model.safetensors, with the tensor names of
+RAE's release: `--decoder FOLDER` loads it, and a run of `trainer train` uses the decoder in its own folder `decoder`.
 
-Source: RAE (Zheng et al. 2025), first stage. Deviations: tokens are centred and scaled, which is folded into the
-first layer of what is written; noise is measured in root mean squares of the features, which are 1 for DINOv2 without
-affine; decoder and discriminator step together; the shards' crops are used as they are.
+Source: RAE (Zheng et al. 2025), first stage. Differences: tokens are centred and scaled, and the written first layer
+includes this map; noise is relative to the root mean square of the features, which is 1 for DINOv2 without affine
+parameters; decoder and discriminator are updated in the same step; the crops of the shards are not augmented.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import WeightAverages
 
 MEASURED = 256
-"""Pictures that reconstruction is measured on, at most, spread evenly over those held out, or over all."""
+"""Largest number of pictures for measuring reconstruction, spread evenly over the held-out pictures, or over all."""
 SHOWN = 8
-"""Pictures on a sheet: above as they are, below as decoded."""
+"""Pictures on a sheet; the upper row has the originals, the lower row the reconstructions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderSummary(RunSummary):
-    """How a training of a decoder ended."""
+    """State of a decoder's training when it ended."""
 
     reconstruction: dict[str, float]
     """Scores of the averaged decoder, see `trainer.metrics.reconstruction`."""
     held_out: bool
-    """Whether they are of pictures that were not trained on."""
+    """Whether the scores are from pictures that were not used in training."""
 
 
 def train_decoder(
     config: DecoderConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
 ) -> DecoderSummary:
-    """Train a decoder on the shards at `shards`, in the folder `out`; the same call goes on there.
+    """Train a decoder on the shards at `shards`, in the folder `out`; repeating the call resumes the training.
 
-    Raises TrainerError when the shards hold no pictures, MismatchError for a grid that is not square or another
-    configuration in `out`, and what `trainer.methods.trajectory_forcing.train.train` raises when it is stopped.
+    Raises TrainerError if the shards hold no pictures, MismatchError if the grid is not square or `out` has another
+    configuration, and what `trainer.training.method_run.run_method` raises when training is stopped.
     """
     index = open_index(shards)
     with joined_world() as world, stop_signals() as stop:
@@ -81,7 +81,7 @@ def train_decoder(
 
 
 class _Parts(nn.Module):
-    """All that is trained: the decoder, and the discriminator where there is one."""
+    """The trained modules: the decoder, and the discriminator if there is one."""
 
     def __init__(self, decoder: RaeDecoder, discriminator: Discriminator | None) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class DecoderRun(Loop):
         self.measured_numbers = np.linspace(first, last, count).round().astype(int).tolist()
         self.dataset.samples(
             self.measured_numbers[:1]
-        )  # shards without pictures are refused before the start
+        )  # refuses shards without pictures before training starts
         origin = find_origin(out, resume, world.is_main)
         check_same_run(out, origin, config, index)
         mean, variance = read_statistics(index, ("channel_mean", "channel_variance"))
@@ -139,7 +139,7 @@ class DecoderRun(Loop):
         return warmup_cosine(seen, config.total_images, config.lr, config.warmup_fraction)
 
     def backward(self, batch: PictureBatch, start: int, stop: int) -> Tensor:
-        """Add the gradients of rows `start` ≤ i < `stop` of this rank; returns their part of each term."""
+        """Add the gradients of rows `start` ≤ i < `stop` of this rank; return their share of each term."""
         config, device = self.config, self.world.device
         part = batch.rows(start, stop).to(device)
         share = len(part) / config.batch_size
@@ -163,7 +163,7 @@ class DecoderRun(Loop):
     def _judge(
         self, decoded: Tensor, pictures: Tensor, loss: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """(weighted loss of the decoder against the discriminator, loss of the discriminator); 0 before their time."""
+        """Return the decoder's weighted adversarial loss and the discriminator's loss, each 0 until it starts."""
         config, judge = self.config, self.model.discriminator
         assert judge is not None
         adversarial = discriminator = decoded.new_zeros(())
@@ -180,7 +180,7 @@ class DecoderRun(Loop):
         return adversarial, discriminator
 
     def _noisy(self, features: Tensor, first: int) -> Tensor:
-        """Features [b, H, W, C] with noise of their rows of the global batch, counted from `first`."""
+        """Add noise to features [b, H, W, C], which are the rows of the global batch from `first` on."""
         noises = []
         for row in range(first, first + len(features)):
             generator = self._generator(row, 0)
@@ -194,7 +194,7 @@ class DecoderRun(Loop):
         return torch.Generator(self.world.device).manual_seed(seed)
 
     def measured(self) -> dict[str, float]:
-        """Scores of the averaged decoder on pictures held out, or where none are on some of those trained on."""
+        """Score the averaged decoder on held-out pictures; if none are held out, on pictures used in training."""
         made, truth = [], []
         for start in range(0, len(self.measured_numbers), 32):
             batch = self.dataset.samples(self.measured_numbers[start : start + 32])
@@ -204,7 +204,7 @@ class DecoderRun(Loop):
 
     @torch.no_grad()
     def _decode(self, batch: PictureBatch) -> np.ndarray:
-        """uint8 [b, h, w, 3] of the averaged weights, without noise."""
+        """Decode with the averaged weights and without noise: uint8 [b, h, w, 3]."""
         tokens = self.normaliser.apply(batch.features.to(self.world.device).float())
         with self.averages.lent_to(self.model, self.config.ema_halflife_kimg):
             return to_uint8(self.model.decoder(tokens)).cpu().numpy()
@@ -213,7 +213,7 @@ class DecoderRun(Loop):
         return {"reconstruction": {**self.measured(), "held_out": self.is_held_out}, **super()._audit()}
 
     def _sheet(self) -> Image.Image:
-        """Pictures above, and below them what the averaged decoder makes of their features."""
+        """Draw pictures in the upper row and their reconstructions by the averaged decoder below."""
         step = max(1, len(self.measured_numbers) // SHOWN)
         batch = self.dataset.samples(self.measured_numbers[::step][:SHOWN])
         rows = (batch.pictures.permute(0, 2, 3, 1).numpy(), self._decode(batch))
@@ -231,10 +231,9 @@ class DecoderRun(Loop):
 def publish(
     folder: Path, decoder: RaeDecoder, weights: Mapping[str, Tensor], encoder: Mapping[str, Any]
 ) -> None:
-    """Write config.json and model.safetensors, each whole or not at all, as
-    `trainer.decode.rae.load_decoder` reads them.
+    """Write config.json and model.safetensors, each atomically, for `trainer.decode.rae.load_decoder`.
 
-    weights: stand in for those of `decoder`. encoder: the description of whose features it decodes.
+    weights: written instead of those of `decoder`. encoder: description of the encoder whose features it decodes.
     """
     config = {**dataclasses.asdict(decoder.config), "encoder": dict(encoder)}
     files = {
@@ -246,13 +245,13 @@ def publish(
 
 
 def _centred(mean: np.ndarray, variance: np.ndarray) -> Normaliser:
-    """Channels of mean 0, all in units of one spread: a spread of each would blow up the noise of those at rest."""
+    """Centre each channel and divide all by one spread; a spread per channel would amplify noise in flat channels."""
     spread = float(np.sqrt(variance.mean())) or 1.0
     return Normaliser(mean=torch.from_numpy(mean).float(), std=torch.tensor(spread))
 
 
 def _folded(weights: dict[str, Tensor], normaliser: Normaliser) -> dict[str, Tensor]:
-    """Weights that do to raw features what `weights` do to normalised ones: W(x − m)/s + b = (W/s)x + b − W(m/s)."""
+    """Fold the normaliser into the first layer, for raw features: W(x − m)/s + b = (W/s)x + b − W(m/s)."""
     weight = weights["embed.weight"] / normaliser.std
     bias = weights["embed.bias"] - weight @ normaliser.mean
     return {**weights, "embed.weight": weight, "embed.bias": bias}

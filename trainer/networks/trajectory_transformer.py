@@ -1,12 +1,12 @@
-"""The transformer of Trajectory Forcing: one noisy level canvas in, the clean canvas and two velocities out.
+"""The transformer of Trajectory Forcing: it predicts the clean canvas and two velocities from a noisy canvas.
 
     B batch, H×W grid, C channels of the encoder, D width, P conditioning tokens, N = H·W
 
-Tokens: the noisy canvas and the canvas of the previous level, either fused into one sequence of N tokens, or
-one after the other ("concat": 2N tokens; both copies of a place share its rotary angle and differ by learned
-position). P learned conditioning tokens stand before them and carry class, guidance, time and level; time
-enters as h = t − r only. A shared trunk feeds two heads that predict the clean canvas: the u-head for the
-average velocity over [r, t], the v-head for the instantaneous one. The network knows no noise and no loss.
+The noisy canvas and the canvas of the previous level are either fused into one sequence of N tokens or concatenated
+("concat": 2N tokens; both tokens of a grid position have the same rotary angle and different learned positions). P
+learned conditioning tokens come first, for class, guidance, time and level; time is given only as h = t − r. A shared
+trunk feeds two heads that predict the clean canvas: the u-head for the average velocity over [r, t], the v-head for
+the instantaneous velocity. Drawing noise and computing the loss happen outside.
 
 Source: Trajectory Forcing (2026), with the network of pixel MeanFlow (2026), arXiv 2601.22158.
 """
@@ -36,13 +36,13 @@ from trainer.networks.layers import (
 )
 
 TIME_FLOOR = 0.05
-"""Velocities divide by t no smaller than this."""
+"""Velocities divide by max(t, floor)."""
 
 Heads = Literal["uv", "u", "v"]
 
 
 class Prediction(NamedTuple):
-    """What the network sees in z: float32 [B, H, W, C] each; None for a head that was not evaluated.
+    """Predictions at z: float32 [B, H, W, C] each; None for a head that was not evaluated.
 
     x: clean canvas predicted by the u-head. u: average velocity over [r, t]. v: instantaneous velocity.
     """
@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """Guidance as an input of the network: scale omega ≥ 1, acting for t_min ≤ t ≤ t_max; [B] each."""
+    """Guidance as an input of the network: scale omega ≥ 1, applied for t_min ≤ t ≤ t_max; [B] each."""
 
     omega: Tensor
     t_min: Tensor
@@ -61,12 +61,12 @@ class Guidance(NamedTuple):
 
 
 def velocity(z: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity at z [B, H, W, C] that leads to the clean canvas x: (z − x)/clip(t, 0.05, 1)."""
+    """Return the velocity at z [B, H, W, C] that leads to the clean canvas x: (z − x)/clip(t, 0.05, 1)."""
     return (z - x) / t.clamp(TIME_FLOOR, 1.0)[:, None, None, None]
 
 
 def as_guidance(guidance: Mapping[str, object] | Sequence[object], like: Tensor) -> Guidance:
-    """Guidance from a mapping or a triple of numbers or tensors, one value per sample of t-shaped `like`."""
+    """Make Guidance from a mapping or a triple of numbers or tensors, expanded to the shape [B] of `like`."""
     values = (
         [guidance[name] for name in Guidance._fields] if isinstance(guidance, Mapping) else list(guidance)
     )
@@ -78,11 +78,11 @@ def as_guidance(guidance: Mapping[str, object] | Sequence[object], like: Tensor)
 
 
 class TrajectoryTransformer(nn.Module):
-    """The network of `ModelConfig`, float32, freshly initialised from torch's global generator."""
+    """The network of `ModelConfig`, float32, initialised from torch's global generator."""
 
     rotations: Tensor
     recompute: bool = False
-    """Whether blocks keep only their input for reverse mode and run again in it: less memory, more time."""
+    """Whether blocks are recomputed in the backward pass instead of storing activations."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class TrajectoryTransformer(nn.Module):
 
     @property
     def num_conditioning_tokens(self) -> int:
-        """P, tokens before the image tokens."""
+        """P, the number of tokens before the image tokens."""
         c = self.config
         guidance = c.num_guidance_tokens + 2 * c.num_interval_tokens if c.guidance else 0
         return c.num_class_tokens + guidance + c.num_time_tokens + c.num_level_tokens
@@ -136,7 +136,7 @@ class TrajectoryTransformer(nn.Module):
 
         z, prev: float [B, H, W, C], the noisy canvas and the clean one of the previous level (zeros at level 0).
         t, r: float [B], 0 ≤ r ≤ t ≤ 1. label: int64 [B]; `num_classes` is the null class. level: int64 [B].
-        guidance: only for a network built with it, which without it is unguided (omega 1).
+        guidance: only for a network built with it; None means no guidance (omega 1).
         heads: evaluate both heads or only one of them.
         Raises MismatchError if z does not fit the network, UsageError if guidance does not.
         """
@@ -148,7 +148,7 @@ class TrajectoryTransformer(nn.Module):
         return Prediction(x_u, u, v)  # type: ignore[arg-type]
 
     def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
-        """The instantaneous velocity [B, H, W, C] at z, and the tokens [B, N, D] it is read from.
+        """Return the instantaneous velocity [B, H, W, C] at z, and the hidden tokens [B, N, D] before its output layer.
 
         inputs: label, level and prev as for `forward`.
         """
@@ -161,8 +161,7 @@ class TrajectoryTransformer(nn.Module):
     ) -> tuple[Prediction, Tensor]:
         """Predict, and differentiate u along (direction, 1, 0) in (z, t, r): returns (Prediction, du_dt).
 
-        direction: float [B, H, W, C]; inputs as for `forward`. du_dt carries no graph, and only the trunk and
-        the u-head are differentiated.
+        direction: float [B, H, W, C]; inputs as for `forward`. du_dt is detached; the v-head is not differentiated.
         """
         with forward_ad.dual_level():
             z_dual = make_dual(z, direction.to(z.dtype))
@@ -241,7 +240,7 @@ class TrajectoryTransformer(nn.Module):
         return nn.ModuleList(Block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(count))
 
     def _rotations(self) -> Tensor:
-        """Real and imaginary parts for the whole sequence; conditioning tokens are not rotated."""
+        """Return real and imaginary parts for the whole sequence; conditioning tokens are not rotated."""
         c = self.config
         grid = grid_rotations(*c.grid, c.width // c.num_heads, c.rope_theta)
         still = torch.ones(self.num_conditioning_tokens, grid.shape[-1], dtype=grid.dtype)
@@ -264,5 +263,5 @@ class TrajectoryTransformer(nn.Module):
 
 
 def _tokens(count: int, width: int) -> nn.Parameter:
-    """Learned tokens [1, count, D]; three dimensions, so the optimiser does not take them for a matrix."""
+    """Create learned tokens [1, count, D]; with three dimensions, so that Muon does not treat them as a matrix."""
     return nn.Parameter(torch.randn(1, count, width) / width**0.5)

@@ -2,13 +2,13 @@
 
     B batch, H×W grid, N = H·W tokens, C channels, D width, T transitions
 
-The predictor sees one state and predicts the next cleaner one, all tokens at once; it never sees what it predicts, so
-the likelihood is exact. A state's own time, the number of transitions and, where canvases of several levels are
-modelled, the level are added to every token; the class stands before them as tokens. Everything that ends in a number
-starts at 0: a fresh network predicts N(a·u_t, 1) through an identity.
+The predictor takes one state and predicts the next cleaner one, all tokens at once; the predicted state is not among
+its inputs, so the likelihood is exact. The state's time, the number of transitions and, if canvases of several levels
+are modelled, the level are added to every token; class tokens come first. All output layers are initialised with 0: a
+new network predicts N(a·u_t, 1), with an identity transporter.
 
-Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, §3 and A.1–A.3. Its predictor has no skip of u_t; here a
-network narrower than a token can still pass on what the state before it had.
+Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, §3 and A.1–A.3. The paper's predictor has no skip
+connection of u_t; it is added here so that a network narrower than a token can still pass u_t on.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from trainer.networks.layers import RMSNorm, ScalarEmbedding, at_least_float32, 
 from trainer.networks.trajectory_transformer import TrajectoryTransformer
 
 TIME_SCALE = 100.0
-"""Times are multiplied by this before they are embedded, so that states near t = 0 are told apart."""
+"""Times are multiplied by this before they are embedded, so that times near 0 have distinct embeddings."""
 
 
 class Gaussian(NamedTuple):
-    """Mean and logarithm of the deviation of each number, float32 [B, H, W, C]."""
+    """Mean and logarithm of the standard deviation of each element, float32 [B, H, W, C]."""
 
     mean: Tensor
     log_sigma: Tensor
 
 
 class Given(NamedTuple):
-    """What a trajectory is conditioned on. label: int64 [B], `num_classes` is the null class. level: int64 [B].
-    prev: float32 [B, H, W, C], the clean canvas of the level before. The last two are read where canvases are modelled.
+    """Conditions of a trajectory. label: int64 [B], `num_classes` is the null class. level: int64 [B].
+    prev: float32 [B, H, W, C], the clean canvas of the level before. Only trajectory `canvases` reads level and prev.
     """
 
     label: Tensor
@@ -47,12 +47,12 @@ class Given(NamedTuple):
     prev: Tensor
 
     def repeated(self, times: int) -> Given:
-        """Each sample `times` times in a row."""
+        """Repeat each sample `times` times in a row."""
         return Given(*(part.repeat_interleave(times, dim=0) for part in self))
 
 
 class SpatialTransformer(nn.Module):
-    """Canvases [B, H, W, C_in] → tokens [B, N, D]: blocks over all tokens, behind class tokens."""
+    """Maps canvases [B, H, W, C_in] to tokens [B, N, D] by blocks over class tokens and image tokens."""
 
     rotations: Tensor
     recompute: bool = False
@@ -102,14 +102,15 @@ class Predictor(nn.Module):
         return Gaussian(_per_sample(self._skip(t, s)) * u + mean, bounded(scale))
 
     def _skip(self, t: Tensor, s: Tensor) -> Tensor:
-        """Share of u_t in the mean before training: the posterior's; a level starts from the one before it."""
+        """Return the coefficient of u_t in the mean: the posterior's; with `levels` 1, except for the coarsest level."""
         return (t < 1).to(t.dtype) if self.config.trajectory == "levels" else posterior(t, s).a
 
 
 class FlowPredictor(nn.Module):
-    """Predicts the next state by a flow-matching network: at first, exactly as its posterior sampler would.
+    """Predicts the next state with a flow-matching network; before training it equals that network's posterior sampler.
 
-    û₀ = u_t − t·v,   μ = A·u_t + B·û₀,   σ = C·exp(δ),   δ a linear layer of the last hidden tokens, 0 at first
+    û₀ = u_t − t·v,   μ = A·u_t + B·û₀,   σ = C·exp(δ), where δ is a linear layer, initialised with 0, on the last
+    hidden tokens
     """
 
     def __init__(self, config: NormalizingModelConfig) -> None:
@@ -126,7 +127,7 @@ class FlowPredictor(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """u_{t_0} → clean canvas [B, H, W, C], learned from what the trajectory's own score says; its input stays in it."""
+    """Maps u_{t_0} to a clean canvas [B, H, W, C], trained on scores of trajectories, as a residual of u_{t_0}."""
 
     def __init__(self, config: NormalizingModelConfig) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class Denoiser(nn.Module):
 
 
 class Condition(nn.Module):
-    """What is known about a state, [B, D]: its time, the number of transitions, the level of the canvas."""
+    """Embedding [B, D] of a state's time, the number of transitions and the level of the canvas."""
 
     def __init__(self, config: NormalizingModelConfig, width: int) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class Condition(nn.Module):
 
 
 class NormalizingNetwork(nn.Module):
-    """The whole network of `NormalizingModelConfig`, float32, freshly initialised from torch's global generator."""
+    """The network of `NormalizingModelConfig`, float32, initialised from torch's global generator."""
 
     def __init__(self, config: NormalizingModelConfig) -> None:
         super().__init__()
@@ -174,30 +175,30 @@ class NormalizingNetwork(nn.Module):
         self.denoiser = Denoiser(config) if config.denoiser_depth else None
 
     def transport(self, x: Tensor, t: Tensor, level: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-        """States x [B, H, W, C] at times t [B] → (u, log|det ∂u/∂x| [B, H, W], whose sum over tokens is exact)."""
+        """Map states x [B, H, W, C] at times t [B] to u and log|det ∂u/∂x| [B, H, W], to be summed over tokens."""
         self.check(x, num_steps)
         u, log_det = self.transporter(x.flatten(1, 2), self.flow_condition(t, level, num_steps))
         return u.unflatten(1, x.shape[1:3]), log_det.unflatten(1, x.shape[1:3])
 
     @torch.no_grad()
     def untransport(self, u: Tensor, t: Tensor, level: Tensor, num_steps: int) -> Tensor:
-        """The inverse of `transport`, token by token."""
+        """Invert `transport`, token by token."""
         self.check(u, num_steps)
         x = self.transporter.inverse(u.flatten(1, 2), self.flow_condition(t, level, num_steps))
         return x.unflatten(1, u.shape[1:3])
 
     def predict(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
-        """Law of u_s given u_t [B, H, W, C]; t, s float [B], s < t."""
+        """Return the distribution of u_s given u_t [B, H, W, C]; t, s: float [B], s < t."""
         self.check(u, num_steps)
         return self.predictor(u, t, s, given, num_steps)
 
     def denoise(self, u: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
-        """Clean canvas of u_{t_0} by the learned denoiser, of a network that has one."""
+        """Predict the clean canvas from u_{t_0}; only for a network with a denoiser."""
         assert self.denoiser is not None
         return self.denoiser(u, t, given, num_steps)
 
     def check(self, x: Tensor, num_steps: int) -> None:
-        """Raise MismatchError unless states and the number of transitions are those of the network."""
+        """Raise MismatchError unless states and the number of transitions fit the network."""
         expected = (len(x), *self.config.grid, self.config.in_channels)
         if tuple(x.shape) != expected:
             raise MismatchError(

@@ -1,16 +1,16 @@
-"""Normalizing Trajectory Models: every transition of a trajectory is a conditional flow of exact likelihood.
+"""The loss of Normalizing Trajectory Models: every transition is a conditional flow with an exact likelihood.
 
-    B batch, T transitions of a chain, K of them at hand, H×W grid, C channels
+    B batch, T transitions of a chain, K of them processed at a time, H×W grid, C channels
 
-State 0 is the cleanest, state T stands at t = 1. With u = f(x, t) by the transporter and (μ, σ) by the predictor,
+State 0 is the cleanest, state T is the one at t = 1. With u = f(x, t) by the transporter and (μ, σ) by the predictor,
 
     −log p(x_s | x_t) = Σ ½z² + log σ + ½ ln 2π − log|det ∂u_s/∂x_s|,   z = (u_s − μ(u_t))/σ(u_t)
 
-At t = 1 there is no transporter: u_T = x_T, which is pure noise (or nothing, where the chain is the hierarchy itself).
-All pairs are folded into the batch, so a trajectory trains in parallel.
+At t = 1 there is no transporter: u_T = x_T, which is pure noise (or zeros, if the states are the levels themselves).
+All transitions are folded into the batch, so a trajectory trains in parallel.
 
-Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, Algorithms 1–3, equation 3.5 and C.5. The text also
-speaks of a predictor that sees all levels; an exact likelihood forbids that, so it is Algorithm 1 that stands here.
+Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, Algorithms 1–3, equation 3.5 and C.5. The paper's text
+also mentions a predictor that sees all levels; its likelihood would not be exact, so this is Algorithm 1.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from trainer.seeds import mixed_seed, row_noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 SCORED_TOGETHER = 16
-"""States whose scores are taken in one pass; at 16 blocks of width 768 each holds half a GB while it lasts."""
+"""States whose scores are computed in one pass; with 16 blocks of width 768 each takes half a GB of memory."""
 
 
 class Chain(NamedTuple):
-    """States of a batch, the cleanest first, and what they are conditioned on."""
+    """States of a batch, the cleanest first, and their conditions."""
 
     states: Tensor
     """float32 [B, T+1, H, W, C]."""
@@ -41,9 +41,9 @@ class Chain(NamedTuple):
     """float32 [B, T+1]; the last one is 1."""
     given: Given
     covariance: Tensor
-    """float32 [B, T, T], of states 0 … T−1 given the clean canvases."""
+    """float32 [B, T, T], covariance of states 0 … T−1 given the clean canvases."""
     scale: Tensor
-    """float32 [B, T], what clean canvases are multiplied by in each state."""
+    """float32 [B, T], factor of the clean canvas in each state."""
 
 
 def build_chain(
@@ -56,10 +56,10 @@ def build_chain(
     trajectory: Trajectory,
     level_noise: float,
 ) -> Chain:
-    """The chain of T transitions that a sample trains or is measured on.
+    """Build the chain of T transitions on which a sample is trained or measured.
 
-    canvases: float32 [B, L, H, W, C], normalised; with trajectory `tokens` only the last is looked at. label, level:
-    int64 [B]; the level is that of the canvas with trajectory `canvases`. noise: N(0, 1) [B, T+1, H, W, C]. t_min: [B].
+    canvases: float32 [B, L, H, W, C], normalised; trajectory `tokens` only uses the last. label, level: int64 [B];
+    trajectory `canvases` uses the canvas of `level`. noise: N(0, 1) [B, T+1, H, W, C]. t_min: [B].
     """
     B, L, H, W, _ = canvases.shape
     if trajectory == "levels":
@@ -89,38 +89,38 @@ class Transitions(NamedTuple):
     log_sigma: Tensor
     """float32 [B, K, H, W, C]."""
     log_det: Tensor
-    """float32 [B, K, H, W], the parts of tokens; only their sum is a determinant."""
+    """float32 [B, K, H, W], by token; only the sum over tokens is the log-determinant."""
     mean: Tensor
     """float32 [B, K, H, W, C], the predictor's mean of u_s."""
 
     def nats(self) -> Tensor:
-        """−log p(x_s | x_t) by token, [B, K, H, W]; its sum over tokens is exact."""
+        """Return −log p(x_s | x_t) by token, [B, K, H, W]; only the sum over tokens is exact."""
         terms = 0.5 * self.z.square() + self.log_sigma + HALF_LOG_2PI
         return terms.sum(dim=-1) - self.log_det
 
 
 def transitions(network: Any, states: Tensor, times: Tensor, given: Given, num_steps: int) -> Transitions:
-    """What the model makes of consecutive states.
+    """Evaluate the model on consecutive states.
 
-    network: a NormalizingNetwork, or anything with its `transport` and `predict`. states: float32 [B, K+1, H, W, C],
-    the cleanest first: a whole chain (K = T) or part of one. times: float [B, K+1]. num_steps: T.
+    network: a NormalizingNetwork, or an object with its methods `transport` and `predict`. states: float32
+    [B, K+1, H, W, C], the cleanest first: a whole chain (K = T) or part of one. times: float [B, K+1]. num_steps: T.
     """
     B, K = len(states), states.shape[1] - 1
     many = given.repeated(K)
     t, s = times[:, 1:].flatten(), times[:, :-1].flatten()
     u, log_det = network.transport(states[:, :-1].flatten(0, 1), s, many.level, num_steps)
     u = u.unflatten(0, (B, K))
-    last = states[:, -1]  # of a whole chain the state at t = 1, where there is no transporter
+    last = states[:, -1]  # in a whole chain this state is at t = 1, where there is no transporter
     last = last if num_steps == K else _carried(network, last, times[:, -1], given, num_steps)
     u_t = torch.cat([u[:, 1:], last[:, None]], dim=1)
-    law = network.predict(u_t.flatten(0, 1), t, s, many, num_steps)
-    mean, log_sigma = (part.unflatten(0, (B, K)) for part in law)
+    predicted = network.predict(u_t.flatten(0, 1), t, s, many, num_steps)
+    mean, log_sigma = (part.unflatten(0, (B, K)) for part in predicted)
     z = (u - mean) * torch.exp(-log_sigma)
     return Transitions(z, log_sigma, log_det.unflatten(0, (B, K)), mean)
 
 
 def _carried(network: Any, state: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
-    """u of states that stand at t = 1 or before; at t = 1 it is the state itself."""
+    """Return u of states at t ≤ 1; at t = 1 it is the state itself."""
     is_end = t >= 1
     u, _ = network.transport(state, torch.where(is_end, 0.5, t), given.level, num_steps)
     return torch.where(is_end[:, None, None, None], state, u)
@@ -137,14 +137,15 @@ def loss(
     flow: Any = None,
     flow_weight: float | Tensor = 0.0,
 ) -> dict[str, Tensor]:
-    """The objective on a batch of whole chains; gradients flow from `["loss"]`.
+    """Compute the loss of a batch of whole chains; call `backward` on `["loss"]`.
 
-    states: float32 [B, T+1, H, W, C]; times: float32 [B, T+1]. pair: int64 [B], the one transition of each sample that
-    is trained, weighted by T, so that its expectation is the whole; None trains all. flow: frozen predictor of the
-    flow-matching network, run on states x themselves; its means pull with `flow_weight`.
+    states: float32 [B, T+1, H, W, C]; times: float32 [B, T+1]. pair: int64 [B], the only transition of each sample to
+    train, weighted by T so that the expectation is the loss of all; None trains all. flow: frozen predictor of the
+    flow-matching network, evaluated on the states x; the squared distance to its means has weight `flow_weight`.
 
-    Returns scalars: loss in nats per number of a canvas, summed over the T transitions, with the pull of the flow;
-    bits, the same without it in bits; fit, log_sigma and log_det, its parts in nats; flow, the squared distance.
+    Returns scalars: loss in nats per element of a canvas, summed over the T transitions, including the distance to the
+    flow; bits, the same without the distance and in bits; fit, log_sigma and log_det, its parts in nats; flow, the
+    squared distance.
     """
     if pair is not None:
         row = torch.arange(len(states), device=states.device)
@@ -170,7 +171,7 @@ def loss(
 
 
 def guided(law: Gaussian, unconditional: Gaussian, scale: float) -> Gaussian:
-    """The Gaussian ∝ p^(1+w)·p_u^(−w), w = scale; where p is wider than p_u its excess counts as none. Source: C.5."""
+    """Return the Gaussian ∝ p^(1+w)·p_u^(−w), w = scale, with p_u at least as wide as p. Source: C.5."""
     w = scale
     share = torch.exp(2 * (law.log_sigma - unconditional.log_sigma)).clamp(max=1)
     precision = 1 + w - w * share
@@ -188,14 +189,14 @@ def denoised(
     scale: Tensor,
     clip: float | None = None,
 ) -> Tensor:
-    """E[clean canvas | trajectory] read off each state by the trajectory's own score: float32 [B, K, H, W, C].
+    """Estimate E[clean canvas | trajectory] from each state with the score of the trajectory: float32 [B, K, H, W, C].
 
-    states: [B, K+1, H, W, C], times [B, K+1] as for `transitions`. covariance: [B, K, K] of states 0 … K−1 given the
-    clean canvas, which is `scale` [B, K] times itself in them. With the exact density all K of a noise chain agree.
-    clip: share of the absolute scores of a sample that is kept as it is; larger ones are cut to the largest of them.
+    states: [B, K+1, H, W, C], times: [B, K+1], as for `transitions`. covariance: [B, K, K] of states 0 … K−1 given the
+    clean canvas; scale: [B, K], the factor of the clean canvas in these states. With the exact density all K estimates
+    of a noise chain are equal. clip: quantile of a sample's absolute scores above which scores are clipped to it.
     Source: equation 3.5 and Algorithm 3, with −log p summed over dimensions.
     """
-    together = max(1, SCORED_TOGETHER // covariance.shape[1])  # images do not mix
+    together = max(1, SCORED_TOGETHER // covariance.shape[1])  # images are independent
     parts = (value.split(together) for value in (states, times, *given, covariance, scale))
     return torch.cat(
         [
@@ -228,9 +229,9 @@ def _denoised(
 
 
 def denoiser_loss(network: NormalizingNetwork, chain: Chain, num_steps: int) -> Tensor:
-    """Mean squared distance of the learned denoiser to what the score of real trajectories says; a scalar.
+    """Return the mean squared distance between the learned denoiser and `denoised` on real trajectories, a scalar.
 
-    A chain of noise teaches its cleanest state, one of levels all of them. Gradients reach the denoiser alone.
+    A noise chain trains its cleanest state; a chain of levels trains all states. Only the denoiser gets gradients.
     Source: §3.4 and C.3.
     """
     target = denoised(
@@ -244,7 +245,7 @@ def denoiser_loss(network: NormalizingNetwork, chain: Chain, num_steps: int) -> 
 
 
 class Draws(NamedTuple):
-    """What one training step leaves to chance, for some rows of the global batch."""
+    """The random numbers of one training step, for some rows of the global batch."""
 
     num_steps: int
     t_min: Tensor
@@ -266,8 +267,8 @@ def draw_batch(
 ) -> Draws:
     """Draw T, noise of its T + 1 states, t_min, pairs and label dropout for `rows` of the batch of step `step`.
 
-    T is one for the whole batch. The rest of a row's draws depend on (seed, step, row) alone, so any split of the batch
-    over ranks trains the same run. noise: float32 [b, T+1, *shape].
+    The whole batch has the same T. A row's other draws depend only on (seed, step, row), so training is the same for
+    any split of the batch over ranks. noise: float32 [b, T+1, *shape].
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, step))
     T = num_steps[int(torch.randint(len(num_steps), (), generator=generator))]
