@@ -102,7 +102,7 @@ class Predictor(nn.Module):
         return Gaussian(_per_sample(self._skip(t, s)) * u + mean, bounded(scale))
 
     def _skip(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return the coefficient of u_t in the mean: the posterior's; with `levels` 1, except for the coarsest level."""
+        """Return the factor of u_t in the mean: the posterior's; with `levels` 1, except for the coarsest level."""
         return (t < 1).to(t.dtype) if self.config.trajectory == "levels" else posterior(t, s).a
 
 
