@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,16 +53,10 @@ class DecoderConfig(RunConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        require(self.patch_size >= 1, f"patch_size is {self.patch_size}, expected 1 or more")
-        require(self.held_out_shards >= 0, f"held_out_shards is {self.held_out_shards}, expected 0 or more")
-        for name in ("noise", "lpips_weight", "gan_weight"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more, and finite")
-        for name in ("lr", "ema_halflife_kimg"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
-        for name in ("warmup_fraction", "discriminator_start", "gan_start"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+        self.check_least(1, "patch_size")
+        self.check_least(0, "held_out_shards", "noise", "lpips_weight", "gan_weight")
+        self.check_finite("noise", "lpips_weight", "gan_weight")
+        self.check_above_zero("lr", "ema_halflife_kimg")
+        self.check_shares("warmup_fraction", "discriminator_start", "gan_start")
         for decay in self.adam_betas:
             require(0 <= decay < 1, f"adam_betas hold {decay}, expected 0 up to below 1")

@@ -16,21 +16,63 @@ import pydantic
 
 from hierarchy_builder import fields
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.fields import (
-    EXECUTION,
-    STRICT,
-    require,
-    to_mapping,
-)
+from hierarchy_builder.fields import EXECUTION, STRICT, require, to_mapping
 
 Config = TypeVar("Config")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """Muon for matrices, Adam with Nesterov momentum for all other parameters, and the weight averages."""
+class CheckedFields:
+    """Base of configurations: unknown fields are refused, and each check raises UsageError with the field's name."""
 
+    __slots__ = ()
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    def check_shares(self, *names: str) -> None:
+        """Refuse fields that are not between 0 and 1."""
+        for name in names:
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+
+    def check_above_zero(self, *names: str) -> None:
+        """Refuse fields that are not finite numbers above 0."""
+        for name in names:
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+
+    def check_least(self, least: int, *names: str) -> None:
+        """Refuse fields below `least`; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value >= least, f"{name} is {value}, expected {least} or more")
+
+    def check_finite(self, *names: str) -> None:
+        """Refuse fields that are infinite or NaN."""
+        for name in names:
+            value = getattr(self, name)
+            require(math.isfinite(value), f"{name} is {value}, expected a finite number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AveragedOptimConfig(CheckedFields):
+    """The learning rate and the weight averages of every optimiser."""
+
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    ema_halflives_kimg: tuple[float, ...] = (1000.0,)
+    """Half-lives of the weight averages in thousands of images."""
+    ema_ramp: float = 0.05
+    """A half-life never exceeds this share of the images seen so far."""
+
+    def __post_init__(self) -> None:
+        self.check_above_zero("lr")
+        for halflife in self.ema_halflives_kimg:
+            require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
+        self.check_least(0, "ema_ramp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(AveragedOptimConfig):
+    """Muon for matrices, Adam with Nesterov momentum for all other parameters, and the weight averages."""
 
     lr: float = 1e-2
     """Learning rate of Muon and Adam, constant until the cooldown."""
@@ -44,68 +86,40 @@ class OptimConfig:
     """Iterations of Muon's orthogonalisation."""
     ema_halflives_kimg: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the weight averages in thousands of images."""
-    ema_ramp: float = 0.05
-    """A half-life never exceeds this share of the images seen so far."""
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
+        AveragedOptimConfig.__post_init__(self)  # super() does not find the class that slots make
         for decay in (self.momentum, *self.adam_betas):
             require(0 <= decay < 1, f"momentum and adam_betas hold {decay}, expected 0 up to below 1")
-        for halflife in self.ema_halflives_kimg:
-            require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
-        require(self.ema_ramp >= 0, f"ema_ramp is {self.ema_ramp}, expected 0 or more")
-        steps = self.newton_schulz_steps
-        require(steps >= 1, f"newton_schulz_steps is {steps}, expected 1 or more")
-        require(
-            0 <= self.cooldown_fraction <= 1,
-            f"cooldown_fraction is {self.cooldown_fraction}, expected a share from 0 to 1",
-        )
+        self.check_least(1, "newton_schulz_steps")
+        self.check_shares("cooldown_fraction")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RuledOptimConfig:
+class RuledOptimConfig(AveragedOptimConfig):
     """AdamW or Muon, and the weight averages; each method adds its own schedule of the learning rate."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     rule: Literal["adamw", "muon"] = "adamw"
     """AdamW as in the paper, or Muon as in Trajectory Forcing, with which small networks learn in minutes."""
-    lr: float = 1e-4
-    """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moments of AdamW, or of the Adam part of Muon."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW; must be 0 with Muon."""
-    ema_halflives_kimg: tuple[float, ...] = (1000.0,)
-    """Half-lives of the weight averages in thousands of images."""
-    ema_ramp: float = 0.05
-    """A half-life never exceeds this share of the images seen so far."""
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, f"lr is {self.lr}, expected above 0, and finite")
+        AveragedOptimConfig.__post_init__(self)  # super() does not find the class that slots make
         for decay in self.betas:
             require(0 <= decay < 1, f"betas hold {decay}, expected 0 up to below 1")
-        for halflife in self.ema_halflives_kimg:
-            require(0 < halflife < math.inf, f"ema_halflives_kimg holds {halflife}, expected above 0")
-        for name in ("ema_ramp", "weight_decay"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        self.check_least(0, "weight_decay")
         require(
             self.rule == "adamw" or self.weight_decay == 0,
             f"weight_decay is {self.weight_decay} with rule {self.rule}, expected 0: this Muon has no weight decay",
         )
 
-    def check_shares(self, *names: str) -> None:
-        """Raise UsageError if one of these fields is not between 0 and 1."""
-        for name in names:
-            found = getattr(self, name)
-            require(0 <= found <= 1, f"{name} is {found}, expected a share from 0 to 1")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(CheckedFields):
     """Fields of every training run: length, batches, seed, execution and logging."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     total_images: int = field(default=102_400_000, metadata=EXECUTION)
     """Images after which the run ends; the default is 80 epochs of ImageNet."""
@@ -141,16 +155,12 @@ class RunConfig:
     """Seconds after which the run writes a checkpoint and ends with exit code 75, so that it can be resumed."""
 
     def __post_init__(self) -> None:
-        counts = ("total_images", "batch_size", "checkpoint_images", "log_images", "keep_checkpoints")
-        for name in (*counts, "shuffle_shards"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
+        self.check_least(
+            1, "total_images", "batch_size", "checkpoint_images", "log_images", "keep_checkpoints"
+        )
+        self.check_least(1, "shuffle_shards", "micro_batch_size", "sample_images")
+        self.check_least(0, "seed", "loader_workers", "max_damaged_shards")
         require(self.shuffle_shards <= 128, f"shuffle_shards is {self.shuffle_shards}, expected at most 128")
-        require(self.seed >= 0, f"seed is {self.seed}, expected 0 or more")
-        for name in ("loader_workers", "max_damaged_shards"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("micro_batch_size", "sample_images"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}, expected 1 or more")
         require(
             self.max_seconds is None or self.max_seconds > 0,
             f"max_seconds is {self.max_seconds}, expected above 0",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
-import pydantic
-
-from hierarchy_builder.fields import MOST_BLOCKS, STRICT, require
+from hierarchy_builder.fields import MOST_BLOCKS, require
 from trainer.networks.config import NetworkConfig
-from trainer.training.config import MethodRunConfig, RuledOptimConfig
+from trainer.training.config import CheckedFields, MethodRunConfig, RuledOptimConfig
 
 Schedule = Literal[
     "cascaded", "cascaded-noised", "shifted", "offset", "independent", "latents-only", "pixels-only"
@@ -75,14 +72,12 @@ class LatentModelConfig(NetworkConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LatentMethodConfig:
+class LatentMethodConfig(CheckedFields):
     """Latent Forcing's objective: how the times of pixels and latents are drawn, and the weight of the latent loss.
 
     t = 1 is noise. The paper's distributions are those of 1 − t, so here means have the other sign and intervals are
     mirrored.
     """
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     schedule: Schedule = "cascaded-noised"
     """Joint distribution of the two times, see `trainer.methods.latent_forcing.clocks`."""
@@ -119,30 +114,13 @@ class LatentMethodConfig:
     """Probability that the label is replaced by the null class; 1 ignores the classes."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "latent_share",
-            "pixel_uniform_share",
-            "condition_noise",
-            "prefix_share",
-            "label_dropout",
-        ):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
-        for name in (
-            "latent_time_std",
-            "pixel_time_std",
-            "shift",
-            "uniform_shift",
-            "latent_scale",
-            "time_floor",
-        ):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
-        for name in ("latent_time_mean", "pixel_time_mean"):
-            require(math.isfinite(getattr(self, name)), f"{name} is {getattr(self, name)}, expected finite")
-        require(
-            0 <= self.latent_weight < math.inf, f"latent_weight is {self.latent_weight}, expected 0 or more"
+        self.check_shares(
+            "latent_share", "pixel_uniform_share", "condition_noise", "prefix_share", "label_dropout"
         )
+        self.check_above_zero("latent_time_std", "pixel_time_std", "shift", "uniform_shift", "latent_scale")
+        self.check_above_zero("time_floor")
+        self.check_finite("latent_time_mean", "pixel_time_mean", "latent_weight")
+        self.check_least(0, "latent_weight")
         require(0 <= self.offset < 1, f"offset is {self.offset}, expected 0 up to below 1")
 
 
@@ -163,7 +141,7 @@ class LatentOptimConfig(RuledOptimConfig):
 
     def __post_init__(self) -> None:
         RuledOptimConfig.__post_init__(self)  # super() does not find the class that slots make
-        require(self.warmup_images >= 0, f"warmup_images is {self.warmup_images}, expected 0 or more")
+        self.check_least(0, "warmup_images")
         self.check_shares("cooldown_fraction")
 
 

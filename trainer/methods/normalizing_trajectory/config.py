@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
-import pydantic
-
-from hierarchy_builder.fields import MOST, MOST_BLOCKS, STRICT, require
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, require
 from trainer.networks.config import ModelConfig, NetworkConfig
-from trainer.training.config import MethodRunConfig, RuledOptimConfig
+from trainer.training.config import CheckedFields, MethodRunConfig, RuledOptimConfig
 
 Trajectory = Literal["tokens", "canvases", "levels"]
 """Kind of trajectory: growing noise on the tokens, growing noise on each level's canvas given the level before, or the
@@ -72,10 +69,8 @@ class NormalizingModelConfig(NetworkConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NormalizingMethodConfig:
+class NormalizingMethodConfig(CheckedFields):
     """The objective of Normalizing Trajectory Models."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     pairs: Literal["all", "one"] = "all"
     """Transitions of a sample that a step trains: all of its trajectory, or one at random."""
@@ -96,12 +91,10 @@ class NormalizingMethodConfig:
         require(
             0 < self.sampling_t_min < 1, f"sampling_t_min is {self.sampling_t_min}, expected above 0, below 1"
         )
-        require(
-            0 < self.level_noise < math.inf,
-            f"level_noise is {self.level_noise}, expected above 0, and finite",
-        )
-        require(0 <= self.label_dropout <= 1, f"label_dropout is {self.label_dropout}, expected 0 to 1")
-        require(0 <= self.flow_weight < math.inf, f"flow_weight is {self.flow_weight}, expected 0 or more")
+        self.check_above_zero("level_noise")
+        self.check_shares("label_dropout")
+        self.check_finite("flow_weight")
+        self.check_least(0, "flow_weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +144,6 @@ class NormalizingTrainConfig(MethodRunConfig):
         )
         require(
             self.init_from is None or self.method.t_min[0] > 0,
-            f"method.t_min is {self.method.t_min}, expected a lower end above 0 with init_from: the standard deviation "
+            f"method.t_min is {self.method.t_min}, expected its low end above 0 with init_from: the standard deviation "
             "of the last transition is about t_min",
         )

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import pydantic
-
-from hierarchy_builder.fields import STRICT, require
 from trainer.networks.config import ModelConfig
-from trainer.training.config import MethodRunConfig, OptimConfig, checked
+from trainer.training.config import CheckedFields, MethodRunConfig, OptimConfig, checked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MethodConfig:
+class MethodConfig(CheckedFields):
     """Trajectory Forcing's objective: the distribution of (t, r), guidance, and the weight of the region loss."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     time_mean: float = 0.0
     """Mean of logit(t) before the shift."""
@@ -40,16 +34,11 @@ class MethodConfig:
     """Largest noise on the previous level's canvas: σ·N(0, 1) with σ uniform up to this, in the network's units."""
 
     def __post_init__(self) -> None:
-        for name in ("uniform_fraction", "data_fraction", "label_dropout"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
-        for name in ("time_std", "time_shift"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
-        for name, least in (("region_weight", 0), ("prev_noise", 0), ("guidance_max", 1)):
-            value = getattr(self, name)
-            require(least <= value < math.inf, f"{name} is {value}, expected {least} or more, and finite")
-        require(math.isfinite(self.time_mean), f"time_mean is {self.time_mean}, expected a finite number")
+        self.check_shares("uniform_fraction", "data_fraction", "label_dropout")
+        self.check_above_zero("time_std", "time_shift")
+        self.check_finite("time_mean", "region_weight", "prev_noise", "guidance_max")
+        self.check_least(0, "region_weight", "prev_noise")
+        self.check_least(1, "guidance_max")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
