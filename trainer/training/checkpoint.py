@@ -69,7 +69,7 @@ class RunState:
     step: Annotated[int, pydantic.Field(ge=0)]
     images_seen: Annotated[int, pydantic.Field(ge=0)]
     config: dict[str, Any]
-    """The resolved TrainConfig."""
+    """Every field of the run's configuration."""
     shards: dict[str, Any]
     """Encoder, class names, grid and configuration hash of the shards."""
     seconds: float = 0.0
@@ -158,7 +158,10 @@ def load_state(folder: Path) -> RunState:
             raise KeyError(*sorted(lacking))
         if not (isinstance(state.shards["encoder"], dict) and isinstance(state.shards["class_names"], list)):
             raise TypeError("shards.encoder must be a mapping, shards.class_names a list")
-        sizes = {name: _size(folder / name) for name in state.files}
+        for name, size in state.files.items():
+            if (found := _size(folder / name)) != size:
+                raise TrainerError(f"{folder / name}: {found} bytes, {STATE} says {size}; {_advice(folder)}")
+        return state
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -175,12 +178,6 @@ def load_state(folder: Path) -> RunState:
         raise UnreadableCheckpointError(
             f"{error.filename or folder} cannot be read: {error}; {RETRY}"
         ) from None
-    for name, size in state.files.items():
-        if sizes[name] != size:
-            raise TrainerError(
-                f"{folder / name}: {sizes[name]} bytes, {STATE} says {size}; {_advice(folder)}"
-            )
-    return state
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -256,7 +253,7 @@ def _newest(run: Path, warn: bool) -> tuple[Path, RunState]:
     found, refused = _search(run, load_state)
     if found is None:
         for error in refused.values():
-            raise error  # the one of the newest folder
+            raise error  # the error of the newest folder
         raise TrainerError(
             f"{run}: found no checkpoint; give a run folder of `trainer train` or one step of it"
         )

@@ -125,7 +125,7 @@ class MethodRun(Loop):
         return sheet
 
     def _decoder(self) -> Any:
-        """What decodes the samples of a sheet; None shows the features as colours, or pixels that are drawn."""
+        """Return the decoder for the sheet of samples; None shows features as colours, or the pixels of the samples."""
         return None
 
     def _autocast(self) -> torch.autocast:

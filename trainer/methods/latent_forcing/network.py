@@ -141,7 +141,7 @@ class PixelLatentTransformer(nn.Module):
         return self._picture(patches), canvas.unflatten(1, self.config.grid)
 
     def _condition(self, t_pixels: Tensor, t_latents: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """What modulates the norms, [B, D], and the embedded class [B, D]; weights know data as time 1."""
+        """Return the condition of the norms [B, D] and the embedded class [B, D]; in the weights, data have time 1."""
         label_BD = self.class_table(label)
         clocks = t_latents[:, None].expand(-1, len(self.latent_clocks)) if t_latents.ndim == 1 else t_latents
         total = self.pixel_clock(1 - t_pixels) + label_BD

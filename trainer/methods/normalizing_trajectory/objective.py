@@ -153,11 +153,11 @@ def loss(
         times = torch.stack([times[row, pair], times[row, pair + 1]], dim=1)
     found = transitions(network, states, times, given, num_steps)
     B, K, C = len(states), states.shape[1] - 1, states.shape[-1]
-    whole = num_steps / K
+    per_pair = num_steps / K  # scales the sum over K transitions to one over all T
     parts = {
-        "fit": whole * (0.5 * found.z.square() + HALF_LOG_2PI).mean(dim=(0, 2, 3, 4)).sum(),
-        "log_sigma": whole * found.log_sigma.mean(dim=(0, 2, 3, 4)).sum(),
-        "log_det": whole * found.log_det.mean(dim=(0, 2, 3)).sum() / C,
+        "fit": per_pair * (0.5 * found.z.square() + HALF_LOG_2PI).mean(dim=(0, 2, 3, 4)).sum(),
+        "log_sigma": per_pair * found.log_sigma.mean(dim=(0, 2, 3, 4)).sum(),
+        "log_det": per_pair * found.log_det.mean(dim=(0, 2, 3)).sum() / C,
     }
     nats = parts["fit"] + parts["log_sigma"] - parts["log_det"]
     distance = states.new_zeros(())
@@ -166,7 +166,7 @@ def loss(
         with torch.no_grad():
             target = flow(states[:, 1:].flatten(0, 1), t, s, many, num_steps).mean
         squares = (found.mean - target.unflatten(0, (B, K))).square()
-        distance = whole * squares.mean(dim=(0, 2, 3, 4)).sum()
+        distance = per_pair * squares.mean(dim=(0, 2, 3, 4)).sum()
     return {"loss": nats + flow_weight * distance, "bits": nats / math.log(2), **parts, "flow": distance}
 
 

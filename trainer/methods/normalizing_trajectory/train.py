@@ -191,12 +191,12 @@ def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
 
 def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) -> NormalizingTrainConfig:
     """Take network and method from the run to distil; the denoiser defaults to a third of the predictor's depth."""
-    whole = _own_config(saved.find_checkpoint(run))
-    model = whole.model
+    source = _own_config(saved.find_checkpoint(run))
+    model = source.model
     _check_shards(index, model, run)
     depth = config.model.denoiser_depth or max(1, model.depth // 3)
     model = dataclasses.replace(model, denoiser_depth=depth)
-    return dataclasses.replace(config, model=model, method=whole.method, normalise=whole.normalise)
+    return dataclasses.replace(config, model=model, method=source.method, normalise=source.normalise)
 
 
 def _own_config(folder: Path) -> NormalizingTrainConfig:
