@@ -132,7 +132,7 @@ def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.Capture
         (
             ["--set", "method_name=other"],
             2,
-            "method_name is 'other', expected 'trajectory-forcing': --method",
+            "method_name is 'other', expected 'trajectory-forcing': choose the method",
         ),
     ],
 )
@@ -203,7 +203,7 @@ def test_weights_of_another_network_are_refused(
     state["config"]["model"]["width"] = 32
     (newest / "state.json").write_text(json.dumps(state))
     assert call("sample", copy, "--labels", "ant", "--out", tmp_path / "samples") == 5
-    assert "the weights are not of the network" in capsys.readouterr().err
+    assert "the weights do not fit the network" in capsys.readouterr().err
 
 
 def test_report_refuses_shards_of_other_features(
