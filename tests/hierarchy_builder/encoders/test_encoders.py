@@ -214,7 +214,7 @@ def test_onnx_runs_a_real_encoder(shared: Path) -> None:
     assert np.abs(encoder.encode(images[2:]) - features[2:]).max() < 1e-4
     assert load_encoder(f"onnx:{path}:s16_96").width == 96
     assert str(path.parent) not in json.dumps(encoder.describe())
-    with pytest.raises(UsageError, match="no output 'nope', the model has s16_96, s16_320"):
+    with pytest.raises(UsageError, match="unknown output 'nope', known are s16_96, s16_320"):
         load_encoder(f"onnx:{path}:nope")
 
 

@@ -178,7 +178,7 @@ def test_unknown_weights_are_compared_with_the_first_run(
     config = ExtractConfig(encoder="test_probe:Gain", block_rows=4)
     loud = replace(SESSION, reporter=Reporter())
     steps.extract(folder, str(photos), config, loud)
-    assert "no reference is known of these weights" in capsys.readouterr().err
+    assert "no reference value is known for these weights" in capsys.readouterr().err
     recorded = stage_entry(folder, "extract")["probe"]
     assert recorded == probe_value(Gain())
     (folder.ledger("extract") / "000001.json").unlink()

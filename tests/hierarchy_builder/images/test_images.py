@@ -121,7 +121,7 @@ def test_class_map_decides_ids_of_present_and_absent_classes(tmp_path: Path) -> 
         open_source(str(tmp_path / "data"), class_map={"dogs": 0})
     for content in ('["cat"]', '{"cat": 0, "dog": 0}', '{"dog": -1}', '{"dog": 1700000000}', "{}"):
         map_file.write_text(content)
-        with pytest.raises(UsageError, match="expected JSON of names and ids"):
+        with pytest.raises(UsageError, match="expected JSON of class names and different ids"):
             open_source(str(tmp_path / "data"), class_map=str(map_file))
 
 
