@@ -258,7 +258,7 @@ class ShardStage:
             image, _ = decode_image(self._reader.read(record.path), max_pixels=self.max_pixels)
         except ImageError as error:
             raise BuilderError(
-                f"{record.path} of {self.source}: {error}; restore it, or use --no-images"
+                f"{record.path} of {self.source}: {error}; restore it, or shard with --no-images"
             ) from None
         return picture_of(image, self.image_size_px, self.config)
 
