@@ -22,8 +22,16 @@ from hierarchy_builder.store.shards import sample_bytes
 
 
 def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
-    """Return the manifest's entry of a stage. Raises BuilderError naming the command to run if units are missing."""
+    """Return the manifest's entry of a finished stage.
+
+    Raises BuilderError naming the next step if units are missing, or if a fused build did not store the stage's output.
+    """
     entry = stage_entry(folder, stage)
+    if stage in ("extract", "cluster") and is_fused(folder):
+        raise BuilderError(
+            f"{folder.root} is a fused build, which does not store what {stage} makes: for that, build without --fused "
+            "in another folder"
+        )
     ledger = open_ledger(folder, stage)
     units = stage_units(folder, stage)
     missing = [unit.number for unit in units if not ledger.is_done(unit.number)]

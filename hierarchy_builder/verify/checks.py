@@ -44,7 +44,7 @@ from hierarchy_builder.store.shard_set import (
 )
 from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name, sidecar
 from hierarchy_builder.store.statistics import read_part_moments, statistics_arrays
-from hierarchy_builder.store.units import layout_of, stage_units, state_of, usable_rows
+from hierarchy_builder.store.units import finished_stage, layout_of, stage_units, state_of, usable_rows
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 
@@ -139,17 +139,14 @@ def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
         if path not in markers:
             text = f"{path} is the marker of a unit that {stage} does not have"
             yield Damage(stage=stage, unit=int(path.stem), text=text)
-    unfinished = {path: number for path, number in markers.items() if not ledger.is_done(number)}
-    for path, number in unfinished.items():
-        if path.exists():
+    for path, number in markers.items():
+        if path.exists() and not ledger.is_done(number):
             text = f"{path} is damaged or belongs to another configuration"
             yield Damage(stage=stage, unit=number, text=text)
-    if unfinished:
-        yield Damage(
-            stage=stage,
-            text=f"{folder.root}: {stage} has done {len(units) - len(unfinished)} of {len(units)} units: "
-            f"run `hierarchy-builder {VERBS[stage]} {folder.root}` again to finish it",
-        )
+    try:
+        finished_stage(folder, stage)
+    except BuilderError as error:
+        yield Damage(stage=stage, text=str(error))
 
 
 def _check_blocks(

@@ -17,6 +17,8 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.files import read_json
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.quality.comparison import compare_builds
+from hierarchy_builder.quality.report import write_report
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair
@@ -144,6 +146,17 @@ def test_another_configuration_is_refused(photos, tmp_path) -> None:
     with pytest.raises(ConfigMismatchError, match="was built fused and cannot be continued in stages"):
         run(tmp_path / "out", photos, fused=False)
     assert content(run(tmp_path / "out", photos, other, fresh=True)) != {}
+
+
+def test_commands_that_need_stores_refuse_a_fused_build(photos, tmp_path) -> None:
+    folder = run(tmp_path / "out", photos)
+    for needs_stores in (
+        lambda: write_report(folder, folder.report),
+        lambda: compare_builds(folder, folder),
+        lambda: steps.cluster(folder, HierarchyRecipe.paper(), IN_PROCESS),
+    ):
+        with pytest.raises(BuilderError, match=r"is a fused build.*build without --fused in another folder"):
+            needs_stores()
 
 
 def test_what_needs_stored_features_is_refused(photos, tmp_path) -> None:
