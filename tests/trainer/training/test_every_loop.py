@@ -92,5 +92,5 @@ def test_a_network_that_is_not_finite_names_the_samples_it_met(
     before_step(monkeypatch, 2, damage)
     with pytest.raises(NonFiniteLossError, match="step 2, seed 0: loss nan") as caught:
         train(tmp_path)
-    assert f"features finite; samples of this rank: {', '.join(keys)}. " in str(caught.value)
+    assert f"all features are finite; samples of this rank: {', '.join(keys)}. " in str(caught.value)
     assert "lower " in str(caught.value)
