@@ -337,7 +337,7 @@ def test_a_log_determinant_that_is_not_finite_stops_the_run(
     before_step(monkeypatch, 2, damage)
     with pytest.raises(NonFiniteLossError, match=r"step 2, seed 0: loss nan.* log_det nan") as caught:
         room.train(tiny(), shards, str(tmp_path), quiet=True)
-    assert f"features finite; samples of this rank: {', '.join(keys)}. " in str(caught.value)
+    assert f"all features are finite; samples of this rank: {', '.join(keys)}. " in str(caught.value)
     assert [folder.name for folder in saved.list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
