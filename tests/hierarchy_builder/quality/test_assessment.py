@@ -143,7 +143,7 @@ def test_human_scores_exist_only_for_images_with_label_maps(built, masks) -> Non
     assert found.facts["masks"] == {
         "images": 1,
         "maps": 2,
-        "refused": ["wrong_size: 001.png has 50×80 pixels, expected 96×80 of its photo"],
+        "refused": ["wrong_size: 001.png has 50×80 pixels, expected 96×80 as its photo"],
     }
     assert "Agreement with people" in score_tables(found)
     assert found.baselines["grid"].by_level()[0]["covering"] > 0
