@@ -1,9 +1,10 @@
-"""A photograph as the start of a trajectory: its hierarchy instead of sampled levels, to be edited and resumed.
+"""Trajectories that start from a photograph: the levels are its hierarchy, to be edited and resumed.
 
     S×S pixels, H×W grid of tokens, C channels
 
-Either a sample of shards, which holds features and regions, or a picture and the encoder the model was trained on. The
-encoder comes from outside, since the trainer has none: an object, or what `module:function` returns.
+The photograph is a sample of shards, which holds features and regions, or a picture file, which the encoder that the
+model was trained on has to encode. The trainer has no encoder of its own: the caller passes an object, or names a
+`module:function` that returns one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BY_NAME = "hierarchy_builder.encoders:load_encoder"
 
 
 class Encoder(Protocol):
-    """What is needed of an encoder; those of the builder are such."""
+    """The attributes that an encoder needs; encoders of hierarchy_builder have them."""
 
     name: str
     image_size_px: int
@@ -38,7 +39,7 @@ class Encoder(Protocol):
 def start_from_shards(
     pipe: TrajectoryPipeline, index: ShardIndex, sample: str | int, *, seed: int = 0
 ) -> Trajectory:
-    """A trajectory that starts from a sample of shards, given by key or number; its class is the sample's.
+    """Start a trajectory from a sample of shards, given by key or number; the class is that of the sample.
 
     Raises UsageError for an unknown sample, MismatchError if the shards are not of the model's encoder and recipe.
     """
@@ -60,9 +61,9 @@ def start_from_shards(
 def start_from_photo(
     pipe: TrajectoryPipeline, photo: str | Path, encoder: Encoder, *, label: int | str, seed: int = 0
 ) -> Trajectory:
-    """A trajectory that starts from a picture file, upright and cut to its centre square.
+    """Start a trajectory from a picture file, turned upright and cut to its centre square.
 
-    Regions are found by the recipe of the paper. label: class that levels drawn later get.
+    Regions are found by the recipe of the paper. label: class of levels that are drawn later.
     Raises TrainerError for a file that is no picture, MismatchError if the encoder is not the model's.
     """
     ours = pipe.encoder.get("name")
@@ -74,7 +75,10 @@ def start_from_photo(
 
 
 def read_square(photo: str | Path, side_px: int) -> np.ndarray:
-    """The upright centre square of a picture file, bicubic: RGB uint8 [S, S, 3]. Raises TrainerError."""
+    """Read the upright centre square of a picture file, resampled bicubically: RGB uint8 [S, S, 3].
+
+    Raises TrainerError if the file is not a picture.
+    """
     try:
         with Image.open(photo) as opened:
             upright = ImageOps.exif_transpose(opened).convert("RGB")
@@ -85,10 +89,10 @@ def read_square(photo: str | Path, side_px: int) -> np.ndarray:
 
 
 def load_own_encoder(name: str) -> Encoder:
-    """The encoder that `module:function` or a class returns, called with what `module:function:ARGUMENT` says.
+    """Call the function or class that `module:function` or `module:function:ARGUMENT` names, and return its encoder.
 
-    `BY_NAME:NAME` is any that the builder knows. Raises UsageError when there is none
-    of that name, or it has no `encode`.
+    `BY_NAME:NAME` loads any encoder that hierarchy_builder knows. Raises UsageError if the name cannot be imported or
+    the result has no `encode`.
     """
     module, _, rest = name.partition(":")
     function, *argument = rest.split(":", 1)

@@ -39,7 +39,7 @@ __all__ = ["Decoder", "Trajectory", "TrajectoryPipeline"]
 
 GuidanceLike = float | tuple[float, float, float] | None
 SAMPLED_TOGETHER = 32
-"""Images that pass the network at once."""
+"""Images that pass through the network in one batch."""
 SHEET_CLASSES = 8
 """Rows of a sheet."""
 
@@ -222,7 +222,7 @@ class TrajectoryPipeline(ABC):
         guidance: GuidanceLike = None,
         weak_scale: float = 0.0,
     ) -> Iterator[Trajectory]:
-        """The same trajectories one after the other, with only a few of them in memory at a time."""
+        """Yield the trajectories that a call would return, with one batch of them in memory at a time."""
         labels, seeds = _listed(label), _listed(seed)
         count = max(len(labels), len(seeds))
         labels, seeds = _repeated(labels, count, "labels"), _repeated(seeds, count, "seeds")
@@ -259,7 +259,7 @@ class TrajectoryPipeline(ABC):
         return number
 
     def label_ids(self, text: str) -> list[int]:
-        """Ids of a list of classes separated by commas, which names may hold too; see `label_id` for errors."""
+        """Ids of classes given as text separated by commas, which names may contain; errors are those of `label_id`."""
         parts, ids = text.split(","), []
         while parts:
             tried = (",".join(parts[:count]).strip() for count in range(len(parts), 0, -1))
@@ -270,7 +270,7 @@ class TrajectoryPipeline(ABC):
 
     @property
     def drawn_levels(self) -> int:
-        """Levels of the trajectories it draws."""
+        """Number of levels of the trajectories that this pipeline draws."""
         return self.model.config.num_levels
 
     def from_features(
@@ -282,11 +282,11 @@ class TrajectoryPipeline(ABC):
         seed: int = 0,
         origin: dict[str, Any] | None = None,
     ) -> Trajectory:
-        """A trajectory that starts from a photograph: its hierarchy in place of sampled levels, to edit and resume.
+        """Make a trajectory from a photograph: its levels are the hierarchy of its features, to be edited and resumed.
 
         features: float [H, W, C] of the model's encoder. regions: integer [L−1, H, W]; None finds them by the recipe
-        of the paper; a model that draws tokens alone takes any. label, seed: class and noise that levels drawn later
-        get. origin: where it comes from, plain data.
+        of the paper; a model that draws only tokens ignores them. label, seed: class and noise of levels that are
+        drawn later. origin: plain data that say where the features come from.
         Raises MismatchError if features or regions do not fit the model, UsageError for an unknown label or seed.
         """
         check_seed(seed)
@@ -310,9 +310,9 @@ class TrajectoryPipeline(ABC):
         return self._trajectory(levels, label_id, seed, origin=origin or {"source": "features"})
 
     def adopt(self, trajectory: Trajectory) -> Trajectory:
-        """A trajectory from a file, with this pipeline's model to resume with and its decoder.
+        """Return a trajectory that was read from a file with this pipeline's model, to resume it, and its decoder.
 
-        Raises MismatchError if its levels are not the model's, or other weights drew them.
+        Raises MismatchError if its levels have another shape than the model's, or were drawn by other weights.
         """
         config = self.model.config
         expected = (self.drawn_levels, *config.grid, config.in_channels)

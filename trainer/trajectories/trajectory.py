@@ -32,12 +32,12 @@ from trainer.trajectories.view import TrajectoryView, trajectories_page
 Decoder = Callable[[Tensor], Tensor]
 """[B, H, W, C] on the CPU → RGB [B, 3, h, w] in [0, 1], on any device."""
 Seeds = int | Sequence[int] | Mapping[int, int] | None
-"""Of levels to draw again: None their own, a number for all of them, one each, or some by level."""
+"""Seeds of levels to draw again: None for the same as before, one for all, one each, or some of them by level."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How a trajectory is drawn from noise; the fields of the same names of a `Trajectory`."""
+    """How levels are drawn from noise; the fields mean what they mean in `Trajectory`."""
 
     num_steps: int = 1
     guidance: tuple[float, float, float] | None = None
@@ -55,25 +55,26 @@ class Trajectory:
     seeds: tuple[int, ...]
     """Noise seed of each level; level l takes slice l of the noise of its seed."""
     num_steps: int = 1
-    """Steps that were taken: evaluations of a level; of Latent Forcing those of a stage; transitions of a chain."""
+    """Steps that were taken: network evaluations of each level; in Latent Forcing, steps of each stage; in Normalizing
+    Trajectory Models, transitions of the chain."""
     guidance: tuple[float, float, float] | None = None
-    """Guidance scale omega and the interval of t it acts in."""
+    """Guidance scale omega, and the start and end of the interval of t in which it acts."""
     weak_scale: float = 0.0
-    """Strength of autoguidance, away from a weaker model."""
+    """Strength of autoguidance, which moves samples away from those of a weaker model."""
     encoder: dict[str, Any] = field(default_factory=dict)
     """Description of the encoder whose features the levels are."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What it started from: empty for noise, else the photograph."""
+    """What the levels started from: empty for noise, or else facts about the photograph."""
     model: dict[str, str] = field(default_factory=dict)
-    """Checkpoint folder and weight average that draw its levels; in a file the folder is relative to it."""
+    """Checkpoint folder and weight average that draw the levels; a file stores the folder relative to itself."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """What was done, in order, as plain data; empty for a fresh sample."""
+    """Edits and resumes in order, as plain data; empty for a fresh sample."""
     replaced: list[Tensor] = field(default_factory=list)
-    """Levels that each entry of `history` replaced, as they were before it: float32 [l, H, W, C]."""
+    """For each edit or resume, the levels that it replaced as they were before: float32 [l, H, W, C]."""
     decoder: Decoder | None = None
-    """Turns canvases into pixels; not saved."""
+    """Turns canvases into pixels; it is not saved."""
     sampler: Callable[[Trajectory, int, tuple[int, ...]], Tensor] | None = None
-    """(trajectory, level, seeds of all levels) → canvases after that level; of the pipeline, not saved."""
+    """(trajectory, level, seeds of all levels) → canvases after that level; the pipeline sets it, it is not saved."""
 
     _regions: Tensor | None = field(default=None, init=False, repr=False)
     """What `regions` found; levels never change."""
@@ -84,7 +85,7 @@ class Trajectory:
 
     @property
     def sampling(self) -> Sampling:
-        """How its levels were drawn, and levels drawn later are."""
+        """How the levels were drawn, and how `resume` draws them again."""
         return Sampling(num_steps=self.num_steps, guidance=self.guidance, weak_scale=self.weak_scale)
 
     @property
@@ -104,7 +105,7 @@ class Trajectory:
 
     @property
     def _decoder(self) -> Decoder | None:
-        """Its decoder where that draws these levels, else the encoder's own."""
+        """The decoder of the trajectory if it can draw these levels, or else that of the encoder."""
         given = self.decoder
         if given is None or (isinstance(given, ConditionalDecoder) and not given.draws(self.levels)):
             return decoder_from_spec(self.encoder.get("decoder"))
@@ -112,7 +113,7 @@ class Trajectory:
 
     @torch.no_grad()
     def decode(self, level: int | None = None) -> np.ndarray:
-        """Every level as a picture: uint8 [L, h, w, 3]; or one, [h, w, 3]. Raises TrainerError without a decoder."""
+        """Decode every level, uint8 [L, h, w, 3], or one level, [h, w, 3]. Raises TrainerError without a decoder."""
         decoder = self._decoder
         if decoder is None:
             raise TrainerError(
@@ -129,7 +130,7 @@ class Trajectory:
         return to_uint8(decoder(self.levels[self._level(level)][None]))[0].cpu().numpy()
 
     def view(self) -> TrajectoryView:
-        """What pages and sheets show of it: canvases, and pictures where there is a decoder."""
+        """Return what pages and sheets show: canvases, and pictures where there is a decoder."""
         return TrajectoryView(
             label_name=self.class_name,
             seed=self.seeds[-1],
@@ -139,7 +140,7 @@ class Trajectory:
         )
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """One self-contained page of all levels, as text; written to `path` where that is given."""
+        """Return one self-contained HTML page of all levels, and write it to `path` if that is given."""
         facts = {"class": self.class_name, "seeds": ", ".join(map(str, self.seeds))}
         page = trajectories_page(title=self.class_name, facts=facts, trajectories=[self.view()])
         if path is not None:
@@ -150,7 +151,7 @@ class Trajectory:
         """Region ids found in the canvases, uint8 [L, H, W]; the last level repeats those before it.
 
         See `trainer.metrics.regions.extract_regions`; tokens of the last level are no regions of their own.
-        Tokens without any level before them are divided as parts would be.
+        A single level of tokens is divided as parts would be.
         """
         if self._regions is None:
             if self.num_levels == 1:
@@ -158,29 +159,29 @@ class Trajectory:
             else:
                 found = extract_regions(self.levels)
                 self._regions = torch.cat([found, found[-1:]])
-        return self._regions
+        return self._regions.clone()  # a caller may change what it gets
 
     def regions_of(self, level: int) -> Tensor:
-        """Region ids of one level, uint8 [H, W]. Raises UsageError for another level than those there are."""
+        """Region ids of one level, uint8 [H, W]. Raises UsageError for a level that does not exist."""
         return self.regions()[self._level(level)]
 
     def region(self, region: int | Sequence[int], *, level: int) -> Selection:
-        """The tokens of a region of `regions()`, or of several. Raises UsageError naming those there are."""
+        """Select the tokens of one region of `regions()`, or of several. Raises UsageError naming the known regions."""
         return Selection.from_region(self.regions_of(level), region, level=level)
 
     def neighbours(
         self, token: Sequence[int], *, level: int, cosine: float = 0.9, connected: bool = False
     ) -> Selection:
-        """Tokens of a level that resemble the one at (row, column), see `Selection.from_neighbours`."""
+        """Select tokens of a level that resemble the one at (row, column), see `Selection.from_neighbours`."""
         canvas = self.levels[self._level(level)]
         return Selection.from_neighbours(canvas, token, level=level, cosine=cosine, connected=connected)
 
     def mean_of(self, selection: Selection) -> Source:
-        """The mean of tokens of this trajectory, as a source for edits of any trajectory."""
+        """Return the mean of selected tokens, as a source for edits of any trajectory."""
         return mean_of(self.levels[self._level(selection.level)], selection)
 
     def tokens_of(self, selection: Selection) -> Source:
-        """Tokens of this trajectory one by one, as a source for edits of any trajectory."""
+        """Return the selected tokens one by one, as a source for edits of any trajectory."""
         return tokens_of(self.levels[self._level(selection.level)], selection)
 
     def edit_features(
@@ -193,10 +194,9 @@ class Trajectory:
     ) -> Trajectory:
         """Replace the features of the selected tokens, on their level; `resume` then draws those after it.
 
-        source: of `mean_of` or `tokens_of` of any trajectory, `trainer.trajectories.edit.prototype`, or
-        features [C], one for each
-        token [n, C], or a canvas [H, W, C]. strength: 0 none, 1 the source itself. level: where the edit is meant to
-        act; a selection of another level is refused.
+        source: what `mean_of` or `tokens_of` of any trajectory or `trainer.trajectories.edit.prototype` returns, or
+        features: [C] for all tokens, [n, C] for one each, or a canvas [H, W, C]. strength: from 0, no change, to 1,
+        the source itself. level: the level of the edit; a selection on another level is refused.
         Raises UsageError for a selection that is empty or of another level or grid, or a source that does not fit.
         """
         at = self._require(selection, level)
@@ -214,7 +214,7 @@ class Trajectory:
     def edit_shape(
         self, selection: Selection, region: int | None = None, *, level: int | None = None
     ) -> Trajectory:
-        """Move the selected tokens to a region of their level, whose mean they take; `resume` draws those after it.
+        """Move the selected tokens to a region of their level, whose mean they take; `resume` draws later levels.
 
         region: an id of `regions()` on that level; None moves each token to the neighbouring region. Arguments and
         errors otherwise as for `edit_features`, see also `trainer.trajectories.edit.move_tokens`.
@@ -230,15 +230,16 @@ class Trajectory:
         return self.edit_shape(inside.grow(steps) - inside, region)
 
     def shrink_region(self, region: int, *, level: int, steps: int = 1) -> Trajectory:
-        """Give a region's outermost tokens, `steps` deep, to the regions beside them. Raises as `edit_shape`."""
+        """Give the outermost tokens of a region, `steps` deep, to the regions next to them. Raises as `edit_shape`."""
         inside = self.region(region, level=level)
         return self.edit_shape(inside - inside.shrink(steps))
 
     def resume(self, from_level: int, seeds: Seeds = None) -> Trajectory:
-        """Keep levels 0 … from_level bit for bit and draw the ones after it again.
+        """Keep levels 0 … from_level bit for bit and draw the levels after it again.
 
-        seeds: None draws them from the noise they had; a number, one for each of them, or a mapping level → seed
-        takes other noise. Raises UsageError for another level or seeds that do not fit, TrainerError without a model.
+        seeds: None draws from the same noise as before; one number for all of them, one for each, or a mapping
+        level → seed draws from other noise. Raises UsageError for a level that does not exist or seeds that do not
+        fit, TrainerError without a model.
         """
         at = self._level(from_level)
         chosen = self._seeds(at, seeds)
@@ -250,7 +251,7 @@ class Trajectory:
         return self._stepped(at + 1, self.sampler(self, at, chosen), note, chosen)
 
     def undo(self) -> Trajectory:
-        """As it was before the last edit or resume, bit for bit. Raises UsageError where there is none to undo."""
+        """Take back the last edit or resume, bit for bit. Raises UsageError if there is nothing to undo."""
         if not self.replaced:
             raise UsageError("nothing to undo: the trajectory is as it was first made")
         number = max(n for n, entry in enumerate(self.history) if "first_level" in entry)
@@ -266,13 +267,13 @@ class Trajectory:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: levels, seeds and what edits replaced as tensors, the rest as JSON beside them."""
+        """Write a safetensors file: levels, seeds and replaced levels as tensors, the rest as JSON in its metadata."""
         entries = {name: getattr(self, name) for name in ENTRIES}
         write_trajectory(Path(path), self.levels, self.seeds, self.replaced, entries)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
-        """Read what `save` wrote; see `read_trajectory` for errors."""
+        """Read a file that `save` wrote; see `read_trajectory` for errors."""
         return cls(**read_trajectory(Path(path)))
 
     def _level(self, level: int) -> int:
@@ -307,7 +308,7 @@ class Trajectory:
     def _stepped(
         self, start: int, levels: Tensor, note: dict[str, Any], seeds: tuple[int, ...] | None = None
     ) -> Trajectory:
-        """With `levels` from level `start` on, and one more entry in the history."""
+        """Return a trajectory with `levels` from level `start` on and one more entry in the history."""
         stop = start + len(levels)
         entry = {**note, "first_level": start, "seeds_before": list(self.seeds)}
         return dataclasses.replace(

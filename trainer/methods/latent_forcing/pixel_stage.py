@@ -1,4 +1,4 @@
-"""Canvases → pixels by a network of Latent Forcing: what stands for a decoder that was never trained.
+"""Decodes canvases to pixels with a network of Latent Forcing, where no decoder was trained.
 
 T trajectories, K canvases, H×W grid, C channels, h×w pixels
 """
@@ -22,21 +22,22 @@ from trainer.methods.latent_forcing.sample import UNGUIDED, ClockGuidance, sampl
 from trainer.seeds import level_noise, mixed_seed
 
 STEPS_PER_STAGE = 25
-"""Steps of each canvas and of the pixels where 1 is asked for, too few for any picture; the paper's 50 in all."""
+"""Steps of each canvas and of the pixels if one step is asked for, which is too few for any picture; with one canvas
+that makes the 50 steps of the paper."""
 
 
 def pixel_noise(seed: int, image_px: tuple[int, int]) -> Tensor:
-    """Noise of the pixels of an image, float32 [h, w, 3] on the CPU; independent of that of its levels."""
+    """Noise of the pixels of an image, float32 [h, w, 3] on the CPU; it is independent of the noise of the levels."""
     generator = torch.Generator().manual_seed(mixed_seed(seed, 1))
     return torch.randn(*image_px, PIXEL_CHANNELS, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PixelStage(ConditionalDecoder):
-    """Canvases → pixels by a network of Latent Forcing: what stands for a decoder that was never trained.
+    """Decodes canvases to pixels with a network of Latent Forcing.
 
-    weak: the network that guides, else this one without class. knows_classes: whether it was trained with any. label:
-    class that is drawn; without one the null class. seed: of the noise of the pixels.
+    weak: the network that guides; without it, this network without class. knows_classes: whether the network was
+    trained with classes. label: class that is drawn, None for the null class. seed: seed of the noise of the pixels.
     """
 
     network: PixelLatentTransformer
@@ -50,7 +51,7 @@ class PixelStage(ConditionalDecoder):
     seed: int = 0
 
     def of(self, label: int, seed: int) -> PixelStage:
-        """The same for a trajectory of this class and seed."""
+        """Return this pixel stage for a trajectory of this class and seed."""
         return dataclasses.replace(self, label=label if self.knows_classes else None, seed=seed)
 
     @torch.no_grad()
@@ -103,10 +104,10 @@ class PixelStage(ConditionalDecoder):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn(ConditionalDecoder):
-    """Stands for a decoder where pixels came together with the latents.
+    """Returns the picture that was sampled together with these latents, instead of decoding them.
 
-    picture: RGB [1, 3, h, w] that came with these levels [1, H, W, C]. stage: what draws pictures of others, edited
-    ones, where the network can.
+    picture: RGB [1, 3, h, w] that was sampled with these levels [1, H, W, C]. stage: draws the pictures of other
+    levels, such as edited ones, if the network can.
     """
 
     levels: Tensor
@@ -114,15 +115,15 @@ class Drawn(ConditionalDecoder):
     stage: PixelStage | None
 
     def of(self, label: int, seed: int) -> Drawn:
-        """The same, with the stage of a trajectory of this class and seed."""
+        """Return this decoder with the pixel stage of a trajectory of this class and seed."""
         return self if self.stage is None else dataclasses.replace(self, stage=self.stage.of(label, seed))
 
     def draws(self, canvases: Tensor) -> bool:
-        """Whether these are the levels that the picture came with, or there is a stage."""
+        """Whether these are the levels that the picture was sampled with, or there is a pixel stage."""
         return self.stage is not None or torch.equal(canvases, self.levels)
 
     def __call__(self, canvases: Tensor) -> Tensor:
-        """The picture of its own levels, or that of others, [1, 3, h, w]. Raises MismatchError without a stage."""
+        """Return the picture of these levels, [1, 3, h, w]. Raises MismatchError for others without a pixel stage."""
         if torch.equal(canvases, self.levels):
             return self.picture
         if self.stage is None:
@@ -133,7 +134,7 @@ class Drawn(ConditionalDecoder):
 
 
 def latent_noise(seeds: Sequence[int], config: LatentModelConfig, device: torch.device) -> Tensor:
-    """[B, H, W, K·C], the same as a trajectory's levels are drawn from."""
+    """The noise that the levels of trajectories are drawn from, [B, H, W, K·C]."""
     noise = level_noise(seeds, config.num_canvases, config.grid, config.in_channels)
     return side_by_side(noise.transpose(0, 1)).to(device)
 
