@@ -170,7 +170,7 @@ def test_later_stages_are_out_of_date_after_a_retry(broken: tuple[BuildFolder, P
         steps.shard(folder, PLAN.shard, SESSION)
 
 
-@pytest.mark.parametrize("end_at", ["_rename_markers", "_take_back"])
+@pytest.mark.parametrize("end_at", ["_rename_markers", "_remove_markers"])
 def test_interrupted_retry_is_resumed(
     broken: tuple[BuildFolder, Path],
     never_broken: dict[str, Any],
@@ -187,7 +187,8 @@ def test_interrupted_retry_is_resumed(
         patched.setattr(f"hierarchy_builder.build.changes.{end_at}", end)
         with pytest.raises(KeyboardInterrupt):
             steps.build(folder, str(photos), PLAN, SESSION, retry_failed=True)
-    again = end_at == "_take_back"  # nothing was recorded yet: the plain command would refuse the new listing
+    # If nothing was recorded yet, the plain command would refuse the new listing.
+    again = end_at == "_remove_markers"
     steps.build(folder, str(photos), PLAN, SESSION, retry_failed=again)
     assert artefacts(folder) == never_broken
 
