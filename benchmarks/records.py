@@ -195,8 +195,13 @@ def _command_line() -> str:
 
 
 def _commit() -> str:
-    described = ["git", "describe", "--always", "--dirty", "--abbrev=8", "--exclude=*"]
-    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    # Records written before this one do not change what is measured.
+    is_dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/records")
+    return git("rev-parse", "--short=8", "HEAD") + ("-dirty" if is_dirty else "")
 
 
 def _hardware() -> str:

@@ -41,7 +41,6 @@ def main() -> None:
         ]
     names = [name for name in METRICS if all(name in each for each in found)]
     rows = [[METRICS[name], *(f"{each[name]:.3g}" for each in found)] for name in names]
-    rows.append(["seconds of training", *(f"{each['seconds']:.0f}" for each in found)])
     for row in rows:
         print(*row, sep="\t")
     records.write(
