@@ -303,7 +303,7 @@ def odd_targets(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["pipe", "device", "folder", "to-folder"])
 def test_what_is_no_file_is_not_replaced(tiny_build: BuildFolder, tmp_path: Path, name: str) -> None:
     target = odd_targets(tmp_path)[name]
-    before = os.lstat(target)
+    before = os.lstat(target)  # times of access change when a link is followed
     for error in (
         call("report", tiny_build.root, "--out", target),
         call("report", tiny_build.root, "--vocabulary", "--out", target),
@@ -316,7 +316,8 @@ def test_what_is_no_file_is_not_replaced(tiny_build: BuildFolder, tmp_path: Path
         pass
     with pytest.raises(TrainerError, match="expected the name of a file to write"), whole_file(target):
         pass
-    assert os.lstat(target) == before
+    after = os.lstat(target)
+    assert (after.st_mode, after.st_ino) == (before.st_mode, before.st_ino)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "folder", "pipe", "to-folder"]
 
 
