@@ -173,7 +173,7 @@ def evaluate(
     trained = load_state(find_checkpoint(run)).shards
     judged = judged_on(trained, index, min(max_real, index.num_samples))
     if not quiet:
-        stderr.print(judged, markup=False, highlight=False, soft_wrap=True)
+        stderr.print(f"{judged} Read from {index.url}.", markup=False, highlight=False, soft_wrap=True)
     if likelihood:
         _print_metrics(studies.measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
         return

@@ -46,13 +46,13 @@ def judged_on(trained: Mapping[str, Any], index: ShardIndex, num_real: int) -> s
 
     trained: what the run stores about its shards, see `ShardIndex.describe`.
     """
-    images = f"{counted(num_real, 'image')} of split {index.split} ({index.url})"
+    images = f"{counted(num_real, 'image')} of split {index.split}"
     if any(trained.get(name) is None for name in SAME_SHARDS):
-        return f"Judged on {images}; the run does not say which images trained it."
+        return f"Judged on {images}; the run does not say which shards trained it."
     if all(trained[name] == index.describe()[name] for name in SAME_SHARDS):
         return (
-            f"Judged on the training images: {images} trained this run, so one that only remembers them scores well. "
-            "Shards of other images, built with `--split val`, tell more."
+            f"Judged on the training images ({images}): a network that only remembers them scores well. Shards of "
+            "other images, built with --split val, tell more."
         )
     return f"Judged on {images}, which are not the shards that trained this run."
 
