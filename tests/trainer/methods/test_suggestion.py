@@ -106,6 +106,8 @@ def test_photos_of_one_person_get_the_small_network_and_imagenet_the_large_one(
     assert preset(1_281_167, gpu(2)) == "TF-S"
     assert preset(1_281_167, gpu(0.1)) == "tiny-cpu"
     assert preset(1_281_167, CPU) == "tiny-cpu"
+    one = suggest(Data(images=300_000, tokens=256), gpu(24), sizes).config
+    assert (one.preset, one.precision, one.model) == ("TF-B", "bfloat16", sizes[2].config.model)
     normalizing = suggest(Data(images=20_000, tokens=256), gpu(80), ladders["normalizing-trajectory"])
     assert normalizing.config.preset == "NTM-B"
     assert "the smallest of this method for GPUs, though its size is for more images" in normalizing.reason
