@@ -57,6 +57,8 @@ from trainer.trajectories.view import TrajectoryView, facts_section, page_palett
 EVALUATION = "evaluation.json"
 """File of a run folder."""
 SHOWN_CLASSES = SHOWN_TEACHERS = 12
+LABELS_READ = 1_000
+"""Images whose labels say which classes a report can show."""
 SHOWN_IMAGES = 8
 """Images at each end of the list of likelihoods whose maps are shown."""
 PALE, DEEP = np.array([247, 247, 244]), np.array([28, 60, 140])
@@ -230,11 +232,15 @@ def shown_labels(classes: Sequence[int]) -> list[int]:
 
 
 def known_classes(run: Path, pipe: TrajectoryPipeline, index: ShardIndex | None = None) -> Sequence[int]:
-    """The classes that have images in the shards, or had when the run was evaluated, or else all of the class map."""
-    if index is not None:
-        return classes_with_images(index)
-    all_classes = range(pipe.model.config.num_classes)
-    return read_kept(run / EVALUATION).get("classes") or all_classes
+    """The classes that had images when the run was evaluated, or have some in these shards, or else all there are.
+
+    Shards that lie elsewhere are not asked, because their labels cannot be read without downloading them.
+    """
+    if kept := read_kept(run / EVALUATION).get("classes"):
+        return list(kept)
+    if index is not None and "://" not in index.url:
+        return classes_with_images(index, LABELS_READ)
+    return range(pipe.model.config.num_classes)
 
 
 def kept_metrics(*paths: Path) -> list[dict[str, Any]]:

@@ -15,8 +15,10 @@ from hierarchy_builder.errors import UsageError
 from trainer.cli.app import app
 from trainer.data.shards import open_index
 from trainer.evaluation.judges import judged_on, open_judges
+from trainer.evaluation.pages import known_classes
 from trainer.evaluation.tables import VARIETY, metric_tables, variety_verdict
 from trainer.methods import registry
+from trainer.trajectories.pipeline import TrajectoryPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}
@@ -123,3 +125,14 @@ def test_words_follow_from_the_least_level_and_from_recall() -> None:
     (topic,) = metric_tables(rows)
     assert topic.title == VARIETY.title
     assert "They come near 10% of the real images (recall); as many real images come near 80%" in topic.note
+
+
+def test_a_report_shows_only_classes_with_images(runs: dict[str, Path], splits: Path, tmp_path: Path) -> None:
+    pipe = TrajectoryPipeline.from_pretrained(runs["trajectory-forcing"], device="cpu")
+    train = open_index(str(splits / "train"))
+    assert (pipe.class_names[3], list(known_classes(tmp_path, pipe, train))) == ("yak", [0, 1, 2])
+    assert list(known_classes(tmp_path, pipe)) == [0, 1, 2, 3]
+    elsewhere = dataclasses.replace(train, url="s3://bucket/train")
+    assert list(known_classes(tmp_path, pipe, elsewhere)) == [0, 1, 2, 3]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"metrics": [], "classes": [0, 2]}))
+    assert list(known_classes(tmp_path, pipe, train)) == [0, 2]
