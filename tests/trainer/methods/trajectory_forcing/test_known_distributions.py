@@ -137,9 +137,9 @@ def test_two_classes_are_kept_apart() -> None:
 
 
 def two_levels(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Level 0 is −1 or +1 in both channels, level 1 is N(level 0, 0.6²)."""
+    """Level 0 is near −1 or +1 in both channels, level 1 is N(level 0, 0.6²)."""
     sign = 2.0 * torch.randint(0, 2, (n, 1), generator=generator) - 1
-    first = sign.expand(-1, CHANNELS)
+    first = sign + 0.2 * torch.randn(n, CHANNELS, generator=generator)
     second = first + 0.6 * torch.randn(n, CHANNELS, generator=generator)
     level = torch.randint(0, 2, (n,), generator=generator)
     return torch.stack([first, second, second], dim=1), level, torch.zeros(n, dtype=torch.int64)
