@@ -1,5 +1,6 @@
 """Quality of a real build: views of photos, what is left out and why, quality.json, page and command."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from patch_means import PatchMeans
 from pictures import draw_picture, write_tree
@@ -248,3 +250,43 @@ def test_benchmark_of_recipes_runs(photos, masks) -> None:
     scores = json.loads(last)
     assert scores["grid as paper"][2]["regions"] == scores["paper"][2]["regions"]
     assert "left out: wrong_size: 001.png" in done.stderr
+
+
+def test_benchmark_of_recipes_compares_at_equal_counts(photos, masks) -> None:
+    script = Path(__file__).resolve().parents[3] / "benchmarks" / "recipes.py"
+    arguments = [str(photos), "--masks", str(masks), "--recipes", "paper-seeds,stable", "--limit", "2"]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    names = [line.split("|")[1].strip() for line in table[2::3]]
+    assert names[-2:] == ["stable − paper-seeds", "stable − paper-seeds, equal counts"]
+    assert all("±" in line for line in table[-6:])
+    scores, equal = json.loads(last), "paper-seeds, as many regions as stable"
+    for level in range(3):
+        gap = scores["stable"][level]["covering"] - scores[equal][level]["covering"]
+        assert float(table[level - 3].split("|")[8].split("±")[0]) == pytest.approx(gap, abs=6e-4)
+
+
+def test_objects_come_from_the_size_of_the_segmentation_model(tmp_path, monkeypatch) -> None:
+    """A model of 48 pixels (3×3 tokens) calls bright red object; the cells asked for are not a multiple of its grid."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+    predicted_objects = importlib.import_module("recipes").predicted_objects
+    kernel = np.zeros((2, 3, 16, 16), np.float32)
+    kernel[1, 0, 0, 0] = 1
+    weights = onnx.numpy_helper.from_array(kernel, "weights")
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("image", ["N", 3, 48, 48]), ("logits", ["N", 2, 3, 3]))
+    ]
+    node = onnx.helper.make_node("Conv", ["image", "weights"], ["logits"], strides=[16, 16])
+    graph = onnx.helper.make_graph([node], "red", ends[:1], ends[1:], [weights])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "red.onnx")
+    pixels = np.zeros((96, 96, 3), np.uint8)
+    pixels[:, :32, 0] = 255
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos" / "left.png")
+    (found,) = predicted_objects(f"onnx:{tmp_path / 'red.onnx'}:logits", str(tmp_path / "photos"), (56, 56))
+    expected = np.zeros((1, 56, 56), np.int64)
+    expected[:, :, :19] = 1  # centres of the first 19 cells lie in the left third
+    np.testing.assert_array_equal(found, expected)
