@@ -101,7 +101,14 @@ for verb in (edit_commands.encode, edit_commands.edit, edit_commands.compare, ed
 def evaluate(
     context: typer.Context,
     run: Run,
-    shards: Annotated[str, typer.Option(help="Shards of real images to compare with.")],
+    shards: Annotated[
+        str,
+        typer.Option(help="Shards of real images, or a folder of folders such as train and val."),
+    ],
+    split: Annotated[
+        str | None,
+        typer.Option(help="Folder of SHARDS to take. Default: one named val… or test…, if there is one."),
+    ] = None,
     samples_per_class: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 8,
     max_real: Annotated[int, typer.Option(min=4, help="Real images read at most.")] = 10_000,
     steps: Steps = 1,
@@ -140,11 +147,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Metrics of samples, beside real images, noise and chance; kept in RUN for the report."""
-    from trainer.data.shards import open_index
     from trainer.evaluation import studies
+    from trainer.evaluation.evaluate import classes_with_images
     from trainer.evaluation.evaluate import evaluate as measure
+    from trainer.evaluation.judges import judged_on, open_judges
     from trainer.evaluation.pages import EVALUATION, shown_labels
     from trainer.metrics.frechet import inception_features, read_reference
+    from trainer.training.checkpoint import find_checkpoint, load_state
     from trainer.trajectories.photos import load_own_encoder
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
@@ -155,12 +164,16 @@ def evaluate(
         )
     if reference is not None and inception is None:
         raise UsageError("--reference is of real images in the space of Inception: add --inception FILE")
-    index = open_index(shards)
+    index = open_judges(shards, split)
     ending_name = parse_ending(ending)
     pipe = TrajectoryPipeline.from_pretrained(
         run, ema, decoder, weak=weak, pixel_stage=pixel_stage, ending=ending_name, shift=shift
     )
     follow = _follow(as_json or quiet)
+    trained = load_state(find_checkpoint(run)).shards
+    judged = judged_on(trained, index, min(max_real, index.num_samples))
+    if not quiet:
+        stderr.print(f"{judged} Read from {index.url}.", markup=False, highlight=False, soft_wrap=True)
     if likelihood:
         _print_metrics(studies.measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
         return
@@ -185,8 +198,9 @@ def evaluate(
         follow=follow,
     )
     metrics = list(measured)
-    settings = (pipe, run, shown_labels(index.num_classes), range(samples_per_class))
-    metrics += studies.edit_study(*settings, steps, follow) if edits else []
+    classes = classes_with_images(index, max_real)
+    settings = (pipe, run, shown_labels(classes), range(samples_per_class))
+    metrics += studies.edit_study(*settings, steps, follow, classes) if edits else []
     if alignment:
         photos = studies.photos_of(pipe, index, len(settings[2]) * samples_per_class)
         metrics += studies.alignment_study(*settings, photos=photos, follow=follow)
@@ -201,6 +215,9 @@ def evaluate(
         "space": space,
         "ema": ema,
         "shards": index.name,
+        "split": index.split,
+        "judged_on": judged,
+        "classes": classes,
     }
     write_json(run / EVALUATION, {**setup, "metrics": rows}, sort_keys=False)
     _print_metrics(rows, as_json)
@@ -252,7 +269,14 @@ def report(
     from hierarchy_builder.files import target_of
     from trainer.data.shards import open_index
     from trainer.evaluation.evaluate import check_fits
-    from trainer.evaluation.pages import edits_section, read_sweep, run_page, shown_labels, sweep_section
+    from trainer.evaluation.pages import (
+        edits_section,
+        known_classes,
+        read_sweep,
+        run_page,
+        shown_labels,
+        sweep_section,
+    )
     from trainer.trajectories.pipeline import TrajectoryPipeline
     from trainer.trajectories.trajectory import Trajectory
 
@@ -262,7 +286,8 @@ def report(
     index = open_index(shards) if shards else None
     if index is not None:
         check_fits(pipe, index)
-    pairs = [(label, seed) for label in shown_labels(pipe.model.config.num_classes) for seed in numbers]
+    classes = known_classes(run, pipe, index)
+    pairs = [(label, seed) for label in shown_labels(classes) for seed in numbers]
     labels, chosen = [label for label, _ in pairs], [seed for _, seed in pairs]
     trajectories = pipe(labels, chosen, guidance=guidance, weak_scale=_strength(weak, weak_scale))
     rows = _load_rows(stages) if stages else []

@@ -254,11 +254,12 @@ def sweep(
     """One edit over classes, seeds, levels and strengths, each beside what happens without it."""
     from trainer.cli.edits import Tokens
     from trainer.evaluation import sweep as room
-    from trainer.evaluation.pages import shown_labels
+    from trainer.evaluation.pages import known_classes, shown_labels
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     pipe = TrajectoryPipeline.from_pretrained(run, ema, decoder)
-    ids = pipe.label_ids(labels) if labels else shown_labels(pipe.model.config.num_classes)
+    classes = known_classes(run, pipe)
+    ids = pipe.label_ids(labels) if labels else shown_labels(classes)
     config = room.SweepConfig(
         labels=tuple(ids),
         seeds=tuple(parse_seeds(seeds)),
@@ -266,6 +267,7 @@ def sweep(
         strengths=_numbers(strengths),
         kind=kind,  # type: ignore[arg-type]  # checked where it is used
         num_steps=steps,
+        classes=tuple(classes),
     )
     selection = None
     if tokens or mask:

@@ -33,8 +33,11 @@ from trainer.methods import registry
 from trainer.methods.registry import (
     LATENT_FORCING,
     METHODS,
+    TRAJECTORY_FORCING,
+    Method,
     all_presets,
     config_of,
+    method_named,
     method_of,
     preset_of,
 )
@@ -47,7 +50,10 @@ def train(
     out: Annotated[Path, typer.Option(**PATH, help="Run folder; the same command resumes there.")],
     preset_name: Annotated[
         str | None,
-        typer.Option("--preset", help="See `trainer presets`. Default: what RUN holds, else the method's."),
+        typer.Option(
+            "--preset",
+            help="See `trainer presets`. Default: what RUN holds, else by `--suggest` there.",
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help=f"{', '.join(METHODS)}. Default: that of the preset, or else of RUN.")
@@ -69,7 +75,7 @@ def train(
     """Shards → checkpoints. Under torchrun every process is a rank."""
     from trainer.data.shards import open_index
 
-    base = _base(preset_name, method, out, quiet)
+    base = _base(preset_name, method, shards, out, resume, config is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
     flags = {"total_images": total_images, "batch_size": batch_size, "seed": seed, "max_seconds": max_seconds}
@@ -145,30 +151,126 @@ def train_decoder(
     )
 
 
-def presets(as_json: AsJson = False) -> None:
+def presets(
+    suggest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARDS", help="Say what to train on these shards with this device, and its cost."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"With --suggest: {', '.join(METHODS)}. Default: the first.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Named configurations; with --json every field of each."""
+    if suggest is not None:
+        _print_suggestion(suggest, TRAJECTORY_FORCING if method is None else method_named(method), as_json)
+        return
+    if method is not None:
+        raise UsageError("--method is for --suggest SHARDS: the list holds the presets of all methods")
     if as_json:
         print_result({name: to_mapping(make()) for name, make in all_presets().items()}, as_json)
         return
-    rows = []
+    rows, texts = [], []
     for name, make in all_presets().items():
-        config, about = make(), (inspect.getdoc(make) or "").splitlines()[0]
+        config = make()
         shape = (config.model.width, config.model.depth, config.batch_size)
-        rows.append((name, method_of(config).name, *map(str, shape), f"{config.total_images:,}", about))
-    print_cells(("preset", "method", "width", "depth", "batch", "images", "about"), rows)
+        rows.append((name, method_of(config).name, *map(str, shape), _shortly(config.total_images)))
+        texts.append((name, (inspect.getdoc(make) or "").splitlines()[0]))
+    print_cells(("preset", "method", "width", "depth", "batch", "images"), rows)
+    print_cells(("preset", "about"), texts)
 
 
-def _base(preset_name: str | None, method: str | None, out: Path, quiet: bool) -> Any:
-    """The configuration before file and flags: the preset, or else what the run folder holds."""
-    if preset_name is None and method is None:
-        from trainer.training.run_folder import CONFIG, read_config  # loads torch
+def _shortly(images: int) -> str:
+    """`9,000`, `102.4 M`."""
+    return f"{images:,}" if images < 1_000_000 else f"{images / 1e6:g} M"
 
-        if (stored := out / CONFIG).exists():
-            return config_of(read_config(out)["config"], str(stored))
-    config = preset_of(preset_name, method)
-    if preset_name is None and not quiet:
-        _say_without_cuda(f"preset {config.preset}", f"--preset {method_of(config).small_preset}")
-    return config
+
+def _print_suggestion(shards: str, method: Method, as_json: bool) -> None:
+    """What `train` would take on these shards without a preset, and what it costs."""
+    if len(method.load("presets")) == 1:
+        raise UsageError(
+            f"{method.name} has the one preset {method.default_preset}: there is nothing to choose"
+        )
+    from trainer.data.shards import open_index
+    from trainer.methods.machine import device_at_hand, hours_of, suggestion_for  # loads torch
+
+    device = device_at_hand()
+    found = suggestion_for(method, open_index(shards), device)
+    hours, how = hours_of(found, device, shards)
+    config = found.config
+    facts = {
+        "preset": config.preset,
+        "method": method.name,
+        "reason": found.reason,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "total_images": config.total_images,
+        "epochs": round(found.epochs, 2),
+        "parameters": found.parameters,
+        "memory_gib": round(found.memory_bytes / 2**30, 3),
+        "memory_is": "an upper estimate by the formula in trainer/methods/suggestion.py; unmeasured",
+        "flops": float(f"{found.flops:.3g}"),
+        "hours": float(f"{hours:.3g}"),
+        "hours_are": how,
+    }
+    if as_json:
+        print_result({**facts, "config": to_mapping(config)}, as_json)
+        return
+    print_result(facts, as_json)
+    flag = "" if method is TRAJECTORY_FORCING else f" --method {method.name}"
+    stderr.print(
+        f"trainer train {shards} --out RUN{flag} trains this; --preset and --set choose otherwise",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _base(
+    preset_name: str | None,
+    method: str | None,
+    shards: str,
+    out: Path,
+    resume: str,
+    has_file: bool,
+    quiet: bool,
+) -> Any:
+    """The configuration before file and flags: the preset, or else what the run holds, or else a suggestion.
+
+    A run that has begun is never given another suggestion: its folder holds the configuration, and that of the
+    checkpoint which `resume` names holds one too. has_file: whether a file of fields changes the method's preset.
+    """
+    if preset_name is None:
+        found = _stored_config(out, resume)
+        if found is not None and (method is None or method_of(found).name == method):
+            return found
+    row = TRAJECTORY_FORCING if method is None else method_named(method)
+    if preset_name is not None or has_file or len(row.load("presets")) == 1:
+        return preset_of(preset_name, method)
+    from trainer.data.shards import open_index
+    from trainer.methods.machine import device_at_hand, suggestion_for  # loads torch
+
+    suggestion = suggestion_for(row, open_index(shards), device_at_hand())
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        text = f"{suggestion.reason} --preset NAME trains another network (trainer presets)."
+        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+    return suggestion.config
+
+
+def _stored_config(out: Path, resume: str) -> Any:
+    """The configuration of the run in `out`, or of the checkpoint that `resume` names; None where there is neither."""
+    from trainer.training.run_folder import CONFIG, read_config  # loads torch
+
+    if (stored := out / CONFIG).exists():
+        return config_of(read_config(out)["config"], str(stored))
+    if resume not in ("auto", "never") and Path(resume).exists():
+        from trainer.training.checkpoint import find_checkpoint, load_state
+
+        found = find_checkpoint(resume)
+        return config_of(load_state(found).config, str(found))
+    return None
 
 
 def _decoder_base(size: str | None, out: Path, quiet: bool) -> DecoderConfig:

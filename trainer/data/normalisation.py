@@ -25,6 +25,9 @@ from trainer.data.shards import ShardIndex, read_statistics
 Normalisation = Literal["none", "channel", "position"]
 """By which statistics of the shards features are centred and scaled."""
 
+UNIT_SCALE = (0.5, 2.0)
+"""Standard deviations of features that count as about 1, that of the noise. Tokens after a layer norm, such as DINOv2's, lie
+between; `dct` features, at about 0.14, do not."""
 ARRAYS = {"channel": ("channel_mean", "channel_variance"), "position": ("mean", "variance")}
 """Names of the mean and the population variance in statistics.npz that each kind uses."""
 FLOOR = 1e-3
@@ -73,6 +76,18 @@ RAW = Normaliser()
 """The normaliser that changes nothing."""
 
 
-def normaliser_of(kind: Normalisation, index: ShardIndex) -> Normaliser:
+def chosen_normalisation(index: ShardIndex) -> Normalisation:
+    """Choose the units of features from the shards' statistics: `none` if their scale is about 1, else `channel`.
+
+    The scale is the root of the mean over channels of the variance within a channel. See `read_statistics` for errors.
+    """
+    _, variance = read_statistics(index, ARRAYS["channel"])
+    low, high = UNIT_SCALE
+    return "none" if low <= float(np.sqrt(variance.mean())) <= high else "channel"
+
+
+def normaliser_of(kind: Normalisation | Literal["auto"], index: ShardIndex) -> Normaliser:
     """The normaliser of a configuration, from the statistics of the shards; see `read_statistics` for errors."""
+    if kind == "auto":
+        kind = chosen_normalisation(index)
     return RAW if kind == "none" else Normaliser.of(*read_statistics(index, ARRAYS[kind]))

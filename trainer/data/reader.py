@@ -159,6 +159,12 @@ class ShardReader:
         rows.label = torch.tensor(labels)
         return rows
 
+    def label(self, number: int) -> int:
+        """The label of sample `number`, without its arrays. Raises TrainerError naming shard and key if damaged."""
+        shard, tar, (key, members) = self._find(number)
+        with _named(shard, key):
+            return self._label(tar, members)
+
     def number_of(self, key: str) -> int:
         """The number of the sample with this key, found by reading the tars. Raises UsageError if there is none."""
         for shard in range(len(self.index.shards)):

@@ -75,19 +75,30 @@ def open_index(url: str) -> ShardIndex:
     url: local path or fsspec URL. Raises UsageError if it does not exist, TrainerError if the folder is not finished or
     has another format.
     """
+    if folder := finished_folder(url):
+        filesystem, path = fsspec.url_to_fs(folder)
+        index, class_map = (_read_json(filesystem, f"{path}/{name}") for name in (INDEX, CLASS_MAP))
+        return _parse_index(folder, index, class_map)
+    if not _exists(url):
+        raise UsageError(
+            f"{url} does not exist, expected a finished shard folder, its build folder, or a URL"
+        )
+    raise TrainerError(f"{url} is not a finished shard folder: run `hierarchy-builder shard DIR`")
+
+
+def finished_folder(url: str) -> str | None:
+    """The folder of finished shards at `url`, which may be that of their build; None if there is none.
+
+    Raises TrainerError for a URL that is not understood.
+    """
     for folder in (url.rstrip("/"), f"{url.rstrip('/')}/shards"):
         try:
             filesystem, path = fsspec.url_to_fs(folder)
         except (ImportError, ValueError) as error:
             raise TrainerError(f"{url}: {error}") from None
         if filesystem.exists(f"{path}/{MARKER}") and filesystem.exists(f"{path}/{INDEX}"):
-            index, class_map = (_read_json(filesystem, f"{path}/{name}") for name in (INDEX, CLASS_MAP))
-            return _parse_index(folder, index, class_map)
-    if not _exists(url):
-        raise UsageError(
-            f"{url} does not exist, expected a finished shard folder, its build folder, or a URL"
-        )
-    raise TrainerError(f"{url} is not a finished shard folder: run `hierarchy-builder shard DIR`")
+            return folder
+    return None
 
 
 def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]:

@@ -1,14 +1,16 @@
-"""Compare samples with real images as two distributions: Fréchet distances, precision, recall, FID, inception score.
+"""Compare samples with real images as two distributions: their variety, Fréchet distances, FID and inception score.
 
     L levels (coarse → fine), H×W grid, C channels, h×w pixels
 
-Canvases are compared in the feature space of the model's own encoder, decoded pictures in that of any encoder. Of a
-set of images, only moments and one vector for each image are kept, so that it need not fit into memory.
+Variety is the variance within classes, and precision, recall and coverage of the mean tokens of images. Canvases are
+compared in the feature space of the model's own encoder, decoded pictures in that of any encoder. Of a set of images,
+only moments and one vector for each image are kept, so that it need not fit into memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,15 +20,18 @@ from torch import Tensor
 from trainer.metrics.frechet import (
     Gaussian,
     Moments,
+    coverage,
     frechet_distance,
     inception_score,
     precision_recall,
 )
+from trainer.metrics.variety import WithinClasses, variety
 from trainer.trajectories.photos import Encoder
 
 Inception = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 """uint8 [B, h, w, 3] → (features [B, F], logits [B, K])."""
-NEIGHBOURS = 3
+NEIGHBOURS, COVERAGE_NEIGHBOURS = 3, 5
+"""Neighbours of precision and recall, and of coverage: the numbers of their papers."""
 SPLITS = 10
 TOKENS_PER_IMAGE = 32
 """Tokens of each image that enter the moments of tokens, chosen at random. Neighbouring tokens resemble each other, so
@@ -34,17 +39,20 @@ all of them would add little and cost eight times as much."""
 
 
 class Crowd:
-    """A set of images: the moments of tokens at every level, and the mean token of each image and of its picture."""
+    """A set of images: the moments of tokens at every level, the variance within some classes, and the mean token of
+    each image and of its picture."""
 
-    def __init__(self, num_levels: int, channels: int) -> None:
+    def __init__(self, num_levels: int, channels: int, classes: Collection[int] = ()) -> None:
         self.tokens = [Moments(channels) for _ in range(num_levels)]
+        self.within = WithinClasses(classes)
         self.count = 0
         self._pooled: list[Tensor] = []
         self._pictures: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(0)
 
-    def add(self, canvases: Tensor) -> None:
+    def add(self, canvases: Tensor, labels: Sequence[int]) -> None:
         """Add the canvases of n images, float [n, L, H, W, C]."""
+        self.within.add(canvases, labels)
         tokens_NLTC = canvases.flatten(2, 3)
         drawn = torch.rand(len(canvases), tokens_NLTC.shape[2], generator=self._generator).argsort(dim=1)
         rows = torch.arange(len(canvases))[:, None]
@@ -103,16 +111,25 @@ class Pictures:
 
 
 def distances(samples: Crowd, real: Crowd, halves: tuple[Crowd, Crowd]) -> Iterator[tuple[str, float]]:
-    """(name, value): frechet_pooled, frechet_tokens_<ℓ>, precision and recall; with `_real` between halves of the real.
+    """(name, value): variety_<ℓ>, precision, recall, coverage, frechet_pooled and frechet_tokens_<ℓ>; with `_real`
+    between halves of the real images.
 
-    Values with `_real` are what a perfect model would get with half as many images. Fréchet distances shrink as the
-    number of images grows, so only distances of equally many images are comparable; the numbers are yielded too.
+    Values with `_real` are what a perfect model would get. Precision, recall and coverage depend on the number of
+    images, so both they and their `_real` are of as many samples as real images: of the smallest set, see `_drawn`.
+    Fréchet distances are of all images and shrink as their number grows, so only distances of equally many images are
+    comparable; the numbers are yielded too.
     """
+    count = min(samples.count, *(half.count for half in halves))
+    unit = torch.from_numpy(real.tokens[-1].gaussian().covariance.diagonal().copy())
+    for suffix, a, b in (("", samples, real), ("_real", *halves)):
+        for level, ratio in enumerate(variety(a.within, b.within, unit)):
+            if not math.isnan(ratio):
+                yield f"variety_{level}{suffix}", ratio
+        yield from _manifolds(suffix, a.pooled, b.pooled, count)
     for suffix, a, b in (("", samples, real), ("_real", *halves)):
         yield f"frechet_pooled{suffix}", _frechet(a.pooled, b.pooled)
         for level, (ours, theirs) in enumerate(zip(a.tokens, b.tokens, strict=True)):
             yield f"frechet_tokens_{level}{suffix}", frechet_distance(ours.gaussian(), theirs.gaussian())
-        yield from _manifolds(suffix, a.pooled, b.pooled)
     yield "num_samples", float(samples.count)
     yield "num_real", float(real.count)
 
@@ -120,10 +137,12 @@ def distances(samples: Crowd, real: Crowd, halves: tuple[Crowd, Crowd]) -> Itera
 def picture_distances(
     samples: Crowd, real: Crowd, halves: tuple[Crowd, Crowd]
 ) -> Iterator[tuple[str, float]]:
-    """(name, value): frechet_pictures, precision_pictures, recall_pictures; with `_real` as for `distances`."""
+    """(name, value): frechet_pictures, and precision_pictures, recall_pictures, coverage_pictures; with `_real` as for
+    `distances`."""
+    count = min(len(each.pictures) for each in (samples, *halves))
     for suffix, a, b in (("", samples, real), ("_real", *halves)):
         yield f"frechet_pictures{suffix}", _frechet(a.pictures, b.pictures)
-        yield from _manifolds(f"_pictures{suffix}", a.pictures, b.pictures)
+        yield from _manifolds(f"_pictures{suffix}", a.pictures, b.pictures, count)
 
 
 def _frechet(*sets: Tensor) -> float:
@@ -133,8 +152,18 @@ def _frechet(*sets: Tensor) -> float:
     return frechet_distance(*(each.gaussian() for each in moments))
 
 
-def _manifolds(suffix: str, a: Tensor, b: Tensor) -> Iterator[tuple[str, float]]:
-    if min(len(a), len(b)) > NEIGHBOURS:
+def _manifolds(suffix: str, a: Tensor, b: Tensor, count: int) -> Iterator[tuple[str, float]]:
+    a, b = _drawn(a, count), _drawn(b, count)
+    if count > NEIGHBOURS:
         precision, recall = precision_recall(b, a, NEIGHBOURS)
         yield f"precision{suffix}", precision
         yield f"recall{suffix}", recall
+    if count > COVERAGE_NEIGHBOURS:
+        yield f"coverage{suffix}", coverage(b, a, COVERAGE_NEIGHBOURS)
+
+
+def _drawn(rows: Tensor, count: int) -> Tensor:
+    """`count` of the rows, drawn at random with a fixed seed: rows in equal steps could all be of a few classes."""
+    if len(rows) == count:
+        return rows
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]]

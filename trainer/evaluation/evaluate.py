@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.metrics.frechet import Gaussian
 from trainer.metrics.region_consistency import consistency
+from trainer.metrics.variety import FEWEST_IMAGES, measured_classes
 from trainer.trajectories.photos import Encoder
 from trainer.trajectories.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
@@ -51,10 +54,11 @@ def evaluate(
 
     flatness is the share of a level-0 canvas that two regions explain; roughness is the rest, as a distance in units
     of the spread of real tokens. Both are also measured on real canvases, their raw tokens, and noise.
-    Draws seeds 0 … samples_per_class − 1 of every class, and reads at most `max_real` real images, spread evenly over
-    the shards. num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for inception score and FID,
-    see `metrics.frechet`. space: encoder whose mean token describes decoded samples, and the pictures in the shards
-    after they are resized to the size of the samples. follow: shows progress.
+    Reads at most `max_real` real images, spread evenly over the shards, and draws seeds 0 … samples_per_class − 1 of
+    every class that one of them has; the class map may hold more classes, with which no sample could be compared.
+    num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for inception score and FID, see
+    `metrics.frechet`. space: encoder whose mean token describes decoded samples, and the pictures in the shards after
+    they are resized to the size of the samples. follow: shows progress.
     Raises MismatchError if the shards do not fit the model, TrainerError if `space` is given but the shards hold no
     pictures or the model has no decoder.
     """
@@ -64,16 +68,23 @@ def evaluate(
             f"{index.url} holds {index.num_samples} images, expected {FEWEST} or more: real images are halved, and "
             "each half needs a spread"
         )
+    reader, chosen = ShardReader(index), spread_evenly(index.num_samples, max_real)
     if space is not None:  # shards without pictures are refused before samples are drawn
-        reader = ShardReader(index)
         picture_of(reader.read(0, extras=True), index.grid)
-        reader.close()
-    labels = list(range(index.num_classes)) * samples_per_class
-    seeds = [seed for seed in range(samples_per_class) for _ in range(index.num_classes)]
-    sampled = _Sampled(pipe, inception, space)
+    counts = Counter(reader.label(number) for number in chosen)
+    classes = sorted(counts)
+    labels = classes * samples_per_class
+    seeds = [seed for seed in range(samples_per_class) for _ in classes]
+    varied = measured_classes(
+        (label for label, count in counts.items() if count >= FEWEST_IMAGES),
+        pipe.drawn_levels * math.prod(index.grid) * index.width,
+    )
+    sampled = _Sampled(pipe, varied, inception, space)
     drawn = pipe.stream(labels, seeds, num_steps, guidance, weak_scale)
     sampled.draw(follow(drawn, "sampling", len(labels)))
-    real = _Real(pipe, index, max_real, space, sampled.size_px, follow)
+    real = _Real(pipe, varied, space, sampled.size_px)
+    real.read(reader, chosen, follow)
+    reader.close()
     yield from class_mean_accuracy(
         (torch.cat(sampled.descriptions), torch.tensor(labels)),
         (torch.cat(real.descriptions), torch.tensor(real.labels)),
@@ -93,6 +104,7 @@ def evaluate(
         yield from consistency(sampled.shown)
         yield from consistency(real.shown, "_real")
     yield from distances(sampled.crowd, real.crowd, real.halves)
+    yield "num_classes", float(len(classes))
     if space is not None:
         yield from picture_distances(sampled.crowd, real.crowd, real.halves)
     if sampled.pictures is not None:
@@ -120,6 +132,14 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
         )
 
 
+def classes_with_images(index: ShardIndex, most: int = 10_000) -> list[int]:
+    """The classes that at most `most` images have, spread evenly over the shards; the class map may hold more."""
+    reader = ShardReader(index, verifies=lambda shard: False)
+    found = {reader.label(number) for number in spread_evenly(index.num_samples, most)}
+    reader.close()
+    return sorted(found)
+
+
 Shown = tuple[Tensor, Tensor | None, np.ndarray | None]
 """What `consistency` takes of a trajectory."""
 
@@ -127,14 +147,15 @@ Shown = tuple[Tensor, Tensor | None, np.ndarray | None]
 class _Kept:
     """What is kept of a set of images; few of their trajectories are in memory at a time."""
 
-    def __init__(self, pipe: TrajectoryPipeline, space: Encoder | None) -> None:
-        self.pipe, self.space = pipe, space
+    def __init__(self, pipe: TrajectoryPipeline, varied: Collection[int], space: Encoder | None) -> None:
+        """varied: the classes within which the variance is measured."""
+        self.pipe, self.varied, self.space = pipe, varied, space
         self.crowd = self.new_crowd()
         self.descriptions: list[Tensor] = []
         self.shown: list[Shown] = []
 
     def new_crowd(self) -> Crowd:
-        return Crowd(self.pipe.drawn_levels, self.pipe.model.config.in_channels)
+        return Crowd(self.pipe.drawn_levels, self.pipe.model.config.in_channels, self.varied)
 
     def show(self, trajectories: Iterator[Trajectory]) -> None:
         """Keep the first few for `consistency`, which finds regions of samples and of real images in the same way."""
@@ -146,8 +167,14 @@ class _Kept:
 class _Sampled(_Kept):
     """Samples, which are measured while they are drawn."""
 
-    def __init__(self, pipe: TrajectoryPipeline, inception: Inception | None, space: Encoder | None) -> None:
-        super().__init__(pipe, space)
+    def __init__(
+        self,
+        pipe: TrajectoryPipeline,
+        varied: Collection[int],
+        inception: Inception | None,
+        space: Encoder | None,
+    ) -> None:
+        super().__init__(pipe, varied, space)
         self.variances: list[Tensor] = []
         self.pictures = None if inception is None else Pictures(inception)
         self.size_px = (0, 0)
@@ -159,7 +186,7 @@ class _Sampled(_Kept):
             levels = torch.stack([trajectory.levels for trajectory in part])
             self.descriptions.append(describe(levels[:, -1]))
             self.variances.append(torch.stack(two_region_variance(levels[:, 0])))
-            self.crowd.add(levels)
+            self.crowd.add(levels, [trajectory.label for trajectory in part])
             self.show(iter(part))
             if self.pictures is not None or self.space is not None:
                 last = levels.shape[1] - 1
@@ -177,31 +204,31 @@ class _Real(_Kept):
     def __init__(
         self,
         pipe: TrajectoryPipeline,
-        index: ShardIndex,
-        most: int,
+        varied: Collection[int],
         space: Encoder | None,
         size_px: tuple[int, int],
-        follow: Follow,
     ) -> None:
-        super().__init__(pipe, space)
+        """size_px: (h, w) of decoded samples, to which pictures are resized where `space` describes them."""
+        super().__init__(pipe, varied, space)
         self.halves = (self.new_crowd(), self.new_crowd())
         self.labels: list[int] = []
         self.canvases: list[Tensor] = []
         """Canvases of the first images, [n, L, H, W, C]."""
-        self._normaliser = pipe.normaliser.to("cpu")
-        chosen = spread_evenly(index.num_samples, most)
-        reader = ShardReader(index)
+        self._normaliser, self._size_px = pipe.normaliser.to("cpu"), size_px
+
+    def read(self, reader: ShardReader, chosen: Sequence[int], follow: Follow) -> None:
+        """Measure the samples of these numbers."""
         waiting = follow(chosen, "real images", len(chosen))
         while numbers := list(itertools.islice(waiting, READ_TOGETHER)):
-            self._add([reader.read(number, extras=space is not None) for number in numbers], size_px)
-        reader.close()
+            self._add([reader.read(number, extras=self.space is not None) for number in numbers])
 
-    def _add(self, samples: list[Sample], size_px: tuple[int, int]) -> None:
+    def _add(self, samples: list[Sample]) -> None:
         features = torch.from_numpy(np.stack([sample.features for sample in samples])).float()
         regions = torch.from_numpy(np.stack([sample.regions for sample in samples]))
         canvases = self._normaliser.teacher_canvases(features, regions)
         self.descriptions.append(describe(features))
-        self.labels += [sample.label for sample in samples]
+        labels = [sample.label for sample in samples]
+        self.labels += labels
         if len(self.labels) <= FLATNESS_IMAGES:
             self.canvases.append(canvases)
         self.show(self.pipe.from_features(each.features, each.regions, label=each.label) for each in samples)
@@ -209,8 +236,8 @@ class _Real(_Kept):
         crowds = (self.crowd, *self.halves)
         parts = (slice(None), slice(None, None, 2), slice(1, None, 2))
         for crowd, part in zip(crowds, parts, strict=True):
-            crowd.add(drawn[part])
+            crowd.add(drawn[part], labels[part])
         if self.space is not None:
-            seen = seen_by(self.space, np.stack([picture_of(sample, size_px) for sample in samples]))
+            seen = seen_by(self.space, np.stack([picture_of(sample, self._size_px) for sample in samples]))
             for crowd, part in zip(crowds, parts, strict=True):
                 crowd.add_pictures(seen[part])

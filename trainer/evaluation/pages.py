@@ -38,9 +38,10 @@ from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
 from trainer.decode.rae import to_uint8
+from trainer.evaluation.evaluate import classes_with_images
 from trainer.evaluation.studies import LIKELIHOOD
 from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
-from trainer.evaluation.tables import metric_tables
+from trainer.evaluation.tables import VARIETY, metric_tables, numbered, variety_verdict
 from trainer.methods import registry
 from trainer.methods.normalizing_trajectory.likelihood import Measured, measure
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
@@ -56,6 +57,8 @@ from trainer.trajectories.view import TrajectoryView, facts_section, page_palett
 EVALUATION = "evaluation.json"
 """File of a run folder."""
 SHOWN_CLASSES = SHOWN_TEACHERS = 12
+LABELS_READ = 1_000
+"""Images whose labels say which classes a report can show."""
 SHOWN_IMAGES = 8
 """Images at each end of the list of likelihoods whose maps are shown."""
 PALE, DEEP = np.array([247, 247, 244]), np.array([28, 60, 140])
@@ -119,18 +122,22 @@ def run_page(
         "classes": len(state.shards["class_names"]),
     }
     trained_on = "unknown images" if seen is None else counted(seen, "image")
+    kept = kept_metrics(run / EVALUATION, run / LIKELIHOOD)
+    judged = str(read_kept(run / EVALUATION).get("judged_on", ""))
+    tables = {topic.title: (topic.note, rows) for topic, rows in metric_tables(kept).items()}
+    _, varied = tables.pop(VARIETY.title, ("", []))
     page = training_page(
         title=f"{title}: {state.config['preset']} on {trained_on}",
         facts=facts,
         trajectories=[trajectory.view() for trajectory in trajectories],
         teachers=[] if index is None else teacher_views(index, pipe.decoder, pipe.normaliser.to("cpu")),
         metrics=[
-            Table(rows=rows, caption=f"{topic.title}. {topic.note}".rstrip())
-            for topic, rows in metric_tables(kept_metrics(run / EVALUATION, run / LIKELIHOOD)).items()
+            Table(rows=rows, caption=f"{name}. {note}".rstrip()) for name, (note, rows) in tables.items()
         ],
+        metrics_text=judged,
         log=[row for row in (read_metrics(run) if (run / METRICS).exists() else []) if "loss" in row],
         stages=stages,
-        more=more,
+        more=[*([variety_section(varied, kept, judged)] if varied else []), *more],
         config=content["config"],
         losses_text=method.losses_text,
     )
@@ -147,6 +154,7 @@ def training_page(
     trajectories: Sequence[TrajectoryView] = (),
     teachers: Sequence[HierarchyView] = (),
     metrics: Sequence[Table] = (),
+    metrics_text: str = "",
     log: Sequence[Mapping[str, Any]] = (),
     stages: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
@@ -157,11 +165,11 @@ def training_page(
 ) -> Page:
     """The page of a run; parts that are empty are left out.
 
-    facts: name → value. metrics: tables, one below the other. stages: rows of column → value. log: the rows of
-    metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config: plain data, shown as
-    YAML. more: sections after the samples. palette: where it is not given, it is fitted on the tokens of the teachers
-    if there are any, since early samples may lie anywhere. losses_text: what the method says about its losses.
-    `canvases.gallery.write_page` writes it.
+    facts: name → value. metrics: tables, one below the other, under `metrics_text`. stages: rows of column → value.
+    log: the rows of metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config:
+    plain data, shown as YAML. more: sections after the samples. palette: where it is not given, it is fitted on the
+    tokens of the teachers if there are any, since early samples may lie anywhere. losses_text: what the method says
+    about its losses. `canvases.gallery.write_page` writes it.
     """
     palette = palette or page_palette(trajectories, teachers)
     teacher_gallery = Gallery(viewers=hierarchy_viewers(teachers, palette), start=1)
@@ -172,7 +180,7 @@ def training_page(
     after_samples = [
         (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
         *((section, section) for section in more),
-        (metrics, Section(title="Metrics", blocks=metrics)),
+        (metrics, Section(title="Metrics", text=metrics_text, blocks=metrics)),
         (plots, Section(title="Curves", text=curves_text, blocks=[Plots(plots=plots)])),
         (stages, Section(title="Stages", blocks=[Table(rows=stages)])),
         (config, Section(title="Configuration", blocks=[code])),
@@ -218,9 +226,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def shown_labels(num_classes: int) -> list[int]:
-    """The classes that a report shows, spread evenly over all classes."""
-    return spread_evenly(num_classes, SHOWN_CLASSES)
+def shown_labels(classes: Sequence[int]) -> list[int]:
+    """The classes that a report shows, spread evenly over these."""
+    return [classes[i] for i in spread_evenly(len(classes), SHOWN_CLASSES)]
+
+
+def known_classes(run: Path, pipe: TrajectoryPipeline, index: ShardIndex | None = None) -> Sequence[int]:
+    """The classes that had images when the run was evaluated, or have some in these shards, or else all there are.
+
+    Shards that lie elsewhere are not asked, because their labels cannot be read without downloading them.
+    """
+    if kept := read_kept(run / EVALUATION).get("classes"):
+        return list(kept)
+    if index is not None and "://" not in index.url:
+        return classes_with_images(index, LABELS_READ)
+    return range(pipe.model.config.num_classes)
 
 
 def kept_metrics(*paths: Path) -> list[dict[str, Any]]:
@@ -256,6 +276,24 @@ def teacher_views(
         )
     reader.close()
     return views
+
+
+def variety_section(
+    rows: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], judged: str
+) -> Section:
+    """What the metrics of variety mean in words, their table, and a plot over levels.
+
+    rows: those of the topic, see `metric_tables`. metrics: rows name/value. judged: which images judged the run.
+    """
+    values = {row["name"]: row["value"] for row in metrics}
+    endings = {"samples": "", "one half of the real images": "_real"}
+    curves = {title: numbered(values, "variety_", ending) for title, ending in endings.items()}
+    series = [Series(name=title, x=list(found), y=list(found.values())) for title, found in curves.items()]
+    plot = Plot(title="variance within classes, relative to real images", x_label="level", series=series)
+    blocks: list[Table | Plots] = [Table(rows=rows, caption=VARIETY.note)]
+    if len(curves["samples"]) > 1:
+        blocks.append(Plots(plots=[plot]))
+    return Section(title="Variety", text=f"{variety_verdict(values)} {judged}".strip(), blocks=blocks)
 
 
 def edits_section(edited: Sequence[Trajectory]) -> Section:

@@ -62,13 +62,15 @@ def edit_study(
     seeds: Sequence[int],
     num_steps: int = 1,
     follow: Follow = unseen,
+    classes: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, float]]:
     """Edit the features of every level, over classes and seeds: see `trainer.evaluation.sweep`.
 
     Yields lis_<edited>_<measured> with the ends _low and _high of its 95 % interval, the same for other noise instead
-    of an edit (_other_noise), and gain_<edited>_<measured>. Writes RUN/edits.json.
+    of an edit (_other_noise), and gain_<edited>_<measured>. classes: see `SweepConfig`. Writes RUN/edits.json.
     """
-    config = SweepConfig(labels=tuple(labels), seeds=tuple(seeds), num_steps=num_steps)
+    from_classes = None if classes is None else tuple(classes)
+    config = SweepConfig(labels=tuple(labels), seeds=tuple(seeds), num_steps=num_steps, classes=from_classes)
     summary = summarise(sweep(pipe, config, follow=follow))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "kind": config.kind}
     write_json(run / EDITS, {**setup, "summary": summary}, sort_keys=False)

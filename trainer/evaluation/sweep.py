@@ -56,6 +56,8 @@ class SweepConfig:
     kind: Kind = "features"
     num_steps: int = 1
     """Network evaluations per level."""
+    classes: tuple[int, ...] | None = None
+    """Classes that inserted features may come from, such as those with real images; None means all."""
 
 
 def sweep(
@@ -80,10 +82,10 @@ def sweep(
     if config.kind not in KINDS:
         raise UsageError(f"kind {config.kind!r}, expected one of {', '.join(KINDS)}")
     units = list(itertools.product(config.labels, config.seeds))
+    classes = sorted(config.classes or range(num_classes))
     for label, seed in follow(units, "editing", len(units)):
-        start, donor = (
-            pipe(each, seed, num_steps=config.num_steps) for each in (label, (label + 1) % num_classes)
-        )
+        following = next((each for each in classes if each > label), classes[0])
+        start, donor = (pipe(each, seed, num_steps=config.num_steps) for each in (label, following))
         judge = encode or encoder_of(start)
         unit = {"label": start.label, "class": start.class_name, "seed": seed}
         for level in levels:

@@ -34,7 +34,7 @@ class Method:
     presets: str
     """Its presets: name → function that makes a configuration."""
     default_preset: str
-    """The preset that is trained where none is asked for."""
+    """The preset that a file of fields changes where no preset is named; without a file, one is suggested."""
     small_preset: str
     """The preset that trains on CPU cores."""
     training: str

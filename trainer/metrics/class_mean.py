@@ -43,7 +43,7 @@ class NearestClassMean:
 def class_mean_accuracy(
     samples: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor], num_classes: int
 ) -> Iterator[tuple[str, float]]:
-    """Accuracy of samples, of real images held out from the class means, and of guessing.
+    """Accuracy of samples, of real images held out from the class means, and of guessing a class that has real images.
 
     Both pairs are (descriptions [N, F], labels int64 [N]); every second real image is held out.
     """
@@ -51,4 +51,4 @@ def class_mean_accuracy(
     classifier = NearestClassMean(descriptions[::2], labels[::2], num_classes)
     yield "class_mean_accuracy", classifier.accuracy(*samples)
     yield "class_mean_accuracy_real", classifier.accuracy(descriptions[1::2], labels[1::2])
-    yield "class_mean_chance", 1.0 / num_classes
+    yield "class_mean_chance", 1.0 / len(labels.unique())

@@ -1,4 +1,4 @@
-"""Compare samples and real images as distributions: Fréchet distance, precision and recall, Inception score.
+"""Compare samples and real images as distributions: Fréchet distance, precision, recall, coverage, Inception score.
 
     N, M samples, F numbers that describe a sample
 
@@ -117,6 +117,25 @@ def precision_recall(real: Tensor, samples: Tensor, neighbours: int = 3) -> tupl
     return _within(samples, real, neighbours), _within(real, samples, neighbours)
 
 
+def coverage(real: Tensor, samples: Tensor, neighbours: int = 5) -> float:
+    """Share of real images with a sample nearer than their `neighbours`-th nearest other real image.
+
+    real: float [N, F]. samples: float [M, F]. Unlike recall it cannot be raised by a few samples far from all others,
+    whose large balls hold many real images. Equal distributions have, on average,
+    1 − (N−1)…(N−k) / ((N+M−1)…(N+M−k)) with k neighbours: about 0.97.
+    Raises TrainerError for too few real images.
+    Source: Naeem et al. (2020), arXiv 2002.09797, eq. 5 and lemma 2.
+    """
+    if len(real) <= neighbours or not len(samples):
+        raise TrainerError(
+            f"{len(real)} real images and {len(samples)} samples, expected more than {neighbours} real images"
+        )
+    real, samples = real.double(), samples.double()
+    radius, step = _radii(real, neighbours), max(1, DISTANCES_AT_ONCE // len(samples))
+    nearest = torch.cat([torch.cdist(part, samples).amin(dim=1) for part in real.split(step)])
+    return float((nearest <= radius).double().mean())
+
+
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """exp of the mean KL divergence of p(class | image) from p(class): mean and standard deviation over splits.
 
@@ -164,12 +183,16 @@ def inception_features(
     return features
 
 
-def _within(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    """Share of points inside at least one ball around the centres."""
+def _radii(centres: Tensor, neighbours: int) -> Tensor:
+    """Distance of each point to its `neighbours`-th nearest other one; the nearest to a point is itself."""
     step = max(1, DISTANCES_AT_ONCE // len(centres))
-    # The nearest point to a centre is itself.
-    radius = torch.cat(
+    return torch.cat(
         [torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in centres.split(step)]
     )
+
+
+def _within(points: Tensor, centres: Tensor, neighbours: int) -> float:
+    """Share of points inside at least one ball around the centres."""
+    radius, step = _radii(centres, neighbours), max(1, DISTANCES_AT_ONCE // len(centres))
     inside = [(torch.cdist(part, centres) <= radius).any(dim=1) for part in points.split(step)]
     return float(torch.cat(inside).double().mean())

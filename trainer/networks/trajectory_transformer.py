@@ -1,12 +1,13 @@
 """The transformer of Trajectory Forcing: it predicts the clean canvas and two velocities from a noisy canvas.
 
-    B batch, H×W grid, C channels of the encoder, D width, P conditioning tokens, N = H·W
+    B batch, H×W grid, C channels of the encoder, D width, P conditioning tokens, p patch size, N = H·W/p² tokens
 
 The noisy canvas and the canvas of the previous level are either fused into one sequence of N tokens or concatenated
 ("concat": 2N tokens; both tokens of a grid position have the same rotary angle and different learned positions). P
 learned conditioning tokens come first, for class, guidance, time and level; time is given only as h = t − r. A shared
 trunk feeds two heads that predict the clean canvas: the u-head for the average velocity over [r, t], the v-head for
-the instantaneous velocity. Drawing noise and computing the loss happen outside.
+the instantaneous velocity. Drawing noise and computing the loss happen outside. The release has p = 1; with a larger
+p, as in DiT, a square of p×p grid tokens enters and leaves the network as one token of p²·C channels.
 
 Source: Trajectory Forcing (2026), with the network of pixel MeanFlow (2026), arXiv 2601.22158.
 """
@@ -88,8 +89,9 @@ class TrajectoryTransformer(nn.Module):
         super().__init__()
         self.config = config
         c, D = config, config.width
-        self.x_embedder = linear(c.in_channels, D)
-        self.prev_embedder = linear(c.in_channels, D)
+        channels = c.in_channels * c.patch_size**2
+        self.x_embedder = linear(channels, D)
+        self.prev_embedder = linear(channels, D)
         if c.fusion == "fused":
             self.fusion = linear(2 * D, D)
         self.class_tokens = _tokens(c.num_class_tokens, D)
@@ -111,7 +113,7 @@ class TrajectoryTransformer(nn.Module):
         self.shared_blocks = self._blocks(c.depth - c.head_depth)
         self.u_blocks, self.v_blocks = self._blocks(c.head_depth), self._blocks(c.head_depth)
         self.u_norm, self.v_norm = RMSNorm(D, c.norm_eps), RMSNorm(D, c.norm_eps)
-        self.u_out, self.v_out = linear(D, c.in_channels, 0.0), linear(D, c.in_channels, 0.0)
+        self.u_out, self.v_out = linear(D, channels, 0.0), linear(D, channels, 0.0)
 
     @property
     def num_conditioning_tokens(self) -> int:
@@ -186,7 +188,7 @@ class TrajectoryTransformer(nn.Module):
         guidance: Guidance | Mapping[str, object] | Sequence[object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         self._check(z, prev, guidance)
-        image = self._fuse(z.flatten(1, 2), prev.flatten(1, 2))
+        image = self._fuse(*(_joined(canvas, self.config.patch_size) for canvas in (z, prev)))
         x = torch.cat([*self._conditioning(t, r, label, level, guidance), image], dim=1) + self.positions
         rotations = torch.view_as_complex(at_least_float32(self.rotations))
         return detach_tangent(self._pass(self.shared_blocks, x, rotations)), rotations
@@ -229,11 +231,17 @@ class TrajectoryTransformer(nn.Module):
         return x
 
     def _image(self, x: Tensor) -> Tensor:
-        rows, columns = self.config.grid
+        rows, columns = self._network_grid
         return x[:, self.num_conditioning_tokens :][:, : rows * columns]
 
     def _canvas(self, x_BNC: Tensor) -> Tensor:
-        return at_least_float32(x_BNC).unflatten(1, self.config.grid)
+        return _split(at_least_float32(x_BNC).unflatten(1, self._network_grid), self.config.patch_size)
+
+    @property
+    def _network_grid(self) -> tuple[int, int]:
+        """Rows and columns of the network's own tokens."""
+        rows, columns = (side // self.config.patch_size for side in self.config.grid)
+        return rows, columns
 
     def _blocks(self, count: int) -> nn.ModuleList:
         c = self.config
@@ -242,7 +250,7 @@ class TrajectoryTransformer(nn.Module):
     def _rotations(self) -> Tensor:
         """Return real and imaginary parts for the whole sequence; conditioning tokens are not rotated."""
         c = self.config
-        grid = grid_rotations(*c.grid, c.width // c.num_heads, c.rope_theta)
+        grid = grid_rotations(*self._network_grid, c.width // c.num_heads, c.rope_theta)
         still = torch.ones(self.num_conditioning_tokens, grid.shape[-1], dtype=grid.dtype)
         copies = [grid] if c.fusion == "fused" else [grid, grid]
         return torch.view_as_real(torch.cat([still, *copies])[:, None])
@@ -265,3 +273,15 @@ class TrajectoryTransformer(nn.Module):
 def _tokens(count: int, width: int) -> nn.Parameter:
     """Create learned tokens [1, count, D]; with three dimensions, so that Muon does not treat them as a matrix."""
     return nn.Parameter(torch.randn(1, count, width) / width**0.5)
+
+
+def _joined(canvas: Tensor, p: int) -> Tensor:
+    """Join each square of p×p tokens of a canvas [B, H, W, C] into one: [B, H·W/p², p²·C]."""
+    squares = canvas.unflatten(2, (-1, p)).unflatten(1, (-1, p))
+    return squares.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def _split(canvas: Tensor, p: int) -> Tensor:
+    """Undo `_joined` on a canvas [B, H/p, W/p, p²·C]: returns [B, H, W, C]."""
+    squares = canvas.unflatten(3, (p, p, -1))
+    return squares.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -171,9 +171,10 @@ class RunConfig(CheckedFields):
 class MethodRunConfig(RunConfig):
     """Fields of every method's run: the units of features, and how the objective is computed."""
 
-    normalise: Literal["none", "channel", "position"] = "channel"
+    normalise: Literal["auto", "none", "channel", "position"] = "channel"
     """Units of the network's features: raw (`none`), or of mean 0 and standard deviation 1 per channel or per position
-    and channel, from statistics.npz; samples are always in raw units."""
+    and channel, from statistics.npz; `auto` takes raw features if their standard deviation is between 0.5 and 2, else
+    `channel`, and the run records which. Samples are always in raw units."""
     compile: bool = field(default=False, metadata=EXECUTION)
     """Whether to compile the objective; takes minutes at the start, results are equal up to rounding."""
     activation_checkpointing: bool = field(default=False, metadata=EXECUTION)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from trainer.data.normalisation import Normaliser, normaliser_of
+from trainer.data.normalisation import Normaliser, chosen_normalisation, normaliser_of
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import BatchDataset, StreamPlan
 from trainer.training import checkpoint as saved
@@ -152,8 +152,8 @@ def run_method(
 def with_model(config: ConfigT, index: ShardIndex, asked: Collection[str] = (), **more: Any) -> ConfigT:
     """Return the config with the model's grid, channels and classes set from the shards, and the fields `more`.
 
-    asked: dotted names of the fields that the user set. Raises MismatchError with both values if one of these
-    fields has another value in the shards.
+    Normalisation `auto` is replaced by what `chosen_normalisation` finds. asked: dotted names of the fields that the
+    user set. Raises MismatchError with both values if one of these fields has another value in the shards.
     """
     model = config.model  # type: ignore[attr-defined]
     found = {"grid": index.grid, "in_channels": index.width, "num_classes": index.num_classes, **more}
@@ -163,6 +163,8 @@ def with_model(config: ConfigT, index: ShardIndex, asked: Collection[str] = (), 
                 f"model.{name} is {getattr(model, name)}, {index.url} holds {value}: leave it out, it comes from the "
                 "shards"
             )
+    if config.normalise == "auto":
+        config = dataclasses.replace(config, normalise=chosen_normalisation(index))
     return dataclasses.replace(config, model=dataclasses.replace(model, **found))  # type: ignore[call-arg]
 
 

@@ -28,9 +28,9 @@ from trainer.metrics.frechet import Gaussian
 def crowd(images: int, shift: float = 0.0, seed: int = 0) -> Crowd:
     """Tokens N(shift, 1), in parts of uneven size."""
     canvases = torch.randn(images, 2, 8, 8, 3, generator=torch.Generator().manual_seed(seed)) + shift
-    found = Crowd(2, 3)
+    found = Crowd(2, 3, classes=(0,))
     for part in canvases.split([1, images - 1]):
-        found.add(part)
+        found.add(part, [0] * len(part))
     return found
 
 
@@ -41,10 +41,22 @@ def test_distances_of_shifted_gaussians() -> None:
     for name in ("frechet_pooled", "frechet_tokens_0", "frechet_tokens_1"):
         assert found[name] == pytest.approx(12, rel=0.05)
         assert found[f"{name}_real"] < 0.05
-    assert (found["precision"], found["recall"]) == (0.0, 0.0)
+    assert (found["precision"], found["recall"], found["coverage"]) == (0.0, 0.0, 0.0)
     assert found["precision_real"] > 0.8
+    assert found["coverage_real"] > 0.9
+    for name in ("variety_0", "variety_1", "variety_0_real", "variety_1_real"):
+        assert found[name] == pytest.approx(1, rel=0.05)
     assert (found["num_samples"], found["num_real"]) == (200.0, 200.0)
     assert real.tokens[0].count == 200 * TOKENS_PER_IMAGE
+
+
+def test_manifolds_are_of_equally_many_images_so_that_their_references_compare() -> None:
+    """Of one distribution, few samples reach fewer of many real images than half of those reach of the other half."""
+    real, halves = crowd(2000), (crowd(1000, seed=1), crowd(1000, seed=2))
+    found = dict(distances(crowd(40, seed=3), real, halves))
+    for name in ("precision", "recall", "coverage"):
+        assert found[name] == pytest.approx(found[f"{name}_real"], abs=0.2)
+    assert found["variety_1"] == pytest.approx(1, rel=0.1)
 
 
 def test_few_images_have_no_precision() -> None:

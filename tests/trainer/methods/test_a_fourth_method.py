@@ -57,6 +57,8 @@ def call(*words: object) -> str:
 
 def test_its_presets_are_listed() -> None:
     assert json.loads(call("presets", "--json"))["toy-small"]["method_name"] == "toy"
+    done = CliRunner().invoke(app, ["presets", "--suggest", "shards", "--method", "toy"])
+    assert "has the one preset toy-small" in str(done.exception)
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(

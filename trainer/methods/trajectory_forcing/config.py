@@ -18,14 +18,18 @@ class MethodConfig(CheckedFields):
     """Mean of logit(t) before the shift."""
     time_std: float = 1.0
     """Standard deviation of logit(t)."""
-    time_shift: float = 10.0
-    """Shift of the distribution of t: its logarithm is added to the mean."""
+    time_shift: float | None = 10.0
+    """Shift of the distribution of t: its logarithm is added to the mean. null chooses it by the numbers in a canvas,
+    max(1, 10·sqrt(H·W·C / 196,608)), and the run records the value."""
     uniform_fraction: float = 0.1
     """Share of samples whose t and r are uniform on [0, 1] instead."""
     data_fraction: float = 0.0
     """Share of samples with r = t (plain flow matching)."""
     region_weight: float = 1.0
     """Weight of the region loss."""
+    region_timing: Literal["uniform", "signal"] = "uniform"
+    """Weight of the region loss over t: `uniform` as in the release, or `signal`, the share of data in the variance of
+    z_t, (1−t)²/((1−t)² + t²). Near t = 1 the image cannot be known, and the loss pulls one-step samples to a mean."""
     guidance_max: float = 8.0
     """Largest guidance scale omega drawn in training, with guidance."""
     label_dropout: float = 0.1
@@ -35,7 +39,7 @@ class MethodConfig(CheckedFields):
 
     def __post_init__(self) -> None:
         self.check_shares("uniform_fraction", "data_fraction", "label_dropout")
-        self.check_above_zero("time_std", "time_shift")
+        self.check_above_zero("time_std", *(["time_shift"] if self.time_shift is not None else []))
         self.check_finite("time_mean", "region_weight", "prev_noise", "guidance_max")
         self.check_least(0, "region_weight", "prev_noise")
         self.check_least(1, "guidance_max")
@@ -50,9 +54,9 @@ class TrainConfig(MethodRunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    normalise: Literal["none", "channel", "position"] = "none"
-    """Units of the network's features: raw (`none`), or of mean 0 and standard deviation 1 per channel or per position
-    and channel; the release trains on raw features."""
+    normalise: Literal["auto", "none", "channel", "position"] = "none"
+    """Units of the network's features: raw (`none`) as in the release, of mean 0 and standard deviation 1 per channel
+    or per position and channel, or `auto`: raw if their standard deviation is between 0.5 and 2, else `channel`."""
     level_per: Literal["sample", "batch"] = "sample"
     """Whether each sample draws its own level, or the whole batch shares one as in the release."""
 

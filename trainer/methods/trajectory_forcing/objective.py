@@ -14,7 +14,7 @@ Sources: Trajectory Forcing (2026); improved mean flow (2025), arXiv 2512.02012;
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -45,6 +45,7 @@ def loss(
     noise: Tensor,
     guidance: Guidance | None = None,
     region_weight: float = 1.0,
+    region_timing: Literal["uniform", "signal"] = "uniform",
 ) -> dict[str, Tensor]:
     """Compute the loss of a batch that may mix levels; call `backward` on `["loss"]`.
 
@@ -53,7 +54,8 @@ def loss(
     x, prev, noise: float32 [B, H, W, C], the clean canvas of `level`, the clean canvas of the level before (zeros
     at level 0), and e ~ N(0, I). level, label: int64 [B]. regions: uint8 or int64 [B, H, W], region ids of `level`,
     dense from 0; ignored at the last level. t, r: float32 [B], r ≤ t. guidance: only for networks that take it; a
-    label equal to the null class counts as dropped.
+    label equal to the null class counts as dropped. region_timing: weight of the region loss over t, see
+    `MethodConfig`.
 
     Returns scalars: loss = loss_u + loss_v + region_weight·region; loss_u and loss_v are adaptively weighted, so
     each stays near 1; raw_mse_u and raw_mse_v are the unweighted mean squared errors.
@@ -77,7 +79,9 @@ def loss(
     if region_weight and regions is not None:
         has_regions = level < model.config.num_levels - 1
         with torch.autocast(x.device.type, enabled=False):
-            terms["region"] = region_variance(prediction.x, x, regions, sample_weight=has_regions)
+            known = signal_share(t) if region_timing == "signal" else torch.ones_like(t)
+            distances = region_distances(prediction.x, x, regions)
+            terms["region"] = (distances * known * has_regions).sum() / has_regions.sum().clamp(min=1)
     total = terms["loss_u"] + terms["loss_v"] + region_weight * terms["region"]
     return {"loss": total, **terms}
 
@@ -133,24 +137,23 @@ def _with_derivative(
         return Prediction(*(value for value, _ in duals)), du_dt
 
 
-def region_variance(
-    predicted: Tensor, clean: Tensor, regions: Tensor, sample_weight: Tensor | None = None
-) -> Tensor:
-    """Compute the region loss of the paper: (1 − cos(predicted token, mean clean token of its region))².
+def region_distances(predicted: Tensor, clean: Tensor, regions: Tensor) -> Tensor:
+    """Compute the region loss of the paper, (1 − cos(predicted token, mean clean token of its region))²: float [B].
 
-    predicted, clean: float [B, H, W, C]. regions: uint8 or int64 [B, H, W], dense from 0. sample_weight: bool or
-    float [B]. The term is averaged within each region, then over the regions of a sample, then over the samples
-    with their weights; it is 0 if all weights are 0.
+    predicted, clean: float [B, H, W, C]. regions: uint8 or int64 [B, H, W], dense from 0. The term is averaged within
+    each region, then over the regions of a sample.
     """
     members = _members(regions)
     clean_means = members @ (_average(members).mT @ clean.flatten(1, 2))
     distance = (1 - _cosine_to(clean_means, predicted.flatten(1, 2))).square()
     per_region = (_average(members).mT @ distance[..., None])[..., 0]
     exists = members.sum(dim=1) > 0
-    per_sample = (per_region * exists).sum(dim=1) / exists.sum(dim=1)
-    weights = torch.ones_like(per_sample) if sample_weight is None else sample_weight.to(per_sample.dtype)
-    total = weights.sum()
-    return (per_sample * weights).sum() / torch.where(total > 0, total, 1.0)
+    return (per_region * exists).sum(dim=1) / exists.sum(dim=1)
+
+
+def signal_share(t: Tensor) -> Tensor:
+    """Return the share of data in the variance of z_t, (1−t)²/((1−t)² + t²), for data of variance 1."""
+    return (1 - t).square() / ((1 - t).square() + t.square())
 
 
 def _members(regions: Tensor) -> Tensor:
@@ -161,21 +164,6 @@ def _members(regions: Tensor) -> Tensor:
 
 def _average(members: Tensor) -> Tensor:
     return members / members.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _over_regions(per_region: Tensor, members: Tensor, sample_weight: Tensor | None) -> Tensor:
-    exists = members.sum(dim=1) > 0
-    per_sample = (per_region * exists).sum(dim=1) / exists.sum(dim=1)
-    return _weighted_mean(per_sample, _weights(sample_weight, per_sample))
-
-
-def _weights(sample_weight: Tensor | None, like: Tensor) -> Tensor:
-    return torch.ones_like(like) if sample_weight is None else sample_weight.to(like.dtype)
-
-
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    total = weights.sum()
-    return (values * weights).sum() / torch.where(total > 0, total, 1.0)
 
 
 def _cosine_to(target: Tensor, predicted: Tensor) -> Tensor:
@@ -261,6 +249,7 @@ def draw_times(n: int, config: MethodConfig, generator: torch.Generator) -> tupl
 
     A sample has r = t with probability `data_fraction`; the release fixes the share within each batch instead.
     """
+    assert config.time_shift is not None, "fit_to_shards chooses it"
     parameters = (config.time_mean, config.time_std, config.time_shift)
     plateau = torch.stack([plateau_logit_normal(n, *parameters, generator=generator) for _ in range(2)])
     uniform = torch.rand(2, n, generator=generator)

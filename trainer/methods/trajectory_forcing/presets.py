@@ -1,5 +1,6 @@
 """Presets of Trajectory Forcing and of decoders; grid, channels, classes and levels come from the shards.
 
+TF-S is for one GPU and 10,000 to 200,000 images, and is no size of the release; its hours and scores are unmeasured.
 TF-B, TF-L and TF-H are the sizes of the release. They need 8 GPUs of 80 GB; hours and scores are unmeasured. Train
 them with `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NAME`.
 """
@@ -45,6 +46,22 @@ def tiny_cpu() -> TrainConfig:
     )
 
 
+def TF_S() -> TrainConfig:  # noqa: N802 (named like TF-B)
+    """For one GPU and 10,000 to 200,000 photos: 12 blocks of width 384, bfloat16; not of the release."""
+    model = ModelConfig(width=384, depth=12, head_depth=6, num_heads=6)
+    # A run of a twelfth of the release's length: averages and checkpoints follow, and a cooldown ends it. Unmeasured.
+    return TrainConfig(
+        preset="TF-S",
+        model=model,
+        optim=OptimConfig(cooldown_fraction=0.2, ema_halflives_kimg=(250.0, 1000.0)),
+        precision="bfloat16",
+        total_images=8_000_000,
+        batch_size=256,
+        checkpoint_images=800_000,
+        sample_images=800_000,
+    )
+
+
 def TF_B() -> TrainConfig:  # noqa: N802 (the name in the paper)
     """TF-B of the release on DINOv2-B features of ImageNet: 16 blocks of width 768, 80 epochs, float32."""
     return TrainConfig(preset="TF-B", micro_batch_size=64)
@@ -64,6 +81,7 @@ def TF_H() -> TrainConfig:  # noqa: N802 (the name in the paper)
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "tiny-cpu": tiny_cpu,
+    "TF-S": TF_S,
     "TF-B": TF_B,
     "TF-L": TF_L,
     "TF-H": TF_H,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -21,6 +23,9 @@ from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.optim import MuonAdam
 from trainer.training.schedules import learning_rate
 
+RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
+"""The shift that the paper chose, and the numbers in one of its canvases."""
+
 
 def train(
     config: TrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
@@ -34,8 +39,24 @@ def train(
 
 
 def fit_to_shards(config: TrainConfig, index: ShardIndex, asked: Collection[str] = ()) -> TrainConfig:
-    """Set the model's grid, channels, classes and levels from the shards; see `with_model`."""
-    return with_model(config, index, asked, num_levels=index.num_levels)
+    """Set the model's grid, channels, classes and levels, and what `auto` and null stand for, from the shards."""
+    config = with_model(config, index, asked, num_levels=index.num_levels)
+    if config.method.time_shift is None:
+        shift = chosen_time_shift(config.model.grid, config.model.in_channels)
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, time_shift=shift))
+    return config
+
+
+def chosen_time_shift(grid: tuple[int, int], channels: int) -> float:
+    """Choose the shift of the time distribution by the size of a canvas: the release's 10 at 16·16·768 numbers.
+
+    The more numbers describe an image, the more noise it takes to hide it: averaging n numbers of equal content divides
+    the noise by sqrt(n). So the shift scales with the root of the count, and is never below 1.
+    Source: resolution-dependent shift of Esser et al. (2024), arXiv 2403.03206, with numbers in place of pixels as in
+    RAE (Zheng et al. 2025), arXiv 2510.11690.
+    """
+    numbers = grid[0] * grid[1] * channels
+    return max(1.0, RELEASE_SHIFT * math.sqrt(numbers / RELEASE_NUMBERS))
 
 
 class TrajectoryForcingRun(MethodRun):
@@ -82,6 +103,7 @@ class TrajectoryForcingRun(MethodRun):
                 noise=draws.noise,
                 guidance=draws.guidance if config.model.guidance else None,
                 region_weight=config.method.region_weight,
+                region_timing=config.method.region_timing,
             )
 
     def _scaled(self, terms: Mapping[str, Tensor], part: Batch) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def test_the_command_line_chooses_method_and_stages(
     train = ["train", shards, "--out", tmp_path / "run", "--dry-run", "--json", "--quiet"]
     assert call(monkeypatch, *train, "--method", "latent-forcing", "--pixel-stage") == 0
     resolved = json.loads(capsys.readouterr().out)
-    assert (resolved["preset"], resolved["model"]["num_canvases"]) == ("LF-LM", NUM_LEVELS)
+    assert (resolved["preset"], resolved["model"]["num_canvases"]) == ("tiny-latent", NUM_LEVELS)
     assert call(monkeypatch, *train, "--preset", "tiny-cpu", "--pixel-stage") == 2
     assert "add --method latent-forcing" in capsys.readouterr().err
     samples = tmp_path / "samples"

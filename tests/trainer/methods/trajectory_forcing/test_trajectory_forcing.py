@@ -53,7 +53,7 @@ def test_gradients_match_the_release(golden):
 def test_region_loss_matches_the_release(golden):
     arrays = golden_arrays(golden / "region_losses.npz")
     predicted, clean, regions = arrays["pred"], arrays["gt"], arrays["region_ids"]
-    found = float(tf.region_variance(predicted, clean, regions))
+    found = float(tf.region_distances(predicted, clean, regions).mean())
     assert found == pytest.approx(float(arrays["variance"]), rel=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_region_loss_does_not_depend_on_the_numbering(seed, num_regions):
     predicted, clean = torch.randn(2, 2, 3, 4, 5, generator=g)
     regions = torch.randint(0, num_regions, (2, 3, 4), generator=g)
     renamed = torch.randperm(num_regions, generator=g)[regions]
-    found, same = (tf.region_variance(predicted, clean, ids) for ids in (regions, renamed))
+    found, same = (tf.region_distances(predicted, clean, ids) for ids in (regions, renamed))
     torch.testing.assert_close(found, same)
 
 
@@ -185,7 +185,7 @@ def test_region_loss_by_hand():
     regions = torch.tensor([[[0, 1], [1, 0]]])
     # Tokens equal their region's mean direction except the last, which is opposite: (0 + 4)/2 in region 0.
     predicted = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[0.0, 2.0], [-3.0, 0.0]]]])
-    assert float(tf.region_variance(predicted, clean, regions)) == pytest.approx((2.0 + 0.0) / 2)
+    assert float(tf.region_distances(predicted, clean, regions).mean()) == pytest.approx((2.0 + 0.0) / 2)
 
 
 def test_draws_do_not_depend_on_how_ranks_share_the_batch():
