@@ -257,7 +257,8 @@ def test_benchmark_of_recipes_cuts_to_equal_counts(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
     with_as_many = importlib.import_module("recipes").with_as_many
     features = np.random.default_rng(0).normal(size=(4, 8, 8, 16)).astype(np.float32)
-    views = Views(**dict.fromkeys((field.name for field in dataclasses.fields(Views)), features))
+    names = [field.name for field in dataclasses.fields(Views)]
+    views = Views(**dict.fromkeys(names, features))
     counts = np.array([[2, 3, 9], [2, 2, 5], [2, 7, 12], [2, 4, 4]])
     regions = with_as_many(views, HierarchyRecipe.paper(), counts)
     np.testing.assert_array_equal(regions.max(axis=(2, 3)) + 1, counts)
