@@ -6,7 +6,9 @@ Every photo is encoded four times (plain, mirrored, two crops one token apart), 
 one row per partition and level; grids and random partitions have as many regions as their recipe, image by image.
 `paper-seeds` is the mean of ten seeds; --ablate adds `stable` with each field in turn as in `paper`, and `paper` with
 it as in `stable`. --objects names a segmentation model whose class 0 is background: object IoU is then measured
-against what it calls object. Adjusted Rand indices: flip, shift, seed, bf16. The last line is JSON.
+against what it calls object. Differences of `stable` and `paper-seeds` are paired photo by photo, ± standard error of
+their mean, also with the trees of `paper` cut into as many regions as `stable` has. Adjusted Rand indices: flip,
+shift, seed, bf16. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import records
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
-from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
+from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting, cut_levels
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import open_source
@@ -116,15 +118,59 @@ def mean_quality(qualities: list[Quality]) -> Quality:
     return dataclasses.replace(qualities[0], scores=scores)
 
 
-def predicted_objects(name: str, images: str, size_px: int, limit: int | None) -> list[np.ndarray]:
-    """What a segmentation model calls object in each photo, int64 [1, h, w]; nothing where that is < 5 % or > 90 %."""
+def predicted_objects(
+    name: str, images: str, cells: tuple[int, int], limit: int | None = None
+) -> list[np.ndarray]:
+    """What a segmentation model calls object in each photo, int64 [1, h, w]; nothing where that is < 5 % or > 90 %.
+
+    The model sees photos at its own size. Both it and the encoder crop the central square, so that a cell of `cells`,
+    those of the encoder, takes the class that the model gives to the place of its centre.
+    """
     model, source = load_encoder(name), open_source(images)
     photos = [decode_image(source.read(record.path))[0] for record in source.records[:limit]]
-    crops = np.stack([crop_square(photo, size_px) for photo in photos])
+    crops = np.stack([crop_square(photo, model.image_size_px) for photo in photos])
     logits = np.concatenate([encode(model, crops[start : start + 16]) for start in range(0, len(crops), 16)])
-    cells = cells_of(model.grid)[0] // model.grid[0]
-    maps = (logits.argmax(axis=-1) != 0).astype(np.int64).repeat(cells, axis=1).repeat(cells, axis=2)
+    rows, columns = (
+        (2 * np.arange(number) + 1) * tokens // (2 * number)
+        for number, tokens in zip(cells, model.grid, strict=True)
+    )
+    maps = (logits.argmax(axis=-1) != 0).astype(np.int64)[:, rows[:, None], columns]
     return [found[None] if 0.05 < found.mean() < 0.9 else found[None][:0] for found in maps]
+
+
+def with_as_many(views: Views, recipe: HierarchyRecipe, counts: np.ndarray) -> np.ndarray:
+    """Regions of a recipe whose trees are cut, image by image, where as many are left as `counts` [N, L−1] says.
+
+    A tree that has fewer tokens than that gives one region to each token of its object.
+    """
+    found = build_hierarchy(views.plain.astype(FEATURE_DTYPE), recipe)
+    levels = []
+    for regions, merges, wanted in zip(found.regions, found.merges, counts.astype(np.int64), strict=True):
+        heights = merges[merges[:, 0] >= 0, 2].astype(np.float64)
+        at = [heights.size - max(int(number) - 2, 0) for number in wanted[1:]]  # merges that are kept
+        limits = np.concatenate([[-np.inf], (heights[1:] + heights[:-1]) / 2, [np.inf]])
+        span = np.ptp(heights) + 1e-8 if heights.size else 1.0
+        lowest = heights.min() if heights.size else 0.0
+        cuts = [(limits[max(kept, 0)] - lowest) / span for kept in at]
+        levels.append(cut_levels(regions[None, 0], merges[None], cuts)[0])
+    return np.stack(levels)
+
+
+def difference(ours: Quality, theirs: Quality) -> list[list[str]]:
+    """Mean over photos of the paired difference of each column, ± its standard error; one list per level."""
+    levels = []
+    for level in range(ours.scores["regions"].shape[1]):
+        cells = []
+        for key in COLUMNS:
+            if key not in ours.scores or key not in theirs.scores:
+                cells.append("–")
+                continue
+            gap = (ours.scores[key] - theirs.scores[key])[:, level].astype(np.float64)
+            gap = gap[np.isfinite(gap)]
+            error = gap.std(ddof=1) / np.sqrt(gap.size) if gap.size > 1 else 0.0
+            cells.append(f"{gap.mean():+.3f} ± {error:.3f}" if gap.size > 1 else "–")
+        levels.append(cells)
+    return levels
 
 
 def main() -> None:
@@ -139,7 +185,8 @@ def main() -> None:
     rows = {}
     objects = None
     if options.objects:
-        objects = predicted_objects(options.objects, options.images, encoder.image_size_px, options.limit)
+        cells = cells_of(encoder.grid)
+        objects = predicted_objects(options.objects, options.images, cells, options.limit)
         print(f"{sum(map(len, objects))} photos with an object", file=sys.stderr)
     for name, recipes in asked(options).items():
         rows[name] = mean_quality([score_recipe(views, recipe, humans, objects) for recipe in recipes])
@@ -152,11 +199,28 @@ def main() -> None:
             for kind, quality in blind.items():
                 quality.scores["object_iou"] = seen[kind].scores["object_iou"]
         rows |= {f"{kind} as {name}": quality for kind, quality in blind.items()}
-    print(table(rows))
+    gaps = {}
+    if {"stable", "paper-seeds"} <= rows.keys():
+        gaps["stable − paper-seeds"] = difference(rows["stable"], rows["paper-seeds"])
+        if humans is not None:
+            counts = rows["stable"].scores["regions"]
+            equal = [
+                human_scores(with_as_many(views, recipe, counts), humans) for recipe in RECIPES["paper-seeds"]
+            ]
+            scores = {"regions": counts} | {
+                key: np.mean([one[key] for one in equal], axis=0) for key in equal[0]
+            }
+            if objects is not None:
+                scores["object_iou"] = rows["paper-seeds"].scores["object_iou"]
+            as_many = dataclasses.replace(rows["stable"], scores=scores)
+            rows["paper-seeds, as many regions as stable"] = as_many
+            gaps["stable − paper-seeds, equal counts"] = difference(rows["stable"], as_many)
+    shown = table(rows, gaps)
+    print(shown)
     seconds = {"encode": encoded - started, "score": time.perf_counter() - encoded}
     figures = {name: quality.by_level() for name, quality in rows.items()}
     print(json.dumps({"seconds": seconds, **figures}))
-    lines = [line.strip("| ").split(" | ") for line in table(rows).splitlines()[2:]]
+    lines = [line.strip("| ").split(" | ") for line in shown.splitlines()[2:]]
     records.write(
         options.record,
         columns=["partition", "level", *COLUMNS.values()],
@@ -171,13 +235,15 @@ def asked(options: argparse.Namespace) -> dict[str, list[HierarchyRecipe]]:
     return named | (ablations() if options.ablate else {})
 
 
-def table(rows: dict[str, Quality]) -> str:
-    """Markdown: one row per partition and level."""
+def table(rows: dict[str, Quality], gaps: dict[str, list[list[str]]]) -> str:
+    """Markdown: one row per partition and level, then one per difference and level."""
     lines = ["| | level | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for name, quality in rows.items():
         for level, means in enumerate(quality.by_level()):
             cells = ["–" if means.get(key) is None else f"{means[key]:.3f}" for key in COLUMNS]
             lines.append(f"| {name} | {level} | " + " | ".join(cells) + " |")
+    for name, levels in gaps.items():
+        lines += [f"| {name} | {level} | {' | '.join(cells)} |" for level, cells in enumerate(levels)]
     return "\n".join(lines)
 
 

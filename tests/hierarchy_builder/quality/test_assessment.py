@@ -1,5 +1,7 @@
 """Quality of a real build: views of photos, what is left out and why, quality.json, page and command."""
 
+import dataclasses
+import importlib
 import json
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from patch_means import PatchMeans
 from pictures import draw_picture, write_tree
@@ -19,7 +22,7 @@ from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.files import read_json, write_json
-from hierarchy_builder.hierarchy.recipe import build_hierarchy
+from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.assessment import Views, assess_build, encode_views, seed_scores, view_scores
 from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
@@ -248,3 +251,40 @@ def test_benchmark_of_recipes_runs(photos, masks) -> None:
     scores = json.loads(last)
     assert scores["grid as paper"][2]["regions"] == scores["paper"][2]["regions"]
     assert "left out: wrong_size: 001.png" in done.stderr
+
+
+def test_benchmark_of_recipes_cuts_to_equal_counts(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+    with_as_many = importlib.import_module("recipes").with_as_many
+    features = np.random.default_rng(0).normal(size=(4, 8, 8, 16)).astype(np.float32)
+    names = [field.name for field in dataclasses.fields(Views)]
+    views = Views(**dict.fromkeys(names, features))
+    counts = np.array([[2, 3, 9], [2, 2, 5], [2, 7, 12], [2, 4, 4]])
+    regions = with_as_many(views, HierarchyRecipe.paper(), counts)
+    np.testing.assert_array_equal(regions.max(axis=(2, 3)) + 1, counts)
+    assert not check_nesting(regions).any()
+
+
+def test_objects_come_from_the_size_of_the_segmentation_model(tmp_path, monkeypatch) -> None:
+    """A model of 48 pixels (3×3 tokens) calls bright red object; the cells asked for are not a multiple of its grid."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+    predicted_objects = importlib.import_module("recipes").predicted_objects
+    kernel = np.zeros((2, 3, 16, 16), np.float32)
+    kernel[1, 0, 0, 0] = 1
+    weights = onnx.numpy_helper.from_array(kernel, "weights")
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("image", ["N", 3, 48, 48]), ("logits", ["N", 2, 3, 3]))
+    ]
+    node = onnx.helper.make_node("Conv", ["image", "weights"], ["logits"], strides=[16, 16])
+    graph = onnx.helper.make_graph([node], "red", ends[:1], ends[1:], [weights])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "red.onnx")
+    pixels = np.zeros((96, 96, 3), np.uint8)
+    pixels[:, :32, 0] = 255
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos" / "left.png")
+    (found,) = predicted_objects(f"onnx:{tmp_path / 'red.onnx'}:logits", str(tmp_path / "photos"), (56, 56))
+    expected = np.zeros((1, 56, 56), np.int64)
+    expected[:, :, :19] = 1  # centres of the first 19 cells lie in the left third
+    np.testing.assert_array_equal(found, expected)
