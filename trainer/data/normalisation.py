@@ -26,8 +26,8 @@ Normalisation = Literal["none", "channel", "position"]
 """By which statistics of the shards features are centred and scaled."""
 
 UNIT_SCALE = (0.5, 2.0)
-"""Standard deviations of features that count as about 1, that of the noise. Tokens after a layer norm, such as DINOv2's, lie
-between; `dct` features, at about 0.14, do not."""
+"""Standard deviations of features that count as about 1, that of the noise. Tokens after a layer norm lie between, such
+as those of DINOv2; `dct` features, at about 0.14, do not."""
 ARRAYS = {"channel": ("channel_mean", "channel_variance"), "position": ("mean", "variance")}
 """Names of the mean and the population variance in statistics.npz that each kind uses."""
 FLOOR = 1e-3
