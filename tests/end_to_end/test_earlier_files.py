@@ -17,8 +17,6 @@ from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "golden" / "earlier" / "files.tar.gz"
-SETTINGS = ["batch_size=4", "checkpoint_images=8", "log_images=4", "loader_workers=0", "tensorboard=false"]
-NETWORK = ["width=16", "depth=2", "head_depth=1", "num_heads=2"]
 
 
 @pytest.fixture
@@ -81,10 +79,8 @@ def test_a_run_resumes_to_the_weights_that_the_earlier_commit_reached(earlier: P
     last = earlier / "tf" / "checkpoints" / "step-00000004"
     reached = load_file(last / "model.safetensors")
     shutil.rmtree(last)
-    settings = [*SETTINGS, *(f"model.{each}" for each in NETWORK), "optim.ema_halflives_kimg=[0.05]"]
-    words = ["train", str(earlier / "build" / "shards"), "--out", str(earlier / "tf"), "--preset", "tiny-cpu"]
-    flags = [part for setting in settings for part in ("--set", setting)]
-    done = CliRunner().invoke(trainer, [*words, "--total-images", "16", *flags, "--quiet"])
+    words = ["train", str(earlier / "build" / "shards"), "--out", str(earlier / "tf")]
+    done = CliRunner().invoke(trainer, [*words, "--total-images", "16", "--quiet"])
     assert done.exit_code == 0, done.output
     resumed = load_file(last / "model.safetensors")
     assert resumed.keys() == reached.keys()

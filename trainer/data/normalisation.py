@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
-from trainer.data.shards import ShardIndex, read_statistics
+from hierarchy_builder.errors import MismatchError
+from trainer.data.shards import STATISTICS, ShardIndex, read_statistics
 
 Normalisation = Literal["none", "channel", "position"]
 """By which statistics of the shards features are centred and scaled."""
@@ -30,6 +31,8 @@ UNIT_SCALE = (0.5, 2.0)
 as those of DINOv2; `dct` features, at about 0.14, do not."""
 ARRAYS = {"channel": ("channel_mean", "channel_variance"), "position": ("mean", "variance")}
 """Names of the mean and the population variance in statistics.npz that each kind uses."""
+LARGEST_RATIO = 4.0
+"""If normalised features are larger or smaller than 1 by more than this factor, the statistics are refused."""
 FLOOR = 1e-3
 """Lower limit of the standard deviation, relative to its root mean square over all channels (and positions). Smaller
 variation is rounding error, which must not be scaled up to unit spread."""
@@ -74,6 +77,20 @@ class Normaliser:
 
 RAW = Normaliser()
 """The normaliser that changes nothing."""
+
+
+def check_describes(normaliser: Normaliser, features: Tensor, index: ShardIndex) -> None:
+    """Refuse statistics that do not describe the shards, for example because another encoder wrote them.
+
+    features: float [b, H, W, C], raw, a few of the shards. Raises MismatchError if their root mean square, normalised,
+    is far from 1.
+    """
+    found = float(normaliser.apply(features.float()).square().mean().sqrt())
+    if not 1 / LARGEST_RATIO < found < LARGEST_RATIO:
+        raise MismatchError(
+            f"{index.url}/{STATISTICS} does not describe these features: normalised by it, their root mean square is "
+            f"{found:.3g}, expected about 1; run `hierarchy-builder shard DIR` again"
+        )
 
 
 def chosen_normalisation(index: ShardIndex) -> Normalisation:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -46,7 +47,9 @@ def gpu(gib: float, count: int = 1) -> Device:
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     """Shards whose index claims the sizes of DINOv2-B features of ImageNet."""
-    found = open_index(str(write_shards(tmp_path_factory.mktemp("data") / "shards", pictures=True)))
+    shards = write_shards(tmp_path_factory.mktemp("data") / "shards", pictures=True)
+    np.savez(shards / "statistics.npz", channel_mean=np.zeros(768), channel_variance=np.ones(768))
+    found = open_index(str(shards))
     names = tuple(str(label) for label in range(1000))
     return dataclasses.replace(found, grid=(16, 16), width=768, class_names=names)
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hierarchy_builder.errors import MismatchError
-from trainer.data.normalisation import Normaliser, normaliser_of
+from trainer.data.normalisation import Normaliser, check_describes, normaliser_of
 from trainer.data.pictures import PictureBatch, PictureDataset
-from trainer.data.shards import STATISTICS, ShardIndex, open_index
+from trainer.data.shards import ShardIndex, open_index
 from trainer.methods.latent_forcing import objective as latent_forcing
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
@@ -27,8 +26,6 @@ from trainer.training.schedules import learning_rate
 
 CHECKED = 16
 """Number of samples, spread evenly over the shards, whose features are compared with the statistics."""
-LARGEST_RATIO = 4.0
-"""If the normalised features are larger or smaller than 1 by more than this factor, the statistics are refused."""
 
 
 def train(
@@ -52,16 +49,11 @@ def fit_to_shards(
 def latent_normaliser(config: LatentTrainConfig, index: ShardIndex, features: Tensor) -> Normaliser:
     """Return the map from raw features to latents of standard deviation `latent_scale`.
 
-    features: float [b, H, W, C], a few from the shards. Raises MismatchError if the statistics do not fit them, for
-    example because another encoder wrote them, and what `shards.read_statistics` raises.
+    features: float [b, H, W, C], a few from the shards. Raises what `check_describes` and `shards.read_statistics` raises.
     """
     plain = normaliser_of(config.normalise, index)
-    found = float(plain.apply(features.float()).square().mean().sqrt())
-    if config.normalise != "none" and not 1 / LARGEST_RATIO < found < LARGEST_RATIO:
-        raise MismatchError(
-            f"{index.url}/{STATISTICS} does not describe these features: normalised by it, their root mean square is "
-            f"{found:.3g}, expected about 1; run `hierarchy-builder shard DIR` again"
-        )
+    if config.normalise != "none":
+        check_describes(plain, features, index)
     return Normaliser(mean=plain.mean, std=plain.std / config.method.latent_scale)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.normalisation import check_describes
+from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -18,11 +22,14 @@ from trainer.methods.trajectory_forcing import objective as trajectory_forcing
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
+from trainer.methods.trajectory_forcing.visibility import visibility_lines
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.optim import MuonAdam
 from trainer.training.schedules import learning_rate
 
+LOOKED_AT = 64
+"""Samples of the first shard that are compared with the statistics and measured before training."""
 RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
 """The shift that the paper chose, and the numbers in one of its canvases."""
 
@@ -40,7 +47,10 @@ def train(
 
 def fit_to_shards(config: TrainConfig, index: ShardIndex, asked: Collection[str] = ()) -> TrainConfig:
     """Set the model's grid, channels, classes and levels, and what `auto` and null stand for, from the shards."""
-    config = with_model(config, index, asked, num_levels=index.num_levels)
+    found: dict[str, Any] = {"num_levels": index.num_levels}
+    if any(side % config.model.patch_size for side in index.grid):
+        found["patch_size"] = 1  # a preset's squares of tokens do not cover this grid
+    config = with_model(config, index, asked, **found)
     if config.method.time_shift is None:
         shift = chosen_time_shift(config.model.grid, config.model.in_channels)
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, time_shift=shift))
@@ -72,6 +82,21 @@ class TrajectoryForcingRun(MethodRun):
 
     def _network(self) -> TrajectoryTransformer:
         return TrajectoryTransformer(self.config.model)
+
+    def _begin(self, origin: Path | None) -> None:
+        reader = ShardReader(
+            self.index, verifies=lambda shard: False, max_damaged=self.config.max_damaged_shards
+        )
+        rows = reader.read_rows(range(min(LOOKED_AT, self.index.shards[0].num_samples)))
+        reader.close()
+        features = rows.features.float() * (1 if rows.scale is None else rows.scale)
+        normaliser = self.normaliser.to("cpu")
+        if origin is None and self.config.normalise != "none":
+            check_describes(normaliser, features, self.index)
+        super()._begin(origin)
+        if self.world.is_main and not self.quiet:
+            for line in visibility_lines(normaliser.apply(features), rows.regions, self.config.method):
+                print(line, file=sys.stderr)
 
     def _plan(self) -> StreamPlan:
         return self._stream_plan(level_per=self.config.level_per)
