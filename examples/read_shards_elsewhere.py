@@ -1,6 +1,6 @@
 """Our shards in somebody else's trainer: plain webdataset, canvases built where they are needed.
 
-python examples/read_shards_elsewhere.py runs/demo/build/shards
+python examples/read_shards_elsewhere.py runs/demo/build/train/shards
 """
 
 import sys
@@ -11,7 +11,7 @@ import webdataset
 
 from hierarchy_builder.canvases import level_canvases
 
-shards = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/build/shards")
+shards = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/build/train/shards")
 urls = sorted(str(path) for path in shards.glob("*.tar"))
 stream = (
     webdataset.WebDataset(urls, shardshuffle=False)

@@ -63,6 +63,12 @@ SHOWN_IMAGES = 8
 """Images at each end of the list of likelihoods whose maps are shown."""
 PALE, DEEP = np.array([247, 247, 244]), np.array([28, 60, 140])
 """Colours of no added bits and of the most."""
+INTRO = (
+    "This page shows what a network of {title} draws; it has seen {seen} training images, taken from {trained_on}. "
+    "Each card is one generated image of a class: choose a level to see it from the coarsest, object and background, to the "
+    "finest, single tokens. Compare the samples with the teacher hierarchies that the network was trained on; the "
+    "tables below say how far both agree, and whether images of one class differ as much as real ones do."
+)
 TEACHER_TEXT = (
     "What the model was shown. Children share the hues of their parent region; latent colours are the same on "
     "every card of this page, teachers and samples alike."
@@ -128,6 +134,7 @@ def run_page(
     _, varied = tables.pop(VARIETY.title, ("", []))
     page = training_page(
         title=f"{title}: {state.config['preset']} on {trained_on}",
+        intro=INTRO.format(title=title, trained_on=trained_on, seen=f"{state.images_seen:,}"),
         facts=facts,
         trajectories=[trajectory.view() for trajectory in trajectories],
         teachers=[] if index is None else teacher_views(index, pipe.decoder, pipe.normaliser.to("cpu")),

@@ -49,7 +49,8 @@ def fit_to_shards(
 def latent_normaliser(config: LatentTrainConfig, index: ShardIndex, features: Tensor) -> Normaliser:
     """Return the map from raw features to latents of standard deviation `latent_scale`.
 
-    features: float [b, H, W, C], a few from the shards. Raises what `check_describes` and `shards.read_statistics` raises.
+    features: float [b, H, W, C], a few from the shards. Raises the errors of `check_describes` and
+    `shards.read_statistics`.
     """
     plain = normaliser_of(config.normalise, index)
     if config.normalise != "none":
