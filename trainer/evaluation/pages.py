@@ -65,9 +65,9 @@ PALE, DEEP = np.array([247, 247, 244]), np.array([28, 60, 140])
 """Colours of no added bits and of the most."""
 INTRO = (
     "This page shows what a network of {title} draws; it has seen {seen} training images, taken from {trained_on}. "
-    "Each card is one generated image of a class: choose a level to see it from the coarsest, object and background, to the "
-    "finest, single tokens. Compare the samples with the teacher hierarchies that the network was trained on; the "
-    "tables below say how far both agree, and whether images of one class differ as much as real ones do."
+    "Each card is one generated image of a class: choose a level to see it from the coarsest, object and background, "
+    "to the finest, single tokens. Compare the samples with the teacher hierarchies that the network was trained on; "
+    "the tables below say how far both agree, and whether images of one class differ as much as real ones do."
 )
 TEACHER_TEXT = (
     "What the model was shown. Children share the hues of their parent region; latent colours are the same on "
