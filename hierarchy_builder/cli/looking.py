@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hierarchy_builder.cli import options as opt
+from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.files import target_of
 from hierarchy_builder.store.folder import BuildFolder
@@ -148,13 +149,12 @@ def compare(
         stdout.print(str(out), markup=False, highlight=False, soft_wrap=True)
 
 
-def encoders(
-    probe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What this encoder sees of the probe pictures instead.")
-    ] = None,
-    weights: opt.Weights = None,
-    as_json: opt.AsJson = False,
-) -> None:
+@opt.takes(
+    probe=opt.text("What this encoder sees of the probe pictures instead.", metavar="NAME"),
+    **opt.flags(ExtractConfig, "weights"),
+    as_json=opt.AsJson,
+)
+def encoders(probe: str | None, weights: str | None, as_json: bool) -> None:
     """List the encoders that --encoder takes."""
     from hierarchy_builder.encoders import list_encoders
     from hierarchy_builder.encoders.probe import probe_report

@@ -1,1 +1,1 @@
-"""Whether a build holds what it promises, and how it is mended."""
+"""Whether a build holds what it promises, and how it is repaired."""

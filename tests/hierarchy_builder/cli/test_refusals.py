@@ -103,9 +103,9 @@ def test_verify_and_repair_on_the_command_line(tmp_path: Path) -> None:
     assert found.returncode == 4
     assert "manifest.json is damaged" in json.loads(found.stdout)["problems"][0]
     assert f"run `hierarchy-builder repair {folder.root}`" in found.stderr
-    mended = command("repair", folder.root, "--json")
-    assert mended.returncode == 0, mended.stderr
-    assert {row["stage"] for row in json.loads(mended.stdout)["mended"]} == {"manifest", "shard"}
+    repaired = command("repair", folder.root, "--json")
+    assert repaired.returncode == 0, repaired.stderr
+    assert {row["stage"] for row in json.loads(repaired.stdout)["repaired"]} == {"manifest", "shard"}
     assert tar.read_bytes() == whole
 
 
