@@ -37,7 +37,7 @@ def ring(n: int, generator: torch.Generator, modes: Tensor | None = None) -> Ten
 
 
 def trained(
-    examples: Examples, num_classes: int = 1, scale: float = 1.0, **method: object
+    examples: Examples, num_classes: int = 1, scale: float = 1.0, steps: int = STEPS, **method: object
 ) -> TrajectoryTransformer:
     """Train a network on canvases of one region, whose tokens are all equal, and return its weight average."""
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def trained(
     optim = OptimConfig(lr=0.02, cooldown_fraction=0.5, ema_halflives_kimg=(2.0,))
     optimizer = MuonAdam(model.named_parameters(), optim)
     averages = WeightAverages(model, optim.ema_halflives_kimg, optim.ema_ramp)
-    for step in range(STEPS):
+    for step in range(steps):
         values, level, label = examples(BATCH, generator)
         canvases = (scale * values)[:, :, None, None].expand(-1, -1, *GRID, -1)
         rows = torch.arange(BATCH)
@@ -66,7 +66,7 @@ def trained(
         )  # fmt: skip
         terms["loss"].backward()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step * BATCH, STEPS * BATCH, optim.lr, optim.cooldown_fraction)
+            group["lr"] = learning_rate(step * BATCH, steps * BATCH, optim.lr, optim.cooldown_fraction)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         averages.update(model, (step + 1) * BATCH, BATCH)
@@ -140,20 +140,21 @@ def test_two_classes_of_4_modes_each_are_kept_apart_in_one_step() -> None:
 
 
 def two_levels(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Level 0 is near −1 or +1 in both channels, level 1 is N(level 0, 0.6²)."""
+    """Level 0 is near −1 or +1 in both channels, level 1 is N(level 0, 1)."""
     sign = 2.0 * torch.randint(0, 2, (n, 1), generator=generator) - 1
     first = sign + 0.2 * torch.randn(n, CHANNELS, generator=generator)
-    second = first + 0.6 * torch.randn(n, CHANNELS, generator=generator)
+    second = first + torch.randn(n, CHANNELS, generator=generator)
     level = torch.randint(0, 2, (n,), generator=generator)
     return torch.stack([first, second, second], dim=1), level, torch.zeros(n, dtype=torch.int64)
 
 
 @pytest.mark.drill
-def test_level_1_follows_the_mode_of_level_0() -> None:
-    first, second, _ = drawn(trained(two_levels)).unbind(dim=1)
+def test_level_1_follows_level_0_and_keeps_a_variance_of_its_own() -> None:
+    first, second, _ = drawn(trained(two_levels, steps=900)).unbind(dim=1)
     for sign in (-1.0, 1.0):
         chosen = first.mean(dim=1).sign() == sign
-        assert chosen.float().mean() > 0.2
-        torch.testing.assert_close(
-            second[chosen].mean(dim=0), torch.full((CHANNELS,), sign), atol=0.15, rtol=0
-        )
+        step = (second - first)[chosen]
+        assert chosen.float().mean() > 0.3
+        torch.testing.assert_close(step.mean(dim=0), torch.zeros(CHANNELS), atol=0.2, rtol=0)
+        # Half of the variance is there after 900 steps; a network that only copies level 0 has none.
+        assert 0.4 < float(step.var(dim=0).mean()) < 1.2
