@@ -83,11 +83,11 @@ def test_a_large_default_without_cuda_names_the_small_one(
 
 def test_flag_over_file_over_preset(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "more.yaml"
-    file.write_text(yaml.safe_dump({"seed": 7, "batch_size": 12, "model": {"width": 36}}))
+    file.write_text(yaml.safe_dump({"seed": 7, "batch_size": 12, "model": {"width": 48}}))
     words = ["--preset", "tiny-cpu", "--config", file, "--batch-size", 6, "--dry-run", "--json"]
     assert call("train", shards, "--out", tmp_path / "run", *words) == 0
     resolved = json.loads(capsys.readouterr().out)
-    assert (resolved["seed"], resolved["batch_size"], resolved["model"]["width"]) == (7, 6, 36)
+    assert (resolved["seed"], resolved["batch_size"], resolved["model"]["width"]) == (7, 6, 48)
     assert resolved["model"]["depth"] == 3
 
 

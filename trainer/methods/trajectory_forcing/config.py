@@ -9,6 +9,9 @@ from typing import Any, Literal
 from trainer.networks.config import ModelConfig
 from trainer.training.config import CheckedFields, MethodRunConfig, OptimConfig, checked
 
+RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
+"""The time shift that the paper chose, and the numbers in one of its canvases."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig(CheckedFields):
@@ -18,7 +21,7 @@ class MethodConfig(CheckedFields):
     """Mean of logit(t) before the shift."""
     time_std: float = 1.0
     """Standard deviation of logit(t)."""
-    time_shift: float | None = 10.0
+    time_shift: float | None = RELEASE_SHIFT
     """Shift of the distribution of t: its logarithm is added to the mean. null chooses it by the numbers in a canvas,
     max(1, 10·sqrt(H·W·C / 196,608)), and the run records the value."""
     uniform_fraction: float = 0.1

@@ -27,7 +27,7 @@ from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import target_of, write_bytes
 from trainer.data.normalisation import RAW
 from trainer.methods.trajectory_forcing import release as official
-from trainer.methods.trajectory_forcing.config import MethodConfig, TrainConfig, from_mapping
+from trainer.methods.trajectory_forcing.config import RELEASE_SHIFT, MethodConfig, TrainConfig, from_mapping
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.presets import preset
 from trainer.networks.config import ModelConfig
@@ -208,8 +208,9 @@ def _train_config(
         method["uniform_fraction"] = 0.0
     return dataclasses.replace(
         base,
+        normalise="none",
         model=model,
-        method=checked(MethodConfig, to_mapping(base.method) | method, where),
+        method=checked(MethodConfig, to_mapping(base.method) | {"time_shift": RELEASE_SHIFT} | method, where),
         optim=dataclasses.replace(base.optim, ema_halflives_kimg=tuple(halflives)),
     )
 

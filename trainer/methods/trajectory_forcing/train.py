@@ -19,7 +19,7 @@ from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
-from trainer.methods.trajectory_forcing.config import TrainConfig
+from trainer.methods.trajectory_forcing.config import RELEASE_NUMBERS, RELEASE_SHIFT, TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.methods.trajectory_forcing.visibility import visibility_lines
@@ -30,8 +30,6 @@ from trainer.training.schedules import learning_rate
 
 LOOKED_AT = 64
 """Samples of the first shard that are compared with the statistics and measured before training."""
-RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
-"""The shift that the paper chose, and the numbers in one of its canvases."""
 
 
 def train(

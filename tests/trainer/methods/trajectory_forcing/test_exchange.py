@@ -113,7 +113,20 @@ def test_a_run_goes_on_in_the_imported_folder(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_trained_run_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, shards = tmp_path / "run", write_shards(tmp_path / "shards")
-    words = ["--preset", "tiny-cpu", *SETTINGS, "--batch-size", "8", "--total-images", "16", "--quiet"]
+    words = [
+        "--preset",
+        "tiny-cpu",
+        *SETTINGS,
+        "--batch-size",
+        "8",
+        "--total-images",
+        "16",
+        "--quiet",
+        "--set",
+        "model.patch_size=1",
+        "--set",
+        "normalise=none",
+    ]
     assert call("train", shards, "--out", run, *words) == 0
     capsys.readouterr()
     assert call("export-official", run, "--out", tmp_path / "theirs", "--json") == 0
