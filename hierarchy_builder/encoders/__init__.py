@@ -72,6 +72,13 @@ def list_encoders() -> list[EncoderRow]:
         ),
         EncoderRow(DctEncoder.name, dct, DctEncoder().width, grid, "nothing"),
         EncoderRow("timm:NAME", "any timm ViT at its own image size", None, None, weights),
+        EncoderRow(
+            "dinov2-…@K, timm:NAME@K",
+            "the same after its first K blocks; later ones are not run",
+            None,
+            None,
+            weights,
+        ),
         EncoderRow("onnx:FILE[:OUTPUT]", "an exported encoder", None, None, "onnxruntime"),
         EncoderRow(
             "module:function", "your own function that returns an encoder", None, None, "an importable module"
@@ -86,7 +93,7 @@ def load_encoder(
     precision: Precision = "auto",
     device: str | torch.device | None = None,
 ) -> Encoder:
-    """Load an encoder by name.
+    """Load an encoder by name; `@K` after the name of a ViT keeps its first K blocks.
 
     weights: local file, or `random:SEED` for untrained weights; only some encoders accept it.
     precision: precision of the arithmetic; `auto` is bfloat16 on CUDA and float32 on a CPU.
@@ -120,8 +127,9 @@ def _require_grid(encoder: Encoder, origin: str) -> Encoder:
 
 
 def _load_timm(name: str, weights: str | None, precision: str, device: torch.device) -> Encoder:
-    if not name.startswith("timm:") and name not in {row.name for row in list_encoders()}:
-        raise _unknown(name)
+    whole = name.partition("@")[0]
+    if not name.startswith("timm:") and whole not in {row.name for row in list_encoders()}:
+        raise _unknown(whole)
     timm_vit = importlib.import_module("hierarchy_builder.encoders.timm_vit")
     return timm_vit.load_timm(name, weights=weights, precision=precision, device=device)
 

@@ -3,6 +3,8 @@
 Trajectory Forcing uses `dinov2-reg-base` in this way: the final LayerNorm keeps its epsilon but has no weight and bias,
 so that each token has mean 0 and variance 1; class and register tokens are dropped. Every timm ViT is treated alike,
 including those whose final norm comes after the pooling.
+
+`NAME@K` gives the tokens after the first K blocks, with the same LayerNorm; the blocks after them are not run.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class TimmEncoder:
     """A timm vision transformer as an encoder.
 
     model: any timm model with `patch_embed`, `num_prefix_tokens` and `forward_features` → [B, prefix + N, C].
+    num_blocks: blocks that are kept, from the first on; None keeps all.
     Images are resized bicubically without timm's crop_pct and normalised with the mean and std of the model.
     """
 
@@ -42,6 +45,7 @@ class TimmEncoder:
         *,
         name: str,
         weights_hash: str,
+        num_blocks: int | None = None,
         precision: str = "float32",
         device: str | torch.device = "cpu",
     ) -> None:
@@ -57,6 +61,9 @@ class TimmEncoder:
         self.width: int = int(model.num_features)  # type: ignore[arg-type]
         self.bfloat16 = precision == "bfloat16"
         self.device = torch.device(device)
+        self.num_blocks = num_blocks
+        if num_blocks is not None:
+            _keep_blocks(model, num_blocks, name)
         self.epsilon = _final_epsilon(model)
         model.norm = nn.Identity()  # type: ignore[assignment]
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
@@ -82,6 +89,8 @@ class TimmEncoder:
             "image_size_px": self.image_size_px,
             "grid": list(self.grid),
             "width": self.width,
+            # Without this key all blocks are kept, as in builds of releases that always kept them.
+            **({} if self.num_blocks is None else {"output": f"block {self.num_blocks}"}),
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
             "weights_hash": self.weights_hash,
             "decoder": None,
@@ -95,9 +104,11 @@ def load_timm(name: str, *, weights: str | None, precision: str, device: torch.d
     """Build the model for `dinov2-…` or `timm:NAME` with weights from a file, the hub cache or the hub.
 
     weights: .safetensors or .pth of plain tensors, named as in timm or by the original authors; `random:SEED`; or None
-    for the hub. The weights hash is that of the file, or of the tensors if they are random.
+    for the hub. They are those of all blocks, also for `NAME@K`. The weights hash is that of the file, or of the
+    tensors if they are random.
     """
-    model_name, arguments = _timm_name(name)
+    whole, num_blocks = _split_blocks(name)
+    model_name, arguments = _timm_name(whole)
     if model_name.partition(".")[0] not in timm.list_models():
         hint = nearest(model_name, timm.list_models("*vit*"))
         raise UsageError(f"encoder {name}: timm has no model {model_name!r}, {hint}")
@@ -108,7 +119,34 @@ def load_timm(name: str, *, weights: str | None, precision: str, device: torch.d
         path = Path(weights) if weights is not None else _hub_file(name, model_name)
         model = _model_with_weights(name, model_name, path, arguments)
         digest = sha256_file(path)
-    return TimmEncoder(model, name=name, weights_hash=digest, precision=precision, device=device)
+    return TimmEncoder(
+        model, name=name, weights_hash=digest, num_blocks=num_blocks, precision=precision, device=device
+    )
+
+
+def _split_blocks(name: str) -> tuple[str, int | None]:
+    """The name of the whole network, and K of `NAME@K`."""
+    whole, at, blocks = name.partition("@")
+    if not at:
+        return whole, None
+    if not (blocks.isascii() and blocks.isdigit()):
+        raise UsageError(
+            f"encoder {name}: {blocks!r} follows the @, expected a number of blocks, for example {whole}@9"
+        )
+    return whole, int(blocks)
+
+
+def _keep_blocks(model: Any, num_blocks: int, name: str) -> None:
+    """Remove all blocks after the first `num_blocks`; they then cost neither time nor memory."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        raise UsageError(f"encoder {name}: {type(model).__name__} has no list of blocks; omit @{num_blocks}")
+    if not 1 <= num_blocks <= len(blocks):
+        raise UsageError(
+            f"encoder {name}: @{num_blocks} asks for the first {num_blocks} blocks, and the network has "
+            f"{len(blocks)}: expected @1 to @{len(blocks)}"
+        )
+    model.blocks = blocks[:num_blocks]
 
 
 def _timm_name(name: str) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,83 @@
+"""`NAME@K`: the tokens of a vision transformer after its first K blocks, and the same by ONNX on real weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.errors import UsageError
+
+WHOLE = "timm:vit_tiny_patch16_224"
+
+
+def pictures(count: int, size_px: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size_px, size_px, 3), dtype=np.uint8)
+
+
+def test_tokens_are_those_of_the_block_after_a_norm_without_affine() -> None:
+    images = pictures(1, 224)
+    features = load_encoder(f"{WHOLE}@3", weights="random:0", device="cpu").encode(images)
+    whole = load_encoder(WHOLE, weights="random:0", device="cpu")
+    kept: list[torch.Tensor] = []
+    whole.model.blocks[2].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    whole.encode(images)
+    tokens = kept[0][:, 1:].unflatten(1, whole.grid)
+    expected = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=whole.epsilon)
+    np.testing.assert_allclose(features, expected.numpy(), atol=1e-5)
+
+
+def test_all_blocks_by_number_are_the_whole_network() -> None:
+    images = pictures(1, 224)
+    by_number = load_encoder(f"{WHOLE}@12", weights="random:0", device="cpu")
+    whole = load_encoder(WHOLE, weights="random:0", device="cpu")
+    np.testing.assert_array_equal(by_number.encode(images), whole.encode(images))
+
+
+def test_the_number_of_blocks_is_part_of_the_identity() -> None:
+    by_name = {
+        name: load_encoder(name, weights="random:0", device="cpu").describe()
+        for name in (WHOLE, f"{WHOLE}@3", f"{WHOLE}@4")
+    }
+    assert len({str(description) for description in by_name.values()}) == 3
+    assert "output" not in by_name[WHOLE]  # as in builds of versions that kept all blocks
+    assert by_name[f"{WHOLE}@3"]["output"] == "block 3"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ("0", r"the network has 12: expected @1 to @12"),
+        ("13", r"the network has 12: expected @1 to @12"),
+        ("", "expected a number of blocks"),
+        ("-1", "expected a number of blocks"),
+        ("nine", "expected a number of blocks"),
+    ],
+)
+def test_blocks_that_do_not_exist_are_refused(blocks: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_encoder(f"{WHOLE}@{blocks}", weights="random:0", device="cpu")
+
+
+def test_timm_and_onnx_agree_on_real_weights(tmp_path: Path) -> None:
+    folder = Path(os.environ.get("REAL_WEIGHTS", ""))
+    weights, exported = folder / "dinov2_small.safetensors", folder / "vit_small_9.onnx"
+    if not os.environ.get("REAL_WEIGHTS") or not weights.exists() or not exported.exists():
+        pytest.skip("REAL_WEIGHTS does not name a folder with dinov2_small.safetensors and vit_small_9.onnx")
+    images = pictures(2, 224)
+    # timm resizes position embeddings with antialiasing, as DINOv2 with registers does; the exported graph does not.
+    state = safetensors.torch.load_file(weights)
+    first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)
+    grid = grid.unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(16, 16), mode="bicubic", align_corners=False)
+    state["pos_embed"] = torch.cat([first, grid.flatten(2).mT], dim=1)
+    safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
+    by_timm = load_encoder("dinov2-small@9", weights=str(tmp_path / "weights.safetensors"), device="cpu")
+    by_onnx = load_encoder(f"onnx:{exported}:tokens", device="cpu")
+    assert (by_timm.grid, by_timm.width) == (by_onnx.grid, by_onnx.width) == ((16, 16), 384)
+    assert np.abs(by_timm.encode(images) - by_onnx.encode(images)).max() < 1e-3
