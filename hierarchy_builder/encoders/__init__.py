@@ -73,8 +73,8 @@ def list_encoders() -> list[EncoderRow]:
         EncoderRow(DctEncoder.name, dct, DctEncoder().width, grid, "nothing"),
         EncoderRow("timm:NAME", "any timm ViT at its own image size", None, None, weights),
         EncoderRow(
-            "dinov2-…@K, timm:NAME@K",
-            "the same after its first K blocks; later ones are not run",
+            "NAME@K",
+            "dinov2-… or timm:NAME after its first K blocks; the others are not run",
             None,
             None,
             weights,
