@@ -92,7 +92,7 @@ class ModelConfig(NetworkConfig):
     fusion: Literal["fused", "concat"] = "fused"
     """How the previous level's canvas is fed in: fused with each token, or appended to the sequence."""
     patch_size: int = 1
-    """Side of the square of grid tokens that the network joins into one of its own tokens; 2 makes a step about four
+    """Side of the square of grid tokens that the network joins into one of its own tokens; 2 makes a step several
     times as fast, the release joins none."""
 
     def __post_init__(self) -> None:
