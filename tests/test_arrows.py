@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hierarchy_builder", "trainer", "pipelines")
 RAY_FILES = {"hierarchy_builder/build/workers.py"}
-GROUND_FLOOR = ("config", "errors", "fields", "files", "progress", "records", "terminal", "vision_libraries")
+GROUND_FLOOR = (
+    "config",
+    "errors",
+    "fields",
+    "files",
+    "flags",
+    "progress",
+    "records",
+    "terminal",
+    "vision_libraries",
+)
 """Modules at the root of hierarchy_builder; every folder of both packages may import them."""
 WINGS = {
     "hierarchy_builder": (

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -18,6 +18,7 @@ from hierarchy_builder.config import ExtractConfig, ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import size_on_disk
+from hierarchy_builder.flags import OUTPUT, PATH, argument, flags, option, switch, takes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     counted,
@@ -40,10 +41,10 @@ app = typer.Typer(
 
 
 @app.command()
-@opt.takes(
-    images=Annotated[str, typer.Argument(help="The images, or DIR of a build to go on with.")],
-    out=Annotated[Path | None, typer.Option(**opt.PATH, help="Folder of the build.")],
-    **(opt.ENCODING | opt.RUN | opt.ONCE | opt.OUTPUT),
+@takes(
+    images=argument("The images, or DIR of a build to continue."),
+    out=option("Folder of the build.", **PATH),
+    **(opt.ENCODING | opt.RUN | opt.ONCE | OUTPUT),
 )
 def extract(images: str, out: Path | None, class_map: str | None, **given: Any) -> None:
     """Encode images: images → index.parquet and features.zarr."""
@@ -63,13 +64,11 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
 
 
 @app.command()
-@opt.takes(
-    folder=opt.Folder,
+@takes(
+    folder=opt.FOLDER,
     **opt.RECIPE,
-    recut=opt.text(
-        "Cut the stored merge trees at other heights, for example 0.7,0.5,0.3; reads no features."
-    ),
-    **(opt.VOCABULARY | opt.RUN | opt.OUTPUT),
+    recut=option("Cut the stored merge trees at other heights, for example 0.7,0.5,0.3; reads no features."),
+    **(opt.VOCABULARY | opt.RUN | OUTPUT),
 )
 def cluster(folder: Path, recut: str | None, **given: Any) -> None:
     """Cluster features into nested regions: features.zarr → regions.zarr; with --vocabulary also prototypes."""
@@ -95,18 +94,18 @@ def cluster(folder: Path, recut: str | None, **given: Any) -> None:
 
 
 @app.command()
-@opt.takes(
-    folder=opt.Folder,
-    **opt.flags(ShardConfig, "split"),
-    **(opt.SHARDS | opt.PUBLISH | opt.RUN | opt.OUTPUT),
+@takes(
+    folder=opt.FOLDER,
+    **flags(ShardConfig, "split"),
+    **(opt.SHARDS | opt.PUBLISH | opt.RUN | OUTPUT),
 )
 def shard(folder: Path, publish: str | None, **given: Any) -> None:
     """Write features and regions as webdataset shards."""
     _check_url(publish)
     from hierarchy_builder.build import pipeline as steps
 
-    build_folder, flags = BuildFolder(folder).require(), opt.of_config(ShardConfig, given)
-    resolved = opt.resolve_shard(flags, given["config"], _stored(build_folder, "shard", given["fresh"]))
+    build_folder, chosen = BuildFolder(folder).require(), opt.of_config(ShardConfig, given)
+    resolved = opt.resolve_shard(chosen, given["config"], _stored(build_folder, "shard", given["fresh"]))
     show_config({"shard": to_mapping(resolved)}, given["quiet"])
     session = _session(**given)
     with build_folder.locked():
@@ -118,29 +117,28 @@ def shard(folder: Path, publish: str | None, **given: Any) -> None:
 OF_BUILD: dict[str, Any] = (
     opt.BUILD
     | opt.ENCODING
-    | {"split": opt.text("First part of the shard names; IMAGES/SPLIT is taken where it exists.")}
+    | {"split": option("First part of the shard names; IMAGES/SPLIT is taken where it exists.")}
     | opt.RECIPE
     | opt.VOCABULARY
-    | {"with_images" if name == "images" else name: option for name, option in opt.SHARDS.items()}
+    | {"with_images" if name == "images" else name: each for name, each in opt.SHARDS.items()}
     | {
-        "gpus_per_worker": Annotated[
-            float | None,
-            typer.Option(help="GPUs that each worker reserves while it encodes, for example 0.5."),
-        ],
-        "fused": opt.switch(
+        "gpus_per_worker": option(
+            "GPUs that each worker reserves while it encodes, for example 0.5.", kind=float
+        ),
+        "fused": switch(
             "Build in one pass, without storing features and regions; the shards are the same.", "--fused"
         ),
     }
     | opt.PUBLISH
     | opt.RUN
     | opt.ONCE
-    | opt.OUTPUT
+    | OUTPUT
 )
 """The parameters of `build`, which `plan` takes as well."""
 
 
 @app.command()
-@opt.takes(**OF_BUILD)
+@takes(**OF_BUILD)
 def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
     """Run extract, cluster and shard; the same command resumes."""
     from hierarchy_builder.build import pipeline as steps
@@ -157,7 +155,7 @@ def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
 
 
 @app.command()
-@opt.takes(**{name: OF_BUILD[name] for name in OF_BUILD if name not in ("retry_failed", "publish", "yes")})
+@takes(**{name: OF_BUILD[name] for name in OF_BUILD if name not in ("retry_failed", "publish", "yes")})
 def plan(images: str, out: Path, **given: Any) -> None:
     """Estimate what build would do with the same options: images, bytes, seconds, shards; tries at most 128 images."""
     from hierarchy_builder.build.plan import make_plan, plan_tables
@@ -175,12 +173,12 @@ def plan(images: str, out: Path, **given: Any) -> None:
 
 
 @app.command("publish")
-def publish_shards(
-    folder: opt.Folder,
-    url: Annotated[str, typer.Argument(help="URL to copy to, as fsspec names it: s3://bucket/set.")],
-    as_json: opt.AsJson = False,
-    quiet: opt.Quiet = False,
-) -> None:
+@takes(
+    folder=opt.FOLDER,
+    url=argument("URL to copy to, as fsspec names it, for example s3://bucket/set."),
+    **OUTPUT,
+)
+def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
     """Upload finished shards to another file system; the same command uploads what is missing."""
     build_folder = BuildFolder(folder).require()
     with build_folder.locked():
@@ -188,7 +186,7 @@ def publish_shards(
 
 
 @app.command()
-@opt.takes(folder=opt.Folder, **(opt.WORKERS | opt.OUTPUT))
+@takes(folder=opt.FOLDER, **(opt.WORKERS | OUTPUT))
 def repair(folder: Path, as_json: bool, **given: Any) -> None:
     """Rebuild what verify finds damaged, and only that; exit code 4 if something could not be repaired."""
     from hierarchy_builder.verify.repair import repair as run_repair

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.files import target_of
+from hierarchy_builder.flags import AS_JSON, OUTPUT, PATH, argument, flags, option, switch, takes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
 
 
-def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
+@takes(folder=opt.FOLDER, as_json=AS_JSON)
+def status(folder: Path, as_json: bool) -> None:
     """Show what is done, stage by stage, and the progress of the run that works on the build now."""
     from hierarchy_builder.progress import as_duration
     from hierarchy_builder.store.units import progress_of, running_stage
@@ -50,7 +49,8 @@ def status(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
         )
 
 
-def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
+@takes(folder=opt.FOLDER, as_json=AS_JSON)
+def verify(folder: Path, as_json: bool) -> None:
     """Read every file and compare it with what was written; exit code 4 if something is damaged."""
     from hierarchy_builder.verify.checks import find_problems
 
@@ -73,33 +73,31 @@ def verify(folder: opt.Folder, as_json: opt.AsJson = False) -> None:
         stdout.print(f"{folder}: everything is in order")
 
 
+@takes(
+    folder=opt.FOLDER,
+    out=option("The page; by default DIR/report.html, quality.html or vocabulary.html.", **PATH),
+    samples=option(
+        "Images, spread evenly over the classes: 48 on the page, with --quality 200 scored.", kind=int, min=1
+    ),
+    keys=option("Keys of the images to show instead, separated by commas."),
+    quality=switch("Score the regions and their stability; also writes DIR/quality.json.", "--quality"),
+    masks=option("With --quality: folder of label maps <stem>_<k>.png to compare with.", kind=Path),
+    vocabulary=switch("Show the prototypes, each by the parts nearest to it, instead.", "--vocabulary"),
+    prototypes=option("With --vocabulary: prototypes on the page.", kind=int, default=64, min=1),
+    **OUTPUT,
+)
 def report(
-    folder: opt.Folder,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            **opt.PATH, help="The page; by default DIR/report.html, quality.html or vocabulary.html."
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Images, spread evenly over the classes: 48 on the page, with --quality 200 scored."
-        ),
-    ] = None,
-    keys: Annotated[str | None, typer.Option(help="Keys of the images instead, comma separated.")] = None,
-    quality: Annotated[
-        bool, typer.Option("--quality", help="Score the regions and their stability; also DIR/quality.json.")
-    ] = False,
-    masks: Annotated[
-        Path | None, typer.Option(help="With --quality: folder of label maps <stem>_<k>.png to agree with.")
-    ] = None,
-    vocabulary: Annotated[
-        bool, typer.Option("--vocabulary", help="Show the prototypes by the parts nearest to them instead.")
-    ] = False,
-    prototypes: Annotated[int, typer.Option(min=1, help="With --vocabulary: prototypes on the page.")] = 64,
-    as_json: opt.AsJson = False,
-    quiet: opt.Quiet = False,
+    *,
+    folder: Path,
+    out: Path | None,
+    samples: int | None,
+    keys: str | None,
+    quality: bool,
+    masks: Path | None,
+    vocabulary: bool,
+    prototypes: int,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Write a self-contained page: photographs, region maps, colours of features, decoded levels, a slider."""
     build_folder, chosen = BuildFolder(folder).require(), keys.split(",") if keys else None
@@ -123,14 +121,13 @@ def report(
     stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
 
 
-def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a build.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another build of the same images.")],
-    out: Annotated[
-        Path | None, typer.Option(**opt.PATH, help="Also write a page of the images that changed most.")
-    ] = None,
-    as_json: opt.AsJson = False,
-) -> None:
+@takes(
+    a=argument("Folder of a build.", kind=Path, metavar="A"),
+    b=argument("Folder of another build of the same images.", kind=Path, metavar="B"),
+    out=option("Also write a page of the images that changed most.", **PATH),
+    as_json=AS_JSON,
+)
+def compare(a: Path, b: Path, out: Path | None, as_json: bool) -> None:
     """Compare the regions of two builds: agreement per level, counts, and the images that differ most."""
     from hierarchy_builder.quality.comparison import compare_builds, comparison_tables, write_comparison
 
@@ -149,10 +146,10 @@ def compare(
         stdout.print(str(out), markup=False, highlight=False, soft_wrap=True)
 
 
-@opt.takes(
-    probe=opt.text("What this encoder sees of the probe pictures instead.", metavar="NAME"),
-    **opt.flags(ExtractConfig, "weights"),
-    as_json=opt.AsJson,
+@takes(
+    probe=option("Print the probe value of this encoder instead.", metavar="NAME"),
+    **flags(ExtractConfig, "weights"),
+    as_json=AS_JSON,
 )
 def encoders(probe: str | None, weights: str | None, as_json: bool) -> None:
     """List the encoders that --encoder takes."""

@@ -1,15 +1,11 @@
-"""What a command line of the builder can say, and how it becomes configuration."""
+"""The options of the builder's verbs in groups, and the configurations that they make."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
-
-import typer
+from typing import Any
 
 from hierarchy_builder.config import (
     ExtractConfig,
@@ -19,99 +15,23 @@ from hierarchy_builder.config import (
     load_yaml,
 )
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import from_mapping, sentences, to_mapping
+from hierarchy_builder.fields import from_mapping, to_mapping
+from hierarchy_builder.flags import PATH, REQUIRED, argument, flags, option, switch
 
-
-def a_path(text: str) -> Path:
-    """A path named on the command line; refuses the empty text of an unset variable, which Path takes for `.`."""
-    if not text:
-        raise typer.BadParameter("it is empty, expected a path; `.` is this folder")
-    return Path(text)
-
-
-PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
-"""What options and arguments share that name a path to be written."""
-
-
-def flag(kind: type, name: str, *declarations: str) -> Any:
-    """The option of a configuration field: its type, its sentence as help, its choices and its default.
-
-    The value of an option that is not given is None, so that a config file or a stored build can decide. Lists are
-    text, numbers separated by commas.
-    """
-    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
-    hint = get_type_hints(kind)[name]
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    inner = get_args(hint)[0] if NoneType in get_args(hint) else hint
-    single = inner if inner in (int, float, bool) else str
-    sentence = sentences(kind)[name]
-    if field.default is not None and single is not bool:
-        default = field.default if isinstance(field.default, tuple) else (field.default,)
-        sentence = f"{sentence} Default: {','.join(map(str, default))}."
-    return Annotated[
-        single | None,
-        typer.Option(*declarations, help=sentence, metavar="|".join(choices) or None),
-    ]
-
-
-def flags(kind: type, *names: str, **declared: str) -> dict[str, Any]:
-    """The options of configuration fields by name; declared: the spelling of those that are not spelled by default."""
-    return {name: flag(kind, name, *filter(None, [declared.get(name)])) for name in (*names, *declared)}
-
-
-def takes(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Declare the parameters of a command, whose function takes them as keyword arguments.
-
-    A switch is off and an option of a type that includes None is None by default; all others are required.
-    """
-
-    def default(hint: Any) -> Any:
-        kind = get_args(hint)[0]
-        return False if kind is bool else None if NoneType in get_args(kind) else inspect.Parameter.empty
-
-    def declare(function: Callable[..., None]) -> Callable[..., None]:
-        parameters = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default(hint))
-            for name, hint in options.items()
-        ]
-        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return function
-
-    return declare
-
-
-def text(help: str, *declarations: str, metavar: str | None = None, envvar: str | None = None) -> Any:
-    """An option whose value is any text."""
-    return Annotated[str | None, typer.Option(*declarations, help=help, metavar=metavar, envvar=envvar)]
-
-
-def switch(help: str, *declarations: str) -> Any:
-    """An option that is off unless it is given."""
-    return Annotated[bool, typer.Option(*declarations, help=help)]
-
-
-Folder = Annotated[Path, typer.Argument(parser=a_path, metavar="DIR", help="Folder of the build.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress and no configuration on stderr.")
-]
-
+FOLDER = argument("Folder of the build.", **PATH | {"metavar": "DIR"})
 BUILD = {
-    "images": Annotated[
-        str,
-        typer.Argument(
-            help="Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one."
-        ),
-    ],
-    "out": Annotated[Path, typer.Option(help="Folder of the build; the same command resumes there.", **PATH)],
+    "images": argument("Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one."),
+    "out": option("Folder of the build; the same command resumes there.", default=REQUIRED, **PATH),
 }
 ENCODING = {
     **flags(ExtractConfig, "encoder", "weights", "split"),
-    "class_map": text("JSON file of class name → id; without it ids follow the sorted names of the classes."),
+    "class_map": option(
+        "JSON file of class name → id; without it ids follow the sorted names of the classes."
+    ),
     **flags(ExtractConfig, "precision", "batch_size", "block_rows", "order", "max_bad_fraction"),
 }
 RECIPE = {
-    "recipe": text(
+    "recipe": option(
         "Recipe to start from; further options change its fields. Default: paper.", metavar="paper|stable"
     ),
     **flags(HierarchyRecipe, "cuts", "spatial_weight", "start", "seed", "object_choice"),
@@ -123,7 +43,7 @@ RECIPE = {
     **flags(HierarchyRecipe, "min_spread", "masks", "masks_level"),
 }
 VOCABULARY = {
-    "vocabulary": text(
+    "vocabulary": option(
         "Also fit prototypes of the whole data set and link every part to one: 256, or nested 64,512,4096."
     ),
     **flags(VocabularyConfig, "backend"),
@@ -132,28 +52,24 @@ SHARDS = {
     **flags(ShardConfig, "samples_per_shard", "shard_bytes", "feature_dtype", images="--images/--no-images"),
     **flags(ShardConfig, "image_px", "canvases", "covariance"),
 }
-PUBLISH = {"publish": text("Also copy the shards to this fsspec URL, for example s3://bucket/set.")}
+PUBLISH = {"publish": option("Also copy the shards to this fsspec URL, for example s3://bucket/set.")}
 WORKERS = {
-    "workers": Annotated[
-        int | None,
-        typer.Option(
-            help="Worker processes; 0 works in this process. Default: one for each CPU.",
-            envvar="HIERARCHY_BUILDER_WORKERS",
-        ),
-    ],
-    "address": text(
+    "workers": option(
+        "Worker processes; 0 works in this process. Default: one for each CPU.",
+        kind=int,
+        envvar="HIERARCHY_BUILDER_WORKERS",
+    ),
+    "address": option(
         "Ray cluster to join, HOST:PORT or auto; without it a local Ray starts.", envvar="RAY_ADDRESS"
     ),
 }
 RUN = {
     **WORKERS,
-    "config": Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML with sections extract, hierarchy, vocabulary, shard; options override it.",
-            envvar="HIERARCHY_BUILDER_CONFIG",
-        ),
-    ],
+    "config": option(
+        "YAML with sections extract, hierarchy, vocabulary, shard; options override it.",
+        kind=Path,
+        envvar="HIERARCHY_BUILDER_CONFIG",
+    ),
     "fresh": switch("Start over: first remove what this stage and all later stages have made.", "--fresh"),
     "yes": switch("Let --fresh remove finished shards without asking.", "--yes", "-y"),
 }
@@ -166,7 +82,6 @@ ONCE = {
     ),
     "force": switch("Start even if the disk seems to have too little space.", "--force"),
 }
-OUTPUT = {"as_json": AsJson, "quiet": Quiet}
 
 
 RECIPES = {"paper": HierarchyRecipe.paper, "stable": HierarchyRecipe.stable}

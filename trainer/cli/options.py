@@ -8,15 +8,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.flags import a_path
 from trainer.methods.normalizing_trajectory.config import Ending
-
-
-def a_path(text: str) -> Path:
-    """A path named on the command line; refuses the empty text of an unset variable, which Path takes for `.`."""
-    if not text:
-        raise typer.BadParameter("it is empty, expected a path; `.` is this folder")
-    return Path(text)
-
 
 PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
 """What options and arguments of paths to be written have in common."""
