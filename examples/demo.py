@@ -40,7 +40,7 @@ PAPER, INK = np.array([250.0, 244.0, 230.0]), np.array([24.0, 52.0, 110.0])
 """sRGB colours in which the digits are drawn."""
 HELD_OUT = 10
 """Every tenth digit is kept from the network and judges it."""
-DEMO_IMAGES = 20_000
+DEMO_IMAGES = 16_000
 """Digits seen in training: about 4 minutes on 2 cores."""
 console = Console(stderr=True)
 
