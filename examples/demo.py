@@ -58,7 +58,7 @@ def main(
     if photos is None:
         total_images = total_images or DEMO_IMAGES
         cut_photographs(out / "photos")
-        hierarchies = out / "hierarchies"
+        hierarchies = out / "photographs"
         built(out / "photos", hierarchies)
         command("hierarchy-builder", "report", hierarchies, "--out", out / "photographs.html")
         draw_digits(out / "digits")
