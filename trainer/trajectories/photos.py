@@ -69,12 +69,6 @@ def start_from_photo(
     ours = pipe.encoder.get("name")
     if ours and ours != encoder.name:
         raise MismatchError(f"the model was trained on features of {ours!r}, not of {encoder.name!r}")
-    trained, given = pipe.encoder.get("weights_hash"), getattr(encoder, "weights_hash", None)
-    if trained and given and trained != given:
-        raise MismatchError(
-            f"the model was trained on features of {ours!r} with weights {trained[:12]}…, not {given[:12]}…: "
-            "give the weights of its build with --weights"
-        )
     picture = read_square(photo, encoder.image_size_px)
     origin = {"source": "photo", "name": Path(photo).name, "encoder": encoder.name}
     return pipe.from_features(encoder.encode(picture[None])[0], label=label, seed=seed, origin=origin)
