@@ -24,7 +24,8 @@ class ExtractConfig:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     encoder: str = "dinov2-reg-base"
-    """Name of an encoder (`hierarchy-builder encoders` lists them), `onnx:FILE` or `module:function`."""
+    """Name of an encoder (`hierarchy-builder encoders` lists them), `NAME@K` for a ViT after its first K blocks,
+    `onnx:FILE` or `module:function`."""
     weights: str | None = field(default=None, metadata=EXECUTION)
     """Local weight file of the encoder; without it the weights come from the hub where the encoder has any."""
     split: str | None = None

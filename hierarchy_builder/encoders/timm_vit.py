@@ -112,6 +112,10 @@ def load_timm(name: str, *, weights: str | None, precision: str, device: torch.d
     if model_name.partition(".")[0] not in timm.list_models():
         hint = nearest(model_name, timm.list_models("*vit*"))
         raise UsageError(f"encoder {name}: timm has no model {model_name!r}, {hint}")
+    if num_blocks is not None:  # refused before the weights, which may be a long download
+        with torch.device("meta"):
+            whole_model = timm.create_model(model_name, pretrained=False, num_classes=0, **arguments)
+        _keep_blocks(whole_model, num_blocks, name)
     if weights is not None and weights.startswith("random:"):
         model = _random_model(name, model_name, weights.removeprefix("random:"), arguments)
         digest = _state_hash(model)

@@ -62,6 +62,9 @@ def encode(
     encoder: Annotated[
         str, typer.Option(help="module:function[:ARGUMENT] that returns the encoder of the model.")
     ] = "hierarchy_builder.encoders.dct:DctEncoder",
+    weights: Annotated[
+        str | None, typer.Option(help="Weight file of the encoder; without it those of the hub.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Class of a --photo.")] = None,
     seed: Annotated[int, typer.Option(help="Noise of levels drawn later.")] = 0,
     ema: Ema = "auto",
@@ -81,7 +84,7 @@ def encode(
     elif label is None:
         raise UsageError("--photo needs --label, the class that levels drawn later get")
     else:
-        own = photos.load_own_encoder(encoder)
+        own = photos.load_own_encoder(encoder, weights)
         start = photos.start_from_photo(pipe, photo, own, label=label, seed=seed)  # type: ignore[arg-type]
     start.save(out)
     print_result({"file": str(out), "class": start.class_name, "origin": start.origin}, as_json)

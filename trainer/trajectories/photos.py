@@ -88,11 +88,11 @@ def read_square(photo: str | Path, side_px: int) -> np.ndarray:
     return np.array(square)
 
 
-def load_own_encoder(name: str) -> Encoder:
+def load_own_encoder(name: str, weights: str | None = None) -> Encoder:
     """Call the function or class that `module:function` or `module:function:ARGUMENT` names, and return its encoder.
 
-    `BY_NAME:NAME` loads any encoder that hierarchy_builder knows. Raises UsageError if the name cannot be imported or
-    the result has no `encode`.
+    `BY_NAME:NAME` loads any encoder that hierarchy_builder knows. weights: passed to it as `weights=…`.
+    Raises UsageError if the name cannot be imported or the result has no `encode`.
     """
     module, _, rest = name.partition(":")
     function, *argument = rest.split(":", 1)
@@ -101,8 +101,9 @@ def load_own_encoder(name: str) -> Encoder:
             f"encoder {name!r}, expected module:function, a function that returns an encoder; one that the builder "
             f"knows by its name is {BY_NAME}:{name or 'dct'}"
         )
+    options = {} if weights is None else {"weights": weights}
     try:
-        encoder: Any = getattr(importlib.import_module(module), function)(*argument)
+        encoder: Any = getattr(importlib.import_module(module), function)(*argument, **options)
     except Exception as error:  # whatever an encoder of somebody does when it is loaded
         raise UsageError(f"encoder {name!r}: {error}") from None
     if missing := [each for each in ("name", "image_size_px", "encode") if not hasattr(encoder, each)]:

@@ -8,16 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import skimage
 import torch
+from PIL import Image
 
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.images.decoding import crop_square
 
 WHOLE = "timm:vit_tiny_patch16_224"
 
 
 def pictures(count: int, size_px: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size_px, size_px, 3), dtype=np.uint8)
+
+
+def photographs(size_px: int) -> np.ndarray:
+    """Photographs that scikit-image ships, cropped like those of a build."""
+    folder = Path(skimage.__file__).parent / "data"
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+    return np.stack([crop_square(Image.open(folder / name).convert("RGB"), size_px) for name in names])
 
 
 def test_tokens_are_those_of_the_block_after_a_norm_without_affine() -> None:
@@ -64,12 +74,17 @@ def test_blocks_that_do_not_exist_are_refused(blocks: str, message: str) -> None
         load_encoder(f"{WHOLE}@{blocks}", weights="random:0", device="cpu")
 
 
+def test_a_block_that_does_not_exist_is_refused_before_weights_are_sought() -> None:
+    with pytest.raises(UsageError, match=r"the network has 12: expected @1 to @12"):
+        load_encoder("dinov2-small@13", weights="no_such_file.safetensors", device="cpu")
+
+
 def test_timm_and_onnx_agree_on_real_weights(tmp_path: Path) -> None:
     folder = Path(os.environ.get("REAL_WEIGHTS", ""))
     weights, exported = folder / "dinov2_small.safetensors", folder / "vit_small_9.onnx"
     if not os.environ.get("REAL_WEIGHTS") or not weights.exists() or not exported.exists():
         pytest.skip("REAL_WEIGHTS does not name a folder with dinov2_small.safetensors and vit_small_9.onnx")
-    images = pictures(2, 224)
+    images = photographs(224)
     # timm resizes position embeddings with antialiasing, as DINOv2 with registers does; the exported graph does not.
     state = safetensors.torch.load_file(weights)
     first, grid = state["pos_embed"].split([1, 37 * 37], dim=1)

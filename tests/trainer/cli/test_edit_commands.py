@@ -42,8 +42,11 @@ class TinyEncoder:
     name = "dct"
     image_size_px = 96
 
+    def __init__(self, weights: str = "1") -> None:
+        self.gain = np.float32(weights)
+
     def encode(self, images: np.ndarray) -> np.ndarray:
-        return encoder_of(tiny_pipeline()("ant"))(images[:, :, :80])  # type: ignore[misc]
+        return self.gain * encoder_of(tiny_pipeline()("ant"))(images[:, :, :80])  # type: ignore[misc]
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +269,8 @@ def test_photograph_from_a_file(run: Path, tmp_path: Path) -> None:
     start = Trajectory.load(out)
     expected = TinyEncoder().encode(read_square(tmp_path / "photo.png", 96)[None])[0]
     assert np.array_equal(start.levels[3].numpy(), expected)
+    call(*words, "--label", "bee", "--weights", "2")
+    assert np.array_equal(Trajectory.load(out).levels[3].numpy(), 2 * expected)
     assert (
         call("edit", out, "--level", 0, "--region", 1, "--to-neighbours", "--resume")["levels"][0]["lis"] == 0
     )
