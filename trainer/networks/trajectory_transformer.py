@@ -156,7 +156,7 @@ class TrajectoryTransformer(nn.Module):
         """
         x, rotations = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
         hidden = self.v_norm(self._image(self._pass(self.v_blocks, x, rotations)))
-        return velocity(at_least_float32(z), self._canvas(self.v_out(hidden)), t), hidden
+        return velocity(at_least_float32(z), self.canvas(self.v_out(hidden)), t), hidden
 
     def forward_with_derivative(
         self, z: Tensor, direction: Tensor, *, t: Tensor, **inputs: object
@@ -219,11 +219,11 @@ class TrajectoryTransformer(nn.Module):
 
     def _u_head(self, x: Tensor, rotations: Tensor) -> Tensor:
         x = self._pass(self.u_blocks, x, rotations)
-        return self._canvas(self.u_out(self.u_norm(self._image(x))))
+        return self.canvas(self.u_out(self.u_norm(self._image(x))))
 
     def _v_head(self, x: Tensor, rotations: Tensor) -> Tensor:
         x = self._pass(self.v_blocks, x, rotations)
-        return self._canvas(self.v_out(self.v_norm(self._image(x))))
+        return self.canvas(self.v_out(self.v_norm(self._image(x))))
 
     def _pass(self, blocks: nn.ModuleList, x: Tensor, rotations: Tensor) -> Tensor:
         for block in blocks:
@@ -234,7 +234,8 @@ class TrajectoryTransformer(nn.Module):
         rows, columns = self._network_grid
         return x[:, self.num_conditioning_tokens :][:, : rows * columns]
 
-    def _canvas(self, x_BNC: Tensor) -> Tensor:
+    def canvas(self, x_BNC: Tensor) -> Tensor:
+        """Lay out p²·C numbers for each of the network's tokens, [B, N, p²·C], as a canvas float32 [B, H, W, C]."""
         return _split(at_least_float32(x_BNC).unflatten(1, self._network_grid), self.config.patch_size)
 
     @property

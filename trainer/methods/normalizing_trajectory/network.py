@@ -117,12 +117,13 @@ class FlowPredictor(nn.Module):
         super().__init__()
         assert config.backbone is not None
         self.backbone = TrajectoryTransformer(config.backbone)
-        self.delta = linear(config.backbone.width, config.in_channels, 0.0)
+        channels = config.in_channels * config.backbone.patch_size**2
+        self.delta = linear(config.backbone.width, channels, 0.0)
 
     def forward(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
         v, hidden = self.backbone.velocity_and_hidden(u, t=t, **given._asdict())
         a, b, c = (_per_sample(factor) for factor in posterior(t, s))
-        delta = at_least_float32(self.delta(hidden)).unflatten(1, u.shape[1:3])
+        delta = self.backbone.canvas(self.delta(hidden))
         return Gaussian(a * u + b * (u - _per_sample(t) * v), torch.log(c) + bounded(delta))
 
 

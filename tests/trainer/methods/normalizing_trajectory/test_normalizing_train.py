@@ -174,6 +174,31 @@ def test_from_a_flow_matching_network(shards: str, flow_run: Path, tmp_path: Pat
     assert TrajectoryPipeline.from_pretrained(tmp_path / "run")("bee").levels.shape[0] == NUM_LEVELS
 
 
+def test_from_a_flow_matching_network_that_joins_tokens(shards: str, tmp_path: Path) -> None:
+    joined = dataclasses.replace(FLOW.model, patch_size=2)
+    flow = dataclasses.replace(FLOW, model=joined, total_images=16, normalise="channel")
+    trajectory_train.train(flow, shards, str(tmp_path / "flow"), quiet=True)
+    config = tiny(init_from=str(tmp_path / "flow"), method=NormalizingMethodConfig(t_min=(0.02, 0.05)))
+    room.train(dataclasses.replace(config, total_images=16), shards, str(tmp_path / "run"), quiet=True)
+    rows = [row for row in read_metrics(tmp_path / "run") if "flow" in row]
+    assert rows[0]["flow"] == pytest.approx(0.0, abs=1e-8)
+    pipe = TrajectoryPipeline.from_pretrained(tmp_path / "run")
+    assert pipe.model.config.backbone.patch_size == 2
+    assert pipe("bee").levels.isfinite().all()
+
+
+def test_statistics_of_other_features_are_refused(shards: str, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(shards, tmp_path / "shards"))
+    with np.load(moved / "statistics.npz") as stored:
+        scaled = {
+            name: stored[name] / 10_000 if "variance" in name else stored[name] for name in stored.files
+        }
+    np.savez(moved / "statistics.npz", **scaled)
+    with pytest.raises(MismatchError, match="does not describe these features"):
+        room.train(TINY, str(moved), str(tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_to_start_from_has_to_be_of_the_right_method(
     shards: str, flow_run: Path, runs: dict[str, Path]
 ) -> None:
