@@ -105,6 +105,5 @@ def chosen_normalisation(index: ShardIndex) -> Normalisation:
 
 def normaliser_of(kind: Normalisation | Literal["auto"], index: ShardIndex) -> Normaliser:
     """The normaliser of a configuration, from the statistics of the shards; see `read_statistics` for errors."""
-    if kind == "auto":
-        kind = chosen_normalisation(index)
+    assert kind != "auto", "with_model chooses it"
     return RAW if kind == "none" else Normaliser.of(*read_statistics(index, ARRAYS[kind]))

@@ -34,10 +34,10 @@ class CheckedFields:
             require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
 
     def check_above_zero(self, *names: str) -> None:
-        """Refuse fields that are not finite numbers above 0."""
+        """Refuse fields that are not finite numbers above 0; None is accepted."""
         for name in names:
             value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+            require(value is None or 0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
 
     def check_least(self, least: int, *names: str) -> None:
         """Refuse fields below `least`; None is accepted."""

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from trainer.data.normalisation import Normaliser, chosen_normalisation, normaliser_of
+from trainer.data.normalisation import Normaliser, check_describes, chosen_normalisation, normaliser_of
+from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import BatchDataset, StreamPlan
 from trainer.training import checkpoint as saved
@@ -33,6 +34,9 @@ from trainer.training.weights import WeightAverages
 Objective = Callable[..., dict[str, Tensor]]
 ConfigT = TypeVar("ConfigT", bound=MethodRunConfig)
 DrawsT = TypeVar("DrawsT")
+
+LOOKED_AT = 64
+"""Samples that are compared with the statistics before training."""
 
 
 class MethodRun(Loop):
@@ -91,8 +95,26 @@ class MethodRun(Loop):
         )
 
     def _first_normaliser(self, origin: Path | None) -> Normaliser:
-        """Return the normaliser of the checkpoint `origin`, or without one that of the configuration."""
-        return saved.load_normaliser(origin) if origin else normaliser_of(self.config.normalise, self.index)
+        """Return the normaliser of the checkpoint `origin`, or without one that of the configuration.
+
+        Raises MismatchError if the statistics do not describe the shards.
+        """
+        if origin:
+            return saved.load_normaliser(origin)
+        normaliser = normaliser_of(self.config.normalise, self.index)
+        if self.config.normalise != "none":
+            check_describes(normaliser, self._first_samples()[0], self.index)
+        return normaliser
+
+    def _first_samples(self) -> tuple[Tensor, Tensor]:
+        """Read a few samples of the first shard: raw features float32 [b, H, W, C], region ids uint8 [b, L−1, H, W]."""
+        reader = ShardReader(
+            self.index, verifies=lambda shard: False, max_damaged=self.config.max_damaged_shards
+        )
+        rows = reader.read_rows(range(min(LOOKED_AT, self.index.shards[0].num_samples)))
+        reader.close()
+        features = rows.features.float()
+        return features if rows.scale is None else features * rows.scale, rows.regions
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return optimizer_of(self.model, self.config.optim)

@@ -42,7 +42,7 @@ class MethodConfig(CheckedFields):
 
     def __post_init__(self) -> None:
         self.check_shares("uniform_fraction", "data_fraction", "label_dropout")
-        self.check_above_zero("time_std", *(["time_shift"] if self.time_shift is not None else []))
+        self.check_above_zero("time_std", "time_shift")
         self.check_finite("time_mean", "region_weight", "prev_noise", "guidance_max")
         self.check_least(0, "region_weight", "prev_noise")
         self.check_least(1, "guidance_max")

@@ -8,7 +8,7 @@ them with `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import named
@@ -16,9 +16,6 @@ from trainer.decode.config import DecoderConfig, DecoderSize
 from trainer.methods.trajectory_forcing.config import MethodConfig, TrainConfig
 from trainer.networks.config import ModelConfig
 from trainer.training.config import OptimConfig
-
-CHOSEN_TIMES = MethodConfig(time_shift=None)
-"""The release's objective; the time shift is its 10 on canvases of 16·16·768 numbers and smaller on smaller ones."""
 
 
 def tiny_cpu() -> TrainConfig:
@@ -73,33 +70,25 @@ def TF_S() -> TrainConfig:  # noqa: N802 (named like TF-B)
 
 def TF_B() -> TrainConfig:  # noqa: N802 (the name in the paper)
     """TF-B of the release on DINOv2-B features of ImageNet: 16 blocks of width 768, 80 epochs, float32."""
-    return TrainConfig(preset="TF-B", micro_batch_size=64, method=CHOSEN_TIMES, normalise="auto")
+    return _of_release("TF-B", ModelConfig(), micro_batch_size=64)
 
 
 def TF_L() -> TrainConfig:  # noqa: N802 (the name in the paper)
     """TF-L of the release: 32 blocks of width 1024, bfloat16."""
     model = ModelConfig(width=1024, depth=32, num_heads=16)
-    return TrainConfig(
-        preset="TF-L",
-        model=model,
-        method=CHOSEN_TIMES,
-        normalise="auto",
-        precision="bfloat16",
-        micro_batch_size=16,
-    )
+    return _of_release("TF-L", model, precision="bfloat16", micro_batch_size=16)
 
 
 def TF_H() -> TrainConfig:  # noqa: N802 (the name in the paper)
     """TF-H of the release: 48 blocks of width 1280, batches of 512, bfloat16."""
     model = ModelConfig(width=1280, depth=48, num_heads=16)
+    return _of_release("TF-H", model, batch_size=512, precision="bfloat16", micro_batch_size=16)
+
+
+def _of_release(name: str, model: ModelConfig, **fields: Any) -> TrainConfig:
+    """A size of the release; its units and time shift are the release's on canvases of DINOv2-B, and follow others."""
     return TrainConfig(
-        preset="TF-H",
-        model=model,
-        method=CHOSEN_TIMES,
-        normalise="auto",
-        batch_size=512,
-        precision="bfloat16",
-        micro_batch_size=16,
+        preset=name, model=model, method=MethodConfig(time_shift=None), normalise="auto", **fields
     )
 
 

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.normalisation import check_describes
-from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -27,9 +25,6 @@ from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.optim import MuonAdam
 from trainer.training.schedules import learning_rate
-
-LOOKED_AT = 64
-"""Samples of the first shard that are compared with the statistics and measured before training."""
 
 
 def train(
@@ -82,18 +77,11 @@ class TrajectoryForcingRun(MethodRun):
         return TrajectoryTransformer(self.config.model)
 
     def _begin(self, origin: Path | None) -> None:
-        reader = ShardReader(
-            self.index, verifies=lambda shard: False, max_damaged=self.config.max_damaged_shards
-        )
-        rows = reader.read_rows(range(min(LOOKED_AT, self.index.shards[0].num_samples)))
-        reader.close()
-        features = rows.features.float() * (1 if rows.scale is None else rows.scale)
-        normaliser = self.normaliser.to("cpu")
-        if origin is None and self.config.normalise != "none":
-            check_describes(normaliser, features, self.index)
         super()._begin(origin)
         if self.world.is_main and not self.quiet:
-            for line in visibility_lines(normaliser.apply(features), rows.regions, self.config.method):
+            features, regions = self._first_samples()
+            seen = self.normaliser.to("cpu").apply(features)
+            for line in visibility_lines(seen, regions, self.config.method):
                 print(line, file=sys.stderr)
 
     def _plan(self) -> StreamPlan:
