@@ -52,7 +52,8 @@ def train(
         str | None,
         typer.Option(
             "--preset",
-            help="See `trainer presets`. Default: what RUN holds, else by `--suggest` there.",
+            help="Preset to start from; `trainer presets` lists them. Default: the configuration in RUN, or else what "
+            "`trainer presets --suggest SHARDS` prints.",
         ),
     ] = None,
     method: Annotated[
@@ -72,7 +73,7 @@ def train(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Shards → checkpoints. Under torchrun every process is a rank."""
+    """Train a network on shards and write checkpoints; under torchrun every process is a rank."""
     from trainer.data.shards import open_index
 
     base = _base(preset_name, method, shards, out, resume, config is not None, quiet)
