@@ -13,6 +13,10 @@ from typing import Any, BinaryIO
 
 from hierarchy_builder.errors import UserError
 
+SEAL = "document_sha256"
+"""Field of a sealed JSON object: the checksum of the whole document, see `sealed_text`."""
+BLANK = "0" * 64
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -83,6 +87,45 @@ def json_text(content: Any, *, sort_keys: bool = True) -> bytes:
     return f"{text}\n".encode()
 
 
+def write_sealed_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = True) -> None:
+    """Write a JSON object with a checksum of itself, whole or not at all; `read_json` checks it."""
+    write_bytes(path, sealed_text(content, sort_keys=sort_keys))
+
+
+def sealed_text(content: Mapping[str, Any], *, sort_keys: bool = True) -> bytes:
+    """The bytes that `write_sealed_json` writes.
+
+    The field SEAL is the SHA-256 of these bytes with zeros in place of its own 64 digits, so that every changed byte is
+    found, and anybody can compute it without this program.
+    """
+    text = json_text({**content, SEAL: BLANK}, sort_keys=sort_keys)
+    return text.replace(_seal_line(BLANK), _seal_line(hashlib.sha256(text).hexdigest()), 1)
+
+
+def parse_json(data: bytes, sealed: bool = False) -> dict[str, Any]:
+    """Parse a JSON object and take off its seal, which is checked where there is one.
+
+    sealed: whether a missing seal is damage too. Raises ValueError, and nothing else, for whatever is wrong.
+    """
+    try:
+        content = json.loads(data.decode())
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"found {type(content).__name__}, expected an object")
+    seal = content.pop(SEAL, None)
+    if seal is None and not sealed:
+        return content
+    line = _seal_line(seal) if isinstance(seal, str) else b""
+    if not line or hashlib.sha256(data.replace(line, _seal_line(BLANK), 1)).hexdigest() != seal:
+        raise ValueError(f"its bytes do not have the checksum {SEAL} that it was written with")
+    return content
+
+
+def _seal_line(digits: str) -> bytes:
+    return f'"{SEAL}": "{digits}"'.encode()
+
+
 def without_nan(content: Any) -> Any:
     """Plain data with None for NaN, which JSON cannot express."""
     if isinstance(content, float):
@@ -94,19 +137,19 @@ def without_nan(content: Any) -> Any:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises UserError naming the file when it is missing or damaged."""
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Read a JSON object, without its seal; raises UserError naming the file when it is missing or damaged.
+
+    A seal is checked wherever there is one. sealed: whether a missing seal is damage too.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"found {type(content).__name__}, expected an object")
+        return parse_json(path.read_bytes(), sealed)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}): run `hierarchy-builder repair`, or remove it and run the same command again"
         ) from None
-    return content
 
 
 def readable_json(path: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,7 +11,14 @@ import yaml
 from hierarchy_builder import __version__
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import read_json, write_bytes, write_json
+from hierarchy_builder.files import (
+    read_json,
+    readable_json,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_sealed_json,
+)
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,
@@ -40,6 +47,8 @@ from hierarchy_builder.store.units import stage_units, usable_rows
 from hierarchy_builder.terminal import counted
 
 SUCCESS = "_SUCCESS"
+ABOUT = ("index.json", "class_map.json", "statistics.npz", "vocabulary.npz", "README.md")
+"""Files beside the tars, whose SHA-256 `_SUCCESS` holds."""
 
 
 def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> None:
@@ -58,8 +67,18 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
     else:
         folder.remove(shards / folder.vocabulary.name)
     write_bytes(shards / "README.md", card_of(index).encode())
-    digest = hashlib.sha256((shards / "index.json").read_bytes()).hexdigest()
-    write_json(shards / SUCCESS, {"count": index["num_samples"], "index_sha256": digest})
+    write_success(shards, index["num_samples"])
+
+
+def write_success(shards: Path, count: int) -> None:
+    """Write `_SUCCESS`, sealed: the number of samples and the SHA-256 of each file beside the tars.
+
+    What an earlier release wrote (count and index_sha256, without a seal) stays as it is where it is true.
+    """
+    digests = {name: sha256_file(shards / name) for name in ABOUT if (shards / name).is_file()}
+    earlier = {"count": count, "index_sha256": digests["index.json"]}
+    if readable_json(shards / SUCCESS) != earlier:
+        write_sealed_json(shards / SUCCESS, {**earlier, "files": digests})
 
 
 def dataset_moments(folder: BuildFolder) -> Moments:

@@ -517,6 +517,11 @@ def _success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path} is missing: the set was not finished"
         return
     found = read_json(path)
+    if found.keys() != {"count", "index_sha256"}:  # all that earlier releases wrote
+        found = read_json(path, sealed=True)
+    for name, digest in found.get("files", {}).items():
+        if not (shards / name).is_file() or sha256_file(shards / name) != digest:
+            yield f"{shards / name} was changed after the set was finished"
     if found.get("index_sha256") != (sha256_file(index_path) if index_path.is_file() else ""):
         yield f"{index_path} was changed after the set was finished"
     if found.get("count") != index["num_samples"]:
