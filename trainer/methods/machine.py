@@ -15,6 +15,7 @@ from trainer.data.shards import ShardIndex
 from trainer.methods import registry
 from trainer.methods.registry import TRAJECTORY_FORCING, Method
 from trainer.methods.suggestion import Data, Device, Size, Suggestion, suggest
+from trainer.training.distributed import environment_number
 from trainer.training.log import METRICS
 
 PEAK = {
@@ -38,7 +39,7 @@ def device_at_hand() -> Device:
     """All GPUs of the processes that torchrun started, by the first one; without CUDA the cores of this process."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        count = int(os.environ.get("WORLD_SIZE", "1"))
+        count = environment_number("WORLD_SIZE", 1, least=1)
         return Device(name=found.name, count=count, memory_bytes=found.total_memory)
     return Device(name="CPU", count=len(os.sched_getaffinity(0)))
 

@@ -8,6 +8,8 @@ the weights must be equal on all ranks (`check_equal`).
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +18,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from hierarchy_builder.errors import TrainerError
+from hierarchy_builder.errors import TrainerError, UsageError
 
 BUCKET_ELEMENTS = 1 << 24
 """Gradient elements summed in one call (64 MiB of float32)."""
+
+QUIET_SECONDS = 10.0
+"""After this time a process says whom it waits for."""
+ALONE = "start all of them with torchrun, or unset WORLD_SIZE to train in one process"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,21 +94,69 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
-    """Join the process group that `torchrun` started (gloo on CPU, nccl on CUDA), or use a single process."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+def joined_world(join_s: float = 600.0, timeout_s: float = 1800.0) -> Iterator[World]:
+    """Join the process group that `torchrun` started (gloo on CPU, nccl on CUDA), or use a single process.
+
+    join_s: how long the other processes are waited for; timeout_s: the same within a step. Raises UsageError for
+    variables of the environment that name no such group, TrainerError when the others do not come.
+    """
+    size, rank = environment_number("WORLD_SIZE", 1, least=1), environment_number("RANK", 0)
+    local_rank = environment_number("LOCAL_RANK", 0)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"LOCAL_RANK is {local_rank}, but this machine shows {torch.cuda.device_count()} CUDA devices: start "
+                "one process for each device"
+            )
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if size == 1:
         yield World(device=device)
         return
     if dist.is_initialized():  # by the program that started this process, for example Ray Train
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
         return
+    store = _met(rank, size, join_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:
         dist.destroy_process_group()
+
+
+def environment_number(name: str, default: int, least: int = 0) -> int:
+    """Read a variable of the environment; one that is empty counts as not set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{name} is {text!r}, expected a number from {least}; {ALONE}")
+    return int(text)
+
+
+def _met(rank: int, size: int, join_s: float) -> dist.Store:
+    """Wait for all processes of the group and return the store that they share; says on stderr what it waits for."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UsageError(f"WORLD_SIZE is {size}, but {' and '.join(missing)} not set: {ALONE}")
+    if rank >= size:
+        raise UsageError(f"RANK is {rank}, expected 0 to WORLD_SIZE − 1, {size - 1}; {ALONE}")
+    environment_number("MASTER_PORT", 0)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    others = f"the other {size - 1} of {size} processes (WORLD_SIZE) at {where}"
+    said = f"this is rank {rank}; waiting at most {join_s:.0f} s for {others}; {ALONE}"
+    notice = threading.Timer(QUIET_SECONDS, print, [said], {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    notice.start()
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=join_s)))
+    except (RuntimeError, ValueError) as error:  # torch has an error of its own for each way to fail
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise TrainerError(
+            f"rank {rank} did not meet {others} within {join_s:.0f} s ({reason}); {ALONE}"
+        ) from None
+    finally:
+        notice.cancel()
+    return dist.PrefixStore("default_pg", store)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hierarchy_builder.errors import TrainerError
-from trainer.training.distributed import World, check_equal
+from trainer.training import distributed
+from trainer.training.distributed import World, check_equal, joined_world
 
 
 def test_numbers_that_differ_between_ranks_are_refused() -> None:
@@ -33,7 +34,7 @@ from trainer.training import distributed
 from trainer.training.distributed import check_equal, joined_world
 
 distributed.BUCKET_ELEMENTS = 4  # several buckets
-with joined_world(60) as world:
+with joined_world(timeout_s=60) as world:
     parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 2, 5)]
     for n, p in enumerate(parameters[:2]):
         p.grad = torch.full_like(p, 10.0 * n + world.rank + 1)
@@ -68,3 +69,36 @@ def test_gradients_are_sums_and_a_rank_apart_is_noticed_by_all(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     for rank in (0, 1):
         assert "summed gradients differs between processes" in (tmp_path / f"rank{rank}").read_text()
+
+
+def test_an_empty_world_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    with joined_world() as world:
+        assert (world.rank, world.size) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}, "RANK is 2, expected"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "did not meet"),
+    ],
+)
+def test_processes_that_do_not_come_are_named_and_not_waited_for_silently(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], given: dict[str, str], said: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "QUIET_SECONDS", 0.0)
+    with pytest.raises(TrainerError, match=said) as caught, joined_world(join_s=1.0):
+        pass
+    assert "unset WORLD_SIZE" in str(caught.value)
+    if "did not meet" in said:
+        assert "waiting at most 1 s for the other 1 of 2 processes" in capfd.readouterr().err
