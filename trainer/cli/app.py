@@ -82,6 +82,9 @@ def sample(
     )
     ids = pipe.label_ids(labels)
     pairs = [(label, seed) for label in ids for seed in numbers]
+    if unseen_classes := [*map(pipe.class_name, sorted({*ids} - {*pipe.classes}))]:
+        text = f"warning: no image of {', '.join(unseen_classes)} was in the training data"
+        stderr.print(text, markup=False, highlight=False)
     strength = _strength(weak, weak_scale)
     drawn = pipe.stream([label for label, _ in pairs], [seed for _, seed in pairs], steps, guidance, strength)
     facts = {"run": run.resolve().name, "weights": ema, "samples": len(pairs)}
@@ -147,8 +150,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Metrics of samples, beside real images, noise and chance; kept in RUN for the report."""
+    from trainer.data.reader import classes_with_images
     from trainer.evaluation import studies
-    from trainer.evaluation.evaluate import classes_with_images
     from trainer.evaluation.evaluate import evaluate as measure
     from trainer.evaluation.judges import judged_on, open_judges
     from trainer.evaluation.pages import EVALUATION, shown_labels

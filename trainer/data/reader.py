@@ -35,6 +35,7 @@ from hierarchy_builder.records import (
     REGIONS_MEMBER,
     SCALE_MEMBER,
     Sample,
+    spread_evenly,
 )
 from trainer.data.shards import INDEX, ShardIndex
 from trainer.data.tars import Members, OpenTar, check_sha256, check_size, local_path
@@ -252,6 +253,14 @@ class ShardReader:
             sample.canvases = _parse_npy(tar.read(*members[CANVASES_MEMBER]))
         if IMAGE_MEMBER in members:
             sample.image = tar.read(*members[IMAGE_MEMBER])
+
+
+def classes_with_images(index: ShardIndex, most: int = 10_000, max_damaged: int = 0) -> list[int]:
+    """The classes that at most `most` images have, spread evenly over the shards; the class map may hold more."""
+    reader = ShardReader(index, verifies=lambda shard: False, max_damaged=max_damaged)
+    found = {reader.label(number) for number in spread_evenly(index.num_samples, most)}
+    reader.close()
+    return sorted(found)
 
 
 @contextmanager

@@ -132,14 +132,6 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
         )
 
 
-def classes_with_images(index: ShardIndex, most: int = 10_000) -> list[int]:
-    """The classes that at most `most` images have, spread evenly over the shards; the class map may hold more."""
-    reader = ShardReader(index, verifies=lambda shard: False)
-    found = {reader.label(number) for number in spread_evenly(index.num_samples, most)}
-    reader.close()
-    return sorted(found)
-
-
 Shown = tuple[Tensor, Tensor | None, np.ndarray | None]
 """What `consistency` takes of a trajectory."""
 

@@ -35,10 +35,9 @@ from hierarchy_builder.files import without_nan
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.data.reader import ShardReader
+from trainer.data.reader import ShardReader, classes_with_images
 from trainer.data.shards import ShardIndex
 from trainer.decode.rae import to_uint8
-from trainer.evaluation.evaluate import classes_with_images
 from trainer.evaluation.studies import LIKELIHOOD
 from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
 from trainer.evaluation.tables import VARIETY, metric_tables, numbered, variety_verdict
@@ -239,7 +238,7 @@ def shown_labels(classes: Sequence[int]) -> list[int]:
 
 
 def known_classes(run: Path, pipe: TrajectoryPipeline, index: ShardIndex | None = None) -> Sequence[int]:
-    """The classes that had images when the run was evaluated, or have some in these shards, or else all there are.
+    """The classes that had images when the run was evaluated, or have some in these shards, or had some in training.
 
     Shards that lie elsewhere are not asked, because their labels cannot be read without downloading them.
     """
@@ -247,7 +246,7 @@ def known_classes(run: Path, pipe: TrajectoryPipeline, index: ShardIndex | None 
         return list(kept)
     if index is not None and "://" not in index.url:
         return classes_with_images(index, LABELS_READ)
-    return range(pipe.model.config.num_classes)
+    return pipe.classes
 
 
 def kept_metrics(*paths: Path) -> list[dict[str, Any]]:

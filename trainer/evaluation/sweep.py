@@ -57,7 +57,7 @@ class SweepConfig:
     num_steps: int = 1
     """Network evaluations per level."""
     classes: tuple[int, ...] | None = None
-    """Classes that inserted features may come from, such as those with real images; None means all."""
+    """Classes that inserted features may come from, such as those with real images; None means those of the run."""
 
 
 def sweep(
@@ -75,14 +75,14 @@ def sweep(
     An impossible edit, such as growing a region that covers the whole canvas, gives no rows.
     Raises UsageError for an unknown level or kind.
     """
-    num_levels, num_classes = pipe.drawn_levels, pipe.model.config.num_classes
+    num_levels = pipe.drawn_levels
     levels = tuple(range(num_levels)) if config.levels is None else config.levels
     if wrong := [level for level in levels if not 0 <= level < num_levels]:
         raise UsageError(f"level {wrong[0]}, expected 0 to {num_levels - 1}")
     if config.kind not in KINDS:
         raise UsageError(f"kind {config.kind!r}, expected one of {', '.join(KINDS)}")
     units = list(itertools.product(config.labels, config.seeds))
-    classes = sorted(config.classes or range(num_classes))
+    classes = sorted(config.classes or pipe.classes)
     for label, seed in follow(units, "editing", len(units)):
         following = next((each for each in classes if each > label), classes[0])
         start, donor = (pipe(each, seed, num_steps=config.num_steps) for each in (label, following))

@@ -40,7 +40,7 @@ class Desk:
         if vocabulary is not None:
             _check_vocabulary(vocabulary, pipe)
         self.levels = list(range(pipe.drawn_levels))
-        names = pipe.class_names or [str(number) for number in range(pipe.model.config.num_classes)]
+        names = [pipe.class_name(label) for label in pipe.classes]
         self.bench = gr.State(Workbench())
         self.status = gr.Markdown(WELCOME, elem_id="status", render=False)
         self.history = gr.Markdown("no steps yet", render=False)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
 from hierarchy_builder.fields import to_mapping
 from trainer.data.normalisation import RAW, Normaliser
+from trainer.data.reader import classes_with_images
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
@@ -113,6 +114,8 @@ class Loop(ABC):
         self.seconds = 0.0
         self.loss: float | None = None
         self.sums: dict[str, float] = {}
+        self.classes: list[int] = []
+        """The classes that have images, which the main rank knows; only they are drawn."""
 
     def _begin(self, origin: Path | None) -> None:
         """Restore the checkpoint `origin`, if there is one, and prepare the run folder."""
@@ -120,9 +123,23 @@ class Loop(ABC):
             self._restore(origin)
         self.world.barrier()  # all ranks must have read the folder before the main rank changes it
         if self.world.is_main:
+            self.classes = self._classes(origin)
             with locked(self.out):
                 prepare_folder(self.out, self.config, self.index, self.step)
         self.world.barrier()
+
+    def _classes(self, origin: Path | None) -> list[int]:
+        """Return the classes with images, which the checkpoint `origin` knows, or else the labels in the shards.
+
+        Labels in shards that lie elsewhere are not read, as that would download every shard: all classes are taken.
+        """
+        index = self.index
+        before = saved.load_state(origin).shards if origin else {}
+        if before.get("classes") and before["config_hash"] == index.config_hash:
+            return list(before["classes"])
+        if "://" in index.url:
+            return list(range(index.num_classes))
+        return classes_with_images(index, max_damaged=self.config.max_damaged_shards)
 
     @abstractmethod
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
@@ -289,7 +306,7 @@ class Loop(ABC):
                 step=self.step,
                 images_seen=self.images_seen,
                 config=to_mapping(self.config),
-                shards=self.index.describe(),
+                shards={**self.index.describe(), "classes": self.classes},
                 seconds=self.seconds,
                 loss=self.loss,
                 log=self.sums,

@@ -142,6 +142,7 @@ class MethodRun(Loop):
             pipe = type(self).pipeline(
                 self.model, names, encoder, self._decoder(), self.normaliser, method=self.config.method
             )
+            pipe.classes = self.classes
             sheet: Image.Image = pipe.sheet()
         self.model.train()
         return sheet

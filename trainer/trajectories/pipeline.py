@@ -88,6 +88,8 @@ class TrajectoryPipeline(ABC):
         self.weights = weights or {}
         self.weak = weak if weak is None else weak.eval()
         self.method = method
+        self.classes: Sequence[int] = range(model.config.num_classes)
+        """The classes that had images in training, as far as is known; the network has a row for every label."""
 
     @classmethod
     def from_pretrained(
@@ -136,6 +138,7 @@ class TrajectoryPipeline(ABC):
             method=config.method,
             **own,
         )
+        pipe.classes = state.shards.get("classes") or pipe.classes
         if weak is not None:
             pipe.weak = kind._load_weak(saved.find_checkpoint(weak), path, config, ema).to(device).eval()
         return pipe
@@ -236,12 +239,16 @@ class TrajectoryPipeline(ABC):
             yield from self._sample(ids[part], seeds[part], how)
 
     def sheet(self) -> Image.Image:
-        """One picture of what the network draws: seed 0 of up to SHEET_CLASSES classes, spread evenly, all levels.
+        """One picture of what the network draws: seed 0 of up to SHEET_CLASSES classes with images, all levels.
 
         It takes nothing from the shared random state, so a training goes on as if it had not been called.
         """
-        labels = spread_evenly(self.model.config.num_classes, SHEET_CLASSES)
+        labels = [self.classes[number] for number in spread_evenly(len(self.classes), SHEET_CLASSES)]
         return trajectory_grid_png([trajectory.view() for trajectory in self.stream(labels)])
+
+    def class_name(self, label: int) -> str:
+        """The name of a class, or its number where it has none."""
+        return self.class_names[label] if label < len(self.class_names) else str(label)
 
     def label_id(self, label: int | str) -> int:
         """The id of a class given by id or name. Raises UsageError naming the nearest class."""
@@ -404,7 +411,7 @@ class TrajectoryPipeline(ABC):
         return Trajectory(
             levels=levels,
             label=label,
-            class_name=self.class_names[label] if label < len(self.class_names) else str(label),
+            class_name=self.class_name(label),
             seeds=(seed,) * len(levels),
             encoder=self.encoder,
             origin=origin or {},

@@ -16,6 +16,7 @@ from trainer.cli.app import app
 from trainer.data.shards import open_index
 from trainer.evaluation.judges import judged_on, open_judges
 from trainer.evaluation.pages import known_classes
+from trainer.evaluation.sweep import SweepConfig, sweep
 from trainer.evaluation.tables import VARIETY, metric_tables, variety_verdict
 from trainer.methods import registry
 from trainer.trajectories.pipeline import TrajectoryPipeline
@@ -131,8 +132,29 @@ def test_a_report_shows_only_classes_with_images(runs: dict[str, Path], splits: 
     pipe = TrajectoryPipeline.from_pretrained(runs["trajectory-forcing"], device="cpu")
     train = open_index(str(splits / "train"))
     assert (pipe.class_names[3], list(known_classes(tmp_path, pipe, train))) == ("yak", [0, 1, 2])
-    assert list(known_classes(tmp_path, pipe)) == [0, 1, 2, 3]
+    assert list(known_classes(tmp_path, pipe)) == [0, 1, 2]
     elsewhere = dataclasses.replace(train, url="s3://bucket/train")
-    assert list(known_classes(tmp_path, pipe, elsewhere)) == [0, 1, 2, 3]
+    assert list(known_classes(tmp_path, pipe, elsewhere)) == [0, 1, 2]
     (tmp_path / "evaluation.json").write_text(json.dumps({"metrics": [], "classes": [0, 2]}))
     assert list(known_classes(tmp_path, pipe, train)) == [0, 2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sheets_and_sweeps_leave_out_classes_without_images(method: str, runs: dict[str, Path]) -> None:
+    pipe = TrajectoryPipeline.from_pretrained(runs[method], device="cpu")
+    assert list(pipe.classes) == [0, 1, 2]
+    sheet = pipe.sheet()
+    if pipe.drawn_levels > 1:
+        rows = list(sweep(pipe, SweepConfig(labels=(2,), seeds=(0,), levels=(1,))))
+        pipe.classes = [2, 3]
+        assert rows != list(sweep(pipe, SweepConfig(labels=(2,), seeds=(0,), levels=(1,))))  # other features
+    pipe.classes = range(4)
+    assert pipe.sheet().height > sheet.height
+
+
+def test_a_sampled_class_without_images_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
+    words = ("--out", tmp_path, "--seeds", "0", "--format", "npz")
+    run = runs["trajectory-forcing"]
+    done = call("sample", run, "--labels", "ant,yak", *words)
+    assert "warning: no image of yak was in the training data" in done.stderr
+    assert "warning" not in call("sample", run, "--labels", "ant", *words).stderr
