@@ -39,11 +39,11 @@ def switch(text: str, *declarations: str) -> Parameter:
     return option(text, *declarations, kind=bool, default=False)
 
 
-def flag(kind: type, name: str, *declarations: str) -> Parameter:
+def flag(kind: type, name: str, *declarations: str, default: str | None = None) -> Parameter:
     """The option of a configuration field: its type, its sentence as help, its choices and its default.
 
     The value of an option that is not given is None, so that a config file or a stored result can decide. Lists are
-    text, numbers separated by commas.
+    text, numbers separated by commas. default: what the help says of the default where the field's own is not used.
     """
     (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
     hint = get_type_hints(kind)[name]
@@ -53,7 +53,7 @@ def flag(kind: type, name: str, *declarations: str) -> Parameter:
     text = sentences(kind)[name]
     if field.default is not None and single is not bool:
         values = field.default if isinstance(field.default, tuple) else (field.default,)
-        text = f"{text} Default: {','.join(map(str, values))}."
+        text = f"{text} Default: {default or ','.join(map(str, values))}."
     return option(text, *declarations, kind=single, metavar="|".join(choices) or None)
 
 

@@ -15,13 +15,14 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from hierarchy_builder import terminal
 from hierarchy_builder.build.workers import RAY_ENVIRONMENT, join, start_local
 from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
+from hierarchy_builder.flags import AS_JSON, argument, option, takes
 from hierarchy_builder.terminal import print_result
 from trainer.cli import app as cli
 from trainer.training import checkpoint as saved
@@ -45,17 +46,23 @@ app = typer.Typer(pretty_exceptions_show_locals=False)
 
 
 @app.command()
+@takes(
+    arguments=argument("What `trainer train` takes: SHARDS --out RUN …", kind=list[str]),
+    address=option("Ray cluster to join; without it a local Ray starts.", envvar="RAY_ADDRESS"),
+    workers=option("Number of ranks.", kind=int, default=1, min=1),
+    cpus_per_worker=option("CPUs that each rank reserves.", kind=float, default=1.0, min=0.1),
+    gpus_per_worker=option("GPUs that each rank reserves.", kind=float, default=0.0, min=0.0),
+    retries=option("How often lost ranks are replaced.", kind=int, default=3, min=0),
+    as_json=AS_JSON,
+)
 def train(
-    arguments: Annotated[list[str], typer.Argument(help="What `trainer train` takes: SHARDS --out RUN …")],
-    address: Annotated[
-        str | None,
-        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; without it one starts here."),
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
-    cpus_per_worker: Annotated[float, typer.Option(min=0.1, help="CPUs a rank reserves.")] = 1.0,
-    gpus_per_worker: Annotated[float, typer.Option(min=0.0, help="GPUs a rank reserves.")] = 0.0,
-    retries: Annotated[int, typer.Option(min=0, help="How often lost ranks are replaced.")] = 3,
-    as_json: cli.AsJson = False,
+    arguments: list[str],
+    address: str | None,
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    retries: int,
+    as_json: bool,
 ) -> None:
     """Train on the cluster at ADDRESS; prints how far the run is."""
     out = _run_folder(arguments)
@@ -104,9 +111,9 @@ def run_rank(config: dict[str, Any]) -> None:
 
 
 def _run_folder(arguments: list[str]) -> Path:
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument.startswith("--out"):
-            return Path(argument.removeprefix("--out=") if "=" in argument else value)
+    for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word.startswith("--out"):
+            return Path(word.removeprefix("--out=") if "=" in word else value)
     raise UsageError("--out RUN is missing behind --")
 
 

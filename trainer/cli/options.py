@@ -1,22 +1,26 @@
-"""Arguments and options that several commands share, and how lists of seeds are written."""
+"""Arguments and options that several verbs of `trainer` share, and what they open."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.flags import a_path
+from hierarchy_builder.flags import OUTPUT, Parameter, a_path, argument, flag, option, switch
+from hierarchy_builder.progress import Follow, shown_on, unseen
+from hierarchy_builder.terminal import stderr
 from trainer.methods.normalizing_trajectory.config import Ending
+from trainer.training.config import RunConfig
 
-PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
-"""What options and arguments of paths to be written have in common."""
+if TYPE_CHECKING:
+    from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
 def reads(what: str, metavar: str = "PATH") -> dict[str, Any]:
-    """What options and arguments of paths to be read have in common: something lies there; else exit code 2.
+    """Settings of arguments and options whose value is a path to be read: a missing file ends with exit code 2.
 
     what: what is expected there, for the message.
     """
@@ -27,116 +31,131 @@ def reads(what: str, metavar: str = "PATH") -> dict[str, Any]:
             raise typer.BadParameter(f"{text} does not exist, expected {what}")
         return path
 
-    return {"parser": existing, "metavar": metavar}
+    return {"kind": Path, "parser": existing, "metavar": metavar}
 
 
 A_RUN = "a run folder of `trainer train`, or one of its checkpoints"
 A_TRAJECTORY = "a file that `trainer sample` or `trainer edit` wrote"
-Run = Annotated[
-    Path,
-    typer.Argument(**reads(A_RUN, "RUN"), help="Run folder of `trainer train`, or one of its checkpoints."),
-]
-Ema = Annotated[
-    str, typer.Option(help="Half-life in kimg of the weight average; auto: the first; raw: none.")
-]
-DecoderFolder = Annotated[
-    Path | None,
-    typer.Option("--decoder", **reads("the folder of an RAE decoder"), help="Folder of an RAE decoder."),
-]
-PixelStageRun = Annotated[
-    Path | None,
-    typer.Option("--pixel-stage", **reads(A_RUN), help="Run of Latent Forcing that draws the pixels."),
-]
-Steps = Annotated[
-    int,
-    typer.Option(
-        min=1, help="Network evaluations per level. Latent Forcing: steps per stage; left at 1 it takes 25."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-GuidanceScale = Annotated[
-    float | None, typer.Option("--guidance", help="Guidance scale, for models trained with it.")
-]
-Weak = Annotated[
-    Path | None,
-    typer.Option("--weak", **reads(A_RUN), help="Autoguidance: run or checkpoint to move away from."),
-]
-VocabularyFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--vocabulary",
-        **reads("a vocabulary that `hierarchy-builder cluster --vocabulary` wrote"),
-        help="vocabulary.npz of a build, whose prototypes then are sources of edits.",
-    ),
-]
-WeakScale = Annotated[
-    float | None, typer.Option(help="Strength of autoguidance. Default: 1 with --weak, else 0.")
-]
-EndingName = Annotated[
-    str | None,
-    typer.Option("--ending", help="Normalizing Trajectory Models: inverse, score or denoiser."),
-]
-ShiftedBy = Annotated[
-    float | None,
-    typer.Option(
-        "--shift",
-        help="Latent Forcing, schedules shifted and independent: how far latents are ahead of pixels; 1 draws both "
-        "together, below 1 pixels come first. Default: as trained.",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no configuration on stderr.")]
 
-
-def parse_ending(text: str | None) -> Ending | None:
-    """The ending called `text`. Raises UsageError naming those there are."""
-    known: dict[str, Ending] = {name: name for name in get_args(Ending)}
-    if text is not None and text not in known:
-        raise UsageError(f"ending {text!r}, expected one of {', '.join(known)}")
-    return known[text] if text is not None else None
-
-
-OF_SAMPLES = (
-    "samples_per_class",
-    "guidance",
-    "weak",
-    "weak_scale",
-    "ending",
-    "shift",
-    "decoder",
-    "pixel_stage",
-    "inception",
-    "reference",
-    "space",
-    "edits",
-    "alignment",
+RUN = argument("Run folder of `trainer train`, or one of its checkpoints.", **reads(A_RUN, "RUN"))
+SEEDS = option("Seeds such as 0-7 or 0,3,9; each is used for every label.", default="0-3")
+STEPS = option(
+    "Network evaluations per level. For Latent Forcing: steps per stage, and 1 stands for its default of 25.",
+    kind=int,
+    default=1,
+    min=1,
 )
-"""Options of `evaluate` that say how samples are drawn, or what is measured of them."""
+EMA = option(
+    "Which weights to use: a weight average by its half-life in thousands of images, `auto` (the first average) or "
+    "`raw` (no average).",
+    default="auto",
+)
+DECODER = option(
+    "Folder of an RAE decoder, which turns features into pixels.", **reads("the folder of an RAE decoder")
+)
+PIXEL_STAGE = option("Run of Latent Forcing that draws the pixels instead of a decoder.", **reads(A_RUN))
+GUIDED = {
+    "guidance": option("Guidance scale, for models that were trained with guidance.", kind=float),
+    "weak": option("Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN)),
+    "weak_scale": option("Strength of autoguidance. Default: 1 with --weak, else 0.", kind=float),
+}
+OF_METHODS = {
+    "ending": option(
+        "Normalizing Trajectory Models: how final states become canvases.", metavar="|".join(get_args(Ending))
+    ),
+    "shift": option(
+        "Latent Forcing, schedules `shifted` and `independent`: how far latents are ahead of pixels; 1 draws both "
+        "together, below 1 the pixels come first. Default: as trained.",
+        kind=float,
+    ),
+}
+VOCABULARY = option(
+    "vocabulary.npz of a build, whose prototypes can then be sources of edits.",
+    **reads("a vocabulary that `hierarchy-builder cluster --vocabulary` wrote"),
+)
+
+TOKENS = option('Tokens as "ROW,COLUMN ROW,COLUMN …".')
+MASK = option(
+    "Picture laid over the grid; tokens that are mostly not black are selected.", **reads("a picture")
+)
+SELECTION = {
+    "region": option(
+        "Region to edit; a second --region is that of the source. --list prints the regions.", kind=list[int]
+    ),
+    "tokens": TOKENS,
+    "near": option("ROW,COLUMN: select that token and those whose features resemble its features."),
+    "cosine": option("With --near: smallest cosine similarity of a selected token.", kind=float, default=0.9),
+    "connected": switch("With --near: select only tokens connected to that token.", "--connected"),
+    "mask": MASK,
+    "invert": switch("Select all other tokens instead.", "--invert"),
+}
+SOURCE = {
+    "donor": option(
+        "Trajectory that the features come from. Default: the edited one.", "--from", **reads(A_TRAJECTORY)
+    ),
+    "from_level": option("Level of the source. Default: --level.", kind=int),
+    "from_region": option("Region of the source. Default: the tokens at the same places.", kind=int),
+    "prototype": option("Prototype of --vocabulary to take as the source.", kind=int),
+}
+SHAPE = {
+    "to_region": option("Change of shape: the tokens join this region.", kind=int),
+    "to_neighbours": switch("Change of shape: each token joins the region next to it.", "--to-neighbours"),
+    "grow": option("Change of shape: the region grows by this many tokens.", kind=int, default=0, min=0),
+    "shrink": option("Change of shape: the region shrinks by this many tokens.", kind=int, default=0, min=0),
+}
+
+FIELDS = {
+    name: flag(RunConfig, name, default="that of the preset or of the stored run")
+    for name in ("total_images", "batch_size", "seed", "max_seconds")
+}
+"""Fields of every training that are options of their own; `--set` reaches the others."""
+TRAINING = {
+    "config": option(
+        "YAML file of fields; it overrides the preset, and options override it.",
+        kind=Path,
+        envvar="TRAINER_CONFIG",
+    ),
+    "settings": option(
+        "Set one field by its dotted name, for example optim.lr=0.005; may be given several times.",
+        "--set",
+        kind=list[str],
+    ),
+    **FIELDS,
+    "resume": option(
+        "`auto` resumes the run in the folder if there is one, `never` starts a new one; or a run or checkpoint "
+        "folder to start from.",
+        default="auto",
+    ),
+    "dry_run": switch("Check the command, print the resolved configuration and stop.", "--dry-run"),
+    **OUTPUT,
+}
 
 
-def refuse_beside_likelihood(context: typer.Context) -> None:
-    """Raise UsageError where `evaluate --likelihood`, which draws no samples, is asked for with options of samples."""
-    sources = {name: context.get_parameter_source(name) for name in OF_SAMPLES}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if context.params["likelihood"] and given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(
-            f"--likelihood does not go with {flags}: it is of real images and draws no samples; leave out the one or "
-            "the other"
-        )
+def names_given(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> list[str]:
+    """Names of those parameters whose values differ from their defaults."""
+    return [name for name, each in parameters.items() if given[name] not in (each.default, [])]
 
 
-ConfigFile = Annotated[
-    Path | None, typer.Option(envvar="TRAINER_CONFIG", help="YAML of fields, over the preset or size.")
-]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="One field by dotted name, for example optim.lr=0.005.")
-]
-TotalImages = Annotated[int | None, typer.Option(help="Images seen until the run ends.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images in one optimiser step, over all ranks.")]
-MaxSeconds = Annotated[
-    float | None, typer.Option(help="Wall clock after which a checkpoint is written; exit code 75.")
-]
-Resume = Annotated[str, typer.Option(help="auto, never, or a run or checkpoint folder.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check the command and print the resolved configuration, no more.")
-]
+def open_run(run: Path, given: Mapping[str, Any]) -> TrajectoryPipeline:
+    """Load the pipeline of a run with those options of a verb that concern it.
+
+    Raises UsageError for an unknown ending.
+    """
+    from trainer.trajectories.pipeline import TrajectoryPipeline
+
+    ending, known = given.get("ending"), get_args(Ending)
+    if ending is not None and ending not in known:
+        raise UsageError(f"ending {ending!r}, expected one of {', '.join(known)}")
+    names = ("ema", "decoder", "weak", "pixel_stage", "ending", "shift")
+    return TrajectoryPipeline.from_pretrained(run, **{name: given[name] for name in names if name in given})
+
+
+def strength_of(given: Mapping[str, Any]) -> float:
+    """Strength of autoguidance, from --weak-scale or else from whether --weak was given."""
+    scale = given["weak_scale"]
+    return float(given["weak"] is not None) if scale is None else scale
+
+
+def follow_unless(is_quiet: bool) -> Follow:
+    """Progress bars on stderr, or none."""
+    return unseen if is_quiet else shown_on(stderr)

@@ -5,30 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, get_args
 
 import typer
 import yaml
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import flattened, to_mapping
+from hierarchy_builder.fields import flattened, sentences, to_mapping
+from hierarchy_builder.flags import AS_JSON, PATH, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.terminal import print_cells, print_result, stderr
-from trainer.cli.options import (
-    PATH,
-    AsJson,
-    BatchSize,
-    ConfigFile,
-    DryRun,
-    MaxSeconds,
-    Quiet,
-    Resume,
-    Settings,
-    TotalImages,
-    reads,
-)
-from trainer.decode.config import DecoderConfig
+from trainer.cli.options import FIELDS, TRAINING, reads
+from trainer.decode.config import DecoderConfig, DecoderSize
 from trainer.methods import registry
 from trainer.methods.registry import (
     LATENT_FORCING,
@@ -44,49 +33,35 @@ from trainer.methods.registry import (
 from trainer.methods.trajectory_forcing.presets import decoder_preset
 from trainer.training.config import checked, with_settings
 
+METHOD_NAMES = "|".join(METHODS)
 
+
+@takes(
+    shards=argument("Finished shard folder, its build folder, or an fsspec URL."),
+    out=option("Run folder; the same command resumes there.", default=REQUIRED, **PATH),
+    preset_name=option(
+        "Preset to start from; `trainer presets` lists them. Default: the configuration in RUN, or else what "
+        "`trainer presets --suggest SHARDS` prints.",
+        "--preset",
+    ),
+    method=option("Default: the method of the preset, or else of RUN.", metavar=METHOD_NAMES),
+    pixel_stage=switch("Latent Forcing: train one network of all levels and then pixels.", "--pixel-stage"),
+    **TRAINING,
+)
 def train(
-    shards: Annotated[str, typer.Argument(help="Finished shard folder, its build folder, or an fsspec URL.")],
-    out: Annotated[Path, typer.Option(**PATH, help="Run folder; the same command resumes there.")],
-    preset_name: Annotated[
-        str | None,
-        typer.Option(
-            "--preset",
-            help="Preset to start from; `trainer presets` lists them. Default: the configuration in RUN, or else what "
-            "`trainer presets --suggest SHARDS` prints.",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHODS)}. Default: that of the preset, or else of RUN.")
-    ] = None,
-    pixel_stage: Annotated[
-        bool, typer.Option("--pixel-stage", help="Latent Forcing: all levels, then pixels, in one network.")
-    ] = False,
-    config: ConfigFile = None,
-    settings: Settings = None,
-    total_images: TotalImages = None,
-    batch_size: BatchSize = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order, levels, times and noise.")] = None,
-    max_seconds: MaxSeconds = None,
-    resume: Resume = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    shards: str, out: Path, preset_name: str | None, method: str | None, pixel_stage: bool, **given: Any
 ) -> None:
     """Train a network on shards and write checkpoints; under torchrun every process is a rank."""
     from trainer.data.shards import open_index
 
-    base = _base(preset_name, method, shards, out, resume, config is not None, quiet)
+    resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
+    base = _base(preset_name, method, shards, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
-    flags = {"total_images": total_images, "batch_size": batch_size, "seed": seed, "max_seconds": max_seconds}
-    given = {name: value for name, value in flags.items() if value is not None}
-    in_file = flattened(_load_yaml(config)) if config else {}
-    given |= {"pixel_stage": True} if pixel_stage else {}
-    asked = {**in_file, **_assignments(settings or []), **given}
+    asked = _asked(given, FIELDS) | ({"pixel_stage": True} if pixel_stage else {})
     index = open_index(shards)
     resolved = registry.fit_to_shards(with_settings(base, asked), index, asked)
-    if dry_run:
+    if given["dry_run"]:
         from trainer.training.run_folder import check_same_run, find_origin
 
         check_same_run(out, find_origin(out, resume), resolved, index)
@@ -97,74 +72,51 @@ def train(
     )
 
 
-def train_decoder(
-    shards: Annotated[str, typer.Argument(help="Shards built with --images, or their build folder or URL.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            **PATH, help="Folder of run and decoder; RUN/decoder is found by `sample` and `report`."
-        ),
-    ],
-    size: Annotated[
-        str | None, typer.Option(help="tiny, B, L or XL. Default: what the folder holds, else XL.")
-    ] = None,
-    config: ConfigFile = None,
-    settings: Settings = None,
-    lpips: Annotated[
-        Path | None,
-        typer.Option(
-            **reads("the folder of those weights"),
-            help="Folder with the weights of a perceptual loss: vgg16 and lpips.",
-        ),
-    ] = None,
-    gan: Annotated[
-        Path | None,
-        typer.Option(**reads("a file of weights"), help="Weights of DINO's ViT-S/8 for an adversarial loss."),
-    ] = None,
-    total_images: TotalImages = None,
-    batch_size: BatchSize = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")] = None,
-    max_seconds: MaxSeconds = None,
-    resume: Resume = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Shards with pictures → a decoder from features to pixels, for --decoder."""
-    flags = {
-        "lpips_weights": lpips and str(lpips),
-        "gan_weights": gan and str(gan),
-        "total_images": total_images,
-        "batch_size": batch_size,
-        "seed": seed,
-        "max_seconds": max_seconds,
-    }
-    given = {name: value for name, value in flags.items() if value is not None}
-    asked = {**(_load_yaml(config) if config else {}), **_assignments(settings or []), **given}
-    resolved = with_settings(_decoder_base(size, out, quiet), asked)
-    if dry_run:
+LOSSES = {
+    "lpips_weights": option(
+        sentences(DecoderConfig)["lpips_weights"], "--lpips", **reads("the folder of those weights")
+    ),
+    "gan_weights": option(sentences(DecoderConfig)["gan_weights"], "--gan", **reads("a file of weights")),
+}
+
+
+@takes(
+    shards=argument("Shards built with --images, or their build folder or URL."),
+    out=option(
+        "Folder of the run and of the decoder; `sample` and `report` find RUN/decoder by themselves.",
+        default=REQUIRED,
+        **PATH,
+    ),
+    size=option(
+        "Shape of the decoder. Default: that of the run in the folder, else XL.",
+        metavar="|".join(get_args(DecoderSize)),
+    ),
+    **(LOSSES | TRAINING),
+)
+def train_decoder(shards: str, out: Path, size: str | None, **given: Any) -> None:
+    """Train a decoder from features to pixels on shards with pictures, for --decoder."""
+    resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
+    given |= {name: given[name] and str(given[name]) for name in LOSSES}
+    resolved = with_settings(_decoder_base(size, out, quiet), _asked(given, LOSSES | FIELDS))
+    if given["dry_run"]:
         print_result(to_mapping(resolved), as_json)
         return
-    from trainer.decode import train as room  # loads torch, which no refusal above needs
+    from trainer.decode import train as training  # loads torch, which no refusal above needs
 
     _run_and_print(
-        lambda: room.train_decoder(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
+        lambda: training.train_decoder(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
     )
 
 
-def presets(
-    suggest: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARDS", help="Say what to train on these shards with this device, and its cost."
-        ),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"With --suggest: {', '.join(METHODS)}. Default: the first.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Named configurations; with --json every field of each."""
+@takes(
+    suggest=option(
+        "Print what to train on these shards with the device of this machine, and its cost.", metavar="SHARDS"
+    ),
+    method=option(f"With --suggest. Default: {TRAJECTORY_FORCING.name}.", metavar=METHOD_NAMES),
+    as_json=AS_JSON,
+)
+def presets(suggest: str | None, method: str | None, as_json: bool) -> None:
+    """List named configurations; with --json every field of each."""
     if suggest is not None:
         _print_suggestion(suggest, TRAJECTORY_FORCING if method is None else method_named(method), as_json)
         return
@@ -312,6 +264,13 @@ def _run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bo
         raise typer.Exit(130) from None
     if is_main:
         print_result(dataclasses.asdict(summary), as_json)
+
+
+def _asked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Fields by dotted name: options of these names over --set over the file of --config."""
+    options = {name: given[name] for name in names if given[name] is not None}
+    in_file = flattened(_load_yaml(given["config"])) if given["config"] else {}
+    return {**in_file, **_assignments(given["settings"] or []), **options}
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:

@@ -121,8 +121,8 @@ class RuledOptimConfig(AveragedOptimConfig):
 class RunConfig(CheckedFields):
     """Fields of every training run: length, batches, seed, execution and logging."""
 
-    total_images: int = field(default=102_400_000, metadata=EXECUTION)
-    """Images after which the run ends; the default is 80 epochs of ImageNet."""
+    total_images: int = field(default=102_400_000, metadata=EXECUTION)  # 80 epochs of ImageNet
+    """Images after which the run ends."""
     batch_size: int = 1024
     """Images in one optimiser step, over all ranks."""
     micro_batch_size: int | None = field(default=None, metadata=EXECUTION)
