@@ -91,6 +91,9 @@ class ModelConfig(NetworkConfig):
     """Conditioning tokens for each end of the guidance interval, if the network takes guidance."""
     fusion: Literal["fused", "concat"] = "fused"
     """How the previous level's canvas is fed in: fused with each token, or appended to the sequence."""
+    start: Literal["zeros", "gaussian"] = "zeros"
+    """What the network draws before training: canvases of zeros as in the release, or `gaussian` ones around the
+    previous level's canvas, with the means of the classes and the spectrum that the shards have there."""
     patch_size: int = 1
     """Side of the square of grid tokens that the network joins into one of its own tokens; 2 makes a step several
     times as fast, the release joins none."""

@@ -7,7 +7,8 @@ The noisy canvas and the canvas of the previous level are either fused into one 
 learned conditioning tokens come first, for class, guidance, time and level; time is given only as h = t − r. A shared
 trunk feeds two heads that predict the clean canvas: the u-head for the average velocity over [r, t], the v-head for
 the instantaneous velocity. Drawing noise and computing the loss happen outside. The release has p = 1; with a larger
-p, as in DiT, a square of p×p grid tokens enters and leaves the network as one token of p²·C channels.
+p, as in DiT, a square of p×p grid tokens enters and leaves the network as one token of p²·C channels. The release's
+heads start from a canvas of zeros; `gaussian_start` describes the other start.
 
 Source: Trajectory Forcing (2026), with the network of pixel MeanFlow (2026), arXiv 2601.22158.
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.networks.attention import Block, grid_rotations
 from trainer.networks.config import ModelConfig
+from trainer.networks.gaussian_start import GaussianStart
 from trainer.networks.layers import (
     RMSNorm,
     ScalarEmbedding,
@@ -63,7 +65,11 @@ class Guidance(NamedTuple):
 
 def velocity(z: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Return the velocity at z [B, H, W, C] that leads to the clean canvas x: (z − x)/clip(t, 0.05, 1)."""
-    return (z - x) / t.clamp(TIME_FLOOR, 1.0)[:, None, None, None]
+    return (z - x) / _clipped(t)
+
+
+def _clipped(t: Tensor) -> Tensor:
+    return t.clamp(TIME_FLOOR, 1.0)[:, None, None, None]
 
 
 def as_guidance(guidance: Mapping[str, object] | Sequence[object], like: Tensor) -> Guidance:
@@ -114,6 +120,11 @@ class TrajectoryTransformer(nn.Module):
         self.u_blocks, self.v_blocks = self._blocks(c.head_depth), self._blocks(c.head_depth)
         self.u_norm, self.v_norm = RMSNorm(D, c.norm_eps), RMSNorm(D, c.norm_eps)
         self.u_out, self.v_out = linear(D, channels, 0.0), linear(D, channels, 0.0)
+        self.start = (
+            GaussianStart(c.grid, c.in_channels, c.num_classes, c.num_levels)
+            if c.start == "gaussian"
+            else None
+        )
 
     @property
     def num_conditioning_tokens(self) -> int:
@@ -143,10 +154,12 @@ class TrajectoryTransformer(nn.Module):
         Raises MismatchError if z does not fit the network, UsageError if guidance does not.
         """
         x, rotations = self._trunk(z, t, r, label, level, prev, guidance)
-        z = at_least_float32(z)
-        x_u = self._u_head(x, rotations) if "u" in heads else None
-        u = None if x_u is None else velocity(z, x_u, t)
-        v = velocity(z, self._v_head(x, rotations), t) if "v" in heads else None
+        given = {"label": label, "level": level, "prev": prev}
+        x_u, u, v = None, None, None
+        if "u" in heads:
+            x_u, u = self._towards(self._u_head(x, rotations), z, t, r, **given)
+        if "v" in heads:
+            _, v = self._towards(self._v_head(x, rotations), z, t, t, **given)
         return Prediction(x_u, u, v)  # type: ignore[arg-type]
 
     def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
@@ -156,10 +169,21 @@ class TrajectoryTransformer(nn.Module):
         """
         x, rotations = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
         hidden = self.v_norm(self._image(self._pass(self.v_blocks, x, rotations)))
-        return velocity(at_least_float32(z), self.canvas(self.v_out(hidden)), t), hidden
+        given = {name: inputs[name] for name in ("label", "level", "prev")}
+        _, v = self._towards(self.canvas(self.v_out(hidden)), z, t, t, **given)  # type: ignore[arg-type]
+        return v, hidden
 
     def forward_with_derivative(
-        self, z: Tensor, direction: Tensor, *, t: Tensor, **inputs: object
+        self,
+        z: Tensor,
+        direction: Tensor,
+        *,
+        t: Tensor,
+        r: Tensor,
+        label: Tensor,
+        level: Tensor,
+        prev: Tensor,
+        guidance: Guidance | None = None,
     ) -> tuple[Prediction, Tensor]:
         """Predict, and differentiate u along (direction, 1, 0) in (z, t, r): returns (Prediction, du_dt).
 
@@ -168,14 +192,31 @@ class TrajectoryTransformer(nn.Module):
         with forward_ad.dual_level():
             z_dual = make_dual(z, direction.to(z.dtype))
             t_dual = make_dual(t, torch.ones_like(t))
-            x, rotations = self._trunk(z_dual, t_dual, **inputs)  # type: ignore[arg-type]
-            x_u_dual = self._u_head(x, rotations)
-            u, du_dt = unpack_dual(velocity(at_least_float32(z_dual), x_u_dual, t_dual))
+            x, rotations = self._trunk(z_dual, t_dual, r, label, level, prev, guidance)
+            given = {"label": label, "level": level, "prev": prev}
+            x_u_dual, u_dual = self._towards(self._u_head(x, rotations), z_dual, t_dual, r, **given)
+            u, du_dt = unpack_dual(u_dual)
             x_u, x = unpack_dual(x_u_dual)[0], unpack_dual(x)[0]
             assert du_dt is not None  # t is dual
             du_dt = du_dt.detach()
-        v = velocity(at_least_float32(z), self._v_head(x, rotations), t)
+        _, v = self._towards(self._v_head(x, rotations), z, t, t, **given)
         return Prediction(x_u, u, v), du_dt
+
+    def _towards(
+        self, predicted: Tensor, z: Tensor, t: Tensor, r: Tensor, **given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the clean canvas that a head leads to from z, and the velocity there, float32 [B, H, W, C] each.
+
+        predicted: what the head returned, the clean canvas or, with a Gaussian start, its difference from what the
+        start leads to. given: label, level and prev.
+        """
+        z = at_least_float32(z)
+        if self.start is None:
+            return predicted, velocity(z, predicted, t)
+        with torch.autocast(z.device.type, enabled=False):
+            guess = self.start(z, t=t, r=r, **given)
+        scale = _clipped(t)
+        return z - scale * guess + predicted, guess - predicted / scale
 
     def _trunk(
         self,

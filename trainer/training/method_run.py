@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -36,7 +36,7 @@ ConfigT = TypeVar("ConfigT", bound=MethodRunConfig)
 DrawsT = TypeVar("DrawsT")
 
 LOOKED_AT = 64
-"""Samples that are compared with the statistics before training."""
+"""Samples that are compared with the statistics before training, and read at a time."""
 
 
 class MethodRun(Loop):
@@ -108,13 +108,18 @@ class MethodRun(Loop):
 
     def _first_samples(self) -> tuple[Tensor, Tensor]:
         """Read a few samples of the first shard: raw features float32 [b, H, W, C], region ids uint8 [b, L−1, H, W]."""
+        return next(self._samples(range(min(LOOKED_AT, self.index.shards[0].num_samples))))[:2]
+
+    def _samples(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Read samples by number, some at a time: features and regions as in `_first_samples`, labels int64 [b]."""
         reader = ShardReader(
             self.index, verifies=lambda shard: False, max_damaged=self.config.max_damaged_shards
         )
-        rows = reader.read_rows(range(min(LOOKED_AT, self.index.shards[0].num_samples)))
+        for first in range(0, len(numbers), LOOKED_AT):
+            rows = reader.read_rows(numbers[first : first + LOOKED_AT])
+            features = rows.features.float()
+            yield features if rows.scale is None else features * rows.scale, rows.regions, rows.label
         reader.close()
-        features = rows.features.float()
-        return features if rows.scale is None else features * rows.scale, rows.regions
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return optimizer_of(self.model, self.config.optim)

@@ -217,10 +217,11 @@ def official_name(name: str) -> str:
 
 def official_config(config: ModelConfig) -> dict[str, Any]:
     """The release's configuration fields for a network, as `load_checkpoint` reads them."""
-    if config.fusion != "fused" or config.grid[0] != config.grid[1] or config.patch_size != 1:
+    others = {"fusion": "fused", "patch_size": 1, "start": "zeros"}
+    found = {name: getattr(config, name) for name in others}
+    if found != others or config.grid[0] != config.grid[1]:
         raise UsageError(
-            f"grid {config.grid}, fusion {config.fusion!r}, patch_size {config.patch_size}: the release's format holds "
-            "square, fused networks with a patch_size of 1 only"
+            f"grid {config.grid}, {found}: the release's format holds square grids and {others} only"
         )
     fields = dataclasses.asdict(config)
     return {"input_size": config.grid[0]} | {theirs: fields[ours] for ours, theirs in CONFIG_NAMES.items()}

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.records import spread_evenly
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -62,6 +64,10 @@ def chosen_time_shift(grid: tuple[int, int], channels: int) -> float:
     return max(1.0, RELEASE_SHIFT * math.sqrt(numbers / RELEASE_NUMBERS))
 
 
+START_SAMPLES = 2_048
+"""Samples, spread evenly over the shards, from which a Gaussian start takes its means and deviations."""
+
+
 class TrajectoryForcingRun(MethodRun):
     """One run of Trajectory Forcing in one process."""
 
@@ -74,7 +80,15 @@ class TrajectoryForcingRun(MethodRun):
     counted = 0
 
     def _network(self) -> TrajectoryTransformer:
-        return TrajectoryTransformer(self.config.model)
+        network = TrajectoryTransformer(self.config.model)
+        if network.start is not None:
+            numbers = spread_evenly(self.index.num_samples, min(START_SAMPLES, self.index.num_samples))
+            normaliser = self.normaliser.to("cpu")
+            network.start.fit(
+                (level_canvases(normaliser.apply(features), regions), label)
+                for features, regions, label in self._samples(numbers)
+            )
+        return network
 
     def _begin(self, origin: Path | None) -> None:
         super()._begin(origin)

@@ -103,6 +103,23 @@ def test_resumed_run_equals_uninterrupted(
     assert timeless(tmp_path) == timeless(whole)
 
 
+def test_run_with_a_gaussian_start_resumes_and_keeps_what_it_was_fitted_to(
+    shards: str, tmp_path: Path
+) -> None:
+    config = tiny(model=dataclasses.replace(TINY.model, start="gaussian"))
+    for name, parts in (("whole", [64]), ("resumed", [32, 64])):
+        for images in parts:
+            part = dataclasses.replace(config, total_images=images)
+            room.train(part, shards, str(tmp_path / name), quiet=True)
+    assert_same_state(tmp_path / "whole", tmp_path / "resumed", 8)
+    tensors = tensors_of(tmp_path / "whole", 8)
+    fitted = [name for name in tensors if name.endswith("start.deviation")]
+    assert len(fitted) == 3  # the weights and two averages
+    for name in fitted:
+        torch.testing.assert_close(tensors[name], tensors["model/start.deviation"], rtol=0, atol=0)
+        assert tensors[name].unique().numel() > 2
+
+
 def test_resume_in_the_middle_of_a_log_interval(shards: str, tmp_path: Path) -> None:
     config = tiny(log_images=48, checkpoint_images=1000)
     room.train(config, shards, str(tmp_path / "whole"), quiet=True)
