@@ -10,6 +10,7 @@ model was trained on has to encode. The trainer has no encoder of its own: the c
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,9 +44,7 @@ def start_from_shards(
 
     Raises UsageError for an unknown sample, MismatchError if the shards are not of the model's encoder and recipe.
     """
-    ours, theirs = pipe.encoder.get("name"), index.encoder.get("name")
-    if ours and theirs and ours != theirs:
-        raise MismatchError(f"{index.url} holds features of {theirs!r}, the model was trained on {ours!r}")
+    _require_encoder(pipe, index.encoder, f"{index.url} holds features of")
     reader = ShardReader(index)
     try:
         number = sample if isinstance(sample, int) else reader.number_of(sample)
@@ -64,14 +63,26 @@ def start_from_photo(
     """Start a trajectory from a picture file, turned upright and cut to its centre square.
 
     Regions are found by the recipe of the paper. label: class of levels that are drawn later.
-    Raises TrainerError for a file that is no picture, MismatchError if the encoder is not the model's.
+    Raises TrainerError for a file that is no picture, MismatchError if the encoder or its weights are not the model's.
     """
-    ours = pipe.encoder.get("name")
-    if ours and ours != encoder.name:
-        raise MismatchError(f"the model was trained on features of {ours!r}, not of {encoder.name!r}")
+    given = {"name": encoder.name, "weights_hash": getattr(encoder, "weights_hash", None)}
+    _require_encoder(pipe, given, "the photograph would be encoded by")
     picture = read_square(photo, encoder.image_size_px)
     origin = {"source": "photo", "name": Path(photo).name, "encoder": encoder.name}
     return pipe.from_features(encoder.encode(picture[None])[0], label=label, seed=seed, origin=origin)
+
+
+def _require_encoder(pipe: TrajectoryPipeline, given: Mapping[str, Any], what: str) -> None:
+    """Raise MismatchError unless the encoder is the model's, by name and hash of its weights where both are known."""
+    for name, shown in (("name", "encoder"), ("weights_hash", "weights")):
+        ours, theirs = pipe.encoder.get(name), given.get(name)
+        if ours and theirs and ours != theirs:
+            advice = (
+                "pass --weights with the file of the build" if name == "weights_hash" else "use that encoder"
+            )
+            raise MismatchError(
+                f"{what} {shown} {theirs!r}, and the model was trained on features of {shown} {ours!r}: {advice}"
+            )
 
 
 def read_square(photo: str | Path, side_px: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from trainer.evaluation.sweep import (
     sweep,
 )
 from trainer.trajectories.compare import compare, edited_tokens, encoder_of, heat_map
-from trainer.trajectories.photos import load_own_encoder, read_square
+from trainer.trajectories.photos import load_own_encoder, read_square, start_from_photo
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
@@ -44,6 +44,7 @@ class TinyEncoder:
 
     def __init__(self, weights: str = "1") -> None:
         self.gain = np.float32(weights)
+        self.weights_hash = f"gain {weights}"
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         return self.gain * encoder_of(tiny_pipeline()("ant"))(images[:, :, :80])  # type: ignore[misc]
@@ -284,3 +285,15 @@ def test_photograph_from_a_file(run: Path, tmp_path: Path) -> None:
     for name in ("json", "json:nothing", "nowhere:at_all", "collections:OrderedDict"):
         with pytest.raises(UsageError, match="encoder"):
             load_own_encoder(name)
+
+
+def test_a_photograph_is_refused_with_weights_that_the_model_was_not_trained_on(tmp_path: Path) -> None:
+    Image.fromarray(np.full((96, 96, 3), 128, dtype=np.uint8)).save(tmp_path / "photo.png")
+    pipe = tiny_pipeline()
+    pipe.encoder = {**pipe.encoder, "weights_hash": "gain 1"}
+    start_from_photo(pipe, tmp_path / "photo.png", TinyEncoder("1"), label="bee")
+    with pytest.raises(
+        MismatchError, match=r"encoded by weights 'gain 2'.*trained on.*'gain 1'.*--weights"
+    ) as refusal:
+        start_from_photo(pipe, tmp_path / "photo.png", TinyEncoder("2"), label="bee")
+    assert refusal.value.exit_code == 5
