@@ -67,7 +67,11 @@ def list_encoders() -> list[EncoderRow]:
                 grid,
                 weights,
             )
-            for infix, note in (("-reg", ", 4 registers"), ("", ""))
+            for infix, note in (
+                ("-reg", ", 4 registers"),
+                ("", ""),
+                ("-original", ", positions resized as by its authors"),
+            )
             for size, width in DINOV2_WIDTHS.items()
         ),
         EncoderRow(DctEncoder.name, dct, DctEncoder().width, grid, "nothing"),

@@ -4,12 +4,16 @@ Trajectory Forcing uses `dinov2-reg-base` in this way: the final LayerNorm keeps
 so that each token has mean 0 and variance 1; class and register tokens are dropped. Every timm ViT is treated alike,
 including those whose final norm comes after the pooling.
 
+`dinov2-original-SIZE` resizes the position embedding of 37×37 tokens as the authors' code does for models without
+registers: bicubically to a scale of 16.1/37, without antialiasing. timm antialiases, as that code does with registers.
+
 `NAME@K` gives the tokens after the first K blocks, with the same LayerNorm; the blocks after them are not run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,11 @@ from hierarchy_builder.vision_libraries import import_vision
 
 timm = import_vision("timm")
 
-DINOV2_SIZE_PX = 224
-"""Input size of DINOv2; timm resamples its position embedding from 518 px (bicubic, antialiased)."""
+DINOV2_SIZE_PX, DINOV2_PATCH_PX = 224, 14
+"""Input size of DINOv2 and side of its patches; timm resamples its position embedding from 518 px."""
+ORIGINAL = "dinov2-original-"
+ORIGINAL_OFFSET = 0.1
+"""The authors' code adds it to the number of tokens a side before it computes the scale of the resampling."""
 HUB_TIMEOUT_S = 10
 
 
@@ -91,6 +98,7 @@ class TimmEncoder:
             "width": self.width,
             # Without this key all blocks are kept, as in builds of releases that always kept them.
             **({} if self.num_blocks is None else {"output": f"block {self.num_blocks}"}),
+            **({"positions": "original"} if self.name.startswith(ORIGINAL) else {}),
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
             "weights_hash": self.weights_hash,
             "decoder": None,
@@ -191,6 +199,8 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
         heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
         state = timm.models.load_state_dict(str(path))  # weights_only, or safetensors
         state = {key: value for key, value in state.items() if not key.startswith(heads)}
+        if name.startswith(ORIGINAL):
+            state["pos_embed"] = _resized_as_by_authors(state["pos_embed"])
         model = timm.create_model(
             model_name,
             pretrained=True,
@@ -206,6 +216,19 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
             f"encoder {name}: {path} does not hold the weights of {model_name}; expected .safetensors "
             f"or a .pth of plain tensors: {reason}"
         ) from None
+
+
+def _resized_as_by_authors(positions: Tensor) -> Tensor:
+    """Position embedding [1, 1 + M², C] of DINOv2 at 518 px → [1, 1 + 256, C].
+
+    Source: interpolate_pos_encoding of facebookresearch/dinov2, with its defaults for models without registers.
+    """
+    side, wanted = math.isqrt(positions.shape[1] - 1), DINOV2_SIZE_PX // DINOV2_PATCH_PX
+    first, grid = positions.split([1, side**2], dim=1)
+    scale = (wanted + ORIGINAL_OFFSET) / side
+    grid = grid.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+    return torch.cat([first, grid.flatten(2).mT.to(first)], dim=1)
 
 
 def _hub_file(name: str, model_name: str) -> Path:

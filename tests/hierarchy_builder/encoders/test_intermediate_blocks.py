@@ -12,7 +12,7 @@ import skimage
 import torch
 from PIL import Image
 
-from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.encoders import load_encoder, timm_vit
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.images.decoding import crop_square
 
@@ -28,6 +28,18 @@ def photographs(size_px: int) -> np.ndarray:
     folder = Path(skimage.__file__).parent / "data"
     names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
     return np.stack([crop_square(Image.open(folder / name).convert("RGB"), size_px) for name in names])
+
+
+def cubic_matrix(old: int, new: int, scale: float) -> np.ndarray:
+    """Weights of bicubic resampling with a = −0.75 and repeated borders: float64 [new, old]."""
+    matrix = np.zeros((new, old))
+    for row in range(new):
+        place = (row + 0.5) / scale - 0.5
+        for near in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            d = abs(place - near)
+            inner, outer = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            matrix[row, np.clip(near, 0, old - 1)] += inner if d <= 1 else outer
+    return matrix
 
 
 def test_tokens_are_those_of_the_block_after_a_norm_without_affine() -> None:
@@ -96,3 +108,27 @@ def test_timm_and_onnx_agree_on_real_weights(tmp_path: Path) -> None:
     by_onnx = load_encoder(f"onnx:{exported}:tokens", device="cpu")
     assert (by_timm.grid, by_timm.width) == (by_onnx.grid, by_onnx.width) == ((16, 16), 384)
     assert np.abs(by_timm.encode(images) - by_onnx.encode(images)).max() < 1e-3
+
+
+def test_original_positions_are_resized_without_antialiasing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = timm_vit.timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
+    positions = torch.randn(1, 1 + 37**2, 384)
+    safetensors.torch.save_file(
+        {**whole.state_dict(), "pos_embed": positions}, tmp_path / "weights.safetensors"
+    )
+    plain, original = (
+        timm_vit._model_with_weights(
+            name, "vit_small_patch14_dinov2", tmp_path / "weights.safetensors", {"img_size": 224, "depth": 1}
+        )
+        for name in ("dinov2-small", "dinov2-original-small")
+    )
+    matrix = cubic_matrix(37, 16, 16.1 / 37)
+    grid = positions[0, 1:].unflatten(0, (37, 37)).double().numpy()
+    expected = np.einsum("ai,bj,ijc->abc", matrix, matrix, grid).reshape(256, 384)
+    np.testing.assert_allclose(original.pos_embed[0, 1:].detach(), expected, atol=1e-4)
+    assert torch.equal(original.pos_embed[0, 0], positions[0, 0])
+    assert (plain.pos_embed - original.pos_embed).abs().max() > 0.1
+    names = ("dinov2-small@1", "dinov2-original-small@1")
+    found = [load_encoder(name, weights="random:0", device="cpu").describe() for name in names]
+    assert [description.get("positions") for description in found] == [None, "original"]
