@@ -16,7 +16,7 @@ import pydantic
 
 from hierarchy_builder import fields
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.fields import EXECUTION, STRICT, require, to_mapping
+from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, require, to_mapping
 
 Config = TypeVar("Config")
 
@@ -168,6 +168,69 @@ class RunConfig(CheckedFields):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PostTrainingConfig(CheckedFields):
+    """What `trainer post-train` adds to the configuration of the run it starts from: targets, statistics, gradient."""
+
+    start: str = ""
+    """Checkpoint and weight average the run started from, and the checksum of that file of weights."""
+    levels: bool = True
+    """Whether the canvases of every level are compared with those of the shards."""
+    spaces: tuple[Literal["tokens", "pooled"], ...] = ("tokens", "pooled")
+    """How a canvas is described: by each of its tokens (C numbers), or by all means over a grid of `pooled_grid`
+    squares at once (pooled_grid²·C numbers), which holds the layout too."""
+    classes: tuple[Literal["all", "within", "each"], ...] = ("all", "within")
+    """Whose moments are compared: of all classes together; of deviations from the mean of the real images of the
+    same class, pooled over classes (`within`); or of each class alone, whose covariance is shrunk towards the pooled
+    one by (n·Σ + D·Σ_within)/(n + D), with n images of the class and D numbers (`each`, with statistics `average`)."""
+    pooled_grid: int = 4
+    """Rows and columns of the means of the pooled space, in squares of tokens."""
+    judges: tuple[str, ...] = ()
+    """Networks that compare decoded pictures, each as NAME or NAME=WEIGHT; see `trainer post-train --help`."""
+    judge_files: dict[str, str] = field(default_factory=dict)
+    """File of weights by the name of a judge; without one a judge known by name takes them from the hub."""
+    judge_references: dict[str, str] = field(default_factory=dict)
+    """File of mean and covariance of real images by the name of a judge."""
+    statistics: Literal["average", "snapshot", "online"] = "average"
+    """How samples before the newest batch count: moving averages, or a queue whose moments are computed anew
+    (`snapshot`, float32) or updated (`online`, float64)."""
+    ema_beta: float | None = None
+    """Share of earlier samples in the moving averages, from 0 to below 1, for each step; 0.999 in the release. null
+    chooses 1 − batch_size/queue_images, but at most 0.999, and the run records it."""
+    queue_images: int | None = None
+    """Images drawn before the first step, with which the averages begin or the queue is filled; 50,000 in the
+    release. null chooses as many as the shards hold, at most 50,000, and the run records it."""
+    floor: float = 0.01
+    """Added to each distance when its gradient is divided by it, in squared units of the space."""
+    per_level: bool = False
+    """Whether a level is trained by its own distances alone: the canvas it is given is then a constant."""
+    balanced: bool = False
+    """Whether the gradients that arrive at each level's evaluation are scaled to equal norms before they are added:
+    through the cascade the last level would outweigh the others."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moments of AdamW, which has no weight decay here."""
+    warmup_fraction: float = 0.0625
+    """Share of the run over which the learning rate rises linearly from 0; it then falls along a cosine to 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("spaces", "classes"):
+            chosen = getattr(self, name)
+            require(len(set(chosen)) == len(chosen), f"{name} names {', '.join(chosen)}, expected each once")
+            require(bool(chosen) or not self.levels, f"{name} is empty, expected one or more with levels")
+        require(self.levels or bool(self.judges), "there is no target: expected levels, or judges")
+        require(
+            "each" not in self.classes or self.statistics == "average",
+            f"classes `each` with statistics {self.statistics}: expected statistics `average`, because the rows of a "
+            "class in a batch vary in number",
+        )
+        for decay in (*self.betas, self.ema_beta or 0.0):
+            require(0 <= decay < 1, f"betas and ema_beta hold {decay}, expected 0 up to below 1")
+        self.check_least(1, "pooled_grid")
+        self.check_least(2, "queue_images")
+        self.check_above_zero("floor")
+        self.check_shares("warmup_fraction")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MethodRunConfig(RunConfig):
     """Fields of every method's run: the units of features, and how the objective is computed."""
 
@@ -179,6 +242,8 @@ class MethodRunConfig(RunConfig):
     """Whether to compile the objective; takes minutes at the start, results are equal up to rounding."""
     activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
     """Whether to recompute blocks in the backward pass instead of storing activations: less memory, more time."""
+    post_training: PostTrainingConfig | None = field(default=None, metadata=CAME_LATER)
+    """Set by `trainer post-train` alone: what the samples of the run were post-trained towards; null otherwise."""
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)  # super() does not find the class that slots make
