@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,7 @@ import pytest
 import torch
 
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.release import (
-    load_checkpoint,
-)
+from trainer.methods.trajectory_forcing.release import load_checkpoint, to_official, write_checkpoint
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 """Vectors that the authors' releases produced; their README says how."""
@@ -23,6 +22,22 @@ def golden_arrays(path: Path) -> dict[str, torch.Tensor]:
     """The arrays of an npz, integers as int64."""
     arrays = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
     return {name: a.long() if a.dtype == torch.int32 else a for name, a in arrays.items()}
+
+
+def save_checkpoint(
+    model: TrajectoryTransformer,
+    path: Path,
+    *,
+    averages: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    step: int = 0,
+) -> None:
+    """Write weights and weight averages, without an optimiser, as a checkpoint file of the release."""
+    parts = {
+        "step": step,
+        "params": to_official(dict(model.named_parameters())),
+        "ema_params": {halflife: to_official(average) for halflife, average in (averages or {}).items()},
+    }
+    write_checkpoint(path, parts)
 
 
 def worst(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -175,29 +175,6 @@ def read_config(
     return checked(ModelConfig, fields, where)
 
 
-def save_checkpoint(
-    model: TrajectoryTransformer,
-    path: str | os.PathLike[str],
-    *,
-    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
-    step: int = 0,
-) -> None:
-    """Write weights, and averages such as `WeightAverages.state_dict()`, in the release's format.
-
-    The optimiser's state is not part of it, and there is no place for a normaliser: of a run with
-    `normalise` other than none, keep the run's normaliser.safetensors beside the file and pass it to
-    `sample_levels`. The file appears under its name only when complete.
-    """
-    write_checkpoint(
-        path,
-        {
-            "step": step,
-            "params": to_official(dict(model.named_parameters())),
-            "ema_params": {halflife: to_official(average) for halflife, average in (averages or {}).items()},
-        },
-    )
-
-
 def write_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
     """Write a checkpoint file of the release from its parts, nested maps of tensors and plain values.
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from command_line import SETTINGS, call
 from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
-from released import changed
+from released import changed, save_checkpoint
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.methods.trajectory_forcing import exchange
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.release import load_checkpoint, official_config, save_checkpoint
+from trainer.methods.trajectory_forcing.release import load_checkpoint, official_config
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.networks.config import ModelConfig
 from trainer.seeds import level_noise

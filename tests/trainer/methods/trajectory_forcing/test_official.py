@@ -6,7 +6,7 @@ from pathlib import Path
 import msgpack
 import pytest
 import torch
-from released import changed, golden_arrays, load, worst
+from released import changed, golden_arrays, load, save_checkpoint, worst
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.methods.trajectory_forcing.network import Guidance, TrajectoryTransformer
@@ -16,7 +16,6 @@ from trainer.methods.trajectory_forcing.release import (
     official_name,
     read_config,
     read_parts,
-    save_checkpoint,
     write_checkpoint,
 )
 from trainer.networks.config import ModelConfig
