@@ -125,6 +125,8 @@ def test_a_trained_run_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFix
         "--set",
         "model.patch_size=1",
         "--set",
+        "model.start=zeros",
+        "--set",
         "normalise=none",
     ]
     assert call("train", shards, "--out", run, *words) == 0
