@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.methods.trajectory_forcing.train import chosen_time_shift
+from trainer.networks import gaussian_start
 from trainer.networks.config import ModelConfig
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
@@ -36,8 +39,18 @@ def ring(n: int, generator: torch.Generator, modes: Tensor | None = None) -> Ten
     return centre + 0.05 * torch.randn(n, 2, generator=generator)
 
 
+def on_grid(values: Tensor) -> Tensor:
+    """Canvases [n, L, H, W, C] whose tokens all have the values [n, L, C]."""
+    return values[:, :, None, None].expand(-1, -1, *GRID, -1)
+
+
 def trained(
-    examples: Examples, num_classes: int = 1, scale: float = 1.0, steps: int = STEPS, **method: object
+    examples: Examples,
+    num_classes: int = 1,
+    scale: float = 1.0,
+    steps: int = STEPS,
+    start: Literal["zeros", "gaussian"] = "zeros",
+    **method: object,
 ) -> TrajectoryTransformer:
     """Train a network on canvases of one region, whose tokens are all equal, and return its weight average."""
     torch.manual_seed(0)
@@ -45,8 +58,19 @@ def trained(
     sizes = {"width": 48, "depth": 3, "head_depth": 1, "num_heads": 3, "num_class_tokens": 2}
     tokens = {"num_time_tokens": 2, "num_level_tokens": 2}
     model = TrajectoryTransformer(
-        ModelConfig(grid=GRID, in_channels=CHANNELS, num_classes=num_classes, num_levels=3, **sizes, **tokens)
+        ModelConfig(
+            grid=GRID,
+            in_channels=CHANNELS,
+            num_classes=num_classes,
+            num_levels=3,
+            start=start,
+            **sizes,
+            **tokens,
+        )
     )
+    if model.start is not None:
+        values, _, label = examples(2_000, generator)
+        model.start.fit([(on_grid(scale * values), label)])
     config = MethodConfig(
         **{"time_shift": chosen_time_shift(GRID, CHANNELS), "region_timing": "signal"} | method  # type: ignore[arg-type]
     )
@@ -55,7 +79,7 @@ def trained(
     averages = WeightAverages(model, optim.ema_halflives_kimg, optim.ema_ramp)
     for step in range(steps):
         values, level, label = examples(BATCH, generator)
-        canvases = (scale * values)[:, :, None, None].expand(-1, -1, *GRID, -1)
+        canvases = on_grid(scale * values)
         rows = torch.arange(BATCH)
         prev = canvases[rows, (level - 1).clamp(min=0)] * (level > 0)[:, None, None, None]
         draws = objective.draw_batch(BATCH, (*GRID, CHANNELS), config, seed=0, step=step)
@@ -139,22 +163,36 @@ def test_two_classes_of_4_modes_each_are_kept_apart_in_one_step() -> None:
         assert modes_found(points) == MODES // 2
 
 
-def two_levels(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Level 0 is near −1 or +1 in both channels, level 1 is N(level 0, 1)."""
+def two_levels(n: int, generator: torch.Generator, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Level 0 is near −1 or +1 in both channels, level 1 deviates from level 0 by `spread`."""
     sign = 2.0 * torch.randint(0, 2, (n, 1), generator=generator) - 1
     first = sign + 0.2 * torch.randn(n, CHANNELS, generator=generator)
-    second = first + torch.randn(n, CHANNELS, generator=generator)
+    second = first + spread * torch.randn(n, CHANNELS, generator=generator)
     level = torch.randint(0, 2, (n,), generator=generator)
     return torch.stack([first, second, second], dim=1), level, torch.zeros(n, dtype=torch.int64)
 
 
-@pytest.mark.drill
-def test_level_1_follows_level_0_and_keeps_a_variance_of_its_own() -> None:
-    first, second, _ = drawn(trained(two_levels, steps=900)).unbind(dim=1)
-    for sign in (-1.0, 1.0):
-        chosen = first.mean(dim=1).sign() == sign
-        step = (second - first)[chosen]
-        assert chosen.float().mean() > 0.3
+def steps_by_sign(model: TrajectoryTransformer) -> list[Tensor]:
+    """The change from level 0 to level 1 of samples whose level 0 is below and above 0: [n, C] each."""
+    first, second, _ = drawn(model).unbind(dim=1)
+    positive = first.mean(dim=1) > 0
+    assert 0.3 < positive.float().mean() < 0.7
+    return [(second - first)[chosen] for chosen in (~positive, positive)]
+
+
+@pytest.mark.parametrize("spread", [0.6, pytest.param(1.0, marks=pytest.mark.drill)])
+def test_level_1_follows_level_0_and_keeps_the_variance_of_its_own(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gaussian_start, "SHARE", 1.0)
+    model = trained(partial(two_levels, spread=spread), steps=150, start="gaussian")
+    for step in steps_by_sign(model):
         torch.testing.assert_close(step.mean(dim=0), torch.zeros(CHANNELS), atol=0.2, rtol=0)
-        # Half of the variance is there after 900 steps; a network that only copies level 0 has none.
-        assert 0.4 < float(step.var(dim=0).mean()) < 1.2
+        assert 0.8 < float(step.var(dim=0).mean()) / spread**2 < 1.2
+
+
+@pytest.mark.drill
+def test_level_1_loses_its_variance_from_the_start_of_the_release() -> None:
+    spread = 0.6
+    for step in steps_by_sign(trained(partial(two_levels, spread=spread))):
+        assert float(step.var(dim=0).mean()) / spread**2 < 0.4
