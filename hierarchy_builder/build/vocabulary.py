@@ -1,8 +1,8 @@
-"""Fit a vocabulary to all features of a build: draw tokens, iterate, add the coarser levels; resumable throughout.
+"""Fit a vocabulary to all features of a build: draw tokens, run k-means, then add the coarser levels.
 
-Tokens are drawn block by block into files below `vocabulary/`, and summed run by run (a run is some whole blocks) by
-workers that all see these files; the driver holds the centroids and adds the sums in the order of the runs. The
-centroids are saved after every move, so that a fit that was stopped goes on from there and ends with the same bytes.
+Tokens are drawn block by block into files below `vocabulary/`. In each iteration, workers sum the tokens of runs (a run
+is a group of whole blocks), and the driver adds the sums in the order of the runs and moves the centroids. The
+centroids are saved after every move, so an interrupted fit resumes there and ends with the same bytes.
 
     N images, M tokens of the fit, K prototypes of the finest level, C channels
 """
@@ -42,15 +42,15 @@ from hierarchy_builder.vocabulary.kmeans import (
 from hierarchy_builder.vocabulary.prototypes import Vocabulary, draw_tokens, nest_prototypes, token_shares
 
 RUN_TOKENS = 32_768
-"""Fewest tokens of a run: forming their sums takes a hundred times as long as sending them."""
+"""Smallest number of tokens of a run; summing so many takes a hundred times as long as sending the sums."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenSource:
-    """The tokens of a fit, as every worker sees them.
+    """The tokens of a fit, as every worker reads them.
 
-    given, drawn: int64 [N], tokens each row of the index gives to the fit, and those drawn of it into files. They
-    are the same where a sample is fitted; where all tokens are, files hold only those k-means++ starts from.
+    given, drawn: int64 [N], by row of the index: the number of tokens used in the fit, and the number drawn into files.
+    They are equal if a sample of the tokens is fitted; if all are, the files hold only the tokens for k-means++.
     """
 
     folder: BuildFolder
@@ -61,7 +61,7 @@ class TokenSource:
 
     @classmethod
     def load(cls, folder: BuildFolder, config: VocabularyConfig) -> TokenSource:
-        """Plan what is drawn, evenly over all usable images."""
+        """Choose the number of tokens of each image, evenly over all usable images."""
         num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
         usable, per_image = usable_rows(folder), encoder["grid"][0] * encoder["grid"][1]
         available = len(usable) * per_image
@@ -77,19 +77,19 @@ class TokenSource:
 
     @property
     def num_tokens(self) -> int:
-        """M."""
+        """Number of tokens in the fit, M."""
         return int(self.given.sum())
 
     @property
     def blocks(self) -> list[Block]:
-        """Blocks of the store, each of which gives one file of drawn tokens."""
+        """Blocks of the store; each has one file of drawn tokens."""
         return blocks_of(len(self.given), self.block_rows)
 
     def file(self, block: Block) -> Path:
         return self.folder.vocabulary_work / f"tokens-{block.number:06d}.npy"
 
     def runs(self) -> list[Block]:
-        """Whole blocks together until they give RUN_TOKENS tokens: the units of an iteration."""
+        """Group whole blocks into runs of at least RUN_TOKENS tokens, the units of an iteration."""
         runs, start, tokens = list[Block](), 0, 0
         for block in self.blocks:
             tokens += int(self.given[block.start : block.stop].sum())
@@ -99,7 +99,7 @@ class TokenSource:
         return runs
 
     def draw(self, block: Block, threads: int) -> int:
-        """Draw the tokens of a block into its file; returns the number of images read."""
+        """Draw the tokens of a block into its file, and return the number of images read."""
         shares = self.drawn[block.start : block.stop]
         features = stores.read_block(self.folder.features, "features", block)
         tokens = draw_tokens(features, range(block.start, block.stop), shares, self.config.seed)
@@ -109,7 +109,7 @@ class TokenSource:
         return len(block)
 
     def drawn_tokens(self, block: Block) -> np.ndarray:
-        """What `draw` wrote, float16 [m, C]. Raises BuilderError for a missing or damaged file."""
+        """Read the file that `draw` wrote, float16 [m, C]. Raises BuilderError if it is missing or damaged."""
         path = self.file(block)
         try:
             return np.load(path, allow_pickle=False)
@@ -119,7 +119,7 @@ class TokenSource:
             ) from None
 
     def tokens(self, run: Block) -> np.ndarray:
-        """All tokens a run gives to the fit, float16 [m, C]."""
+        """Read all tokens of a run that are used in the fit, float16 [m, C]."""
         blocks = [block for block in self.blocks if run.start <= block.start < run.stop]
         if np.array_equal(self.given, self.drawn):
             return np.concatenate([self.drawn_tokens(block) for block in blocks])
@@ -128,18 +128,18 @@ class TokenSource:
         return features[usable].reshape(-1, features.shape[-1])
 
     def sums(self, run: Block, threads: int, centroids: np.ndarray) -> ClusterSums:
-        """What a run contributes to an iteration."""
+        """Assign the tokens of a run to centroids, and return their sums."""
         return sum_clusters(self.tokens(run), centroids, threads=threads)
 
 
 def fit_vocabulary(
     folder: BuildFolder, config: VocabularyConfig, workers: Workers, reporter: Reporter
 ) -> Vocabulary:
-    """The vocabulary of all usable features; calls again after an interruption go on where it stopped.
+    """Fit the vocabulary of all usable features; a repeated call resumes an interrupted fit.
 
-    Engine torch spreads over all workers. faiss and cuml work in this process on all tokens of the fit at once, 6·M·C
-    bytes of memory, and start over when they were interrupted.
-    Raises UsageError if there are fewer tokens than prototypes, BuilderError where the engine's library is missing.
+    Backend torch uses all workers. faiss and cuml run in this process on all tokens of the fit at once, in 6·M·C bytes
+    of memory, and start over after an interruption.
+    Raises UsageError for fewer tokens than prototypes, BuilderError if the library of the backend is missing.
     """
     load = partial(TokenSource.load, folder, config)
     source, is_spread = load(), config.backend == "torch"
@@ -185,7 +185,7 @@ def _iterate(source: TokenSource, pool: Pool, reporter: Reporter) -> Prototypes:
 
 
 def _first_centroids(source: TokenSource) -> np.ndarray:
-    """k-means++ on some of the drawn tokens."""
+    """Choose the first centroids by k-means++ on some of the drawn tokens."""
     rows = start_rows(int(source.drawn.sum()), source.config)
     chosen, passed = [], 0
     for block in source.blocks:

@@ -1,4 +1,4 @@
-"""Two trajectories side by side: what differs, level by level, in numbers and as a picture.
+"""Comparison of two trajectories, level by level, in numbers and as a picture.
 
 L levels (coarse → fine), H×W grid of tokens, C channels, h×w pixels
 """
@@ -21,22 +21,22 @@ from trainer.metrics.edit_locality import decoded_locality, effectiveness, laten
 from trainer.trajectories.edit import Source
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
+from trainer.trajectories.view import CELL_PX, GAP_PX, INK, PAPER, tile
 
 Encode = Callable[[np.ndarray], np.ndarray]
-"""uint8 [B, h, w, 3] → float [B, H, W, C]: whose eyes judge decoded pictures."""
+"""uint8 [B, h, w, 3] → float [B, H, W, C]: the encoder in whose features decoded pictures are compared."""
 CHANGED = 1e-3
-"""1 − cos above which a token counts as changed: below it is what rounding and batch sizes do."""
-CELL_PX, GAP_PX, HEADER_PX, SIDE_PX = 112, 6, 26, 92
-PAPER, INK = (252, 252, 250), (26, 27, 31)
+"""1 − cos above which a token counts as changed; rounding and batch sizes cause smaller differences."""
+HEADER_PX, SIDE_PX = 26, 92
 HEAT = np.array(
     [(12, 12, 40), (96, 28, 110), (214, 72, 66), (252, 190, 72), (255, 252, 220)], dtype=np.float64
 )
 
 
 def edited_tokens(after: Trajectory, before: Trajectory | None = None) -> Selection | None:
-    """The tokens that edits of `after` touched on the coarsest level that was edited; None where none was.
+    """Return the tokens that edits of `after` changed on the coarsest edited level; None without edits.
 
-    before: a trajectory that `after` was made from; its own edits do not count.
+    before: the trajectory that `after` was made from; the edits of `before` itself are ignored.
     """
     skipped = len(before.history) if before is not None and _begins_with(after, before) else 0
     edits = [entry for entry in after.history[skipped:] if entry.get("edit") in ("features", "shape")]
@@ -57,11 +57,11 @@ def compare(
     source: Source | None = None,
     encode: Encode | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each level: how far the two are apart.
+    """Return one row for each level: how far the two trajectories are apart.
 
-    selection: the edited tokens, which gives LIS and what happened inside and outside them for its level and those
-    after it; None takes them from the history of `after`. source: what the edit put in, for its effect. encode: see
-    `encoder_of`. Numbers that were not asked for are NaN. Raises UsageError if levels, grid or channels differ.
+    selection: the edited tokens, for LIS and for the changes inside and outside them from its level on; None takes
+    them from the history of `after`. source: the features that the edit inserted, for its effect. encode: see
+    `encoder_of`. Missing numbers are NaN. Raises UsageError if levels, grid or channels differ.
     """
     if before.levels.shape != after.levels.shape:
         raise UsageError(
@@ -87,7 +87,7 @@ def compare(
 
 
 def by_measure(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `compare` with measures below each other and levels side by side; without those that are all NaN."""
+    """Transpose rows of `compare`: a row for each measure, a column for each level; all-NaN rows are dropped."""
     return [
         {"measure": name, **{f"level {row['level']}": row[name] for row in rows}}
         for name in rows[0]
@@ -102,7 +102,10 @@ def locality(
     source: Source | None = None,
     encode: Encode | None = None,
 ) -> dict[int, dict[str, float]]:
-    """For each level from the selection's on: LIS, effect inside, distances of decoded pictures (docs/metrics.md)."""
+    """Return LIS, the effect inside and distances of decoded pictures, for the selection's level and later ones.
+
+    docs/metrics.md defines them.
+    """
     args = selection.mask, selection.level
     scores = latent_invariance(before.levels, after.levels, *args)
     wanted = before.levels[selection.level, selection.mask] if source is None else source.over(selection)
@@ -121,7 +124,7 @@ def locality(
 
 
 def encoder_of(trajectory: Trajectory) -> Encode | None:
-    """The encoder whose features the levels are, where it needs no weights (`dct`); else None."""
+    """Return the encoder of the levels if it needs no weights (`dct`), else None."""
     spec = trajectory.encoder.get("decoder")
     if not isinstance(spec, dict) or spec.get("kind") != "dct":
         return None
@@ -139,7 +142,7 @@ def encoder_of(trajectory: Trajectory) -> Encode | None:
 
 
 def heat_map(change: np.ndarray, most: float) -> np.ndarray:
-    """Colours of 1 − cos: float [...] → uint8 [..., 3], dark at 0, light at `most`."""
+    """Turn 1 − cos into colours: float [...] → uint8 [..., 3], dark at 0, light at `most`."""
     position = np.clip(change / max(most, 1e-12), 0, 1) * (len(HEAT) - 1)
     low = np.minimum(position.astype(int), len(HEAT) - 2)
     share = (position - low)[..., None]
@@ -147,9 +150,9 @@ def heat_map(change: np.ndarray, most: float) -> np.ndarray:
 
 
 def comparison_png(before: Trajectory, after: Trajectory) -> Image.Image:
-    """A sheet: columns are levels; rows the canvases before and after, the change, and decoded pictures.
+    """Draw a sheet: columns are levels; rows are the canvases before and after, the change, and decoded pictures.
 
-    Canvases share their colours; the change is 1 − cos of each token, as light as its share of the largest.
+    Canvases share one palette; the change is 1 − cos of each token, relative to the largest.
     """
     change = token_change(before.levels, after.levels).numpy()
     palette = shared_palette([before.levels.numpy(), after.levels.numpy()])
@@ -171,11 +174,7 @@ def comparison_png(before: Trajectory, after: Trajectory) -> Image.Image:
     for number, (name, pictures) in enumerate(rows):
         draw.text((GAP_PX, HEADER_PX + number * step + CELL_PX // 2 - 8), name, INK, font=font)
         for level, picture in enumerate(pictures):
-            is_small = picture.shape[0] < CELL_PX
-            tile = Image.fromarray(np.ascontiguousarray(picture)).resize(
-                (CELL_PX, CELL_PX), Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
-            )
-            sheet.paste(tile, (SIDE_PX + level * step, HEADER_PX + number * step))
+            sheet.paste(tile(picture), (SIDE_PX + level * step, HEADER_PX + number * step))
     return sheet
 
 

@@ -1,10 +1,10 @@
-"""What edits do to one canvas: tokens take other features, or move to another region.
+"""Edits of one canvas: tokens take other features, or move to another region.
 
     H×W grid of tokens, C channels, n selected tokens (row-major)
 
 Two edits, as in Trajectory Forcing (arXiv 2606.22527, "Editing"): a feature edit replaces the features of selected
 tokens by those of a source, a shape edit gives tokens to another region, whose mean they take. Both act on one
-canvas and know nothing of levels, networks or files; `trajectory.Trajectory` applies them and draws finer levels again.
+canvas, without levels, networks or files; `trajectory.Trajectory` applies them and draws the finer levels again.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from trainer.trajectories.selection import Selection
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Source:
-    """Features that selected tokens take."""
+    """The features that selected tokens take."""
 
     features: Tensor
-    """float32 [n, C], one for each of `places`, or [1, C] for every token."""
+    """float32 [n, C], one row for each of `places`, or [1, C] for all tokens."""
     places: Tensor | None = None
-    """int64 [n, 2], row and column each feature was taken from; None for one feature."""
+    """int64 [n, 2]: row and column that each feature was taken from; None for a single feature."""
     note: Mapping[str, Any] = field(default_factory=dict)
-    """Where it comes from, as plain data for the history."""
+    """Where the features come from, as plain data for the history."""
 
     def over(self, selection: Selection) -> Tensor:
-        """The feature each selected token takes, float32 [n, C] in row-major order.
+        """Return the feature that each selected token takes, float32 [n, C] in row-major order.
 
-        Token by token: source and target are laid over each other by their bounding boxes, and a token takes the
-        source's nearest one. Equal shapes, wherever they lie, so match one to one.
+        The bounding boxes of source and target are laid over each other, and each token takes the nearest token of the
+        source. Regions of equal shape therefore match one to one, wherever they lie.
         """
         if self.places is None:
             return self.features.expand(selection.count, -1)
@@ -48,7 +48,7 @@ class Source:
 
 
 def mean_of(canvas: Tensor, selection: Selection) -> Source:
-    """The mean of the selected tokens. canvas: float [H, W, C] of the selection's level."""
+    """Return the mean of the selected tokens. canvas: float [H, W, C] of the selection's level."""
     return Source(
         features=_selected(canvas, selection).mean(dim=0, keepdim=True),
         note={"source": "mean", **selection.to_json()},
@@ -56,7 +56,7 @@ def mean_of(canvas: Tensor, selection: Selection) -> Source:
 
 
 def tokens_of(canvas: Tensor, selection: Selection) -> Source:
-    """The selected tokens one by one. canvas: float [H, W, C] of the selection's level."""
+    """Return the selected tokens one by one. canvas: float [H, W, C] of the selection's level."""
     return Source(
         features=_selected(canvas, selection),
         places=selection.mask.nonzero(),
@@ -65,7 +65,7 @@ def tokens_of(canvas: Tensor, selection: Selection) -> Source:
 
 
 def prototype(vocabulary: str | Path, number: int, *, level: int = -1) -> Source:
-    """One prototype of a vocabulary.npz that the builder fitted to features of the same encoder.
+    """Read one prototype of a vocabulary.npz that the builder fitted to features of the same encoder.
 
     level: of the vocabulary, coarse → fine, −1 the finest. Raises TrainerError for a file that is no vocabulary,
     UsageError for a prototype it does not hold.
@@ -90,7 +90,10 @@ def prototype(vocabulary: str | Path, number: int, *, level: int = -1) -> Source
 
 
 def as_source(features: Tensor | Source, selection: Selection) -> Source:
-    """A source as it is; or features [C] for all, [n, C] for each selected token, or a canvas [H, W, C] in place."""
+    """Make a source of features: [C] for all tokens, [n, C] for each selected one, or a canvas [H, W, C].
+
+    A Source is returned as it is.
+    """
     if isinstance(features, Source):
         return features
     features = features.detach().cpu().float()
@@ -108,9 +111,9 @@ def as_source(features: Tensor | Source, selection: Selection) -> Source:
 
 
 def replace_features(canvas: Tensor, selection: Selection, source: Source, strength: float = 1.0) -> Tensor:
-    """A copy of canvas [H, W, C] whose selected tokens are (1 − strength)·token + strength·source.
+    """Return a copy of canvas [H, W, C] whose selected tokens are (1 − strength)·token + strength·source.
 
-    strength 0 changes nothing, 1 takes the source, more goes beyond it. Tokens not selected keep their bits.
+    strength: 0 changes nothing, 1 takes the source, more extrapolates. Other tokens keep their bits.
     Raises UsageError for a strength that is not finite, or a source of another width.
     """
     if not math.isfinite(strength):
@@ -121,7 +124,7 @@ def replace_features(canvas: Tensor, selection: Selection, source: Source, stren
             f"the source has {features.shape[-1]} channels, the canvas {canvas.shape[-1]}: take one of the same encoder"
         )
     edited = canvas.clone()
-    # As a difference: strength 0, and a source equal to the token, then give the token's own bits.
+    # Written as a difference, so that strength 0 or a source equal to the token returns the token bit for bit.
     tokens = canvas[selection.mask]
     edited[selection.mask] = features if strength == 1 else tokens + strength * (features - tokens)
     return edited
@@ -132,11 +135,10 @@ def move_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Give the selected tokens to a region, whose mean over the canvas they take.
 
-    canvas: float [H, W, C]. regions: integer [H, W], of that canvas. region: their new one; None sends each token to
-    the neighbouring region, other than its own, that most of its four neighbours are of (the lowest id of several),
-    from the border inwards.
+    canvas: float [H, W, C]. regions: integer [H, W], of that canvas. region: the new region; None moves each token to
+    the other region that most of its four neighbours belong to (the lowest id of several), from the border inwards.
     Returns the edited canvas and regions; tokens that stay where they are keep their bits. Raises UsageError for a
-    region there is none of, and for tokens without another region beside them.
+    region that does not exist, and for tokens without another region next to them.
     """
     regions = regions.long()
     if region is None:
@@ -186,7 +188,7 @@ def _selected(canvas: Tensor, selection: Selection) -> Tensor:
 
 
 def _in_box(places: Tensor) -> Tensor:
-    """Positions in their bounding box, from 0 to 1; 0.5 along a side of one token."""
+    """Return positions relative to their bounding box, from 0 to 1, and 0.5 where the box is one token wide."""
     low, high = places.amin(dim=0), places.amax(dim=0)
     relative = (places - low) / (high - low).clamp(min=1)
     return torch.where(high > low, relative, 0.5).double()

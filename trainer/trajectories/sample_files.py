@@ -1,8 +1,8 @@
-"""Trajectories → files, as they are drawn: sheets, pages, tars, arrays. Only a few are in memory at a time.
+"""Writers of sampled trajectories: sheets, pages, tars and arrays. Only a few trajectories are in memory at a time.
 
     N trajectories, L levels, H×W grid of tokens, C channels, h×w pixels
 
-Every file appears under its name when it is whole. Sheets and pages of many trajectories are cut into several.
+A file gets its name when it is complete. Many trajectories are spread over several sheets, pages or tars.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TITLE = "Generated trajectories"
 
 
 class Drawn:
-    """A trajectory and its pictures, decoded once and only if some file shows them."""
+    """A trajectory and its pictures, which are decoded once and only if a file shows them."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
@@ -59,7 +59,7 @@ class Drawn:
         return self.trajectory.decode(level=len(self.trajectory.levels) - 1)
 
     def row(self) -> dict[str, Any]:
-        """What identifies it, as plain data."""
+        """Return label, class and seed as plain data."""
         return {"label": self.label, "class": self.trajectory.class_name, "seed": self.seed}
 
 
@@ -67,7 +67,7 @@ class SampleFiles(ABC):
     """Files of one format in a folder: `add` takes each trajectory, `end` finishes the last file."""
 
     def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
-        """count: trajectories that will come. facts: name → value, for what shows them."""
+        """count: number of trajectories to come. facts: name → value, shown on pages."""
         self.out, self.count, self.facts = out, count, facts
         self.files: list[Path] = []
 
@@ -77,11 +77,11 @@ class SampleFiles(ABC):
 
     @abstractmethod
     def end(self, is_whole: bool) -> None:
-        """Finish the file that is open, or remove it where not all trajectories came."""
+        """Finish the open file, or remove it if not all trajectories came."""
 
 
 class TrajectoryFiles(SampleFiles):
-    """`trajectories/label0207-seed000003.safetensors`: all there is to know, to edit and resume."""
+    """`trajectories/label0207-seed000003.safetensors`: a whole trajectory, which can be edited and resumed."""
 
     def add(self, drawn: Drawn) -> None:
         path = self.out / "trajectories" / f"{drawn.name}.safetensors"
@@ -89,11 +89,11 @@ class TrajectoryFiles(SampleFiles):
         self.files.append(path)
 
     def end(self, is_whole: bool) -> None:
-        """No file is open: each holds one trajectory."""
+        """Do nothing: each file holds one trajectory."""
 
 
 class Sheets(SampleFiles, ABC):
-    """Files of up to PER_SHEET trajectories each, in colours that all share."""
+    """Files of up to PER_SHEET trajectories each; all share one palette."""
 
     stem: str
     suffix: str
@@ -123,7 +123,7 @@ class Sheets(SampleFiles, ABC):
 
 
 class PngSheets(Sheets):
-    """`grid.png`: rows are trajectories, columns levels."""
+    """`grid.png`: rows are trajectories, columns are levels."""
 
     stem, suffix = "grid", ".png"
 
@@ -133,7 +133,7 @@ class PngSheets(Sheets):
 
 
 class HtmlPages(Sheets):
-    """`index.html`: one page with everything in it."""
+    """`index.html`: a self-contained page."""
 
     stem, suffix = "index", ".html"
 
@@ -239,7 +239,7 @@ FORMATS: dict[str, Callable[[Path, int, Mapping[str, Any]], SampleFiles]] = {
 
 
 def parse_formats(text: str) -> list[str]:
-    """Names of formats separated by commas. Raises UsageError naming those there are."""
+    """Split names of formats at commas. Raises UsageError listing the known formats."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     if unknown := [name for name in names if name not in FORMATS]:
         raise UsageError(f"unknown format {unknown[0]!r}, expected one or more of {', '.join(FORMATS)}")
@@ -253,10 +253,10 @@ def write_samples(
     count: int,
     facts: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Write trajectories to `out` in every format as they come; yields a row about each.
+    """Write trajectories to `out` in every format as they come, and yield a row about each.
 
-    count: how many will come. facts: name → value, shown on pages. A row has label, class, seed and, with the format
-    `safetensors`, the file. Files that are unfinished when something fails are removed.
+    count: number of trajectories to come. facts: name → value, shown on pages. A row has label, class, seed and, with
+    the format `safetensors`, the file. After a failure, unfinished files are removed.
     """
     sinks: list[SampleFiles] = []
     is_whole = False
@@ -264,9 +264,9 @@ def write_samples(
     def end(sink: SampleFiles) -> None:
         sink.end(is_whole)
 
-    with ExitStack() as ends:  # each is ended, also where the end of another fails
+    with ExitStack() as ends:  # every writer is ended, even if ending another one fails
         for trajectory in trajectories:
-            if not sinks:  # nothing is made before the first trajectory is there
+            if not sinks:  # no folder is made before the first trajectory is drawn
                 out.mkdir(parents=True, exist_ok=True)
                 sinks = [FORMATS[name](out, count, facts) for name in formats]
                 for sink in sinks:

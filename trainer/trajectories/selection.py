@@ -1,9 +1,9 @@
-"""Which tokens of which level: what an edit acts on.
+"""A selection: the tokens of one level that an edit changes.
 
     H×W grid of tokens, C channels
 
 Canvases of different levels share a grid, so tokens chosen on one level would silently fit another. A selection
-therefore remembers its level, and whatever joins or applies it at another level refuses it.
+therefore stores its level, and joining or applying it at another level is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hierarchy_builder.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Selection:
-    """Tokens of one level; joined by `|`, `&`, `-`, inverted by `~`."""
+    """Tokens of one level. `|`, `&` and `-` combine selections, `~` inverts one."""
 
     mask: Tensor
     """bool [H, W] on the CPU."""
@@ -41,7 +41,7 @@ class Selection:
     def from_coordinates(
         cls, coordinates: Iterable[Sequence[int]], *, grid: tuple[int, int], level: int
     ) -> Selection:
-        """Tokens at (row, column) pairs, counted from 0 at the top left. Raises UsageError outside the grid."""
+        """Select tokens at (row, column) pairs, counted from 0 at the top left. Raises UsageError outside the grid."""
         mask = torch.zeros(grid, dtype=torch.bool)
         for row, column in coordinates:
             if not (0 <= row < grid[0] and 0 <= column < grid[1]):
@@ -55,7 +55,7 @@ class Selection:
     def from_painting(
         cls, painting: np.ndarray | Tensor, *, grid: tuple[int, int], level: int, share: float = 0.5
     ) -> Selection:
-        """Tokens of which at least `share` is painted.
+        """Select the tokens of which at least `share` is painted.
 
         painting: [h, w] of any size, painted where not 0; or [h, w, 4], painted where alpha is not 0. The whole
         painting is laid over the whole grid.
@@ -70,9 +70,9 @@ class Selection:
 
     @classmethod
     def from_region(cls, regions: Tensor, region: int | Sequence[int], *, level: int) -> Selection:
-        """Tokens of one region, or of several. regions: integer [H, W], ids of that level.
+        """Select the tokens of one region, or of several. regions: integer [H, W], ids of that level.
 
-        Raises UsageError naming the ids there are.
+        Raises UsageError listing the existing ids.
         """
         wanted = [region] if isinstance(region, int) else list(region)
         there = regions.unique().tolist()
@@ -85,9 +85,10 @@ class Selection:
     def from_neighbours(
         cls, canvas: Tensor, token: Sequence[int], *, level: int, cosine: float = 0.9, connected: bool = False
     ) -> Selection:
-        """Tokens whose feature has a cosine of at least `cosine` with that of the token at (row, column).
+        """Select the tokens whose feature has a cosine of at least `cosine` with that of the token at (row, column).
 
-        canvas: float [H, W, C] of that level. connected: only those that reach the token over others (4 neighbours).
+        canvas: float [H, W, C] of that level. connected: select only tokens connected to it over selected tokens, by
+        their four neighbours.
         """
         if not -1 <= cosine <= 1:
             raise UsageError(f"cosine is {cosine}, expected -1 to 1, the nearer to 1 the more alike")
@@ -103,17 +104,17 @@ class Selection:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Number of rows and columns."""
         return self.mask.shape[0], self.mask.shape[1]
 
     @property
     def count(self) -> int:
-        """Tokens selected."""
+        """Number of selected tokens."""
         return int(self.mask.sum())
 
     @property
     def tokens(self) -> list[int]:
-        """Row-major numbers of the selected tokens, rising."""
+        """Row-major numbers of the selected tokens, in rising order."""
         return self.mask.flatten().nonzero()[:, 0].tolist()
 
     def __or__(self, other: Selection) -> Selection:
@@ -129,23 +130,23 @@ class Selection:
         return Selection(mask=~self.mask, level=self.level)
 
     def grow(self, steps: int = 1) -> Selection:
-        """With the tokens that touch it by a side, `steps` times."""
+        """Add the tokens that share a side with the selection, `steps` times."""
         mask = self.mask
-        for _ in range(min(steps, sum(self.grid))):  # more reach no further
+        for _ in range(min(steps, sum(self.grid))):  # further steps change nothing
             padded = F.pad(mask, (1, 1, 1, 1))
             mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
         return Selection(mask=mask, level=self.level)
 
     def shrink(self, steps: int = 1) -> Selection:
-        """Without the tokens that touch others by a side, `steps` times; the edge of the grid is no border."""
+        """Remove the tokens that share a side with an unselected token, `steps` times."""
         return ~(~self).grow(steps)
 
     def at(self, level: int) -> Selection:
-        """The same tokens of another level, on purpose."""
+        """Return a selection of the same tokens on another level."""
         return Selection(mask=self.mask, level=level)
 
     def require(self, grid: tuple[int, int], level: int) -> None:
-        """Raise UsageError unless there are tokens, of this grid and level."""
+        """Raise UsageError unless the selection holds tokens, and is of this grid and level."""
         if self.level != level:
             raise UsageError(
                 f"the selection is of level {self.level}, the edit of level {level}: select there, or take the same "
@@ -159,12 +160,12 @@ class Selection:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: `from_json` reads it back."""
+        """Return the selection as plain data, which `from_json` reads."""
         return {"level": self.level, "grid": list(self.grid), "tokens": self.tokens}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Selection:
-        """What `to_json` wrote. Raises UsageError."""
+        """Read what `to_json` returned. Raises UsageError for other data."""
         try:
             height, width = content["grid"]
             mask = torch.zeros(height * width, dtype=torch.bool)
@@ -185,6 +186,6 @@ class Selection:
 
 
 def _ranges(ids: list[int]) -> str:
-    """Rising ids as text: 0 to 5, or 0, 2, 7."""
+    """Rising ids as text, such as `0 to 5` or `0, 2, 7`."""
     is_dense = len(ids) > 2 and ids[-1] - ids[0] == len(ids) - 1
     return f"{ids[0]} to {ids[-1]}" if is_dense else ", ".join(map(str, ids))

@@ -1,4 +1,4 @@
-"""How trajectories are shown: every level on a sheet or a page, with its decoded picture where there is one.
+"""Sheets and pages of trajectories: every level, with its decoded picture if there is a decoder.
 
 L levels (coarse → fine), H×W grid of tokens, C channels, S pixels a side
 """
@@ -32,9 +32,9 @@ PAPER, INK, MUTED = (252, 252, 250), (26, 27, 31), (92, 96, 105)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrajectoryView:
-    """One generated trajectory, as a report shows it.
+    """One generated trajectory, as reports show it.
 
-    canvases: float [L, H, W, C]. decoded: uint8 [L, S, S, 3] or None. notes: short values shown below.
+    canvases: float [L, H, W, C]. decoded: uint8 [L, S, S, 3] or None. notes: short values to show below it.
     """
 
     label_name: str
@@ -51,18 +51,18 @@ def trajectories_page(
     trajectories: Sequence[TrajectoryView],
     palette: Palette | None = None,
 ) -> Page:
-    """A page of trajectories alone. facts: name → value. palette: fitted on their last levels where it is not given."""
+    """Make a page of trajectories. facts: name → value. palette: by default it is fitted to their last levels."""
     palette = palette or page_palette(trajectories)
     return Page(title=title, sections=[*facts_section(facts), *samples_section(trajectories, palette)])
 
 
 def facts_section(facts: Mapping[str, Any]) -> list[Section]:
-    """The summary at the top of a page, where there are facts."""
+    """Make the summary at the top of a page, if there are facts."""
     return [Section(title="Summary", blocks=[Facts(entries=facts)])] if facts else []
 
 
 def samples_section(trajectories: Sequence[TrajectoryView], palette: Palette | None) -> list[Section]:
-    """The gallery of the trajectories, where there are any."""
+    """Make the gallery of the trajectories, if there are any."""
     gallery = Gallery(viewers=[_viewer(trajectory, palette) for trajectory in trajectories], start=-1)
     section = Section(title="Generated trajectories", text=_text(trajectories), blocks=[gallery])
     return [section] if trajectories else []
@@ -71,7 +71,7 @@ def samples_section(trajectories: Sequence[TrajectoryView], palette: Palette | N
 def page_palette(
     trajectories: Sequence[TrajectoryView], teachers: Sequence[HierarchyView] = ()
 ) -> Palette | None:
-    """The palette of a page: of the teachers' tokens, else of the generated ones; None without finite tokens."""
+    """Fit the palette of a page to the teachers' tokens, or else to the generated ones; None without finite tokens."""
     teacher_palette = shared_palette(view.tokens() for view in teachers)
     return teacher_palette or shared_palette(trajectory.canvases[-1] for trajectory in trajectories)
 
@@ -79,10 +79,10 @@ def page_palette(
 def trajectory_grid_png(
     trajectories: Sequence[TrajectoryView], palette: Palette | None = None
 ) -> Image.Image:
-    """A contact sheet: rows are samples, columns are levels, each with its canvas beside its decoded picture.
+    """Draw a contact sheet: rows are samples, columns are levels, each with its canvas next to its decoded picture.
 
-    palette: colours of the canvases, fitted on the final canvases where it is not given.
-    Raises ValueError without trajectories or if they differ in the number of levels.
+    palette: colours of the canvases; by default it is fitted to the final canvases.
+    Raises ValueError without trajectories, or if they differ in the number of levels.
     """
     counts = sorted({len(trajectory.canvases) for trajectory in trajectories})
     if len(counts) != 1:
@@ -107,7 +107,7 @@ def trajectory_grid_png(
         for j, view in enumerate(views):
             for level, picture in enumerate(view.layers):
                 x = MARGIN_PX + LABEL_PX + level * column_px + j * (CELL_PX + 2)
-                sheet.paste(_tile(picture), (x, MARGIN_PX + HEADER_PX + i * (CELL_PX + GAP_PX)))
+                sheet.paste(tile(picture), (x, MARGIN_PX + HEADER_PX + i * (CELL_PX + GAP_PX)))
     return sheet
 
 
@@ -152,7 +152,8 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width_px: int) -> 
     return lines
 
 
-def _tile(picture: np.ndarray) -> Image.Image:
+def tile(picture: np.ndarray) -> Image.Image:
+    """Resize a picture to a cell of a sheet; small ones keep sharp tokens."""
     enlarged = max(picture.shape[:2]) < CELL_PX
     resampling = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
     return Image.fromarray(np.ascontiguousarray(picture)).resize((CELL_PX, CELL_PX), resampling)

@@ -64,21 +64,21 @@ RENAMES = [
     (r"\.attention\.out\.", ".attn.proj."),
     (r"\.mlp\.w2\.", ".mlp.w3."),
 ]
-"""Our parameter names → the release's, applied in order, but for those that the release keeps in one matrix."""
+"""Our parameter names → the release's, applied in order; matrices that the release stacks are in STACKED."""
 STACKED = [
     (r"\.attention\.([qkv])\.", ".attn.qkv.", ("q", "k", "v")),
     (r"\.mlp\.(w[13])\.", ".mlp.w12.", ("w1", "w3")),
 ]
-"""Ours, the matrix of the release that holds it, and what lies there one below the other."""
+"""Our matrices, the matrix of the release that stacks them, and their order in it."""
 POSITIONS = "pos_embed"
 
 
 def load_latent_forcing(folder: str | Path) -> PixelLatentTransformer:
     """Read the network of a folder of the release, in evaluation mode.
 
-    It is called as network(pixels, latents, t_pixels=, t_latents=, label=) → (pixels, latents): channels-last, and
-    t = 1 is noise. Raises UsageError if the configuration is incomplete, TrainerError if the weights cannot be read,
-    MismatchError if they do not fit it or are not finite.
+    Call it as network(pixels, latents, t_pixels=, t_latents=, label=) → (pixels, latents); arrays are channels-last,
+    and t = 1 is noise. Raises UsageError if the configuration is incomplete, TrainerError if the weights cannot be
+    read, MismatchError if they do not fit it or are not finite.
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG)
@@ -94,7 +94,7 @@ def load_latent_forcing(folder: str | Path) -> PixelLatentTransformer:
 
 
 def to_official(model: PixelLatentTransformer) -> dict[str, Tensor]:
-    """The arrays of the release, by its names and in its shapes, that hold the weights of a network."""
+    """Convert the weights of a network to the names and shapes of the release."""
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         theirs, part, _ = official_name(name)
@@ -107,7 +107,7 @@ def to_official(model: PixelLatentTransformer) -> dict[str, Tensor]:
 
 
 def read_config(path: str | Path) -> LatentModelConfig:
-    """The network that a configuration of the release describes. Raises UsageError if it is none."""
+    """Read the network that a configuration of the release describes. Raises UsageError for any other file."""
     path = Path(path)
     given = {"in_channels": PIXEL_CHANNELS} | read_fields(path)
     needed = ("input_size", "in_channels", *CONFIG_NAMES.values())
@@ -129,7 +129,7 @@ def read_config(path: str | Path) -> LatentModelConfig:
 
 
 def official_name(name: str) -> tuple[str, int, int]:
-    """The release's array that holds a parameter of ours, which part of it, and of how many, along its rows."""
+    """Return the release's array that holds one of our parameters, its part along the rows, and the number of parts."""
     part, parts = 0, 1
     for pattern, replacement, order in STACKED:
         if match := re.search(pattern, name):
@@ -141,7 +141,7 @@ def official_name(name: str) -> tuple[str, int, int]:
 
 
 def _taken(name: str, given: Mapping[str, Tensor]) -> Tensor:
-    """Our parameter out of the release's arrays."""
+    """Take one of our parameters from the release's arrays."""
     theirs, part, parts = official_name(name)
     array = given[theirs]
     if array.ndim == 4:  # a convolution over a patch: [out, channels, rows, columns]
@@ -150,7 +150,7 @@ def _taken(name: str, given: Mapping[str, Tensor]) -> Tensor:
 
 
 def _outward(name: str, array: Tensor, config: LatentModelConfig) -> Tensor:
-    """An array as the release shapes it: embedders are convolutions."""
+    """Shape an array as the release does, where embedders are convolutions."""
     if "_embedder.proj" not in name or array.ndim != 2:
         return array
     side = config.patch_px if name.startswith("pixel_embedder.proj1") else 1

@@ -1,8 +1,8 @@
-"""Noise → latents → pixels along the clocks of `trainer.methods.latent_forcing.clocks`, by Heun's method or Euler's.
+"""Sampling of latents and pixels along the clocks of `trainer.methods.latent_forcing.clocks`, by Heun or Euler.
 
     B images, H×W grid, K canvases, C channels of one, h×w pixels, S steps
 
-t = 1 is noise, t = 0 is data. Both modalities take every step; one whose clock stands still stays as it is.
+t = 1 is noise, t = 0 is data. Both modalities take every step; one whose clock stands still does not change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ClockGuidance:
     high: float = 1.0
 
     def at(self, t: float) -> float:
-        """The scale at time t."""
+        """Return the scale at time t."""
         return self.scale if self.low < t and (t < self.high or self.high >= 1) else 1.0
 
 
@@ -56,14 +56,14 @@ def sample_pixels(
 ) -> tuple[Tensor, Tensor]:
     """Sample (pixels, latents), float32 of the shapes of the noise.
 
-    label: int64 [B]. noise_pixels: [B, h, w, 3]; noise_latents: [B, H, W, K·C]: where the grid starts, so clean
-    latents and a grid that has them at 0 throughout sample the pixels of given latents. grid: t_pixels [S + 1] and
-    t_latents [S + 1, K], see `clocks.sampling_grid`.
-    What guides is the network itself without class, or weak_network, without class too (autoguidance). weak_from:
-    the weak network guides once all latents have come to this time, the network itself before: 1 is always, 0.001
+    label: int64 [B]. noise_pixels: [B, h, w, 3] and noise_latents: [B, H, W, K·C] are the states at the start of the
+    grid; to sample the pixels of given latents, pass clean latents and a grid with their time at 0 throughout. grid:
+    t_pixels [S + 1] and t_latents [S + 1, K], see `clocks.sampling_grid`.
+    Guidance moves away from the network without class, or from weak_network without class (autoguidance). weak_from:
+    weak_network is used once all latents have reached this time, and the network itself before; 1 means always, 0.001
     the pixel stage alone, as in the paper's best setting.
-    Heun's method takes its last step as Euler's does. clean_ends: and each step in which a latent arrives at t = 0,
-    where the release takes Heun's; half the noise of that step then stays, since a clean latent has no velocity.
+    The last step of Heun's method is an Euler step. clean_ends: so is each step in which a latent reaches t = 0; the
+    release takes a Heun step there, which leaves half the noise of that step, since a clean latent has no velocity.
     time_floor: as in training.
     Raises UsageError when the grid does not run from a time to a smaller one.
     """
@@ -88,7 +88,7 @@ def sample_pixels(
 
 
 Pair = tuple[Tensor, Tensor]
-"""Something of the pixels and the same of the latents."""
+"""A tensor of the pixels, and the same of the latents."""
 
 
 @dataclass(frozen=True, kw_only=False, slots=True)

@@ -1,16 +1,16 @@
-"""Exact likelihoods of real images under a run of Normalizing Trajectory Models: in bits, by transition and by token.
+"""Exact likelihoods of real images under a run of Normalizing Trajectory Models, in bits by transition and token.
 
     B images, K transitions of a chain, L levels, H×W grid, C channels, N = H·W tokens
 
-Densities are of features in their own units, with the noise that the chain puts on them: a deviation of t_min on
-(1 − t_min) times the features, or of `level_noise` on every canvas, both in units of normalised features. What is
-exact is the density of a chain of states. That of a single state at t_min is at most
-E[−log p(chain)] − H(chain | state), an upper bound. No density of a state can be sharper than the noise on it, so
+Densities are those of features in their own units with the noise of the chain: standard deviation t_min on
+(1 − t_min) times the features, or `level_noise` on every canvas, both in units of normalised features. The density
+of a chain of states is exact. The cost of a single state at t_min is at most E[−log p(chain)] − H(chain | state), an
+upper bound. No density of a state can be sharper than the noise on it, so
 
     added bits = bits of a transition − log₂(c·√(2πe)),   c the deviation of that state, given the one before and the
                                                           clean canvas
 
-are what the transition had to tell: at least 0 on average, and in no unit of features.
+measure the information of the transition: they are at least 0 on average, and independent of the features' unit.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ MEASURED_TOGETHER = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Measured:
-    """What an image costs, level after level. With `tokens` there is one level; levels run coarse → fine.
+    """The bits of one image, level by level, coarse → fine; with trajectory `tokens` there is one level.
 
-    With trajectory `levels` the one transition of level ℓ is p(z^ℓ | z^(ℓ−1)); else every level has T, clean → noisy.
+    With trajectory `levels`, the only transition of level ℓ is p(z^ℓ | z^(ℓ−1)); else each level has T, clean → noisy.
     """
 
     key: str
@@ -55,19 +55,19 @@ class Measured:
     bits: np.ndarray
     """float32 [levels, K, H, W]: bits of each token in each transition; sums over tokens are exact."""
     added: np.ndarray
-    """float32 [levels, K, H, W]: the same above what the noise alone costs."""
+    """float32 [levels, K, H, W]: the same minus the cost of the noise alone."""
     bound: np.ndarray
-    """float32 [levels]: upper bound of the bits of the level's cleanest state; exact with trajectory `levels`."""
+    """float32 [levels]: upper bound of the bits of the level's cleanest state, which is exact for `levels`."""
     moments: np.ndarray
     """float32 [L, 2, C]: mean and mean square of the tokens of every canvas, normalised, without noise."""
 
     @property
     def added_total(self) -> float:
-        """Added bits of the whole image, by which images rank: the more, the more surprising."""
+        """Added bits of the whole image; images with more of them are more surprising."""
         return float(self.added.sum())
 
     def region_bits(self) -> list[list[float]]:
-        """Added bits of every region, by level and region id; of every token on the last level."""
+        """Return added bits by level and region id; every token of the last level is a region."""
         per_level = self.added.sum(axis=1)
         finest = np.arange(per_level[0].size).reshape(1, *per_level.shape[1:])
         ids = np.concatenate([self.regions.astype(np.int64), finest])[-len(per_level) :]
@@ -79,10 +79,11 @@ class Measured:
 def measure(
     pipe: NormalizingPipeline, index: ShardIndex, numbers: list[int], num_steps: int = 1
 ) -> Iterator[Measured]:
-    """The likelihood of images `numbers` of the shards, given their class.
+    """Measure the likelihood of images of the shards, given by their numbers and conditioned on their classes.
 
-    num_steps: T, 1 for the first of those trained. Noise is a function of an image's number, so neither neighbours nor
-    batches change a result. Raises NonFiniteLossError naming the images and their seeds where a density is not finite.
+    num_steps: T; 1 takes the first number that the network was trained with. Noise depends only on an image's number,
+    so batches do not change a result. Raises NonFiniteLossError, naming image and seed, for a density that is not
+    finite.
     """
     reader = ShardReader(index)
     T = pipe.model.config.num_steps[0] if num_steps == 1 else num_steps
@@ -116,13 +117,13 @@ def measure(
 def likelihood(
     pipe: Any, index: ShardIndex, max_real: int = 10_000, num_steps: int = 1, follow: Follow = unseen
 ) -> tuple[list[tuple[str, float]], list[Measured]]:
-    """(name, value) of each metric, means over at most `max_real` images spread evenly, and what they are means of.
+    """Return (name, value) of each metric, a mean over at most `max_real` evenly spread images, and these images.
 
-    bits_per_dim: of a chain of states, exact, per number of all its states. bits_per_dim_bound, of noise chains: the
-    upper bound on that of the cleanest state. Both with _gaussian: what independent Gaussians would need for the same,
-    see `gaussian_bits`. added_bits_per_dim: see above, of a whole chain and all levels per number of one canvas; all
-    also by level, added bits of noise chains also by transition, clean → noisy. noise: deviation of the noise on what
-    is measured, in units of normalised features. follow: shows how far it is.
+    bits_per_dim: exact bits of a chain of states, per number of all its states. bits_per_dim_bound, for noise chains:
+    the upper bound for the cleanest state. The same names with _gaussian: the bits that independent Gaussians need, see
+    `gaussian_bits`. added_bits_per_dim: see above, of the whole chain and all levels per number of one canvas. Metrics
+    are also given by level, and added bits of noise chains by transition, clean → noisy. noise: standard deviation of
+    the noise on the measured features, in units of normalised features. follow: reports progress.
     Raises UsageError for a run of another method.
     """
     if not isinstance(pipe, NormalizingPipeline):
@@ -156,7 +157,7 @@ def likelihood(
 def _levels(
     pipe: NormalizingPipeline, canvases: Tensor, label: Tensor, numbers: list[int], num_steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(bits, added, bound) of a batch, [B, levels, K, H, W] twice and [B, levels]."""
+    """Return (bits, added, bound) of a batch: twice [B, levels, K, H, W], and [B, levels]."""
     config, device = pipe.model.config, next(pipe.model.parameters()).device
     B, L = canvases.shape[:2]
     own_levels = L if config.trajectory == "canvases" else 1
@@ -184,9 +185,7 @@ def _levels(
     scale = _log_volume(pipe).to(device)  # nats of a token that the units of its features account for
     bits, added = torch.stack(nats, dim=1) + scale, torch.stack(nats, dim=1) - torch.stack(floors, dim=1)
     bound = torch.stack(bounds, dim=1) + scale.expand(config.grid).sum()
-    if (
-        config.trajectory == "levels"
-    ):  # levels are what the chain runs through: one transition each, coarse → fine
+    if config.trajectory == "levels":  # the chain runs through the levels, with one transition each
         bits, added = (value[:, 0].flip(1)[:, :, None] for value in (bits, added))
         bound = bits.sum(dim=(2, 3, 4)) * math.log(2)
         return bits.cpu() / math.log(2), added.cpu() / math.log(2), bound.cpu() / math.log(2)
@@ -194,7 +193,7 @@ def _levels(
 
 
 def _floor(chain: Chain, pipe: NormalizingPipeline, channels: int) -> Tensor:
-    """Nats of a token that the noise of each state costs at least, [B, K, 1, 1]."""
+    """Return the least nats of a token, which the noise of each state costs, [B, K, 1, 1]."""
     if pipe.model.config.trajectory == "levels":
         deviation = torch.full_like(chain.times[:, 1:], pipe.method.level_noise)
     else:
@@ -203,13 +202,13 @@ def _floor(chain: Chain, pipe: NormalizingPipeline, channels: int) -> Tensor:
 
 
 def _last_state(chain: Chain) -> Tensor:
-    """−log p(x_T) − H(states 1 … T | state 0) in nats, [B]: what turns a chain into a bound on its first state."""
+    """Return −log p(x_T) − H(states 1 … T | state 0) in nats, [B]; it turns a chain into a bound on its first state."""
     last = chain.states[:, -1].flatten(1)
     return (0.5 * last.square() + HALF_LOG_2PI).sum(dim=1) - chain_entropy(chain.times) * last.shape[1]
 
 
 def _log_volume(pipe: NormalizingPipeline) -> Tensor:
-    """ln of the volume that a unit of normalised features has in features' own units, by token: [] or [H, W]."""
+    """Return ln of the volume of a unit of normalised features in the features' own units, by token: [] or [H, W]."""
     std = pipe.normaliser.std
     channels = pipe.model.config.in_channels
     return std.log().sum(dim=-1) if std.ndim else channels * std.log()

@@ -1,13 +1,13 @@
-"""Noise → canvases along a trajectory: T network evaluations in u-space, then one of three ways back to features.
+"""Sampling of canvases along a trajectory: T network evaluations in u-space, then one of three ways to features.
 
     B images, T transitions, L levels, H×W grid, C channels
 
-    inverse     the transporter's inverse, token by token; the noise of the cleanest state stays in; not of levels
+    inverse     the transporter's inverse, token by token; the noise of the cleanest state remains; not for levels
     score       the inverse of all states, then their noise removed by the trajectory's own score
     denoiser    the learned denoiser: no inverse and no gradient
 
-Levels are drawn one after the other, each from the clean canvas before it: later levels are a function of that canvas
-and of their own noise alone, which is what editing and resuming rest on.
+Levels are drawn one after the other, each from the clean canvas before it. Later levels depend only on that canvas and
+on their own noise, so trajectories can be edited and resumed.
 
 Source: Normalizing Trajectory Models (2026), arXiv 2605.08078, Algorithm 2; a hierarchy as the trajectory is our own.
 """
@@ -32,22 +32,22 @@ class HowToSample:
     """How trajectories are drawn and ended."""
 
     num_steps: int
-    """T; one of those the network was trained on."""
+    """T, one of the numbers of transitions that the network was trained with."""
     ending: Ending = "score"
-    """How the cleanest states become canvases."""
+    """How the cleanest states are turned into canvases."""
     guidance: float = 0.0
-    """w of guidance on means and deviations; 0 is none."""
+    """Weight w of guidance on means and deviations; 0 turns it off."""
     clip: float | None = None
-    """Share of the scores of an image that is not cut to the largest of them; None cuts none."""
+    """Share of the scores of an image that is not clipped to the largest of them; None clips none."""
 
 
 def seen_label(label: Tensor, network: NormalizingNetwork, method: NormalizingMethodConfig) -> Tensor:
-    """Labels as training showed them: all of the null class where it dropped every one."""
+    """Return labels as training showed them: the null class for a network trained without labels."""
     return torch.full_like(label, network.config.num_classes) if method.label_dropout == 1 else label
 
 
 def check_ending(network: NormalizingNetwork, ending: Ending) -> None:
-    """Raise UsageError where a network has no such ending."""
+    """Raise UsageError for an ending that a network does not have."""
     if ending == "denoiser" and network.denoiser is None:
         raise UsageError(
             "ending 'denoiser': the model has none; train one with --set distil_from=RUN, or end by inverse or score"
@@ -60,7 +60,7 @@ def check_ending(network: NormalizingNetwork, ending: Ending) -> None:
 
 
 def num_noises(network: NormalizingNetwork, num_steps: int) -> int:
-    """Canvases of noise that one image takes: T + 1, for each level where canvases are modelled; 2·L for levels."""
+    """Return the canvases of noise for one image: T + 1 for tokens, T + 1 per level for canvases, 2·L for levels."""
     config = network.config
     if config.trajectory == "levels":
         return 2 * config.num_levels
@@ -107,7 +107,7 @@ def sample_canvases(
 def predicted(
     network: NormalizingNetwork, u: Tensor, t: Tensor, s: Tensor, given: Given, how: HowToSample
 ) -> Gaussian:
-    """Law of the next state in u-space, with guidance."""
+    """Return the distribution of the next state in u-space, with guidance."""
     law = network.predict(u, t, s, given, how.num_steps)
     if not how.guidance:
         return law
@@ -118,8 +118,10 @@ def predicted(
 def draw_states(
     network: NormalizingNetwork, times: Tensor, given: Given, noise: Tensor, how: HowToSample
 ) -> Tensor:
-    """States in u-space [B, T+1, H, W, C], the cleanest first. times: [B, T+1]; noise: [T+1, B, H, W, C], the first of
-    which is the state at t = 1."""
+    """Draw states in u-space, [B, T+1, H, W, C], the cleanest first.
+
+    times: [B, T+1]. noise: [T+1, B, H, W, C]; the first is the state at t = 1.
+    """
     states = [noise[0]]
     for k in range(how.num_steps, 0, -1):
         law = predicted(network, states[-1], times[:, k], times[:, k - 1], given, how)
@@ -134,7 +136,7 @@ def _noise_trajectory(
     noise: Tensor,
     how: HowToSample,
 ) -> Tensor:
-    """The clean canvas that a trajectory ends in, [B, H, W, C]. noise: [T+1, B, H, W, C]."""
+    """Draw the clean canvas at the end of a trajectory, [B, H, W, C]. noise: [T+1, B, H, W, C]."""
     T, H, W = how.num_steps, *network.config.grid
     t_min = noise.new_full((noise.shape[1],), method.sampling_t_min)
     times = noise_times(t_min, T, H * W)
@@ -143,7 +145,7 @@ def _noise_trajectory(
         return network.denoise(u[:, 0], times[:, 0], given, T)
     if how.ending == "inverse":
         return network.untransport(u[:, 0], times[:, 0], given.level, T) / (1 - method.sampling_t_min)
-    # States do not depend on each other here, so all are inverted as one batch.
+    # The inverse of a state does not need the others, so all states form one batch.
     x = network.untransport(u[:, :-1].flatten(0, 1), times[:, :-1].flatten(), given.repeated(T).level, T)
     states = torch.cat([x.unflatten(0, (-1, T)), u[:, -1:]], dim=1)
     scale = 1 - times[:, :-1]
@@ -157,7 +159,10 @@ def _next_level(
     noise: Tensor,
     how: HowToSample,
 ) -> Tensor:
-    """The clean canvas of a level [B, H, W, C] from the one before it. noise: [2, B, H, W, C], for state and draw."""
+    """Draw the clean canvas of a level, [B, H, W, C], from that of the level before.
+
+    noise: [2, B, H, W, C], for the noisy state and for the draw.
+    """
     L, sigma = network.config.num_levels, method.level_noise
     k = L - 1 - int(given.level[0])
     s, t = level_times(L, len(noise[0]), noise)[:, k : k + 2].unbind(1)

@@ -1,8 +1,8 @@
-"""Checkpoints of the authors' release ↔ run folders, both ways without loss.
+"""Conversion of checkpoints of the authors' release to run folders and back, both without loss.
 
 A file of the release becomes a run folder with one checkpoint: raw weights, every weight average, the optimiser and
-the step, so that it can be sampled from and trained on; and such a checkpoint becomes a file again. Parts pass one
-by one: memory goes by the size of the network, about four times to import and once to export, not of the file.
+the step, so that the run can be sampled and trained further. Such a checkpoint becomes a file again. Parts are
+converted one by one: memory is about four times the network to import and once to export, whatever the file holds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainer.training.run_folder import CONFIG, LOCK, locked
 
 CONFIG_FILE = "config.json"
 BATCH_SIZE = "batch_size"
-"""A field of config.json that the release lacks: it counts steps, we count images."""
+"""A field of config.json that the release lacks, since it counts steps where we count images."""
 METHOD_NAMES = {
     "time_mean": "P_mean",
     "time_std": "P_std",
@@ -50,9 +50,9 @@ METHOD_NAMES = {
 }
 """Fields of MethodConfig and the release's names for them."""
 STATE = "inner_states/{rule}/inner_state/0"
-"""Where the release's optimiser state keeps what each rule needs."""
+"""Path of the state of each rule in the release's optimiser state."""
 SLOTS = {"muon": {"momentum": "mu"}, "adam": {"momentum": "mu", "square": "nu"}}
-"""Moments by rule: our name and the release's."""
+"""Moments by rule: our name → the release's name."""
 
 
 def import_official(
@@ -62,10 +62,10 @@ def import_official(
     ema: str | None = None,
     encoder: str = "dinov2-reg-base",
 ) -> dict[str, Any]:
-    """Write the run folder `out` from a checkpoint file of the release; returns what it holds.
+    """Write the run folder `out` from a checkpoint file of the release, and return what it holds.
 
-    config: its configuration; else config.json beside the file or in the folder above. ema: half-life in kimg of the
-    weight average that sampling takes; else the first. encoder: name of the encoder whose features it was trained on.
+    config: its configuration; by default config.json next to the file or in the folder above. ema: half-life in kimg
+    of the weight average to sample from; by default the first. encoder: name of the encoder it was trained on.
     Raises UsageError if the configuration is missing or `out` holds a run, MismatchError if the file is damaged,
     does not fit it, or lacks the average.
     """
@@ -106,7 +106,8 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
     """Write the newest checkpoint of a run as `out`/checkpoint_<step> and `out`/config.json.
 
     Raises MismatchError for a run of another method or on normalised features, which the release's format cannot
-    tell, or whose weights are not finite and of its configuration; UsageError for a network it cannot hold.
+    record, or whose weights are not finite or do not fit its configuration; UsageError for other networks that the
+    format cannot hold.
     """
     folder = saved.find_checkpoint(run, warn=True)
     state = saved.load_state(folder)
@@ -143,7 +144,7 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
 
 
 def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapping[str, Tensor]]]) -> None:
-    """The run folder of one checkpoint; a folder that was not there before is whole or absent."""
+    """Write the run folder of one checkpoint; if that fails, a folder that did not exist before is removed."""
     is_new = not out.exists()
     with locked(out):
         is_new = is_new and os.listdir(out) == [LOCK]  # else another import came first
@@ -169,7 +170,7 @@ def _step(file: Path) -> int:
 
 
 def _halflife(name: str, file: Path) -> float:
-    """Half-life of a weight average of the file, by its name."""
+    """Parse the name of a weight average of the file, which is its half-life."""
     try:
         halflife = float(name)
     except ValueError:
@@ -180,7 +181,7 @@ def _halflife(name: str, file: Path) -> float:
 
 
 def _find_config(file: Path) -> Path:
-    # Beside the name that was given first: it may link into a store of downloads.
+    # The folder of the given name comes first: the file may be a link into a cache of downloads.
     places = [
         folder / CONFIG_FILE for path in (file.absolute(), file.resolve()) for folder in path.parents[:2]
     ]
@@ -196,7 +197,7 @@ def _find_config(file: Path) -> Path:
 def _train_config(
     model: ModelConfig, given: Mapping[str, Any], halflives: list[float], where: str
 ) -> TrainConfig:
-    """The configuration of the release that trained the file: a preset, with what its own configuration says."""
+    """Make the configuration of the file's training: a preset, changed by the release's own configuration."""
     letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
     base = preset(f"TF-{letter[1]}" if letter else "TF-B")
     size = {BATCH_SIZE: given.get(BATCH_SIZE, base.batch_size)}
@@ -216,7 +217,7 @@ def _train_config(
 
 
 def _unknown_shards(model: ModelConfig, encoder: str) -> dict[str, Any]:
-    """Description of shards of which only the encoder and the sizes are known; those of a run may take their place."""
+    """Describe shards of which only the encoder and the sizes are known; training may go on with other shards."""
     grid = list(model.grid)
     return {
         "name": "",
@@ -234,7 +235,7 @@ def _unknown_shards(model: ModelConfig, encoder: str) -> dict[str, Any]:
 def _converted(
     file: Path, config: TrainConfig, state: saved.RunState
 ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """The files of the checkpoint folder, in the order of the parts; fills in the optimiser's groups of `state`."""
+    """Yield the files of the checkpoint folder in the order of the parts; sets the optimiser's groups of `state`."""
     with torch.device("meta"):
         model = TrajectoryTransformer(config.model)
     optimizer = MuonAdam(model.named_parameters(), config.optim)
@@ -257,9 +258,9 @@ def _converted(
 def _moments(
     content: Mapping[str, Tensor], model: TrajectoryTransformer, groups: list[dict[str, Any]], file: Path
 ) -> dict[str, Tensor]:
-    """The optimiser's tensors as checkpoints name them; sets the number of updates in `groups`.
+    """Convert the optimiser's tensors to the names of our checkpoints; sets the number of updates in `groups`.
 
-    A state without moments means a fresh optimiser; one of another optimiser is refused.
+    A state without moments means a fresh optimiser. Raises MismatchError for the state of another optimiser.
     """
     if not content:
         return {}
@@ -293,7 +294,7 @@ def _official_weights(folder: Path, ema: str | None, model: TrajectoryTransforme
 def _official_optimizer(
     folder: Path, state: saved.RunState, model: TrajectoryTransformer, config: TrainConfig
 ) -> dict[str, Any]:
-    """The optimiser's state as the release nests it: parameters of the other rule are empty maps."""
+    """Nest the optimiser's state as the release does: parameters of the other rule are empty maps."""
     tensors = saved.load_tensors(folder / saved.OPTIMIZER)
     if not tensors:
         return {}

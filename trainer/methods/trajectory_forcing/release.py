@@ -1,9 +1,9 @@
 """Read and write the checkpoints of the authors' JAX release, without JAX.
 
 A checkpoint is one msgpack map: step, params, ema_params {"500", "1000", "2000"}, opt_state. Arrays are extension
-type 1 holding (shape, dtype name, bytes); larger ones are cut into chunks. Dense kernels lie [in, out] there and
-[out, in] here; every other array has the same shape on both sides. The file is streamed and only the weights
-asked for are decoded, and written one array after the other, so memory stays near the size of one network.
+type 1 holding (shape, dtype name, bytes); larger ones are cut into chunks. Dense kernels are [in, out] there and
+[out, in] here; every other array has the same shape on both sides. A file is read as a stream in which only the
+requested weights are decoded, and written array by array, so memory stays near the size of one network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.training.release_files import check_weights, read_fields
 NDARRAY_EXTENSION = 1
 CHUNKED = "__msgpack_chunked_array__"
 AVERAGE = "ema_params/"
-"""What the names of weight averages begin with."""
+"""Beginning of the names of weight averages."""
 CHUNK_BYTES = 2**30
 """Flax cuts arrays larger than this."""
 DTYPES = {
@@ -41,7 +41,7 @@ DTYPES = {
 }
 
 DAMAGE = (RuntimeError, msgpack.UnpackException, ValueError, TypeError, KeyError, OverflowError, MemoryError)
-"""What reading bytes that are no such file can raise."""
+"""Errors that reading the bytes of another or a damaged file can raise."""
 
 SIZES = {"B": (768, 16, 12), "L": (1024, 32, 16), "H": (1280, 48, 16)}
 """Width, depth and heads by the letter in `model_str`."""
@@ -102,8 +102,8 @@ def load_checkpoint(
 
     config: the release's fields as a mapping or JSON file, or a ModelConfig. ema: half-life in kimg of the weight
     average to take; None takes the raw weights.
-    Raises UsageError if the configuration is incomplete or asks what the network does not have, MismatchError
-    if the file is damaged, holds no such average, or its arrays do not fit the configuration.
+    Raises UsageError if the configuration is incomplete or describes a network of another kind, MismatchError if the
+    file is damaged, lacks the average, or its arrays do not fit the configuration.
     """
     sizes = config if isinstance(config, ModelConfig) else read_config(config)
     with torch.device("meta"):  # a configuration of another file may ask for any memory
@@ -122,7 +122,7 @@ def load_checkpoint(
 def from_official(
     model: TrajectoryTransformer, arrays: Mapping[str, Tensor], path: object
 ) -> dict[str, Tensor]:
-    """Weights, float32, under our names from arrays by the release's paths.
+    """Convert arrays, named by the release's paths, into weights: float32, under our names.
 
     Raises MismatchError unless they fit the model and are finite.
     """
@@ -131,7 +131,7 @@ def from_official(
 
 
 def official_shapes(model: TrajectoryTransformer) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter as the release has it, by the release's path."""
+    """Return the shape of each parameter in the release, by the release's path."""
     return {
         official_name(name): tuple(p.mT.shape if p.ndim == 2 else p.shape)
         for name, p in model.named_parameters()
@@ -139,17 +139,17 @@ def official_shapes(model: TrajectoryTransformer) -> dict[str, tuple[int, ...]]:
 
 
 def inward(array: Tensor) -> Tensor:
-    """An array of the release as we hold it: float32, and [out, in]."""
+    """Convert an array of the release to ours: float32, and [out, in]."""
     return array.mT.float() if array.ndim == 2 else array.float()
 
 
 def read_config(
     config: Mapping[str, Any] | str | os.PathLike[str], where: str = "configuration of the checkpoint"
 ) -> ModelConfig:
-    """The network that a configuration of the release describes; other fields of it are ignored.
+    """Read the network that a configuration of the release describes; its other fields are ignored.
 
-    where: what messages call a configuration that is given as a mapping.
-    Raises UsageError if a size is missing, or if the network would lack a part that ours always has.
+    where: name of the configuration in messages, for a mapping.
+    Raises UsageError if a size is missing, or if the network lacks a part that ours always has.
     """
     given = config if isinstance(config, Mapping) else read_fields(Path(config))
     where = where if isinstance(config, Mapping) else str(config)
@@ -176,24 +176,23 @@ def read_config(
 
 
 def write_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
-    """Write a checkpoint file of the release from its parts, nested maps of tensors and plain values.
+    """Write a checkpoint file of the release atomically from its parts, nested maps of tensors and plain values.
 
-    A function among them is called for what stands there when its turn comes, so that only one part need be in
-    memory. The file appears under its name only when complete.
+    A part may be a function that returns it: it is called when the part is written, so that only one is in memory.
     """
     with atomic_file(Path(path)) as file:
         _pack(file, parts, msgpack.Packer())
 
 
 def official_name(name: str) -> str:
-    """The release's path for one of our parameters, such as net/shared_blocks_0/attn/q_proj/_flax_linear/kernel."""
+    """Return the release's path of our parameter, such as net/shared_blocks_0/attn/q_proj/_flax_linear/kernel."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return f"net/{name}"
 
 
 def official_config(config: ModelConfig) -> dict[str, Any]:
-    """The release's configuration fields for a network, as `load_checkpoint` reads them."""
+    """Return the release's configuration fields for a network, as `load_checkpoint` reads them."""
     others = {"fusion": "fused", "patch_size": 1, "start": "zeros"}
     found = {name: getattr(config, name) for name in others}
     if found != others or config.grid[0] != config.grid[1]:
@@ -207,10 +206,10 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
 def read_parts(
     path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, Any]]:
-    """Name and content of each part of a checkpoint file, in its order: `step`, `params`, `ema_params/500`, …
+    """Yield name and content of each part of a checkpoint file in its order: `step`, `params`, `ema_params/500`, …
 
-    Arrays come as tensors by their path in the part. Parts that are not `wanted` are stepped over: None.
-    Raises MismatchError if the file is damaged or not a checkpoint of the release.
+    The content is a mapping of tensors by their path in the part; None for a part that is not `wanted`, which is
+    skipped. Raises MismatchError if the file is damaged or not a checkpoint of the release.
     """
     with open(path, "rb") as file:
         try:
@@ -223,12 +222,12 @@ def read_parts(
 
 
 def part_name(ema: int | str | None) -> str:
-    """The part that holds one weight average, or the raw weights for None."""
+    """Return the name of the part with a weight average, or with the raw weights for None."""
     return "params" if ema is None else f"{AVERAGE}{ema}"
 
 
 def missing_weights(names: Iterable[str], path: object, ema: int | str | None) -> MismatchError:
-    """What to raise for a file of parts `names` that lacks the weights asked for: lists those there."""
+    """Make the error for a file that lacks weights; it lists the ones that are there. names: the parts of the file."""
     there = [name.removeprefix(AVERAGE) for name in names if name.startswith(AVERAGE)]
     if ema is None or not (there or "params" in names):
         return MismatchError(f"{path} is not a checkpoint of the release: it holds no weights (params)")
@@ -255,7 +254,7 @@ def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
 
 
 def count_of(value: object) -> int:
-    """A number of steps, as a plain integer or an array of one. Raises ValueError."""
+    """Convert an integer or an array of one integer to a number of steps. Raises ValueError for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if type(value) is not int or value < 0:
@@ -264,13 +263,13 @@ def count_of(value: object) -> int:
 
 
 def _keys(unpacker: msgpack.Unpacker) -> Iterator[str]:
-    """Keys of the map that comes next; whoever takes one reads its value before the next."""
+    """Yield the keys of the next map; the caller reads the value of a key before it takes the next."""
     for _ in range(unpacker.read_map_header()):
         yield str(unpacker.unpack())
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every array under its path, joined by slashes."""
+    """Yield every array under its path, joined by slashes."""
     if isinstance(tree, Mapping) and CHUNKED not in tree:
         for key, value in tree.items():
             yield from _flatten(value, f"{prefix}/{key}" if prefix else str(key))
@@ -279,7 +278,7 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _joined(value: Any) -> Tensor:
-    """An array as it was unpacked, or made whole from its chunks."""
+    """Return an unpacked array, or join its chunks."""
     if isinstance(value, Mapping):
         chunks = [_joined(value["chunks"][str(i)]) for i in range(len(value["chunks"]))]
         return torch.cat(chunks).reshape([value["shape"][str(i)] for i in range(len(value["shape"]))])
@@ -289,7 +288,7 @@ def _joined(value: Any) -> Tensor:
 
 
 def _decode(code: int, data: bytes) -> Tensor:
-    """An array as flax writes it, made while unpacking, so that its bytes need not be kept."""
+    """Decode an array as flax writes it; this happens while unpacking, so that its bytes are not kept."""
     if code != NDARRAY_EXTENSION:
         raise ValueError(f"found extension type {code} where an array belongs")
     shape, dtype, content = msgpack.unpackb(data, raw=False)
@@ -320,7 +319,7 @@ def _pack(file: BinaryIO, content: Any, packer: msgpack.Packer) -> None:
 
 
 def _encode(tensor: Tensor) -> Any:
-    """A tensor as flax writes it; a large one as the map of its chunks."""
+    """Encode a tensor as flax writes it, a large one as a map of chunks."""
     if tensor.nbytes > CHUNK_BYTES:
         parts = tensor.flatten().split(CHUNK_BYTES // tensor.element_size())
         return {CHUNKED: True, "shape": _numbered(tensor.shape), "chunks": _numbered(parts)}
@@ -334,7 +333,7 @@ def _numbered(values: Iterable[Any]) -> dict[str, Any]:
 
 
 def to_official(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested maps of CPU tensors under the release's names; what is no tensor stays as it is."""
+    """Nest CPU tensors under the release's names; values that are not tensors stay as they are."""
     tree: dict[str, Any] = {}
     for name, tensor in weights.items():
         *folders, leaf = official_name(name).split("/")
@@ -349,7 +348,7 @@ def to_official(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hint(name: str, shape: tuple[int, ...]) -> str:
-    """The field of the configuration that an array's shape tells."""
+    """Name the field of the configuration that the shape of an array determines."""
     if name == "net/y_embedder/embedding_table/embedding" and len(shape) == 3:
         return f"the checkpoint has num_classes {shape[1] - 1}"
     if name == "net/level_embedder/embedding_table/embedding" and len(shape) == 3:

@@ -1,9 +1,9 @@
-"""Noise → level canvases: one network evaluation per level, coarse → fine, each given the one before.
+"""Sampling of level canvases: one network evaluation per level, coarse → fine, each given the level before.
 
     B images, L levels, H×W grid, C channels
 
-t = 1 is noise, t = 0 is data. The chain is Markov in the level: canvases of levels ≥ l depend on the canvas of
-level l − 1 and on their own noise alone, which is what editing and resuming rest on.
+t = 1 is noise, t = 0 is data. The chain is Markov in the level: canvases of levels ≥ l depend only on the canvas of
+level l − 1 and on their own noise, so trajectories can be edited and resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.data.normalisation import RAW, Normaliser
 from trainer.methods.trajectory_forcing.network import Guidance, TrajectoryTransformer
 
 TIME_WARP = 10.0
-"""Several steps follow t' = w·t/(1 + (w−1)·t) of an even grid: most of them near noise."""
+"""w of the times t' = w·t/(1 + (w−1)·t) of several steps, t on an even grid: most of them are near noise."""
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def sample_levels(
 ) -> Tensor:
     """Sample canvases of levels `start_level` … L−1: float32 [B, L − start_level, H, W, C].
 
-    label: int64 [B]. noise: float32 [L, B, H, W, C], all levels' also when resuming. num_steps: network evaluations
+    label: int64 [B]. noise: float32 [L, B, H, W, C], of all levels, also when resuming. num_steps: network evaluations
     per level. previous: [B, H, W, C], the canvas of level start_level − 1 to resume from. guidance: for networks
     trained with it. weak_model, weak_scale: autoguidance, u + weak_scale·(u − u_weak) with an early checkpoint.
     normaliser: that of the run; `previous` and the result are raw features, noise is in the network's own units.
@@ -67,7 +67,7 @@ def _average_velocity(model: Any, z: Tensor, **inputs: Any) -> Tensor:
 
 
 def time_steps(num_steps: int) -> list[tuple[float, float]]:
-    """(t, next t) of each of the steps from t = 1 to t = 0."""
+    """Return (t, next t) of each step from t = 1 to t = 0."""
     even = [1 - i / num_steps for i in range(num_steps + 1)]
     warped = [TIME_WARP * t / (1 + (TIME_WARP - 1) * t) for t in even]
     return list(itertools.pairwise(warped))
