@@ -7,8 +7,7 @@ import importlib
 import io
 import json
 import signal
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,8 +24,7 @@ SETTINGS = [part for setting in TINY for part in ("--set", setting)]
 MODULES = {"hierarchy-builder": "hierarchy_builder.cli", "trainer": "trainer.cli"}
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """What a command left behind: its exit code, and what it wrote to stdout and stderr."""
 
     code: int
@@ -65,3 +63,10 @@ def exit_code(program: str, *words: object) -> int:
 def call(*words: object) -> int:
     """Exit code of `trainer` with these arguments."""
     return exit_code("trainer", *words)
+
+
+def trainer(*words: object, code: int = 0) -> Ended:
+    """What `trainer` with these arguments wrote; it has to end with `code`."""
+    ended = cli("trainer", *words)
+    assert ended.code == code, ended
+    return ended

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import trainer
 from tiny_runs import assert_same_state, signal_at
 from toy_method.pipeline import ToyPipeline
-from typer.testing import CliRunner
 
 from hierarchy_builder.errors import InterruptedRunError, UsageError
 from trainer import TrajectoryPipeline
-from trainer.cli.app import app
 from trainer.methods import registry
 from trainer.training import checkpoint as saved
 
@@ -44,21 +43,14 @@ def registered() -> Iterator[None]:
 def run(registered: None, picture_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the toy method."""
     out = tmp_path_factory.mktemp("toy") / "run"
-    call("train", picture_shards, "--out", out, "--method", "toy", "--quiet")
+    trainer("train", picture_shards, "--out", out, "--method", "toy", "--quiet")
     return out
 
 
-def call(*words: object) -> str:
-    """What a verb prints on stdout."""
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    assert done.exit_code == 0, (done.output, done.exception)
-    return done.stdout
-
-
 def test_its_presets_are_listed() -> None:
-    assert json.loads(call("presets", "--json"))["toy-small"]["method_name"] == "toy"
-    done = CliRunner().invoke(app, ["presets", "--suggest", "shards", "--method", "toy"])
-    assert "has the one preset toy-small" in str(done.exception)
+    assert json.loads(trainer("presets", "--json").out)["toy-small"]["method_name"] == "toy"
+    refused = trainer("presets", "--suggest", "shards", "--method", "toy", code=2)
+    assert "has the one preset toy-small" in refused.err
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
@@ -70,7 +62,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
         registry.train(config, picture_shards, str(tmp_path), quiet=True)
     monkeypatch.undo()
     assert [folder.name for folder in saved.list_checkpoints(tmp_path)] == ["step-00000002"]
-    call("train", picture_shards, "--out", tmp_path, "--quiet")  # the run folder says which method
+    trainer("train", picture_shards, "--out", tmp_path, "--quiet")  # the run folder says which method
     assert_same_state(run, tmp_path, 4)
     assert list((tmp_path / "samples").iterdir())
 
@@ -82,17 +74,17 @@ def test_it_is_sampled_edited_and_resumed(run: Path, tmp_path: Path) -> None:
     for level in range(trajectory.num_levels):
         assert torch.equal(trajectory.resume(level).levels, trajectory.levels)
     assert not torch.equal(trajectory.resume(1, seeds=4).levels[2:], trajectory.levels[2:])
-    call("sample", run, "--labels", "bee", "--seeds", "3", "--out", tmp_path, "--ema", "auto")
+    trainer("sample", run, "--labels", "bee", "--seeds", "3", "--out", tmp_path, "--ema", "auto")
     (file,) = (tmp_path / "trajectories").iterdir()
-    call(
+    trainer(
         "edit", file, "--level", 0, "--region", 0, "--to-neighbours", "--out", tmp_path / "edited.safetensors"
     )
 
 
 def test_it_is_evaluated_and_reported(run: Path, picture_shards: str, tmp_path: Path) -> None:
     words = ("--shards", picture_shards, "--samples-per-class", 2)
-    assert json.loads(call("evaluate", run, *words, "--json", "--quiet"))
-    call("report", run, "--shards", picture_shards, "--out", tmp_path / "report.html")
+    assert json.loads(trainer("evaluate", run, *words, "--json", "--quiet").out)
+    trainer("report", run, "--shards", picture_shards, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "mean squared error of canvases" in page
     assert "Toy: toy-small" in page

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import trainer
 from fixture_shards import write_shards
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
 from hierarchy_builder.errors import UsageError
-from trainer.cli.app import app
 from trainer.data.shards import ShardIndex, open_index
 from trainer.methods.machine import device_at_hand, hours_of, sizes_of, suggestion_for
 from trainer.methods.registry import LATENT_FORCING, METHODS, TRAJECTORY_FORCING
@@ -143,23 +142,17 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def call(*words: object, code: int = 0) -> Result:
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    assert done.exit_code == code, (done.output, done.exception)
-    return done
-
-
 def test_the_command_says_what_it_would_cost(no_gpu: None, picture_shards: str) -> None:
     for method in METHODS.values():
         words = () if method is TRAJECTORY_FORCING else ("--method", method.name)
-        found = json.loads(call("presets", "--suggest", picture_shards, *words, "--json").stdout)
+        found = json.loads(trainer("presets", "--suggest", picture_shards, *words, "--json").out)
         assert (found["preset"], found["config"]["preset"]) == (method.small_preset,) * 2
         assert found["hours_are"].startswith("measured: ")
         assert found["hours"] > 0
         assert found["epochs"] == pytest.approx(found["total_images"] / 24, abs=0.01)
-    assert "trains this" in call("presets", "--suggest", picture_shards).stderr
-    done = CliRunner().invoke(app, ["presets", "--method", "latent-forcing"])
-    assert "--method is for --suggest" in str(done.exception)
+    assert "trains this" in trainer("presets", "--suggest", picture_shards).err
+    refused = trainer("presets", "--method", "latent-forcing", code=2)
+    assert "--method is for --suggest" in refused.err
 
 
 def test_a_suggestion_is_recorded_and_a_run_that_began_keeps_it(
@@ -167,21 +160,21 @@ def test_a_suggestion_is_recorded_and_a_run_that_began_keeps_it(
 ) -> None:
     out = tmp_path / "run"
     words = ("--method", "normalizing-trajectory", "--total-images", 8)
-    done = call("train", shards, "--out", out, *words)
-    assert "24 images and " in done.stderr
-    assert "because it trains on CPU" in done.stderr
+    done = trainer("train", shards, "--out", out, *words)
+    assert "24 images and " in done.err
+    assert "because it trains on CPU" in done.err
     recorded = yaml.safe_load((out / "config.yaml").read_text())["config"]
     expected = suggestion_for(METHODS["normalizing-trajectory"], open_index(shards), device_at_hand()).config
     assert (recorded["preset"], recorded["batch_size"]) == ("tiny-normalizing", expected.batch_size)
     monkeypatch.setattr("trainer.methods.machine.device_at_hand", lambda: gpu(80))
     for again in (("--method", "normalizing-trajectory"), ()):
-        said = call("train", shards, "--out", out, *again, "--total-images", 8, "--dry-run", "--json")
-        assert json.loads(said.stdout)["batch_size"] == expected.batch_size
-        assert "images and" not in said.stderr
+        said = trainer("train", shards, "--out", out, *again, "--total-images", 8, "--dry-run", "--json")
+        assert json.loads(said.out)["batch_size"] == expected.batch_size
+        assert "images and" not in said.err
     elsewhere = ("--out", tmp_path / "other", "--resume", out, "--dry-run", "--json")
-    assert json.loads(call("train", shards, *elsewhere).stdout)["preset"] == "tiny-normalizing"
-    fresh = call("train", shards, "--out", tmp_path / "new", "--dry-run", "--json")
-    assert json.loads(fresh.stdout)["preset"] == "TF-S"
+    assert json.loads(trainer("train", shards, *elsewhere).out)["preset"] == "tiny-normalizing"
+    fresh = trainer("train", shards, "--out", tmp_path / "new", "--dry-run", "--json")
+    assert json.loads(fresh.out)["preset"] == "TF-S"
 
 
 def test_presets_and_files_of_fields_are_taken_as_before(no_gpu: None, shards: str, tmp_path: Path) -> None:
@@ -193,14 +186,14 @@ def test_presets_and_files_of_fields_are_taken_as_before(no_gpu: None, shards: s
         (("--config", file), "TF-B"),
         (("--config", file, "--method", LATENT_FORCING.name), "LF-LM"),
     ):
-        said = call("train", shards, *dry, *words)
-        assert json.loads(said.stdout)["preset"] == preset
-        assert said.stderr == ""
+        said = trainer("train", shards, *dry, *words)
+        assert json.loads(said.out)["preset"] == preset
+        assert said.err == ""
 
 
 def test_the_list_of_presets_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = call("presets").stdout.splitlines()
+    lines = trainer("presets").out.splitlines()
     assert max(map(len, lines)) <= 80
     row = next(line for line in lines if "NTM-B" in line)
     assert "normalizing-trajectory" in row

@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from command_line import trainer
 from tiny_runs import FLOW, LATENT, NORMALIZING
-from typer.testing import CliRunner, Result
 
-from trainer.cli.app import app
 from trainer.methods import registry
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
@@ -28,23 +27,12 @@ def runs(picture_shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: folder / name for name in METHODS}
 
 
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def refusal(*words: object) -> str:
-    """What a UsageError says."""
-    done = call(*words)
-    assert getattr(done.exception, "exit_code", None) == 2, done.output
-    return str(done.exception)
-
-
 @pytest.mark.parametrize("method", ["latent-forcing", "normalizing-trajectory"])
 def test_alignment_is_refused_before_samples_are_drawn(
     method: str, runs: dict[str, Path], picture_shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
-    said = refusal("evaluate", runs[method], "--shards", picture_shards, "--alignment")
+    said = trainer("evaluate", runs[method], "--shards", picture_shards, "--alignment", code=2).err
     assert "--alignment needs a model of Trajectory Forcing" in said
     assert not (runs[method] / "evaluation.json").exists()
 
@@ -54,7 +42,7 @@ def test_edits_are_refused_of_samples_with_one_level(
     method: str, runs: dict[str, Path], picture_shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
-    said = refusal("evaluate", runs[method], "--shards", picture_shards, "--edits")
+    said = trainer("evaluate", runs[method], "--shards", picture_shards, "--edits", code=2).err
     assert "samples of this run have one level: leave out --edits" in said
 
 
@@ -63,8 +51,8 @@ def test_a_space_needs_pictures_before_samples_are_drawn(
 ) -> None:
     monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
     space = ("--space", "hierarchy_builder.encoders:load_encoder:dct")
-    done = call("evaluate", runs["trajectory-forcing"], "--shards", shards, *space)
-    assert "holds no picture" in str(done.exception)
+    refused = trainer("evaluate", runs["trajectory-forcing"], "--shards", shards, *space, code=2)
+    assert "holds no picture" in refused.err
 
 
 def test_a_reference_needs_the_space_it_is_of(
@@ -72,7 +60,7 @@ def test_a_reference_needs_the_space_it_is_of(
 ) -> None:
     (tmp_path / "real.npz").write_bytes(b"")
     words = ("--shards", picture_shards, "--reference", tmp_path / "real.npz")
-    assert "add --inception FILE" in refusal("evaluate", runs["trajectory-forcing"], *words)
+    assert "add --inception FILE" in trainer("evaluate", runs["trajectory-forcing"], *words, code=2).err
 
 
 @pytest.mark.parametrize(
@@ -90,7 +78,7 @@ def test_likelihood_refuses_options_of_samples(
     words: tuple[str, ...], runs: dict[str, Path], picture_shards: str
 ) -> None:
     run = runs["normalizing-trajectory"]
-    said = refusal("evaluate", run, "--shards", picture_shards, "--likelihood", *words)
+    said = trainer("evaluate", run, "--shards", picture_shards, "--likelihood", *words, code=2).err
     flags = ", ".join(reversed([word for word in words if word.startswith("--")]))
     assert f"--likelihood does not go with {flags}" in said
     assert not (run / "likelihood.json").exists()
@@ -102,10 +90,7 @@ def test_likelihood_refuses_options_of_samples(
 def test_pages_say_how_many_steps_were_taken(
     method: str, taken: int, runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = call(
-        "sample", runs[method], "--labels", "bee", "--seeds", "0", "--format", "html", "--out", tmp_path
-    )
-    assert done.exit_code == 0, done.output
+    trainer("sample", runs[method], "--labels", "bee", "--seeds", "0", "--format", "html", "--out", tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert re.findall(r"<dt>steps[^<]*</dt>\s*<dd>(\d+)</dd>", page) == [str(taken)]
 
@@ -121,8 +106,7 @@ def test_pages_say_how_many_steps_were_taken(
 def test_curves_are_explained_by_method(
     method: str, said: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = call("report", runs[method], "--out", tmp_path / "report.html")
-    assert done.exit_code == 0, done.output
+    trainer("report", runs[method], "--out", tmp_path / "report.html")
     section = re.search(r"From metrics.jsonl\.[^<]*", (tmp_path / "report.html").read_text())
     assert section is not None
     assert said in section[0]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from fixture_shards import GRID, NUM_LEVELS, WIDTH
 from tiny_runs import LATENT as TINY
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from trainer.cli import app as cli
 from trainer.data.shards import open_index
 from trainer.decode.rae import to_uint8
 from trainer.methods import registry
@@ -42,30 +41,6 @@ LEVELS = dataclasses.replace(TINY, pixel_stage=True)
 @pytest.fixture(scope="module")
 def shards(picture_shards: str) -> str:
     return picture_shards
-
-
-@pytest.fixture(scope="module")
-def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps on tokens and pixels."""
-    out = tmp_path_factory.mktemp("runs") / "tokens"
-    registry.train(TINY, shards, str(out), quiet=True)
-    return out
-
-
-@pytest.fixture(scope="module")
-def levels_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps on all levels and pixels."""
-    out = tmp_path_factory.mktemp("runs") / "levels"
-    registry.train(LEVELS, shards, str(out), quiet=True)
-    return out
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Exit code of `trainer` with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["trainer", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def test_an_image_depends_on_its_label_and_seed_alone(run: Path) -> None:
@@ -177,7 +152,7 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
     assert (last[0] - last[1]).abs().max() > 1e-4
     words = ["evaluate", tmp_path, "--shards", shards, "--samples-per-class", 2, "--steps", 2, "--shift", 0.2]
     space = "hierarchy_builder.encoders:load_encoder:dct"
-    assert call(monkeypatch, *words, "--space", space, "--json") == 0
+    assert call(*words, "--space", space, "--json") == 0
     found = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
     assert found["frechet_pictures"] > found["frechet_pictures_real"] >= 0
     assert isinstance(pipe := TrajectoryPipeline.from_pretrained(tmp_path), LatentPipeline)
@@ -186,10 +161,7 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
         (run, "2", "schedule cascaded-noised has none"),
         (tmp_path, "0", "expected above 0"),
     ):
-        assert (
-            call(monkeypatch, "sample", folder, "--labels", "ant", "--shift", shift, "--out", tmp_path / "s")
-            == 2
-        )
+        assert call("sample", folder, "--labels", "ant", "--shift", shift, "--out", tmp_path / "s") == 2
         assert message in capsys.readouterr().err
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import fixture_shards
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from fixture_shards import GRID, NUM_LEVELS, WIDTH, write_shards
 from PIL import Image
 from tiny_runs import LATENT as TINY
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
-from trainer.cli import app as cli
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import open_index
 from trainer.evaluation.pages import run_page
@@ -37,22 +36,6 @@ LEVELS = dataclasses.replace(TINY, pixel_stage=True)
 @pytest.fixture(scope="module")
 def shards(picture_shards: str) -> str:
     return picture_shards
-
-
-@pytest.fixture(scope="module")
-def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps on tokens and pixels."""
-    out = tmp_path_factory.mktemp("runs") / "tokens"
-    registry.train(TINY, shards, str(out), quiet=True)
-    return out
-
-
-@pytest.fixture(scope="module")
-def levels_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps on all levels and pixels."""
-    out = tmp_path_factory.mktemp("runs") / "levels"
-    registry.train(LEVELS, shards, str(out), quiet=True)
-    return out
 
 
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -111,14 +94,6 @@ def test_the_page_of_a_run_names_its_method(run: Path, shards: str) -> None:
     assert page.title == "Latent Forcing: test on 24 images"
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Exit code of `trainer` with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["trainer", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
 def test_the_command_line_chooses_method_and_stages(
     shards: str,
     levels_run: Path,
@@ -127,14 +102,14 @@ def test_the_command_line_chooses_method_and_stages(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     train = ["train", shards, "--out", tmp_path / "run", "--dry-run", "--json", "--quiet"]
-    assert call(monkeypatch, *train, "--method", "latent-forcing", "--pixel-stage") == 0
+    assert call(*train, "--method", "latent-forcing", "--pixel-stage") == 0
     resolved = json.loads(capsys.readouterr().out)
     assert (resolved["preset"], resolved["model"]["num_canvases"]) == ("tiny-latent", NUM_LEVELS)
-    assert call(monkeypatch, *train, "--preset", "tiny-cpu", "--pixel-stage") == 2
+    assert call(*train, "--preset", "tiny-cpu", "--pixel-stage") == 2
     assert "add --method latent-forcing" in capsys.readouterr().err
     samples = tmp_path / "samples"
     words = ["--labels", "bee", "--seeds", "0", "--steps", "2", "--format", "png,safetensors"]
-    assert call(monkeypatch, "sample", levels_run, *words, "--out", samples, "--pixel-stage", levels_run) == 0
+    assert call("sample", levels_run, *words, "--out", samples, "--pixel-stage", levels_run) == 0
     assert (samples / "grid.png").exists()
 
 
