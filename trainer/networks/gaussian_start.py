@@ -13,15 +13,16 @@ z_t − (1−t)·m by σ_r/σ_t on its way from t to r. Its average velocity is
 
     u = (z_t − z_r)/(t − r) = g·(z_t − (1−t)·m) − m,   g = (t + r − s²·(2 − t − r)) / (σ_t·(σ_t + σ_r))
 
-which has a limit at r = t, the instantaneous velocity, and becomes (z_t − m)/t for s = 0. It is applied to each
-coefficient of the orthonormal cosine transform over the grid, which leaves noise white. m is the canvas of the
-previous level plus the mean step of the class from there, smooth enough to consist of the F×F lowest frequencies.
+which has a limit at r = t, the instantaneous velocity, and becomes (z_t − m)/t for s = 0. It is applied to the
+coefficients of the orthonormal cosine transform over the grid, along the principal axes of a level's channels; noise
+is white there as well. m is the canvas of the previous level plus the mean step of the class from there, smooth enough
+to consist of the F×F lowest frequencies.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +31,17 @@ LEAST_DEVIATION = 0.05
 """Lower limit of s, which keeps velocities near t = 0 as small as those of a network without this start."""
 LOWEST = 4
 """F, at most. A class has F²·L·C means, which a few dozen images determine."""
-SHARE = 0.65
+SHARE = 0.75
 """Share of the data's variance that the start draws; what the network makes of the image adds to it."""
 
 
 class GaussianStart(nn.Module):
     """The average velocity of the flow from noise to Gaussian canvases; see the head of this file.
 
-    Its two tensors are fitted to shards and stored with the network's weights, but not trained. `deviation`: s, float32
-    [L, H, W, C], by frequency. `steps`: mean coefficients of a class's step from the previous level, float32
-    [K + 1, L, F, F, C]; the last row is for no class.
+    Its tensors are fitted to shards and stored with the network's weights, but not trained. `axes`: principal axes of
+    the channels as columns, float32 [L, C, C]. `deviation`: s along them, float32 [L, H, W, C], by frequency. `steps`:
+    mean coefficients of a class's step from the previous level, float32 [K + 1, L, F, F, C]; the last row is for no
+    class.
     """
 
     rows: Tensor
@@ -49,6 +51,7 @@ class GaussianStart(nn.Module):
         super().__init__()
         lowest = min(LOWEST, *grid)
         self.deviation = nn.Parameter(torch.ones(num_levels, *grid, channels), requires_grad=False)
+        self.axes = nn.Parameter(torch.eye(channels).repeat(num_levels, 1, 1), requires_grad=False)
         steps = torch.zeros(num_classes + 1, num_levels, lowest, lowest, channels)
         self.steps = nn.Parameter(steps, requires_grad=False)
         self.register_buffer("rows", _cosines(grid[0]), persistent=False)
@@ -68,43 +71,55 @@ class GaussianStart(nn.Module):
         variance = self.deviation[level].square()
         sigma_t, sigma_r = (((1 - time).square() * variance + time.square()).sqrt() for time in (t, r))
         g = (t + r - variance * (2 - t - r)) / (sigma_t * (sigma_t + sigma_r))
-        return self._canvas(g * self._frequencies(z - (1 - t) * mean), self.rows, self.columns) - mean
+        axes = self.axes[level][:, None]
+        scaled = g * (self._frequencies(z - (1 - t) * mean) @ axes)
+        return self._canvas(scaled @ axes.mT, self.rows, self.columns) - mean
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit means and deviations to examples.
+    def fit(self, read: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+        """Fit axes, means and deviations to examples.
 
-        batches: canvases float32 [b, L, H, W, C] in the network's units, and labels int64 [b]. A class's mean is drawn
-        towards the mean of all classes by the share of its variance that chance explains (empirical Bayes), so a class
-        without examples has the mean of all.
+        read: called twice, returns the same batches each time: canvases float32 [b, L, H, W, C] in the network's units,
+        and labels int64 [b]. A class's mean is drawn towards the mean of all classes by the share of its variance that
+        chance explains (empirical Bayes), so a class without examples has the mean of all.
         """
-        table, lowest = self.steps, self.steps.shape[2]
-        counts = torch.zeros(len(table), dtype=torch.float64)
-        sums = torch.zeros(table.shape, dtype=torch.float64)
-        total, squares = (torch.zeros(self.deviation.shape, dtype=torch.float64) for _ in range(2))
-        for canvases, label in batches:
-            changes = torch.cat([canvases[:, :1], canvases.diff(dim=1)], dim=1)
-            found = self._frequencies(changes.flatten(0, 1)).unflatten(0, changes.shape[:2]).double()
+        lowest = self.steps.shape[2]
+        counts = torch.zeros(len(self.steps), dtype=torch.float64)
+        sums = torch.zeros(self.steps.shape, dtype=torch.float64)
+        products = torch.zeros(self.axes.shape, dtype=torch.float64)
+        for canvases, label in read():
+            found = self._steps_of(canvases)
             counts.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
-            sums.index_add_(0, label, found[:, :, :lowest, :lowest])
-            total += found.sum(dim=0)
-            squares += found.square().sum(dim=0)
+            sums.index_add_(0, label, found[:, :, :lowest, :lowest].double())
+            flat = found.transpose(0, 1).flatten(1, 3)
+            products += (flat.mT @ flat).double()
+        self.axes.copy_(torch.linalg.eigh(products).eigenvectors)
+        total, squares = (torch.zeros(self.deviation.shape, dtype=torch.float64) for _ in range(2))
+        for canvases, _ in read():
+            along = (self._steps_of(canvases) @ self.axes[:, None]).double()
+            total += along.sum(dim=0)
+            squares += along.square().sum(dim=0)
         count = counts.sum()
-        mean = total / count
-        variance = squares / count - mean.square()
-        low, overall = (slice(None), slice(lowest), slice(lowest)), mean[:, :lowest, :lowest]
+        variance = squares / count - (total / count).square()
+        axes = self.axes[:, None].double()
+        overall, of_class = sums.sum(dim=0) / count, sums / counts.clamp(min=1)[:, None, None, None, None]
         seen = counts > 0
-        n = counts[seen][:, None, None, None, None]
-        of_class = sums[seen] / n
-        between = ((of_class - overall).square() * n).sum(dim=0) / count
-        classes = int(seen.sum())
-        variance[low] = (variance[low] - between) * count / (count - classes).clamp(min=1)
-        by_chance = variance[low] / n
-        spread = (between - variance[low] * (classes - 1) / count).clamp(min=0)
-        kept = spread / (spread + by_chance).clamp(min=1e-12)
-        table[:] = overall
-        table[seen] = (overall + kept * (of_class - overall)).to(table.dtype)
+        n, classes = counts[seen][:, None, None, None, None], int(seen.sum())
+        away = (of_class[seen] - overall) @ axes
+        between = (away.square() * n).sum(dim=0) / count
+        low = variance[:, :lowest, :lowest]
+        low -= between
+        low *= count / (count - classes).clamp(min=1)
+        spread = (between - low * (classes - 1) / count).clamp(min=0)
+        kept = spread / (spread + low / n).clamp(min=1e-12)
+        self.steps.copy_(overall.expand_as(self.steps))
+        self.steps[seen] += ((kept * away) @ axes.mT).to(self.steps.dtype)
         self.deviation.copy_((SHARE * variance).clamp(min=LEAST_DEVIATION**2).sqrt())
+
+    def _steps_of(self, canvases: Tensor) -> Tensor:
+        """Coefficients [b, L, H, W, C] of what each level adds to the one before; of level 0 the canvas itself."""
+        added = torch.cat([canvases[:, :1], canvases.diff(dim=1)], dim=1)
+        return self._frequencies(added.flatten(0, 1)).unflatten(0, added.shape[:2])
 
     def _frequencies(self, canvas: Tensor) -> Tensor:
         return torch.einsum("fh,bhwc,gw->bfgc", self.rows, canvas, self.columns)

@@ -24,6 +24,7 @@ def start() -> GaussianStart:
     """A start with means and deviations between 0.1 and 3, float64."""
     generator = torch.Generator().manual_seed(0)
     start = GaussianStart(GRID, CHANNELS, CLASSES, LEVELS).double()
+    start.axes.data = torch.linalg.qr(torch.randn(LEVELS, CHANNELS, CHANNELS, generator=generator)).Q.double()
     start.deviation.data.uniform_(0.1, 3.0, generator=generator)
     start.steps.data.normal_(generator=generator)
     return start
@@ -97,7 +98,8 @@ def test_untrained_network_draws_means_spectrum_and_levels_of_the_data(
     monkeypatch.setattr(gaussian_start, "SHARE", 1.0)
     model, generator = network(), torch.Generator().manual_seed(3)
     assert model.start is not None
-    model.start.fit(correlated(100, generator) for _ in range(20))
+    examples = [correlated(100, generator) for _ in range(20)]
+    model.start.fit(lambda: examples)
     for label in range(CLASSES):
         noise = torch.randn(LEVELS, 2_000, *GRID, CHANNELS, generator=generator)
         coarse, fine, _ = sample_levels(model, torch.full((2_000,), label), noise).unbind(dim=1)
@@ -108,9 +110,23 @@ def test_untrained_network_draws_means_spectrum_and_levels_of_the_data(
         assert (fine - coarse).var() == pytest.approx(0.25, rel=0.1)
 
 
+def test_channels_that_vary_together_do_so_in_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian_start, "SHARE", 1.0)
+    generator = torch.Generator().manual_seed(7)
+    grey = torch.randn(2_000, LEVELS, *GRID, 1, generator=generator).cumsum(dim=1)
+    canvases = grey * torch.tensor([1.0, 2.0, -1.0])
+    model = network()
+    assert model.start is not None
+    model.start.fit(lambda: [(canvases, torch.zeros(2_000, dtype=torch.int64))])
+    noise = torch.randn(LEVELS, 2_000, *GRID, CHANNELS, generator=generator)
+    drawn = sample_levels(model, torch.zeros(2_000, dtype=torch.int64), noise)[:, 0].flatten(0, 2)
+    torch.testing.assert_close(drawn.T.cov(), canvases[:, 0].flatten(0, 2).T.cov(), atol=0.1, rtol=0.05)
+
+
 def test_class_without_examples_gets_the_mean_of_all() -> None:
     start = GaussianStart(GRID, CHANNELS, 3, LEVELS)
-    start.fit([correlated(200, torch.Generator().manual_seed(4))])
+    examples = [correlated(200, torch.Generator().manual_seed(4))]
+    start.fit(lambda: examples)
     torch.testing.assert_close(start.steps[2], start.steps[3])
     centre = start.steps[:, 0, 0, 0, 0] / (GRID[0] * GRID[1]) ** 0.5
     torch.testing.assert_close(centre[:2], torch.tensor([0.0, 3.0]), atol=0.3, rtol=0)
@@ -120,7 +136,7 @@ def test_classes_that_differ_by_chance_share_a_mean() -> None:
     generator = torch.Generator().manual_seed(5)
     canvases = torch.randn(400, LEVELS, *GRID, CHANNELS, generator=generator)
     start = GaussianStart(GRID, CHANNELS, 100, LEVELS)
-    start.fit([(canvases, torch.arange(400) % 100)])
+    start.fit(lambda: [(canvases, torch.arange(400) % 100)])
     # A class of 4 examples has means of deviation 1/2 by chance; little of that is kept.
     assert (start.steps[:100] - start.steps[100]).std() < 0.2
 
@@ -129,7 +145,7 @@ def test_loss_is_that_of_the_network_plus_the_start() -> None:
     model, generator = network(), torch.Generator().manual_seed(6)
     assert model.start is not None
     canvases, label = correlated(8, generator)
-    model.start.fit([(canvases, label)])
+    model.start.fit(lambda: [(canvases, label)])
     torch.nn.init.normal_(model.u_out.weight, std=0.1)
     t, r = torch.linspace(0.3, 1.0, 8), torch.linspace(0.0, 0.9, 8)
     r = torch.minimum(t, r)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,14 @@ class TrajectoryForcingRun(MethodRun):
     def _network(self) -> TrajectoryTransformer:
         network = TrajectoryTransformer(self.config.model)
         if network.start is not None:
-            numbers = spread_evenly(self.index.num_samples, min(START_SAMPLES, self.index.num_samples))
-            normaliser = self.normaliser.to("cpu")
-            network.start.fit(
-                (level_canvases(normaliser.apply(features), regions), label)
-                for features, regions, label in self._samples(numbers)
-            )
+            network.start.fit(self._examples)
         return network
+
+    def _examples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Canvases in the network's units and labels of some samples, spread evenly over the shards."""
+        normaliser = self.normaliser.to("cpu")
+        for features, regions, label in self._samples(spread_evenly(self.index.num_samples, START_SAMPLES)):
+            yield level_canvases(normaliser.apply(features), regions), label
 
     def _begin(self, origin: Path | None) -> None:
         super()._begin(origin)

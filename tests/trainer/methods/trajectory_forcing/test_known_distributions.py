@@ -70,7 +70,7 @@ def trained(
     )
     if model.start is not None:
         values, _, label = examples(2_000, generator)
-        model.start.fit([(on_grid(scale * values), label)])
+        model.start.fit(lambda: [(on_grid(scale * values), label)])
     config = MethodConfig(
         **{"time_shift": chosen_time_shift(GRID, CHANNELS), "region_timing": "signal"} | method  # type: ignore[arg-type]
     )
