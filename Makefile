@@ -1,12 +1,18 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first; a second call is fast.
 #   make demo PHOTOS=folder      your own photographs instead of the bundled ones
+#   make demo ENCODER=dinov2-small   features of a vision transformer and a decoder trained for them; its weights come from
+#                                the hub, or with WEIGHTS=file from a file; PHOTOS= goes with it
 #   make demo TORCH=torch===2.13.0   the CUDA build of torch (=== takes the release without a local version)
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-DEMO   ?= runs/demo
 PHOTOS ?=
+ENCODER ?=
+WEIGHTS ?=
 BIN    := .venv/bin
 comma  := ,
+colon  := :
+# Each encoder has a folder of its own, since a build keeps to its encoder.
+DEMO   ?= runs/demo$(if $(ENCODER),-$(subst $(colon),-,$(notdir $(ENCODER))))
 
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
@@ -15,7 +21,7 @@ export PYTHONUNBUFFERED = 1
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3p' Makefile; echo; echo "targets: demo test drill lint format bench results docs commands clean"
+	@sed -n '1,5p' Makefile; echo; echo "targets: demo test drill lint format bench results docs commands clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -28,7 +34,8 @@ $(BIN)/python:
 	@touch $@
 
 demo: .venv/.ready-demo
-	$(BIN)/python examples/demo.py --out $(DEMO) $(if $(PHOTOS),--photos "$(PHOTOS)")
+	$(BIN)/python examples/demo.py --out $(DEMO) $(if $(PHOTOS),--photos "$(PHOTOS)") \
+		$(if $(ENCODER),--encoder "$(ENCODER)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile

@@ -1,15 +1,22 @@
 """From pictures to samples you can look at, on a laptop and offline; `make demo` runs this.
 
-    python examples/demo.py --out runs/demo [--photos FOLDER]
+    python examples/demo.py --out runs/demo [--photos FOLDER] [--encoder NAME [--weights FILE]]
 
 Each step is one command of the toolkit, printed before it runs. First it builds the teacher hierarchies of photographs
 that scikit-image ships, as a page. Then it trains a small network on the 1,797 handwritten digits inside scikit-learn,
 because anyone sees at a glance whether a generated digit is the one that was asked for. With --photos the network is
 trained on your own photographs instead.
+
+With --encoder, for example dinov2-small or dinov2-small@9, everything is made from photographs by that encoder: yours,
+or else crops of ten photographs that scikit-image and scikit-learn ship. Only `dct` features can be turned back into
+pixels by themselves, so a small decoder is trained first, on the same photographs. It knows no others, and it is small:
+expect blurred pictures with the colours and the layout of a photograph, not its details. Both trainings see a fixed
+number of images, together about 12 minutes of one core's work; encoding takes about 0.2 seconds a photograph.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -19,7 +26,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +40,12 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
     "tissue": "ihc.png",
 }
+"""Photographs of scikit-image: class and file."""
+MORE_PHOTOGRAPHS = {"flower": "flower.jpg", "pagoda": "china.jpg"}
+"""Photographs of scikit-learn."""
 CROPS_PER_CLASS = 3
+CROPS_FOR_DECODER = 48
+"""Crops of each photograph where a decoder is trained on them, every second one mirrored."""
 SIDE_PX = 256
 MARGIN_PX = 16
 PAPER, INK = np.array([250.0, 244.0, 230.0]), np.array([24.0, 52.0, 110.0])
@@ -42,6 +54,17 @@ HELD_OUT = 10
 """Every tenth digit is kept from the network and judges it."""
 DEMO_IMAGES = 16_000
 """Digits seen in training: about 4 minutes on 2 cores."""
+DECODER_IMAGES = 6_400
+"""Photographs seen in the training of the decoder; most are seen many times."""
+JUDGES = 8
+"""One of so many photographs is kept from the decoder and judges it."""
+OWN_DECODER = "dct"
+"""The encoder whose features are turned into pixels without a trained decoder."""
+EXPECT = """
+What to expect: the decoder is small and was trained for minutes, on {images} of these photographs. It draws colours and
+layout, blurred, no details. In the report, compare each photograph under "Teacher hierarchies" with the picture that is
+decoded from its own tokens: no sample can look better. Sharp pictures need a large decoder and a million photographs.
+"""
 console = Console(stderr=True)
 
 
@@ -50,24 +73,46 @@ def main(
     photos: Annotated[
         Path | None, typer.Option(help="Train on your own photographs: one folder per class.")
     ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Encoder of photographs, for example dinov2-small or dinov2-small@9.")
+    ] = OWN_DECODER,
+    weights: Annotated[
+        str | None, typer.Option(help="Weight file of the encoder; without it those of the hub.")
+    ] = None,
     total_images: Annotated[int | None, typer.Option(help="Images seen in training.")] = None,
+    decoder_images: Annotated[
+        int, typer.Option(help="Images seen in the training of a decoder.")
+    ] = DECODER_IMAGES,
 ) -> None:
     """Pictures → teacher hierarchies → shards → a trained model → samples → one page."""
     build, run, samples = out / "build", out / "run", out / "samples"
     rows: list[dict[str, Any]] = []
-    if photos is None:
+    pages: dict[str, Path] = {}
+    photographs = shipped("skimage", "data", PHOTOGRAPHS)
+    if photos is None and encoder == OWN_DECODER:
         total_images = total_images or DEMO_IMAGES
-        cut_photographs(out / "photos")
-        hierarchies = out / "photographs"
+        cut_photographs(out / "photos", photographs, CROPS_PER_CLASS)
+        hierarchies, shards = out / "photographs", build / "train"
         built(out / "photos", hierarchies)
-        command("hierarchy-builder", "report", hierarchies, "--out", out / "photographs.html")
         draw_digits(out / "digits")
         for split in ("train", "val"):
             rows += built(out / "digits" / split, build / split, "--split", split)
-        shards = build / "train"
     else:
-        rows += built(photos, build)
-        shards = build
+        if photos is None:
+            photos = out / "crops"
+            photographs |= shipped("sklearn", "datasets/images", MORE_PHOTOGRAPHS)
+            cut_photographs(photos, photographs, CROPS_FOR_DECODER, mirrored=True)
+        hierarchies = shards = build
+        rows += built(photos, build, *encoder_words(encoder, weights, photos))
+    if photos is None or encoder != OWN_DECODER:
+        pages["teacher hierarchies of photographs"] = page = out / "photographs.html"
+        command("hierarchy-builder", "report", hierarchies, "--out", page)
+    facts = json.loads((shards / "shards" / "index.json").read_text())
+    if facts["encoder"]["decoder"] is None:
+        total_images = total_images or DEMO_IMAGES
+        decoder, seconds = timed(*decoder_words(shards, run, facts, decoder_images))
+        rows.append(stage("train-decoder", decoder["images_seen"], seconds, run / "decoder"))
+        pages["photographs above, decoded from their features below"] = run / "decoder" / "samples"
     budget = () if total_images is None else ("--total-images", total_images)
     training, seconds = timed(
         "trainer", "train", shards, "--out", run, "--preset", "tiny-cpu", *budget, "--json"
@@ -80,26 +125,49 @@ def main(
     rows.append(stage("sample", len(drawn), seconds, samples))
     command("trainer", "evaluate", run, "--shards", build, "--json")
     (out / "stages.json").write_text(json.dumps(rows, indent=2))
-    report = out / "report.html"
+    pages["samples of the network"] = report = out / "report.html"
     command(
         "trainer", "report", run, "--shards", shards, "--seeds", "0-2",
         "--stages", out / "stages.json", "--out", report,
     )  # fmt: skip
     show(rows)
-    if photos is None:
+    if "train-decoder" in {row["stage"] for row in rows}:
         console.print(
-            f"\nteacher hierarchies of photographs: open {out / 'photographs.html'}", highlight=False
+            EXPECT.format(images=facts["shardlist"][0]["nsamples"]).rstrip(), highlight=False, soft_wrap=True
         )
-    console.print(f"\nsamples of the network: open {report}", highlight=False)
+    for what, page in pages.items():
+        console.print(f"\n{what}: open {page}", highlight=False, soft_wrap=True)
 
 
 def built(images: Path, folder: Path, *words: Any) -> list[dict[str, Any]]:
     """Build the hierarchies and shards of a folder of images, and return the rows of the closing table."""
+    encoder = () if "--encoder" in words else ("--encoder", OWN_DECODER)
     rows = command(
-        "hierarchy-builder", "build", images, "--out", folder,
-        "--encoder", "dct", "--images", "--workers", 2, *words, "--json",
+        "hierarchy-builder", "build", images, "--out", folder, *encoder, "--images", "--workers", 2, *words, "--json"
     )  # fmt: skip
     return [{name: value for name, value in row.items() if name != "notes"} for row in rows]
+
+
+def encoder_words(encoder: str, weights: str | None, photos: Path) -> list[Any]:
+    """Options of the build: the encoder, and a second shard with an eighth of the photographs, to judge a decoder."""
+    words: list[Any] = ["--encoder", encoder, *(("--weights", weights) if weights else ())]
+    count = sum(path.is_file() for path in photos.rglob("*"))
+    judges = count // JUDGES if encoder != OWN_DECODER else 0
+    return [*words, "--samples-per-shard", count - judges] if judges else words
+
+
+def decoder_words(shards: Path, run: Path, facts: dict[str, Any], images: int) -> list[Any]:
+    """The command that trains a small decoder for the run, at the size of the pictures that the encoder saw.
+
+    facts: index.json of the shards; the last of several shards is kept from the decoder and judges it.
+    """
+    patch = facts["encoder"]["image_size_px"] // facts["grid"][0]
+    held_out = int(len(facts["shardlist"]) > 1)
+    settings = ("--set", f"patch_size={patch}", "--set", f"held_out_shards={held_out}")
+    return [
+        "trainer", "train-decoder", shards, "--out", run / "decoder", "--size", "tiny",
+        "--total-images", images, *settings, "--json",
+    ]  # fmt: skip
 
 
 def draw_digits(folder: Path) -> None:
@@ -121,20 +189,28 @@ def draw_digits(folder: Path) -> None:
         Image.fromarray((PAPER + (INK - PAPER) * ink).round().astype(np.uint8)).save(target)
 
 
-def cut_photographs(folder: Path) -> None:
-    """Cut seeded crops out of scikit-image's colour photographs into an ImageFolder tree; done once."""
-    import skimage
+def cut_photographs(folder: Path, photographs: dict[str, Path], count: int, mirrored: bool = False) -> None:
+    """Cut `count` seeded crops out of each photograph into an ImageFolder tree; done once.
 
-    source = Path(skimage.__file__).parent / "data"
-    for name, file in PHOTOGRAPHS.items():
+    mirrored: whether every second crop is mirrored.
+    """
+    for seed, (name, source) in enumerate(sorted(photographs.items())):
         target = folder / name
-        if target.is_dir() and len(list(target.iterdir())) == CROPS_PER_CLASS:
+        if target.is_dir() and len(list(target.iterdir())) == count:
             continue
         target.mkdir(parents=True, exist_ok=True)
-        photograph = Image.open(source / file).convert("RGB")
-        random = np.random.default_rng(sorted(PHOTOGRAPHS).index(name))
-        for number in range(CROPS_PER_CLASS):
-            crop_once(photograph, random).save(target / f"{number:03d}.jpg", quality=95)
+        photograph = Image.open(source).convert("RGB")
+        random = np.random.default_rng(seed)
+        for number in range(count):
+            crop = crop_once(photograph, random)
+            crop = ImageOps.mirror(crop) if mirrored and number % 2 else crop
+            crop.save(target / f"{number:03d}.jpg", quality=95)
+
+
+def shipped(package: str, folder: str, files: dict[str, str]) -> dict[str, Path]:
+    """Name and path of photographs that a package ships."""
+    root = Path(str(importlib.import_module(package).__file__)).parent / folder
+    return {name: root / file for name, file in files.items()}
 
 
 def crop_once(photograph: Image.Image, random: np.random.Generator) -> Image.Image:

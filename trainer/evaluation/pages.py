@@ -70,7 +70,8 @@ INTRO = (
 )
 TEACHER_TEXT = (
     "What the model was shown. Children share the hues of their parent region; latent colours are the same on "
-    "every card of this page, teachers and samples alike."
+    "every card of this page, teachers and samples alike. Where a card has a decoded picture, compare it at the finest "
+    "level with the photograph: no sample can look better than what the decoder makes of a photograph's own tokens."
 )
 CURVES_TEXT = "Long curves are means of equal runs of points; the band spans least to greatest."
 LOSSES = ("loss", "loss_u", "loss_v", "region")
