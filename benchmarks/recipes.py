@@ -98,15 +98,12 @@ def score_recipe(
 
 
 def ablations() -> dict[str, list[HierarchyRecipe]]:
-    """Each field in which the two recipes differ, changed alone; cuts fit the tree, so they go with the weight."""
+    """Each field in which the two recipes differ, changed alone."""
     fields = [field.name for field in dataclasses.fields(HierarchyRecipe)]
-    differing = [name for name in fields if getattr(PAPER, name) != getattr(STABLE, name) and name != "cuts"]
     found = {}
-    for name in differing:
-        group = ["cuts", name] if name == "spatial_weight" else [name]
+    for name in (name for name in fields if getattr(PAPER, name) != getattr(STABLE, name)):
         for label, base, other in (("stable without", STABLE, PAPER), ("paper with", PAPER, STABLE)):
-            changes = {field: getattr(other, field) for field in group}
-            found[f"{label} {name}"] = [dataclasses.replace(base, **changes)]
+            found[f"{label} {name}"] = [dataclasses.replace(base, **{name: getattr(other, name)})]
     return found
 
 
@@ -151,7 +148,7 @@ def with_as_many(views: Views, recipe: HierarchyRecipe, counts: np.ndarray) -> n
         limits = np.concatenate([[-np.inf], (heights[1:] + heights[:-1]) / 2, [np.inf]])
         span = np.ptp(heights) + 1e-8 if heights.size else 1.0
         lowest = heights.min() if heights.size else 0.0
-        cuts = [(limits[max(kept, 0)] - lowest) / span for kept in at]
+        cuts = [min((limits[max(kept, 0)] - lowest) / span, 1.0) for kept in at]  # 1 keeps every merge
         levels.append(cut_levels(regions[None, 0], merges[None], cuts)[0])
     return np.stack(levels)
 

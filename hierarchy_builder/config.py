@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -15,6 +16,8 @@ from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, nearest, req
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""
+MOST_PARTS = 255
+"""Largest number of regions to aim at: ids are stored in one byte."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +73,16 @@ class HierarchyRecipe:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     cuts: tuple[float, ...] = (0.65, 0.35)
-    """Relative merge heights at which the object is cut into parts, coarse → fine, so falling; each adds one level."""
+    """Where trees are cut into parts, coarse → fine; each cut adds one level. Relative merge heights from 0 to 1,
+    falling; or about how many regions a photo gets, whole numbers from 2, rising (`8,16`): it is then cut at the mean
+    height of twice as many of its highest merges, which means the same with any encoder."""
     spatial_weight: float = 0.2
     """Weight of the distance of two tokens on the unit square, added to their cosine distance."""
-    start: Literal["single", "several", "cut"] = "single"
+    start: Literal["single", "several", "cut", "centred"] = "single"
     """How tokens are split into object and background: 2-means from one k-means++ start of scikit-learn with `seed`
-    (`single`), the best of 8 such starts by inertia (`several`), or the normalised cut of the similarity graph of the
-    tokens, which needs no random start (`cut`)."""
+    (`single`), the best of 8 such starts by inertia (`several`), or, without a random start, the normalised cut of the
+    similarity graph of the tokens: of a fixed sharpness (`cut`), or of three in units of the variance of the photo's
+    tokens the one that best separates the centre of the photo (`centred`)."""
     seed: int = 0
     """Seed of the k-means++ draws."""
     object_choice: Literal["centre", "border"] = "centre"
@@ -97,13 +103,19 @@ class HierarchyRecipe:
     other levels follow from the features."""
 
     def __post_init__(self) -> None:
+        numbers = any(cut > 1 for cut in self.cuts)
         require(
-            all(0.0 <= cut <= 1.0 for cut in self.cuts),
-            f"cuts are {self.cuts}, expected relative heights from 0 to 1",
+            all(
+                cut == int(cut) if 2 <= cut <= MOST_PARTS else 0 <= cut <= 1 and not numbers
+                for cut in self.cuts
+            ),
+            f"cuts are {self.cuts}, expected relative heights from 0 to 1, or numbers from 2 to {MOST_PARTS}",
         )
+        order = "rising numbers" if numbers else "falling heights"
         require(
-            all(coarse > fine for coarse, fine in zip(self.cuts, self.cuts[1:], strict=False)),
-            f"cuts are {self.cuts}, expected falling heights (coarse → fine), for example 0.65,0.35",
+            all(coarse < fine if numbers else coarse > fine for coarse, fine in pairwise(self.cuts)),
+            f"cuts are {self.cuts}, expected {order} (coarse → fine), for example "
+            + ("8,16" if numbers else "0.65,0.35"),
         )
         require(
             0 <= self.spatial_weight < math.inf,
@@ -132,11 +144,12 @@ class HierarchyRecipe:
 
     @classmethod
     def stable(cls) -> HierarchyRecipe:
-        """Nothing drawn by chance, connected regions, a divided background: docs/results.md compares it to `paper`."""
+        """Nothing drawn by chance, connected regions, a divided background, about as many regions with any encoder:
+        docs/results.md compares it to `paper`."""
         return cls(
-            cuts=(0.7, 0.52),
+            cuts=(8, 16),
             spatial_weight=0.0,
-            start="cut",
+            start="centred",
             object_choice="border",
             connected=True,
             divide_background=True,

@@ -60,10 +60,12 @@ def cut_merges(
 ) -> np.ndarray:
     """Region ids of each image at each cut.
 
-    object_mask: bool or uint8 [N, T]. merges: float32 [N, T − 1, 3] from `average_linkage`. cuts: relative heights; a
-    merge is undone if (h − h_min) / (h_max − h_min + 1e-8) > cut, where the range covers both sides if the background
-    is divided. given_level: level (from 1) at which the given regions appear unchanged, for all images or as int [N];
-    finer cuts divide them and coarser cuts join them; 0 for images without given regions.
+    object_mask: bool or uint8 [N, T]. merges: float32 [N, T − 1, 3] from `average_linkage`. cuts: relative heights (at
+    most 1); a merge is undone if (h − h_min) / (h_max − h_min + 1e-8) > cut, where the range covers both sides if the
+    background is divided. A cut above 1 is a number of regions: a merge is undone if it is higher than the mean of the
+    2 · cut highest ones, so the cut stays the same when all heights are scaled or shifted.
+    given_level: level (from 1) at which the given regions appear unchanged, for all images or as int [N]; finer cuts
+    divide them and coarser cuts join them; 0 for images without given regions.
     Returns int32 [N, K, T]: background 0, object regions from 1 in the order of their first token, then the further
     regions of a divided background.
     """
@@ -238,17 +240,26 @@ def _cut_images(
 @numba.njit(cache=True)
 def _limit(heights: np.ndarray, level: int, cut: float, given_level: int) -> tuple[float, float, float]:
     """(start, scale, cut) such that merges of height h are kept if (h − start) / scale ≤ cut."""
-    if given_level == 0 or level > given_level:
-        lowest, span = _range(heights, FREE)
-        if span < 0:  # the tree has no FREE merges: undo all others
-            return -np.inf, 1.0, cut
-        return lowest, span + HEIGHT_EPSILON, cut
-    if level < given_level:
-        lowest, span = _range(heights, GIVEN)
-        if span < 0:  # the tree has no GIVEN merges: keep all others
-            return np.inf, 1.0, cut
-        return lowest, span + HEIGHT_EPSILON, cut
-    return PHASE * GIVEN - MARGIN, 1.0, 0.0
+    if level == given_level:
+        return PHASE * GIVEN - MARGIN, 1.0, 0.0
+    coarser = level < given_level
+    phase = GIVEN if coarser else FREE
+    lowest, span = _range(heights, phase)
+    if (
+        span < 0
+    ):  # the tree has no merges of this phase: a coarser level keeps all others, a finer one undoes them
+        return np.inf if coarser else -np.inf, 1.0, cut
+    if cut > 1:
+        return _mean_of_highest(heights, phase, int(2 * cut)), 1.0, 0.0
+    return lowest, span + HEIGHT_EPSILON, cut
+
+
+@numba.njit(cache=True)
+def _mean_of_highest(heights: np.ndarray, phase: int, number: int) -> float:
+    """Mean of the highest merges of a phase, of all its merges if there are fewer than `number`."""
+    start = PHASE * phase - MARGIN
+    inside = np.sort(heights[(heights >= start) & (heights < start + PHASE)].astype(np.float64))
+    return inside[-number:].mean() if inside.size > number else inside.mean()
 
 
 @numba.njit(cache=True)

@@ -20,7 +20,7 @@ import torch
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
-from hierarchy_builder.hierarchy.normalized_cut import normalized_cut
+from hierarchy_builder.hierarchy.normalized_cut import centred_cut, normalized_cut
 from hierarchy_builder.hierarchy.similarity import similarities, single_threaded_blas, spread
 from hierarchy_builder.hierarchy.two_means import inertia, two_means
 from hierarchy_builder.records import MAX_REGIONS, REGION_DTYPE
@@ -126,7 +126,7 @@ def _divide(
     contrast = spread(gram)
     finite = np.isfinite(contrast)
     gram[~finite] = 1.0
-    labels = _halves(gram, recipe, num_channels)
+    labels = _halves(gram, recipe, num_channels, _from_centre(height, width))
     alike = ~labels.any(axis=1)
     gram[alike] = gram[alike, :1, :1]  # rounding must not decide between equal distances
     undivided = ~finite | ((contrast <= recipe.min_spread) & (recipe.min_spread > 0))
@@ -166,7 +166,7 @@ def cut_levels(
     """Cut stored trees at other heights, without the features.
 
     object_mask: [N, H, W], nonzero on the object (`regions[:, 0]`). merges: float32 [N, H·W−1, 3].
-    cuts: relative heights, descending (coarse → fine). given_level: as from `given_levels`, or one for all images.
+    cuts: as in a recipe, coarse → fine. given_level: as from `given_levels`, or one for all images.
     Returns uint8 [N, 1 + len(cuts), H, W], the regions that `build_hierarchy` returns with these cuts.
     Raises BuilderError if the trees do not belong to these objects, or if a cut leaves more than 255 regions.
     """
@@ -216,10 +216,19 @@ def _coordinates(height: int, width: int) -> np.ndarray:
     return np.stack([y, x], axis=-1).reshape(-1, 2)
 
 
-def _halves(gram: np.ndarray, recipe: HierarchyRecipe, num_channels: int) -> np.ndarray:
+def _from_centre(height: int, width: int) -> np.ndarray:
+    """Distance of each token from the image centre on the unit square, float64 [T]."""
+    return np.linalg.norm(_coordinates(height, width) - 0.5, axis=1)
+
+
+def _halves(
+    gram: np.ndarray, recipe: HierarchyRecipe, num_channels: int, from_centre: np.ndarray
+) -> np.ndarray:
     """Split the tokens of each image in two: labels 0 and 1, uint8 [n, T], all 0 if the tokens are all equal."""
     if recipe.start == "cut":
         return normalized_cut(gram)
+    if recipe.start == "centred":
+        return centred_cut(gram, from_centre)
     return two_means(gram, recipe.seed, num_channels, NUM_STARTS if recipe.start == "several" else 1)
 
 
@@ -252,7 +261,7 @@ def _object_mask(labels: np.ndarray, height: int, width: int, recipe: HierarchyR
         inner[1:-1, 1:-1] = 1
         away = 1 - inner.ravel()
     else:
-        away = np.linalg.norm(_coordinates(height, width) - 0.5, axis=1)
+        away = _from_centre(height, width)
     ones = labels.sum(axis=1, dtype=np.int64)
     zeros = labels.shape[1] - ones
     mean_of_ones = (labels @ away) / np.maximum(ones, 1)
@@ -282,9 +291,10 @@ def _require_few_regions(level: np.ndarray, cut: float) -> None:
     most = level.max(axis=1, initial=0)
     wrong = np.flatnonzero(most >= MAX_REGIONS)
     if wrong.size:
+        change = "ask for fewer" if cut > 1 else "raise this cut"
         raise BuilderError(
             f"cut {cut} leaves {most[wrong[0]]} object regions in image row {wrong[0]} ({wrong.size} such "
-            f"images), at most {MAX_REGIONS - 1} fit uint8: raise this cut, or use a smaller grid"
+            f"images), at most {MAX_REGIONS - 1} fit uint8: {change}, or use a smaller grid"
         )
 
 

@@ -13,7 +13,8 @@ from sklearn.cluster import KMeans
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.hierarchy.normalized_cut import SHARPNESS, normalized_cut
+from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
+from hierarchy_builder.hierarchy.normalized_cut import SHARPNESS, centred_cut, normalized_cut
 from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy, check_nesting, cut_levels, given_levels
 from hierarchy_builder.hierarchy.two_means import two_means
 
@@ -98,6 +99,57 @@ def test_the_cut_does_not_depend_on_the_order_of_tokens(seed: int) -> None:
     )
 
 
+def test_the_centred_cut_is_the_one_that_separates_the_centre_best() -> None:
+    gram = grams(smooth_features(8, 12, 12, 24, 1.0))
+    away = np.hypot(*(np.indices((12, 12)) / 11 - 0.5)).ravel()
+    variance = 1 - gram.mean(axis=(1, 2))
+    cuts = np.stack([normalized_cut(gram, bandwidth / variance) for bandwidth in (1.0, 2.0, 3.0)])
+    separation = np.abs([[np.corrcoef(labels, away)[0, 1] for labels in cut] for cut in cuts])
+    found = centred_cut(gram, away)
+    np.testing.assert_array_equal(found, cuts[separation.argmax(axis=0), np.arange(8)])
+    assert len(set(separation.argmax(axis=0).tolist())) > 1
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.01, 7.0]), contrast=st.sampled_from([0.5, 0.05]))
+def test_stable_is_the_same_for_an_encoder_of_other_scale(seed: int, scale: float, contrast: float) -> None:
+    """Rotated, multiplied, and with a channel that all tokens share, which brings all cosines nearer to 1 alike."""
+    features = smooth_features(3, 10, 10, 16, 1.0, seed).astype(np.float32)
+    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    shared = np.full_like(unit[..., :1], np.sqrt(1 - contrast))
+    random = np.random.default_rng(seed)
+    rotation = np.linalg.qr(random.normal(size=(17, 17)))[0].astype(np.float32)
+    other = scale * np.concatenate([np.sqrt(contrast) * unit, shared], axis=-1) @ rotation
+    recipe = HierarchyRecipe.stable()
+    found, again = build_hierarchy(features, recipe), build_hierarchy(other, recipe)
+    np.testing.assert_array_equal(again.regions, found.regions)
+    np.testing.assert_array_equal(build_hierarchy(features[1:], recipe).regions, found.regions[1:])
+    assert not check_nesting(found.regions).any()
+
+
+def test_a_number_of_regions_cuts_at_the_mean_of_the_highest_merges() -> None:
+    features = smooth_features(5, 10, 10, 16, 1.0)
+    everything = np.ones((5, 100), dtype=np.uint8)
+    merges = average_linkage(grams(features), everything, np.zeros((100, 100)))
+    levels = cut_merges(everything, merges, (4, 10, 60))
+    for tree, image in zip(merges, levels, strict=True):
+        heights = np.sort(tree[:, 2].astype(np.float64))[::-1]
+        expected = [1 + (heights > heights[:number].mean()).sum() for number in (8, 20, 120)]
+        assert image.max(axis=1).tolist() == expected
+
+
+def test_busy_photos_get_more_regions() -> None:
+    """Three flat patches, and the same with a fourth in one of them; both are asked for eight regions."""
+    features = np.zeros((2, 8, 8, 4), dtype=np.float32)
+    features[:, :4, :, 0] = features[:, 4:, :4, 1] = features[:, 4:, 4:, 2] = 1
+    features[1, 2:4, 2:4] = [0, 0, 0, 1]
+    features += 0.01 * np.random.default_rng(0).normal(size=features.shape).astype(np.float32)
+    counts = build_hierarchy(
+        features, HierarchyRecipe(start="centred", cuts=(8,), divide_background=True)
+    ).regions
+    assert counts.max(axis=(2, 3))[:, 1].tolist() == [2, 3]  # ids from 0
+
+
 def test_stable_recipe_mirrors_with_the_image() -> None:
     features = smooth_features(6, 12, 12, 32, 0.8)
     recipe = HierarchyRecipe.stable()
@@ -108,18 +160,19 @@ def test_stable_recipe_mirrors_with_the_image() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     grid=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    start=st.sampled_from(["single", "several", "cut"]),
+    start=st.sampled_from(["single", "several", "cut", "centred"]),
     object_choice=st.sampled_from(["centre", "border"]),
     connected=st.booleans(),
     divide_background=st.booleans(),
     min_spread=st.sampled_from([0.0, 0.05]),
+    cuts=st.sampled_from([(0.8, 0.5, 0.2), (2, 5, 9)]),
     noise=st.sampled_from([0.0, 0.3, 2.0]),
     seed=st.integers(0, 100),
 )
 def test_any_recipe_keeps_the_rules(grid, noise, seed, **fields) -> None:
     features = smooth_features(3, *grid, 8, noise, seed)
     features[0] = features[0, :1, :1]
-    recipe = HierarchyRecipe(cuts=(0.8, 0.5, 0.2), **fields)
+    recipe = HierarchyRecipe(**fields)
     hierarchy = build_hierarchy(features, recipe)
     assert not check_nesting(hierarchy.regions).any()
     assert hierarchy.flags[0] == Flag.DEGENERATE
@@ -240,7 +293,11 @@ def test_masks_without_masks_in_the_recipe_are_refused() -> None:
     ("fields", "message"),
     [
         ({"cuts": (0.3, 0.6)}, "expected falling heights"),
-        ({"cuts": (1.2,)}, "relative heights from 0 to 1"),
+        ({"cuts": (1.2,)}, "relative heights from 0 to 1, or numbers from 2 to 255"),
+        ({"cuts": (8, 8.5)}, "relative heights from 0 to 1, or numbers from 2 to 255"),
+        ({"cuts": (0.5, 8)}, "relative heights from 0 to 1, or numbers from 2 to 255"),
+        ({"cuts": (8, 256)}, "relative heights from 0 to 1, or numbers from 2 to 255"),
+        ({"cuts": (16, 8)}, "expected rising numbers"),
         ({"cuts": (0.5,), "masks_level": 2}, "masks_level is 2, expected 0 to 1"),
         ({"connected": True, "spatial_weight": 4.0}, "expected 3 or less with connected"),
         ({"min_spread": -1.0}, "min_spread is -1.0, expected 0 to 1"),
