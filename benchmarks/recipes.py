@@ -55,11 +55,11 @@ COLUMNS = {
 
 
 def load_photos(
-    images: str, masks: Path | None, encoder: Encoder, limit: int | None = None
+    images: str, masks: Path | None, encoder: Encoder, taken: slice = slice(None)
 ) -> tuple[Views, list[np.ndarray] | None]:
     """Views of the photos of a folder and, for each, people's label maps int64 [M, h, w]."""
     source = open_source(images)
-    paths = [record.path for record in source.records[:limit]]
+    paths = [record.path for record in source.records[taken]]
     photos = [decode_image(source.read(path))[0] for path in paths]
     views = encode_views(encoder, photos)
     if masks is None:
@@ -116,7 +116,7 @@ def mean_quality(qualities: list[Quality]) -> Quality:
 
 
 def predicted_objects(
-    name: str, images: str, cells: tuple[int, int], limit: int | None = None
+    name: str, images: str, cells: tuple[int, int], taken: slice = slice(None)
 ) -> list[np.ndarray]:
     """What a segmentation model calls object in each photo, int64 [1, h, w]; nothing where that is < 5 % or > 90 %.
 
@@ -124,7 +124,7 @@ def predicted_objects(
     those of the encoder, takes the class that the model gives to the place of its centre.
     """
     model, source = load_encoder(name), open_source(images)
-    photos = [decode_image(source.read(record.path))[0] for record in source.records[:limit]]
+    photos = [decode_image(source.read(record.path))[0] for record in source.records[taken]]
     crops = np.stack([crop_square(photo, model.image_size_px) for photo in photos])
     logits = np.concatenate([encode(model, crops[start : start + 16]) for start in range(0, len(crops), 16)])
     rows, columns = (
@@ -177,13 +177,13 @@ def main() -> None:
         parser.error(f"unknown recipes {', '.join(unknown)}: known are {', '.join(RECIPES)}")
     started = time.perf_counter()
     encoder = load_encoder(options.encoder)
-    views, humans = load_photos(options.images, options.masks, encoder, options.limit)
+    views, humans = load_photos(options.images, options.masks, encoder, options.slice)
     encoded = time.perf_counter()
     rows = {}
     objects = None
     if options.objects:
         cells = cells_of(encoder.grid)
-        objects = predicted_objects(options.objects, options.images, cells, options.limit)
+        objects = predicted_objects(options.objects, options.images, cells, options.slice)
         print(f"{sum(map(len, objects))} photos with an object", file=sys.stderr)
     for name, recipes in asked(options).items():
         rows[name] = mean_quality([score_recipe(views, recipe, humans, objects) for recipe in recipes])
@@ -244,6 +244,12 @@ def table(rows: dict[str, Quality], gaps: dict[str, list[list[str]]]) -> str:
     return "\n".join(lines)
 
 
+def slice_of(text: str) -> slice:
+    """`start:stop:step` as a slice; ValueError for anything else."""
+    start, stop, step = ([int(part) if part else None for part in text.split(":")] + [None, None])[:3]
+    return slice(start, stop, step)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -254,7 +260,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipes", default=",".join(RECIPES), help="comma separated")
     parser.add_argument("--objects", help="encoder whose channels are logits of classes, 0 the background")
     parser.add_argument("--ablate", action="store_true", help="also change one field at a time")
-    parser.add_argument("--limit", type=int, help="photos taken, from the first")
+    parser.add_argument(
+        "--slice", type=slice_of, default=slice(None), help="photos taken, as in Python: 1::2, every second"
+    )
     records.add_option(parser)
     return parser
 
