@@ -103,6 +103,8 @@ class HierarchyRecipe:
     other levels follow from the features."""
 
     def __post_init__(self) -> None:
+        # 8 and 8.0 are one request, and have to have one identity.
+        object.__setattr__(self, "cuts", tuple(float(cut) for cut in self.cuts))
         numbers = any(cut > 1 for cut in self.cuts)
         require(
             all(

@@ -67,7 +67,7 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
 @takes(
     folder=opt.FOLDER,
     **opt.RECIPE,
-    recut=option("Cut the stored merge trees at other heights, for example 0.7,0.5,0.3; reads no features."),
+    recut=option("Cut the stored merge trees anew, as with --cuts: 0.7,0.5,0.3 or 8,16; reads no features."),
     **(opt.VOCABULARY | opt.RUN | OUTPUT),
 )
 def cluster(folder: Path, recut: str | None, **given: Any) -> None:

@@ -50,7 +50,7 @@ def levels(folder: BuildFolder) -> np.ndarray:
 
 
 @pytest.mark.parametrize("recipe", [HierarchyRecipe.paper(), HierarchyRecipe.stable()])
-@pytest.mark.parametrize("cuts", [CUTS, (0.4,), ()])
+@pytest.mark.parametrize("cuts", [CUTS, (0.4,), (3, 9), ()])
 def test_recut_is_a_build_with_those_cuts(images: Path, tmp_path: Path, recipe, cuts) -> None:
     folder = built(images, tmp_path / "recut", recipe)
     features = folder.features

@@ -13,6 +13,7 @@ from sklearn.cluster import KMeans
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.fields import config_hash, from_mapping, identity, to_mapping
 from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
 from hierarchy_builder.hierarchy.normalized_cut import SHARPNESS, centred_cut, normalized_cut
 from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy, check_nesting, cut_levels, given_levels
@@ -306,6 +307,24 @@ def test_masks_without_masks_in_the_recipe_are_refused() -> None:
 def test_invalid_recipe_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HierarchyRecipe(**fields)  # type: ignore[arg-type]
+
+
+def test_recipes_of_earlier_builds_keep_their_identity() -> None:
+    """Their builds can be continued; `stable` was the second one until its cuts became numbers of regions."""
+    earlier = HierarchyRecipe(
+        cuts=(0.7, 0.52),
+        spatial_weight=0.0,
+        start="cut",
+        object_choice="border",
+        connected=True,
+        divide_background=True,
+        min_spread=1e-3,
+    )
+    assert config_hash(identity(HierarchyRecipe.paper()))[:16] == "192178eb9c0321d8"
+    assert config_hash(identity(earlier))[:16] == "be34bfdb11697498"
+    written = to_mapping(HierarchyRecipe(cuts=(8, 16)))
+    assert identity(from_mapping(HierarchyRecipe, written)) == identity(HierarchyRecipe(cuts=(8.0, 16.0)))
+    assert written["cuts"] == [8.0, 16.0]
 
 
 def test_stable_regions_are_tighter_on_real_photos(shared: Path) -> None:

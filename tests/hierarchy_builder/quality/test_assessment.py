@@ -239,7 +239,7 @@ def test_command(built, masks, tmp_path) -> None:
 
 def test_benchmark_of_recipes_runs(photos, masks) -> None:
     script = Path(__file__).resolve().parents[3] / "benchmarks" / "recipes.py"
-    arguments = [str(photos), "--masks", str(masks), "--recipes", "paper", "--limit", "3"]
+    arguments = [str(photos), "--masks", str(masks), "--recipes", "paper", "--slice", ":3"]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
