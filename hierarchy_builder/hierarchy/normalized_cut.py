@@ -56,7 +56,8 @@ def centred_cut(gram: np.ndarray, from_centre: np.ndarray) -> np.ndarray:
     Source: the scale of the graph follows the data as in Zelnik-Manor and Perona (2004), Self-Tuning Spectral
     Clustering, here one scale for an image. That people put objects in the centre is what `paper` assumes too.
     """
-    variance = np.maximum(spread(gram), NO_SPREAD)
+    variance = spread(gram)
+    variance[variance <= NO_SPREAD] = np.inf  # tokens that are all equal are not split whatever the graph
     best = np.zeros(gram.shape[:2], dtype=np.uint8)
     most = np.full(len(gram), -np.inf)
     away = from_centre - from_centre.mean()
