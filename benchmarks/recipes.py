@@ -4,10 +4,10 @@
 
 Every photo is encoded four times (plain, mirrored, two crops one token apart), once for all recipes. The table has
 one row per partition and level; grids and random partitions have as many regions as their recipe, image by image.
-`paper-seeds` is the mean of ten seeds; --ablate adds `stable` with each field in turn as in `paper`. --objects names a segmentation model whose class 0 is background: object IoU is then measured
-against what it calls object. Differences of `stable` and `paper-seeds` are paired photo by photo, ± standard error of
-their mean, also with the trees of `paper` cut into as many regions as `stable` has. Adjusted Rand indices: flip,
-shift, seed, bf16. The last line is JSON.
+`paper-seeds` is the mean of ten seeds; --ablate adds `stable` with each field in turn as in `paper`. --objects names a
+segmentation model whose class 0 is background: object IoU is then measured against what it calls object. Differences
+of `stable` and `paper-seeds` are paired photo by photo, ± standard error of their mean, also with the trees of `paper`
+cut into as many regions as `stable` has. Adjusted Rand indices: flip, shift, seed, bf16. The last line is JSON.
 """
 
 from __future__ import annotations
