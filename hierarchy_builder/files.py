@@ -81,9 +81,9 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = True) -> None:
     write_bytes(path, json_text(content, sort_keys=sort_keys))
 
 
-def json_text(content: Any, *, sort_keys: bool = True) -> bytes:
+def json_text(content: Any, *, sort_keys: bool = True, indent: int | None = 2) -> bytes:
     """The bytes that `write_json` writes."""
-    text = json.dumps(without_nan(content), indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    text = json.dumps(without_nan(content), indent=indent, sort_keys=sort_keys, ensure_ascii=False)
     return f"{text}\n".encode()
 
 
@@ -92,13 +92,13 @@ def write_sealed_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool
     write_bytes(path, sealed_text(content, sort_keys=sort_keys))
 
 
-def sealed_text(content: Mapping[str, Any], *, sort_keys: bool = True) -> bytes:
+def sealed_text(content: Mapping[str, Any], *, sort_keys: bool = True, indent: int | None = 2) -> bytes:
     """The bytes that `write_sealed_json` writes.
 
     The field SEAL is the SHA-256 of these bytes with zeros in place of its own 64 digits, so that every changed byte is
     found, and anybody can compute it without this program.
     """
-    text = json_text({**content, SEAL: BLANK}, sort_keys=sort_keys)
+    text = json_text({**content, SEAL: BLANK}, sort_keys=sort_keys, indent=indent)
     return text.replace(_seal_line(BLANK), _seal_line(hashlib.sha256(text).hexdigest()), 1)
 
 

@@ -15,6 +15,7 @@ GROUND_FLOOR = (
     "errors",
     "fields",
     "files",
+    "parsing",
     "flags",
     "progress",
     "records",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.fields import nearest
 from hierarchy_builder.files import sha256_file
+from hierarchy_builder.parsing import check_pickle
 from hierarchy_builder.vision_libraries import import_vision
 
 timm = import_vision("timm")
@@ -197,6 +198,8 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
         config = timm.models.get_pretrained_cfg(model_name)
         classifier = (config and config.classifier) or ()
         heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+        if path.suffix != ".safetensors":
+            check_pickle(path)
         state = timm.models.load_state_dict(str(path))  # weights_only, or safetensors
         state = {key: value for key, value in state.items() if not key.startswith(heads)}
         if name.startswith(ORIGINAL):

@@ -92,8 +92,29 @@ def write_shards(
         channel_mean=features.mean(axis=(0, 1, 2)),
         channel_variance=features.var(axis=(0, 1, 2)),
     )
-    (folder / "_SUCCESS").write_text("")
+    vouch(folder)
     return folder
+
+
+def vouch(folder: Path) -> None:
+    """Write `_SUCCESS`: digests of the files beside the tars, and one of its own text with zeros in its place."""
+    files = ("index.json", "class_map.json", "statistics.npz")
+    digests = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in files
+        if (folder / name).exists()
+    }
+    content = {"count": 0, "index_sha256": digests["index.json"], "files": digests}
+    text = json.dumps({**content, "document_sha256": "0" * 64})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "_SUCCESS").write_text(text.replace("0" * 64, digest))
+
+
+def change_index(folder: Path, **fields: object) -> None:
+    """Change fields of index.json, as if the set had been built with them."""
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, **fields}))
+    vouch(folder)
 
 
 def reindex(folder: Path) -> None:
@@ -102,6 +123,7 @@ def reindex(folder: Path) -> None:
     for number, old in enumerate(index["shardlist"]):
         index["shardlist"][number] = _entry(folder / old["url"], old["nsamples"])
     (folder / "index.json").write_text(json.dumps(index))
+    vouch(folder)
 
 
 def _entry(path: Path, num_samples: int) -> dict[str, object]:

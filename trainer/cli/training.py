@@ -15,6 +15,7 @@ import yaml
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
 from hierarchy_builder.flags import AS_JSON, PATH, REQUIRED, argument, option, switch, takes
+from hierarchy_builder.parsing import parse_yaml
 from hierarchy_builder.terminal import print_cells, print_result, stderr
 from trainer.cli.options import FIELDS, TRAINING, reads
 from trainer.decode.config import DecoderConfig, DecoderSize
@@ -275,8 +276,8 @@ def _asked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_bytes()) or {}
+    except (OSError, ValueError) as error:
         raise UsageError(f"config file {path}: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"config file {path}: found {type(content).__name__}, expected fields by name")
@@ -290,7 +291,7 @@ def _assignments(settings: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--set {setting}: expected name=value, for example optim.lr=0.005")
         try:
-            values[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            values[name.strip()] = parse_yaml(text)
+        except ValueError:
             raise UsageError(f"--set {setting}: {text!r} is no value of YAML") from None
     return values

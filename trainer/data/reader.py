@@ -8,7 +8,6 @@ Tars allow random access (see `tars`), so samples come exactly in the requested 
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from collections import OrderedDict
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import DamagedShardError, TrainerError, UsageError
+from hierarchy_builder.files import parse_json
+from hierarchy_builder.parsing import parse_npy
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURE_DTYPE,
@@ -241,16 +242,19 @@ class ShardReader:
         )
 
     def _label(self, tar: OpenTar, members: Members) -> int:
-        label = int(tar.read(*_span(members, LABEL_MEMBER)))
+        text = tar.read(*_span(members, LABEL_MEMBER)).strip()
+        label = int(text) if text.isdigit() and len(text) < 10 else -1
         if not 0 <= label < self.index.num_classes:
-            raise ValueError(f"label {label}, expected 0 to {self.index.num_classes - 1}")
+            raise ValueError(
+                f"label {text[:20].decode(errors='replace')}, expected 0 to {self.index.num_classes - 1}"
+            )
         return label
 
     def _add_extras(self, sample: Sample, tar: OpenTar, members: Members) -> None:
         if METADATA_MEMBER in members:
-            sample.metadata = json.loads(tar.read(*members[METADATA_MEMBER]))
+            sample.metadata = parse_json(tar.read(*members[METADATA_MEMBER]))
         if CANVASES_MEMBER in members:
-            sample.canvases = _parse_npy(tar.read(*members[CANVASES_MEMBER]))
+            sample.canvases = parse_npy(tar.read(*members[CANVASES_MEMBER]))
         if IMAGE_MEMBER in members:
             sample.image = tar.read(*members[IMAGE_MEMBER])
 
@@ -279,7 +283,7 @@ def _read_array(tar: OpenTar, members: Members, name: str, header: np.ndarray, r
     is_whole = size == len(header) + len(data) and tar.read_into([found, data], offset) == size
     if is_whole and found.tobytes() == header.tobytes():
         return
-    array = _parse_npy(tar.read(offset, size))
+    array = parse_npy(tar.read(offset, size))
     if array.shape != row.shape or array.dtype != row.dtype:
         what = name.removesuffix(".npy")
         raise ValueError(
@@ -299,7 +303,3 @@ def _npy_header(array: np.ndarray) -> np.ndarray:
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
     return np.frombuffer(stream.getvalue(), dtype=np.uint8)
-
-
-def _parse_npy(data: bytes) -> np.ndarray:
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

@@ -5,17 +5,19 @@ H×W grid of tokens, C channels
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
 import numpy as np
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS
+from hierarchy_builder.files import parse_json
+from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.records import FORMAT_VERSION
 from trainer.data.tars import ShardEntry
 
@@ -23,6 +25,12 @@ MARKER = "_SUCCESS"
 INDEX = "index.json"
 STATISTICS = "statistics.npz"
 CLASS_MAP = "class_map.json"
+EARLIER_MARKER = {"count", "index_sha256"}
+"""Fields of the marker in sets of earlier releases, which had no seal and vouched for the index alone."""
+AGAIN = "copy or build the shards again"
+DIGEST = re.compile(r"[0-9a-f]{64}")
+TAR_NAME = re.compile(r"(?:\w[\w.+=@-]*/)*\w[\w.+=@-]*")
+"""A path inside the folder: no `..`, no root, no protocol."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +51,8 @@ class ShardIndex:
     """Description of the encoder: name, grid, width, normalisation, weights_hash, decoder."""
     config_hash: str
     """Hash of the configuration that the shards were built with."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the files beside the tars; empty for sets of earlier releases."""
 
     @property
     def num_samples(self) -> int:
@@ -76,9 +86,9 @@ def open_index(url: str) -> ShardIndex:
     has another format.
     """
     if folder := finished_folder(url):
-        filesystem, path = fsspec.url_to_fs(folder)
-        index, class_map = (_read_json(filesystem, f"{path}/{name}") for name in (INDEX, CLASS_MAP))
-        return _parse_index(folder, index, class_map)
+        digests = _vouched_for(folder)
+        index, class_map = (_read_json(folder, name, digests) for name in (INDEX, CLASS_MAP))
+        return _parse_index(folder, index, class_map, digests)
     if not _exists(url):
         raise UsageError(
             f"{url} does not exist, expected a finished shard folder, its build folder, or a URL"
@@ -106,20 +116,20 @@ def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]
 
     Raises TrainerError if the file is missing or damaged, or if an array is missing, not finite or of another shape.
     """
-    filesystem, path = fsspec.url_to_fs(f"{index.url}/{STATISTICS}")
+    path = f"{index.url}/{STATISTICS}"
     try:
-        with np.load(io.BytesIO(filesystem.cat_file(path)), allow_pickle=False) as stored:
-            found = [stored[name] for name in names]
+        arrays = parse_npz(_read(index.url, STATISTICS, index.digests), names)
+        found = [arrays[name] for name in names]
     except FileNotFoundError:
         raise TrainerError(
             f"{path} is missing: normalise needs it; run `hierarchy-builder shard DIR` again, or train with "
             "normalise=none"
         ) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise TrainerError(f"{path} is damaged ({error}); run `hierarchy-builder shard DIR` again") from None
     for name, array in zip(names, found, strict=True):
         expected = (index.width,) if name.startswith("channel_") else (*index.grid, index.width)
-        if array.shape != expected or not np.isfinite(array).all():
+        if array.shape != expected or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise TrainerError(
                 f"{path}: {name} has shape {array.shape}, expected finite numbers {expected} as in {INDEX}; "
                 "run `hierarchy-builder shard DIR` again"
@@ -132,19 +142,41 @@ def _exists(url: str) -> bool:
     return bool(filesystem.exists(path))
 
 
-def _read_json(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+def _vouched_for(folder: str) -> dict[str, str]:
+    """Return the SHA-256 of files in a finished folder, by name, out of its marker."""
+    found = _read_json(folder, MARKER, {})
+    if found.keys() != EARLIER_MARKER:
+        found = _read_json(folder, MARKER, {}, sealed=True)
+    files = found.get("files", {})
+    digests = {**(files if isinstance(files, dict) else {}), INDEX: found.get("index_sha256")}
+    if not all(isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in digests.values()):
+        raise TrainerError(f"{folder}/{MARKER} is damaged: expected a SHA-256 for each file; {AGAIN}")
+    return digests
+
+
+def _read(folder: str, name: str, digests: Mapping[str, str]) -> bytes:
+    """Read a file beside the tars. Raises TrainerError unless it has the SHA-256 in `digests`, if there is one."""
+    filesystem, path = fsspec.url_to_fs(f"{folder}/{name}")
+    data: bytes = filesystem.cat_file(path)
+    if name in digests and hashlib.sha256(data).hexdigest() != digests[name]:
+        raise TrainerError(
+            f"{path} is not the file that {MARKER} vouches for: it was changed or damaged; {AGAIN}"
+        )
+    return data
+
+
+def _read_json(folder: str, name: str, digests: Mapping[str, str], sealed: bool = False) -> dict[str, Any]:
     try:
-        content = json.loads(filesystem.cat_file(path))
+        return parse_json(_read(folder, name, digests), sealed)
     except FileNotFoundError:
-        raise TrainerError(f"{path} is missing; copy or build the shards again") from None
+        raise TrainerError(f"{folder}/{name} is missing; {AGAIN}") from None
     except ValueError as error:
-        content = error
-    if not isinstance(content, dict):
-        raise TrainerError(f"{path} is damaged: expected a JSON object; copy or build the shards again")
-    return content
+        raise TrainerError(f"{folder}/{name} is damaged ({error}); {AGAIN}") from None
 
 
-def _parse_index(url: str, index: dict[str, Any], class_map: dict[str, int]) -> ShardIndex:
+def _parse_index(
+    url: str, index: dict[str, Any], class_map: dict[str, int], digests: Mapping[str, str]
+) -> ShardIndex:
     version = index.get("format_version")
     if version != FORMAT_VERSION:
         raise MismatchError(
@@ -153,39 +185,52 @@ def _parse_index(url: str, index: dict[str, Any], class_map: dict[str, int]) -> 
         )
     names = _class_names(class_map, f"{url}/{CLASS_MAP}")
     try:
-        entries = [
-            ShardEntry(
-                name=entry["url"],
-                num_samples=int(entry["nsamples"]),
-                num_bytes=int(entry["filesize"]),
-                sha256=entry["sha256"],
-            )
-            for entry in index["shardlist"]
-        ]
-        if int(index["num_levels"]) < 2 or min(*index["grid"], index["width"]) < 1:
-            raise ValueError("fewer than 2 levels, or no tokens")
+        entries = tuple(map(_entry, index["shardlist"]))
+        grid, width, levels = index["grid"], index["width"], index["num_levels"]
+        if len(grid) != 2 or not all(type(side) is int and 0 < side <= MOST_ROWS for side in grid):
+            raise ValueError(f"grid {grid}")
+        if type(width) is not int or not 0 < width <= MOST:
+            raise ValueError(f"width {width}")
+        if type(levels) is not int or not 2 <= levels <= MOST_BLOCKS:
+            raise ValueError(f"num_levels {levels}")
+        if not entries or len({entry.name for entry in entries}) < len(entries):
+            raise ValueError("no shards, or one name twice")
         if not isinstance(index["encoder"], dict):
             raise TypeError("encoder is not a mapping")
+        if not all(isinstance(index[name], str) for name in ("name", "split", "config_hash")):
+            raise TypeError("name, split and config_hash must be text")
         return ShardIndex(
             url=url,
             name=index["name"],
             split=index["split"],
-            shards=tuple(entries),
-            num_levels=int(index["num_levels"]),
-            grid=(int(index["grid"][0]), int(index["grid"][1])),
-            width=int(index["width"]),
+            shards=entries,
+            num_levels=levels,
+            grid=(grid[0], grid[1]),
+            width=width,
             class_names=tuple(names),
             encoder=index["encoder"],
             config_hash=index["config_hash"],
+            digests=digests,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TrainerError(f"{url}/{INDEX}: not a shard index ({error!r})") from None
 
 
+def _entry(entry: dict[str, Any]) -> ShardEntry:
+    name, digest, sizes = entry["url"], entry["sha256"], (entry["nsamples"], entry["filesize"])
+    if not TAR_NAME.fullmatch(name):
+        raise ValueError(f"shard name {name!r} leads out of the folder")
+    if not DIGEST.fullmatch(digest):
+        raise ValueError(f"{name}: sha256 {digest!r}")
+    if not all(type(size) is int and 0 < size < 2**50 for size in sizes):
+        raise ValueError(f"{name}: nsamples and filesize {sizes}")
+    return ShardEntry(name=name, num_samples=sizes[0], num_bytes=sizes[1], sha256=digest)
+
+
 def _class_names(class_map: dict[str, int], where: str) -> tuple[str, ...]:
     """Class names by label; a label that the map omits is named by its number."""
-    names = {label: name for name, label in class_map.items()}
-    if not names or len(names) < len(class_map) or not all(type(n) is int and n >= 0 for n in names):
+    names = {label: name for name, label in class_map.items() if type(label) is int and 0 <= label < MOST}
+    if not names or len(names) < len(class_map):
         raise TrainerError(
             f"{where}: expected a different label of 0 or more for each class; copy or build the shards again"
         )

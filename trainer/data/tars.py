@@ -44,7 +44,8 @@ class OpenTar:
         self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
         try:
             self.samples = _samples(self._file)
-        except (tarfile.TarError, ValueError, OSError) as error:
+        except Exception as error:  # tarfile raises errors of many kinds for damaged headers
+            self._file.close()
             raise DamagedShardError(
                 f"{path}: {error}; the shard is damaged, copy or build it again"
             ) from None
@@ -72,7 +73,7 @@ def local_path(url: str, entry: ShardEntry, cache: str) -> str:
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         return path
     folder = Path(cache) / hashlib.sha256(url.encode()).hexdigest()[:16]
-    local = folder / f"{entry.sha256[:16]}-{PurePosixPath(entry.name).name}"
+    local = folder / f"{entry.sha256[:16]}-{PurePosixPath(entry.name).name}"  # both checked in `shards`
     if not local.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with open(f"{local}.lock", "wb") as lock:
@@ -131,7 +132,10 @@ def _members(file: BinaryIO) -> list[tuple[str, int, int]]:
     while any(header := os.pread(file.fileno(), HEADER_BYTES, offset)):
         if len(header) < HEADER_BYTES or not _is_plain(header):
             return _members_by_tarfile(file)
-        size = int(header[124:136].rstrip(b"\0 "), 8)
+        digits = header[124:136].strip(b"\0 ")
+        size = int(digits, 8) if digits.isdigit() else -1
+        if size < 0:
+            raise tarfile.ReadError(f"a member of {digits!r} (octal) bytes at {offset}")
         found.append((header[:100].rstrip(b"\0").decode(), offset + HEADER_BYTES, size))
         offset += HEADER_BYTES + -(-size // HEADER_BYTES) * HEADER_BYTES
         if offset > end:
@@ -147,4 +151,13 @@ def _is_plain(header: bytes) -> bool:
 def _members_by_tarfile(file: BinaryIO) -> list[tuple[str, int, int]]:
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        return [(member.name, member.offset_data, member.size) for member in tar]
+        found, end = list[tuple[str, int, int]](), os.fstat(file.fileno()).st_size
+        reached = 0
+        for member in tar:
+            # tarfile goes where the sizes in the headers lead it, also backwards.
+            last = member.offset_data + member.size
+            if not member.isreg() or member.issparse() or not reached < member.offset_data <= last <= end:
+                raise tarfile.ReadError(f"member {member.name!r} is no regular file inside the tar")
+            found.append((member.name, member.offset_data, member.size))
+            reached = last
+        return found

@@ -13,23 +13,22 @@ parameters; decoder and discriminator are updated in the same step; the crops of
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files import write_bytes, write_sealed_json
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.shards import ShardIndex, open_index, read_statistics
+from trainer.data.tensor_files import tensor_bytes
 from trainer.decode.adversary import (
     Discriminator,
     augmented,
@@ -39,7 +38,14 @@ from trainer.decode.adversary import (
 )
 from trainer.decode.config import DecoderConfig
 from trainer.decode.perceptual import load_lpips
-from trainer.decode.rae import CONFIG, WEIGHTS, RaeDecoder, RaeDecoderConfig, rae_state, to_uint8
+from trainer.decode.rae import (
+    CONFIG,
+    WEIGHTS,
+    RaeDecoder,
+    RaeDecoderConfig,
+    rae_state,
+    to_uint8,
+)
 from trainer.metrics.reconstruction import reconstruction
 from trainer.seeds import mixed_seed
 from trainer.training.distributed import World, joined_world
@@ -236,12 +242,8 @@ def publish(
     weights: written instead of those of `decoder`. encoder: description of the encoder whose features it decodes.
     """
     config = {**dataclasses.asdict(decoder.config), "encoder": dict(encoder)}
-    files = {
-        WEIGHTS[0]: safetensors.torch.save(rae_state(decoder, weights)),
-        CONFIG: json.dumps(config, indent=1).encode(),
-    }
-    for name, data in files.items():
-        write_bytes(folder / name, data)
+    write_bytes(folder / WEIGHTS[0], tensor_bytes(rae_state(decoder, weights), {}))
+    write_sealed_json(folder / CONFIG, config, sort_keys=False)
 
 
 def _centred(mean: np.ndarray, variance: np.ndarray) -> Normaliser:

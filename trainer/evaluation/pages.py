@@ -6,7 +6,6 @@ L levels (coarse → fine) or T transitions (noisy → clean), H×W grid of toke
 from __future__ import annotations
 
 import io
-import json
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from hierarchy_builder.canvases.views import (
     shared_palette,
 )
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.files import without_nan
+from hierarchy_builder.files import parse_json, without_nan
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
@@ -350,7 +349,7 @@ def _edit_card(before: Trajectory, after: Trajectory) -> LevelViewer:
 def read_sweep(path: Path) -> list[dict[str, Any]]:
     """The summary in a file that `trainer sweep --out` wrote. Raises TrainerError for any other file."""
     try:
-        summary = json.loads(path.read_text())["summary"]
+        summary = parse_json(path.read_bytes())["summary"]
         if not summary or any(name not in row for row in summary for name in SETTING):
             raise KeyError("summary")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,6 @@ ends with, of a flat division of the final tokens, and of meaningless partitions
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import write_bytes, write_json
+from hierarchy_builder.files import sealed_text, write_bytes, write_sealed_json
 from hierarchy_builder.progress import Follow, unseen
 from hierarchy_builder.records import spread_evenly
 from trainer.data.shards import ShardIndex
@@ -73,7 +72,7 @@ def edit_study(
     config = SweepConfig(labels=tuple(labels), seeds=tuple(seeds), num_steps=num_steps, classes=from_classes)
     summary = summarise(sweep(pipe, config, follow=follow))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "kind": config.kind}
-    write_json(run / EDITS, {**setup, "summary": summary}, sort_keys=False)
+    write_sealed_json(run / EDITS, {**setup, "summary": summary}, sort_keys=False)
     for line in summary:
         where = f"{line['level']}_{line['measured']}"
         if line["measured"] == line["level"]:
@@ -115,7 +114,7 @@ def alignment_study(
     summary = summarise_alignment(list(alignment(pipe, labels, seeds, num_steps, follow)))
     of_photos = summarise_alignment(list(alignment_of_photos(pipe, photos, num_steps, follow)))
     setup = {"labels": list(labels), "seeds": list(seeds), "num_steps": num_steps, "num_photos": len(photos)}
-    write_json(run / ALIGNMENT, {**setup, "summary": summary, "photos": of_photos}, sort_keys=False)
+    write_sealed_json(run / ALIGNMENT, {**setup, "summary": summary, "photos": of_photos}, sort_keys=False)
     yield from _early_means(summary, "")
     yield from _early_means(of_photos, "_real")
 
@@ -148,7 +147,8 @@ def measure_likelihood(
         for image in sorted(images, key=lambda image: image.added_total, reverse=True)
     ]
     setup = {"shards": index.name, "shards_hash": index.config_hash, "num_steps": num_steps, "ema": ema}
-    write_bytes(run / LIKELIHOOD, json.dumps({**setup, "metrics": rows, "images": listed}).encode())
+    content = {**setup, "metrics": rows, "images": listed}
+    write_bytes(run / LIKELIHOOD, sealed_text(content, sort_keys=False, indent=None))
     return rows
 
 

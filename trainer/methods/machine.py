@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from trainer.methods import registry
 from trainer.methods.registry import TRAJECTORY_FORCING, Method
 from trainer.methods.suggestion import Data, Device, Size, Suggestion, suggest
 from trainer.training.distributed import environment_number
-from trainer.training.log import METRICS
+from trainer.training.log import read_metrics
 
 PEAK = {
     "H200": 989e12,
@@ -90,6 +89,6 @@ def _seconds_per_image(config: Any, shards: str) -> float:
     )
     with tempfile.TemporaryDirectory() as folder:
         registry.train(short, shards, folder, quiet=True)
-        rows = [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+        rows = read_metrics(Path(folder))
     timed = [row for row in rows if "loss" in row]
     return float((timed[-1]["time"] - timed[0]["time"]) / (timed[-1]["images"] - timed[0]["images"]))

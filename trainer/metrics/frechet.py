@@ -9,7 +9,6 @@ Moments are updated part by part, so that N is not limited by memory.
 from __future__ import annotations
 
 import importlib
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.parsing import parse_npz
 
 DISTANCES_AT_ONCE = 2**24
 """Distances between samples in memory at once, 64 MiB."""
@@ -84,20 +84,18 @@ def read_reference(path: str | Path) -> Gaussian:
     Raises TrainerError for any other file.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
-            for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")):
-                if set(names) <= set(content.files):
-                    mean, covariance = (np.asarray(content[name], dtype=np.float64) for name in names)
-                    break
-            else:
-                raise ValueError(f"holds {content.files}, expected mu and sigma, or ref_mu and ref_sigma")
+        with open(path, "rb") as file:
+            content = parse_npz(file)
+        for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")):
+            if set(names) <= content.keys():
+                mean, covariance = (np.asarray(content[name], dtype=np.float64) for name in names)
+                break
+        else:
+            raise ValueError(f"holds {list(content)}, expected mu and sigma, or ref_mu and ref_sigma")
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"shapes {mean.shape} and {covariance.shape}, expected [F] and [F, F]")
-    except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        # numpy takes any other content for a pickle, and advises to load it as one
-        is_other = "pickle" in str(error) or isinstance(error, TypeError)
-        what = "it is no npz file" if is_other else error
-        raise TrainerError(f"reference statistics {path}: {what}") from None
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"reference statistics {path}: {error}") from None
     return Gaussian(mean, covariance)
 
 

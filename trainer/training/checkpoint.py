@@ -8,7 +8,7 @@
 
 All random numbers of a run depend only on (seed, step), so no generator state is stored. A checkpoint is complete if
 state.json, which is written last, exists and all files have the sizes it lists; the checksum of a file is compared
-when its tensors are read.
+when its tensors are read, that of state.json itself whenever it is read.
 
 A folder that is not a complete checkpoint of this program is never removed. Commands that only read skip it with a
 warning; training stops before it changes anything, because it might later have to write to that path.
@@ -17,7 +17,6 @@ warning; training stops before it changes anything, because it might later have 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -31,13 +30,14 @@ from typing import Annotated, Any, ClassVar
 
 import pydantic
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.files import partial_name, sync
+from hierarchy_builder.fields import MOST
+from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
 from trainer.data.normalisation import RAW, Normaliser
+from trainer.data.tensor_files import read_tensors
 
 STATE = "state.json"
 MODEL = "model.safetensors"
@@ -45,8 +45,9 @@ OPTIMIZER = "optimizer.safetensors"
 NORMALISER = "normaliser.safetensors"
 ADVICE = "use another checkpoint, or move this one away and continue from the one before"
 RETRY = "if that error may have passed, give the same command again"
-FORMAT_VERSION = 1
-"""Version of the checkpoint format; other versions are refused."""
+FORMAT_VERSION = 2
+"""Version of the checkpoint format. Version 1 had no checksum of state.json; other versions are refused."""
+READABLE = (1, 2)
 STEP_FOLDER = re.compile(r"step-(\d+)")
 PARTIAL_FOLDER = re.compile(r"step-\d{8,}\.tmp-\d+")
 OWN_FILE = re.compile(r"state\.json|(model|optimizer|normaliser|ema-[\w.+-]+)\.safetensors")
@@ -130,7 +131,7 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
             (partial / name).write_bytes(data)
             sync(partial / name)
             del content, data  # frees memory before the next file's tensors are loaded
-        (partial / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        (partial / STATE).write_bytes(sealed_text(asdict(state), sort_keys=False))
         sync(partial / STATE)
         partial.rename(target)
     except BaseException:
@@ -146,11 +147,11 @@ def load_state(folder: Path) -> RunState:
     UnreadableCheckpointError if the operating system cannot read it, and TrainerError if a file is damaged.
     """
     try:
-        content = json.loads((folder / STATE).read_bytes())
+        content = _read_state(folder)
         version = content["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise MismatchError(
-                f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION}: "
+                f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION} and older: "
                 "use the release that wrote it"
             )
         state = pydantic.TypeAdapter(RunState).validate_python(content)
@@ -158,7 +159,14 @@ def load_state(folder: Path) -> RunState:
             raise KeyError(*sorted(lacking))
         if not (isinstance(state.shards["encoder"], dict) and isinstance(state.shards["class_names"], list)):
             raise TypeError("shards.encoder must be a mapping, shards.class_names a list")
+        known = state.shards.get("classes") or []
+        if not (isinstance(known, list) and all(type(n) is int and 0 <= n < MOST for n in known)):
+            raise TypeError("shards.classes must be a list of labels")
+        if version > 1 and state.files.keys() != state.checksums.keys():
+            raise ValueError("not every file has a size and a checksum")
         for name, size in state.files.items():
+            if not OWN_FILE.fullmatch(name):
+                raise ValueError(f"{name!r} is no file of a checkpoint")
             if (found := _size(folder / name)) != size:
                 raise TrainerError(f"{folder / name}: {found} bytes, {STATE} says {size}; {_advice(folder)}")
         return state
@@ -191,8 +199,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             raise TrainerError(
                 f"{path}: its checksum is {found}, {STATE} says {listed}; {_advice(path.parent)}"
             )
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return read_tensors(path)[0]
+    except (OSError, ValueError) as error:
         raise TrainerError(f"{path}: {error}; {_advice(path.parent)}") from None
 
 
@@ -498,12 +506,22 @@ def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
 def _listed_checksum(path: Path) -> str | None:
     """Return the checksum of a file in state.json of its folder; None without such a file or entry."""
     try:
-        content = json.loads((path.parent / STATE).read_bytes())
+        content = _read_state(path.parent)
+        listed: str | None = content.get("checksums", {}).get(path.name)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise TrainerError(f"{path.parent} is not a checkpoint: {STATE}: {error!r}") from None
-    return content.get("checksums", {}).get(path.name)
+    if listed is None and content.get("format_version") != 1:
+        raise TrainerError(f"{path}: {STATE} lists no such file; {_advice(path.parent)}")
+    return listed
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Read state.json, which is sealed since version 2. Raises ValueError if it is damaged."""
+    data = (folder / STATE).read_bytes()
+    content = parse_json(data)
+    return parse_json(data, sealed=True) if content.get("format_version") == FORMAT_VERSION else content
 
 
 def _checksum(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import whole_file, write_bytes
+from hierarchy_builder.files import parse_json, whole_file, write_bytes
 
 METRICS = "metrics.jsonl"
+CHECK = "crc32"
+"""Last field of each of its rows."""
 SAMPLES = "samples"
 """Folder for sheets of samples, in the run folder."""
 TENSORBOARD = "tensorboard"
@@ -30,21 +33,37 @@ def truncate_metrics(run: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(run) if row["step"] <= step]
-    write_bytes(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
+    write_bytes(path, b"".join(map(metrics_line, kept)))
+
+
+def metrics_line(row: Mapping[str, Any]) -> bytes:
+    """A line of metrics.jsonl: the row, and as its last field the CRC-32 of the line without that field."""
+    text = json.dumps(row)
+    return f"{text[:-1]}{_check_field(text)}}}\n".encode()
+
+
+def _check_field(text: str) -> str:
+    return f', "{CHECK}": "{zlib.crc32(text.encode()):08x}"'
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics.jsonl in order, up to the first line that is incomplete or not a row."""
-    rows = []
-    for line in (run / METRICS).read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
-    return rows
+    """Read the rows of metrics.jsonl in order; a line that is incomplete, damaged or not a row is left out."""
+    lines = (run / METRICS).read_bytes().split(b"\n")
+    return [row for row in map(parse_metrics_line, lines) if row is not None]
+
+
+def parse_metrics_line(line: bytes) -> dict[str, Any] | None:
+    """The row of a line, or None for a damaged one. Lines of earlier releases have no CHECK."""
+    try:
+        row = parse_json(line)
+        check = row.pop(CHECK, None)
+        if check is not None:
+            text = line.decode().removesuffix(f', "{CHECK}": "{check}"}}') + "}"
+            if line.decode() != f"{text[:-1]}{_check_field(text)}}}":
+                return None
+    except (ValueError, TypeError):
+        return None
+    return row if type(row.get("step")) is int else None
 
 
 class Tracker(Protocol):
@@ -151,7 +170,7 @@ class RunLog:
         shown: Sequence[str] = ("loss", "raw_mse_u"),
     ) -> None:
         self._run, self._trackers, self._shown = run, trackers, shown
-        self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._file = open(run / METRICS, "ab")  # noqa: SIM115 (closed in __exit__)
         self._total = total_images
         self._quiet = quiet
         console = Console(stderr=True)
@@ -174,7 +193,7 @@ class RunLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row and show it."""
-        self._file.write(f"{json.dumps(row)}\n")
+        self._file.write(metrics_line(row))
         self._file.flush()
         if "loss" not in row:
             return

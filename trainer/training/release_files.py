@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.files import parse_json
+from hierarchy_builder.parsing import check_pickle
+from trainer.data.tensor_files import read_sealed
 
 
 def read_fields(path: Path) -> dict[str, Any]:
     """Read the fields of a release's configuration file. Raises UsageError if it is not a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"configuration {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"configuration {path}: found {type(content).__name__}, expected fields by name")
-    return content
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"configuration {path}: {error}; expected fields by name") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -33,7 +31,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return read_sealed(path)
+        check_pickle(path)
         with warnings.catch_warnings(action="ignore"):  # torch warns about a pickle before it refuses it
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,8 @@ import yaml
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import identity, to_mapping
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files import parse_json, write_bytes
+from hierarchy_builder.parsing import parse_yaml
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
@@ -28,6 +29,7 @@ from trainer.training.log import truncate_metrics
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+COMMENT = b"SHA-256 of the lines below"
 
 
 @contextmanager
@@ -95,10 +97,10 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     path = run / CONFIG
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(_without_checksum(path.read_bytes()))
     except FileNotFoundError:
         raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG}") from None
-    except (ValueError, yaml.YAMLError):
+    except ValueError:
         content = None
     parts = (content.get("config"), content.get("shards")) if isinstance(content, dict) else ()
     if not parts or not all(isinstance(part, dict) for part in parts):
@@ -109,6 +111,28 @@ def read_config(run: Path) -> dict[str, Any]:
     return content
 
 
+def write_config(run: Path, content: Mapping[str, Any]) -> None:
+    """Write config.yaml, the SHA-256 of its other lines in a comment before them."""
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).encode()
+    write_bytes(run / CONFIG, _checksum_line(text) + text)
+
+
+def _checksum_line(text: bytes) -> bytes:
+    return b"# %s: %s\n" % (COMMENT, hashlib.sha256(text).hexdigest().encode())
+
+
+def _without_checksum(data: bytes) -> bytes:
+    """The lines after the comment. Raises ValueError for another comment; earlier releases wrote none."""
+    if not data.startswith(b"#"):
+        if COMMENT in data.partition(b"\n")[0]:
+            raise ValueError("its first line is damaged")
+        return data
+    _, _, text = data.partition(b"\n")
+    if data != _checksum_line(text) + text:
+        raise ValueError("the lines do not have the SHA-256 in the first one")
+    return text
+
+
 def read_kept(path: Path) -> dict[str, Any]:
     """Read a JSON file in which `trainer evaluate` stores `metrics` of a run; without the file there are none.
 
@@ -117,10 +141,10 @@ def read_kept(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"metrics": []}
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         for row in content["metrics"]:
             row["name"], row["value"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainerError(
             f"{path} is damaged ({error!r}): remove it, `trainer evaluate` writes it again"
         ) from None
@@ -164,5 +188,5 @@ def prepare_folder(out: Path, config: Any, index: ShardIndex, step: int) -> None
         "shards": index.describe(),
         "version": version("trajectory-hierarchies"),
     }
-    write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    write_config(out, content)
     truncate_metrics(out, step)

@@ -10,7 +10,6 @@ canvas, without levels, networks or files; `trajectory.Trajectory` applies them 
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.parsing import parse_npz
 from trainer.trajectories.selection import Selection
 
 
@@ -71,18 +71,17 @@ def prototype(vocabulary: str | Path, number: int, *, level: int = -1) -> Source
     UsageError for a prototype it does not hold.
     """
     try:
-        with np.load(vocabulary, allow_pickle=False) as content:
-            if "centroids_0" not in content:
-                raise ValueError("it holds no centroids_0; expected a vocabulary.npz of the builder")
-            levels = sum(name.startswith("centroids_") for name in content)
-            if not -levels <= level < levels:
-                raise UsageError(f"{vocabulary} has levels 0 to {levels - 1}, not {level}")
-            centroids = content[f"centroids_{level % levels}"]
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        # numpy takes whatever is no array for a pickle, and advises to load it as one
-        is_other = "pickle" in str(error) or isinstance(error, TypeError)
-        what = "it is no npz file" if is_other else error
-        raise TrainerError(f"vocabulary {vocabulary} cannot be read: {what}") from None
+        with open(vocabulary, "rb") as file:
+            content = parse_npz(file)
+        found = [f"centroids_{number}" for number in range(len(content)) if f"centroids_{number}" in content]
+        if not found or any(content[name].ndim != 2 or content[name].dtype.kind != "f" for name in found):
+            raise ValueError("it holds no centroids_0 [K, C]; expected a vocabulary.npz of the builder")
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"vocabulary {vocabulary} cannot be read: {error}") from None
+    levels = len(found)
+    if not -levels <= level < levels:
+        raise UsageError(f"{vocabulary} has levels 0 to {levels - 1}, not {level}")
+    centroids = content[found[level]]
     if not 0 <= number < len(centroids):
         raise UsageError(f"{vocabulary} has prototypes 0 to {len(centroids) - 1} on that level, not {number}")
     features = torch.from_numpy(np.asarray(centroids[number : number + 1], dtype=np.float32))

@@ -16,15 +16,15 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files import SEAL, write_bytes
+from trainer.data.tensor_files import check_seal, read_tensors, tensor_bytes
 
-FORMAT_VERSION = "1"
-"""Version of a trajectory file; readers refuse another."""
+FORMAT_VERSION = "2"
+"""Version of a trajectory file. Version 1 had no checksum of the file; readers refuse others."""
+READABLE = ("1", "2")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ def write_trajectory(
     metadata = {name: json.dumps(value) for name, value in entries.items()}
     before = {f"replaced.{number}": tensor.contiguous() for number, tensor in enumerate(replaced)}
     tensors = {"levels": levels.contiguous(), "seeds": torch.tensor(seeds), **before}
-    write_bytes(path, save(tensors, {"format_version": FORMAT_VERSION, **metadata}))
+    write_bytes(path, tensor_bytes(tensors, {"format_version": FORMAT_VERSION, **metadata}))
 
 
 def read_trajectory(path: Path) -> dict[str, Any]:
@@ -66,25 +66,27 @@ def read_trajectory(path: Path) -> dict[str, Any]:
     Raises TrainerError if it is no trajectory or its parts do not fit together, MismatchError for its version.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = metadata.pop("format_version", None)
+        tensors, metadata = read_tensors(path)
+        found, seal = metadata.pop("format_version", None), metadata.pop(SEAL, None)
         if found is None:
             raise ValueError("it has no format_version")
-        if found != FORMAT_VERSION:
-            raise MismatchError(f"{path}: trajectory format {found}, this program reads {FORMAT_VERSION}")
+        if found not in READABLE:
+            raise MismatchError(
+                f"{path}: trajectory format {found}, this program reads {' and '.join(READABLE)}"
+            )
+        if seal is not None or found == FORMAT_VERSION:
+            check_seal(path, seal)
         entries = _checked({name: json.loads(value) for name, value in metadata.items()})
         replaced = [tensors[f"replaced.{number}"] for number in range(len(tensors) - 2)]
         levels, seeds = tensors["levels"], tensors["seeds"]
         _check_tensors(levels, seeds, replaced, entries.history)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if folder := entries.model.get("folder"):
+            entries.model["folder"] = str((path.resolve().parent / folder).resolve())
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else error
         raise TrainerError(
             f"{path} is not a trajectory: {what}; expected a file of `trainer sample`, `encode` or `edit`"
         ) from None
-    if folder := entries.model.get("folder"):
-        entries.model["folder"] = str((path.resolve().parent / folder).resolve())
     return {"levels": levels, "seeds": tuple(seeds.tolist()), "replaced": replaced, **vars(entries)}
 
 
@@ -100,7 +102,7 @@ def _check_tensors(
     levels: Tensor, seeds: Tensor, replaced: list[Tensor], history: list[dict[str, Any]]
 ) -> None:
     """Raise ValueError or KeyError unless they fit each other."""
-    if levels.ndim != 4 or levels.dtype != torch.float32 or not levels.isfinite().all():
+    if levels.ndim != 4 or levels.dtype != torch.float32 or not levels.numel() or not levels.isfinite().all():
         shape = list(levels.shape)
         raise ValueError(f"its levels are {levels.dtype} {shape}, expected finite float32 [L, H, W, C]")
     if seeds.dtype != torch.int64 or seeds.shape != levels.shape[:1]:
@@ -110,6 +112,8 @@ def _check_tensors(
         raise ValueError(f"its history has {len(steps)} steps, which replaced {len(replaced)} tensors")
     for entry, before in zip(steps, replaced, strict=True):
         start, num_seeds = int(entry["first_level"]), len(entry["seeds_before"])
-        is_inside = before.ndim == 4 and 0 <= start <= len(levels) - len(before)
+        is_inside = (
+            before.ndim == 4 and before.dtype == levels.dtype and 0 <= start <= len(levels) - len(before)
+        )
         if not is_inside or before.shape[1:] != levels.shape[1:] or num_seeds != len(levels):
             raise ValueError("its history does not fit its levels")

@@ -223,9 +223,14 @@ class Arrays(SampleFiles):
             whole_file(path) as partial,
             zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name, array in self._arrays.items():
+            for name, array in sorted(self._arrays.items()):
                 array.flush()
-                archive.write(str(array.filename), f"{name}.npy")
+                # A member without the time of its file, so that equal samples are equal bytes.
+                with (
+                    open(str(array.filename), "rb") as source,
+                    archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member,
+                ):
+                    shutil.copyfileobj(source, member)
         self.files.append(path)
 
 

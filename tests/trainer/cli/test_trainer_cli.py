@@ -15,10 +15,11 @@ import torch
 import yaml
 from command_line import SETTINGS, call
 from documented import undocumented
-from fixture_shards import write_shards
+from fixture_shards import change_index, write_shards
 from PIL import Image
 
 from hierarchy_builder.fields import known_fields
+from hierarchy_builder.files import sealed_text
 from trainer.methods.registry import all_presets
 from trainer.methods.trajectory_forcing import train as room
 from trainer.trajectories.pipeline import Trajectory
@@ -173,7 +174,7 @@ def test_a_checkpoint_with_a_wrong_state_is_passed_over(
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     newest = max((copy / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
-    (newest / "state.json").write_text(json.dumps({**state, part: content}))
+    (newest / "state.json").write_bytes(sealed_text({**state, part: content}))
     assert call("sample", copy, "--labels", "ant", "--seeds", "0", "--out", tmp_path / "samples") == 0
     assert call("sample", newest, "--labels", "ant", "--out", tmp_path / "samples") == 1
     assert "is not a checkpoint" in capsys.readouterr().err
@@ -186,7 +187,7 @@ def test_weights_of_another_network_are_refused(
     newest = max((copy / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
     state["config"]["model"]["width"] = 32
-    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "state.json").write_bytes(sealed_text(state))
     assert call("sample", copy, "--labels", "ant", "--out", tmp_path / "samples") == 5
     assert "the weights do not fit the network" in capsys.readouterr().err
 
@@ -195,8 +196,7 @@ def test_report_refuses_shards_of_other_features(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write_shards(tmp_path / "shards")
-    index = json.loads((other / "index.json").read_text())
-    (other / "index.json").write_text(json.dumps({**index, "width": 48}))
+    change_index(other, width=48)
     assert call("report", run, "--shards", other, "--out", tmp_path / "report.html") == 5
     assert "the model was trained on" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
@@ -330,8 +330,7 @@ def test_evaluate_refuses_shards_of_other_features(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_shards(tmp_path)
-    index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**index, "width": 9}))
+    change_index(folder, width=9)
     assert call("evaluate", run, "--shards", folder) == 5
     assert "the model was trained on" in capsys.readouterr().err
 
@@ -341,8 +340,7 @@ def test_evaluate_refuses_shards_of_another_encoder(
 ) -> None:
     folder = write_shards(tmp_path)
     index = json.loads((folder / "index.json").read_text())
-    index["encoder"]["name"] = "painted"
-    (folder / "index.json").write_text(json.dumps(index))
+    change_index(folder, encoder={**index["encoder"], "name": "painted"})
     for verb in ("evaluate", "report"):
         assert call(verb, run, "--shards", folder) == 5
         assert "encoder name 'painted', the model was trained on 'drawn'" in capsys.readouterr().err

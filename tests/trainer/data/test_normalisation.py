@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from fixture_shards import NUM_LEVELS, WIDTH, write_shards
+from fixture_shards import NUM_LEVELS, WIDTH, vouch, write_shards
 from tiny_runs import FLOW
 
 from hierarchy_builder.canvases import level_canvases
@@ -222,6 +222,7 @@ def test_damaged_statistics_are_named(tmp_path: Path, arrays: dict[str, Any] | N
         (shards / "statistics.npz").write_bytes(b"PK\x03\x04 cut short")
     else:
         np.savez(shards / "statistics.npz", allow_pickle=True, **arrays)
+    vouch(shards)
     with pytest.raises(TrainerError, match=message):
         normaliser_of("channel", open_index(str(shards)))
 

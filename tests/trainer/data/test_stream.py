@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -13,14 +14,25 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from fixture_shards import CLASS_NAMES, GRID, WIDTH, make_sample, npy, reindex, write_shards
+from fixture_shards import (
+    CLASS_NAMES,
+    GRID,
+    WIDTH,
+    change_index,
+    make_sample,
+    npy,
+    reindex,
+    vouch,
+    write_shards,
+)
+from flips import bits_of, flipped
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data import stream
 from trainer.data.reader import ShardReader
-from trainer.data.shards import open_index
+from trainer.data.shards import open_index, read_statistics
 from trainer.data.stream import BatchDataset, StreamPlan, batch_loader, coverage, epoch_order
 
 
@@ -74,12 +86,16 @@ def test_build_folder_is_accepted(tmp_path: Path) -> None:
 )
 def test_a_damaged_index_is_named(tmp_path: Path, name: str, content: str) -> None:
     (write_shards(tmp_path) / name).write_text(content)
+    with pytest.raises(TrainerError, match=f"{name} is not the file that _SUCCESS vouches for"):
+        open_index(str(tmp_path))
+    vouch(tmp_path)
     with pytest.raises(TrainerError, match=name):
         open_index(str(tmp_path))
 
 
 def test_labels_that_the_class_map_leaves_out_are_numbers(tmp_path: Path) -> None:
     (write_shards(tmp_path) / "class_map.json").write_text('{"cat": 3, "ant": 0}')
+    vouch(tmp_path)
     assert open_index(str(tmp_path)).class_names == ("ant", "1", "2", "cat")
 
 
@@ -279,8 +295,7 @@ def test_unfinished_folder(tmp_path: Path) -> None:
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps({**index, "format_version": 2}))
+    change_index(tmp_path, format_version=2)
     with pytest.raises(MismatchError, match="format version 2, this program reads 1"):
         open_index(str(tmp_path))
 
@@ -360,3 +375,25 @@ def test_readers_share_the_check_of_a_shard(tmp_path: Path) -> None:
     assert BatchDataset(index, plan, rank=0, world_size=2)[0].keys
     with pytest.raises(TrainerError, match=r"train-000003\.tar: SHA-256"):
         BatchDataset(index, plan, rank=1, world_size=2)[0]
+
+
+def test_every_flipped_bit_beside_the_tars_is_found(tmp_path: Path) -> None:
+    write_shards(tmp_path, num_samples=6)
+    for name in ("_SUCCESS", "index.json", "class_map.json", "statistics.npz"):
+        for bit in bits_of((tmp_path / name).stat().st_size, 60):
+            with flipped(tmp_path / name, bit), pytest.raises(TrainerError, match=r"damaged|vouches"):
+                read_statistics(open_index(str(tmp_path)), ["channel_mean"])
+
+
+def test_a_marker_of_an_earlier_release_vouches_for_the_index_alone(tmp_path: Path) -> None:
+    write_shards(tmp_path, num_samples=6)
+    digest = hashlib.sha256((tmp_path / "index.json").read_bytes()).hexdigest()
+    (tmp_path / "_SUCCESS").write_text(json.dumps({"count": 6, "index_sha256": digest}))
+    assert open_index(str(tmp_path)).num_samples == 6
+    text = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").write_text(text.replace('"drawn"', '"drawm"'))
+    with pytest.raises(TrainerError, match=r"index\.json is not the file that _SUCCESS vouches for"):
+        open_index(str(tmp_path))
+    (tmp_path / "_SUCCESS").write_text("")
+    with pytest.raises(TrainerError, match="_SUCCESS is damaged"):
+        open_index(str(tmp_path))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixture_shards import GRID, add_member, reindex, write_shards
+from fixture_shards import GRID, add_member, change_index, reindex, write_shards
 from safetensors.torch import load_file, save_file
 from tiny_runs import DECODER as SMALL
 from tiny_runs import assert_same_state, tensors_of
@@ -140,8 +140,7 @@ def test_shards_that_do_not_do_are_refused(shards: str, tmp_path: Path) -> None:
         room.train_decoder(small(held_out_shards=4), shards, str(tmp_path / "run"), quiet=True)
     with pytest.raises(TrainerError, match="21 samples to train on, fewer than one batch of 22"):
         room.train_decoder(small(batch_size=22), shards, str(tmp_path / "run"), quiet=True)
-    index = json.loads((plain / "index.json").read_text())
-    (plain / "index.json").write_text(json.dumps({**index, "grid": [2, 8]}))
+    change_index(plain, grid=[2, 8])
     with pytest.raises(MismatchError, match="grid 2×8, RAE's decoder expects a square one"):
         room.train_decoder(SMALL, str(plain), str(tmp_path / "run"), quiet=True)
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fixture_shards import write_shards
+from fixture_shards import change_index, write_shards
 from tiny_runs import FLOW, LATENT, NORMALIZING
 from typer.testing import CliRunner, Result
 
@@ -31,10 +31,9 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("splits")
     for seed, (split, count) in enumerate({"train": 24, "val": 18, "test": 12}.items()):
         folder = write_shards(root / split, count, seed=seed, pictures=True)
-        index = json.loads((folder / "index.json").read_text())
-        (folder / "index.json").write_text(json.dumps(index | {"split": split}))
         classes = json.loads((folder / "class_map.json").read_text())
         (folder / "class_map.json").write_text(json.dumps(classes | {"yak": len(classes)}))
+        change_index(folder, split=split)
     return root
 
 

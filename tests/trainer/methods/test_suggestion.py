@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from command_line import trainer
-from fixture_shards import write_shards
+from fixture_shards import vouch, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +48,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     """Shards whose index claims the sizes of DINOv2-B features of ImageNet."""
     shards = write_shards(tmp_path_factory.mktemp("data") / "shards", pictures=True)
     np.savez(shards / "statistics.npz", channel_mean=np.zeros(768), channel_variance=np.ones(768))
+    vouch(shards)
     found = open_index(str(shards))
     names = tuple(str(label) for label in range(1000))
     return dataclasses.replace(found, grid=(16, 16), width=768, class_names=names)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.files import sealed_text
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
@@ -133,7 +134,7 @@ def test_prune_leaves_alone_and_does_not_count_what_is_not_a_checkpoint(tmp_path
     (one / "notes.txt").write_text("mine")
     (two / saved.MODEL).write_bytes(b"damaged")
     (five / saved.STATE).unlink()
-    (six / saved.STATE).write_text('{"format_version": 2}')
+    (six / saved.STATE).write_text('{"format_version": 3}')
     outside = tmp_path / "outside"
     six.with_name("step-00000003").rename(outside)
     six.with_name("step-00000003").symlink_to(outside)
@@ -213,8 +214,8 @@ def test_steps_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 def test_newer_checkpoint_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path)
     path = saved.find_checkpoint(tmp_path) / saved.STATE
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
-    with pytest.raises(MismatchError, match="checkpoint format 2, this program reads 1"):
+    path.write_bytes(sealed_text({**json.loads(path.read_text()), "format_version": 3}))
+    with pytest.raises(MismatchError, match="checkpoint format 3, this program reads 2 and older"):
         saved.load_state(path.parent)
 
 

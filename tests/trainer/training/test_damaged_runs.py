@@ -22,6 +22,7 @@ from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
 
 from hierarchy_builder.fields import to_mapping
+from hierarchy_builder.files import sealed_text
 from trainer.cli import app as cli
 from trainer.decode.config import DecoderConfig
 from trainer.methods.latent_forcing.config import LatentTrainConfig
@@ -100,7 +101,7 @@ def flip(path: Path, place: int) -> None:
 
 def change_state(folder: Path, **fields: Any) -> None:
     state = json.loads((folder / saved.STATE).read_text())
-    (folder / saved.STATE).write_text(json.dumps({**state, **fields}))
+    (folder / saved.STATE).write_bytes(sealed_text({**state, **fields}))
 
 
 @pytest.mark.parametrize("place", [-5, 12, 3])
@@ -139,6 +140,10 @@ def test_each_file_of_a_checkpoint_has_its_checksum(run: Path) -> None:
 
 def test_a_checkpoint_without_checksums_is_read(run: Path) -> None:
     change_state(newest(run), checksums={})
+    with pytest.raises(saved.TrainerError, match="not every file has a size and a checksum"):
+        saved.load_state(newest(run))
+    change_state(newest(run), checksums={}, format_version=1)  # as earlier releases wrote it
+    assert saved.load_state(newest(run)).checksums == {}
     assert saved.load_tensors(newest(run) / saved.MODEL)
 
 
@@ -197,9 +202,9 @@ def renamed(folder: Path) -> None:
     [
         *DAMAGES,
         (
-            lambda folder: change_state(folder, format_version=2),
+            lambda folder: change_state(folder, format_version=3),
             5,
-            "format 2, this program reads 1: use the rel",
+            "format 3, this program reads 2 and older: use the rel",
         ),
         (unreadable, 1, "cannot be read: .* give the same command again; else train"),
         (foreign, 5, "found no state.json in it"),
@@ -350,7 +355,7 @@ def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(
 def test_the_optimiser_of_another_network_is_refused(
     run: Path, shards: str, call: Callable[..., tuple[int, str]]
 ) -> None:
-    change_state(newest(run), optimizer=[{}], files={})
+    change_state(newest(run), optimizer=[{}], files={}, checksums={}, format_version=1)
     code, error = call("train", shards, "--out", run, "--quiet")
     assert code == 5
     assert "optimiser holds other parameters" in error

@@ -47,8 +47,8 @@ def test_a_configuration_is_fields_by_name(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     for text, message in (
         ("{", "Expecting property name"),
-        ("[1]", "found list, expected fields by name"),
-        ("[" * 100_000, "recursion"),
+        ("[1]", "found list, expected an object; expected fields by name"),
+        ("[" * 100_000, "nested too deeply"),
         ("\0", "Expecting value"),
     ):
         file.write_text(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixture_shards import write_shards
+from fixture_shards import change_index, write_shards
 from PIL import Image
 from tiny_pipeline import tiny_pipeline, tiny_run
 
@@ -190,12 +190,10 @@ def test_a_studio_needs_a_vocabulary_of_the_model(run: Path, tmp_path: Path, cal
 
 def test_few_images_are_no_two_halves(run: Path, tmp_path: Path, call: Call) -> None:
     shards = write_shards(tmp_path / "shards", num_samples=3)
-    index = json.loads((shards / "index.json").read_text())
     other = tiny_run(tmp_path / "run")
     (state,) = other.rglob("state.json")
     content = json.loads(state.read_text())
-    index |= {"encoder": content["shards"]["encoder"], "grid": [6, 5], "width": 48}
-    (shards / "index.json").write_text(json.dumps(index))
+    change_index(shards, encoder=content["shards"]["encoder"], grid=[6, 5], width=48)
     code, error = call("evaluate", other, "--shards", shards)
     assert code == 1
     assert "holds 3 images, expected 4 or more" in error

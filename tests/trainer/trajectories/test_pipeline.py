@@ -18,6 +18,7 @@ import trainer
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import to_mapping
+from hierarchy_builder.files import sealed_text
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
@@ -152,7 +153,8 @@ def test_autoguidance_needs_a_weak_model_that_fits(
     save_file({name: p.detach() for name, p in model.named_parameters()}, other / "model.safetensors")
     state["files"]["model.safetensors"] = (other / "model.safetensors").stat().st_size
     del state["checksums"]["model.safetensors"]
-    (other / "state.json").write_text(json.dumps(state))
+    state["format_version"] = 1  # in which a checksum may be absent
+    (other / "state.json").write_bytes(sealed_text(state))
     with pytest.raises(MismatchError, match=r"weak model .*: model.num_levels is 5, that of .* is 4"):
         TrajectoryPipeline.from_pretrained(run, ema="raw", weak=other)
 
@@ -184,8 +186,8 @@ def test_other_files_are_not_trajectories(tmp_path: Path) -> None:
 def test_newer_trajectory_is_refused(pipe: TrajectoryPipeline, tmp_path: Path) -> None:
     pipe(0).save(tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()
-    (tmp_path / "a.safetensors").write_bytes(data.replace(b'"format_version":"1"', b'"format_version":"2"'))
-    with pytest.raises(MismatchError, match="trajectory format 2"):
+    (tmp_path / "a.safetensors").write_bytes(data.replace(b'"format_version":"2"', b'"format_version":"3"'))
+    with pytest.raises(MismatchError, match="trajectory format 3"):
         Trajectory.load(tmp_path / "a.safetensors")
 
 
@@ -197,7 +199,7 @@ def test_features_without_decoder(run: Path, tmp_path: Path) -> None:
         (copy / path.name).write_bytes(path.read_bytes())
     state = json.loads((copy / "state.json").read_text())
     state["shards"]["encoder"]["decoder"] = None
-    (copy / "state.json").write_text(json.dumps(state))
+    (copy / "state.json").write_bytes(sealed_text(state))
     trajectory = TrajectoryPipeline.from_pretrained(copy, device="cpu")(0)
     assert not trajectory.can_decode
     with pytest.raises(TrainerError, match="'dct' have no decoder of their own; pass decoder=FOLDER"):

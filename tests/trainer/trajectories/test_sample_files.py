@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,11 +70,18 @@ def test_tars_are_read_by_webdataset(
         np.testing.assert_array_equal(item["png"], trajectory.decode()[-1])
 
 
-def test_equal_samples_give_equal_tars(drawn: list[Trajectory], tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write(tmp_path / name, ["webdataset"], drawn)
-    first, second = (tmp_path / name / "samples-000000.tar" for name in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes()
+@pytest.mark.parametrize("name", ["webdataset", "npz", "safetensors"])
+def test_equal_samples_give_equal_bytes(drawn: list[Trajectory], tmp_path: Path, name: str) -> None:
+    written = []
+    for number in range(4):  # the order of metadata and the time of the files must not show
+        rows = write(tmp_path / str(number), [name], drawn)
+        files = sorted(path for path in (tmp_path / str(number)).rglob("*") if path.is_file())
+        written.append([(path.name, path.read_bytes()) for path in files])
+        assert rows
+    assert all(each == written[0] for each in written)
+    if name == "npz":
+        with zipfile.ZipFile(tmp_path / "0" / "samples.npz") as archive:
+            assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 @pytest.mark.parametrize(("per_sheet", "names"), [(5, [""]), (2, ["-0000", "-0001", "-0002"])])

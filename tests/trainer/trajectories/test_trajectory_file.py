@@ -16,6 +16,7 @@ from tiny_pipeline import tiny_pipeline
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.files import whole_file, write_bytes
 from trainer.cli.edits import region_map, region_rows
+from trainer.data.tensor_files import tensor_bytes
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
 
@@ -39,7 +40,7 @@ def rewritten(path: Path, tensors: dict[str, torch.Tensor] | None = None, **entr
         metadata = content.metadata()
         found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     more = {name: json.dumps(value) for name, value in entries.items()}
-    save_file({**found, **(tensors or {})}, path, {**metadata, **more})
+    path.write_bytes(tensor_bytes({**found, **(tensors or {})}, {**metadata, **more}))
     return path
 
 

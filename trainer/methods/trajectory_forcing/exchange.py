@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
@@ -35,7 +34,7 @@ from trainer.training import checkpoint as saved
 from trainer.training.config import checked
 from trainer.training.optim import NEWTON_SCHULZ, MuonAdam
 from trainer.training.release_files import check_weights, read_fields
-from trainer.training.run_folder import CONFIG, LOCK, locked
+from trainer.training.run_folder import CONFIG, LOCK, locked, write_config
 
 CONFIG_FILE = "config.json"
 BATCH_SIZE = "batch_size"
@@ -155,7 +154,7 @@ def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapp
                 "shards": state.shards,
                 "version": version("trajectory-hierarchies"),
             }
-            write_bytes(out / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+            write_config(out, content)
         except BaseException:
             if is_new and {LOCK, CONFIG, "checkpoints"}.issuperset(os.listdir(out)):
                 shutil.rmtree(out)

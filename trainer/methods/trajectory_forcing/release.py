@@ -238,7 +238,18 @@ def missing_weights(names: Iterable[str], path: object, ema: int | str | None) -
 
 
 def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
-    unpacker = msgpack.Unpacker(file, raw=False, ext_hook=_decode, max_buffer_size=0, strict_map_key=False)
+    most = min(
+        os.fstat(file.fileno()).st_size, 2**31 - 1
+    )  # a list has at most as many entries as there are bytes
+    unpacker = msgpack.Unpacker(
+        file,
+        raw=False,
+        ext_hook=_decode,
+        max_buffer_size=0,
+        max_array_len=most,
+        max_map_len=most,
+        strict_map_key=False,
+    )
     for part in _keys(unpacker):
         names = (f"{AVERAGE}{halflife}" for halflife in _keys(unpacker)) if part == "ema_params" else [part]
         for name in names:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import call
-from fixture_shards import GRID, NUM_LEVELS, WIDTH, write_shards
+from fixture_shards import GRID, NUM_LEVELS, WIDTH, vouch, write_shards
 from PIL import Image
 from tiny_runs import LATENT as TINY
 
@@ -137,9 +137,11 @@ def test_statistics_of_another_encoder_are_refused(tmp_path: Path) -> None:
     with np.load(shards / "statistics.npz", allow_pickle=False) as stored:
         arrays = dict(stored)
     np.savez(shards / "statistics.npz", **{**arrays, "channel_variance": 900 * arrays["channel_variance"]})
+    vouch(shards)
     with pytest.raises(MismatchError, match=r"statistics\.npz does not describe these features"):
         registry.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
     np.savez(shards / "statistics.npz", **{**arrays, "channel_mean": np.zeros(7)})
+    vouch(shards)
     with pytest.raises(TrainerError, match=r"channel_mean has shape \(7,\)"):
         registry.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from documented import undocumented
-from fixture_shards import NUM_LEVELS, write_shards
+from fixture_shards import NUM_LEVELS, vouch, write_shards
 from tiny_runs import FLOW, before_step
 from tiny_runs import NORMALIZING as TINY
 from typer.testing import CliRunner
@@ -194,6 +194,7 @@ def test_statistics_of_other_features_are_refused(shards: str, tmp_path: Path) -
             name: stored[name] / 10_000 if "variance" in name else stored[name] for name in stored.files
         }
     np.savez(moved / "statistics.npz", **scaled)
+    vouch(moved)
     with pytest.raises(MismatchError, match="does not describe these features"):
         room.train(TINY, str(moved), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
 from released import changed, save_checkpoint
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.files import sealed_text
 from trainer.methods.trajectory_forcing import exchange
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
@@ -286,7 +287,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_not_exported(
 ) -> None:
     import_official(golden / "flax" / "checkpoint_1234", tmp_path / "run")
     file = saved.find_checkpoint(tmp_path / "run") / saved.STATE
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_bytes(sealed_text(json.loads(file.read_text()) | changes))
     with pytest.raises(MismatchError, match=message):
         export_official(tmp_path / "run", tmp_path / "theirs")
     assert not list(tmp_path.glob("theirs/*"))
@@ -314,11 +315,11 @@ def test_export_overwrites_no_folder(golden: Path, tmp_path: Path) -> None:
 def test_an_import_that_fails_keeps_what_another_program_put_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(path: Path, data: bytes) -> None:
-        (path.parent / "notes.txt").write_text("mine")
+    def full_disk(run: Path, content: Any) -> None:
+        (run / "notes.txt").write_text("mine")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exchange, "write_bytes", full_disk)
+    monkeypatch.setattr(exchange, "write_config", full_disk)
     with pytest.raises(OSError, match="No space left"):
         import_official(official_file(tmp_path / "theirs"), tmp_path / "run")
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"

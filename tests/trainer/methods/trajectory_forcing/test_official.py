@@ -152,7 +152,7 @@ def test_one_part_is_in_memory_at_a_time(tmp_path):
 
 def test_a_configuration_that_is_none_is_refused(tmp_path):
     for text, message in (
-        ("[1]", "found list, expected fields by name"),
+        ("[1]", "found list, expected an object; expected fields by name"),
         ("{", "Expecting"),
         (None, "No such file"),
     ):
