@@ -7,21 +7,26 @@ comes with the extra `studio`.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from hierarchy_builder.errors import UsageError
 from trainer.studio.board import draw_board
 from trainer.studio.desk import Desk
 from trainer.studio.folder import StudioFolder
+from trainer.studio.guard import Guard
 from trainer.studio.tabs import compare_tab, edit_tab, files_tab, paint_tab, sweep_tab
 from trainer.studio.workbench import Workbench
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 LOOPBACK = "127.0.0.1"
+MOST_STEPS = 1000
+"""Most network evaluations per level that the page asks for."""
 UPLOAD_LIMIT = "8mb"
 """Largest upload that the server accepts; browsers upload only paintings."""
 CSS = """
@@ -68,11 +73,16 @@ def launch(
     host: str = LOOPBACK,
     port: int | None = None,
     block: bool = True,
+    allowed_hosts: Sequence[str] = (),
 ) -> tuple[gr.Blocks, str]:
-    """Serve the studio until it is stopped; with block=False returns at once. Returns the page and its URL."""
+    """Serve the studio until it is stopped; with block=False returns at once. Returns the page and its URL.
+
+    allowed_hosts: more names under which browsers reach the server, for example that of a proxy.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # Gradio passes pictures and paintings through temporary files, which must stay inside the folder too.
-    os.environ["GRADIO_TEMP_DIR"] = str((folder / ".served").resolve())
+    served = (folder / ".served").resolve()
+    os.environ["GRADIO_TEMP_DIR"] = str(served)
     page = build_studio(pipe, folder, vocabulary)
     _, url, _ = page.launch(
         server_name=host,
@@ -84,20 +94,26 @@ def launch(
         css=CSS,
         theme=gr.themes.Base(),
         max_file_size=UPLOAD_LIMIT,
+        app_kwargs={"middleware": [Middleware(Guard, host=host, allowed=allowed_hosts, served=served)]},
     )
     return page, url
 
 
 def _generate_row(desk: Desk) -> None:
-    def generate(bench: Workbench, label: str, seed: float | None, steps: float | None) -> Workbench:
-        return bench.open(desk.pipe(label=label, seed=int(seed or 0), num_steps=int(steps or 1)))
+    def generate(bench: Workbench, label: Any, seed: float | None, steps: float | None) -> Workbench:
+        if not 1 <= (steps or 1) <= MOST_STEPS:
+            raise UsageError(f"steps per level are {steps}, expected 1 to {MOST_STEPS:,}")
+        return bench.open(desk.pipe(label=desk.chosen(label), seed=int(seed or 0), num_steps=int(steps or 1)))
 
     with gr.Row(equal_height=True):
         desk.label.render()
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90)
-        steps = gr.Number(1, label="Steps per level", precision=0, minimum=1, scale=1, min_width=90)
+        steps = gr.Number(
+            1, label="Steps per level", precision=0, minimum=1, maximum=MOST_STEPS, scale=1, min_width=90
+        )
         inputs, done = [desk.label, seed, steps], "Click a region on the board to select it."
         desk.button("Generate", generate, inputs, done, variant="primary", scale=1, min_width=110)
+        gr.Button("Stop", min_width=80).click(desk.stop, None, desk.status, queue=False)
 
 
 def _selection_row(desk: Desk) -> None:

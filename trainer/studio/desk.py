@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.terminal import counted
 from trainer.studio.board import draw_board
 from trainer.studio.folder import StudioFolder
-from trainer.studio.workbench import Workbench, history_lines
+from trainer.studio.workbench import Workbench, history_lines, quoted
 from trainer.trajectories.edit import prototype
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
@@ -41,6 +43,8 @@ class Desk:
             _check_vocabulary(vocabulary, pipe)
         self.levels = list(range(pipe.drawn_levels))
         names = [pipe.class_name(label) for label in pipe.classes]
+        self._stops, self._work = 0, threading.local()
+        pipe.model.register_forward_pre_hook(self._check_stop)
         self.bench = gr.State(Workbench())
         self.status = gr.Markdown(WELCOME, elem_id="status", render=False)
         self.history = gr.Markdown("no steps yet", render=False)
@@ -62,6 +66,30 @@ class Desk:
     def shows(self) -> list[Any]:
         """The components that `shown` and `take` return values for."""
         return [self.bench, self.board, self.status, self.history]
+
+    def stop(self) -> str:
+        """End what is being drawn, at the next evaluation of the network. Returns the text for the status line."""
+        self._stops += 1
+        return "Stopped what was being drawn."
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """What the network draws in this block ends when `stop` is called."""
+        self._work.stops = self._stops
+        try:
+            yield
+        finally:
+            del self._work.stops
+
+    def _check_stop(self, *unused: Any) -> None:
+        if getattr(self._work, "stops", self._stops) != self._stops:
+            raise UsageError("stopped: nothing was changed")
+
+    def chosen(self, label: Any) -> str:
+        """The class in the list. Raises UsageError if it is empty."""
+        if not isinstance(label, str) or not label.strip():
+            raise UsageError("no class is chosen: choose one in the list, or type its name or id")
+        return label
 
     def on(
         self,
@@ -91,16 +119,18 @@ class Desk:
     def attempt(self, work: Callable[[], tuple[Any, ...]], outputs: Sequence[Any]) -> tuple[Any, ...]:
         """Values for `outputs`, of which the last is the status line; if `work` raises, only that line changes."""
         try:
-            return work()
+            with self._stoppable():
+                return work()
         except (TrainerError, OSError) as error:
-            return (*[gr.skip()] * (len(outputs) - 1), f"{WARNING}{error}")
+            return (*[gr.skip()] * (len(outputs) - 1), f"{WARNING}{quoted(error)}")
 
     def take(self, step: Callable[[], Workbench], before: Workbench, done: str = "") -> tuple[Any, ...]:
         """Values for `shows` after a step; if it raises, those before the step, with the error."""
         try:
-            after = step()
-        except TrainerError as error:
-            return self.shown(before, f"{WARNING}{error}")
+            with self._stoppable():
+                after = step()
+        except (TrainerError, OSError) as error:
+            return self.shown(before, f"{WARNING}{quoted(error)}")
         return self.shown(after, done)
 
     def shown(self, bench: Workbench, message: str = "") -> tuple[Any, ...]:
@@ -109,17 +139,17 @@ class Desk:
             return bench, None, message or WELCOME, "no steps yet"
         picture = draw_board(bench.trajectory, bench.selection, bench.reference).picture
         lines = history_lines(bench.trajectory) or ["not edited"]
-        steps = "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
+        steps = "\n".join(f"{number}. {quoted(line)}" for number, line in enumerate(lines, start=1))
         return bench, picture, f"{message}  \n{_state_line(bench)}" if message else _state_line(bench), steps
 
 
 def _state_line(bench: Workbench) -> str:
     trajectory = bench.current()
-    parts = [f"**{trajectory.class_name}**, seed {trajectory.seeds[0]}"]
+    parts = [f"**{quoted(trajectory.class_name)}**, seed {trajectory.seeds[0]}"]
     if bench.selection is not None:
         parts.append(f"{counted(bench.selection.count, 'token')} of level {bench.selection.level} selected")
     if bench.taken_from:
-        parts.append(f"taken: {bench.taken_from}")
+        parts.append(f"taken: {quoted(bench.taken_from)}")
     return " · ".join(parts)
 
 

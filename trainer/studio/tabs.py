@@ -24,6 +24,8 @@ from trainer.trajectories.trajectory import Trajectory
 TAKEN = "Taken. Select the tokens that receive the features, then press Apply."
 EDITED = "Edited. Press Resume to draw the following levels again."
 EDITED_LEVEL = "the edited one"
+MOST_EDITS = 1000
+"""Most edits of a sweep."""
 SWEEP_TEXT = (
     "Runs the same edit for several seeds, levels and strengths, with two controls: no edit, and other noise. It edits "
     "the selection, or the largest region of the object if nothing is selected; features come from the next class."
@@ -141,12 +143,17 @@ def sweep_tab(desk: Desk) -> None:
         ) -> tuple[Any, ...]:
             def swept() -> tuple[Any, ...]:
                 config = SweepConfig(
-                    labels=(desk.pipe.label_id(label),),
+                    labels=(desk.pipe.label_id(desk.chosen(label)),),
                     seeds=tuple(parse_seeds(seeds)),
                     levels=tuple(levels),
                     strengths=_numbers(strengths),
                     kind=kind,
                 )
+                edits = len(config.seeds) * len(levels) * len(config.strengths)
+                if edits > MOST_EDITS:
+                    raise UsageError(
+                        f"{edits:,} edits, expected at most {MOST_EDITS:,}: `trainer sweep` has no limit"
+                    )
                 rows = list(progress.tqdm(sweep(desk.pipe, config, bench.selection), desc="sweeping"))
                 if not rows:
                     raise UsageError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,10 @@ Pick = Literal["region", "token", "similar"]
 """What a click selects: the whole region, one token, or all connected tokens that resemble it."""
 Join = Literal["replace", "add", "remove", "intersect"]
 """How a new selection is combined with the one before."""
+
+
+MARKS = re.compile(r"([\\`*_{}\[\]()#|!~$&])")
+"""Characters that Markdown reads as marks; all but `<`, which is written as an entity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -208,16 +213,19 @@ def markdown_report(bench: Workbench) -> str:
     _, rows = bench.comparison()
     model = Path(trajectory.model.get("folder", "unknown")).name
     lines = [
-        f"# {trajectory.class_name}, seed {trajectory.seeds[0]}",
+        f"# {quoted(trajectory.class_name)}, seed {trajectory.seeds[0]}",
         "",
-        f"- encoder: {trajectory.encoder.get('name', 'unknown')}",
-        f"- model: {model}, weights {trajectory.model.get('ema', 'raw')}",
+        f"- encoder: {quoted(trajectory.encoder.get('name', 'unknown'))}",
+        f"- model: {quoted(model)}, weights {trajectory.model.get('ema', 'raw')}",
         f"- seeds of the levels: {', '.join(map(str, trajectory.seeds))}",
         f"- network evaluations per level: {trajectory.num_steps}",
         "",
         "## Steps",
         "",
-        *(f"{number}. {line}" for number, line in enumerate(history_lines(trajectory) or ["none"], start=1)),
+        *(
+            f"{number}. {quoted(line)}"
+            for number, line in enumerate(history_lines(trajectory) or ["none"], start=1)
+        ),
         "",
         "## Compared with the pinned trajectory",
         "",
@@ -225,6 +233,11 @@ def markdown_report(bench: Workbench) -> str:
         "",
     ]
     return "\n".join([*lines, *_table(rows), ""])
+
+
+def quoted(text: object) -> str:
+    """Text as Markdown that shows it as it is: names and messages may hold what would be a picture or a link."""
+    return MARKS.sub(r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

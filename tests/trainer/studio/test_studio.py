@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tiny_pipeline import GRID, tiny_pipeline
 
 from trainer.studio.board import CELL_PX, GAP_PX, HEADER_PX
+from trainer.studio.workbench import quoted
 from trainer.trajectories.trajectory import Trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio.*")
@@ -140,3 +142,46 @@ def test_a_sweep_has_its_baselines(page: Any) -> None:
 
 def test_the_studio_answers_on_this_machine_alone(studio: tuple[str, Path]) -> None:
     assert studio[0].startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
+)
+def test_requests_of_other_names_and_sites_are_refused(
+    studio: tuple[str, Path], headers: dict[str, str]
+) -> None:
+    address = studio[0].split("/")[2]
+    for given, status in (({}, 200), (headers, 403)):
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.request("GET", "/", headers=given)
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_what_has_no_bound_is_refused_and_work_can_be_stopped(tmp_path: Path) -> None:
+    from trainer.studio.app import build_studio
+    from trainer.studio.desk import Desk
+    from trainer.studio.folder import StudioFolder
+    from trainer.studio.workbench import Workbench
+
+    pipe = tiny_pipeline()
+    steps = {fn.name: fn.fn for fn in build_studio(pipe, tmp_path).fns.values()}
+    assert {"act", "stop"} <= set(steps)
+    desk = Desk(pipe, StudioFolder(tmp_path), None)
+    for empty in (None, "", []):
+        assert "no class is chosen" in desk.take(lambda value=empty: desk.chosen(value), Workbench())[2]
+
+    def drawn() -> Workbench:
+        desk.stop()  # as the button does, from another thread
+        return Workbench().open(pipe(0, 0, num_steps=5))
+
+    bench, _, said, _ = desk.take(drawn, Workbench())
+    assert (bench.trajectory, said) == (None, "⚠ stopped: nothing was changed")
+    assert pipe(0, 0).label == 0  # outside of the page nothing is stopped
+
+
+def test_names_and_messages_are_shown_as_they_are(tmp_path: Path) -> None:
+    name = "![x](http://evil.example/a.png) <img src=//evil.example>"
+    text = quoted(name)
+    assert not any(mark in text for mark in ("![", "](", "<"))
+    assert quoted("ant, seed 3: 1.5 – café") == "ant, seed 3: 1.5 – café"
