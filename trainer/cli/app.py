@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from hierarchy_builder.errors import TrainerError, UsageError
-from hierarchy_builder.files import write_json
+from hierarchy_builder.errors import TrainerError, UsageError, VerificationError
+from hierarchy_builder.files import write_sealed_json
 from hierarchy_builder.flags import (
     AS_JSON,
     OUTPUT,
@@ -22,7 +22,7 @@ from hierarchy_builder.flags import (
     switch,
     takes,
 )
-from hierarchy_builder.terminal import print_result, stderr
+from hierarchy_builder.terminal import counted, print_json, print_result, stderr, stdout
 from hierarchy_builder.terminal import run as run_command
 from trainer.cli import editing as edit_commands
 from trainer.cli import options as opt
@@ -191,7 +191,7 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
     rows = [{"name": name, "value": value} for name, value in metrics]
     setup = drawing | {name: given[name] for name in ("ending", "shift", "space", "ema")}
     setup |= {"shards": index.name, "split": index.split, "judged_on": judged, "classes": classes}
-    write_json(run / EVALUATION, {**setup, "metrics": rows}, sort_keys=False)
+    write_sealed_json(run / EVALUATION, {**setup, "metrics": rows}, sort_keys=False)
     _print_metrics(rows, as_json)
 
 
@@ -247,6 +247,34 @@ def report(run: Path, out: Path | None, shards: str | None, **given: Any) -> Non
 
 
 @app.command()
+@takes(run=opt.RUN, as_json=AS_JSON)
+def verify(run: Path, as_json: bool) -> None:
+    """Read every file of a run and compare it with its checksum; exit code 4 if something is damaged."""
+    from trainer.evaluation.verify import verify_run
+
+    found = list(verify_run(run))
+    problems = [
+        each.text if str(run) in each.text else f"{run / each.file}: {each.text}"
+        for each in found
+        if each.is_damaged
+    ]
+    unchecked = {each.file: each.text for each in found if not each.is_damaged}
+    if as_json:
+        print_json({"problems": problems, "unchecked": unchecked})
+    else:
+        for text in (*problems, *(f"not checked: {run / file}: {why}" for file, why in unchecked.items())):
+            stdout.print(text, markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise VerificationError(
+            f"{run}: found {counted(len(problems), 'problem')}, expected none; move a damaged checkpoint away, and "
+            "the same training command goes on from the one before; remove another damaged file, and the command that "
+            "wrote it writes it again"
+        )
+    if not as_json:
+        stdout.print(f"{run}: everything that was checked is in order", markup=False, highlight=False)
+
+
+@app.command()
 @takes(
     run=opt.RUN,
     folder=option("Where trajectories and reports are kept. Default: RUN/studio.", kind=Path),
@@ -256,11 +284,23 @@ def report(run: Path, out: Path | None, shards: str | None, **given: Any) -> Non
         default="127.0.0.1",
     ),
     port=option("Port. Default: the first free one from 7860.", kind=int, min=1, max=65_535),
+    allowed_hosts=option(
+        "Another name under which browsers reach this server, such as that of a proxy; may be given several times. "
+        "Requests under any other name are refused.",
+        "--allow-host",
+        kind=list[str],
+    ),
     ema=opt.EMA,
     decoder=opt.DECODER,
 )
 def studio(
-    run: Path, folder: Path | None, vocabulary: Path | None, host: str, port: int | None, **given: Any
+    run: Path,
+    folder: Path | None,
+    vocabulary: Path | None,
+    host: str,
+    port: int | None,
+    allowed_hosts: list[str] | None,
+    **given: Any,
 ) -> None:
     """Look at trajectories in a browser, edit, resume, compare and save them (the extra `studio`)."""
     try:
@@ -270,7 +310,14 @@ def studio(
             f"{error.name} is not installed: install the extra, pip install 'trajectory-hierarchies[studio]'"
         ) from None
 
-    launch(opt.open_run(run, given), folder or run / "studio", vocabulary, host=host, port=port)
+    launch(
+        opt.open_run(run, given),
+        folder or run / "studio",
+        vocabulary,
+        host=host,
+        port=port,
+        allowed_hosts=allowed_hosts or (),
+    )
 
 
 @app.command()
@@ -330,7 +377,7 @@ def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:
 def _load_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--stages {path}: {error}") from None
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise UsageError(f"--stages {path}: expected a list of rows, column to value")
