@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hierarchy_builder.canvases.dct import DctBasis
 
@@ -34,7 +35,11 @@ class DctEncoder:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C]."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
-        return self.basis(pixels).contiguous().cpu().numpy()
+        return self.tokens(pixels).contiguous().cpu().numpy()
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """RGB [B, 3, S, S] in [0, 1] → float32 [B, H, W, C], with its gradient."""
+        return self.basis(pixels)
 
     def describe(self) -> dict[str, Any]:
         """JSON for the manifest; `decoder` holds every number needed to turn features into pixels."""

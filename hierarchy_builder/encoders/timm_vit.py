@@ -83,12 +83,16 @@ class TimmEncoder:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C], every token with mean 0 and variance 1."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
+        return self.tokens(pixels).cpu().numpy()
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """RGB [B, 3, S, S] in [0, 1] → what `encode` returns, with its gradient."""
         pixels = (pixels - self._per_channel(self.mean)) / self._per_channel(self.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             tokens = self.model.forward_features(pixels)
         tokens = tokens[:, self.model.num_prefix_tokens :].float()
         tokens = F.layer_norm(tokens, (self.width,), eps=self.epsilon)
-        return tokens.reshape(-1, *self.grid, self.width).cpu().numpy()
+        return tokens.reshape(-1, *self.grid, self.width)
 
     def describe(self) -> dict[str, Any]:
         """JSON for the manifest; `decoder` is None, since decoding these tokens needs a trained decoder."""

@@ -25,7 +25,9 @@ from hierarchy_builder.flags import (
 from hierarchy_builder.terminal import counted, print_json, print_result, stderr, stdout
 from hierarchy_builder.terminal import run as run_command
 from trainer.cli import editing as edit_commands
+from trainer.cli import judging
 from trainer.cli import options as opt
+from trainer.cli import post_training as post_train_commands
 from trainer.cli import training as train_commands
 from trainer.cli.options import A_TRAJECTORY, names_given, reads
 from trainer.evaluation.tables import metric_tables
@@ -42,6 +44,7 @@ app = typer.Typer(
 
 app.command()(train_commands.train)
 app.command("train-decoder")(train_commands.train_decoder)
+app.command("post-train")(post_train_commands.post_train)
 
 
 @app.command()
@@ -106,6 +109,7 @@ OF_SAMPLES: dict[str, Parameter] = {
         "Measure also at which step the boundaries of regions appear, for the same classes and seeds as --edits.",
         "--alignment",
     ),
+    **judging.FDR,
 }
 """Options of `evaluate` that say how samples are drawn, or what is measured of them."""
 
@@ -169,6 +173,14 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
         "guidance": given["guidance"],
         "weak_scale": opt.strength_of(given),
     }
+    if given["fdr"]:
+        trained_with = load_state(find_checkpoint(run)).config
+        classes = classes_with_images(index, max_real)
+        rows = judging.measured(
+            pipe, index, classes, trained_with, given, **drawing, max_real=max_real, follow=follow
+        )
+        print_result(rows, as_json)
+        return
     measured = measure(
         pipe,
         index,

@@ -59,7 +59,7 @@ def train(
     base = _base(preset_name, method, shards, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
-    asked = _asked(given, FIELDS) | ({"pixel_stage": True} if pixel_stage else {})
+    asked = asked_fields(given, FIELDS) | ({"pixel_stage": True} if pixel_stage else {})
     index = open_index(shards)
     resolved = registry.fit_to_shards(with_settings(base, asked), index, asked)
     if given["dry_run"]:
@@ -68,9 +68,7 @@ def train(
         check_same_run(out, find_origin(out, resume), resolved, index)
         print_result(to_mapping(resolved), as_json)
         return
-    _run_and_print(
-        lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
-    )
+    run_and_print(lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet)
 
 
 LOSSES = {
@@ -98,13 +96,13 @@ def train_decoder(shards: str, out: Path, size: str | None, **given: Any) -> Non
     """Train a decoder from features to pixels on shards with pictures, for --decoder."""
     resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
     given |= {name: given[name] and str(given[name]) for name in LOSSES}
-    resolved = with_settings(_decoder_base(size, out, quiet), _asked(given, LOSSES | FIELDS))
+    resolved = with_settings(_decoder_base(size, out, quiet), asked_fields(given, LOSSES | FIELDS))
     if given["dry_run"]:
         print_result(to_mapping(resolved), as_json)
         return
     from trainer.decode import train as training  # loads torch, which no refusal above needs
 
-    _run_and_print(
+    run_and_print(
         lambda: training.train_decoder(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
     )
 
@@ -252,7 +250,7 @@ def _say_without_cuda(default: str, small: str) -> None:
         )
 
 
-def _run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bool) -> None:
+def run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bool) -> None:
     """Train with the resolved configuration on stderr and the summary on stdout, both by the main rank."""
     is_main = os.environ.get("RANK", "0") == "0"
     if not quiet and is_main:
@@ -267,7 +265,7 @@ def _run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bo
         print_result(dataclasses.asdict(summary), as_json)
 
 
-def _asked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def asked_fields(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Fields by dotted name: options of these names over --set over the file of --config."""
     options = {name: given[name] for name in names if given[name] is not None}
     in_file = flattened(_load_yaml(given["config"])) if given["config"] else {}

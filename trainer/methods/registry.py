@@ -46,6 +46,11 @@ class Method:
     options: Mapping[str, str] = field(default_factory=dict)
     """Options that its pipelines alone take: name → why they need a run of this method."""
 
+    one_step: str = ""
+    """The module with `draw`, `num_noises` and `refusal`: samples with their gradient, for post-training; or none."""
+    no_gradient: str = ""
+    """Why there is no such module."""
+
     def load(self, part: str) -> Any:
         """The object or module that a field of the row names."""
         module, _, name = getattr(self, part).partition(":")
@@ -61,6 +66,7 @@ TRAJECTORY_FORCING = Method(
     small_preset="tiny-cpu",
     training="trainer.methods.trajectory_forcing.train",
     pipeline="trainer.methods.trajectory_forcing.pipeline:TrajectoryForcingPipeline",
+    one_step="trainer.methods.trajectory_forcing.one_step",
     losses_text="The losses of u and v are divided by their own size and stay near 1; the squared errors behind them "
     "are what falls.",
 )
@@ -74,6 +80,8 @@ LATENT_FORCING = Method(
     pipeline="trainer.methods.latent_forcing.pipeline:LatentPipeline",
     losses_text="loss_pixels and loss_latents are squared errors of v, averaged over the whole batch: a sample that "
     "does not train one of the two counts as 0 in its average.",
+    no_gradient="one of its samples takes dozens of evaluations of the network, one after the other, and a gradient "
+    "through all of them would have to keep their activations",
     options={"shift": "only Latent Forcing draws latents ahead of pixels"},
 )
 NORMALIZING_TRAJECTORY = Method(
@@ -87,6 +95,7 @@ NORMALIZING_TRAJECTORY = Method(
     losses_text="bits are −log₂ of the density of chains of normalised features, per number of a canvas, and may fall "
     "below 0: fit + log_sigma − log_det, which are in nats as the loss is. The loss of a learned denoiser is its "
     "squared distance to what the scores say.",
+    one_step="trainer.methods.normalizing_trajectory.one_step",
     options={"ending": "only Normalizing Trajectory Models can end a trajectory in several ways"},
 )
 METHODS: dict[str, Method] = {}

@@ -30,9 +30,9 @@ Statistics = Literal["average", "snapshot", "online"]
 
 
 class Sums(NamedTuple):
-    """Count, Σx and Σxxᵀ of rows, float64; the sums of two sets of rows are those of both together."""
+    """Number, Σx and Σxxᵀ of rows, float64; the sums of two sets of rows are those of both together."""
 
-    count: Tensor
+    number: Tensor
     """[…]"""
     total: Tensor
     """[…, D]"""
@@ -58,13 +58,13 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """The sums of both sets of rows."""
-        return Sums(self.count + other.count, self.total + other.total, self.second + other.second)
+        return Sums(self.number + other.number, self.total + other.total, self.second + other.second)
 
     def moments(self) -> Moments:
-        """Mean and covariance with divisor count."""
-        mean = self.total / self.count[..., None]
+        """Mean and covariance with that number as divisor."""
+        mean = self.total / self.number[..., None]
         return Moments(
-            mean, self.second / self.count[..., None, None] - mean[..., :, None] * mean[..., None, :]
+            mean, self.second / self.number[..., None, None] - mean[..., :, None] * mean[..., None, :]
         )
 
 
@@ -131,12 +131,12 @@ class Average(RunningMoments):
         self.second = torch.zeros((*shape, shape[-1]), dtype=torch.float64, device=device)
 
     def begin(self, sums: Sums, rows: Tensor | None = None) -> None:
-        count = sums.count.clamp(min=1)
+        count = sums.number.clamp(min=1)
         self.mean, self.second = sums.total / count[..., None], sums.second / count[..., None, None]
 
     def take(self, sums: Sums, rows: Tensor | None = None) -> Weighed:
-        weight = (1 - self.beta) * (sums.count > 0)
-        each = weight / sums.count.clamp(min=1)
+        weight = (1 - self.beta) * (sums.number > 0)
+        each = weight / sums.number.clamp(min=1)
         self.mean = (1 - weight)[..., None] * self.mean + each[..., None] * sums.total
         self.second = (1 - weight)[..., None, None] * self.second + each[..., None, None] * sums.second
         covariance = self.second - self.mean[..., :, None] * self.mean[..., None, :]
@@ -216,7 +216,7 @@ class OnlineQueue(Queue):
         assert rows is not None
         after = Sums.of(rows.float())
         total = self.sums.total - before.total + after.total
-        self.sums = Sums(self.sums.count, total, self.sums.second - before.second + after.second)
+        self.sums = Sums(self.sums.number, total, self.sums.second - before.second + after.second)
         return self._weighed(self.sums)
 
     def state(self) -> dict[str, Tensor]:
@@ -225,7 +225,7 @@ class OnlineQueue(Queue):
     def load(self, state: Mapping[str, Tensor]) -> None:
         super().load(state)
         device = self.rows.device
-        self.sums = Sums(self.sums.count, state["total"].to(device), state["second"].to(device))
+        self.sums = Sums(self.sums.number, state["total"].to(device), state["second"].to(device))
 
 
 def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

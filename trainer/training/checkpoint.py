@@ -3,6 +3,7 @@
     model.safetensors       the raw weights
     ema-500.safetensors     one file for each weight average, named by its half-life in thousands of images
     optimizer.safetensors   tensors of the optimiser's state
+    statistics.safetensors  of post-training: the moments of earlier samples
     normaliser.safetensors  mean and standard deviation of the features, so that sampling needs no shards
     state.json              step, images seen, configuration, encoder of the shards, sizes and checksums of these files
 
@@ -43,6 +44,7 @@ STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NORMALISER = "normaliser.safetensors"
+STATISTICS = "statistics.safetensors"
 ADVICE = "use another checkpoint, or move this one away and continue from the one before"
 RETRY = "if that error may have passed, give the same command again"
 FORMAT_VERSION = 2
@@ -50,7 +52,7 @@ FORMAT_VERSION = 2
 READABLE = (1, 2)
 STEP_FOLDER = re.compile(r"step-(\d+)")
 PARTIAL_FOLDER = re.compile(r"step-\d{8,}\.tmp-\d+")
-OWN_FILE = re.compile(r"state\.json|(model|optimizer|normaliser|ema-[\w.+-]+)\.safetensors")
+OWN_FILE = re.compile(r"state\.json|(model|optimizer|normaliser|statistics|ema-[\w.+-]+)\.safetensors")
 
 
 class ForeignCheckpointError(TrainerError):
@@ -100,10 +102,11 @@ def save_checkpoint(
     averages: Mapping[str, Mapping[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     normaliser: Normaliser = RAW,
+    more: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write the checkpoint folder `target`, which appears under this name only when it is complete.
 
-    averages: weights by half-life, for example {"500": {...}}.
+    averages: weights by half-life, for example {"500": {...}}. more: further tensors by file name.
     """
     tensors, state.optimizer = optimizer_tensors(optimizer)
     files = {
@@ -111,6 +114,7 @@ def save_checkpoint(
         OPTIMIZER: tensors,
         NORMALISER: {"mean": normaliser.mean, "std": normaliser.std},
     }
+    files.update({name: dict(content) for name, content in (more or {}).items()})
     files.update({f"ema-{name}.safetensors": dict(weights) for name, weights in averages.items()})
     write_folder(target, state, files.items())
 

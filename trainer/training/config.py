@@ -206,8 +206,10 @@ class PostTrainingConfig(CheckedFields):
     balanced: bool = False
     """Whether the gradients that arrive at each level's evaluation are scaled to equal norms before they are added:
     through the cascade the last level would outweigh the others."""
+    rule: Literal["adamw", "own"] = "adamw"
+    """AdamW as in the release, without weight decay, or the optimiser that the run was trained with (`own`)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moments of AdamW, which has no weight decay here."""
+    """Decay of the first and second moments of AdamW."""
     warmup_fraction: float = 0.0625
     """Share of the run over which the learning rate rises linearly from 0; it then falls along a cosine to 0."""
 

@@ -71,6 +71,14 @@ class World:
         dist.all_gather(rows, values)
         return torch.stack(rows)
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up `values`, of any shape, of all processes in the order of ranks, so that every one gets the same."""
+        return values if self.size == 1 else self.gather(values.flatten()).sum(dim=0).view_as(values)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """Join `rows` [n, …] of all processes, equally many in each, in the order of ranks."""
+        return rows if self.size == 1 else self.gather(rows.flatten()).view(-1, *rows.shape[1:])
+
 
 def check_equal(values: Tensor, what: str) -> None:
     """Raise TrainerError unless `values` [size], one number per process, are all equal."""

@@ -153,6 +153,15 @@ class Loop(ABC):
     def _sheet(self) -> Image.Image:
         """Draw a picture of samples from the current model."""
 
+    def _sum_gradients(self, parameters: list[nn.Parameter]) -> dict[str, float]:
+        """Replace every gradient by its sum over all ranks; return further figures of the step, alike on all ranks."""
+        self.world.add_gradients(parameters)
+        return {}
+
+    def _kept(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint holds beside weights and optimiser: tensors by name, by file name."""
+        return {}
+
     def _audit(self) -> dict[str, Any]:
         """Return the report on finished epochs, written at the end of each; the base class lists skipped shards."""
         damaged = self.dataset.damaged_shards()
@@ -232,14 +241,14 @@ class Loop(ABC):
         for start in range(0, share, micro):
             sums[: len(self.terms)] += self.backward(batch, start, min(start + micro, share))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        world.add_gradients(parameters)
+        measured = self._sum_gradients(parameters)
         # Stop requests are gathered together with the losses, so that all ranks stop at the same step.
         sums[-3] = self.stop.signal == signal.SIGINT
         sums[-2] = time_is_up or self.stop.signal != 0
         sums[-1] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         rows = world.gather(sums).cpu()
         *values, interrupted, stopped, _ = rows.sum(dim=0).tolist()
-        terms = {**dict(zip(self.terms, values, strict=True)), "grad_norm": float(rows[0, -1])}
+        terms = {**dict(zip(self.terms, values, strict=True)), "grad_norm": float(rows[0, -1]), **measured}
         if not rows.isfinite().all():
             self._refuse(batch, terms)
         check_equal(rows[:, -1], "the norm of the summed gradients")
@@ -312,7 +321,9 @@ class Loop(ABC):
                 log=self.sums,
             )
             averages = self.averages.state_dict()
-            saved.save_checkpoint(folder, state, self.model, averages, self.optimizer, self.normaliser)
+            saved.save_checkpoint(
+                folder, state, self.model, averages, self.optimizer, self.normaliser, self._kept()
+            )
             saved.prune_checkpoints(self.out, self.config.keep_checkpoints)
         self.world.barrier()
         return folder

@@ -44,7 +44,7 @@ class MethodRun(Loop):
 
     loss_function: ClassVar[Objective]
     """The method's loss, (network, …) → terms by name; compiled if the configuration sets `compile`."""
-    pipeline: ClassVar[Callable[..., Any]]
+    pipeline: Any
     """Class of the method's pipeline; its `sheet()` draws the samples shown during training."""
 
     def __init__(
@@ -144,7 +144,7 @@ class MethodRun(Loop):
     def _sheet(self) -> Image.Image:
         with self._averaged():
             names, encoder = self.index.class_names, self.index.encoder
-            pipe = type(self).pipeline(
+            pipe = self.pipeline(
                 self.model, names, encoder, self._decoder(), self.normaliser, method=self.config.method
             )
             pipe.classes = self.classes
@@ -173,6 +173,11 @@ def run_method(
     `max_seconds`, KeyboardInterrupt (after writing a checkpoint) on Ctrl-C, and NonFiniteLossError if the loss or a
     gradient is not finite.
     """
+    if config.post_training is not None:
+        raise MismatchError(
+            f"{out} is post-trained: repeat its `trainer post-train` command to continue it, or train into another "
+            "--out"
+        )
     with joined_world() as world, stop_signals() as stop:
         return run(config, index, Path(out), resume, world, stop, quiet).train()
 

@@ -130,7 +130,7 @@ def test_classes_have_moments_of_their_own() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, label = torch.randn(12, 3, generator=generator), torch.tensor([0, 2] * 6)
     sums = Sums.by_class(rows, label, 3)
-    assert sums.count.tolist() == [6, 0, 6]
+    assert sums.number.tolist() == [6, 0, 6]
     torch.testing.assert_close(sums.second[2], Sums.of(rows[1::2]).second)
     moments, own = Average(0.5, 3, 3), Average(0.5, 3)
     moments.begin(sums)

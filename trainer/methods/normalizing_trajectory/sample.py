@@ -98,10 +98,21 @@ def sample_canvases(
     each, canvases = len(noise) // num_levels, []
     for level in range(start_level, num_levels):
         given = Given(label, torch.full_like(label, level), prev)
-        draw = _next_level if network.config.trajectory == "levels" else _noise_trajectory
-        prev = draw(network, method, given, noise[level * each : (level + 1) * each], how)
+        prev = next_canvas(network, method, given, noise[level * each : (level + 1) * each], how)
         canvases.append(prev)
     return normaliser.undo(torch.stack(canvases, dim=1))
+
+
+def next_canvas(
+    network: NormalizingNetwork,
+    method: NormalizingMethodConfig,
+    given: Given,
+    noise: Tensor,
+    how: HowToSample,
+) -> Tensor:
+    """Draw the clean canvas [B, H, W, C] of one level, in units of the network. noise: that of the level alone."""
+    draw = _next_level if network.config.trajectory == "levels" else _noise_trajectory
+    return draw(network, method, given, noise, how)
 
 
 def predicted(

@@ -1,0 +1,543 @@
+"""`trainer post-train`: a trained run goes on, towards the statistics of real images instead of single ones.
+
+    B images of a global batch, b of a part of it, L levels, H×W grid, C channels
+
+A step draws B samples for labels as frequent as in the shards, describes them by every term (see `terms`), and moves
+the network against the gradient of the distances. All samples of a batch share its moments, so a batch of several
+parts is drawn twice: without a graph, part by part, for the moments; and with one, part by part, for the gradient,
+which by then is known for each row. A part may have any size, and the gradient is exact; so a batch of 1024 fits one
+GPU. A batch that is a single part is drawn once.
+
+Everything else is that of `trainer train`: loop, ranks, checkpoints, weight averages, logs and sheets of samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageError
+from hierarchy_builder.fields import known_fields, nearest
+from trainer.data.normalisation import Normaliser
+from trainer.data.shards import ShardIndex
+from trainer.decode.rae import decoder_for
+from trainer.methods import registry
+from trainer.post_training.distance import Target
+from trainer.post_training.judges import Judge, load_judges, parse_judges, statistics_of_shards
+from trainer.post_training.levels import (
+    LevelMoments,
+    Space,
+    check_widths,
+    moments_of_shards,
+    spaces_of,
+)
+from trainer.post_training.moments import Average, OnlineQueue, Queue, RunningMoments
+from trainer.post_training.terms import ClassTerm, Describe, Found, Term, WholeTerm
+from trainer.seeds import mixed_seed, row_noise
+from trainer.training import checkpoint as saved
+from trainer.training.config import OptimConfig, PostTrainingConfig, checked, with_settings
+from trainer.training.distributed import World, joined_world
+from trainer.training.loop import RunSummary, StopRequest, stop_signals
+from trainer.training.method_run import MethodRun, Objective
+from trainer.training.optim import MuonAdam, optimizer_of
+from trainer.training.schedules import warmup_cosine
+from trainer.training.weights import average_of
+
+MOMENTS = "moments.safetensors"
+"""File of the moments of the shards, in the run folder."""
+MOST_IMAGES, LONGEST = 50_000, 0.999
+"""Images drawn before the first step, and β, of the release; both are chosen smaller for fewer real images."""
+FROM_THE_RUN = ("model", "method", "normalise", "level_per", "preset", "method_name", "post_training")
+"""Fields, and sections of them, that the run that is post-trained decides."""
+NORM_FLOOR = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """The run that is post-trained: one of its checkpoints, and which weights of it."""
+
+    folder: Path
+    state: saved.RunState
+    config: Any
+    average: str | None
+    """Half-life of the weight average; None for the raw weights."""
+
+    @classmethod
+    def of(cls, run: str | Path, ema: str | None = "auto") -> Start:
+        """The newest checkpoint of a run, or a checkpoint. Raises UsageError for a method without a gradient."""
+        folder, state = saved.read_checkpoint(run)
+        method = registry.method_in(state.config, str(run))
+        config = registry.config_of(state.config, str(folder))
+        reason = method.load("one_step").refusal(config) if method.one_step else method.no_gradient
+        if reason:
+            raise UsageError(f"{run} is a run of {method.name}, which cannot be post-trained: {reason}")
+        return cls(folder=folder, state=state, config=config, average=average_of(config, ema))
+
+    def describe(self) -> str:
+        """Step, weights and their checksum; without paths, so that folders can be moved."""
+        file = saved.MODEL if self.average is None else f"ema-{self.average}.safetensors"
+        checksum = self.state.checksums.get(file, "unknown")
+        return f"step {self.state.step}, {self.average or 'raw'}, {checksum}"
+
+    def check_fits(self, index: ShardIndex) -> None:
+        """Raise MismatchError unless encoder, grid, width, levels and classes of the shards are those of the run."""
+        ours, theirs = self.state.shards, index.describe()
+        for name in ("num_levels", "grid", "width", "class_names"):
+            if name in ours and ours[name] != theirs[name]:
+                raise MismatchError(
+                    f"{index.url} has {name} {theirs[name]}, the run {self.folder} was trained with {ours[name]}: give "
+                    "shards of the same encoder, recipe and classes"
+                )
+        for name in ("name", "weights_hash"):
+            pair = (ours["encoder"].get(name), index.encoder.get(name))
+            if None not in pair and pair[0] != pair[1]:
+                raise MismatchError(
+                    f"{index.url} holds features of encoder {name} {pair[1]!r}, the run was trained on {pair[0]!r}: "
+                    "give shards of the same encoder"
+                )
+
+
+def resolved(start: Start, index: ShardIndex, settings: Mapping[str, Any]) -> Any:
+    """The configuration of the post-training of `start`: that of its run, the release's pace, and `settings`.
+
+    settings: fields by name, `optim.lr`, or those of `PostTrainingConfig`, with or without `post_training.`.
+    Raises UsageError for unknown fields and for those that the run decides.
+    """
+    own = {field.name for field in dataclasses.fields(PostTrainingConfig)} - {"start"}
+    asked = {name.removeprefix("post_training."): value for name, value in settings.items()}
+    known = own | set(known_fields(type(start.config)))
+    for name in sorted(asked.keys() - own):
+        if name not in known:
+            raise UsageError(f"unknown field {name!r}, {nearest(name, sorted(known))}; --dry-run lists all")
+        if name.partition(".")[0] in FROM_THE_RUN or (name.startswith("optim.") and name not in PACE):
+            raise UsageError(f"{name} comes from the run that is post-trained: leave it out")
+    start.check_fits(index)
+    base = start.config
+    pace = _release_pace() if base.preset != registry.method_of(base).small_preset else _small_pace()
+    given = {name: value for name, value in asked.items() if name not in own}
+    config = with_settings(dataclasses.replace(base, post_training=None), {**pace, **given})
+    post = checked(PostTrainingConfig, {n: v for n, v in asked.items() if n in own}, "post-training")
+    images = post.queue_images or min(MOST_IMAGES, index.num_samples)
+    beta = post.ema_beta
+    if beta is None:
+        beta = min(LONGEST, max(0.0, 1 - config.batch_size / images))
+    post = dataclasses.replace(post, start=start.describe(), queue_images=images, ema_beta=beta)
+    check_widths(post, config.model)
+    parse_judges(post.judges)
+    return dataclasses.replace(config, post_training=post)
+
+
+PACE = ("optim.lr", "optim.ema_halflives_kimg", "optim.ema_ramp")
+"""Fields of the optimiser that post-training has too; its rule is always AdamW."""
+
+
+def _release_pace() -> dict[str, Any]:
+    """100,000 steps of 512 images, as the release post-trains its smallest network."""
+    return {
+        "total_images": 51_200_000,
+        "batch_size": 512,
+        "checkpoint_images": 3_200_000,
+        "sample_images": 3_200_000,
+        "optim.lr": 1e-6,
+        "optim.ema_halflives_kimg": (500.0,),
+    }
+
+
+def _small_pace() -> dict[str, Any]:
+    """A few minutes of two CPU cores for a network of the smallest preset."""
+    return {
+        "total_images": 6_400,
+        "batch_size": 32,
+        "checkpoint_images": 6_400,
+        "sample_images": 6_400,
+        "log_images": 640,
+        "optim.lr": 1e-3,
+        "optim.ema_halflives_kimg": (0.5,),
+    }
+
+
+def post_train(
+    start: Start,
+    config: Any,
+    index: ShardIndex,
+    out: str | Path,
+    decoder: str | Path | None = None,
+    resume: str = "auto",
+    quiet: bool = False,
+) -> RunSummary:
+    """Post-train in the run folder `out`, which continues like any run.
+
+    config: what `resolved` returns. decoder: folder of an RAE decoder, for judges and sheets of samples; by default
+    that of the run, or its encoder's own. See `run_method` for resume and further errors.
+    """
+    with joined_world() as world, stop_signals() as stop:
+        return PostTrainingRun(
+            start, config, index, Path(out), resume, world, stop, quiet, decoder=decoder
+        ).train()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """The labels of some samples that a step draws."""
+
+    label: Tensor
+    """int64 [b]"""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def rows(self, start: int, stop: int) -> Labels:
+        """Samples `start` ≤ i < `stop`."""
+        return Labels(label=self.label[start:stop])
+
+    def to(self, device: torch.device) -> Labels:
+        """The same on `device`."""
+        return Labels(label=self.label.to(device))
+
+
+class LabelDataset:
+    """Item n is this rank's share of the labels of batch n, a function of (seed, n) alone."""
+
+    num_bytes = 1
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        """images: of each class, float64 [K]; labels are as frequent."""
+        if batch_size % world_size:
+            raise UsageError(f"batch_size {batch_size}, expected a multiple of the {world_size} processes")
+        self._shares = (images / images.sum()).cpu().numpy()
+        self._batch_size, self._seed = batch_size, seed
+        each = batch_size // world_size
+        self._own = slice(rank * each, (rank + 1) * each)
+
+    def read(self, number: int, pin_memory: bool = False) -> Labels:
+        """Item `number`."""
+        return Labels(label=self.draw(number, self._batch_size)[self._own])
+
+    def draw(self, number: int, count: int, stream: int = 0) -> Tensor:
+        """`count` labels, int64; numbers of another stream are independent of these."""
+        generator = np.random.default_rng([self._seed, stream, number])
+        return torch.from_numpy(generator.choice(len(self._shares), size=count, p=self._shares))
+
+    def damaged_shards(self) -> list[str]:
+        """None: no shard is read during training."""
+        return []
+
+
+class PostTrainingRun(MethodRun):
+    """One run of post-training in one process."""
+
+    shown = ("distance",)
+    loss_function: ClassVar[Objective] = staticmethod(lambda: {})
+
+    def __init__(
+        self,
+        start: Start,
+        config: Any,
+        index: ShardIndex,
+        out: Path,
+        resume: str,
+        world: World,
+        stop: StopRequest,
+        quiet: bool,
+        decoder: str | Path | None = None,
+    ) -> None:
+        self.start, self.post = start, config.post_training
+        method = registry.method_of(config)
+        self.pipeline = method.load("pipeline")
+        self.one_step = method.load("one_step")
+        self.spaces = spaces_of(self.post, config.model.num_levels)
+        self.decoder: Any = decoder_for(start.folder, index.encoder, decoder, world.device)
+        super().__init__(config, index, out, resume, world, stop, quiet)
+
+    def _begin(self, origin: Path | None) -> None:
+        self.networks = self._clones() if self.post.balanced else [self.model] * self.config.model.num_levels
+        self.judges = self._load_judges()
+        self.terms_of_loss = list(self._make_terms())
+        self.terms = ("loss", "distance", *(term.name for term in self.terms_of_loss))
+        super()._begin(origin)
+        if origin is None:
+            self._warn_of_few_images()
+            self._fill()
+
+    def _network(self) -> nn.Module:
+        network: nn.Module = self.pipeline._load_network(
+            self.start.folder, self.start.config, self.start.average
+        )
+        return network
+
+    def _first_normaliser(self, origin: Path | None) -> Normaliser:
+        return saved.load_normaliser(origin or self.start.folder)
+
+    def _dataset(self) -> LabelDataset:
+        """Read the moments of the shards, or compute them in the first process group that needs them."""
+        config, world = self.config, self.world
+        path = self.out / MOMENTS
+        world.barrier()
+        if path.exists():
+            self.moments = LevelMoments.load(path, self.spaces)
+        else:
+            normaliser = saved.load_normaliser(self.start.folder).to(world.device)
+            self.moments = moments_of_shards(self.index, self.spaces, self.post, normaliser, world)
+        self.is_new = not path.exists()
+        return LabelDataset(self.moments.images, config.batch_size, config.seed, world.rank, world.size)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if self.post.rule == "own":
+            optim = self.config.optim
+            is_muon = isinstance(optim, OptimConfig)
+            return MuonAdam(named, optim) if is_muon else optimizer_of(self.model, optim)
+        return torch.optim.AdamW(named, lr=self.config.optim.lr, betas=self.post.betas, weight_decay=0.0)
+
+    def _rate(self) -> float:
+        config = self.config
+        pace = (config.total_images, config.optim.lr, self.post.warmup_fraction)
+        return warmup_cosine(self.images_seen, *pace, final=0.0)
+
+    def _make_terms(self) -> Iterator[Term]:
+        """The distances that the configuration asks for."""
+        device, post = self.world.device, self.post
+        moments = self.moments
+        for space in self.spaces:
+            tokens = int(np.prod(self.config.model.grid)) if space.kind == "tokens" else 1
+            for classes in post.classes:
+                target = _moved(moments.target(space, classes), device)
+                name = f"fd_{space.name}" + ("" if classes == "all" else f"_{classes}")
+                means = moments.class_means(space).to(device) if classes == "within" else None
+                describe = _level_description(space, post.pooled_grid, means)
+                if classes == "each":
+                    own: RunningMoments = Average(post.ema_beta, *target.mean.shape, device=device)
+                    shares = (moments.images / moments.images.sum()).to(device)
+                    yield ClassTerm(name, describe, target, own, 1.0, shares)
+                else:
+                    yield WholeTerm(name, describe, target, self._statistics(target.width, tokens), 1.0)
+        for judge in self.judges:
+            if judge.reference is None:
+                numbers = range(self.index.num_samples)
+                judge.reference = statistics_of_shards(judge, self.index, self._size_px(), numbers, device)
+            mean, covariance = (torch.from_numpy(array) for array in judge.reference)
+            target = _moved(Target.of(mean, covariance, f"reference statistics of {judge.name}"), device)
+            statistics = self._statistics(target.width, 1)
+            yield WholeTerm(f"fd_{judge.name}", _picture_description(judge), target, statistics, judge.weight)
+
+    def _load_judges(self) -> list[Judge]:
+        """Raise UsageError for judges without a decoder that has a gradient."""
+        post = self.post
+        if post.judges and not isinstance(self.decoder, nn.Module):
+            raise UsageError(
+                f"judges look at pictures, and {self.start.folder} has no decoder with a gradient: give --decoder "
+                "FOLDER"
+            )
+        if isinstance(self.decoder, nn.Module):
+            self.decoder = self.decoder.to(self.world.device).requires_grad_(False)
+        return load_judges(post.judges, post.judge_files, post.judge_references, self.world.device, True)
+
+    def _size_px(self) -> tuple[int, int]:
+        """(h, w) of decoded pictures."""
+        model = self.config.model
+        with torch.no_grad():
+            blank = self.decoder(torch.zeros(1, *model.grid, model.in_channels, device=self.world.device))
+        return blank.shape[2], blank.shape[3]
+
+    def _pictures(self, canvases: Tensor, clamp: bool) -> Tensor | None:
+        """The decoded last level [b, 3, h, w], if there are judges; clamped to [0, 1] before the first step alone."""
+        if not self.judges:
+            return None
+        pictures: Tensor = self.decoder(self.normaliser.undo(canvases[:, -1]))
+        return pictures.clamp(0, 1) if clamp else pictures
+
+    def _statistics(self, width: int, rows_per_image: int) -> RunningMoments:
+        post, device = self.post, self.world.device
+        if post.statistics == "average":
+            return Average(post.ema_beta, width, device=device)
+        kind = Queue if post.statistics == "snapshot" else OnlineQueue
+        return kind(post.queue_images * rows_per_image, width, device)
+
+    def _warn_of_few_images(self) -> None:
+        images = self.post.queue_images
+        for term in self.terms_of_loss:
+            kept = images * (int(np.prod(self.config.model.grid)) if "tokens" in term.name else 1)
+            if kept < term.target.width and self.world.is_main and not self.quiet:
+                print(
+                    f"warning: {term.name}: {images} images begin statistics of {term.target.width} numbers, so their "
+                    f"covariance has rank {kept - 1} at most; set queue_images={term.target.width + 1} or more",
+                    file=sys.stderr,
+                )
+
+    def _fill(self) -> None:
+        """Draw `queue_images` samples and begin the statistics of every term with them."""
+        count, size = self.post.queue_images, self.config.micro_batch_size or self.config.batch_size
+        world, needs_rows = self.world, self.post.statistics != "average"
+        labels = self.dataset.draw(0, count, stream=1)
+        found: list[Found | None] = [None] * len(self.terms_of_loss)
+        for number, first in enumerate(range(0, count, size)):
+            # A queue keeps rows in order, so each process draws all of them; sums are shared between processes.
+            if needs_rows or number % world.size == world.rank:
+                label = labels[first : first + size].to(world.device)
+                rows = range(first, first + len(label))
+                with torch.no_grad():
+                    noise = self._noise(rows, mixed_seed(self.config.seed, 1), 0)
+                    drawn = self._rows(label, noise, clamp=True)
+                self._add(drawn, label, found)
+        alone = World(device=world.device) if needs_rows else world
+        for term, each in zip(self.terms_of_loss, found, strict=True):
+            term.begin(each or term.nothing(), alone)
+
+    def _noise(self, rows: range, seed: int, step: int) -> Tensor:
+        """float32 [noises, b, H, W, C]"""
+        model = self.config.model
+        shape = (self.one_step.num_noises(self.model, self.config.method), *model.grid, model.in_channels)
+        (noise,) = row_noise([shape], rows, seed=seed, step=step, device=self.world.device)
+        return noise.transpose(0, 1)
+
+    def _drawn(self, label: Tensor, noise: Tensor) -> Tensor:
+        """Canvases float32 [b, L, H, W, C] in units of the network."""
+        with self._autocast():
+            canvases: Tensor = self.one_step.draw(
+                self.networks, self.config.method, label, noise, self.post.per_level
+            )
+        return canvases.float()
+
+    def _rows(self, label: Tensor, noise: Tensor, clamp: bool = False) -> list[Tensor]:
+        """Draw samples, and describe them by every term: rows [b, n, D]."""
+        canvases = self._drawn(label, noise)
+        pictures = self._pictures(canvases, clamp)
+        return [term.describe(canvases, label, pictures) for term in self.terms_of_loss]
+
+    def _add(self, rows: list[Tensor], label: Tensor, found: list[Found | None]) -> None:
+        """Add samples to what each term has found, in place."""
+        for number, (term, own) in enumerate(zip(self.terms_of_loss, rows, strict=True)):
+            found[number] = term.found(own, label, found[number])
+
+    def _compare(self, batch: Labels) -> list[Tensor] | None:
+        """Compare the whole batch of all ranks with the targets.
+
+        Returns the rows of the batch with their graph if it is a single part; otherwise each part is drawn again.
+        """
+        found: list[Found | None] = [None] * len(self.terms_of_loss)
+        size = self.config.micro_batch_size or len(batch)
+        rows: list[Tensor] | None = None
+        for start in range(0, len(batch), size):
+            label, noise = self._part(batch, start, min(start + size, len(batch)))
+            with torch.set_grad_enabled(size >= len(batch)):
+                rows = self._rows(label, noise)
+            self._add(rows, label, found)
+        for term, each in zip(self.terms_of_loss, found, strict=True):
+            assert each is not None
+            term.compare(each, self.world, self.post.floor)
+        return rows if size >= len(batch) else None
+
+    def _part(self, batch: Labels, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        first = self.world.rank * len(batch)
+        noise = self._noise(range(first + start, first + stop), self.config.seed, self.step)
+        return batch.label[start:stop].to(self.world.device), noise
+
+    def backward(self, batch: Any, start: int, stop: int) -> Tensor:
+        drawn = self._compare(batch) if start == 0 else None
+        label, noise = self._part(batch, start, stop)
+        rows = drawn or self._rows(label, noise)
+        parts = [term.surrogate(own, label) for term, own in zip(self.terms_of_loss, rows, strict=True)]
+        torch.stack(parts).sum().backward()
+        share = (stop - start) / self.config.batch_size
+        values = {term.name: term.value for term in self.terms_of_loss}
+        weighted = [(term.weight, term.value) for term in self.terms_of_loss]
+        values["distance"] = sum(weight * value for weight, value in weighted)
+        values["loss"] = sum(weight * value / (value + self.post.floor) for weight, value in weighted)
+        return share * torch.tensor(
+            [values[name] for name in self.terms], dtype=torch.float64, device=label.device
+        )
+
+    def _terms(self, part: Any, rows: slice) -> dict[str, Tensor]:
+        raise NotImplementedError  # `backward` needs the whole batch
+
+    def _clones(self) -> list[nn.Module]:
+        """One network for each level; they share the weights and have gradients of their own."""
+        clones = [copy.deepcopy(self.model) for _ in range(self.config.model.num_levels)]
+        for clone in clones:
+            for own, shared in zip(clone.parameters(), self.model.parameters(), strict=True):
+                own.data = shared.data
+        return clones
+
+    def _sum_gradients(self, parameters: list[nn.Parameter]) -> dict[str, float]:
+        """With `balanced`, scale the gradients of the levels to their mean norm and add them."""
+        if not self.post.balanced:
+            return super()._sum_gradients(parameters)
+        own = [[p for p in clone.parameters() if p.requires_grad] for clone in self.networks]
+        norms = []
+        for level in own:
+            self.world.add_gradients(level)
+            total = torch.stack([p.grad.double().square().sum() for p in level if p.grad is not None]).sum()
+            norms.append((total + NORM_FLOOR).sqrt())
+        mean = torch.stack(norms).mean()
+        scales = [(mean / (norm + NORM_FLOOR)).float() for norm in norms]
+        for number, parameter in enumerate(parameters):
+            grads = [(s, level[number].grad) for s, level in zip(scales, own, strict=True)]
+            parameter.grad = sum((s * g for s, g in grads if g is not None), torch.zeros_like(parameter))
+        for clone in self.networks:
+            clone.zero_grad(set_to_none=True)
+        return {f"grad_norm_{level}": float(norm) for level, norm in enumerate(norms)}
+
+    def _kept(self) -> dict[str, dict[str, Tensor]]:
+        tensors = {
+            f"{term.name}/{name}": tensor
+            for term in self.terms_of_loss
+            for name, tensor in term.state().items()
+        }
+        return {saved.STATISTICS: tensors}
+
+    def _save(self) -> Path:
+        if self.is_new and self.world.is_main and self.spaces:
+            self.moments.save(self.out / MOMENTS)
+        self.is_new = False
+        return super()._save()
+
+    def _restore(self, folder: Path) -> None:
+        super()._restore(folder)
+        tensors = saved.load_tensors(folder / saved.STATISTICS)
+        for term in self.terms_of_loss:
+            start = f"{term.name}/"
+            term.load({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+
+    def _refuse(self, batch: Any, terms: dict[str, float]) -> None:
+        raise NonFiniteLossError(
+            f"step {self.step}, seed {self.config.seed}: the gradient is not finite. Post-train into another folder "
+            f"with a lower {self.rate_field}"
+        )
+
+    def _decoder(self) -> Any:
+        return self.decoder
+
+
+def _moved(target: Target, device: torch.device) -> Target:
+    return dataclasses.replace(
+        target, mean=target.mean.to(device), root=target.root.to(device), trace=target.trace.to(device)
+    )
+
+
+def _level_description(space: Space, pooled_grid: int, means: Tensor | None) -> Describe:
+    """What a term sees of a level; means: of the classes [K, D], from which deviations are taken."""
+
+    def describe(canvases: Tensor, label: Tensor, pictures: Tensor | None) -> Tensor:
+        rows = space.rows(canvases, pooled_grid)
+        return rows if means is None else rows - means[label].to(rows.dtype)[:, None]
+
+    return describe
+
+
+def _picture_description(judge: Judge) -> Describe:
+    """What a judge sees of a sample."""
+
+    def describe(canvases: Tensor, label: Tensor, pictures: Tensor | None) -> Tensor:
+        assert pictures is not None
+        return judge.describe(pictures)[:, None]
+
+    return describe

@@ -1,0 +1,183 @@
+"""One Fréchet distance of post-training: what describes a sample, the target, and the statistics of samples.
+
+    b images of a part of a batch, n rows of each, D numbers of a row, K classes
+
+    loss = Σ weight·FD/(FD + floor), with the divisor as a constant
+
+The loss stays near the sum of the weights and says nothing; the distances themselves are what falls. The gradient of a
+row keeps its factor (1−β)/n (or 1/N), and that of several processes is their sum: it is divided by no world size, while
+the release divides by it once more. AdamW ignores the scale, up to its ε of 1e-8.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hierarchy_builder.errors import MismatchError, NonFiniteLossError
+from trainer.post_training.distance import Target
+from trainer.post_training.moments import RunningMoments, Sums, Weighed
+from trainer.training.distributed import World
+
+Describe = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(canvases [b, L, H, W, C], labels [b], pictures [b, 3, h, w] or None) → rows [b, n, D], with their gradient."""
+
+
+@dataclass(slots=True)
+class Found:
+    """Sums and, where the statistics need them, rows of this process's part of a batch."""
+
+    sums: Sums
+    rows: list[Tensor]
+
+
+class Term(ABC):
+    """One distance. For a batch: `empty`, `add` for each part, `compare` once, then `surrogate` for each part."""
+
+    def __init__(
+        self, name: str, describe: Describe, target: Target, moments: RunningMoments, weight: float
+    ) -> None:
+        self.name, self.describe, self.target, self.moments = name, describe, target, moments
+        self.weight = weight
+        self.value = 0.0
+        """FD of the newest batch."""
+
+    def found(self, rows: Tensor, label: Tensor, before: Found | None) -> Found:
+        """Add the rows [b, n, D] of a part to those before it."""
+        sums = self._sums(rows, label)
+        kept = [rows.detach().flatten(0, 1).float()] if self.moments.needs_rows else []
+        return Found(sums, kept) if before is None else Found(before.sums.plus(sums), [*before.rows, *kept])
+
+    def nothing(self) -> Found:
+        """What a process has found that drew no sample."""
+        rows = self.target.mean.new_zeros(0, 1, self.target.width)
+        return Found(self._sums(rows, torch.zeros(0, dtype=torch.int64, device=rows.device)), [])
+
+    def begin(self, found: Found, world: World) -> None:
+        """Begin the statistics with the samples drawn before the first step, of all processes."""
+        sums = self._checked(found, world)
+        self.moments.begin(sums, torch.cat(found.rows) if found.rows else None)
+
+    def compare(self, found: Found, world: World, floor: float) -> None:
+        """Take the batch of all processes into the statistics, and compute its distance and derivatives.
+
+        Raises NonFiniteLossError where samples are not finite.
+        """
+        sums = self._checked(found, world)
+        weighed = self.moments.take(sums, world.join(torch.cat(found.rows)) if found.rows else None)
+        self._compare(sums, weighed, floor)
+
+    @abstractmethod
+    def surrogate(self, rows: Tensor, label: Tensor) -> Tensor:
+        """A number whose gradient by the rows [b, n, D] is that of the loss."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint."""
+        return self.moments.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        self.moments.load(state)
+
+    @abstractmethod
+    def _sums(self, rows: Tensor, label: Tensor) -> Sums: ...
+
+    @abstractmethod
+    def _compare(self, sums: Sums, weighed: Weighed, floor: float) -> None: ...
+
+    def _checked(self, found: Found, world: World) -> Sums:
+        sums = Sums(*(world.sum(each) for each in found.sums))
+        if not (sums.second.isfinite().all() and sums.total.isfinite().all()):
+            raise NonFiniteLossError(
+                f"{self.name}: samples of the network are not finite; post-train into another folder with a lower "
+                "optim.lr"
+            )
+        return sums
+
+
+class WholeTerm(Term):
+    """The distance of all samples together."""
+
+    def surrogate(self, rows: Tensor, label: Tensor) -> Tensor:
+        flat = rows.flatten(0, 1)
+        by_mean, by_covariance = self._slopes
+        gradient = self._weighed.row_gradient(flat, by_mean, by_covariance) * self._scale
+        return (flat * gradient.to(flat.dtype)).sum()
+
+    def _sums(self, rows: Tensor, label: Tensor) -> Sums:
+        return Sums.of(rows.flatten(0, 1))
+
+    def _compare(self, sums: Sums, weighed: Weighed, floor: float) -> None:
+        found = self.target.distance(*weighed.moments)
+        self.value = float(found.value)
+        self._slopes = (found.by_mean, found.by_covariance)
+        self._weighed, self._scale = weighed, self.weight / (self.value + floor)
+
+
+class ClassTerm(Term):
+    """The mean of the distances of single classes, weighted by their shares of the real images."""
+
+    def __init__(
+        self,
+        name: str,
+        describe: Describe,
+        target: Target,
+        moments: RunningMoments,
+        weight: float,
+        shares: Tensor,
+    ) -> None:
+        """shares: of each class, float64 [K]; they add up to 1."""
+        super().__init__(name, describe, target, moments, weight)
+        self._shares = shares
+        self._values = torch.full_like(shares, torch.nan)
+        """Distance of each class when it last had a sample."""
+
+    def surrogate(self, rows: Tensor, label: Tensor) -> Tensor:
+        total = rows.new_zeros(())
+        for number in label.unique().tolist():
+            flat = rows[label == number].flatten(0, 1)
+            place = self._places[number]
+            gradient = Weighed(*self._of(place)).row_gradient(flat, *(s[place] for s in self._slopes))
+            scale = self._scale * float(self._shares[number])
+            total = total + (flat * (gradient * scale).to(flat.dtype)).sum()
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "distances": self._values}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        rest = dict(state)
+        values = rest.pop("distances", None)
+        if values is None or values.shape != self._values.shape:
+            raise MismatchError(f"the checkpoint holds no distances of the {len(self._values)} classes")
+        self._values = values.to(self._shares.device)
+        super().load(rest)
+
+    def _sums(self, rows: Tensor, label: Tensor) -> Sums:
+        n = rows.shape[1]
+        return Sums.by_class(rows.flatten(0, 1), label.repeat_interleave(n), len(self._shares))
+
+    def _of(self, place: int) -> tuple:  # type: ignore[type-arg]
+        moments, by_mean, by_covariance = self._taken
+        return (
+            type(moments)(moments.mean[place], moments.covariance[place]),
+            by_mean[place],
+            by_covariance[place],
+        )
+
+    def _compare(self, sums: Sums, weighed: Weighed, floor: float) -> None:
+        has_value = self._values.isfinite() | (self._shares == 0)
+        chosen = torch.nonzero((sums.number > 0) | ~has_value)[:, 0]
+        moments, by_mean, by_covariance = weighed
+        own = type(moments)(moments.mean[chosen], moments.covariance[chosen])
+        self._taken = Weighed(own, by_mean[chosen], by_covariance[chosen])
+        found = self.target.rows(chosen).distance(*own)
+        self._values[chosen] = found.value
+        self._slopes = (found.by_mean, found.by_covariance)
+        self._places = {int(number): place for place, number in enumerate(chosen)}
+        self.value = float((self._shares * self._values.nan_to_num()).sum())
+        self._scale = self.weight / (self.value + floor)
