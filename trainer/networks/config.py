@@ -94,6 +94,8 @@ class ModelConfig(NetworkConfig):
     start: Literal["zeros", "gaussian"] = "zeros"
     """What the network draws before training: canvases of zeros as in the release, or `gaussian` ones around the
     previous level's canvas, with the means of the classes and the spectrum that the shards have there."""
+    start_share: float = 0.75
+    """Share of the shards' variance that canvases of a `gaussian` start have; training adds to it."""
     patch_size: int = 1
     """Side of the square of grid tokens that the network joins into one of its own tokens; 2 makes a step several
     times as fast, the release joins none."""
@@ -106,6 +108,7 @@ class ModelConfig(NetworkConfig):
             f"head_depth {self.head_depth}, expected 1 to depth {self.depth}",
         )
         require(2 <= self.num_levels <= MOST, f"num_levels is {self.num_levels}, expected 2 to {MOST:,}")
+        require(0 < self.start_share <= 1, f"start_share is {self.start_share}, expected above 0, at most 1")
         require(
             self.patch_size >= 1 and not any(side % self.patch_size for side in self.grid),
             f"patch_size is {self.patch_size} on a grid of {self.grid[0]}×{self.grid[1]} tokens, expected a divisor of "

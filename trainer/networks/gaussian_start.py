@@ -31,8 +31,6 @@ LEAST_DEVIATION = 0.05
 """Lower limit of s, which keeps velocities near t = 0 as small as those of a network without this start."""
 LOWEST = 4
 """F, at most. A class has F²·L·C means, which a few dozen images determine."""
-SHARE = 0.75
-"""Share of the data's variance that the start draws; what the network makes of the image adds to it."""
 
 
 class GaussianStart(nn.Module):
@@ -76,12 +74,13 @@ class GaussianStart(nn.Module):
         return self._canvas(scaled @ axes.mT, self.rows, self.columns) - mean
 
     @torch.no_grad()
-    def fit(self, read: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+    def fit(self, read: Callable[[], Iterable[tuple[Tensor, Tensor]]], share: float) -> None:
         """Fit axes, means and deviations to examples.
 
         read: called twice, returns the same batches each time: canvases float32 [b, L, H, W, C] in the network's units,
-        and labels int64 [b]. A class's mean is drawn towards the mean of all classes by the share of its variance that
-        chance explains (empirical Bayes), so a class without examples has the mean of all.
+        and labels int64 [b]. share: how much of the variance around the means is kept. A class's mean is drawn towards
+        the mean of all classes by the share of its variance that chance explains (empirical Bayes), so a class without
+        examples has the mean of all.
         """
         lowest = self.steps.shape[2]
         counts = torch.zeros(len(self.steps), dtype=torch.float64)
@@ -114,7 +113,7 @@ class GaussianStart(nn.Module):
         kept = spread / (spread + low / n).clamp(min=1e-12)
         self.steps.copy_(overall.expand_as(self.steps))
         self.steps[seen] += ((kept * away) @ axes.mT).to(self.steps.dtype)
-        self.deviation.copy_((SHARE * variance).clamp(min=LEAST_DEVIATION**2).sqrt())
+        self.deviation.copy_((share * variance).clamp(min=LEAST_DEVIATION**2).sqrt())
 
     def _steps_of(self, canvases: Tensor) -> Tensor:
         """Coefficients [b, L, H, W, C] of what each level adds to the one before; of level 0 the canvas itself."""

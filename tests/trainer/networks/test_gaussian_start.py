@@ -9,7 +9,6 @@ from torch import Tensor
 from trainer.methods.trajectory_forcing import objective
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
-from trainer.networks import gaussian_start
 from trainer.networks.config import ModelConfig
 from trainer.networks.gaussian_start import GaussianStart
 
@@ -92,14 +91,11 @@ def network() -> TrajectoryTransformer:
     return TrajectoryTransformer(ModelConfig(start="gaussian", **sizes, **shape))  # type: ignore[arg-type]
 
 
-def test_untrained_network_draws_means_spectrum_and_levels_of_the_data(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(gaussian_start, "SHARE", 1.0)
+def test_untrained_network_draws_means_spectrum_and_levels_of_the_data() -> None:
     model, generator = network(), torch.Generator().manual_seed(3)
     assert model.start is not None
     examples = [correlated(100, generator) for _ in range(20)]
-    model.start.fit(lambda: examples)
+    model.start.fit(lambda: examples, 1.0)
     for label in range(CLASSES):
         noise = torch.randn(LEVELS, 2_000, *GRID, CHANNELS, generator=generator)
         coarse, fine, _ = sample_levels(model, torch.full((2_000,), label), noise).unbind(dim=1)
@@ -110,14 +106,13 @@ def test_untrained_network_draws_means_spectrum_and_levels_of_the_data(
         assert (fine - coarse).var() == pytest.approx(0.25, rel=0.1)
 
 
-def test_channels_that_vary_together_do_so_in_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gaussian_start, "SHARE", 1.0)
+def test_channels_that_vary_together_do_so_in_samples() -> None:
     generator = torch.Generator().manual_seed(7)
     grey = torch.randn(2_000, LEVELS, *GRID, 1, generator=generator).cumsum(dim=1)
     canvases = grey * torch.tensor([1.0, 2.0, -1.0])
     model = network()
     assert model.start is not None
-    model.start.fit(lambda: [(canvases, torch.zeros(2_000, dtype=torch.int64))])
+    model.start.fit(lambda: [(canvases, torch.zeros(2_000, dtype=torch.int64))], 1.0)
     noise = torch.randn(LEVELS, 2_000, *GRID, CHANNELS, generator=generator)
     drawn = sample_levels(model, torch.zeros(2_000, dtype=torch.int64), noise)[:, 0].flatten(0, 2)
     torch.testing.assert_close(drawn.T.cov(), canvases[:, 0].flatten(0, 2).T.cov(), atol=0.1, rtol=0.05)
@@ -126,7 +121,7 @@ def test_channels_that_vary_together_do_so_in_samples(monkeypatch: pytest.Monkey
 def test_class_without_examples_gets_the_mean_of_all() -> None:
     start = GaussianStart(GRID, CHANNELS, 3, LEVELS)
     examples = [correlated(200, torch.Generator().manual_seed(4))]
-    start.fit(lambda: examples)
+    start.fit(lambda: examples, 1.0)
     torch.testing.assert_close(start.steps[2], start.steps[3])
     centre = start.steps[:, 0, 0, 0, 0] / (GRID[0] * GRID[1]) ** 0.5
     torch.testing.assert_close(centre[:2], torch.tensor([0.0, 3.0]), atol=0.3, rtol=0)
@@ -136,7 +131,7 @@ def test_classes_that_differ_by_chance_share_a_mean() -> None:
     generator = torch.Generator().manual_seed(5)
     canvases = torch.randn(400, LEVELS, *GRID, CHANNELS, generator=generator)
     start = GaussianStart(GRID, CHANNELS, 100, LEVELS)
-    start.fit(lambda: [(canvases, torch.arange(400) % 100)])
+    start.fit(lambda: [(canvases, torch.arange(400) % 100)], 1.0)
     # A class of 4 examples has means of deviation 1/2 by chance; little of that is kept.
     assert (start.steps[:100] - start.steps[100]).std() < 0.2
 
@@ -145,7 +140,7 @@ def test_loss_is_that_of_the_network_plus_the_start() -> None:
     model, generator = network(), torch.Generator().manual_seed(6)
     assert model.start is not None
     canvases, label = correlated(8, generator)
-    model.start.fit(lambda: [(canvases, label)])
+    model.start.fit(lambda: [(canvases, label)], 0.5)
     torch.nn.init.normal_(model.u_out.weight, std=0.1)
     t, r = torch.linspace(0.3, 1.0, 8), torch.linspace(0.0, 0.9, 8)
     r = torch.minimum(t, r)

@@ -22,8 +22,7 @@ def tiny_cpu() -> TrainConfig:
     """A model small enough to learn something in minutes on two CPU cores.
 
     An image takes about 0.02 core seconds on a 16×16 grid of `dct` features, since squares of 2×2 tokens are joined. It
-    starts from Gaussian canvases, which resemble photographs more than a network of this size learns in minutes;
-    drawings on an even ground, such as the demo's digits, are learned better from `model.start=zeros`.
+    starts from Gaussian canvases, since a network of this size learns in minutes little more than means.
     """
     return TrainConfig(
         preset="tiny-cpu",

@@ -82,7 +82,7 @@ class TrajectoryForcingRun(MethodRun):
     def _network(self) -> TrajectoryTransformer:
         network = TrajectoryTransformer(self.config.model)
         if network.start is not None:
-            network.start.fit(self._examples)
+            network.start.fit(self._examples, self.config.model.start_share)
         return network
 
     def _examples(self) -> Iterator[tuple[Tensor, Tensor]]:

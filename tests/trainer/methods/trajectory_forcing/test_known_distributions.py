@@ -16,7 +16,6 @@ from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.methods.trajectory_forcing.train import chosen_time_shift
-from trainer.networks import gaussian_start
 from trainer.networks.config import ModelConfig
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
@@ -70,7 +69,7 @@ def trained(
     )
     if model.start is not None:
         values, _, label = examples(2_000, generator)
-        model.start.fit(lambda: [(on_grid(scale * values), label)])
+        model.start.fit(lambda: [(on_grid(scale * values), label)], 1.0)
     config = MethodConfig(
         **{"time_shift": chosen_time_shift(GRID, CHANNELS), "region_timing": "signal"} | method  # type: ignore[arg-type]
     )
@@ -181,10 +180,7 @@ def steps_by_sign(model: TrajectoryTransformer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("spread", [0.6, pytest.param(1.0, marks=pytest.mark.drill)])
-def test_level_1_follows_level_0_and_keeps_the_variance_of_its_own(
-    spread: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gaussian_start, "SHARE", 1.0)
+def test_level_1_follows_level_0_and_keeps_the_variance_of_its_own(spread: float) -> None:
     model = trained(partial(two_levels, spread=spread), steps=150, start="gaussian")
     for step in steps_by_sign(model):
         torch.testing.assert_close(step.mean(dim=0), torch.zeros(CHANNELS), atol=0.2, rtol=0)
