@@ -145,7 +145,7 @@ def test_train_refuses(
         (b"optim: {1: 2}", "unknown field 'optim.1'"),
     ],
 )
-def test_config_files_that_are_none(
+def test_config_file_must_hold_fields_by_name(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     (tmp_path / "more.yaml").write_bytes(content)
@@ -168,7 +168,7 @@ def test_a_folder_with_another_config_yaml_is_refused(
     ("part", "content"),
     [("shards", {}), ("shards", []), ("files", []), ("config", 3)],
 )
-def test_a_checkpoint_with_a_wrong_state_is_passed_over(
+def test_a_checkpoint_with_a_wrong_state_is_skipped(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, content: object
 ) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))

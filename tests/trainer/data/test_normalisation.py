@@ -80,7 +80,7 @@ def test_undo_is_the_inverse(shards: Path, batch: Batch, kind: Normalisation) ->
     torch.testing.assert_close(normaliser.undo(normaliser.apply(features)), features, atol=1e-5, rtol=0)
 
 
-def test_none_changes_no_bit(shards: Path, batch: Batch) -> None:
+def test_normalise_none_keeps_every_bit(shards: Path, batch: Batch) -> None:
     normaliser = normaliser_of("none", open_index(str(shards)))
     features = batch.features.float()
     assert torch.equal(normaliser.apply(features), features)

@@ -174,7 +174,7 @@ def test_another_size_asks_for_a_fresh_start(built: BuildFolder, tmp_path: Path)
         steps.shard(built, replace(PLAN.shard, image_px=None), SESSION)
 
 
-def test_a_build_without_the_field_is_the_one_it_was() -> None:
+def test_default_picture_size_keeps_the_identity_of_earlier_builds() -> None:
     """Hashes of builds from before there was a size stay."""
     assert "image_px" not in identity(ShardConfig(images=True))
     assert identity(ShardConfig(images=True, image_px=256))["image_px"] == 256

@@ -33,7 +33,9 @@ def test_rae_decoder_gives_the_release_numbers(golden: Path, canvases: torch.Ten
     assert not any(p.requires_grad for p in decoder.parameters())
 
 
-def test_safetensors_and_a_mapping_do_as_well(golden: Path, canvases: torch.Tensor, tmp_path: Path) -> None:
+def test_decoder_loads_from_safetensors_and_mapping(
+    golden: Path, canvases: torch.Tensor, tmp_path: Path
+) -> None:
     state = torch.load(golden / "model.pt", weights_only=True)
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     config = json.loads((golden / "config.json").read_text())

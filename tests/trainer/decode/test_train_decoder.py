@@ -131,7 +131,7 @@ def test_other_configuration_is_refused(shards: str, whole: Path) -> None:
         room.train_decoder(small(noise=0.1), shards, str(whole), quiet=True)
 
 
-def test_shards_that_do_not_do_are_refused(shards: str, tmp_path: Path) -> None:
+def test_decoder_training_refuses_shards_that_do_not_fit(shards: str, tmp_path: Path) -> None:
     plain = write_shards(tmp_path / "plain")
     with pytest.raises(TrainerError, match=r"ant/image0021 holds no picture: rebuild .* --images --fresh"):
         room.train_decoder(SMALL, str(plain), str(tmp_path / "run"), quiet=True)
@@ -145,7 +145,7 @@ def test_shards_that_do_not_do_are_refused(shards: str, tmp_path: Path) -> None:
         room.train_decoder(SMALL, str(plain), str(tmp_path / "run"), quiet=True)
 
 
-def test_picture_that_is_none_is_named(tmp_path: Path) -> None:
+def test_unreadable_picture_is_named(tmp_path: Path) -> None:
     import tarfile
 
     folder = write_shards(tmp_path / "shards", num_samples=8, per_shard=4)

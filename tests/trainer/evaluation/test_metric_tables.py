@@ -15,7 +15,7 @@ from trainer.evaluation.sweep import EDIT, SweepConfig, summarise, summary_table
 from trainer.evaluation.tables import metric_tables
 
 
-def test_topics_have_tables_of_their_own_with_references_beside() -> None:
+def test_each_topic_has_a_table_with_its_reference_values() -> None:
     names = ("frechet_pooled", "lis_0_1", "lis_0_1_low", "flatness_noise", "lis_0_1_other_noise")
     names += ("frechet_pooled_real", "num_real", "alignment_1_flat_real", "bits_per_dim", "of_a_plugin")
     tables = metric_tables([{"name": name, "value": i} for i, name in enumerate(names)])
@@ -44,7 +44,7 @@ def test_a_name_that_the_page_of_metrics_lacks_is_found() -> None:
     ]
 
 
-def test_a_counter_on_a_terminal_and_a_line_now_and_then_elsewhere() -> None:
+def test_progress_is_a_counter_on_a_terminal_and_occasional_lines_in_a_file() -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     assert list(shown_on(terminal)(iter("abc"), "editing", 3)) == ["a", "b", "c"]
     assert "editing" in terminal.file.getvalue()  # type: ignore[attr-defined]

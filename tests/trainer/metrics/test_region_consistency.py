@@ -49,7 +49,7 @@ def test_a_tie_goes_to_the_lower_parent() -> None:
     assert parent_misrouting(child, parent, features)["feature"] == 0.5
 
 
-def test_equal_centres_are_no_misrouting() -> None:
+def test_equal_centres_do_not_count_as_misrouted() -> None:
     assert parent_misrouting(CHILD, PARENT, torch.ones(SIDE, SIDE, 3))["feature"] == 0.0
 
 

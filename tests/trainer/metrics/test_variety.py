@@ -46,7 +46,7 @@ def test_it_is_unbiased_for_two_images() -> None:
     assert variety(ours, real, ONES) == pytest.approx([1.0] * 2, rel=0.03)
 
 
-def test_equal_samples_have_none_and_real_images_all_of_their_own() -> None:
+def test_variety_is_0_for_equal_samples_and_1_for_the_real_images() -> None:
     real, equal = drawn({0: 10, 1: 5}), WithinClasses((0, 1))
     equal.add(torch.randn(SHAPE).expand(6, *SHAPE), [0, 0, 0, 1, 1, 1])
     assert variety(equal, real, ONES) == [0.0, 0.0]
@@ -79,7 +79,7 @@ def test_units_of_channels_decide_their_weight() -> None:
     assert variety(ours, real, scale.double() ** 2) == pytest.approx([(1 + 0.01 + 0.01) / 3] * 2, rel=0.05)
 
 
-def test_other_classes_are_passed_over_and_memory_is_limited() -> None:
+def test_unmeasured_classes_are_skipped_and_memory_is_limited() -> None:
     assert drawn({0: 3, 1: 3}, classes=(1,)).measurable == {1}
     assert measured_classes([5, 3, 3, 9], 100) == [3, 5, 9]
     assert measured_classes(range(1000), MEMORY_BYTES // 16) == [0, 333, 666, 999]

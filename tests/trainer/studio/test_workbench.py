@@ -129,7 +129,7 @@ def test_shape_edits_follow_the_region(bench: Workbench) -> None:
     assert grown.resume().current().num_levels == 4
 
 
-def test_what_is_missing_is_said(bench: Workbench) -> None:
+def test_workbench_says_what_is_missing(bench: Workbench) -> None:
     with pytest.raises(UsageError, match="there is no trajectory yet: choose a class"):
         Workbench().click(0, 0, 0)
     with pytest.raises(UsageError, match="nothing is selected: click a token"):
@@ -145,7 +145,7 @@ def test_what_is_missing_is_said(bench: Workbench) -> None:
 @pytest.mark.parametrize(
     "name", ["../out", "a/b", "/etc/passwd", "", None, ".hidden", "a.b", "x" * 81, "a\n"]
 )
-def test_names_lead_nowhere_else(tmp_path: Path, name: str | None) -> None:
+def test_file_names_cannot_leave_the_folder(tmp_path: Path, name: str | None) -> None:
     with pytest.raises(UsageError, match="the name is"):
         StudioFolder(tmp_path).path(name, ".html")
 

@@ -145,7 +145,7 @@ def test_compiled_objective_gives_the_same_numbers() -> None:
     assert_same(terms_and_gradients(compiled(tf.loss), config=one_block), plain, 1e-5)
 
 
-def test_machine_that_cannot_compile_is_told_the_way_out() -> None:
+def test_failed_compilation_names_the_setting_that_turns_it_off() -> None:
     def unclear(x: Tensor) -> dict[str, Tensor]:
         if x.sum() > 0:  # a branch on data breaks the graph
             return {"loss": x}

@@ -82,7 +82,7 @@ def test_tensors_that_do_not_fit_are_named(
         Trajectory.load(rewritten(file, tensors))
 
 
-def test_other_files_are_no_trajectories(file: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_trajectories_are_refused(file: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     (tmp_path / "text").write_text("no trajectory")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-20])

@@ -101,7 +101,7 @@ def test_bits_fall(pairs: str, shards: str, tmp_path: Path) -> None:
     assert np.mean(bits[-10:]) < np.mean(bits[:10]) - 0.3
 
 
-def test_samples_of_every_kind(runs: dict[str, Path]) -> None:
+def test_samples_of_every_trajectory_and_ending(runs: dict[str, Path]) -> None:
     for name, run in runs.items():
         for ending in ("score",) if name == "levels" else ("inverse", "score"):
             pipe = TrajectoryPipeline.from_pretrained(run, ending=ending)  # type: ignore[arg-type]

@@ -262,7 +262,7 @@ def test_import_keeps_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "config.yaml").read_text() == "of: something else"
 
 
-def test_a_link_into_a_store_has_its_configuration_beside_it(tmp_path: Path) -> None:
+def test_configuration_next_to_a_linked_checkpoint_is_found(tmp_path: Path) -> None:
     file = official_file(tmp_path / "theirs")
     (tmp_path / "store").mkdir()
     blob = file.rename(tmp_path / "store" / "0f3a")

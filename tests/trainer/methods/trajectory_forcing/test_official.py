@@ -150,7 +150,7 @@ def test_one_part_is_in_memory_at_a_time(tmp_path):
     assert names == ["step", "params", "ema_params/500", "ema_params/1000"]
 
 
-def test_a_configuration_that_is_none_is_refused(tmp_path):
+def test_configuration_of_another_kind_is_refused(tmp_path):
     for text, message in (
         ("[1]", "found list, expected an object; expected fields by name"),
         ("{", "Expecting"),
@@ -206,14 +206,14 @@ def test_other_files_are_refused(golden, tmp_path):
         {"__msgpack_chunked_array__": True, "shape": None, "chunks": None},
     ],
 )
-def test_arrays_that_are_none_are_refused(golden, tmp_path, value):
+def test_values_that_are_not_arrays_are_refused(golden, tmp_path, value):
     file = changed(golden, tmp_path / "odd", value)
     with pytest.raises(MismatchError, match="odd is truncated or not a checkpoint of the release"):
         load_checkpoint(file, golden / "config.json", ema=None)
 
 
 @pytest.mark.parametrize("step", [None, "five", -1, 1.5, [1], True, ([2], "int32", b"01234567")])
-def test_steps_that_are_none_are_refused(golden, tmp_path, step):
+def test_values_that_are_not_step_counts_are_refused(golden, tmp_path, step):
     file = changed(golden, tmp_path / "odd", step, ("step",))
     with pytest.raises(MismatchError, match="where a number of steps belongs"):
         list(read_parts(file, "step".__eq__))

@@ -53,7 +53,7 @@ def timeless(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in clocks} for row in read_metrics(run)]
 
 
-def test_run_folder_holds_what_it_took(whole: Path, shards: str) -> None:
+def test_run_folder_holds_configuration_shards_and_metrics(whole: Path, shards: str) -> None:
     content = yaml.safe_load((whole / "config.yaml").read_text())
     assert content["config"]["model"]["grid"] == [4, 4]
     assert content["config"]["model"]["num_classes"] == 3
@@ -143,7 +143,9 @@ def test_finished_run_is_left_alone(shards: str, whole: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
 
 
-def test_longer_run_goes_on(shards: str, whole: Path, tmp_path: Path) -> None:
+def test_run_that_is_made_longer_equals_an_uninterrupted_one(
+    shards: str, whole: Path, tmp_path: Path
+) -> None:
     room.train(tiny(total_images=32), shards, str(tmp_path), quiet=True)
     room.train(TINY, shards, str(tmp_path), quiet=True)
     assert_same_state(whole, tmp_path, 8)
