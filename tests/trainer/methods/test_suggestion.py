@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import trainer
+from command_line import cli, trainer
 from fixture_shards import vouch, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
@@ -194,7 +194,7 @@ def test_presets_and_files_of_fields_are_taken_as_before(no_gpu: None, shards: s
 
 def test_the_list_of_presets_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = trainer("presets").out.splitlines()
+    lines = cli("trainer", "presets", columns=80).out.splitlines()
     assert max(map(len, lines)) <= 80
     row = next(line for line in lines if "NTM-B" in line)
     assert "normalizing-trajectory" in row
