@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -11,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hierarchy_builder.errors import UserError
+from hierarchy_builder.errors import UserError, VerificationError
 
 SEAL = "document_sha256"
 """Field of a sealed JSON object: the checksum of the whole document, see `sealed_text`."""
 BLANK = "0" * 64
+RECORD_VERSION = 2
+"""Version of manifests and markers; those of version 1 have no seal."""
 
 
 @contextmanager
@@ -158,6 +161,55 @@ def readable_json(path: Path) -> dict[str, Any]:
         return read_json(path)
     except (UserError, OSError):
         return {}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a manifest or marker: sealed from format version 2 on; before, neither a version nor a seal is needed.
+
+    Raises UserError naming the file when it is missing or damaged.
+    """
+    try:
+        return read_json(path, sealed=True)
+    except UserError:
+        content = read_json(path)
+        if content.get("format_version", 1) == RECORD_VERSION:
+            raise
+    return content
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a manifest or marker, sealed and of the present format version; `read_record` reads it."""
+    write_sealed_json(path, {**content, "format_version": RECORD_VERSION})
+
+
+@contextmanager
+def decoding(
+    place: Path | str, advice: str = "run `hierarchy-builder repair` on its build"
+) -> Iterator[None]:
+    """Turn whatever a decoder says of damaged bytes into one VerificationError that names the file.
+
+    place: the file, or the beginning of a sentence about what is read, such as `FILE: rows are`.
+    A missing file counts as damaged; other errors of the operating system tell nothing of the bytes and pass.
+    """
+    what = f"{place} is" if isinstance(place, Path) else place
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise VerificationError(f"{what} missing: {advice}") from None
+        if error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # a decoder that seeks where there is no file asks for EINVAL
+            raise
+        raise VerificationError(f"{what} damaged ({error}): {advice}") from None
+    except (
+        Exception
+    ) as error:  # decoders of zarr, parquet, npz and tar each raise what their bytes lead them to
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise VerificationError(f"{what} damaged ({reason}): {advice}") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -35,14 +35,25 @@ from hierarchy_builder.records import ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name, write_index
-from hierarchy_builder.store.ledger import STAGES, Ledger, hash_of, open_ledger, read_manifest, write_manifest
+from hierarchy_builder.store.ledger import (
+    REOPENED,
+    STAGES,
+    Ledger,
+    hash_of,
+    read_manifest,
+    read_marker,
+    rewrite_marker,
+    stage_entry,
+    write_manifest,
+)
 from hierarchy_builder.store.shard_set import SUCCESS
 from hierarchy_builder.store.shards import shard_name, sidecar
-from hierarchy_builder.store.units import finished_stage, samples_per_shard, usable_rows
+from hierarchy_builder.store.units import outcomes_so_far, samples_per_shard, usable_rows
 from hierarchy_builder.terminal import counted
 
 BY_BLOCK = ("extract", "cluster", "covariance")
 """Stages whose units depend on one block of rows."""
+PENDING = {"status": status_name(Status.PENDING)}
 BY_SET = ("vocabulary", "link", "shard")
 """Stages whose units depend on all images: a tar begins where the previous one ends."""
 
@@ -53,16 +64,19 @@ def reopen_failed(
     """Remove the markers of blocks with failed images that can be read now; returns the number of such images.
 
     records: the images as listed now, in build order. inputs: what `extract` would be made with now.
-    Raises BuilderError if extract is not finished, ConfigMismatchError if a usable image has changed.
+    Units that are not done, for example because an earlier call was killed, are done in any case.
+    Raises BuilderError if extract never began, ConfigMismatchError if a usable image has changed.
     """
-    entry = finished_stage(folder, "extract")
-    table = read_index(folder.index)
-    before, statuses = records_of(table), table.column("status").to_pylist()
+    entry = stage_entry(folder, "extract")
+    before, outcomes = records_of(read_index(folder.listing)), outcomes_so_far(folder)
     listed = {"listing_hash": "", "num_images": 0}
     if {**entry["inputs"], **listed} != {**inputs, **listed}:
         return 0  # another configuration or encoder: the ledger refuses it, key by key
-    failed = [row for row, status in enumerate(statuses) if status != status_name(Status.OK)]
-    _refuse_other_changes(folder, before, records, set(failed))
+    statuses, ok = [outcome.get("status") for outcome in outcomes], status_name(Status.OK)
+    _refuse_other_changes(
+        folder, before, records, {row for row, status in enumerate(statuses) if status != ok}
+    )
+    failed = [row for row, status in enumerate(statuses) if status not in (None, ok)]
     readable = _readable(failed, before, records, images, inputs["config"]["max_pixels"])
     block_rows = inputs["config"]["block_rows"]
     if readable or inputs != entry["inputs"]:
@@ -114,21 +128,32 @@ def carry_over(
     """Give every stage the hash that follows from new `inputs` of extract, and remove the markers of `blocks`.
 
     kept_tars: number of tars at the beginning of the set that stay as they are.
-    If the process ends in between, some markers have the former hash; they count as not done, and are done again.
+    The manifest names the markers that get another hash until all have it; `finish_carrying` goes on from there.
     """
     manifest = read_manifest(folder)
     _remove_markers(folder, blocks, kept_tars)
     stages = followed(manifest["stages"], inputs)
-    renamed = {name: (manifest["stages"][name]["hash"], entry["hash"]) for name, entry in stages.items()}
-    renamed["covariance"] = renamed["extract"]
-    write_manifest(folder, {**manifest, "stages": stages})
-    for name in (*BY_BLOCK, "shard"):
-        if name in renamed:
-            _rename_markers(folder, name, *renamed[name])
-    if "shard" in renamed:
+    carried = {name: [manifest["stages"][name]["hash"], entry["hash"]] for name, entry in stages.items()}
+    carried["covariance"] = carried["extract"]
+    write_manifest(folder, {**manifest, "stages": stages, "carried": carried, "kept_tars": kept_tars})
+    finish_carrying(folder)
+
+
+def finish_carrying(folder: BuildFolder) -> None:
+    """Give the markers of kept units the hashes that `carry_over` has recorded, if it was stopped before it did."""
+    manifest = read_manifest(folder)
+    carried = manifest.pop("carried", {})
+    kept_tars = manifest.pop("kept_tars", 0)
+    if not carried:
+        return
+    for name in (name for name in (*BY_BLOCK, "shard") if name in carried):
+        _rename_markers(folder, name, *carried[name])
+    if "shard" in carried:
+        split = manifest["stages"]["shard"]["inputs"]["config"]["split"]
         for number in range(kept_tars):
-            tar = folder.shards / shard_name(stages["shard"]["inputs"]["config"]["split"], number)
-            _rename_sidecar(tar, Ledger(folder.ledger("shard"), renamed["shard"][1]), number)
+            tar = folder.shards / shard_name(split, number)
+            _rename_sidecar(tar, Ledger(folder.ledger("shard"), carried["shard"][1]), number)
+    write_manifest(folder, manifest)
 
 
 def followed(stages: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -155,7 +180,11 @@ def _remove_markers(folder: BuildFolder, blocks: Collection[int], kept_tars: int
     folder.remove(folder.shards / SUCCESS)
     for name in BY_BLOCK:
         for block in blocks:
-            folder.remove(Ledger(folder.ledger(name), "").marker(block))
+            marker = Ledger(folder.ledger(name), "").marker(block)
+            if name != "extract":
+                folder.remove(marker)
+            elif marker.exists():  # the rows that are usable stay, see ExtractStage
+                rewrite_marker(marker, {**read_marker(marker), "stage_hash": REOPENED})
 
 
 def _rename_sidecar(tar: Path, ledger: Ledger, number: int) -> None:
@@ -169,9 +198,9 @@ def _rename_markers(folder: BuildFolder, name: str, old: str, new: str) -> None:
     if old == new:
         return
     for marker in folder.markers(name):
-        result = read_json(marker)
+        result = read_marker(marker)
         if result.get("stage_hash") == old:
-            write_json(marker, {**result, "stage_hash": new})
+            rewrite_marker(marker, {**result, "stage_hash": new})
 
 
 LISTING = ("listing_hash", "num_images", "num_classes", "parts")
@@ -233,16 +262,15 @@ def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[
     if "cluster" in stages:
         settle_recut(folder)  # new levels that are not in place yet, before their store grows
     num_before, block_rows = stages["extract"]["inputs"]["num_images"], inputs["config"]["block_rows"]
-    outcomes = _outcomes_so_far(folder, num_before, block_rows)
+    outcomes = [outcome or PENDING for outcome in outcomes_so_far(folder)]
     growth = growth_of(folder, inputs)
     assert growth is not None
     num_blocks = len(blocks_of(len(records), block_rows))
     for store in (folder.features, folder.regions):
         if store.exists():
             stores.grow(store, num_rows=len(records), num_blocks=num_blocks)
-    pending = [{"status": status_name(Status.PENDING)}] * (len(records) - num_before)
     write_index(folder.listing, records)
-    write_index(folder.index, records, outcomes + pending)
+    write_index(folder.index, records, [*outcomes, *[PENDING] * (len(records) - num_before)])
     carry_over(folder, inputs, growth.touched, kept_tars=growth.kept_tars)
     return len(records) - num_before
 
@@ -316,21 +344,12 @@ def _with_free_key(record: ImageRecord, taken: set[str]) -> ImageRecord:
     return dataclasses.replace(record, key=key)
 
 
-def _outcomes_so_far(folder: BuildFolder, num_rows: int, block_rows: int) -> list[dict[str, Any]]:
-    """Outcome of every row of the build; pending if its block is not done."""
-    ledger, outcomes = open_ledger(folder, "extract"), list[dict[str, Any]]()
-    for block in blocks_of(num_rows, block_rows):
-        if ledger.is_done(block.number):
-            outcomes += ledger.results([block.number])[0]["outcomes"]
-        else:
-            outcomes += [{"status": status_name(Status.PENDING)}] * len(block)
-    return outcomes
-
-
 def _whole_tars(folder: BuildFolder) -> int:
     """Number of tars at the beginning that added images do not change."""
     stages = read_manifest(folder)["stages"]
     if "shard" not in stages or "link" in stages or stages["shard"]["inputs"]["link"]:
         return 0
     config = ShardConfig(**stages["shard"]["inputs"]["config"])
-    return len(usable_rows(folder)) // samples_per_shard(config, stages["extract"], stages["cluster"])
+    return len(usable_rows(folder, unfinished=True)) // samples_per_shard(
+        config, stages["extract"], stages["cluster"]
+    )

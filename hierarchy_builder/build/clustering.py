@@ -21,29 +21,39 @@ from hierarchy_builder.build.vocabulary import fit_vocabulary
 from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
-from hierarchy_builder.files import read_json, sha256_file, size_on_disk
+from hierarchy_builder.files import sha256_file, size_on_disk
 from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index
+from hierarchy_builder.store.index import read_index, settle_index
 from hierarchy_builder.store.ledger import (
     Ledger,
     begin_stage,
     hash_of,
     open_ledger,
+    read_marker,
     replace_regions,
     stage_entry,
 )
 from hierarchy_builder.store.samples import PART_LEVEL
-from hierarchy_builder.store.units import finished_stage, layout_of, stage_units, store_layout, usable_rows
+from hierarchy_builder.store.stored import Stored
+from hierarchy_builder.store.units import (
+    finished_stage,
+    layout_of,
+    outcomes_so_far,
+    stage_units,
+    store_layout,
+    usable_rows,
+)
 from hierarchy_builder.vocabulary.prototypes import save_vocabulary
 
 
 def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> StageSummary:
     """features.zarr → regions.zarr."""
     extracted = finished_stage(folder, "extract")
+    settle_index(folder.index, folder.listing, outcomes_so_far(folder))
     if not len(usable_rows(folder)):
         raise BuilderError(f"{folder.root}: no image could be used; {folder.index.name} says why")
     paths = read_index(folder.index).column("path").to_pylist()
@@ -169,14 +179,12 @@ class RecutStage:
     recipe: HierarchyRecipe
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
-        objects, merges, flags = (
-            stores.read_block(self.folder.regions, name, unit)[usable]
-            for name in ("regions", "merges", "flags")
-        )
+        stored = Stored(self.folder)
+        usable = stored.block("status", unit) == Status.OK
+        objects, merges, flags = (stored.block(name, unit)[usable] for name in ("regions", "merges", "flags"))
         regions = cut_levels(objects[:, 0], merges, self.recipe.cuts, given_levels(flags, self.recipe))
-        digests = stores.write_block(self.folder.recut, unit, {"regions": scatter_rows(regions, usable)})
-        return {**count_regions(regions, flags), "digests": digests}
+        written = stores.write_block(self.folder.recut, unit, {"regions": scatter_rows(regions, usable)})
+        return {**count_regions(regions, flags), **written}
 
 
 def settle_recut(folder: BuildFolder) -> None:
@@ -194,7 +202,10 @@ def settle_recut(folder: BuildFolder) -> None:
         os.replace(folder.recut / "regions", folder.regions / "regions")
     clustered = Ledger(folder.ledger("cluster"), stage_hash)
     for unit, result in zip(units, done.results([unit.number for unit in units]), strict=True):
-        kept = read_json(clustered.marker(unit.number)).get("digests", {})
-        clustered.finish(unit.number, {**result, "digests": {**kept, **result["digests"]}})
+        before = read_marker(clustered.marker(unit.number))
+        # Markers of earlier releases have no `files`; those of the other arrays are then not known here either.
+        both = {name: {**before[name], **result.pop(name)} for name in ("digests", "files") if name in before}
+        result.pop("files", None)
+        clustered.finish(unit.number, {**result, **both})
     folder.remove(folder.recut)
     folder.remove(done.folder)

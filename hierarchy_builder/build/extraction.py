@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from hierarchy_builder.build.changes import append, parts_of, reopen_failed
+from hierarchy_builder.build.changes import append, finish_carrying, parts_of, reopen_failed
 from hierarchy_builder.build.inputs import (
     check_skipped,
     count_statuses,
     extract_inputs,
     list_images,
     probe_of,
+    refuse_changed_images,
     settle_rows,
     smaller_batches,
 )
@@ -60,7 +61,11 @@ def extract(
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
     accepts = accept_new_files and not session.fresh
+    if not session.fresh:
+        finish_carrying(folder)
     images, config = settle_rows(folder, images, config, session, accept=accepts)
+    if not session.fresh:
+        refuse_changed_images(folder, images)
     records = images.records
     assert config.block_rows is not None
     encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
@@ -88,7 +93,7 @@ def extract(
         write_index(folder.index, records)
     stores.create(*layout_of(folder, "extract"))
     del encoder
-    load = partial(ExtractStage.load, folder, images.location, config, retry_failed or accepts)
+    load = partial(ExtractStage.load, folder, images.location, config)
     done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True)
     results = ledger.results(range(len(blocks)))
     outcomes = [row for result in results for row in result["outcomes"]]

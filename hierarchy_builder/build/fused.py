@@ -26,6 +26,7 @@ from hierarchy_builder.build.inputs import (
     extract_inputs,
     list_images,
     probe_of,
+    refuse_changed_images,
     settle,
     smaller_batches,
 )
@@ -82,7 +83,7 @@ class FuseStage:
         if config.images:
             images.keep = lambda image, crop: picture_of(image, encoder.image_size_px, config, crop)
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
-        return cls(folder, recipe, config, images, read_index(folder.index), masks)
+        return cls(folder, recipe, config, images, read_index(folder.listing), masks)
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         records = records_of(self.index.slice(unit.start, len(unit)))
@@ -124,13 +125,14 @@ class FuseStage:
             facts = writer.close()
         set_status(outcomes, status)
         usable = status == Status.OK
-        self._write_moments(unit, features[usable] if not usable.all() else features, threads)
+        digest = self._write_moments(unit, features[usable] if not usable.all() else features, threads)
         return {
             **count_regions(regions[usable], flags[usable]),
             **facts,
             "images": len(unit),
             "sizes": writer.sizes,
             "outcomes": outcomes,
+            "moments_sha256": digest,
             "batch_size": self.images.batch_size,
         }
 
@@ -146,11 +148,11 @@ class FuseStage:
         row = {"features": features, "regions": regions, "flags": flags}
         return record.key, encode_sample(make_sample(record, outcome, row, self.config, image))
 
-    def _write_moments(self, unit: Block, usable: np.ndarray, threads: int) -> None:
+    def _write_moments(self, unit: Block, usable: np.ndarray, threads: int) -> str:
         moments, scatter = moments_of(usable), None
         if self.config.covariance:
             scatter = scatter_of(usable, per_channel(moments).mean, threads)
-        write_part_moments(self.folder, unit.number, moments, scatter)
+        return write_part_moments(self.folder, unit.number, moments, scatter)
 
 
 def fuse(
@@ -173,6 +175,8 @@ def fuse(
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
     images, extract = settle_fused_rows(folder, images, extract, config, session)
+    if not session.fresh:
+        refuse_changed_images(folder, images)
     records = images.records
     assert extract.block_rows is not None
     encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)

@@ -17,12 +17,13 @@ from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, TooManySkippedError
 from hierarchy_builder.fields import identity
+from hierarchy_builder.images.originals import changed_images, refuse_changed
 from hierarchy_builder.images.sources import ImageSource, open_source
 from hierarchy_builder.records import Status
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_index, status_name
+from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import recorded_stages
-from hierarchy_builder.store.units import stored_source
+from hierarchy_builder.store.units import outcomes_so_far, stored_source
 
 
 def list_images(
@@ -86,6 +87,25 @@ def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, sessi
             f"({encoder.weights_hash[:12]}…); its probe value is recorded, and every later run is checked against it"
         )
     return value if recorded is None else recorded
+
+
+def refuse_changed_images(folder: BuildFolder, images: ImageSource) -> None:
+    """Raise ConfigMismatchError if an image that a build has encoded is another file now, which its size does not tell.
+
+    Images on a remote file system have no time of change, and reading all of them again costs too much here.
+    """
+    if not folder.listing.exists() or not recorded_stages(folder):
+        return
+    outcomes = outcomes_so_far(folder)
+    before = records_of(read_index(folder.listing))[: len(outcomes)]
+    sizes = {record.path: record.num_bytes for record in images.records}
+    known = [  # the listing tells of images that have another size or are gone
+        (old, outcome)
+        for old, outcome in zip(before, outcomes, strict=False)
+        if "modified" in outcome and sizes.get(old.path) == old.num_bytes
+    ]
+    changed = changed_images([old for old, _ in known], [outcome for _, outcome in known], images.reader)
+    refuse_changed(images.location, changed)
 
 
 def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:

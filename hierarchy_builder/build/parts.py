@@ -2,21 +2,24 @@
 
 A part holds the usable rows of one block as a tar. Rows that cannot be used are left out, so the place where a shard
 begins is known only when all earlier parts are done. Shards are cut from the parts in order by copying bytes, or by
-renaming if a part is exactly one shard. A part is removed when all its samples are in shards.
+renaming if a part is exactly one shard. A part is removed when all its samples are in shards. Before anything is copied
+from it, a part is compared with the SHA-256 in its marker, since it may have waited there for days.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hierarchy_builder.files import atomic_file, read_json, write_json
+from hierarchy_builder.errors import BuilderError, VerificationError
+from hierarchy_builder.files import atomic_file, sha256_file, write_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.store.shards import TarWriter, shard_name, sidecar
+from hierarchy_builder.store.statistics import read_part_moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +44,16 @@ class Assembly:
     _next_part: int = 0
     _next_shard: int = 0
     _waiting: list[_Span] = field(default_factory=list)
+    _compared: set[int] = field(default_factory=set)
 
     def forget_lost(self) -> None:
-        """Remove the markers of missing parts that a shard still needs, and of parts without statistics."""
+        """Remove the markers of missing or changed parts that a shard still needs, and of parts without statistics."""
         start: int | None = 0  # samples before a part; unknown after an unfinished one
         for block in self.blocks:
             if not self.parts.is_done(block.number):
                 start = None
                 continue
-            marker = read_json(self.parts.marker(block.number))
+            marker = self.parts.result(block.number)
             needed = True
             if start is not None:
                 stop = start + marker["count"]
@@ -58,15 +62,13 @@ class Assembly:
                     for shard in range(start // self.samples_per_shard, -(-stop // self.samples_per_shard))
                 )
                 start = stop
-            tar, moments = self.folder.part(block.number), self.folder.part_moments(block.number)
-            is_there = tar.is_file() and tar.stat().st_size == marker["bytes"]
-            if not moments.is_file() or (needed and not is_there):
+            if not self._has_moments(block.number) or (needed and not self._is_as_written(block.number)):
                 self.folder.remove(self.parts.marker(block.number))
 
     def advance(self) -> None:
         """Cut every missing shard whose parts are done."""
         while self._next_part < len(self.blocks) and self.parts.is_done(self._next_part):
-            offset, sizes = 0, read_json(self.parts.marker(self._next_part))["sizes"]
+            offset, sizes = 0, self.parts.result(self._next_part)["sizes"]
             if not sizes:  # no shard contains it, so no shard would remove it
                 self.folder.remove(self.folder.part(self._next_part))
             for size in sizes:
@@ -78,7 +80,7 @@ class Assembly:
         if self._next_part == len(self.blocks) and self._waiting:
             self._cut(len(self._waiting))
 
-    def results(self) -> list[dict[str, Any]]:
+    def results(self) -> Sequence[Mapping[str, Any]]:
         """Contents of the markers of the shards, when all are cut."""
         return self.shards.results(range(self._next_shard))
 
@@ -93,9 +95,11 @@ class Assembly:
 
     def _write(self, spans: Sequence[_Span]) -> dict[str, Any]:
         tar = self.folder.shards / shard_name(self.split, self._next_shard)
-        marker = read_json(self.parts.marker(spans[0].part))
+        marker = self.parts.result(spans[0].part)
         facts = {name: marker[name] for name in ("count", "bytes", "sha256")}
         tar.parent.mkdir(parents=True, exist_ok=True)
+        for part in range(spans[0].part, spans[-1].part + 1):
+            self._require(part)
         if marker["count"] == len(spans) and spans[0].part == spans[-1].part:
             os.replace(self.folder.part(spans[0].part), tar)
         else:
@@ -116,8 +120,36 @@ class Assembly:
             for span in spans:
                 writer.copy(file.read(span.size), [span.size])
 
+    def _require(self, part: int) -> None:
+        """Raise VerificationError, and forget a part, if it is not what its unit wrote."""
+        if self.parts.result(part)["sizes"] and not self._is_as_written(part):
+            self.folder.remove(self.parts.marker(part))
+            raise VerificationError(
+                f"{self.folder.part(part)} was changed after it was written: the same command makes it again"
+            )
+
+    def _is_as_written(self, part: int) -> bool:
+        """Whether a part has the SHA-256 of its marker; it is read once."""
+        if part not in self._compared:
+            tar, marker = self.folder.part(part), self.parts.result(part)
+            if (
+                not tar.is_file()
+                or tar.stat().st_size != marker["bytes"]
+                or sha256_file(tar) != marker["sha256"]
+            ):
+                return False
+            self._compared.add(part)
+        return True
+
+    def _has_moments(self, part: int) -> bool:
+        try:
+            read_part_moments(self.folder, part, self.parts.result(part))
+        except BuilderError:
+            return False
+        return True
+
     def _is_whole(self, shard: int) -> bool:
         tar = self.folder.shards / shard_name(self.split, shard)
         if not self.shards.is_done(shard) or not tar.is_file() or not sidecar(tar).is_file():
             return False
-        return tar.stat().st_size == read_json(self.shards.marker(shard))["bytes"]
+        return bool(tar.stat().st_size == self.shards.result(shard)["bytes"])

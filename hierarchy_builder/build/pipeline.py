@@ -17,18 +17,19 @@ from hierarchy_builder.build.stages import CovarianceStage, ShardStage
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import identity, to_mapping
-from hierarchy_builder.files import read_json
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest, stage_entry
+from hierarchy_builder.store.index import settle_index
+from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import shard_name, sidecar
 from hierarchy_builder.store.units import (
     finished_stage,
     layout_of,
+    outcomes_so_far,
     samples_per_shard,
     stage_units,
     stored_source,
@@ -110,7 +111,8 @@ def check_fused(plan: BuildPlan, *, retry_failed: bool = False, accept_new_files
 def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSummary:
     """Stores → webdataset tars with their index, class map, statistics and card; `_SUCCESS` last."""
     clustered = finished_stage(folder, "cluster")
-    extracted = stage_entry(folder, "extract")
+    extracted = finished_stage(folder, "extract")
+    settle_index(folder.index, folder.listing, outcomes_so_far(folder))
     is_linked = "link" in read_manifest(folder)["stages"]
     inputs = {
         "config": identity(config),
@@ -162,5 +164,5 @@ def _forget_lost_tars(
         if not ledger.is_done(unit.number):
             continue
         size = tar.stat().st_size if tar.is_file() else None
-        if size != read_json(ledger.marker(unit.number))["bytes"] or not sidecar(tar).is_file():
+        if size != ledger.result(unit.number)["bytes"] or not sidecar(tar).is_file():
             folder.remove(ledger.marker(unit.number))

@@ -34,7 +34,7 @@ from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.fields import identity
-from hierarchy_builder.files import json_text, read_json, size_on_disk
+from hierarchy_builder.files import json_text, read_json, sealed_text, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.progress import Reporter
@@ -42,7 +42,7 @@ from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, status_name, write_index
-from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest
+from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest, read_marker
 from hierarchy_builder.store.samples import PART_LEVEL
 from hierarchy_builder.store.shards import TAR_BLOCK, shard_name, sidecar
 from hierarchy_builder.store.units import samples_per_shard
@@ -386,10 +386,10 @@ def _vocabulary_bytes(trial: _Trial, config: VocabularyConfig) -> int:
 
 def _marker_bytes(folder: BuildFolder, stage: str, num_units: int, ratio: float) -> int:
     """Markers of a stage: a part per unit, and the outcomes and sizes of its images."""
-    markers = [read_json(path) for path in folder.markers(stage)]
+    markers = [read_marker(path) for path in folder.markers(stage)]
     empty: dict[str, Any] = {name: [] for name in ("outcomes", "sizes") if name in markers[0]}
-    per_unit = sum(len(json_text({**marker, **empty})) for marker in markers)
-    per_image = sum(len(json_text(marker)) for marker in markers) - per_unit
+    per_unit = sum(len(sealed_text({**marker, **empty})) for marker in markers)
+    per_image = sum(len(sealed_text(marker)) for marker in markers) - per_unit
     return round(per_unit / len(markers) * num_units + per_image * ratio)
 
 
@@ -564,7 +564,7 @@ def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session)
     total = trial.summaries[stage].seconds
     if stage == "vocabulary":  # the small one of the trial is all start-up
         return total
-    units = [float(read_json(path)["seconds"]) for path in trial.folder.markers(stage)]
+    units = [float(read_marker(path)["seconds"]) for path in trial.folder.markers(stage)]
     workers = _num_workers(session) or max(1.0, sum(units) / total)
     start_up = max(0.0, total - sum(units) / min(workers, len(units)))
     images = sum(map(len, todo))

@@ -23,8 +23,8 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from hierarchy_builder.build.session import StageSummary
-from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.files import json_text, read_json
+from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
+from hierarchy_builder.files import json_text, read_json, sha256_file
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import SUCCESS
@@ -60,7 +60,8 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
         sent = list(_send(folder, counts, place, reporter))
     except OSError as error:
         raise BuilderError(f"{url}: {error}; the same command goes on from here") from error
-    files = [path for path in folder.shards.iterdir() if path.is_file()]
+    names = {*(path.name for path in counts), *(sidecar(path).name for path in counts), *ABOUT}
+    files = [path for path in folder.shards.iterdir() if path.name in names]
     return StageSummary(
         stage="publish",
         images=index["num_samples"],
@@ -77,9 +78,7 @@ def _send(
     """Send what is not there yet, markers last; yields the files sent. counts: samples of each tar."""
     shards, tars = folder.shards, list(counts)
     markers = [sidecar(tar) for tar in tars]
-    about = sorted(
-        {path for path in shards.iterdir() if path.is_file()} - {*tars, *markers, shards / SUCCESS}
-    )
+    about = sorted(shards / name for name in ABOUT if name != SUCCESS and (shards / name).is_file())
     changed = [path for path in [*markers, *about, shards / SUCCESS] if not place.holds(path)]
     own = place.own_names()
     if not changed:
@@ -105,8 +104,10 @@ def _send(
         for tar in pool.map(place.send_tar, waiting):
             meter.advance(counts[tar])
             yield from (tar, sidecar(tar))
+    digests = read_json(shards / SUCCESS).get("files", {})
     for path in about:
         if path in changed:
+            require_digest(path, digests.get(path.name))
             place.send(path)
             yield path
     for name in sorted(strays):
@@ -114,6 +115,15 @@ def _send(
     place.send(shards / SUCCESS)
     yield shards / SUCCESS
     place.remove(PUBLISHING)
+
+
+def require_digest(path: Path, expected: str | None) -> None:
+    """Raise VerificationError if a file is not what its set says; sets of earlier releases say it of tars only."""
+    if (expected is not None or path.suffix == ".tar") and sha256_file(path) != expected:
+        raise VerificationError(
+            f"{path} was changed after it was finished and is not published: "
+            f"run `hierarchy-builder repair {path.parent.parent}`"
+        )
 
 
 def open_url(url: str) -> tuple[AbstractFileSystem, str]:
@@ -182,7 +192,11 @@ class _Place:
             )
 
     def send_tar(self, tar: Path) -> Path:
-        """A tar, then its sidecar; the one there goes first, since it vouches for another tar."""
+        """A tar, then its sidecar; the one there goes first, since it vouches for another tar.
+
+        Raises VerificationError if the tar is not the one that its sidecar tells of.
+        """
+        require_digest(tar, read_json(sidecar(tar)).get("sha256"))
         self.remove(sidecar(tar).name)
         self.send(tar)
         self.send(sidecar(tar))

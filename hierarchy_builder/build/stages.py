@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-import zarr
 
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.encoders import load_encoder
@@ -28,15 +27,17 @@ from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.masks import MaskFolder, open_masks
+from hierarchy_builder.images.originals import changed_images, file_hash, refuse_changed
 from hierarchy_builder.images.sources import Reader, open_reader
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
-from hierarchy_builder.store.ledger import Ledger, stage_entry
+from hierarchy_builder.store.index import read_index, records_of, status_name
+from hierarchy_builder.store.ledger import REOPENED, Ledger, stage_entry
 from hierarchy_builder.store.samples import FACTS, make_sample, picture_of
 from hierarchy_builder.store.shards import shard_name, write_shard
 from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of
+from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import usable_rows
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary, part_prototypes
 
@@ -76,25 +77,22 @@ def perform(stage: Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str
 class ExtractStage:
     """A block of images → features, status and statistics of features.zarr; the marker keeps the outcomes.
 
-    keep_usable: rows that are ok in the index keep their features and outcome; only the others are done.
+    Of a unit that was reopened, rows that are ok keep their features and outcome; only the others are done.
     """
 
     folder: BuildFolder
     source: str
     config: ExtractConfig
-    keep_usable: bool
     images: ImageEncoder
     index: pa.Table
 
     @classmethod
-    def load(
-        cls, folder: BuildFolder, source: str, config: ExtractConfig, keep_usable: bool = False
-    ) -> ExtractStage:
+    def load(cls, folder: BuildFolder, source: str, config: ExtractConfig) -> ExtractStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the stage began with."""
         encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
         check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
         images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
-        return cls(folder, source, config, keep_usable, images, read_index(folder.index))
+        return cls(folder, source, config, images, read_index(folder.listing))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         records = records_of(self.index.slice(unit.start, len(unit)))
@@ -104,11 +102,12 @@ class ExtractStage:
                 features[batch.rows] = batch.features
                 status[batch.rows] = np.where(batch.finite, Status.OK, Status.NONFINITE)
         set_status(outcomes, status)
-        digests = stores.write_block(self.folder.features, unit, {"features": features, "status": status})
-        moments = moments_of(features[status == Status.OK])
-        digests |= stores.write_block_moments(self.folder.features, unit, moments)
-        batch_size = self.images.batch_size
-        return {"images": len(unit), "outcomes": outcomes, "digests": digests, "batch_size": batch_size}
+        written = stores.write_block(self.folder.features, unit, {"features": features, "status": status})
+        moments = stores.write_block_moments(
+            self.folder.features, unit, moments_of(features[status == Status.OK])
+        )
+        facts = {name: {**written[name], **moments[name]} for name in written}
+        return {"images": len(unit), "outcomes": outcomes, **facts, "batch_size": self.images.batch_size}
 
     def _kept(self, unit: Block) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Features, status and outcomes of the block to begin with; pending outcomes are empty."""
@@ -116,13 +115,18 @@ class ExtractStage:
         features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)
         status = np.full(len(unit), Status.SKIPPED, np.uint8)
         outcomes: list[dict[str, Any]] = [{} for _ in range(len(unit))]
-        if self.keep_usable:
-            features = stores.read_block(self.folder.features, "features", unit)
-            known = self.index.slice(unit.start, len(unit)).select(OUTCOME_COLUMNS).to_pylist()
-            for row, outcome in enumerate(known):
-                if outcome["status"] == status_name(Status.OK):
-                    status[row] = Status.OK
-                    outcomes[row] = {name: value for name, value in outcome.items() if value is not None}
+        try:
+            marker = Ledger(self.folder.ledger("extract"), REOPENED).result(unit.number)
+            known = marker["outcomes"]
+            before = replace(unit, stop=unit.start + len(known))
+            kept, digest = stores.read_written(self.folder.features, before, "features")
+        except BuilderError:
+            return features, status, outcomes
+        if digest == marker["digests"].get("features"):
+            for row in (
+                row for row, outcome in enumerate(known) if outcome["status"] == status_name(Status.OK)
+            ):
+                features[row], status[row], outcomes[row] = kept[row], Status.OK, dict(known[row])
         return features, status, outcomes
 
 
@@ -142,16 +146,17 @@ class ClusterStage:
         return cls(folder, recipe, image_size_px, masks, read_index(folder.index))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
-        features = stores.read_block(self.folder.features, "features", unit)[usable]
+        stored = Stored(self.folder)
+        usable = stored.block("status", unit) == Status.OK
+        features = stored.block("features", unit)[usable]
         photos = self.index.slice(unit.start, len(unit)).filter(pa.array(usable))
         photos = photos.select(["path", "width", "height"]).to_pylist()
         labels = label_maps(self.masks, photos, self.image_size_px, features.shape[1:3])
         hierarchy = build_hierarchy(features, self.recipe, labels, threads=threads)
         parts = {name: getattr(hierarchy, name) for name in ("regions", "merges", "flags", "scores")}
         rows = {name: scatter_rows(values, usable) for name, values in parts.items()}
-        digests = stores.write_block(self.folder.regions, unit, rows)
-        return {**count_regions(hierarchy.regions, hierarchy.flags), "digests": digests}
+        written = stores.write_block(self.folder.regions, unit, rows)
+        return {**count_regions(hierarchy.regions, hierarchy.flags), **written}
 
 
 def label_maps(
@@ -180,19 +185,18 @@ class LinkStage:
 
     @classmethod
     def load(cls, folder: BuildFolder, level: int) -> LinkStage:
-        return cls(folder, level, load_vocabulary(folder.vocabulary)[0].centroids[-1])
+        return cls(folder, level, load_vocabulary(fitted_vocabulary(folder))[0].centroids[-1])
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
-        features = stores.read_block(self.folder.features, "features", unit)[usable]
-        regions = stores.read_block(self.folder.regions, "regions", unit)[usable]
+        stored = Stored(self.folder)
+        usable = stored.block("status", unit) == Status.OK
+        features, regions = (stored.block(name, unit)[usable] for name in ("features", "regions"))
         found, distances = part_prototypes(features, regions, self.centroids, level=self.level)
         rows = {
             "prototypes": scatter_rows(found, usable, fill=NO_REGION),
             "prototype_distances": scatter_rows(distances, usable, fill=np.nan),
         }
-        digests = stores.write_block(self.folder.regions, unit, rows)
-        return {"images": int(usable.sum()), "digests": digests}
+        return {"images": int(usable.sum()), **stores.write_block(self.folder.regions, unit, rows)}
 
 
 @dataclass(slots=True)
@@ -202,12 +206,15 @@ class CovarianceStage:
     folder: BuildFolder
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        usable = stores.read_block(self.folder.features, "status", unit) == Status.OK
-        features = stores.read_block(self.folder.features, "features", unit)[usable]
-        mean = per_channel(stores.read_block_moments(self.folder.features, unit)).mean
-        scatter = scatter_of(features, mean, threads)
-        digests = stores.write_block(self.folder.features, unit, {"block_scatter": scatter[None]})
-        return {"images": len(unit), "digests": digests}
+        stored = Stored(self.folder)
+        usable = stored.block("status", unit) == Status.OK
+        scatter = scatter_of(
+            stored.block("features", unit)[usable], per_channel(stored.moments(unit)).mean, threads
+        )
+        return {
+            "images": len(unit),
+            **stores.write_block(self.folder.features, unit, {"block_scatter": scatter[None]}),
+        }
 
 
 @dataclass
@@ -235,27 +242,36 @@ class ShardStage:
     def index(self) -> pa.Table:
         return read_index(self.folder.index)
 
+    @cached_property
+    def _stored(self) -> Stored:
+        return Stored(self.folder)
+
     def _samples(self, unit: Block) -> Iterator[Sample]:
         rows = self.usable_rows[unit.start : unit.stop]
-        features, regions = stores.open_store(self.folder.features), stores.open_store(self.folder.regions)
+        names = ("features", *self._stored.region_arrays())
         step = stores.ROWS_PER_CHUNK * 16
         for some in (rows[i : i + step] for i in range(0, len(rows), step)):
             span = slice(int(some[0]), int(some[-1]) + 1)
             table = self.index.slice(span.start, span.stop - span.start)
-            arrays = {
-                "features": stores.read_rows(features, "features", span),
-                **{name: stores.read_rows(regions, name, span) for name in _region_arrays(regions)},
-            }
+            arrays = {name: self._stored.rows(name, span) for name in names}
             records = records_of(table)
-            outcomes = table.select(FACTS).to_pylist()
+            outcomes, hashes = table.select(FACTS).to_pylist(), table.column("file_hash").to_pylist()
             for offset in (some - span.start).tolist():
                 row = {name: values[offset] for name, values in arrays.items()}
-                image = self._jpeg(records[offset]) if self.config.images else None
+                image = self._jpeg(records[offset], hashes[offset], unit) if self.config.images else None
                 yield make_sample(records[offset], outcomes[offset], row, self.config, image)
 
-    def _jpeg(self, record: ImageRecord) -> bytes:
+    def _refuse_changed(self, unit: Block) -> None:
+        """Raise ConfigMismatchError naming the photos of a unit that changed after they were encoded."""
+        rows = self.index.take(self.usable_rows[unit.start : unit.stop])
+        refuse_changed(self.source, changed_images(records_of(rows), rows.to_pylist(), self._reader))
+
+    def _jpeg(self, record: ImageRecord, expected: str | None, unit: Block) -> bytes:
         try:
-            image, _ = decode_image(self._reader.read(record.path), max_pixels=self.max_pixels)
+            data = self._reader.read(record.path)
+            if expected is not None and file_hash(data) != expected:
+                self._refuse_changed(unit)
+            image, _ = decode_image(data, max_pixels=self.max_pixels)
         except ImageError as error:
             raise BuilderError(
                 f"{record.path} of {self.source}: {error}; restore it, or shard with --no-images"
@@ -265,10 +281,6 @@ class ShardStage:
     @cached_property
     def _reader(self) -> Reader:
         return open_reader(self.source)
-
-
-def _region_arrays(group: zarr.Group) -> list[str]:
-    return [name for name in ("regions", "flags", "prototypes") if name in group]
 
 
 def count_regions(regions: np.ndarray, flags: np.ndarray) -> dict[str, Any]:

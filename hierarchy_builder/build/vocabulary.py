@@ -10,7 +10,6 @@ centroids are saved after every move, so an interrupted fit resumes there and en
 from __future__ import annotations
 
 import io
-import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 from hierarchy_builder.build.stages import one_thread
 from hierarchy_builder.build.workers import Pool, Workers, open_pool
 from hierarchy_builder.config import VocabularyConfig
-from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.errors import VerificationError
+from hierarchy_builder.files import decoding, write_bytes
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, Status, blocks_of
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
+from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import store_layout, usable_rows
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
@@ -86,7 +85,7 @@ class TokenSource:
         return blocks_of(len(self.given), self.block_rows)
 
     def file(self, block: Block) -> Path:
-        return self.folder.vocabulary_work / f"tokens-{block.number:06d}.npy"
+        return self.folder.vocabulary_work / f"tokens-{block.number:06d}.npz"
 
     def runs(self) -> list[Block]:
         """Group whole blocks into runs of at least RUN_TOKENS tokens, the units of an iteration."""
@@ -101,31 +100,30 @@ class TokenSource:
     def draw(self, block: Block, threads: int) -> int:
         """Draw the tokens of a block into its file, and return the number of images read."""
         shares = self.drawn[block.start : block.stop]
-        features = stores.read_block(self.folder.features, "features", block)
+        features = Stored(self.folder).block("features", block)
         tokens = draw_tokens(features, range(block.start, block.stop), shares, self.config.seed)
         buffer = io.BytesIO()
-        np.save(buffer, tokens, allow_pickle=False)
+        np.savez(buffer, allow_pickle=False, tokens=tokens)  # the zip holds a checksum of the tokens
         write_bytes(self.file(block), buffer.getvalue())
         return len(block)
 
     def drawn_tokens(self, block: Block) -> np.ndarray:
         """Read the file that `draw` wrote, float16 [m, C]. Raises BuilderError if it is missing or damaged."""
         path = self.file(block)
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise BuilderError(
-                f"{path} is damaged ({error}): remove it and run the same command again"
-            ) from None
+        with (
+            decoding(path, "remove it and run the same command again"),
+            np.load(path, allow_pickle=False) as content,
+        ):
+            return content["tokens"]
 
     def tokens(self, run: Block) -> np.ndarray:
         """Read all tokens of a run that are used in the fit, float16 [m, C]."""
         blocks = [block for block in self.blocks if run.start <= block.start < run.stop]
         if np.array_equal(self.given, self.drawn):
             return np.concatenate([self.drawn_tokens(block) for block in blocks])
-        usable = stores.read_block(self.folder.features, "status", run) == Status.OK
-        features = stores.read_block(self.folder.features, "features", run)
-        return features[usable].reshape(-1, features.shape[-1])
+        stored, span = Stored(self.folder), slice(run.start, run.stop)
+        features = stored.rows("features", span)
+        return features[stored.rows("status", span) == Status.OK].reshape(-1, features.shape[-1])
 
     def sums(self, run: Block, threads: int, centroids: np.ndarray) -> ClusterSums:
         """Assign the tokens of a run to centroids, and return their sums."""
@@ -206,8 +204,8 @@ def _read_state(path: Path, reporter: Reporter) -> tuple[np.ndarray, list[float]
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with decoding(path, "it is not used"), np.load(path, allow_pickle=False) as content:
             return content["centroids"], content["inertia"].tolist()
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reporter.say(f"warning: {path} is damaged ({error}); the fit starts over, with the same result")
+    except VerificationError as error:
+        reporter.say(f"warning: {error}; the fit starts over, with the same result")
         return None

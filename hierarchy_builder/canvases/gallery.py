@@ -28,6 +28,8 @@ from hierarchy_builder.terminal import show_value
 
 LOSSLESS_PIXELS = 64
 """Images up to this side are treated as token grids: stored losslessly as PNG, shown with hard pixel edges."""
+PAGE_MARKS = (b'<meta name="generator" content="hierarchy-builder">', b'<header class="masthead">')
+"""What tells a page of this program; the second one those of releases that wrote no generator."""
 WEBP_QUALITY = 82
 
 
@@ -194,6 +196,15 @@ def render(page: Page) -> str:
 def write_page(page: Page, path: str | Path) -> None:
     """Render the page to `path` (UTF-8), whole or not at all."""
     write_bytes(Path(path), render(page).encode())
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `write_page` wrote, in this release or an earlier one."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return any(mark in content for mark in PAGE_MARKS)
 
 
 def data_uri(picture: np.ndarray) -> str:

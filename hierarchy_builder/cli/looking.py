@@ -9,7 +9,7 @@ from pathlib import Path
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
-from hierarchy_builder.files import target_of
+from hierarchy_builder.files import readable_json, target_of
 from hierarchy_builder.flags import AS_JSON, OUTPUT, PATH, argument, flags, option, switch, takes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
@@ -52,11 +52,12 @@ def status(folder: Path, as_json: bool) -> None:
 @takes(folder=opt.FOLDER, as_json=AS_JSON)
 def verify(folder: Path, as_json: bool) -> None:
     """Read every file and compare it with what was written; exit code 4 if something is damaged."""
-    from hierarchy_builder.verify.checks import find_problems
+    from hierarchy_builder.verify.checks import find_damage
 
     build_folder = BuildFolder(folder)
     _refuse_running(build_folder)
-    problems = list(find_problems(build_folder))
+    found = list(find_damage(build_folder))
+    problems = [damage.text for damage in found]
     if problems:
         _refuse_running(build_folder)  # one that began meanwhile
     if as_json:
@@ -65,9 +66,11 @@ def verify(folder: Path, as_json: bool) -> None:
         for problem in problems:
             stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
     if problems:
+        advice = f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
+        if all(damage.is_stale for damage in found):
+            advice = "nothing is damaged; do what is said above"
         raise VerificationError(
-            f"{folder}: found {counted(len(problems), 'problem')}, expected none; "
-            f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
+            f"{folder}: found {counted(len(problems), 'problem')}, expected none; {advice}"
         )
     if not as_json:
         stdout.print(f"{folder}: everything is in order")
@@ -101,10 +104,11 @@ def report(
 ) -> None:
     """Write a self-contained page: photographs, region maps, colours of features, decoded levels, a slider."""
     build_folder, chosen = BuildFolder(folder).require(), keys.split(",") if keys else None
-    if out is not None:
-        target_of(out)  # refused before anything is read
     if quality and vocabulary:
         raise UsageError("--quality and --vocabulary are two pages: ask for one at a time")
+    if out is not None:
+        target_of(out)  # refused before anything is read
+    _refuse_foreign_pages(build_folder, out, quality=quality, vocabulary=vocabulary)
     if quality:
         _report_quality(build_folder, out, samples or 200, chosen, masks, as_json, quiet)
         return
@@ -174,6 +178,21 @@ def _refuse_running(folder: BuildFolder) -> None:
         raise BuilderError(
             f"{folder.root} is being written by another process: verify it when that has ended; "
             f"`hierarchy-builder status {folder.root}` shows how far it is"
+        )
+
+
+def _refuse_foreign_pages(folder: BuildFolder, out: Path | None, *, quality: bool, vocabulary: bool) -> None:
+    """Raise UsageError where the page would replace a file that no report wrote; --out names its file by itself."""
+    from hierarchy_builder.canvases.gallery import is_page
+
+    page = folder.quality_page if quality else folder.vocabulary_page if vocabulary else folder.report
+    foreign = [page] if out is None and page.exists() and not is_page(page) else []
+    if quality and folder.quality.exists() and "num_sampled" not in readable_json(folder.quality):
+        foreign.append(folder.quality)
+    if foreign:
+        raise UsageError(
+            f"{foreign[0]} is there, and no report of this program wrote it: move it away"
+            + ("" if foreign[0] == folder.quality else ", or choose another file with --out")
         )
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from hierarchy_builder.encoders import Encoder, encode
 from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.images.decoding import crop_square, decode_image
+from hierarchy_builder.images.originals import file_hash, modified_ns
 from hierarchy_builder.images.sources import Reader
 from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord
 
@@ -28,7 +29,7 @@ FLOAT16_EXPONENT = np.uint16(0x7C00)
 """Exponent bits of a float16; all of them are set in NaN and infinity."""
 
 Outcome = dict[str, Any]
-"""Columns of index.parquet for one image from `status` on; empty until the image has been processed."""
+"""Columns of index.parquet for one image from `status` on, and `modified`; empty until the image has been processed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,9 +126,12 @@ class ImageEncoder:
 
     def _load(self, record: ImageRecord) -> tuple[_Loaded | None, Outcome]:
         try:
-            image, facts = decode_image(self.reader.read(record.path), max_pixels=self.max_pixels)
+            modified = modified_ns(self.reader, record.path)
+            data = self.reader.read(record.path)
+            image, facts = decode_image(data, max_pixels=self.max_pixels)
             crop = crop_square(image, self.encoder.image_size_px)
-            return _Loaded(crop, self.keep(image, crop)), asdict(facts)
+            known = {"file_hash": file_hash(data), **({"modified": modified} if modified is not None else {})}
+            return _Loaded(crop, self.keep(image, crop)), asdict(facts) | known
         except ImageError as error:
             return None, {"reason": str(error)}
         except OSError as error:

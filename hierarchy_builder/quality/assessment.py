@@ -42,10 +42,10 @@ from hierarchy_builder.quality.scores import (
     stability,
 )
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import stage_entry
+from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import finished_stage, stored_source, usable_rows
 
 BATCH_IMAGES = 32
@@ -125,7 +125,7 @@ def assess_build(
             images = index.slice(start, BATCH_IMAGES)
             batches.append(_assess_batch(folder, np.array(rows[some]), images, recipe, photos, drawn))
             meter.advance(len(images))
-    every = stores.read_rows(stores.open_store(folder.regions), "flags", usable_rows(folder))
+    every = Stored(folder).rows("flags", usable_rows(folder))
     facts = {
         "cluster": clustered["hash"],
         "num_images": len(every),
@@ -262,9 +262,8 @@ def _assess_batch(
     drawn: _LabelMaps | None,
 ) -> tuple[Quality, dict[str, Quality]]:
     """Return the scores of some images, and those of the baselines."""
-    features = stores.read_rows(stores.open_store(folder.features), "features", rows)
-    store = stores.open_store(folder.regions)
-    regions, flags = (stores.read_rows(store, name, rows) for name in ("regions", "flags"))
+    stored = Stored(folder)
+    features, regions, flags = (stored.rows(name, rows) for name in ("features", "regions", "flags"))
     humans = None if drawn is None else drawn.read(images)
     seen, views = photos.views(images.column("path").to_pylist())
     scores = region_scores(features, regions)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Page, Section, Table, View, write_page
@@ -19,10 +18,10 @@ from hierarchy_builder.errors import ConfigMismatchError, UsageError
 from hierarchy_builder.hierarchy.agreement import variation_of_information
 from hierarchy_builder.quality.report import hierarchy_views
 from hierarchy_builder.quality.scores import count_regions, stability
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import stage_entry
+from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import finished_stage, usable_rows
 
 ROWS_AT_ONCE = 1024
@@ -124,12 +123,12 @@ def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
             f"in A, {len(rows_b)} such as {next(iter(rows_b), None)!r} in B; expected builds of the same images"
         )
     in_a, in_b = np.array([rows_a[key] for key in keys]), np.array([rows_b[key] for key in keys])
-    stored = stores.open_store(a.regions), stores.open_store(b.regions)
-    num_levels = [stores.array_of(group, "regions").shape[1] for group in stored]
+    stored = Stored(a), Stored(b)
+    num_levels = [len(stage_entry(folder, "cluster")["inputs"]["config"]["cuts"]) + 1 for folder in (a, b)]
     parts = []
     for start in range(0, len(keys), ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
-        both = (_read(group, rows[some]) for group, rows in zip(stored, (in_a, in_b), strict=True))
+        both = (_read(build, rows[some]) for build, rows in zip(stored, (in_a, in_b), strict=True))
         parts.append(_compare(*(regions[:, : min(num_levels)] for regions in both)))
     indices, information, counts_a, counts_b = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Comparison(
@@ -208,10 +207,10 @@ def _check_grids(a: BuildFolder, b: BuildFolder) -> None:
         )
 
 
-def _read(group: zarr.Group, rows: np.ndarray) -> np.ndarray:
+def _read(stored: Stored, rows: np.ndarray) -> np.ndarray:
     """Read the regions of rows that need not rise."""
     order = np.argsort(rows)
-    return stores.read_rows(group, "regions", rows[order])[np.argsort(order)]
+    return stored.rows("regions", rows[order])[np.argsort(order)]
 
 
 def _compare(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -224,7 +223,7 @@ def _compare(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 def _viewers(a: BuildFolder, b: BuildFolder, found: Comparison, shown: np.ndarray) -> list[LevelViewer]:
     encoder = stage_entry(a, "extract")["inputs"]["encoder"]
     views = hierarchy_views(a, records_of(read_index(a.index)), found.rows_a[shown].tolist(), encoder)
-    others = _read(stores.open_store(b.regions), found.rows_b[shown])
+    others = _read(Stored(b), found.rows_b[shown])
     return [
         _viewer(view, other, found, n) for view, other, n in zip(views, others, shown.tolist(), strict=True)
     ]

@@ -20,10 +20,10 @@ from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.sources import Reader, open_reader
 from hierarchy_builder.quality.scores import flag_names
 from hierarchy_builder.records import ImageRecord
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import read_manifest
+from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import finished_stage, progress_of, stored_source, usable_rows
 
 GALLERY_TEXT = (
@@ -96,15 +96,15 @@ def hierarchy_views(
     folder: BuildFolder, records: Sequence[ImageRecord], rows: Sequence[int], encoder: Mapping[str, Any]
 ) -> list[HierarchyView]:
     """Return what a page shows of the given rows; a photo is None where it cannot be read any more."""
-    features, regions = stores.open_store(folder.features), stores.open_store(folder.regions)
+    stored = Stored(folder)
     basis = DctBasis.from_spec(encoder["decoder"]) if encoder["decoder"] else None
     reader = photo_reader(folder)
     views = []
     for row in rows:
         one = slice(row, row + 1)
-        tokens = stores.read_rows(features, "features", one)
-        ids = stores.read_rows(regions, "regions", one)
-        flags = flag_names(int(stores.read_rows(regions, "flags", one)[0]))
+        tokens = stored.rows("features", one)
+        ids = stored.rows("regions", one)
+        flags = flag_names(int(stored.rows("flags", one)[0]))
         views.append(
             HierarchyView(
                 key=records[row].key,

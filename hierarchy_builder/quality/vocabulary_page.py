@@ -18,10 +18,10 @@ from hierarchy_builder.canvases.gallery import Facts, Page, Plots, Section, Stri
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.quality.report import photo_reader, read_photo
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import read_manifest, stage_entry
+from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import finished_stage, stage_units
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, Vocabulary, load_vocabulary
@@ -49,10 +49,10 @@ class Parts:
     @classmethod
     def read(cls, folder: BuildFolder) -> Parts:
         """Read regions.zarr, one block at a time."""
-        found = []
+        found, stored = [], Stored(folder)
         for block in stage_units(folder, "link"):
-            prototypes = stores.read_block(folder.regions, "prototypes", block)
-            distances = stores.read_block(folder.regions, "prototype_distances", block)
+            prototypes = stored.block("prototypes", block)
+            distances = stored.block("prototype_distances", block)
             rows, regions = np.nonzero(prototypes != NO_REGION)
             found.append((rows + block.start, regions, prototypes[rows, regions], distances[rows, regions]))
         rows, regions, prototypes, distances = (np.concatenate(some) for some in zip(*found, strict=True))
@@ -79,7 +79,7 @@ def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, e
             "--vocabulary 256` first"
         )
     linked = finished_stage(folder, "link")
-    vocabulary, config, _ = load_vocabulary(folder.vocabulary)
+    vocabulary, config, _ = load_vocabulary(fitted_vocabulary(folder))
     parts = Parts.read(folder)
     uses = np.bincount(parts.prototypes, minlength=config.num_prototypes)
     groups = choose_prototypes(vocabulary, uses, limit)
@@ -200,11 +200,12 @@ def _pictures(folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray)
     """Return the picture of each needed part; threads decode every photo once."""
     index, reader = read_index(folder.index), photo_reader(folder)
     size_px = stage_entry(folder, "extract")["inputs"]["encoder"]["image_size_px"]
-    regions = stores.open_store(folder.regions)
+    stored = Stored(folder)
+    stored.rows("regions", np.unique(parts.rows[needed]))  # compared here, before threads read single rows
 
     def draw(row: int) -> dict[int, np.ndarray]:
         photo = read_photo(reader, records_of(index.slice(row, 1))[0], size_px)
-        ids = stores.read_rows(regions, "regions", slice(row, row + 1))[0, level]
+        ids = stored.rows("regions", slice(row, row + 1))[0, level]
         mine = needed[parts.rows[needed] == row].tolist()
         return {part: part_picture(photo, ids == parts.regions[part]) for part in mine}
 

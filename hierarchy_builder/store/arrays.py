@@ -3,28 +3,33 @@
     N images, B rows in a block, H×W grid, C channels, L levels, T = H·W tokens
 
 A block is one zarr shard of every array, so it has one writer and is replaced as a whole. Every chunk has a crc32c,
-without which a flipped byte would not be noticed.
+which zarr checks, and the marker of the unit that wrote a block tells which file holds it (`file_digest`): an emptied
+or missing file would otherwise be read as zeros. `stored.py` compares the two.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.errors import BuilderError, VerificationError
+from hierarchy_builder.files import decoding, sync
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
 from hierarchy_builder.store.statistics import Moments
 
 NOT_STORED = 2**64 - 1
 """Length that the index of a shard holds for a chunk of zeros, which is not stored."""
+CHECKSUM_BYTES = 4
+"""Bytes of a crc32c, the last ones of a chunk and of the index of a shard."""
 ROWS_PER_CHUNK = 8
 """Rows of a chunk, which are read together; a block is a whole number of chunks or a single short one."""
 
@@ -92,12 +97,8 @@ def create(path: Path, layout: Layout) -> None:
 
     Raises BuilderError when one of them has another shape or the store is damaged.
     """
-    try:
+    with decoding(path):
         group = zarr.open_group(path, mode="a", zarr_format=3)
-    except (OSError, ValueError, KeyError) as error:
-        raise BuilderError(
-            f"{path} is damaged ({error}): run `hierarchy-builder repair`, or start its stage over with --fresh"
-        ) from None
     if group.attrs.get("format_version") != FORMAT_VERSION:
         group.attrs["format_version"] = FORMAT_VERSION
     for name, array in layout.items():
@@ -109,6 +110,9 @@ def create(path: Path, layout: Layout) -> None:
                 )
             continue
         _create_array(group, name, array)
+    for name in ("", *layout):
+        sync(path / name / "zarr.json")
+        sync(path / name)
 
 
 def damaged_layout(path: Path, layout: Layout) -> list[str]:
@@ -117,13 +121,22 @@ def damaged_layout(path: Path, layout: Layout) -> list[str]:
     damaged = [] if is_store(path) else ["."]
     for name, array in layout.items():
         try:
-            found = zarr.open_array(path / name, mode="r").metadata
-        except (OSError, ValueError, KeyError, TypeError):
+            with decoding(path / name):
+                found = zarr.open_array(path / name, mode="r").metadata
+        except VerificationError:
             damaged.append(name)
             continue
         if found != _create_array(expected, name, array).metadata:
             damaged.append(name)
     return damaged
+
+
+def require_layout(path: Path, layout: Layout) -> None:
+    """Raise VerificationError unless the arrays of a store are described as `create` writes them."""
+    if damaged := damaged_layout(path, layout):
+        raise VerificationError(
+            f"{path / damaged[0] / 'zarr.json'} is missing or not as it was written: run `hierarchy-builder repair`"
+        )
 
 
 def repair_layout(path: Path, layout: Layout) -> None:
@@ -139,36 +152,84 @@ def grow(path: Path, *, num_rows: int, num_blocks: int) -> None:
         length = num_blocks if name.startswith("block_") else num_rows
         if array.shape[0] < length:
             array.resize((length, *array.shape[1:]))
+            sync(path / name / "zarr.json")
 
 
-def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Write the rows of `block` into each named array, or its one value into a `block_` array.
+Written = dict[str, dict[str, str]]
+"""What a marker tells of the arrays a unit wrote: `digests`, the SHA-256 of their values, and `files`."""
 
-    Returns the SHA-256 of each. Raises BuilderError on a wrong shape.
+
+def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> Written:
+    """Write the rows of `block` into each named array, or its one value into a `block_` array, and synchronise them.
+
+    Returns `digests` and `files` by array. Raises BuilderError on a wrong shape.
     """
-    group, digests = open_store(path, "r+"), {}
+    group, written = open_store(path, "r+"), Written(digests={}, files={})
     for name, values in arrays.items():
-        target, rows = array_of(group, name), _rows_of(name, block)
+        target, rows = array_of(group, name), rows_of(name, block)
         expected = (rows.stop - rows.start, *target.shape[1:])
         if values.shape != expected:
             raise BuilderError(
                 f"{path}/{name}: block {block.number} has shape {values.shape}, expected {expected}"
             )
         # zarr reads the last shard, which is short, before it writes it, and fails if the shard is damaged.
-        shard_file(path, name, block.number).unlink(missing_ok=True)
+        file = _shard_file(path, name, target, block.number)
+        file.unlink(missing_ok=True)
         target[rows] = values
-        digests[name] = _digest(values, target.dtype)
-    return digests
+        if file.exists():
+            for place in (file, *itertools.takewhile(lambda parent: parent != path, file.parents)):
+                sync(place)
+        written["digests"][name] = _digest(values, target.dtype)
+        written["files"][name] = _file_digest(file, target)
+    return written
 
 
 def shard_file(path: Path, name: str, number: int) -> Path:
-    """Return the file that holds the rows of block `number` of one array."""
-    num_axes = len(array_of(open_store(path), name).shape)
-    return path.joinpath(name, "c", str(number), *"0" * (num_axes - 1))
+    """Return the file that holds the rows of block `number` of one array; there is none where all values are 0."""
+    return _shard_file(path, name, array_of(open_store(path), name), number)
 
 
-def write_block_moments(path: Path, block: Block, moments: Moments) -> dict[str, str]:
-    """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`; returns the SHA-256 of each."""
+def _shard_file(path: Path, name: str, array: zarr.Array, number: int) -> Path:
+    return path.joinpath(name, "c", str(number), *"0" * (len(array.shape) - 1))
+
+
+def file_digest(path: Path, name: str, number: int) -> str:
+    """Return the SHA-256 over the length, the index and the crc32c of every chunk of the file of a block.
+
+    Since zarr checks a chunk and the index with their crc32c when it reads them, this stands for every byte of the file
+    and costs a few small reads. A file that is not there gives the digest of an empty one.
+    """
+    array = array_of(open_store(path), name)
+    return _file_digest(_shard_file(path, name, array, number), array)
+
+
+def _file_digest(file: Path, array: zarr.Array) -> str:
+    digest = hashlib.sha256()
+    if file.is_file():
+        with file.open("rb") as content:
+            length, (index, places) = content.seek(0, os.SEEK_END), _shard_index(content, array)
+            digest.update(length.to_bytes(8, "little") + index)
+            for offset, size in places[places[:, 1] != NOT_STORED].tolist():
+                if offset + size <= length and size >= CHECKSUM_BYTES:  # else the index itself is damaged
+                    content.seek(offset + size - CHECKSUM_BYTES)
+                    digest.update(content.read(CHECKSUM_BYTES))
+    return digest.hexdigest()
+
+
+def _shard_index(content: BinaryIO, array: zarr.Array) -> tuple[bytes, np.ndarray]:
+    """Return the bytes at the end of the file of a shard, and offset and length of each chunk, uint64 [chunks, 2]."""
+    length = content.seek(0, os.SEEK_END)
+    if array.shards is None:  # the file of a `block_` array is one chunk
+        return b"", np.array([[0, length]], np.uint64)
+    per_shard = array.shards[0] // array.chunks[0]
+    content.seek(max(0, length - shard_index_bytes(per_shard)))
+    index = content.read()
+    whole = index.ljust(shard_index_bytes(per_shard), b"\0")
+    return index, np.frombuffer(whole[: 16 * per_shard], "<u8").reshape(per_shard, 2)
+
+
+def write_block_moments(path: Path, block: Block, moments: Moments) -> Written:
+    """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`; returns what `write_block` returns."""
     values = zip(MOMENTS, (moments.count, moments.mean, moments.m2), strict=True)
     return write_block(path, block, {name: np.asarray(value)[None] for name, value in values})
 
@@ -187,24 +248,20 @@ def read_written(path: Path, block: Block, name: str) -> tuple[np.ndarray, str]:
 
 def read_block(path: Path, name: str, block: Block) -> np.ndarray:
     """Return the rows of `block` of one array, one of a `block_` array. Raises BuilderError when they are damaged."""
-    return read_rows(open_store(path), name, _rows_of(name, block))
+    return read_rows(open_store(path), name, rows_of(name, block))
 
 
 def read_rows(group: zarr.Group, name: str, rows: slice | np.ndarray) -> np.ndarray:
     """Return rows of one array; an index array must rise. Raises BuilderError when they are damaged."""
     array = array_of(group, name)
-    try:
+    with decoding(f"{group.store_path}/{name}: rows are"):
         return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
-    except (ValueError, RuntimeError) as error:
-        raise BuilderError(
-            f"{group.store_path}/{name}: rows are damaged ({error}): run `hierarchy-builder verify`"
-        ) from None
 
 
 def chunk_bytes(path: Path, name: str) -> np.ndarray:
     """Return the bytes of each chunk of an array on disk, int64 in the order of rows; 0 where all values are 0.
 
-    The file of a shard ends with an index: offset and length of each of its chunks, and a checksum of 4 bytes.
+    The file of a shard ends with an index: offset and length of each of its chunks, and a checksum.
     """
     array = array_of(open_store(path), name)
     assert array.shards is not None
@@ -214,23 +271,20 @@ def chunk_bytes(path: Path, name: str) -> np.ndarray:
         file = shard_file(path, name, number)
         if file.is_file():
             with file.open("rb") as content:
-                content.seek(-shard_index_bytes(per_shard), os.SEEK_END)
-                found = np.frombuffer(content.read(16 * per_shard), "<u8").reshape(per_shard, 2)[:, 1]
+                found = _shard_index(content, array)[1][:, 1]
             row[:] = np.where(found == NOT_STORED, 0, found)
     return sizes.ravel()[: -(-array.shape[0] // array.chunks[0])]
 
 
 def shard_index_bytes(num_chunks: int) -> int:
     """Return the bytes of the index of a shard with `num_chunks` chunks."""
-    return 16 * num_chunks + 4
+    return 16 * num_chunks + CHECKSUM_BYTES
 
 
 def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """Open a store. Raises BuilderError when it is missing, damaged or of another format version."""
-    try:
+    with decoding(path):
         group = zarr.open_group(path, mode=mode)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BuilderError(f"{path} is missing or not a zarr store: {error}") from None
     version = group.attrs.get("format_version")
     if version != FORMAT_VERSION:
         raise BuilderError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
@@ -248,21 +302,19 @@ def is_store(path: Path) -> bool:
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array:
     """Return one array of a store. Raises BuilderError naming the arrays that exist if it is missing."""
-    try:
+    with decoding(f"{group.store_path}/{name} is"):
+        if name not in group:
+            raise VerificationError(
+                f"{group.store_path} has no array {name!r}, found {sorted(group.keys())}: "
+                "run `hierarchy-builder repair`"
+            )
         array = group[name]
-    except KeyError:
-        raise BuilderError(
-            f"{group.store_path} has no array {name!r}, found {sorted(group.keys())}"
-        ) from None
-    except ValueError as error:
-        raise BuilderError(
-            f"{group.store_path}/{name} is damaged ({error}): start its stage over with --fresh"
-        ) from None
-    assert isinstance(array, zarr.Array)
+        if not isinstance(array, zarr.Array):
+            raise TypeError("it is no array")
     return array
 
 
-def _rows_of(name: str, block: Block) -> slice:
+def rows_of(name: str, block: Block) -> slice:
     """Return where one array holds the values of `block`."""
     is_per_block = name.startswith("block_")
     return slice(block.number, block.number + 1) if is_per_block else slice(block.start, block.stop)

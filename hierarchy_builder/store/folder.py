@@ -20,7 +20,7 @@ OWN_FILES = r"""
   | ledger/(?:manifest\.json|listing\.parquet|\w+/\d{6}\.json)
   | (?:features\.zarr|regions\.zarr|regions\.zarr\.recut)/(?:(?:\w+/)?zarr\.json|\w+/c(?:/\d+)+)
   | parts/\d{6}\.(?:tar|npz)
-  | vocabulary/(?:tokens-\d{6}\.npy|state\.npz)
+  | vocabulary/(?:tokens-\d{6}\.np[yz]|state\.npz)
   | shards/(?:SPLIT-\d{6}\.(?:tar|json)|(?:index|class_map)\.json|(?:statistics|vocabulary)\.npz|README\.md|_SUCCESS)
 """
 """Pattern of the relative paths of all files that a build writes; only files that match are ever removed."""

@@ -1,20 +1,23 @@
 """The manifest and the markers: with what each stage was made, and which of its units are finished.
 
 manifest.json holds, for every stage, all that decides its result, and the hash of it. ledger/<stage>/NNNNNN.json marks
-one finished unit and holds the same hash, so that a marker of another configuration is ignored.
+one finished unit and holds the same hash, so that a marker of another configuration is ignored. Both are sealed: each
+holds a checksum of itself, without which a flipped bit would be copied into everything that is made from them.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hierarchy_builder import __version__
-from hierarchy_builder.errors import BuilderError, ConfigMismatchError
-from hierarchy_builder.fields import config_hash
-from hierarchy_builder.files import read_json, write_json
+from hierarchy_builder.config import ShardConfig
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError
+from hierarchy_builder.fields import config_hash, from_mapping, to_mapping
+from hierarchy_builder.files import RECORD_VERSION, decoding, read_record, write_json, write_record
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder
 
@@ -49,52 +52,90 @@ class Ledger:
     def is_done(self, unit: int) -> bool:
         """Whether `unit` was finished with this configuration; a damaged marker is ignored."""
         try:
-            return read_json(self.marker(unit)).get("stage_hash") == self.stage_hash
+            self.result(unit)
         except BuilderError:
             return False
+        return True
 
     def finish(self, unit: int, result: Mapping[str, Any]) -> None:
         """Write the marker of `unit`; call this only after everything the unit wrote is on disk."""
-        write_json(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
+        write_record(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
 
-    def results(self, units: Iterable[int]) -> list[dict[str, Any]]:
-        """Return the content of the markers of `units`, in that order. Raises BuilderError when one is missing."""
-        found = [read_json(self.marker(unit)) for unit in units]
-        for unit, result in zip(units, found, strict=True):
-            if result.get("stage_hash") != self.stage_hash:
-                raise BuilderError(
-                    f"{self.marker(unit)} belongs to another configuration: run the stage again"
-                )
-        return found
+    def result(self, unit: int) -> Marker:
+        """Return a marker. Raises BuilderError when it is missing, damaged or of another configuration."""
+        marker = read_marker(self.marker(unit))
+        if (marker.get("stage_hash"), marker.get("unit")) != (self.stage_hash, unit):
+            raise BuilderError(f"{marker.path} belongs to another configuration or unit: run the stage again")
+        return marker
+
+    def results(self, units: Iterable[int]) -> list[Marker]:
+        """Return the content of the markers of `units`, in that order; see `result`."""
+        return [self.result(unit) for unit in units]
+
+
+class Marker(dict[str, Any]):
+    """The fields of a marker; one that is not there is damage and no KeyError."""
+
+    path: Path
+
+    def __missing__(self, name: str) -> Any:
+        raise VerificationError(
+            f"{self.path} has no {name}, so it is damaged: run `hierarchy-builder repair`, or remove it and run its "
+            "stage again"
+        )
+
+
+REOPENED = "reopened"
+"""Takes the place of the stage hash in the marker of a unit that is done again, but for the rows that stay."""
+
+
+def rewrite_marker(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a marker with other fields; one without a seal, of an earlier release, gets none: nobody checked it."""
+    (write_record if "format_version" in content else write_json)(path, content)
+
+
+def read_marker(path: Path) -> Marker:
+    """Read the marker of any configuration. Raises BuilderError when it is missing or damaged."""
+    marker = Marker(read_record(path))
+    marker.path = path
+    if marker.get("format_version", 1) not in (1, RECORD_VERSION):
+        raise BuilderError(
+            f"{path} has format version {marker['format_version']}, expected 1 to {RECORD_VERSION}"
+        )
+    return marker
 
 
 def read_manifest(folder: BuildFolder) -> dict[str, Any]:
     """Return the manifest of a build, or an empty one. Raises BuilderError for another format version."""
     if not folder.manifest.exists():
-        return {"format_version": FORMAT_VERSION, "stages": {}}
+        return {"format_version": RECORD_VERSION, "stages": {}}
     return check_manifest(folder.manifest)
 
 
 def check_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest or its copy. Raises BuilderError when it is missing, damaged or of another format version."""
-    manifest = read_json(path)
+    manifest = read_record(path)
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in range(1, RECORD_VERSION + 1):
         raise BuilderError(
-            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
+            f"{path} has format version {version}, this release reads 1 to {RECORD_VERSION}: "
             "use the release that wrote it, or build again into another folder"
         )
-    if not isinstance(manifest.get("stages"), dict):
-        raise BuilderError(
-            f"{path} has no stages: run `hierarchy-builder repair`, or remove it and begin again"
+    with decoding(path, "run `hierarchy-builder repair`, or remove it and run the same command again"):
+        entries = manifest["stages"].items()
+        changed = [stage for stage, entry in entries if entry["hash"] != hash_of(stage, entry["inputs"])]
+    if changed:
+        raise VerificationError(
+            f"{path} is damaged: the inputs of {', '.join(changed)} do not have the hash that is stored with them: "
+            "run `hierarchy-builder repair`"
         )
     return manifest
 
 
 def write_manifest(folder: BuildFolder, manifest: Mapping[str, Any]) -> None:
     """Write the manifest and its copy."""
-    write_json(folder.manifest, manifest)
-    write_json(folder.manifest_copy, manifest)
+    write_record(folder.manifest, manifest)
+    write_record(folder.manifest_copy, manifest)
 
 
 def stage_entry(folder: BuildFolder, stage: str) -> dict[str, Any]:
@@ -270,12 +311,15 @@ def _describe_mismatch(
     folder: BuildFolder, stage: str, stored: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> str:
     has_grown = stage == "extract" and asked.get("num_images", 0) > stored.get("num_images", 0)
+    is_stale = stage == "shard" and stored.get("config") == asked.get("config")
     lines = [
         f"  {name}: {before!r} there, {now!r} now"
         for name, before, now in differences(dict(stored), dict(asked))
     ]
     if stage in ("extract", "fuse"):
         again = "start over with --fresh"
+    elif is_stale:
+        again = f"make it again as it was: {again_command(folder, stage)}"
     else:
         again = (
             f"start over with the flags you want: hierarchy-builder {VERBS[stage]} {folder.root} … --fresh"
@@ -286,6 +330,18 @@ def _describe_mismatch(
         + ("\nappend the new images with --accept-new-files" if has_grown else "")
         + f"\nrepeat the command with the stored values, choose another folder, or {again}"
     )
+
+
+def again_command(folder: BuildFolder, stage: str) -> str:
+    """Return the command that makes a stage again, with the options it was made with."""
+    words = ["hierarchy-builder", *VERBS[stage].split(), str(folder.root)]
+    if stage == "shard":
+        asked = to_mapping(from_mapping(ShardConfig, stage_entry(folder, stage)["request"], stage))
+        usual = to_mapping(ShardConfig())
+        for name in (name for name, value in asked.items() if value != usual[name]):
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if asked[name] is True else [flag, str(asked[name])]
+    return shlex.join([*words, "--fresh", "--yes"])
 
 
 def differences(

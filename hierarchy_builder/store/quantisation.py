@@ -16,8 +16,8 @@ from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.hierarchy.agreement import adjusted_rand
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.records import spread_evenly
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.stored import Stored
 
 LARGEST = 127
 """Largest int8 in use: −128 is left out, so that the range is symmetric and zero stays zero."""
@@ -52,7 +52,7 @@ def measure_quantisation(folder: BuildFolder, recipe: HierarchyRecipe, rows: np.
     the best one-to-one matching of regions before and after) and `agreement` (mean adjusted Rand index).
     """
     chosen = rows[spread_evenly(len(rows), SAMPLED_IMAGES)]
-    exact = stores.read_rows(stores.open_store(folder.features), "features", chosen).astype(np.float32)
+    exact = Stored(folder).rows("features", chosen).astype(np.float32)
     stored = dequantise(*quantise(exact))
     before, after = (build_hierarchy(values, recipe).regions for values in (exact, stored))
     levels = range(before.shape[1])

@@ -30,9 +30,8 @@ from hierarchy_builder.records import (
     SCALE_MEMBER,
     Block,
 )
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.ledger import is_fused, read_manifest, stage_entry
+from hierarchy_builder.store.ledger import is_fused, open_ledger, read_manifest, stage_entry
 from hierarchy_builder.store.quantisation import measure_quantisation
 from hierarchy_builder.store.shards import shard_name, sidecar
 from hierarchy_builder.store.statistics import (
@@ -43,6 +42,7 @@ from hierarchy_builder.store.statistics import (
     read_part_scatter,
     write_statistics,
 )
+from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import stage_units, usable_rows
 from hierarchy_builder.terminal import counted
 
@@ -59,11 +59,14 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
     if config.feature_dtype == "int8":
         index["quantisation"] = _quantisation(folder, index["recipe"])
     write_json(shards / "index.json", index)
-    write_json(shards / "class_map.json", read_json(folder.class_map))
+    write_json(
+        shards / "class_map.json",
+        stage_entry(folder, "extract").get("class_map") or read_json(folder.class_map),
+    )
     joint = dataset_joint_moments(folder) if config.covariance else None
     write_statistics(shards / "statistics.npz", dataset_moments(folder), joint)
     if index["vocabulary"]:
-        write_bytes(shards / folder.vocabulary.name, folder.vocabulary.read_bytes())
+        write_bytes(shards / folder.vocabulary.name, fitted_vocabulary(folder).read_bytes())
     else:
         folder.remove(shards / folder.vocabulary.name)
     write_bytes(shards / "README.md", card_of(index).encode())
@@ -83,7 +86,8 @@ def write_success(shards: Path, count: int) -> None:
 
 def dataset_moments(folder: BuildFolder) -> Moments:
     """Merge the moments of all usable features by position and channel over a fixed tree of blocks."""
-    return merge_tree(_moments(folder, block) for block in stage_units(folder, "extract"))
+    stored = _stored(folder)
+    return merge_tree(_moments(folder, block, stored) for block in stage_units(folder, "extract"))
 
 
 def dataset_joint_moments(folder: BuildFolder) -> Moments:
@@ -91,22 +95,29 @@ def dataset_joint_moments(folder: BuildFolder) -> Moments:
 
     Raises BuilderError when the scatter matrices of the blocks were not computed.
     """
-    return merge_tree(_joint_moments(folder, block) for block in stage_units(folder, "extract"))
+    stored = _stored(folder)
+    return merge_tree(_joint_moments(folder, block, stored) for block in stage_units(folder, "extract"))
 
 
-def _joint_moments(folder: BuildFolder, block: Block) -> Moments:
-    channel = per_channel(_moments(folder, block))
-    if is_fused(folder):
-        scatter = read_part_scatter(folder, block.number)
+def _joint_moments(folder: BuildFolder, block: Block, stored: Stored | None) -> Moments:
+    channel = per_channel(_moments(folder, block, stored))
+    if stored is None:
+        marker = open_ledger(folder, "fuse").result(block.number)
+        scatter = read_part_scatter(folder, block.number, marker)
     else:
-        scatter = stores.read_block(folder.features, "block_scatter", block)[0]
+        scatter = stored.block("block_scatter", block)[0]
     return Moments(channel.count, channel.mean, scatter)
 
 
-def _moments(folder: BuildFolder, block: Block) -> Moments:
-    if is_fused(folder):
-        return read_part_moments(folder, block.number)
-    return stores.read_block_moments(folder.features, block)
+def _moments(folder: BuildFolder, block: Block, stored: Stored | None) -> Moments:
+    if stored is not None:
+        return stored.moments(block)
+    return read_part_moments(folder, block.number, open_ledger(folder, "fuse").result(block.number))
+
+
+def _stored(folder: BuildFolder) -> Stored | None:
+    """The stores of a build, or None for a fused one, whose parts take their place."""
+    return None if is_fused(folder) else Stored(folder)
 
 
 def remove_surplus(folder: BuildFolder, split: str, num_shards: int) -> None:

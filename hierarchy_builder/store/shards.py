@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import atomic_file, readable_json, write_json
+from hierarchy_builder.files import atomic_file, decoding, readable_json, write_json
 from hierarchy_builder.images.keys import check_key
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
@@ -72,15 +72,15 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
     for name in (FEATURES_MEMBER, REGIONS_MEMBER, LABEL_MEMBER, METADATA_MEMBER):
         if name not in members:
             raise BuilderError(f"sample {key} has no {name}, found {', '.join(sorted(members)) or 'nothing'}")
-    try:
+    with decoding(f"sample {key} is"):
         arrays = {
             name: np.load(io.BytesIO(members[name]), allow_pickle=False)
             for name in ARRAY_MEMBERS
             if name in members
         }
         label, metadata = int(members[LABEL_MEMBER]), json.loads(members[METADATA_MEMBER])
-    except ValueError as error:
-        raise BuilderError(f"sample {key} is damaged: {error}") from None
+        if not isinstance(metadata, dict):
+            raise TypeError(f"{METADATA_MEMBER} is no object")
     if (arrays[FEATURES_MEMBER].dtype == np.int8) != (SCALE_MEMBER in arrays):
         raise BuilderError(
             f"sample {key} has {FEATURES_MEMBER} of {arrays[FEATURES_MEMBER].dtype} "

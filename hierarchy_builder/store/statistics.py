@@ -8,8 +8,9 @@ Source: Chan, Golub and LeVeque (1979), pairwise update of mean and M2.
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files import decoding, write_bytes
 from hierarchy_builder.store.folder import BuildFolder
 
 SCATTER_VALUES = 2**22
@@ -144,38 +145,44 @@ def statistics_arrays(position: Moments, joint: Moments | None) -> dict[str, Any
 
 def write_part_moments(
     folder: BuildFolder, part: int, moments: Moments, scatter: np.ndarray | None = None
-) -> None:
-    """Write count, mean and M2 (float64 [H,W,C]) of the rows of a part. scatter: float64 [C,C] of its tokens."""
+) -> str:
+    """Write count, mean and M2 (float64 [H,W,C]) of the rows of a part. scatter: float64 [C,C] of its tokens.
+
+    Returns the SHA-256 of the file.
+    """
     arrays: dict[str, Any] = {"count": np.int64(moments.count), "mean": moments.mean, "m2": moments.m2}
     if scatter is not None:
         arrays["scatter"] = scatter
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     write_bytes(folder.part_moments(part), buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_part_moments(folder: BuildFolder, part: int) -> Moments:
-    """Read what `write_part_moments` wrote. Raises BuilderError when it is missing or damaged."""
-    arrays = _read_arrays(folder, part, ("count", "mean", "m2"))
+def read_part_moments(folder: BuildFolder, part: int, marker: Mapping[str, Any]) -> Moments:
+    """Read what `write_part_moments` wrote. Raises BuilderError when it is not what the part's marker tells."""
+    arrays = _read_arrays(folder, part, marker, ("count", "mean", "m2"))
     return Moments(int(arrays["count"]), arrays["mean"], arrays["m2"])
 
 
-def read_part_scatter(folder: BuildFolder, part: int) -> np.ndarray:
+def read_part_scatter(folder: BuildFolder, part: int, marker: Mapping[str, Any]) -> np.ndarray:
     """Read the scatter matrix [C,C] of a part. Raises BuilderError when the build began without --covariance."""
-    return _read_arrays(folder, part, ("scatter",))["scatter"]
+    return _read_arrays(folder, part, marker, ("scatter",))["scatter"]
 
 
-def _read_arrays(folder: BuildFolder, part: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+def _read_arrays(
+    folder: BuildFolder, part: int, marker: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, np.ndarray]:
     path = folder.part_moments(part)
-    try:
-        with np.load(path, allow_pickle=False) as stored:
+    with decoding(path):
+        content = path.read_bytes()
+        expected = marker.get("moments_sha256")  # absent in builds of earlier releases
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise ValueError("it is not the file that was written")
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            if missing := [name for name in names if name not in stored]:
+                raise BuilderError(
+                    f"{path} has no {missing[0]}: a fused build takes --covariance only from its beginning, "
+                    "start it over with --fresh"
+                )
             return {name: stored[name] for name in names}
-    except KeyError as error:
-        raise BuilderError(
-            f"{path} has no {error.args[0]}: a fused build takes --covariance only from its beginning, "
-            "start it over with --fresh"
-        ) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise BuilderError(
-            f"{path} is missing or damaged ({error}): remove it and run the same command again"
-        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -12,12 +13,21 @@ import numpy as np
 
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import readable_json, size_on_disk
+from hierarchy_builder.files import decoding, readable_json, size_on_disk
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, status_name
-from hierarchy_builder.store.ledger import STAGES, VERBS, is_fused, open_ledger, read_manifest, stage_entry
+from hierarchy_builder.store.index import status_name
+from hierarchy_builder.store.ledger import (
+    REOPENED,
+    STAGES,
+    VERBS,
+    Ledger,
+    is_fused,
+    open_ledger,
+    read_manifest,
+    stage_entry,
+)
 from hierarchy_builder.store.shards import sample_bytes
 
 
@@ -38,7 +48,7 @@ def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
     if missing:
         raise BuilderError(
             f"{folder.root}: {stage} has done {len(units) - len(missing)} of {len(units)} units: "
-            f"run `hierarchy-builder {VERBS[stage]} {folder.root}` again to finish it"
+            f"run `hierarchy-builder {VERBS['fuse' if is_fused(folder) else stage]} {folder.root}` again to finish it"
         )
     return entry
 
@@ -53,7 +63,8 @@ def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
         return blocks_of(num_rows, block_rows)
     config = ShardConfig(**stage_entry(folder, "shard")["inputs"]["config"])
     return blocks_of(
-        len(usable_rows(folder)), samples_per_shard(config, extracted, stage_entry(folder, "cluster"))
+        len(usable_rows(folder, unfinished=True)),
+        samples_per_shard(config, extracted, stage_entry(folder, "cluster")),
     )
 
 
@@ -91,7 +102,10 @@ def state_of(folder: BuildFolder, stage: str, num_missing: int) -> str:
     stages = read_manifest(folder)["stages"]
     inputs = stages[stage]["inputs"] if stage != "fuse" else {}  # made from no other stage
     made_from = {name: value for name, value in inputs.items() if name in STAGES and value}
-    if any(name not in stages or stages[name]["hash"] != value for name, value in made_from.items()):
+    is_linked_since = stage == "shard" and not inputs.get("link") and "link" in stages
+    if is_linked_since or any(
+        name not in stages or stages[name]["hash"] != value for name, value in made_from.items()
+    ):
         return "out of date"
     return "unfinished" if num_missing else "done"
 
@@ -107,13 +121,39 @@ def relative_source(folder: BuildFolder, source: str) -> str:
     return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
 
 
-def usable_rows(folder: BuildFolder) -> np.ndarray:
-    """Return the rows of the index whose features are usable: int64, rising."""
-    if is_fused(folder):
-        names = read_index(folder.index).column("status").to_pylist()
-        return np.flatnonzero(np.array(names) == status_name(Status.OK))
-    status = stores.read_rows(stores.open_store(folder.features), "status", slice(None))
-    return np.flatnonzero(status == Status.OK)
+def outcomes_so_far(folder: BuildFolder) -> list[Mapping[str, Any]]:
+    """Return the outcome of every row as the markers tell it, empty for rows that are not done.
+
+    Rows of units that were reopened (`ledger.REOPENED`) are among those that are told.
+    """
+    stage = "fuse" if is_fused(folder) else "extract"
+    ledger, found = open_ledger(folder, stage), list[Mapping[str, Any]]()
+    for block in stage_units(folder, stage):
+        known = list[Mapping[str, Any]]()
+        for each in (ledger, Ledger(ledger.folder, REOPENED)):
+            with contextlib.suppress(BuilderError):
+                known = each.result(block.number)["outcomes"]
+        found += [*known, *[{}] * (len(block) - len(known))]
+    return found
+
+
+def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
+    """Return the rows of the index whose features are usable, from the markers of their blocks: int64, rising.
+
+    unfinished: leave out blocks without a whole marker; otherwise they raise BuilderError.
+    """
+    stage, ok = "fuse" if is_fused(folder) else "extract", status_name(Status.OK)
+    ledger, usable = open_ledger(folder, stage), list[int]()
+    for block in stage_units(folder, stage):
+        try:
+            outcomes = ledger.result(block.number)["outcomes"]
+        except BuilderError:
+            if not unfinished:
+                raise
+            continue
+        with decoding(ledger.marker(block.number)):
+            usable += [row for row, outcome in enumerate(outcomes, block.start) if outcome["status"] == ok]
+    return np.array(usable, np.int64)
 
 
 def store_layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:

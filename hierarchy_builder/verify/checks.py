@@ -7,7 +7,6 @@ flipped bit. What can be computed from other files of the build is compared with
 from __future__ import annotations
 
 import tarfile
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +18,22 @@ import numpy as np
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import read_json, readable_json, sha256_file
+from hierarchy_builder.files import decoding, read_json, readable_json, sha256_file
 from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
-from hierarchy_builder.images.sources import listing_hash
+from hierarchy_builder.images.originals import changed_images, describe_changed
+from hierarchy_builder.images.sources import listing_hash, open_reader
 from hierarchy_builder.records import REGION_DTYPE, Block, ImageRecord, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import (
-    VERBS,
     Ledger,
+    again_command,
     check_manifest,
     is_fused,
     open_ledger,
     recorded_stages,
+    stage_entry,
 )
 from hierarchy_builder.store.samples import FACTS, make_sample
 from hierarchy_builder.store.shard_set import (
@@ -44,7 +45,16 @@ from hierarchy_builder.store.shard_set import (
 )
 from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name, sidecar
 from hierarchy_builder.store.statistics import read_part_moments, statistics_arrays
-from hierarchy_builder.store.units import finished_stage, layout_of, stage_units, state_of, usable_rows
+from hierarchy_builder.store.stored import Stored, is_as_written
+from hierarchy_builder.store.units import (
+    finished_stage,
+    layout_of,
+    outcomes_so_far,
+    stage_units,
+    state_of,
+    stored_source,
+    usable_rows,
+)
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 
@@ -92,6 +102,11 @@ def find_damage(folder: BuildFolder) -> Iterator[Damage]:
     except BuilderError as error:
         yield Damage(stage=MANIFEST, text=f"{error}; nothing else was checked")
         return
+    copy = folder.manifest_copy
+    if not copy.is_file() or copy.read_bytes() != folder.manifest.read_bytes():
+        yield Damage(
+            stage=MANIFEST, text=f"{copy} is missing or differs from {folder.manifest.name}, which it copies"
+        )
     damaged_blocks = set[int | None]()
     checks: dict[str, Check] = {
         "extract": _check_extract,
@@ -103,23 +118,34 @@ def find_damage(folder: BuildFolder) -> Iterator[Damage]:
     }
     for stage in (name for name in checks if name in stages):
         if state_of(folder, stage, 0) == "out of date":
-            again = f"hierarchy-builder {VERBS[stage]} {folder.root} --fresh"
-            text = f"{stage} is out of date, since an earlier stage has changed: run `{again}`"
+            text = f"{stage} is out of date, since an earlier stage has changed: run `{again_command(folder, stage)}`"
             yield Damage(stage=stage, text=text, is_stale=True)
             continue
+        if stage == "shard" and not _rows_are_known(folder):
+            continue  # which rows a tar holds is known when the markers of extract are whole
         for damage in _check_stage(folder, stage, checks[stage]):
-            if stage != "shard":
+            if stage != "shard" and not damage.is_stale:
                 damaged_blocks.add(damage.unit)
             yield damage
 
 
+def _rows_are_known(folder: BuildFolder) -> bool:
+    try:
+        usable_rows(folder)
+    except BuilderError:
+        return False
+    return True
+
+
 def _check_stage(folder: BuildFolder, stage: str, check: Check) -> Iterator[Damage]:
     try:
-        path, layout = layout_of(folder, stage)
-        for name in stores.damaged_layout(path, layout) if layout else []:
-            yield Damage(stage=stage, text=f"{path / name / 'zarr.json'} is not as it was made")
-        yield from _check_markers(folder, stage)
-        yield from check(folder, recorded_stages(folder))
+        # A marker of an earlier release has no seal, so its fields may be of any kind.
+        with decoding(f"{folder.ledger(stage)}: markers are"):
+            path, layout = layout_of(folder, stage)
+            for name in stores.damaged_layout(path, layout) if layout else []:
+                yield Damage(stage=stage, text=f"{path / name / 'zarr.json'} is not as it was made")
+            yield from _check_markers(folder, stage)
+            yield from check(folder, recorded_stages(folder))
     except BuilderError as error:
         yield Damage(stage=stage, text=f"{stage}: {error}")
 
@@ -157,7 +183,7 @@ def _check_blocks(
     path, layout = layout_of(folder, stage)
     for block in stage_units(folder, "extract"):
         if ledger.is_done(block.number):
-            marker = read_json(ledger.marker(block.number))
+            marker = ledger.result(block.number)
             for text in _block_problems(path, layout, block, marker, check):
                 yield Damage(stage=stage, unit=block.number, text=f"{path}, block {block.number}: {text}")
 
@@ -172,18 +198,19 @@ def _block_problems(
         except BuilderError as error:
             yield str(error)
             continue
-        if marker.get("digests", {}).get(name, digest) != digest:
+        if marker["digests"].get(name) != digest or not is_as_written(path, name, block, marker):
             yield f"{name} are not those that were written"
     if len(arrays) == len(layout):
         yield from _then_error(check(block, arrays, marker))
 
 
 def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
-    yield from _check_listing(folder, stages["extract"])
+    yield from _check_listing(folder, "extract", stages["extract"])
+    yield from _check_photos(folder, "extract")
 
     def check(block: Block, arrays: Mapping[str, np.ndarray], marker: Mapping[str, Any]) -> Iterator[str]:
         features, status = arrays["features"], arrays["status"]
-        recorded = [outcome["status"] for outcome in marker["outcomes"]]
+        recorded = [outcome.get("status") for outcome in marker["outcomes"]]
         if [status_name(Status(value)) for value in status.tolist()] != recorded:
             yield "status differs from the marker"
         usable = features[status == Status.OK]
@@ -200,56 +227,85 @@ def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[D
 
 def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
     """Check the listing of a fused build and the statistics of its blocks; if these are whole, its shards."""
-    yield from _check_listing(folder, stages["extract"])
-    lost = list[Damage]()
-    for block in stage_units(folder, "fuse"):
+    yield from _check_listing(folder, "fuse", stages["extract"])
+    yield from _check_photos(folder, "fuse")
+    lost, ledger = list[Damage](), open_ledger(folder, "fuse")
+    for block in (unit for unit in stage_units(folder, "fuse") if ledger.is_done(unit.number)):
         try:
-            read_part_moments(folder, block.number)
+            read_part_moments(folder, block.number, ledger.result(block.number))
         except BuilderError as error:
             lost.append(Damage(stage="fuse", unit=block.number, text=str(error)))
-    yield from lost or _check_shards(folder, stages)
+    if lost or not _rows_are_known(folder):
+        yield from lost
+        return
+    yield from _check_markers(folder, "shard")
+    yield from _check_shards(folder, stages)
 
 
-def _check_listing(folder: BuildFolder, entry: Mapping[str, Any]) -> Iterator[Damage]:
-    for text in _listing_problems(folder, entry["inputs"]["listing_hash"]):
-        yield Damage(stage="extract", text=text)
+def _check_listing(folder: BuildFolder, stage: str, entry: Mapping[str, Any]) -> Iterator[Damage]:
+    """Check the listing and the index against the manifest and the markers, and the class map."""
+    for path in (folder.listing, folder.index):
+        for text in _then_error(_listing_problems(path, entry)):
+            yield Damage(stage="extract", text=text)
+    try:
+        listing, index = records_of(read_index(folder.listing)), read_index(folder.index)
+        if records_of(index) != listing:
+            text = f"{folder.index}: rows are in another order than in {folder.listing.name}"
+            yield Damage(stage="extract", text=text)
+        yield from _check_outcomes(folder, stage, index.select(OUTCOME_COLUMNS).to_pylist())
+    except BuilderError:
+        pass  # said above
     if "class_map" in entry:
         for text in _then_error(_class_map_problems(folder.class_map, entry["class_map"])):
             yield Damage(stage="extract", text=text)
 
 
-def _listing_problems(folder: BuildFolder, expected_hash: str) -> Iterator[str]:
-    """Check the listing and the index against the manifest and the markers."""
-    outcomes = _recorded_outcomes(folder)
-    for path in (folder.listing, folder.index):
-        try:
-            table = read_index(path)
-            if listing_hash(records_of(table)) != expected_hash:
-                yield f"{path} is not the listing the build was made from"
-        except (BuilderError, ValueError) as error:
-            yield f"{path}: {error}"
-            continue
-        if path == folder.index and outcomes is not None:
-            if table.select(OUTCOME_COLUMNS).to_pylist() != outcomes:
-                yield f"{path}: outcomes differ from those of the markers"
-            if records_of(table) != records_of(read_index(folder.listing)):
-                yield f"{path}: rows are in another order than in {folder.listing.name}"
+def _listing_problems(path: Path, entry: Mapping[str, Any]) -> Iterator[str]:
+    records = records_of(read_index(path))
+    if listing_hash(records) != entry["inputs"]["listing_hash"]:
+        yield f"{path} is not the listing the build was made from"
+    # The hash of a listing leaves out the names of classes, whose ids it holds.
+    ids = entry.get("class_map")
+    if ids is not None and any(ids.get(record.class_name) != record.label for record in records):
+        yield f"{path} has names of classes that are not those of its labels"
+
+
+def is_listing(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a listing or index proves itself whole: it is readable and lists what the build was made from."""
+    return not any(_then_error(_listing_problems(path, entry)))
+
+
+def _check_outcomes(folder: BuildFolder, stage: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Damage]:
+    """Compare the outcomes in the index with those of finished units; in an unfinished build they come later."""
+    ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
+    if not all(ledger.is_done(unit.number) for unit in units):
+        return
+    for unit in units:
+        marker = ledger.result(unit.number)
+        told = [{name: row.get(name) for name in OUTCOME_COLUMNS} for row in marker["outcomes"]]
+        if told != rows[unit.start : unit.stop]:
+            # Without a seal nothing tells which of the two is right, so the images are looked at again.
+            number = None if "format_version" in marker else unit.number
+            text = f"{folder.index}: outcomes differ from those of the marker of block {unit.number}"
+            yield Damage(stage=stage if number is not None else "extract", unit=number, text=text)
+
+
+def _check_photos(folder: BuildFolder, stage: str) -> Iterator[Damage]:
+    """Say which photographs are not the files that were encoded, where they are still there; the build is whole."""
+    outcomes = [outcome if "modified" in outcome else {} for outcome in outcomes_so_far(folder)]
+    if not any(outcomes):
+        return
+    try:
+        reader, records = open_reader(stored_source(folder)), records_of(read_index(folder.listing))
+    except (BuilderError, OSError):
+        return
+    if len(outcomes) == len(records) and (changed := changed_images(records, outcomes, reader)):
+        yield Damage(stage=stage, text=describe_changed(stored_source(folder), changed), is_stale=True)
 
 
 def _class_map_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
     if read_json(path) != expected:
         yield f"{path} is not the class map of the build"
-
-
-def _recorded_outcomes(folder: BuildFolder) -> list[dict[str, Any]] | None:
-    """Return the outcome columns of the index as the markers record them, or None where markers are missing."""
-    stage = "fuse" if is_fused(folder) else "extract"
-    try:
-        results = open_ledger(folder, stage).results([unit.number for unit in stage_units(folder, stage)])
-    except BuilderError:
-        return None
-    rows = (row for result in results for row in result["outcomes"])
-    return [{name: row.get(name) for name in OUTCOME_COLUMNS} for row in rows]
 
 
 def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
@@ -288,7 +344,7 @@ def _check_links(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Dam
 def _check_vocabulary(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
     ledger = open_ledger(folder, "vocabulary")
     if ledger.is_done(0):
-        for text in _then_error(_vocabulary_problems(folder, stages, read_json(ledger.marker(0)))):
+        for text in _then_error(_vocabulary_problems(folder, stages, ledger.result(0))):
             yield Damage(stage="vocabulary", unit=0, text=f"{folder.vocabulary}: {text}")
 
 
@@ -297,7 +353,7 @@ def _vocabulary_problems(
 ) -> Iterator[str]:
     vocabulary, config, config_hash = load_vocabulary(folder.vocabulary)
     width = stages["extract"]["inputs"]["encoder"]["width"]
-    if sha256_file(folder.vocabulary) != marker.get("sha256", sha256_file(folder.vocabulary)):
+    if sha256_file(folder.vocabulary) != marker["sha256"]:
         yield "not the one that was fitted"
     if config_hash != stages["vocabulary"]["hash"]:
         yield f"configuration {config_hash[:12]}… differs from that in the manifest"
@@ -370,16 +426,13 @@ class _ExpectedTar:
         }
         self.sampled: set[int] = set()
         if not is_fused(folder):  # a fused build has no stores
-            self.features = stores.open_store(folder.features)
-            self.regions = stores.open_store(folder.regions)
+            self.stored = Stored(folder)
             self.sampled = {int(intact[n]) for n in spread_evenly(len(intact), SAMPLED_SAMPLES)}
 
     def sample(self, number: int, image: bytes | None) -> Sample:
         """Make sample `number` of the tar; `image` is the crop that the tar has."""
         row = slice(int(self.rows[number]), int(self.rows[number]) + 1)
-        arrays = {"features": stores.read_rows(self.features, "features", row)[0]}
-        for name in (name for name in ("regions", "flags", "prototypes") if name in self.regions):
-            arrays[name] = stores.read_rows(self.regions, name, row)[0]
+        arrays = {name: self.stored.rows(name, row)[0] for name in ("features", *self.stored.region_arrays())}
         return make_sample(self.records[number], self.facts[number], arrays, self.config, image)
 
 
@@ -412,20 +465,17 @@ def _tar_problems(
 
 def _sidecar_problems(path: Path, marker: Mapping[str, Any]) -> Iterator[str]:
     found = readable_json(path)
-    if any(found.get(name) != marker[name] for name in ("count", "bytes", "sha256", "config_hash")):
+    if found != {name: marker[name] for name in ("count", "bytes", "sha256", "config_hash")}:
         yield f"{path} is missing or belongs to another tar"
 
 
 def _header_problems(tar: Path) -> Iterator[str]:
     """Check that headers are as `write_shard` makes them: plain files without time, owner or parent folders."""
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for info in archive:
-                owner = (info.mtime, info.uid, info.gid)
-                if not info.isfile() or owner != (0, 0, 0) or info.name.startswith("/") or ".." in info.name:
-                    yield f"{tar}: member {info.name} is not as it was written"
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise BuilderError(f"{tar}: not a whole tar ({error})") from None
+    with decoding(f"{tar}: not a whole tar, it is"), tarfile.open(tar, "r:") as archive:
+        for info in archive:
+            owner = (info.mtime, info.uid, info.gid)
+            if not info.isfile() or owner != (0, 0, 0) or info.name.startswith("/") or ".." in info.name:
+                yield f"{tar}: member {info.name} is not as it was written"
 
 
 def _array_problem(sample: Sample, expected: _ExpectedTar) -> str | None:
@@ -468,15 +518,13 @@ def _set_problems(
         if path.suffix == ".tar" and path.name not in listed:
             yield f"{path} is not in index.json"
     yield from _then_error(_index_problems(shards / "index.json", index))
-    try:
-        yield from _class_map_problems(shards / "class_map.json", read_json(folder.class_map))
-    except BuilderError as error:
-        yield str(error)
+    ids = stage_entry(folder, "extract").get("class_map") or read_json(folder.class_map)
+    yield from _then_error(_class_map_problems(shards / "class_map.json", ids))
     if index["vocabulary"]:
         copy, made = shards / folder.vocabulary.name, folder.vocabulary
         if not (copy.is_file() and made.is_file() and sha256_file(copy) == sha256_file(made)):
             yield f"{copy} is not the vocabulary of the build"
-    yield from _statistics_problems(folder, shards / "statistics.npz", config)
+    yield from _then_error(_statistics_problems(folder, shards / "statistics.npz", config))
     yield from _then_error(_success_problems(shards, index))
 
 
@@ -497,16 +545,12 @@ def _index_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
 def _statistics_problems(folder: BuildFolder, path: Path, config: ShardConfig) -> Iterator[str]:
     joint = dataset_joint_moments(folder) if config.covariance else None
     expected = statistics_arrays(dataset_moments(folder), joint)
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            different = [
-                name
-                for name, value in expected.items()
-                if stored[name].shape != np.shape(value) or not np.allclose(stored[name], value, rtol=1e-12)
-            ]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        yield f"{path} is damaged: {error}"
-        return
+    with decoding(path), np.load(path, allow_pickle=False) as stored:
+        different = [
+            name
+            for name, value in expected.items()
+            if stored[name].shape != np.shape(value) or not np.allclose(stored[name], value, rtol=1e-12)
+        ]
     if different:
         yield f"{path}: {', '.join(different)} differ from those of the features"
 

@@ -6,10 +6,11 @@ can no longer be read, or another machine rounds differently), repair also remov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hierarchy_builder.build.changes import finish_carrying
 from hierarchy_builder.build.clustering import cluster, link, vocabulary
 from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.fused import fuse_again
@@ -18,16 +19,22 @@ from hierarchy_builder.build.session import Session
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import read_json, write_bytes, write_json
-from hierarchy_builder.images.sources import listing_hash
+from hierarchy_builder.files import write_bytes, write_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of, write_index
-from hierarchy_builder.store.ledger import Ledger, check_manifest, is_fused, stage_entry
+from hierarchy_builder.store.ledger import (
+    Ledger,
+    check_manifest,
+    differences,
+    is_fused,
+    read_marker,
+    stage_entry,
+)
 from hierarchy_builder.store.units import layout_of, stage_units
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.verify.checks import MANIFEST, Damage, find_damage
+from hierarchy_builder.verify.checks import MANIFEST, Damage, find_damage, is_listing
 
 ROUNDS = 8
 """How often verify and repair alternate at most: some damage is found only after other damage is repaired."""
@@ -50,10 +57,15 @@ def repair(folder: BuildFolder, session: Session) -> list[Damage]:
     Raises VerificationError naming what could not be repaired, and any error of a stage that runs again.
     """
     folder.remove_leftovers()
+    if _whole_manifest(folder.manifest) is not None:
+        finish_carrying(folder)
     found: list[Damage] = []
     for _ in range(ROUNDS):
-        damages = [damage for damage in find_damage(folder) if not damage.is_stale]
+        seen = list(find_damage(folder))
+        damages = [damage for damage in seen if not damage.is_stale]
         if not damages:
+            for stale in seen:
+                session.reporter.say(stale.text)
             return found
         for damage in damages:
             session.reporter.say(damage.text)
@@ -99,14 +111,31 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
 
 
 def _restore_manifest(folder: BuildFolder) -> None:
-    try:
-        check_manifest(folder.manifest_copy)
-    except BuilderError as error:
+    """Copy the manifest over its copy, or the other way round: whichever of the two proves itself whole."""
+    pair = folder.manifest, folder.manifest_copy
+    found = [_whole_manifest(path) for path in pair]
+    if found[0] is None and found[1] is None:
         raise VerificationError(
-            f"{folder.manifest} is damaged, and so is its copy ({error}): remove both and repeat the command that "
-            "made the build; finished units are kept"
-        ) from None
-    write_bytes(folder.manifest, folder.manifest_copy.read_bytes())
+            f"{pair[0]} is damaged, and so is its copy {pair[1]}: remove both and repeat the command that made the "
+            "build; finished units are kept"
+        )
+    if found[0] is not None and found[1] is not None and found[0]["format_version"] == 1:
+        names = [name for name, _, _ in differences(found[0]["stages"], found[1]["stages"])]
+        raise VerificationError(
+            f"{pair[0]} and {pair[1]} differ ({', '.join(names[:5])}), and an earlier release wrote no checksum that "
+            "tells which is right: repeat the command that made the build"
+        )
+    if found[0] is None:
+        write_bytes(pair[0], pair[1].read_bytes())
+    else:
+        write_bytes(pair[1], pair[0].read_bytes())
+
+
+def _whole_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        return check_manifest(path)
+    except BuilderError:
+        return None
 
 
 def _restore_listing(folder: BuildFolder) -> None:
@@ -114,19 +143,12 @@ def _restore_listing(folder: BuildFolder) -> None:
     entry = stage_entry(folder, "extract")
     if "class_map" in entry:
         write_json(folder.class_map, entry["class_map"])
-    if not _is_listing(folder.index, entry):
+    if not is_listing(folder.index, entry):
         folder.remove(folder.index)
-    if not _is_listing(folder.listing, entry):
+    if not is_listing(folder.listing, entry):
         folder.remove(folder.listing)
         if folder.index.exists():
             write_index(folder.listing, records_of(read_index(folder.index)))
-
-
-def _is_listing(path: Path, entry: Mapping[str, Any]) -> bool:
-    try:
-        return listing_hash(records_of(read_index(path))) == entry["inputs"]["listing_hash"]
-    except (BuilderError, ValueError):
-        return False
 
 
 def _rewrite_index(folder: BuildFolder) -> bool:
@@ -154,7 +176,7 @@ def _written(folder: BuildFolder, stage: str, unit: Block) -> Any:
     """Return the SHA-256 of what a unit wrote, from its marker or else from what the store holds now."""
     path, layout = layout_of(folder, stage)
     try:
-        marker = read_json(Ledger(folder.ledger(stage), "").marker(unit.number))
+        marker = read_marker(Ledger(folder.ledger(stage), "").marker(unit.number))
         return marker["digests"] if layout else marker["sha256"]
     except (BuilderError, KeyError):
         pass

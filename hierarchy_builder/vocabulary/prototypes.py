@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from hierarchy_builder.canvases import region_means
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, to_mapping
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files import decoding, write_bytes
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
@@ -161,7 +160,7 @@ def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str
 
     Raises BuilderError if the file is missing, damaged or of another format version.
     """
-    try:
+    with decoding(Path(path), "fit the vocabulary again, or run `hierarchy-builder repair` on its build"):
         with np.load(path, allow_pickle=False) as content:
             description = json.loads(str(content["description"]))
             version = description["format_version"]
@@ -177,12 +176,8 @@ def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str
                 parents=tuple(content[f"parents_{level}"] for level in range(1, num_levels)),
                 inertia=tuple(content["inertia"].tolist()),
             )
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BuilderError(
-            f"vocabulary {path} cannot be read ({type(error).__name__}: {error}): fit it again"
-        ) from None
-    config = from_mapping(VocabularyConfig, description["config"], f"vocabulary {path}")
-    return vocabulary, config, description["config_hash"]
+        config = from_mapping(VocabularyConfig, description["config"], f"vocabulary {path}")
+        return vocabulary, config, description["config_hash"]
 
 
 def _assess(fine: np.ndarray, weights: np.ndarray) -> Callable[[np.ndarray], list[ClusterSums]]:

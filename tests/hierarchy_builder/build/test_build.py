@@ -278,7 +278,9 @@ def test_a_vocabulary_that_cannot_be_fitted_spoils_nothing(tiny_build, tiny_phot
     steps.vocabulary(folder, PLAN.vocabulary, session())
     steps.link(folder, session())
     assert len(list(folder.shards.glob("*.tar"))) == shards.notes["shards"]
-    with pytest.raises(ConfigMismatchError, match=r"flags you want now: hierarchy-builder shard .* --fresh"):
+    with pytest.raises(
+        ConfigMismatchError, match=r"make it again as it was: hierarchy-builder shard .* --fresh --yes"
+    ):
         steps.shard(folder, PLAN.shard, session())
 
 

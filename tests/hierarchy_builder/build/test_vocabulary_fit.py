@@ -195,7 +195,7 @@ def test_a_damaged_token_file_is_named(folder: BuildFolder, monkeypatch: pytest.
         with pytest.raises(ZeroDivisionError):
             fit(folder)
     source.file(source.blocks[1]).write_bytes(b"\x93NUMPY")
-    with pytest.raises(BuilderError, match=r"tokens-000001\.npy is damaged .*remove it and run the same"):
+    with pytest.raises(BuilderError, match=r"tokens-000001\.npz is damaged .*remove it and run the same"):
         fit(folder)
     source.file(source.blocks[1]).unlink()
     assert fit(folder)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pictures import write_tree
@@ -19,11 +18,12 @@ from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import TooManySkippedError, UsageError, VerificationError
-from hierarchy_builder.files import read_json, sha256_file, write_json
+from hierarchy_builder.files import read_json, read_record, sha256_file, write_json, write_record
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, write_index
 from hierarchy_builder.store.ledger import Ledger, write_manifest
 from hierarchy_builder.store.shards import read_shard, write_shard
 from hierarchy_builder.verify.checks import find_damage, find_problems
@@ -81,6 +81,11 @@ def change_json(path: Path, **changes: object) -> None:
     write_json(path, {**read_json(path), **changes})
 
 
+def change_marker(path: Path, **changes: object) -> None:
+    """Other fields, with a seal that fits them."""
+    write_record(path, {**read_record(path), **changes})
+
+
 def chunk(store: Path, name: str, number: int = 2) -> Path:
     place = store / name / "c" / str(number)
     return place if place.is_file() else next(path for path in place.rglob("*") if path.is_file())
@@ -99,18 +104,17 @@ def overwrite(store: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
 
 
 def relabel(folder: BuildFolder) -> None:
-    table = pq.read_table(folder.index)
-    labels = table.column("label").to_pylist()
-    labels[3] = (labels[3] + 1) % 3
-    column = pa.array(labels, pa.int32())
-    pq.write_table(table.set_column(2, table.schema.field("label"), column), folder.index)
+    """Another label, with a checksum that fits it."""
+    table = read_index(folder.index)
+    records = records_of(table)
+    records[3] = replace(records[3], label=(records[3].label + 1) % 3)
+    write_index(folder.index, records, table.select(OUTCOME_COLUMNS).to_pylist())
 
 
 def other_reason(folder: BuildFolder) -> None:
-    table = pq.read_table(folder.index)
-    column = pa.array(["because"] * len(table), pa.string())
-    place = table.schema.get_field_index("reason")
-    pq.write_table(table.set_column(place, table.schema.field("reason"), column), folder.index)
+    table = read_index(folder.index)
+    outcomes = [{**row, "reason": "because"} for row in table.select(OUTCOME_COLUMNS).to_pylist()]
+    write_index(folder.index, records_of(table), outcomes)
 
 
 def forge_tar(folder: BuildFolder, number: int = 1) -> None:
@@ -119,7 +123,7 @@ def forge_tar(folder: BuildFolder, number: int = 1) -> None:
     samples = list(read_shard(tar))
     samples[1].features = samples[0].features
     facts = write_shard(tar, samples, config_hash=read_json(tar.with_suffix(".json"))["config_hash"])
-    change_json(folder.ledger("shard") / f"{number:06d}.json", **facts)
+    change_marker(folder.ledger("shard") / f"{number:06d}.json", **facts)
     index = read_json(folder.shards / "index.json")
     index["shardlist"][number]["sha256"] = facts["sha256"]
     write_json(folder.shards / "index.json", index)
@@ -131,7 +135,7 @@ def forge_canvases(folder: BuildFolder) -> None:
     samples = list(read_shard(tar))
     samples[0].canvases = samples[0].canvases + np.float16(1)
     facts = write_shard(tar, samples, config_hash=read_json(tar.with_suffix(".json"))["config_hash"])
-    change_json(folder.ledger("shard") / "000000.json", **facts)
+    change_marker(folder.ledger("shard") / "000000.json", **facts)
 
 
 def add_member(folder: BuildFolder) -> None:
@@ -152,9 +156,9 @@ def other_mean(folder: BuildFolder) -> None:
 DAMAGE: dict[str, tuple[Callable[[BuildFolder], object], str]] = {
     "manifest cut": (lambda f: cut(f.manifest), "manifest.json is damaged"),
     "manifest gone": (lambda f: f.manifest.unlink(), "manifest.json is missing"),
-    "listing cut": (lambda f: cut(f.listing), "listing.parquet is missing or damaged"),
-    "index cut": (lambda f: cut(f.index), "index.parquet is missing or damaged"),
-    "index gone": (lambda f: f.index.unlink(), "index.parquet is missing or damaged"),
+    "listing cut": (lambda f: cut(f.listing), "listing.parquet is damaged"),
+    "index cut": (lambda f: cut(f.index), "index.parquet is damaged"),
+    "index gone": (lambda f: f.index.unlink(), "index.parquet is missing"),
     "label in the index": (relabel, "index.parquet is not the listing"),
     "outcome in the index": (other_reason, "outcomes differ"),
     "class map": (lambda f: f.class_map.write_text('{"circle": 0}'), "class_map.json is not the class map"),
@@ -230,7 +234,7 @@ DAMAGE: dict[str, tuple[Callable[[BuildFolder], object], str]] = {
         "cluster has done 2 of 3 units",
     ),
     "marker of another run": (
-        lambda f: change_json(f.ledger("shard") / "000000.json", stage_hash="0" * 64),
+        lambda f: change_marker(f.ledger("shard") / "000000.json", stage_hash="0" * 64),
         "belongs to another configuration",
     ),
     "marker of nothing": (

@@ -1,0 +1,82 @@
+"""Tell whether a photograph is still the file that was encoded, by its hash and the time of its last change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from hierarchy_builder.errors import ConfigMismatchError, ImageError
+from hierarchy_builder.images.sources import FileReader, Reader, TarReader
+from hierarchy_builder.records import ImageRecord
+from hierarchy_builder.terminal import counted
+
+HASH_DIGITS = 32
+
+
+def file_hash(content: bytes) -> str:
+    """Return the first 32 hex digits of the SHA-256 of a file: half of them take half the space and are plenty."""
+    return hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
+
+
+def modified_ns(reader: Reader, path: str) -> int | None:
+    """Return when the file of an image, or its tar, last changed; None where it is not on a local disk."""
+    try:
+        if isinstance(reader, FileReader):
+            fs, place = reader.locate(path)
+        elif isinstance(reader, TarReader):
+            fs, place = reader.fs, reader.path
+        else:
+            return None
+        return os.stat(place).st_mtime_ns if isinstance(fs, LocalFileSystem) else None
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def changed_images(
+    records: Iterable[ImageRecord], outcomes: Iterable[Mapping[str, Any]], reader: Reader
+) -> list[str]:
+    """Return the paths of usable images whose file is not the one that was encoded.
+
+    outcomes: what became of each record; those of earlier releases hold no hash and are not compared. A file with the
+    time it had is taken for unchanged (`modified`, where it is told); others are read and hashed. Images that are gone
+    are left out.
+    """
+
+    def is_changed(pair: tuple[ImageRecord, Mapping[str, Any]]) -> bool:
+        record, outcome = pair
+        if "modified" in outcome and outcome["modified"] == modified_ns(reader, record.path):
+            return False
+        try:
+            return file_hash(reader.read(record.path)) != outcome["file_hash"]
+        except ImageError:
+            return False
+
+    pairs = [
+        (record, outcome)
+        for record, outcome in zip(records, outcomes, strict=True)
+        if outcome.get("status") == "ok" and outcome.get("file_hash")
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [
+            pair[0].path for pair, changed in zip(pairs, pool.map(is_changed, pairs), strict=True) if changed
+        ]
+
+
+def refuse_changed(place: str, changed: Sequence[str]) -> None:
+    """Raise ConfigMismatchError that names the images, if there are any."""
+    if changed:
+        raise ConfigMismatchError(describe_changed(place, changed))
+
+
+def describe_changed(place: str, changed: Sequence[str]) -> str:
+    """Return the message about changed images: how many, the first five of them, and what to do."""
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return (
+        f"{place}: {counted(len(changed), 'image')} changed after being encoded: "
+        f"{', '.join(changed[:5])}{more}; restore what was encoded, or start over with --fresh"
+    )

@@ -1,0 +1,120 @@
+"""Read the stores of a build, and compare every block that is read with the marker of the unit that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from hierarchy_builder.errors import VerificationError
+from hierarchy_builder.files import sha256_file
+from hierarchy_builder.records import Block
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.ledger import Ledger, open_ledger, recorded_stages
+from hierarchy_builder.store.statistics import Moments
+from hierarchy_builder.store.units import layout_of, store_layout
+
+WRITTEN_BY = {
+    **dict.fromkeys(("features", "status", *stores.MOMENTS), "extract"),
+    "block_scatter": "covariance",
+    **dict.fromkeys(("regions", "merges", "flags", "scores"), "cluster"),
+    **dict.fromkeys(("prototypes", "prototype_distances"), "link"),
+}
+"""The stage whose markers tell of an array."""
+
+
+@dataclass
+class Stored:
+    """The arrays of features.zarr and regions.zarr of a build, as they are now.
+
+    A block is compared once; open another `Stored` after units have run. Every method raises VerificationError for a
+    block that is missing or not the one that its unit wrote.
+    """
+
+    folder: BuildFolder
+    _ledgers: dict[str, Ledger] = field(default_factory=dict)
+    _compared: set[tuple[str, int]] = field(default_factory=set)
+
+    def block(self, name: str, block: Block) -> np.ndarray:
+        """Return the rows of a block of one array, one of a `block_` array."""
+        self._compare(name, [block.number])
+        return stores.read_block(self._path(name), name, block)
+
+    def rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
+        """Return rows of one array; an index array must rise."""
+        num_rows, block_rows, _ = self._layout
+        numbers = np.arange(*rows.indices(num_rows)) if isinstance(rows, slice) else rows
+        touched = np.unique(numbers // block_rows)
+        self._compare(name, touched.tolist())
+        return stores.read_rows(self._groups[self._path(name).name], name, rows)
+
+    def moments(self, block: Block) -> Moments:
+        """Return the moments of the usable rows of a block."""
+        for name in stores.MOMENTS:
+            self._compare(name, [block.number])
+        return stores.read_block_moments(self.folder.features, block)
+
+    def region_arrays(self) -> list[str]:
+        """Return the arrays of regions.zarr that a sample is made from."""
+        return ["regions", "flags", *(["prototypes"] if "link" in self._entries else [])]
+
+    @cached_property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return recorded_stages(self.folder)
+
+    @cached_property
+    def _layout(self) -> tuple[int, int, dict[str, Any]]:
+        return store_layout(self._entries["extract"])
+
+    @cached_property
+    def _groups(self) -> dict[str, zarr.Group]:
+        return {
+            path.name: stores.open_store(path)
+            for path in (self.folder.features, self.folder.regions)
+            if path.exists()
+        }
+
+    def _path(self, name: str) -> Path:
+        return self.folder.features if WRITTEN_BY[name] in ("extract", "covariance") else self.folder.regions
+
+    def _compare(self, name: str, numbers: Iterable[int]) -> None:
+        stage, (num_rows, block_rows, _) = WRITTEN_BY[name], self._layout
+        if stage not in self._ledgers:
+            stores.require_layout(*layout_of(self.folder, stage))
+            entry = self._entries["extract" if stage == "covariance" else stage]
+            self._ledgers[stage] = Ledger(self.folder.ledger(stage), entry["hash"])
+        for number in (number for number in numbers if (name, number) not in self._compared):
+            start = number * block_rows
+            block = Block(number=number, start=start, stop=min(start + block_rows, num_rows))
+            if not is_as_written(self._path(name), name, block, self._ledgers[stage].result(number)):
+                raise VerificationError(
+                    f"{stores.shard_file(self._path(name), name, number)} is missing or not the file that {stage} "
+                    f"wrote: run `hierarchy-builder repair {self.folder.root}`"
+                )
+            self._compared.add((name, number))
+
+
+def is_as_written(path: Path, name: str, block: Block, marker: Mapping[str, Any]) -> bool:
+    """Whether the file of a block of one array is the one its marker tells of.
+
+    A marker of an earlier release tells only the SHA-256 of the values, so the block is read as a whole.
+    """
+    if "files" in marker:
+        return bool(marker["files"].get(name) == stores.file_digest(path, name, block.number))
+    return bool(marker["digests"].get(name) == stores.read_written(path, block, name)[1])
+
+
+def fitted_vocabulary(folder: BuildFolder) -> Path:
+    """Return the vocabulary of a build. Raises VerificationError when it is not the file that was fitted."""
+    path, marker = folder.vocabulary, open_ledger(folder, "vocabulary").result(0)
+    if not path.is_file() or sha256_file(path) != marker["sha256"]:
+        raise VerificationError(
+            f"{path} is missing or not the one that was fitted: run `hierarchy-builder repair {folder.root}`"
+        )
+    return path
