@@ -97,8 +97,10 @@ def create(path: Path, layout: Layout) -> None:
 
     Raises BuilderError when one of them has another shape or the store is damaged.
     """
-    with decoding(path):
+    try:  # writes too, and what stops a write is no damage
         group = zarr.open_group(path, mode="a", zarr_format=3)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VerificationError(f"{path} is damaged ({error}): run `hierarchy-builder repair`") from None
     if group.attrs.get("format_version") != FORMAT_VERSION:
         group.attrs["format_version"] = FORMAT_VERSION
     for name, array in layout.items():

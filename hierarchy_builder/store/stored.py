@@ -39,6 +39,7 @@ class Stored:
 
     folder: BuildFolder
     _ledgers: dict[str, Ledger] = field(default_factory=dict)
+    _described: set[str] = field(default_factory=set)
     _compared: set[tuple[str, int]] = field(default_factory=set)
 
     def block(self, name: str, block: Block) -> np.ndarray:
@@ -85,8 +86,11 @@ class Stored:
 
     def _compare(self, name: str, numbers: Iterable[int]) -> None:
         stage, (num_rows, block_rows, _) = WRITTEN_BY[name], self._layout
+        if name not in self._described:
+            path, layout = layout_of(self.folder, stage)
+            stores.require_layout(path, {name: layout[name]})
+            self._described.add(name)
         if stage not in self._ledgers:
-            stores.require_layout(*layout_of(self.folder, stage))
             entry = self._entries["extract" if stage == "covariance" else stage]
             self._ledgers[stage] = Ledger(self.folder.ledger(stage), entry["hash"])
         for number in (number for number in numbers if (name, number) not in self._compared):

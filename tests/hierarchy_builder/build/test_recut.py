@@ -185,7 +185,7 @@ def test_the_command_line_cuts_anew_and_says_what_it_cannot(images: Path, tmp_pa
         )
     with pytest.raises(UsageError, match=r"--recut is 'a', expected numbers such as 0\.65,0\.35"):
         runner.invoke(app, ["cluster", str(out), "--recut", "a", *quiet], catch_exceptions=False)
-    with pytest.raises(ConfigMismatchError, match=r"flags you want: .* shard .* --fresh"):
+    with pytest.raises(ConfigMismatchError, match=r"make it again as it was: .* shard .* --fresh --yes"):
         runner.invoke(app, ["shard", str(out), *quiet], catch_exceptions=False)
     assert runner.invoke(app, ["shard", str(out), "--fresh", "--yes", *quiet]).exit_code == 0
     assert list(find_problems(BuildFolder(out))) == []

@@ -16,6 +16,7 @@ from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError, UsageError
+from hierarchy_builder.files import read_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -109,12 +110,14 @@ def mend(photos: Path) -> None:
 
 
 def artefacts(folder: BuildFolder) -> dict[str, Any]:
-    """Bytes of everything; of markers all but the seconds they took."""
+    """Bytes of everything; of markers all but the seconds they took and when the photographs were written."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.root.rglob("*") if path.is_file() and path.name != ".lock"):
         content: Any = path.read_bytes()
         if path.is_relative_to(folder.root / "ledger") and path.suffix == ".json":
-            content = {name: value for name, value in json.loads(content).items() if name != "seconds"}
+            content = {name: value for name, value in read_json(path).items() if name != "seconds"}
+            for outcome in content.get("outcomes", []):
+                outcome.pop("modified", None)
         found[str(path.relative_to(folder.root))] = content
     return found
 
