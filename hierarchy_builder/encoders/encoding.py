@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -128,14 +129,17 @@ class ImageEncoder:
         try:
             modified = modified_ns(self.reader, record.path)
             data = self.reader.read(record.path)
-            image, facts = decode_image(data, max_pixels=self.max_pixels)
-            crop = crop_square(image, self.encoder.image_size_px)
             known = {"file_hash": file_hash(data), **({"modified": modified} if modified is not None else {})}
-            return _Loaded(crop, self.keep(image, crop)), asdict(facts) | known
+            with ExitStack() as turn:
+                image, facts = decode_image(data, self.max_pixels, turn)
+                crop = crop_square(image, self.encoder.image_size_px)
+                return _Loaded(crop, self.keep(image, crop)), asdict(facts) | known
         except ImageError as error:
             return None, {"reason": str(error)}
         except OSError as error:
             return None, {"reason": f"unreadable: {error.strerror or error}"}
+        except MemoryError:
+            return None, {"reason": "too_large: preparing it needs more memory than there is"}
 
 
 def ahead(

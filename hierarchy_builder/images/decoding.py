@@ -2,13 +2,17 @@
 
 An image is rotated upright by its EXIF orientation, transparency is composited on white, the first frame of an
 animation is used, 16-bit values are divided by 256, and colour profiles are ignored, as in the published release. A
-truncated file is refused, because decoding only part of it would give a different image.
+truncated file is refused, because decoding only part of it would give a different image. Damaged or very large
+metadata of a PNG is left out, because its pixels do not depend on it.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
+import threading
 import warnings
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hierarchy_builder.errors import ImageError
 from hierarchy_builder.images.resampling import resize_centre
+from hierarchy_builder.pictures import open_picture
 
 # decode_image checks sizes against `max_pixels`; Pillow would already warn about ordinary large scans.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -33,6 +38,14 @@ UPRIGHT = {
 }
 MAX_ASPECT = 4
 """A longer side is cropped to this ratio before resizing, since its ends lie outside the centre square anyway."""
+LARGE_PIXELS = 2**25
+"""Pixels from which a process decodes one picture at a time, since decoding takes up to 8 bytes for each pixel."""
+STRIP_PIXELS = 2**20
+"""Pixels that are converted at once, so that no step holds a large picture a third time."""
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT_BYTES = 2**20
+"""A text of a PNG longer than this is metadata that Pillow refuses to hold."""
+_alone = threading.RLock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,17 +59,34 @@ class ImageFacts:
     orientation: int
 
 
-def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Image, ImageFacts]:
+def decode_image(
+    data: bytes, max_pixels: int = 178_956_970, turn: contextlib.ExitStack | None = None
+) -> tuple[Image.Image, ImageFacts]:
     """Decode the bytes of an image file into an upright RGB image; the file extension plays no role.
 
     max_pixels: largest width × height that is decoded (Pillow's own limit is 178,956,970).
+    turn: threads decode large pictures one after another, and the next waits until this stack is closed; without it
+    only until the picture is decoded.
     Raises ImageError with reason `empty`, `not_an_image`, `too_large`, `truncated`, `corrupt` or
     `unsupported_mode`.
     """
+    with contextlib.ExitStack() as own:
+        try:
+            return _decode(data, max_pixels, turn or own)
+        except ImageError:
+            slim = _without_metadata(data)
+            if slim is None:
+                raise
+        return _decode(slim, max_pixels, turn or own)
+
+
+def _decode(data: bytes, max_pixels: int, turn: contextlib.ExitStack) -> tuple[Image.Image, ImageFacts]:
     image = _open(data)
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width}×{height} pixels, expected at most {max_pixels}")
+    if width * height >= LARGE_PIXELS:
+        turn.enter_context(_alone)
     orientation = _orientation(image)
     try:
         image.load()
@@ -64,10 +94,11 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> tuple[Image.Imag
         raise _damage(error) from None
     mode, frames = image.mode, _count_frames(data)
     # Pillow rotates some formats (TIFF) while loading and then removes the tag, so it is read again here.
-    turn = UPRIGHT.get(_orientation(image))
+    method = UPRIGHT.get(_orientation(image))
     rgb = _to_rgb(image)
-    if turn is not None:
-        rgb = rgb.transpose(turn)
+    del image  # its memory is needed below
+    if method is not None:
+        rgb = rgb.transpose(method)
     facts = ImageFacts(width=rgb.width, height=rgb.height, mode=mode, frames=frames, orientation=orientation)
     return rgb, facts
 
@@ -112,16 +143,43 @@ def _open(data: bytes) -> Image.Image:
             "truncated", "the WebP file is shorter than its header states"
         )  # Pillow: "no decoder object"
     try:
-        return Image.open(io.BytesIO(data))
+        return open_picture(data)
     except UnidentifiedImageError:
-        raise ImageError("not_an_image", f"unknown format, the file begins with {data[:8]!r}") from None
+        raise ImageError(
+            "not_an_image", f"none of the formats that are read; the file begins with {data[:8]!r}"
+        ) from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from None
     except Exception as error:  # each format raises its own exceptions for a damaged header
         raise _damage(error) from None
 
 
+def _without_metadata(data: bytes) -> bytes | None:
+    """The PNG without damaged and large metadata, or None if it has none or is no PNG.
+
+    Transparency, EXIF and animation are kept, and so are short texts, which may hold the orientation.
+    """
+    if not data.startswith(PNG_START):
+        return None
+    kept, start = [PNG_START], len(PNG_START)
+    while start + 12 <= len(data):
+        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        chunk = data[start : start + 12 + length]
+        start += 12 + length
+        if len(chunk) < 12 + length or kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
+            kept.append(chunk)
+            continue
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        is_text = kind in (b"tEXt", b"iTXt") and length <= PNG_TEXT_BYTES and b"\0\1\0" not in chunk[8:100]
+        if is_whole and (is_text or kind not in (b"tEXt", b"iTXt", b"zTXt", b"iCCP")):
+            kept.append(chunk)
+    slim = b"".join(kept)
+    return None if len(slim) >= len(data) else slim
+
+
 def _damage(error: Exception) -> ImageError:
+    if isinstance(error, MemoryError | Image.DecompressionBombError):
+        return ImageError("too_large", f"decoding it needs more memory than there is: {error}")
     detail = f"{type(error).__name__}: {error}"
     ended = isinstance(error, EOFError) or any(
         word in str(error).lower() for word in ("truncated", "end of file", "incomplete", "not enough")
@@ -140,7 +198,7 @@ def _orientation(image: Image.Image) -> int:
 def _count_frames(data: bytes) -> int:
     """Number of frames, or 1 if a later frame is damaged, since only the first is used."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_picture(data) as image:
             return int(getattr(image, "n_frames", 1))
     except Exception:
         return 1
@@ -153,11 +211,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode in ("La", "RGBa"):
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return _on_white(image)
         return image if image.mode == "RGB" else image.convert("RGB")
+    except MemoryError as error:
+        raise _damage(error) from None
     except (ValueError, OSError) as error:
         raise ImageError("unsupported_mode", f"{image.mode}: {error}") from None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composite a picture with transparency on white."""
+    rgb = Image.new("RGB", image.size)
+    for rows in _strips(image):
+        strip = image.crop((0, rows.start, image.width, rows.stop)).convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        rgb.paste(strip.convert("RGB"), (0, rows.start))
+    return rgb
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
@@ -170,10 +239,20 @@ def _to_grey(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageError("corrupt", "NaN or infinite pixels")
-    if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
-        grey = values >> 8
-    elif values.dtype.kind == "f" and low >= 0 and high <= 255:
-        grey = np.rint(values * (255 if high <= 1 else 1))
-    else:
-        grey = np.rint((values.astype(np.float64) - low) * (255 / max(float(high) - float(low), 1e-30)))
-    return Image.fromarray(grey.astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for rows in _strips(image):
+        strip = values[rows]
+        if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
+            grey[rows] = strip >> 8
+        elif values.dtype.kind == "f" and low >= 0 and high <= 255:
+            grey[rows] = np.rint(strip * (255 if high <= 1 else 1))
+        else:
+            scale = 255 / max(float(high) - float(low), 1e-30)
+            grey[rows] = np.rint((strip.astype(np.float64) - low) * scale)
+    return Image.fromarray(grey)
+
+
+def _strips(image: Image.Image) -> Iterator[slice]:
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield slice(top, min(top + rows, image.height))

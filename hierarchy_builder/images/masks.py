@@ -18,6 +18,7 @@ from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import config_hash
 from hierarchy_builder.files import sha256_file
 from hierarchy_builder.images.decoding import crop_square
+from hierarchy_builder.pictures import UNREADABLE, open_picture
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16")
 VOTES_PER_SIDE = 8
@@ -130,14 +131,14 @@ def read_mask(
 
 def _open_labels(path: Path, photo_size: tuple[int, int]) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if image.size != photo_size:
                 found, expected = ("×".join(map(str, size)) for size in (image.size, photo_size))
                 raise ImageError(
                     "wrong_size", f"{path.name} has {found} pixels, expected {expected} as its photo"
                 )
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ImageError("not_a_label_map", f"{path.name}: {error}") from None
     if image.mode not in LABEL_MODES:
         raise ImageError(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.pictures import UNREADABLE, open_picture
 from trainer.cli.options import SHAPE, SOURCE, names_given
 from trainer.trajectories.edit import Source, mean_of, prototype, tokens_of
 from trainer.trajectories.pipeline import TrajectoryPipeline
@@ -160,8 +160,8 @@ def parse_place(text: str) -> tuple[int, int]:
 def _painting(path: Path) -> np.ndarray:
     """bool [h, w]: what is neither transparent nor black."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             rgba = np.asarray(picture.convert("RGBA"))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise TrainerError(f"{path} is not a picture that can be read: {error}") from None
     return (rgba[..., 3] > 0) & (rgba[..., :3].max(axis=2) > 0)

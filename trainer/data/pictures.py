@@ -5,16 +5,16 @@ b images of one rank, H×W grid of tokens, C channels, L levels, h×w pixels
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.pictures import UNREADABLE, open_picture
 from hierarchy_builder.records import Sample
 from trainer.data.reader import Rows
 from trainer.data.shards import ShardIndex
@@ -85,9 +85,9 @@ def picture_of(sample: Sample, size_px: tuple[int, int]) -> np.ndarray:
             "`hierarchy-builder shard DIR --images --fresh`"
         )
     try:
-        with Image.open(io.BytesIO(sample.image)) as picture:
+        with open_picture(sample.image) as picture:
             rgb = picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise TrainerError(f"sample {sample.key}: its picture cannot be decoded: {error}") from None
     height, width = size_px
     if rgb.width * height != rgb.height * width:

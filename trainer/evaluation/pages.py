@@ -5,7 +5,6 @@ L levels (coarse → fine) or T transitions (noisy → clean), H×W grid of toke
 
 from __future__ import annotations
 
-import io
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 
 from hierarchy_builder.canvases.colours import Palette, hierarchy_colours
 from hierarchy_builder.canvases.gallery import Code, Gallery, LevelViewer, Page, Plots, Section, Table, View
@@ -31,6 +29,7 @@ from hierarchy_builder.canvases.views import (
 )
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.files import parse_json, without_nan
+from hierarchy_builder.pictures import open_picture
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
@@ -432,4 +431,4 @@ def _surprise_card(
 
 
 def _photo(stored: bytes | None) -> np.ndarray | None:
-    return None if stored is None else np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
+    return None if stored is None else np.asarray(open_picture(stored).convert("RGB"))

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.pictures import UNREADABLE, open_picture
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
 from trainer.trajectories.pipeline import TrajectoryPipeline
@@ -91,10 +92,10 @@ def read_square(photo: str | Path, side_px: int) -> np.ndarray:
     Raises TrainerError if the file is not a picture.
     """
     try:
-        with Image.open(photo) as opened:
+        with open_picture(photo) as opened:
             upright = ImageOps.exif_transpose(opened).convert("RGB")
             square = ImageOps.fit(upright, (side_px, side_px), Image.Resampling.BICUBIC)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise TrainerError(f"{photo} is not a picture that can be read: {error}") from None
     return np.array(square)
 

@@ -1,5 +1,10 @@
 """Decoding and cropping: every odd picture, turned upright, in RGB, cut as the release cuts."""
 
+import contextlib
+import io
+import struct
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +13,7 @@ from pictures import NOISE, encoded
 from PIL import Image
 
 from hierarchy_builder.errors import ImageError
+from hierarchy_builder.images import decoding
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.sources import open_source
 
@@ -171,3 +177,103 @@ def test_real_photographs_decode(shared: Path) -> None:
     assert len(source.records) == len(source.class_map) == 1000
     modes = {decode_image(source.read(r.path))[1].mode for r in source.records[::50]}
     assert modes <= {"RGB", "L", "CMYK"}
+
+
+# What a stranger's file may ask for
+
+
+def test_postscript_is_no_picture_whatever_its_name_is() -> None:
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(data)).format == "EPS", "Pillow itself would take it"
+    assert reason(data) == "not_an_image"
+
+
+def chunk(kind: bytes, content: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def with_chunks(*chunks: bytes, at_end: bool = False) -> bytes:
+    data = encoded(NOISE)
+    place = len(data) - 12 if at_end else 33  # before IEND, or after IHDR
+    return data[:place] + b"".join(chunks) + data[place:]
+
+
+LARGE = b"x" * (2**20 + 9)
+METADATA = {
+    "text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LARGE)),
+    "international text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(LARGE)),
+    "profile": chunk(b"iCCP", b"ICC\0\0" + zlib.compress(LARGE)),
+    "checksum": chunk(b"gAMA", struct.pack(">I", 45455), crc=7),
+    "broken profile": chunk(b"iCCP", b"ICC\0\0nonsense"),
+}
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("kind", METADATA)
+def test_pixels_of_a_png_do_not_depend_on_its_metadata(kind: str, at_end: bool) -> None:
+    image, facts = decode_image(with_chunks(METADATA[kind], at_end=at_end))
+    np.testing.assert_array_equal(np.asarray(image), NOISE)
+    assert facts.width == 60
+
+
+def test_orientation_survives_damaged_metadata() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(NOISE, exif=exif)
+    image, facts = decode_image(data[:33] + METADATA["checksum"] + METADATA["text"] + data[33:])
+    np.testing.assert_array_equal(np.asarray(image), NOISE[::-1, ::-1])
+    assert facts.orientation == 3
+
+
+def test_damaged_transparency_is_still_refused() -> None:
+    transparent = chunk(b"tRNS", struct.pack(">HHH", 1, 2, 3), crc=7)
+    assert reason(with_chunks(transparent)) in ("corrupt", "not_an_image")
+
+
+def test_strips_of_a_large_picture_give_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear = Image.fromarray(np.dstack([NOISE, NOISE[..., :1]]))
+    pictures = [
+        encoded(clear),
+        encoded(clear.convert("P"), transparency=3),
+        encoded(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 200)),
+        encoded(Image.fromarray(NOISE[..., 0].astype(np.float32)), "TIFF"),
+    ]
+    whole = [np.asarray(decode_image(data)[0]) for data in pictures]
+    monkeypatch.setattr(decoding, "STRIP_PIXELS", 120)
+    for data, expected in zip(pictures, whole, strict=True):
+        np.testing.assert_array_equal(np.asarray(decode_image(data)[0]), expected)
+
+
+def test_large_pictures_are_decoded_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 2400)
+    small, large = encoded(NOISE[:20]), encoded(NOISE)
+    done = threading.Event()
+
+    def decode_second() -> None:
+        decode_image(large)
+        done.set()
+
+    with contextlib.ExitStack() as turn:
+        decode_image(large, turn=turn)
+        second = threading.Thread(target=decode_second)
+        second.start()
+        decode_image(small)
+        assert not done.is_set()
+    second.join(30)
+    assert done.is_set()
+
+
+@pytest.mark.parametrize(("plugin", "image_format"), [("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")])
+def test_formats_of_installed_plugins_are_decoded(plugin: str, image_format: str, tmp_path: Path) -> None:
+    pytest.importorskip(plugin)
+    from hierarchy_builder.pictures import PLUGINS, installed_plugins, missing_plugin
+
+    assert plugin in [each.module for each in installed_plugins()]
+    (suffixes,) = (each.suffixes for each in PLUGINS if each.format == image_format)
+    data = encoded(Image.new("RGB", (64, 48), "red"), image_format)
+    image, _ = decode_image(data)
+    assert image.size == (64, 48)
+    (tmp_path / f"photo{suffixes[0]}").write_bytes(data)
+    assert [record.path for record in open_source(str(tmp_path)).records] == [f"photo{suffixes[0]}"]
+    assert missing_plugin(suffixes[0]) is None
