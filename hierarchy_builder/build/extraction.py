@@ -79,6 +79,7 @@ def extract(
         "probe": probe_of(folder, encoder, config, session),
         "request": to_mapping(config),
         "class_map": images.class_map,
+        "left_out": images.left_out,
     }
     if retry_failed:
         again = reopen_failed(folder, records, images, inputs)

@@ -192,6 +192,7 @@ def fuse(
             "shard": to_mapping(config),
         },
         "class_map": images.class_map,
+        "left_out": images.left_out,
     }
     ledger = begin_stage(folder, "fuse", inputs, facts, fresh=session.fresh)
     write_json(folder.class_map, images.class_map)

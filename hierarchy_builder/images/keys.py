@@ -54,8 +54,9 @@ def _stem(path: str, class_name: str) -> str:
     """The path below the first folder named like the class, or else the file name; both without extension."""
     folders, _, name = posixpath.splitext(path)[0].rpartition("/")
     parts = folders.split("/")
-    if class_name in parts:
-        below = parts[parts.index(class_name) + 1 :]
+    composed = [unicodedata.normalize("NFC", part) for part in parts]
+    if (own := unicodedata.normalize("NFC", class_name)) in composed:
+        below = parts[composed.index(own) + 1 :]
         return "_".join([*below, name])
     return name
 

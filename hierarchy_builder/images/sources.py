@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import nearest
 from hierarchy_builder.images.keys import assign_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
+from hierarchy_builder.images.reading import read_file
+from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
 
@@ -30,7 +34,7 @@ class Reader(Protocol):
     def read(self, path: str) -> bytes:
         """Return the bytes of the image whose record has this `path`.
 
-        Raises ImageError with reason `missing` or `unreadable`.
+        Raises ImageError; see `read_file`.
         """
         ...
 
@@ -50,6 +54,11 @@ class ImageSource:
     reader: Reader
     warnings: tuple[str, ...] = ()
 
+    @property
+    def left_out(self) -> list[str]:
+        """The warnings about files that are not listed."""
+        return [text for text in self.warnings if text.startswith("left out")]
+
     def read(self, path: str) -> bytes:
         """See `Reader.read`."""
         return self.reader.read(path)
@@ -66,23 +75,35 @@ class FileReader:
         """See `Reader.read`."""
         try:
             fs, place = self.locate(path)
-            return fs.cat_file(place)
-        except FileNotFoundError:
-            raise ImageError("missing", "the file no longer exists") from None
         except (OSError, ValueError, ImportError) as error:
             raise ImageError("unreadable", str(error)) from None
+        return read_file(fs, place)
 
     def size(self, path: str) -> int | None:
-        """Size of a file in bytes, or None if it cannot be found."""
+        """Size of a file in bytes, 0 if its file system does not tell, or None if it cannot be found."""
         try:
             fs, place = self.locate(path)
             return int(fs.size(place) or 0)
+        except FileNotFoundError as error:  # fsspec raises it for every answer of a web server
+            answer = getattr(error.__cause__, "status", None)
+            return None if answer in (None, 404, 410) else 0
         except (OSError, ValueError, ImportError):
             return None
+        except Exception:  # every file system has its own exceptions; reading the file tells more
+            return 0
 
     def locate(self, path: str) -> tuple[AbstractFileSystem, str]:
-        """File system of a listed path, and the path on it."""
-        return url_to_fs(path) if "://" in path else (self.fs, posixpath.join(self.root, path))
+        """File system of a listed path, and the path on it.
+
+        A name with accents that is not there is looked for as other systems write it: é as one letter or as two.
+        """
+        if "://" in path:
+            return filesystem_of(path)
+        place = posixpath.join(self.root, path)
+        if isinstance(self.fs, LocalFileSystem) and not path.isascii() and not os.path.lexists(place):
+            forms = [posixpath.join(self.root, unicodedata.normalize(form, path)) for form in ("NFC", "NFD")]
+            place = next(filter(os.path.lexists, forms), place)
+        return self.fs, place
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +119,7 @@ class TarReader:
         if path not in self.members:
             raise ImageError("missing", f"{self.path} has no such member")
         start, size = self.members[path]
-        try:
-            return self.fs.cat_file(self.path, start=start, end=start + size) if size else b""
-        except OSError as error:
-            raise ImageError("unreadable", str(error)) from None
+        return read_file(self.fs, self.path, start, size)
 
 
 def open_source(
@@ -110,8 +128,8 @@ def open_source(
     """List a data set.
 
     source: path or fsspec URL of a folder of class folders (or of images, which then form one class `unlabelled`), of
-    a `.tar` of such a folder, or of a `.csv`, `.tsv` or `.parquet` table with the column `path` (relative to the table)
-    and optionally `class` (names) and `label` (ids or names).
+    a `.tar` of such a folder or of webdataset samples with `cls`, or of a `.csv`, `.tsv` or `.parquet` table with the
+    column `path` (relative to the table) and optionally `class` (names) and `label` (ids or names).
     split: sub-folder to use, or for a table the value of its column `split`.
     class_map: class name → id, as a mapping or a JSON file; by default ids follow the sorted class names.
     Raises UsageError if the source is of none of these kinds, and BuilderError if it contains no images.
@@ -127,9 +145,9 @@ def open_source(
     elif not fs.exists(place):
         raise UsageError(f"{source} does not exist: expected a folder, a .tar or a table {', '.join(TABLES)}")
     elif place.lower().endswith(".tar"):
-        members, folders = scan_tar(fs, place)
-        reader = TarReader(fs, place, members)
-        found = list_tar(members, folders, source, split)
+        content = scan_tar(fs, place)
+        reader = TarReader(fs, place, content.members)
+        found = list_tar(content, reader.read, source, split)
     elif place.lower().endswith(TABLES):
         reader = files = FileReader(fs, posixpath.dirname(place))
         found = list_table(fs, place, files.size, source, split)
@@ -141,6 +159,7 @@ def open_source(
     ids = found.ids or {name: number for number, name in enumerate(sorted(found.classes))}
     if class_map is not None:
         ids = _read_class_map(class_map)
+        found.images = _as_spelled(found.images, ids)
         _check_classes(sorted({name for _, name, _ in found.images}), ids, class_map)
     records = _records(found.images, ids)
     return ImageSource(
@@ -157,17 +176,26 @@ def open_reader(location: str) -> Reader:
     """Open a reader for a source that was listed before."""
     fs, place = _filesystem(location)
     if place.lower().endswith(".tar") and not fs.isdir(place):
-        return TarReader(fs, place, scan_tar(fs, place)[0])
+        return TarReader(fs, place, scan_tar(fs, place).members)
     table = place.lower().endswith(TABLES) and not fs.isdir(place)
     return FileReader(fs, posixpath.dirname(place) if table else place)
 
 
 def _filesystem(source: str) -> tuple[AbstractFileSystem, str]:
     try:
-        fs, place = url_to_fs(source)
+        fs, place = filesystem_of(source)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{source}: {error}") from None
     return fs, place.rstrip("/") or "/"
+
+
+def _as_spelled(images: list[tuple[str, str, int]], ids: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    """The images with the class names of a class map, where those differ only in how accents are composed."""
+    spelled = {unicodedata.normalize("NFC", name): name for name in ids}
+    return [
+        (path, name if name in ids else spelled.get(unicodedata.normalize("NFC", name), name), size)
+        for path, name, size in images
+    ]
 
 
 def _read_class_map(class_map: str | Mapping[str, int]) -> dict[str, int]:

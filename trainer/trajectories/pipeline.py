@@ -12,6 +12,7 @@ The class here knows no method: the registry names the subclass that draws the s
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -253,8 +254,8 @@ class TrajectoryPipeline(ABC):
     def label_id(self, label: int | str) -> int:
         """The id of a class given by id or name. Raises UsageError naming the nearest class."""
         last = self.model.config.num_classes - 1
-        if isinstance(label, str) and label in self.class_names:
-            return self.class_names.index(label)
+        if isinstance(label, str) and (named := self._spelled(label)) is not None:
+            return self.class_names.index(named)
         try:
             number = int(label)
         except ValueError:
@@ -265,12 +266,21 @@ class TrajectoryPipeline(ABC):
             raise UsageError(f"label {number}, expected 0 to {last}")
         return number
 
+    def _spelled(self, name: str) -> str | None:
+        """The class called `name`, whose accents may be composed otherwise; None if there is none."""
+        if name in self.class_names:
+            return name
+        composed = unicodedata.normalize("NFC", name)
+        return next(
+            (each for each in self.class_names if unicodedata.normalize("NFC", each) == composed), None
+        )
+
     def label_ids(self, text: str) -> list[int]:
         """Ids of classes given as text separated by commas, which names may contain; errors are those of `label_id`."""
         parts, ids = text.split(","), []
         while parts:
             tried = (",".join(parts[:count]).strip() for count in range(len(parts), 0, -1))
-            known = next((name for name in tried if name in self.class_names), None)
+            known = next((name for name in tried if self._spelled(name) is not None), None)
             ids.append(self.label_id(parts[0].strip() if known is None else known))
             del parts[: 1 if known is None else known.count(",") + 1]
         return ids

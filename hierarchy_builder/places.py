@@ -1,0 +1,61 @@
+"""Paths and URLs as users give them: `~` is expanded here and nowhere else, and text without `://` is a local path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from hierarchy_builder.errors import UsageError
+
+
+def a_place(text: str) -> str:
+    """A path with `~` expanded, or a URL as it is.
+
+    Raises UsageError for an empty text (a variable that is not set), a name that is not UTF-8, and an unknown home.
+    """
+    if not text.strip():
+        raise UsageError("it is empty, expected a path; `.` is this folder")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the path {printable(text)} is not UTF-8, expected names that are: rename it, or give a link to it"
+        ) from None
+    if "://" in text or not text.startswith("~"):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UsageError(
+            f"{text}: the home folder is not known (HOME is not set, or there is no such user): give the whole path"
+        )
+    return expanded
+
+
+def a_path(text: str) -> Path:
+    """A local path with `~` expanded; raises what `a_place` raises."""
+    return Path(a_place(text))
+
+
+def home_folder() -> Path | None:
+    """The home folder of this user, or None where there is none: HOME is not set and the user has no entry."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def filesystem_of(place: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path there. A local path may hold `::`, which fsspec takes for a chain.
+
+    Raises ImportError and ValueError, as fsspec does, for a URL that is not understood.
+    """
+    return url_to_fs(place) if "://" in place else (LocalFileSystem(), os.path.abspath(place))
+
+
+def printable(text: str) -> str:
+    """A file name that may not be UTF-8, as text that can be printed and stored."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
