@@ -5,6 +5,9 @@ repeating the same command can help.
 """
 
 import errno
+import os
+import sys
+import tempfile
 
 
 class UserError(Exception):
@@ -87,9 +90,30 @@ ADVICE = {
 """The next step after an error of the operating system."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk without room; those of a write do not say which file it was."""
+LITTLE_BYTES = 2**20
+
+
+def full_places(error: OSError) -> str | None:
+    """The places among those on the command line, and the temporary folder, whose disk is full; None if unknown."""
+    if error.errno not in FULL:
+        return None
+    given = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
+    found = []
+    for place in [*filter(None, given), tempfile.gettempdir()]:
+        folder = os.path.abspath(os.path.expanduser(place))
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        status = os.statvfs(folder)
+        if status.f_bavail * status.f_frsize < LITTLE_BYTES or (not status.f_favail and status.f_files):
+            found.append(place)
+    return ", ".join(dict.fromkeys(found)) or None
+
+
 def explained(error: OSError) -> str:
     """The message for an error of the operating system: where it happened, what it is, and the next step."""
-    where = error.filename2 or error.filename
+    where = error.filename2 or error.filename or full_places(error)
     advice = ADVICE.get(error.errno or 0)
     what = str(error) if where is None else f"{where}: {error.strerror}"
     return what + (f"; {advice}" if advice else "")

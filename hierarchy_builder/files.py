@@ -35,6 +35,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         partial.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a write does not say where it failed
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

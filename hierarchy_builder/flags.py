@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 import typer
 
+from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import sentences
+from hierarchy_builder.places import a_path, a_place
 
 REQUIRED = inspect.Parameter.empty
 
@@ -54,6 +56,8 @@ def flag(kind: type, name: str, *declarations: str, default: str | None = None) 
     if field.default is not None and single is not bool:
         values = field.default if isinstance(field.default, tuple) else (field.default,)
         text = f"{text} Default: {default or ','.join(map(str, values))}."
+    if name in FILES:
+        return option(text, *declarations, **PLACE | {"metavar": "PATH"})
     return option(text, *declarations, kind=single, metavar="|".join(choices) or None)
 
 
@@ -78,15 +82,25 @@ def takes(**parameters: Parameter) -> Callable[[Callable[..., None]], Callable[.
     return declare
 
 
-def a_path(text: str) -> Path:
-    """A path named on the command line; refuses the empty text of an unset variable, which Path takes for `.`."""
-    if not text:
-        raise typer.BadParameter("it is empty, expected a path; `.` is this folder")
-    return Path(text)
+def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of an option whose UsageError names that option."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    parsed.__name__ = "path"
+    return parsed
 
 
-PATH: dict[str, Any] = {"kind": Path, "parser": a_path, "metavar": "PATH"}
-"""Settings that arguments and options share whose value is a path to be written."""
+PATH: dict[str, Any] = {"kind": Path, "parser": checked(a_path), "metavar": "PATH"}
+"""Settings of every argument and option that is a local path."""
+PLACE: dict[str, Any] = {"kind": str, "parser": checked(a_place), "metavar": "PATH|URL"}
+"""Settings of every argument and option that is a local path or a URL."""
+FILES = ("weights", "masks")
+"""Fields of configurations that name local files or folders."""
 
 
 AS_JSON = switch("Print JSON instead of a table.", "--json")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from hierarchy_builder.files import write_json
+from hierarchy_builder.terminal import stderr
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
@@ -83,7 +84,7 @@ class Reporter:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.quiet = quiet
-        self.console = console or Console(stderr=True)
+        self.console = console or stderr
 
     def say(self, text: str) -> None:
         """One line for the user."""

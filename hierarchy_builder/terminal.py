@@ -13,14 +13,15 @@ from typing import Any, NoReturn
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from hierarchy_builder.errors import InterruptedRunError, UserError, explained
 from hierarchy_builder.fields import flattened
 from hierarchy_builder.files import without_nan
 
-stdout, stderr = Console(), Console(stderr=True)
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+"""Settings of every console: text is printed as it is, also a name such as `[red]` or `:b:`."""
+stdout, stderr = Console(**PLAIN), Console(stderr=True, **PLAIN)
 CTRL_C = 130
 """The exit code click makes of KeyboardInterrupt."""
 
@@ -49,7 +50,7 @@ def run(command: Callable[[], Any], *, continues: bool = False) -> NoReturn:
 
 
 def _end(message: str, exit_code: int) -> NoReturn:
-    stderr.print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(f"error: {message}", soft_wrap=True)
     sys.exit(exit_code)
 
 
@@ -61,9 +62,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 def show_config(config: Mapping[str, Any], quiet: bool) -> None:
     """The resolved configuration, as YAML on stderr."""
     if not quiet:
-        stderr.print(
-            yaml.safe_dump(config, sort_keys=False).rstrip(), markup=False, highlight=False, style="dim"
-        )
+        stderr.print(yaml.safe_dump(config, sort_keys=False).rstrip(), style="dim")
 
 
 def print_stages(summaries: Sequence[Any], as_json: bool) -> None:
@@ -116,13 +115,14 @@ def print_cells(names: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     for name in names:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     stdout.print(table)
 
 
 def print_json(content: Any) -> None:
-    """What `--json` prints; NaN is null."""
-    sys.stdout.write(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
+    """What `--json` prints; NaN is null. Where stdout is not UTF-8, other characters than ASCII are escaped."""
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") in ("utf8", "utf8sig")
+    sys.stdout.write(json.dumps(without_nan(content), indent=2, ensure_ascii=not is_utf8) + "\n")
 
 
 def show_value(value: Any) -> str:
@@ -159,4 +159,4 @@ def _print_heading(title: str, note: str) -> None:
     # lines of their own: rich breaks the title of a table at the width of the table
     for text, style in ((title, "bold"), (note, "dim")):
         if text:
-            stdout.print(text, style=style, markup=False, highlight=False)
+            stdout.print(text, style=style)

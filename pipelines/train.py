@@ -23,6 +23,7 @@ from hierarchy_builder import terminal
 from hierarchy_builder.build.workers import RAY_ENVIRONMENT, join, start_local
 from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
 from hierarchy_builder.flags import AS_JSON, argument, option, takes
+from hierarchy_builder.places import a_path
 from hierarchy_builder.terminal import print_result
 from trainer.cli import app as cli
 from trainer.training import checkpoint as saved
@@ -113,7 +114,7 @@ def run_rank(config: dict[str, Any]) -> None:
 def _run_folder(arguments: list[str]) -> Path:
     for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if word.startswith("--out"):
-            return Path(word.removeprefix("--out=") if "=" in word else value)
+            return a_path(word.removeprefix("--out=") if "=" in word else value)
     raise UsageError("--out RUN is missing behind --")
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.sources import ImageSource, listing_hash
+from hierarchy_builder.process import num_cpus
 from hierarchy_builder.records import ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -117,7 +117,7 @@ def _readable(
             return False
         return True
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cpus()) as pool:
         worth = list(pool.map(is_worth_it, failed))
     return np.asarray(failed, np.int64)[np.asarray(worth, bool)].tolist()
 

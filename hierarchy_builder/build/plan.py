@@ -10,7 +10,6 @@ prototypes is known, and so are the sizes that follow from it; the rest grows wi
 from __future__ import annotations
 
 import math
-import os
 import tarfile
 import tempfile
 import time
@@ -37,6 +36,7 @@ from hierarchy_builder.fields import identity
 from hierarchy_builder.files import json_text, read_json, sealed_text, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
+from hierarchy_builder.process import num_cpus
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
@@ -578,7 +578,7 @@ def _num_workers(session: Session) -> int | None:
     """Processes that do units; None on a cluster, which is not asked."""
     if session.workers.count == 0:
         return 1
-    return None if session.workers.address else session.workers.count or os.cpu_count() or 1
+    return None if session.workers.address else session.workers.count or num_cpus()
 
 
 def _fitting_seconds(config: VocabularyConfig, num_tokens: int, width: int, session: Session) -> float:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 
 from hierarchy_builder.build.session import StageSummary
-from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
+from hierarchy_builder.errors import BuilderError, UsageError, UserError, VerificationError
 from hierarchy_builder.files import json_text, read_json, sha256_file
+from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import SUCCESS
@@ -53,13 +53,18 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
     """
     if not (folder.shards / SUCCESS).is_file():
         raise BuilderError(f"{folder.shards} has no {SUCCESS}: finish the shards before they are published")
-    place, started = _Place.of(url), time.perf_counter()
+    started = time.perf_counter()
     index = read_json(folder.shards / "index.json")
     counts = {folder.shards / entry["url"]: entry["nsamples"] for entry in index["shardlist"]}
     try:
-        sent = list(_send(folder, counts, place, reporter))
-    except OSError as error:
-        raise BuilderError(f"{url}: {error}; the same command goes on from here") from error
+        sent = list(_send(folder, counts, _Place.of(url), reporter))
+    except UserError:
+        raise
+    except Exception as error:  # every file system has its own exceptions
+        raise BuilderError(
+            f"{url}: {_first_line(error)}; the same command goes on from here, once URL, network and permissions "
+            "allow it"
+        ) from error
     names = {*(path.name for path in counts), *(sidecar(path).name for path in counts), *ABOUT}
     files = [path for path in folder.shards.iterdir() if path.name in names]
     return StageSummary(
@@ -129,12 +134,20 @@ def require_digest(path: Path, expected: str | None) -> None:
 def open_url(url: str) -> tuple[AbstractFileSystem, str]:
     """File system and path of a URL; nothing is written there. Raises UsageError for one that is not understood."""
     try:
-        return url_to_fs(url)
+        return filesystem_of(url)
     except (ImportError, ValueError) as error:
         raise UsageError(
             f"{url}: {error}; expected a URL of a file system that fsspec knows and whose package is installed "
             "(s3fs for s3://, gcsfs for gs://, huggingface_hub for hf://)"
         ) from None
+    except Exception as error:  # some file systems look at the network here
+        raise BuilderError(
+            f"{url}: {_first_line(error)}; check the URL, the network and your permission"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ class Session:
     fresh: bool = False
     force: bool = False
     """Start even if the result may not fit on the disk."""
+    trust_encoder: bool = False
+    """Load the encoder that a build names even if it is a function, which runs code."""
 
 
 def do_units(

@@ -26,9 +26,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from hierarchy_builder.build.stages import Stage, count_failed, one_thread, perform
-from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.process import num_cpus, private_folder
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.ledger import Ledger
+from hierarchy_builder.terminal import counted
 
 ResultT = TypeVar("ResultT")
 
@@ -53,6 +55,15 @@ UNITS_AHEAD = 4
 CONNECT_TIMEOUT_S = 20
 """Timeout of the connection to a Ray cluster, in seconds."""
 
+MAX_SOCKET_FOLDER = 38
+"""Bytes in the path of the temporary folder; Ray adds up to 69, and a socket has at most 107."""
+
+SHORT_FOLDER = "/tmp"
+"""Used instead of a longer one."""
+
+MAX_WORKERS_PER_CPU = 16
+"""Workers of a local Ray for each CPU; it starts a process for each, and with far more it never answers."""
+
 TOKEN_PLACES = (
     "put the token that the cluster was started with into RAY_AUTH_TOKEN, or the path of a file that holds it into "
     "RAY_AUTH_TOKEN_PATH (Ray also reads ~/.ray/auth_token)"
@@ -70,6 +81,16 @@ class Workers:
     """Address of a Ray cluster (`auto` for the one this machine belongs to); without it a local Ray starts."""
     gpus_per_worker: float | None = None
     """GPUs a worker reserves in a stage that can use them; None takes one when the cluster has any."""
+
+    def __post_init__(self) -> None:
+        most = MAX_WORKERS_PER_CPU * num_cpus()
+        if self.count is not None and self.count < 0:
+            raise UsageError(f"--workers is {self.count}, expected 0 or more")
+        if self.count is not None and self.count > most and self.address is None:
+            raise UsageError(
+                f"--workers is {self.count:,}, expected at most {most:,}: this process may use "
+                f"{counted(num_cpus(), 'CPU')}, and more workers than CPUs gain nothing"
+            )
 
 
 class Pool(Protocol):
@@ -142,6 +163,7 @@ def start_local(**options: Any) -> None:
     from ray._private import ray_constants
 
     values = {"RAY_AUTH_MODE": "token"}
+    options = {**_short_folder(), **options}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         values["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Ray replaces 127.0.0.1 by the address of the network interface unless this constant is false. Ray reads the
@@ -153,6 +175,23 @@ def start_local(**options: Any) -> None:
             ray.init(address="local", include_dashboard=False, **options)
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _short_folder() -> dict[str, str]:
+    """Where Ray keeps its sockets, if the temporary folder has too long a path for them; otherwise nothing.
+
+    Raises BuilderError if there is no other place.
+    """
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(place)) <= MAX_SOCKET_FOLDER:
+        return {}
+    if os.environ.get("RAY_TMPDIR") or not os.access(SHORT_FOLDER, os.W_OK | os.X_OK):
+        raise BuilderError(
+            f"the temporary folder {place} has a path of {len(os.fsencode(place))} bytes, and the sockets of Ray "
+            f"need one of at most {MAX_SOCKET_FOLDER}: set RAY_TMPDIR to a "
+            "folder with a shorter path, or use --workers 0"
+        )
+    return {"_temp_dir": private_folder(SHORT_FOLDER, "ray-")}
 
 
 def join(address: str, **options: Any) -> None:
@@ -244,7 +283,7 @@ class _InProcess:
     ) -> Iterator[ResultT]:
         for unit in units:
             with one_thread():
-                result = function(self.loaded, unit, os.cpu_count() or 1, *shared)
+                result = function(self.loaded, unit, num_cpus(), *shared)
             yield result
 
 
@@ -463,7 +502,7 @@ def _start_ray(workers: Workers) -> None:
         join(address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         start_local(
-            num_cpus=max(workers.count or 0, os.cpu_count() or 1),
+            num_cpus=max(workers.count or 0, num_cpus()),
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

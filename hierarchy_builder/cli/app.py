@@ -18,7 +18,7 @@ from hierarchy_builder.config import ExtractConfig, ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import size_on_disk
-from hierarchy_builder.flags import OUTPUT, PATH, argument, flags, option, switch, takes
+from hierarchy_builder.flags import OUTPUT, PATH, PLACE, argument, flags, option, switch, takes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     counted,
@@ -42,19 +42,22 @@ app = typer.Typer(
 
 @app.command()
 @takes(
-    images=argument("The images, or DIR of a build to continue."),
+    images=argument("The images, or DIR of a build to continue.", **PLACE | {"metavar": "IMAGES"}),
     out=option("Folder of the build.", **PATH),
-    **(opt.ENCODING | opt.RUN | opt.ONCE | OUTPUT),
+    **(opt.ENCODING | opt.RUN | opt.ONCE | opt.TRUST | OUTPUT),
 )
 def extract(images: str, out: Path | None, class_map: str | None, **given: Any) -> None:
     """Encode images: images → index.parquet and features.zarr."""
     from hierarchy_builder.build import pipeline as steps
+    from hierarchy_builder.encoders import check_stored_encoder
 
     folder, source = (BuildFolder(out), images) if out else (BuildFolder(Path(images)).require(), None)
     stored = _stored(folder, "extract") if source is None else None
     resolved = opt.resolve(
         ExtractConfig, "extract", opt.of_config(ExtractConfig, given), given["config"], stored
     )
+    if stored and given["encoder"] is None:
+        check_stored_encoder(resolved.encoder, folder.root, trusted=given["trust_encoder"])
     show_config({"extract": to_mapping(resolved)}, given["quiet"])
     once = {name: given[name] for name in ("retry_failed", "accept_new_files")}
     with folder.locked():
@@ -167,6 +170,8 @@ def plan(images: str, out: Path, **given: Any) -> None:
     if given["as_json"]:
         print_json(found.as_json())
     else:
+        for text in found.warnings:
+            stderr.print(f"warning: {text}", soft_wrap=True)
         for title, rows in plan_tables(found).items():
             print_table(title, rows)
     found.check(folder, force=given["force"])
@@ -175,7 +180,9 @@ def plan(images: str, out: Path, **given: Any) -> None:
 @app.command("publish")
 @takes(
     folder=opt.FOLDER,
-    url=argument("URL to copy to, as fsspec names it, for example s3://bucket/set."),
+    url=argument(
+        "URL to copy to, as fsspec names it, for example s3://bucket/set.", **PLACE | {"metavar": "URL"}
+    ),
     **OUTPUT,
 )
 def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
@@ -186,7 +193,7 @@ def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
 
 
 @app.command()
-@takes(folder=opt.FOLDER, **(opt.WORKERS | OUTPUT))
+@takes(folder=opt.FOLDER, **(opt.WORKERS | opt.TRUST | OUTPUT))
 def repair(folder: Path, as_json: bool, **given: Any) -> None:
     """Rebuild what verify finds damaged, and only that; exit code 4 if something could not be repaired."""
     from hierarchy_builder.verify.repair import repair as run_repair
@@ -240,6 +247,7 @@ def _session(
     gpus_per_worker: float | None = None,
     fresh: bool = False,
     force: bool = False,
+    trust_encoder: bool = False,
     **others: Any,
 ) -> Any:
     """The session that these options of a command ask for; its other options are ignored."""
@@ -247,13 +255,12 @@ def _session(
     from hierarchy_builder.build.workers import Workers
     from hierarchy_builder.progress import Reporter
 
-    if workers is not None and workers < 0:
-        raise UsageError(f"--workers is {workers}, expected 0 or more")
     return Session(
         workers=Workers(count=workers, address=address, gpus_per_worker=gpus_per_worker),
         reporter=Reporter(quiet=quiet, console=stderr),
         fresh=fresh,
         force=force,
+        trust_encoder=trust_encoder,
     )
 
 

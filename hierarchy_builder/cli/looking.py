@@ -19,13 +19,21 @@ from hierarchy_builder.terminal import counted, print_cells, print_json, print_t
 def status(folder: Path, as_json: bool) -> None:
     """Show what is done, stage by stage, and the progress of the run that works on the build now."""
     from hierarchy_builder.progress import as_duration
+    from hierarchy_builder.store.ledger import recorded_stages
     from hierarchy_builder.store.units import progress_of, running_stage
 
     build_folder = BuildFolder(folder).require()
     rows, running = progress_of(build_folder), running_stage(build_folder)
+    left_out = recorded_stages(build_folder).get("extract", {}).get("left_out", [])
     if as_json:
         of_stage = running["stage"] if running else None
-        print_json([{**row, "running": running if row["stage"] == of_stage else None} for row in rows])
+        print_json(
+            [
+                {**row, "running": running if row["stage"] == of_stage else None}
+                | ({"left_out": left_out} if row["stage"] in ("extract", "fuse") else {})
+                for row in rows
+            ]
+        )
         return
     cells = [
         (
@@ -39,6 +47,8 @@ def status(folder: Path, as_json: bool) -> None:
         for row in rows
     ]
     print_cells(("stage", "units", "images", "unit seconds", "bytes", "state"), cells)
+    for text in left_out:
+        stdout.print(text, soft_wrap=True)
     if running:
         left = running["remaining_s"]
         stdout.print(
@@ -84,9 +94,10 @@ def verify(folder: Path, as_json: bool) -> None:
     ),
     keys=option("Keys of the images to show instead, separated by commas."),
     quality=switch("Score the regions and their stability; also writes DIR/quality.json.", "--quality"),
-    masks=option("With --quality: folder of label maps <stem>_<k>.png to compare with.", kind=Path),
+    masks=option("With --quality: folder of label maps <stem>_<k>.png to compare with.", **PATH),
     vocabulary=switch("Show the prototypes, each by the parts nearest to it, instead.", "--vocabulary"),
     prototypes=option("With --vocabulary: prototypes on the page.", kind=int, default=64, min=1),
+    **opt.TRUST,
     **OUTPUT,
 )
 def report(
@@ -99,6 +110,7 @@ def report(
     masks: Path | None,
     vocabulary: bool,
     prototypes: int,
+    trust_encoder: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -110,7 +122,7 @@ def report(
         target_of(out)  # refused before anything is read
     _refuse_foreign_pages(build_folder, out, quality=quality, vocabulary=vocabulary)
     if quality:
-        _report_quality(build_folder, out, samples or 200, chosen, masks, as_json, quiet)
+        _report_quality(build_folder, out, samples or 200, chosen, masks, trust_encoder, as_json, quiet)
         return
     if masks is not None or as_json:
         raise UsageError("--masks and --json belong to --quality, which is not given")
@@ -126,8 +138,8 @@ def report(
 
 
 @takes(
-    a=argument("Folder of a build.", kind=Path, metavar="A"),
-    b=argument("Folder of another build of the same images.", kind=Path, metavar="B"),
+    a=argument("Folder of a build.", **PATH | {"metavar": "A"}),
+    b=argument("Folder of another build of the same images.", **PATH | {"metavar": "B"}),
     out=option("Also write a page of the images that changed most.", **PATH),
     as_json=AS_JSON,
 )
@@ -202,6 +214,7 @@ def _report_quality(
     samples: int,
     keys: Sequence[str] | None,
     masks: Path | None,
+    trust_encoder: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -210,7 +223,9 @@ def _report_quality(
     from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
 
     reporter = Reporter(quiet=quiet, console=stderr)
-    found = assess_build(folder, limit=samples, keys=keys, masks=masks, reporter=reporter)
+    found = assess_build(
+        folder, limit=samples, keys=keys, masks=masks, reporter=reporter, trust_encoder=trust_encoder
+    )
     page = write_quality(folder, found, out or folder.quality_page)
     if as_json:
         print_json(found.as_json())

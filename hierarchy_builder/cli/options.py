@@ -16,17 +16,22 @@ from hierarchy_builder.config import (
 )
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, to_mapping
-from hierarchy_builder.flags import PATH, REQUIRED, argument, flags, option, switch
+from hierarchy_builder.flags import FILES, PATH, PLACE, REQUIRED, argument, flags, option, switch
+from hierarchy_builder.places import a_place
 
 FOLDER = argument("Folder of the build.", **PATH | {"metavar": "DIR"})
 BUILD = {
-    "images": argument("Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one."),
+    "images": argument(
+        "Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one.",
+        **PLACE | {"metavar": "IMAGES"},
+    ),
     "out": option("Folder of the build; the same command resumes there.", default=REQUIRED, **PATH),
 }
 ENCODING = {
     **flags(ExtractConfig, "encoder", "weights", "split"),
     "class_map": option(
-        "JSON file of class name → id; without it ids follow the sorted names of the classes."
+        "JSON file of class name → id; without it ids follow the sorted names of the classes.",
+        **PLACE | {"metavar": "PATH"},
     ),
     **flags(ExtractConfig, "precision", "batch_size", "block_rows", "order", "max_bad_fraction"),
 }
@@ -52,7 +57,9 @@ SHARDS = {
     **flags(ShardConfig, "samples_per_shard", "shard_bytes", "feature_dtype", images="--images/--no-images"),
     **flags(ShardConfig, "image_px", "canvases", "covariance"),
 }
-PUBLISH = {"publish": option("Also copy the shards to this fsspec URL, for example s3://bucket/set.")}
+PUBLISH = {
+    "publish": option("Also copy the shards to this fsspec URL, for example s3://bucket/set.", **PLACE)
+}
 WORKERS = {
     "workers": option(
         "Worker processes; 0 works in this process. Default: one for each CPU.",
@@ -63,11 +70,17 @@ WORKERS = {
         "Ray cluster to join, HOST:PORT or auto; without it a local Ray starts.", envvar="RAY_ADDRESS"
     ),
 }
+TRUST = {
+    "trust_encoder": switch(
+        "Load the encoder that the build names even if it is a function (module:function), which runs its code.",
+        "--trust-encoder",
+    )
+}
 RUN = {
     **WORKERS,
     "config": option(
         "YAML with sections extract, hierarchy, vocabulary, shard; options override it.",
-        kind=Path,
+        **PATH,
         envvar="HIERARCHY_BUILDER_CONFIG",
     ),
     "fresh": switch("Start over: first remove what this stage and all later stages have made.", "--fresh"),
@@ -105,7 +118,11 @@ def resolve(
     """
     in_file = load_yaml(str(file)).get(section) if file is not None else None
     asked = {name: value for name, value in given.items() if value is not None}
-    return from_mapping(cls, {**(stored or {}), **(in_file or {}), **asked}, section)
+    in_file = {
+        name: a_place(value) if name in FILES and isinstance(value, str) else value
+        for name, value in (in_file or {}).items()
+    }
+    return from_mapping(cls, {**(stored or {}), **in_file, **asked}, section)
 
 
 def resolve_shard(

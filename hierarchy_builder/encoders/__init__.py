@@ -90,6 +90,19 @@ def list_encoders() -> list[EncoderRow]:
     ]
 
 
+def check_stored_encoder(name: str, where: object, *, trusted: bool) -> None:
+    """Refuse an encoder that a build names and that is a function, unless `trusted`: loading it runs its code.
+
+    where: the build, for the message. Raises UsageError.
+    """
+    is_known = name == DctEncoder.name or name.startswith(("dinov2-", "timm:", "onnx:"))
+    if ":" in name and not is_known and not trusted:
+        raise UsageError(
+            f"the encoder of {where} is the function {name!r}, and loading it runs code that the build names: if you "
+            "trust whoever made the build, add --trust-encoder"
+        )
+
+
 def load_encoder(
     name: str,
     *,

@@ -8,7 +8,6 @@ One Gram matrix per image serves both the split into object and background and t
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
 from hierarchy_builder.hierarchy.normalized_cut import centred_cut, normalized_cut
 from hierarchy_builder.hierarchy.similarity import similarities, single_threaded_blas, spread
 from hierarchy_builder.hierarchy.two_means import inertia, two_means
+from hierarchy_builder.process import num_cpus
 from hierarchy_builder.records import MAX_REGIONS, REGION_DTYPE
 
 GRAM_BYTES = 4 * 2**20
@@ -104,11 +104,6 @@ def build_hierarchy(
         mask.reshape(num_images, height, width), merges, recipe.cuts, given_levels(flags, recipe)
     )
     return Hierarchy(regions=regions, merges=merges, flags=flags, scores=scores)
-
-
-def num_cpus() -> int:
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _divide(

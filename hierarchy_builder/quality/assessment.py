@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
-from hierarchy_builder.encoders import Encoder, encode, load_encoder
+from hierarchy_builder.encoders import Encoder, check_stored_encoder, encode, load_encoder
 from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
@@ -102,11 +102,12 @@ def assess_build(
     keys: Sequence[str] | None = None,
     masks: Path | None = None,
     reporter: Reporter | None = None,
+    trust_encoder: bool = False,
 ) -> Assessment:
     """Score the stored hierarchies of some images of a build.
 
     limit: number of images, taken from all classes in turn. keys: score these images instead. masks: folder of label
-    maps drawn by people, see `images.masks`.
+    maps drawn by people, see `images.masks`. trust_encoder: load the encoder of the build even if it is a function.
     If a photo, the encoder or a label map cannot be used, the scores that need it are left out for these images;
     `facts` counts these images and says why.
     Raises BuilderError when clustering is not finished, UsageError for an unknown key or when no label map fits.
@@ -116,7 +117,7 @@ def assess_build(
     index = read_index(folder.index)
     rows = sorted(set(choose_rows(folder, records_of(index), limit, keys)))
     index = index.take(rows)
-    photos = _Photos(why_not=FROM_MAPS) if recipe.masks else _open_photos(folder)
+    photos = _Photos(why_not=FROM_MAPS) if recipe.masks else _open_photos(folder, trust_encoder)
     drawn = None if masks is None else _open_maps(folder, masks, index)
     batches: list[tuple[Quality, dict[str, Quality]]] = []
     with (reporter or Reporter(quiet=True)).stage("quality", len(rows)) as meter:
@@ -279,11 +280,12 @@ def _assess_batch(
     return scored, baselines(features, scores["regions"], humans, seed=int(rows[0]))
 
 
-def _open_photos(folder: BuildFolder) -> _Photos:
+def _open_photos(folder: BuildFolder, trust_encoder: bool) -> _Photos:
     """Open the encoder and the photos of a build, if they still exist."""
     extracted = stage_entry(folder, "extract")
     config = from_mapping(ExtractConfig, extracted["request"], str(folder.manifest))
     try:
+        check_stored_encoder(config.encoder, folder.root, trusted=trust_encoder)
         encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
         if encoder.weights_hash != extracted["inputs"]["encoder"]["weights_hash"]:
             return _Photos(

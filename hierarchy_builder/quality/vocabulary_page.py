@@ -5,7 +5,6 @@ N images, P parts of all images, K prototypes of the finest level, H×W grid, S 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image
 from hierarchy_builder.canvases.gallery import Facts, Page, Plots, Section, Strip, Strips, write_page
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.process import num_cpus
 from hierarchy_builder.quality.report import photo_reader, read_photo
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
@@ -209,7 +209,7 @@ def _pictures(folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray)
         mine = needed[parts.rows[needed] == row].tolist()
         return {part: part_picture(photo, ids == parts.regions[part]) for part in mine}
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cpus()) as pool:
         drawn = pool.map(draw, np.unique(parts.rows[needed]).tolist())
         return {part: picture for some in drawn for part, picture in some.items()}
 

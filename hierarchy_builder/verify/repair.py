@@ -17,6 +17,7 @@ from hierarchy_builder.build.fused import fuse_again
 from hierarchy_builder.build.pipeline import shard, sum_covariance
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
+from hierarchy_builder.encoders import check_stored_encoder
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import write_bytes, write_json
@@ -85,6 +86,9 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
     if MANIFEST in by_stage:
         _restore_manifest(folder)
         return
+    if is_fused(folder) or "extract" in by_stage:
+        stored = stage_entry(folder, "extract")["request"]["encoder"]
+        check_stored_encoder(stored, folder.root, trusted=session.trust_encoder)
     if is_fused(folder):
         _restore_listing(folder)
         for stage, numbers in by_stage.items():

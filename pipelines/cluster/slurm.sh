@@ -26,11 +26,13 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 20000))
 address="$head:$port"
 
-srun --nodes=1 --ntasks=1 -w "$head" \
+# Slurm from 22.05 on gives a step one CPU for each task, whatever the job asked for, unless the step says more.
+srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" -w "$head" \
   "$bin/ray" start --head --port="$port" --dashboard-host=127.0.0.1 --num-cpus="$SLURM_CPUS_PER_TASK" --block &
 sleep 10
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
   srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" \
+    --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     "$bin/ray" start --address="$address" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
   sleep 10
 fi

@@ -111,7 +111,7 @@ def test_config_file_flag_and_environment(photos, tmp_path) -> None:
         (("build", "{photos}"), 2, "--out"),
         (("build", "{photos}", "--out", "{config}", "--encoder", "dct"), 2, "expected a folder to write to"),
         (("build", "{photos}", "--out", "{photos}/build", "--encoder", "dct"), 2, "lies inside the images"),
-        (("build", "", "--out", "{out}", "--encoder", "dct"), 2, "the path of the images is empty"),
+        (("build", "", "--out", "{out}", "--encoder", "dct"), 2, "it is empty, expected a path"),
         (("build", "{photos}", "--out", "{out}", "--encoder", "dct", "--seed", "-1"), 2, "seed is -1"),
         (("build", "{photos}", "--out", "{out}", "--config", "{number}"), 2, "section extract is 3, expected fields"),
         (("build", "{photos}", "--out", "{out}", "--config", "{binary}"), 2, "config file {binary}"),

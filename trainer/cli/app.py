@@ -15,6 +15,7 @@ from hierarchy_builder.flags import (
     AS_JSON,
     OUTPUT,
     PATH,
+    PLACE,
     REQUIRED,
     Parameter,
     argument,
@@ -96,7 +97,9 @@ OF_SAMPLES: dict[str, Parameter] = {
     **opt.OF_METHODS,
     "decoder": opt.DECODER,
     "pixel_stage": opt.PIXEL_STAGE,
-    "inception": option("Inception Score and FID by torch-fidelity: file of Inception weights, or hub."),
+    "inception": option(
+        "Inception Score and FID by torch-fidelity: file of Inception weights, or hub.", **PLACE
+    ),
     "reference": option(
         "With --inception: npz of mu and sigma of real images, for FID.", **reads("an npz of mu and sigma")
     ),
@@ -117,7 +120,9 @@ OF_SAMPLES: dict[str, Parameter] = {
 @app.command()
 @takes(
     run=opt.RUN,
-    shards=option("Shards of real images, or a folder of folders such as train and val.", default=REQUIRED),
+    shards=option(
+        "Shards of real images, or a folder of folders such as train and val.", default=REQUIRED, **PLACE
+    ),
     split=option("Folder of SHARDS to take. Default: one named val… or test…, if there is one."),
     max_real=option("Real images read at most.", kind=int, default=10_000, min=4),
     steps=opt.STEPS,
@@ -211,7 +216,7 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
 @takes(
     run=argument("Run folder of `trainer train`.", **reads("a run folder of `trainer train`", "RUN")),
     out=option("HTML file to write. Default: RUN/report.html.", **PATH),
-    shards=option("Shards whose teachers are shown next to samples."),
+    shards=option("Shards whose teachers are shown next to samples.", **PLACE),
     seeds=option("Seeds of each class shown.", default="0"),
     stages=option(
         "JSON rows of a table to show, as `hierarchy-builder build --json` prints them.",
@@ -289,7 +294,7 @@ def verify(run: Path, as_json: bool) -> None:
 @app.command()
 @takes(
     run=opt.RUN,
-    folder=option("Where trajectories and reports are kept. Default: RUN/studio.", kind=Path),
+    folder=option("Where trajectories and reports are kept. Default: RUN/studio.", **PATH),
     vocabulary=opt.VOCABULARY,
     host=option(
         "Address to serve on; at any other than the default, other machines can reach it.",
@@ -315,6 +320,10 @@ def studio(
     **given: Any,
 ) -> None:
     """Look at trajectories in a browser, edit, resume, compare and save them (the extra `studio`)."""
+    from trainer.studio.address import bypass_proxy, check_host
+
+    check_host(host)
+    bypass_proxy(host)
     try:
         from trainer.studio.app import launch
     except ModuleNotFoundError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import whole_file, write_json
-from hierarchy_builder.flags import AS_JSON, OUTPUT, PATH, REQUIRED, argument, option, switch, takes
+from hierarchy_builder.flags import AS_JSON, OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.terminal import print_result, stderr
 from trainer.cli import options as opt
 from trainer.cli.options import A_RUN, A_TRAJECTORY, reads
@@ -23,14 +23,14 @@ TRAJECTORY = argument(
 @takes(
     run=opt.RUN,
     out=option("Trajectory file to write.", default=REQUIRED, **PATH),
-    shards=option("Shards that hold the photograph."),
+    shards=option("Shards that hold the photograph.", **PLACE),
     sample=option("With --shards: key of the photograph, or its number in the shards.", default="0"),
     photo=option("Picture file of the photograph, instead of --shards.", **reads("a picture")),
     encoder=option(
         "With --photo: the encoder of the model, as module:function[:ARGUMENT].",
         default="hierarchy_builder.encoders.dct:DctEncoder",
     ),
-    weights=option("With --photo: weight file of the encoder; without it those of the hub."),
+    weights=option("With --photo: weight file of the encoder; without it those of the hub.", **PLACE),
     label=option("With --photo: class of the photograph."),
     seed=option("Seed of the noise of levels that are drawn later.", kind=int, default=0),
     ema=opt.EMA,

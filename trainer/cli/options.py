@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import typer
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.flags import OUTPUT, Parameter, a_path, argument, flag, option, switch
+from hierarchy_builder.flags import OUTPUT, PATH, PLACE, Parameter, argument, checked, flag, option, switch
+from hierarchy_builder.places import a_path
 from hierarchy_builder.progress import Follow, shown_on, unseen
 from hierarchy_builder.terminal import stderr
 from trainer.methods.normalizing_trajectory.config import Ending
@@ -26,7 +27,7 @@ def reads(what: str, metavar: str = "PATH") -> dict[str, Any]:
     """
 
     def existing(text: str) -> Path:
-        path = a_path(text)
+        path = checked(a_path)(text)
         if not path.exists():
             raise typer.BadParameter(f"{text} does not exist, expected {what}")
         return path
@@ -112,7 +113,7 @@ FIELDS = {
 TRAINING = {
     "config": option(
         "YAML file of fields; it overrides the preset, and options override it.",
-        kind=Path,
+        **PATH,
         envvar="TRAINER_CONFIG",
     ),
     "settings": option(
@@ -125,6 +126,7 @@ TRAINING = {
         "`auto` resumes the run in the folder if there is one, `never` starts a new one; or a run or checkpoint "
         "folder to start from.",
         default="auto",
+        **PLACE | {"metavar": "TEXT"},
     ),
     "dry_run": switch("Check the command, print the resolved configuration and stop.", "--dry-run"),
     **OUTPUT,

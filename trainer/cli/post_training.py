@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.flags import PATH, REQUIRED, option, switch, takes
+from hierarchy_builder.flags import PATH, PLACE, REQUIRED, option, switch, takes
 from hierarchy_builder.terminal import print_result
 from trainer.cli import judging
 from trainer.cli import options as opt
@@ -18,6 +18,7 @@ from trainer.cli.training import asked_fields, run_and_print
     shards=option(
         "Shards whose statistics are the target: a finished folder, its build, or an fsspec URL.",
         default=REQUIRED,
+        **PLACE,
     ),
     out=option("Run folder; the same command resumes there.", default=REQUIRED, **PATH),
     per_level=switch("Train each level by its own distances, and not through the cascade.", "--per-level"),

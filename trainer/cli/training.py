@@ -14,7 +14,7 @@ import yaml
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
-from hierarchy_builder.flags import AS_JSON, PATH, REQUIRED, argument, option, switch, takes
+from hierarchy_builder.flags import AS_JSON, PATH, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.parsing import parse_yaml
 from hierarchy_builder.terminal import print_cells, print_result, stderr
 from trainer.cli.options import FIELDS, TRAINING, reads
@@ -35,10 +35,11 @@ from trainer.methods.trajectory_forcing.presets import decoder_preset
 from trainer.training.config import checked, with_settings
 
 METHOD_NAMES = "|".join(METHODS)
+SHARDS = PLACE | {"metavar": "SHARDS"}
 
 
 @takes(
-    shards=argument("Finished shard folder, its build folder, or an fsspec URL."),
+    shards=argument("Finished shard folder, its build folder, or an fsspec URL.", **SHARDS),
     out=option("Run folder; the same command resumes there.", default=REQUIRED, **PATH),
     preset_name=option(
         "Preset to start from; `trainer presets` lists them. Default: the configuration in RUN, or else what "
@@ -80,7 +81,7 @@ LOSSES = {
 
 
 @takes(
-    shards=argument("Shards built with --images, or their build folder or URL."),
+    shards=argument("Shards built with --images, or their build folder or URL.", **SHARDS),
     out=option(
         "Folder of the run and of the decoder; `sample` and `report` find RUN/decoder by themselves.",
         default=REQUIRED,
@@ -109,7 +110,7 @@ def train_decoder(shards: str, out: Path, size: str | None, **given: Any) -> Non
 
 @takes(
     suggest=option(
-        "Print what to train on these shards with the device of this machine, and its cost.", metavar="SHARDS"
+        "Print what to train on these shards with the device of this machine, and its cost.", **SHARDS
     ),
     method=option(f"With --suggest. Default: {TRAJECTORY_FORCING.name}.", metavar=METHOD_NAMES),
     as_json=AS_JSON,

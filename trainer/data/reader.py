@@ -26,6 +26,7 @@ from torch import Tensor
 from hierarchy_builder.errors import DamagedShardError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
 from hierarchy_builder.parsing import parse_npy
+from hierarchy_builder.process import give_home
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURE_DTYPE,
@@ -44,6 +45,7 @@ from trainer.data.tars import Members, OpenTar, check_sha256, check_size, local_
 
 def default_cache() -> str:
     """Folder for copies of remote shards: `TRAINER_CACHE`, by default a folder in the user's cache folder."""
+    give_home()
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return os.environ.get("TRAINER_CACHE") or str(Path(base) / "trajectory-hierarchies")
 

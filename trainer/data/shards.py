@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS
 from hierarchy_builder.files import parse_json
 from hierarchy_builder.parsing import parse_npz
+from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.records import FORMAT_VERSION
 from trainer.data.tars import ShardEntry
 
@@ -103,7 +103,7 @@ def finished_folder(url: str) -> str | None:
     """
     for folder in (url.rstrip("/"), f"{url.rstrip('/')}/shards"):
         try:
-            filesystem, path = fsspec.url_to_fs(folder)
+            filesystem, path = filesystem_of(folder)
         except (ImportError, ValueError) as error:
             raise TrainerError(f"{url}: {error}") from None
         if filesystem.exists(f"{path}/{MARKER}") and filesystem.exists(f"{path}/{INDEX}"):
@@ -138,7 +138,7 @@ def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]
 
 
 def _exists(url: str) -> bool:
-    filesystem, path = fsspec.url_to_fs(url)
+    filesystem, path = filesystem_of(url)
     return bool(filesystem.exists(path))
 
 
@@ -156,7 +156,7 @@ def _vouched_for(folder: str) -> dict[str, str]:
 
 def _read(folder: str, name: str, digests: Mapping[str, str]) -> bytes:
     """Read a file beside the tars. Raises TrainerError unless it has the SHA-256 in `digests`, if there is one."""
-    filesystem, path = fsspec.url_to_fs(f"{folder}/{name}")
+    filesystem, path = filesystem_of(f"{folder}/{name}")
     data: bytes = filesystem.cat_file(path)
     if name in digests and hashlib.sha256(data).hexdigest() != digests[name]:
         raise TrainerError(

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-import fsspec
 import numpy as np
 
 from hierarchy_builder.errors import DamagedShardError
 from hierarchy_builder.files import sha256_file, whole_file
+from hierarchy_builder.places import filesystem_of
 
 HEADER_BYTES = 512
 PLAIN_FILE = (b"0", b"\0")
@@ -69,7 +69,7 @@ def local_path(url: str, entry: ShardEntry, cache: str) -> str:
 
     Raises DamagedShardError if the download is not what the index lists.
     """
-    filesystem, path = fsspec.url_to_fs(f"{url}/{entry.name}")
+    filesystem, path = filesystem_of(f"{url}/{entry.name}")
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         return path
     folder = Path(cache) / hashlib.sha256(url.encode()).hexdigest()[:16]

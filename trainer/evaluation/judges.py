@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
-
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.terminal import counted
 from trainer.data.shards import ShardIndex, finished_folder, open_index
 
@@ -60,7 +59,7 @@ def judged_on(trained: Mapping[str, Any], index: ShardIndex, num_real: int) -> s
 def _folders(url: str) -> list[str]:
     """Names of the folders in a folder, sorted; none where the file system lists none."""
     try:
-        filesystem, path = fsspec.url_to_fs(url)
+        filesystem, path = filesystem_of(url)
         entries = filesystem.ls(path, detail=True)
     except (ImportError, ValueError, OSError, NotImplementedError):
         return []

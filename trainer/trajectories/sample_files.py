@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tempfile
 import zipfile
@@ -181,6 +182,18 @@ class Tars(SampleFiles):
         return target_of(self.out / f"samples-{len(self.files):06d}.tar")
 
 
+def reserve(path: Path) -> None:
+    """Take the room on the disk for a file that is mapped into memory, or raise OSError.
+
+    Without it the file has holes, and where the disk is full a write into one ends the process by SIGBUS.
+    """
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class Arrays(SampleFiles):
     """`samples.npz`: `levels` float32 [N, L, H, W, C], `label` and `seed` int64 [N], `pictures` uint8 [N, h, w, 3]."""
 
@@ -201,9 +214,10 @@ class Arrays(SampleFiles):
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="samples.tmp-", dir=self.out))
             for name, value in values.items():
-                self._arrays[name] = np.lib.format.open_memmap(
-                    self._folder / f"{name}.npy", "w+", value.dtype, (self.count, *value.shape)
-                )
+                path = self._folder / f"{name}.npy"
+                array = np.lib.format.open_memmap(path, "w+", value.dtype, (self.count, *value.shape))
+                reserve(path)
+                self._arrays[name] = array
         for name, value in values.items():
             self._arrays[name][self._filled] = value
         self._filled += 1

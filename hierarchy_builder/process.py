@@ -1,0 +1,88 @@
+"""Prepares this process for the machine it runs on: encoding of its output, home folder, caches, CPUs."""
+
+from __future__ import annotations
+
+import atexit
+import getpass
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from hierarchy_builder.errors import explained
+from hierarchy_builder.places import home_folder
+
+
+def prepare() -> None:
+    """Prepare a process for a command line; called before any module is imported that looks at the machine."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that cannot be printed must not end the command
+            stream.reconfigure(errors="backslashreplace")
+    threading.excepthook = _report_thread
+    give_home()
+
+
+def give_home() -> None:
+    """Where this user has no home folder or no name, as in many containers, set HOME to a new folder, and USER.
+
+    Without it several libraries would write into a folder called `~`, or fail. The folder goes with the process.
+    """
+    if home_folder() is None:
+        os.environ["HOME"] = private_folder()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
+def place_numba_cache(sources: Path) -> None:
+    """Choose where numba keeps compiled code, if neither the folder `sources` nor the user's cache can be written.
+
+    numba then refuses to compile at all. The new folder is private and goes with this process, since a folder that
+    other users can write to would let them run code here.
+    """
+    home = home_folder()
+    base = os.environ.get("XDG_CACHE_HOME") or (str(home / ".cache") if home else "")
+    places = [sources / "__pycache__", *([Path(base) / "numba"] if base else [])]
+    if os.environ.get("NUMBA_CACHE_DIR") or any(map(_can_be_written, places)):
+        return
+    os.environ["NUMBA_CACHE_DIR"] = private_folder()
+    if (numba := sys.modules.get("numba")) is not None:
+        numba.config.reload_config()
+
+
+def num_cpus() -> int:
+    """Number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def private_folder(parent: str | None = None, prefix: str = "trajectory-hierarchies-") -> str:
+    """A new temporary folder that only this user can open; it is removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a process that was forked from this one
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself can be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _report_thread(failed: Any) -> None:
+    """Print one line for an error of the operating system in a thread, such as a full disk, instead of a traceback."""
+    if isinstance(failed.exc_value, OSError):
+        name = failed.thread.name if failed.thread is not None else "a thread"
+        print(f"warning: {name}: {explained(failed.exc_value)}", file=sys.stderr)
+    else:
+        threading.__excepthook__(failed)
