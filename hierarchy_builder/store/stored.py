@@ -39,6 +39,7 @@ class Stored:
 
     folder: BuildFolder
     _ledgers: dict[str, Ledger] = field(default_factory=dict)
+    _groups: dict[Path, zarr.Group] = field(default_factory=dict)
     _described: set[str] = field(default_factory=set)
     _compared: set[tuple[str, int]] = field(default_factory=set)
 
@@ -53,7 +54,10 @@ class Stored:
         numbers = np.arange(*rows.indices(num_rows)) if isinstance(rows, slice) else rows
         touched = np.unique(numbers // block_rows)
         self._compare(name, touched.tolist())
-        return stores.read_rows(self._groups[self._path(name).name], name, rows)
+        path = self._path(name)
+        if path not in self._groups:
+            self._groups[path] = stores.open_store(path)
+        return stores.read_rows(self._groups[path], name, rows)
 
     def moments(self, block: Block) -> Moments:
         """Return the moments of the usable rows of a block."""
@@ -72,14 +76,6 @@ class Stored:
     @cached_property
     def _layout(self) -> tuple[int, int, dict[str, Any]]:
         return store_layout(self._entries["extract"])
-
-    @cached_property
-    def _groups(self) -> dict[str, zarr.Group]:
-        return {
-            path.name: stores.open_store(path)
-            for path in (self.folder.features, self.folder.regions)
-            if path.exists()
-        }
 
     def _path(self, name: str) -> Path:
         return self.folder.features if WRITTEN_BY[name] in ("extract", "covariance") else self.folder.regions
