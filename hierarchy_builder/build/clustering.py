@@ -33,9 +33,11 @@ from hierarchy_builder.store.ledger import (
     begin_stage,
     hash_of,
     open_ledger,
+    read_manifest,
     read_marker,
     replace_regions,
     stage_entry,
+    write_manifest,
 )
 from hierarchy_builder.store.samples import PART_LEVEL
 from hierarchy_builder.store.stored import Stored
@@ -81,6 +83,7 @@ def cluster_inputs(recipe: HierarchyRecipe, extract_hash: str, paths: Sequence[s
 def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> StageSummary:
     """Make other levels of regions.zarr from its stored trees, without reading features."""
     settle_recut(folder)
+    write_manifest(folder, read_manifest(folder))  # its copy may be missing where an earlier call was stopped
     clustered = finished_stage(folder, "cluster")
     recipe = from_mapping(HierarchyRecipe, {**clustered["request"], "cuts": list(cuts)}, "--recut")
     inputs = {**clustered["inputs"], "config": identity(recipe)}
