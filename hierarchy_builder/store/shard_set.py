@@ -229,8 +229,6 @@ themselves.
 Recipe: `{dict(index["recipe"])}`.
 Configuration: `{index["config_hash"]}`. `statistics.npz` holds exact moments per channel and per position.
 
-Unless the data set or a class map gave ids, they follow the names of the classes as text: `10` comes before `2`.
-
 The licence of the source images applies to everything derived from them.
 """
 

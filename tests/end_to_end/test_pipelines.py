@@ -191,7 +191,7 @@ def test_slurm_script_starts_ray_and_passes_the_exit_code(tmp_path) -> None:
     said = calls.read_text()
     assert done.returncode == 75, done.stderr
     assert "-m pipelines.build /images --out /out --address a:20007 --encoder dct" in said
-    assert "srun --nodes=1 --ntasks=1 -w a" in said
+    assert "srun --nodes=1 --ntasks=1 --cpus-per-task=4 -w a" in said
     assert "--exclude=a" in said
     assert "scontrol requeue 7" in said
     (token,) = set(

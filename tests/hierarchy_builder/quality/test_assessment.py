@@ -20,8 +20,9 @@ from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
+from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.files import read_json, write_json
+from hierarchy_builder.files import read_json, write_sealed_json
 from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.assessment import Views, assess_build, encode_views, seed_scores, view_scores
@@ -54,7 +55,7 @@ def copied(photos, built, tmp_path) -> BuildFolder:
     folder = BuildFolder(tmp_path / "assessed" / "build")
     manifest = read_json(folder.manifest)
     manifest["stages"]["extract"]["source"] = "../../photos/photos"
-    write_json(folder.manifest, manifest)
+    write_sealed_json(folder.manifest, manifest)
     return folder
 
 
@@ -165,26 +166,32 @@ def test_missing_photo_is_counted_and_left_out(copied) -> None:
 def test_assessment_without_encoder_scores_the_regions(copied) -> None:
     manifest = read_json(copied.manifest)
     manifest["stages"]["extract"]["request"]["encoder"] = "onnx:gone.onnx"
-    write_json(copied.manifest, manifest)
+    write_sealed_json(copied.manifest, manifest)
     found = assess_build(copied)
     assert "gone.onnx" in summary(found)["photos not encoded again"]
     assert np.isnan(found.quality.scores["shift"]).all()
     assert [row["score"] for row in score_tables(found)["Stability"]] == ["other seeds"]
 
 
-def test_encoder_with_other_weights_is_not_used(copied) -> None:
-    manifest = read_json(copied.manifest)
-    manifest["stages"]["extract"]["inputs"]["encoder"]["weights_hash"] = "other"
-    write_json(copied.manifest, manifest)
+def test_encoder_with_other_weights_is_not_used(copied, monkeypatch) -> None:
+    def other(*words, **options):
+        encoder = load_encoder(*words, **options)
+        encoder.weights_hash = "other"
+        return encoder
+
+    monkeypatch.setattr("hierarchy_builder.quality.assessment.load_encoder", other)
     assert "other weights" in assess_build(copied).facts["photos"]["why_not"]
 
 
-def test_broken_nesting_is_counted(copied) -> None:
+def test_regions_changed_after_clustering_are_refused(copied) -> None:
     group = stores.open_store(copied.regions, "r+")
     regions = np.asarray(stores.array_of(group, "regions")[:])
     regions[0, 1, 0, 0] = 9
     stores.array_of(group, "regions")[:] = regions
-    assert assess_build(copied).as_json()["violations"] > 0
+    with pytest.raises(
+        BuilderError, match="regions.zarr/regions/c/0/0/0/0 is missing or not the file that cluster"
+    ):
+        assess_build(copied)
 
 
 def test_assessment_of_an_unclustered_build_is_refused(photos, tmp_path) -> None:

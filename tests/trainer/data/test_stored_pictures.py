@@ -34,7 +34,7 @@ from trainer.data.pictures import PictureDataset
 from trainer.data.shards import open_index
 from trainer.data.stream import StreamPlan
 
-SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
+SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True), trust_encoder=True)
 PLAN = steps.BuildPlan(
     extract=ExtractConfig(encoder="patch_means:PatchMeans", block_rows=8, max_bad_fraction=0.5),
     hierarchy=HierarchyRecipe.paper(),

@@ -119,7 +119,9 @@ def test_photos_of_one_person_get_the_small_network_and_imagenet_the_large_one(
 def test_the_formula_of_memory_is_above_a_measured_network() -> None:
     """docs/results.md: 2.28 GiB for the whole process, whose weights are small."""
     config = TRAJECTORY_FORCING.load("presets")["tiny-cpu"]()
-    model = dataclasses.replace(config.model, in_channels=96, width=192, depth=8, head_depth=4, num_heads=6)
+    model = dataclasses.replace(
+        config.model, start="zeros", in_channels=96, width=192, depth=8, head_depth=4, num_heads=6
+    )
     config = dataclasses.replace(config, model=model)
     with torch.device("meta"):
         network = TRAJECTORY_FORCING.load("pipeline").network_type(model)

@@ -51,7 +51,7 @@ def test_a_space_needs_pictures_before_samples_are_drawn(
 ) -> None:
     monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
     space = ("--space", "hierarchy_builder.encoders:load_encoder:dct")
-    refused = trainer("evaluate", runs["trajectory-forcing"], "--shards", shards, *space, code=2)
+    refused = trainer("evaluate", runs["trajectory-forcing"], "--shards", shards, *space, code=1)
     assert "holds no picture" in refused.err
 
 
