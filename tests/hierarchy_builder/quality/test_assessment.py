@@ -189,7 +189,7 @@ def test_regions_changed_after_clustering_are_refused(copied) -> None:
     regions[0, 1, 0, 0] = 9
     stores.array_of(group, "regions")[:] = regions
     with pytest.raises(
-        BuilderError, match="regions.zarr/regions/c/0/0/0/0 is missing or not the file that cluster"
+        BuilderError, match=r"regions\.zarr/regions/c/0/0/0/0 is missing or not the file that cluster"
     ):
         assess_build(copied)
 
