@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 
 from fsspec import AbstractFileSystem
-from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import ImageError
@@ -70,7 +69,7 @@ def _remote(fs: AbstractFileSystem, place: str, start: int, size: int | None) ->
     if size is not None:
         _check_size(size)
         return fs.cat_file(place, start=start, end=start + size) if size else b""
-    if isinstance(fs, HTTPFileSystem):  # a web server may send without end
+    if "http" in fs.protocol:  # a web server may send without end; its class cannot be named without aiohttp
         with fs.open(place, "rb", block_size=0, size=1) as file:
             return _limited(file.read(MAX_BYTES + 1))
     return _limited(fs.cat_file(place))
