@@ -143,6 +143,29 @@ def test_a_fresh_process_loads_only_what_it_needs(module: str, absent: tuple[str
     assert done.stdout.strip() == ""
 
 
+OF_EXTRAS = (
+    *("aiohttp", "gradio", "onnx", "onnxruntime", "skimage", "sklearn", "torch_fidelity", "wandb", "faiss"),
+    *("pillow_heif", "pillow_jxl", "s3fs", "gcsfs", "pytest", "hypothesis"),
+)
+"""Packages that only extras of pyproject.toml install."""
+
+
+def test_the_packages_load_without_what_extras_install() -> None:
+    loaded = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in modules()]
+    names = [
+        name
+        for name in loaded
+        if not name.startswith(("pipelines", "trainer.studio")) and "__main__" not in name
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({OF_EXTRAS!r}))\n"
+        f"for name in {names!r}:\n    importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-800:]
+
+
 @pytest.mark.parametrize(
     "words",
     [
