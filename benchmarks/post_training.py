@@ -12,13 +12,12 @@ import argparse
 import json
 import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import records
+from tiny_model import run, split_photographs
 
 LEVELS = range(4)
 METRICS = {
@@ -37,8 +36,6 @@ METRICS = {
 }
 """Names that `trainer evaluate` prints, and the rows of the table."""
 WAYS = ("before", "post-trained", "trained on")
-HELD_OUT = 5
-"""One photograph of so many is held out."""
 
 
 def main() -> None:
@@ -46,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         root = Path(options.keep or scratch)
         builds = {}
-        link_photos(Path(options.photos), root / "photos")
+        split_photographs(Path(options.photos), root / "photos")
         for split in ("train", "val"):
             builds[split] = root / split
             made = ["hierarchy-builder", "build", str(root / "photos"), "--split", split, "--encoder", "dct"]
@@ -68,17 +65,6 @@ def main() -> None:
         seeds=range(options.seeds),
         figures={str(seed): each for seed, each in enumerate(found)},
     )
-
-
-def link_photos(source: Path, target: Path) -> None:
-    """Links to the photographs, in folders `train` and `val` of class folders."""
-    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
-        for number, photo in enumerate(sorted(folder.iterdir())):
-            split = "val" if number % HELD_OUT == HELD_OUT - 1 else "train"
-            place = target / split / folder.name / photo.name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not place.is_symlink():
-                place.symlink_to(photo.resolve())
 
 
 def measured(
@@ -127,14 +113,6 @@ def spread(values: list[float]) -> str:
     """The mean, and the standard deviation over seeds."""
     mean = f"{statistics.fmean(values):.3g}"
     return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
-
-
-def run(command: list[str]) -> str:
-    """What a command prints on stdout; its progress goes to stderr."""
-    print("$", shlex.join(command), file=sys.stderr, flush=True)
-    module = {"hierarchy-builder": "hierarchy_builder.cli", "trainer": "trainer.cli"}[command[0]]
-    line = [sys.executable, "-m", module, *command[1:]]
-    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,13 +70,14 @@ def main() -> None:
 
 
 def split_photographs(photos: Path, out: Path) -> None:
-    """Copy the class folders of `photos` to train and val."""
-    for path in sorted(photos.glob("*/*")):
-        number = sorted(path.parent.iterdir()).index(path)
-        split = "val" if number % HELD_OUT == HELD_OUT - 1 else "train"
-        target = out / split / path.parent.name / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    """Link the photographs of class folders, in folders of the same names in `train` and `val`."""
+    for folder in sorted(path for path in photos.iterdir() if path.is_dir()):
+        for number, photo in enumerate(sorted(folder.iterdir())):
+            split = "val" if number % HELD_OUT == HELD_OUT - 1 else "train"
+            target = out / split / folder.name / photo.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.is_symlink():
+                target.symlink_to(photo.resolve())
 
 
 def figures(build: Path, out: Path, seed: int, options: argparse.Namespace) -> dict[str, float]:

@@ -105,8 +105,23 @@ def sealed_text(content: Mapping[str, Any], *, sort_keys: bool = True, indent: i
     The field SEAL is the SHA-256 of these bytes with zeros in place of its own 64 digits, so that every changed byte is
     found, and anybody can compute it without this program.
     """
-    text = json_text({**content, SEAL: BLANK}, sort_keys=sort_keys, indent=indent)
-    return text.replace(_seal_line(BLANK), _seal_line(hashlib.sha256(text).hexdigest()), 1)
+    return seal(json_text({**content, SEAL: BLANK}, sort_keys=sort_keys, indent=indent))
+
+
+def seal(blank: bytes, colon: bytes = b": ") -> bytes:
+    """Put into bytes that hold SEAL with zeros their checksum. colon: what stands between name and digits."""
+    return blank.replace(_field(BLANK, colon), _field(hashlib.sha256(blank).hexdigest(), colon), 1)
+
+
+def check_seal(data: bytes, digits: Any, colon: bytes = b": ") -> None:
+    """Raise ValueError unless the bytes are those that `seal` returned. digits: what they name SEAL."""
+    field = _field(digits, colon) if isinstance(digits, str) and digits else b""
+    if not field or hashlib.sha256(data.replace(field, _field(BLANK, colon), 1)).hexdigest() != digits:
+        raise ValueError(f"its bytes do not have the checksum {SEAL} that it was written with")
+
+
+def _field(digits: str, colon: bytes) -> bytes:
+    return f'"{SEAL}"'.encode() + colon + f'"{digits}"'.encode()
 
 
 def parse_json(data: bytes, sealed: bool = False) -> dict[str, Any]:
@@ -120,17 +135,10 @@ def parse_json(data: bytes, sealed: bool = False) -> dict[str, Any]:
         raise ValueError("its lists or objects are nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"found {type(content).__name__}, expected an object")
-    seal = content.pop(SEAL, None)
-    if seal is None and not sealed:
-        return content
-    line = _seal_line(seal) if isinstance(seal, str) else b""
-    if not line or hashlib.sha256(data.replace(line, _seal_line(BLANK), 1)).hexdigest() != seal:
-        raise ValueError(f"its bytes do not have the checksum {SEAL} that it was written with")
+    digits = content.pop(SEAL, None)
+    if digits is not None or sealed:
+        check_seal(data, digits)
     return content
-
-
-def _seal_line(digits: str) -> bytes:
-    return f'"{SEAL}": "{digits}"'.encode()
 
 
 def without_nan(content: Any) -> Any:

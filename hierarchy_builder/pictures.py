@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import importlib
 import io
+import zlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 class Plugin(NamedTuple):
@@ -75,6 +79,29 @@ def missing_plugin(suffix: str) -> str | None:
     """The package to install for files with this extension, if there is one and it is not installed."""
     wanted = (plugin for plugin in PLUGINS if suffix in plugin.suffixes)
     return next((plugin.package for plugin in wanted if plugin not in installed_plugins()), None)
+
+
+class Chunk(NamedTuple):
+    """A part of a PNG. content: all of its bytes, with length, kind and checksum; fewer where the file ends early."""
+
+    start: int
+    kind: bytes
+    content: bytes
+    is_whole: bool
+    """Whether its checksum is that of its bytes."""
+
+
+def png_chunks(data: bytes) -> Iterator[Chunk]:
+    """The chunks of a PNG, up to the last one that has room for a length, a kind and a checksum."""
+    start = len(PNG_START)
+    while start + 12 <= len(data):
+        length = int.from_bytes(data[start : start + 4], "big")
+        content = data[start : start + 12 + length]
+        is_whole = len(content) == 12 + length and zlib.crc32(content[4:-4]) == int.from_bytes(
+            content[-4:], "big"
+        )
+        yield Chunk(start, content[4:8], content, is_whole)
+        start += 12 + length
 
 
 def open_picture(source: bytes | str | Path) -> Image.Image:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hierarchy_builder.errors import ImageError
 from hierarchy_builder.images.resampling import resize_centre
-from hierarchy_builder.pictures import open_picture
+from hierarchy_builder.pictures import PNG_START, open_picture, png_chunks
 
 # decode_image checks sizes against `max_pixels`; Pillow would already warn about ordinary large scans.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -42,7 +41,6 @@ LARGE_PIXELS = 2**25
 """Pixels from which a process decodes one picture at a time, since decoding takes up to 8 bytes for each pixel."""
 STRIP_PIXELS = 2**20
 """Pixels that are converted at once, so that no step holds a large picture a third time."""
-PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT_BYTES = 2**20
 """A text of a PNG longer than this is metadata that Pillow refuses to hold."""
 _alone = threading.RLock()
@@ -161,18 +159,18 @@ def _without_metadata(data: bytes) -> bytes | None:
     """
     if not data.startswith(PNG_START):
         return None
-    kept, start = [PNG_START], len(PNG_START)
-    while start + 12 <= len(data):
-        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
-        chunk = data[start : start + 12 + length]
-        start += 12 + length
-        if len(chunk) < 12 + length or kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
-            kept.append(chunk)
+    kept = [PNG_START]
+    for chunk in png_chunks(data):
+        length, kind = len(chunk.content) - 12, chunk.kind
+        is_cut = length < int.from_bytes(chunk.content[:4], "big")
+        if is_cut or kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
+            kept.append(chunk.content)
             continue
-        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        is_text = kind in (b"tEXt", b"iTXt") and length <= PNG_TEXT_BYTES and b"\0\1\0" not in chunk[8:100]
-        if is_whole and (is_text or kind not in (b"tEXt", b"iTXt", b"zTXt", b"iCCP")):
-            kept.append(chunk)
+        is_text = (
+            kind in (b"tEXt", b"iTXt") and length <= PNG_TEXT_BYTES and b"\0\1\0" not in chunk.content[8:100]
+        )
+        if chunk.is_whole and (is_text or kind not in (b"tEXt", b"iTXt", b"zTXt", b"iCCP")):
+            kept.append(chunk.content)
     slim = b"".join(kept)
     return None if len(slim) >= len(data) else slim
 

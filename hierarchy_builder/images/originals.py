@@ -12,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.images.sources import FileReader, Reader, TarReader
+from hierarchy_builder.process import num_cpus
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
 
@@ -61,7 +62,7 @@ def changed_images(
         for record, outcome in zip(records, outcomes, strict=True)
         if outcome.get("status") == "ok" and outcome.get("file_hash")
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cpus()) as pool:
         return [
             pair[0].path for pair, changed in zip(pairs, pool.map(is_changed, pairs), strict=True) if changed
         ]

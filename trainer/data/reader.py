@@ -67,6 +67,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def raw_features(self) -> Tensor:
+        """The features as the encoder wrote them, float32 [B, H, W, C]."""
+        return self.features.float() if self.scale is None else self.features * self.scale
+
     def rows(self, start: int, stop: int) -> Self:
         """Rows `start` ≤ i < `stop`."""
         return replace(self._map(lambda tensor: tensor[start:stop]), keys=self.keys[start:stop])

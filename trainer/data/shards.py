@@ -96,6 +96,30 @@ def open_index(url: str) -> ShardIndex:
     raise TrainerError(f"{url} is not a finished shard folder: run `hierarchy-builder shard DIR`")
 
 
+def check_trained_on(index: ShardIndex, model: Any, encoder: Mapping[str, Any], who: str) -> None:
+    """Raise MismatchError unless encoder, grid, width, levels and classes of the shards are those of a network.
+
+    model: its configuration. encoder: description of the one it was trained on; what it lacks is not compared. who: the
+    network, for the message.
+    """
+    for name in ("name", "weights_hash"):
+        trained, given = encoder.get(name), index.encoder.get(name)
+        if None not in (trained, given) and trained != given:
+            raise MismatchError(
+                f"{index.url} holds features of encoder {name} {given!r}, {who} was trained on {trained!r}: "
+                "give shards of the same encoder"
+            )
+    # A network of one level, which draws only tokens and pixels, fits shards of any number of levels.
+    levels = model.num_levels if model.num_levels > 1 else index.num_levels
+    found = (index.grid, index.width, index.num_levels, index.num_classes)
+    wanted = (model.grid, model.in_channels, levels, model.num_classes)
+    if found != wanted:
+        raise MismatchError(
+            f"{index.url} holds (grid, width, levels, classes) {found}, {who} was trained on {wanted}: "
+            "give shards of the same encoder, recipe and classes"
+        )
+
+
 def finished_folder(url: str) -> str | None:
     """The folder of finished shards at `url`, which may be that of their build; None if there is none.
 

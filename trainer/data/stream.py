@@ -40,7 +40,7 @@ class Batch(Rows):
 
     def tokens(self, normaliser: Normaliser = RAW) -> Tensor:
         """Normalised features, float32 [b, H, W, C]."""
-        return normaliser.apply(self.features.float() if self.scale is None else self.features * self.scale)
+        return normaliser.apply(self.raw_features())
 
     def canvases(self, normaliser: Normaliser = RAW) -> Tensor:
         """Canvases of all levels, float32 [b, L, H, W, C]: means of normalised features."""

@@ -5,7 +5,6 @@ The library writes the text beside the tensors in an order that changes from cal
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hierarchy_builder.files import BLANK, SEAL
+from hierarchy_builder.files import BLANK, SEAL, check_seal, seal
 
+COLON = b":"
+"""What stands between a name and its value in the header."""
 LENGTH_BYTES = 8
 """Bytes at the start of a file that hold the length of its header."""
 
@@ -46,23 +47,17 @@ def tensor_bytes(tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> byte
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % LENGTH_BYTES)
     whole = len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded + plain[LENGTH_BYTES + length :]
-    return whole.replace(_seal(BLANK), _seal(hashlib.sha256(whole).hexdigest()), 1)
+    return seal(whole, COLON)
 
 
 def read_sealed(path: Path) -> dict[str, Tensor]:
     """Read tensors of a file that may be sealed, and check the seal if it is. Raises ValueError or OSError."""
     tensors, text = read_tensors(path)
     if SEAL in text:
-        check_seal(path, text[SEAL])
+        check_tensor_seal(path, text[SEAL])
     return tensors
 
 
-def check_seal(path: Path, digest: str | None) -> None:
-    """Raise ValueError unless the file is as `tensor_bytes` made it. digest: what its text names SEAL."""
-    data = path.read_bytes()
-    if not digest or hashlib.sha256(data.replace(_seal(digest), _seal(BLANK), 1)).hexdigest() != digest:
-        raise ValueError(f"its bytes do not have the checksum {SEAL} that it was written with")
-
-
-def _seal(digits: str) -> bytes:
-    return f'"{SEAL}":"{digits}"'.encode()
+def check_tensor_seal(path: Path, digits: str | None) -> None:
+    """Raise ValueError unless the file is as `tensor_bytes` made it. digits: what its text names SEAL."""
+    check_seal(path.read_bytes(), digits, COLON)

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.progress import Follow, unseen
 from hierarchy_builder.records import Sample, spread_evenly
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
-from trainer.data.shards import ShardIndex
+from trainer.data.shards import ShardIndex, check_trained_on
 from trainer.evaluation.distribution import Crowd, Inception, Pictures, distances, picture_distances, seen_by
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
@@ -113,23 +113,7 @@ def evaluate(
 
 def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
     """Raise MismatchError unless encoder, grid, width, levels and classes of the shards are those of the model."""
-    for name in ("name", "weights_hash"):
-        trained, given = pipe.encoder.get(name), index.encoder.get(name)
-        if None not in (trained, given) and trained != given:
-            raise MismatchError(
-                f"{index.url} holds features of encoder {name} {given!r}, the model was trained on {trained!r}: "
-                "give shards of the same encoder"
-            )
-    config = pipe.model.config
-    # A network of one level, which draws only tokens and pixels, fits shards of any number of levels.
-    levels = config.num_levels if config.num_levels > 1 else index.num_levels
-    found = (index.grid, index.width, index.num_levels, index.num_classes)
-    wanted = (config.grid, config.in_channels, levels, config.num_classes)
-    if found != wanted:
-        raise MismatchError(
-            f"{index.url} holds (grid, width, levels, classes) {found}, the model was trained on {wanted}: "
-            "give shards of the same encoder, recipe and classes"
-        )
+    check_trained_on(index, pipe.model.config, pipe.encoder, "the model")
 
 
 Shown = tuple[Tensor, Tensor | None, np.ndarray | None]

@@ -8,15 +8,14 @@ nothing reads again, and that a command makes anew, are not checked; they are li
 from __future__ import annotations
 
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.files import SEAL, parse_json
-from trainer.data.tensor_files import check_seal, read_tensors
+from hierarchy_builder.pictures import PNG_START, png_chunks
+from trainer.data.tensor_files import check_tensor_seal, read_tensors
 from trainer.training import checkpoint as saved
 from trainer.training.log import METRICS, SAMPLES, TENSORBOARD, parse_metrics_line
 from trainer.training.run_folder import CONFIG, LOCK, read_config
@@ -24,7 +23,6 @@ from trainer.trajectories.file import read_trajectory
 
 EARLIER = "an earlier release wrote it without a checksum"
 UNSEALED = re.compile(r"[0-9a-f]{64}|[0-9a-f]{8}")
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DERIVED = {
     ".html": "nothing reads it; `trainer report`, `sample` or the studio write it again",
     ".md": "nothing reads it; the studio writes it again",
@@ -161,7 +159,7 @@ def _check_tensors(path: Path) -> str | None:
     if "format_version" in text:
         return None if read_trajectory(path) and SEAL in text else EARLIER
     if SEAL in text:
-        check_seal(path, text[SEAL])
+        check_tensor_seal(path, text[SEAL])
         return None
     if text and any(UNSEALED.fullmatch(value) for value in text.values()):
         raise ValueError(f"a checksum under another name than {SEAL}")
@@ -171,16 +169,15 @@ def _check_tensors(path: Path) -> str | None:
 def _check_png(path: Path) -> str | None:
     """Compare the checksum of every chunk of a PNG, from its signature to its last byte."""
     data = path.read_bytes()
-    if not data.startswith(PNG_SIGNATURE):
+    if not data.startswith(PNG_START):
         raise ValueError("it is not a PNG")
-    place, kind = len(PNG_SIGNATURE), b""
-    while place + 12 <= len(data) and kind != b"IEND":
-        (length,) = struct.unpack_from(">I", data, place)
-        body = data[place + 4 : place + 8 + length]
-        kind, check = body[:4], data[place + 8 + length : place + 12 + length]
-        if check != struct.pack(">I", zlib.crc32(body)):
-            raise ValueError(f"the chunk at byte {place} does not have its checksum")
-        place += 12 + length
-    if kind != b"IEND" or place != len(data):
+    end, kind = len(PNG_START), b""
+    for chunk in png_chunks(data):
+        if not chunk.is_whole:
+            raise ValueError(f"the chunk at byte {chunk.start} does not have its checksum")
+        end, kind = chunk.start + len(chunk.content), chunk.kind
+        if kind == b"IEND":
+            break
+    if kind != b"IEND" or end != len(data):
         raise ValueError("it does not end where a PNG ends")
     return None

@@ -9,7 +9,7 @@ Moments are updated part by part, so that N is not limited by memory.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,17 +86,23 @@ def read_reference(path: str | Path) -> Gaussian:
     try:
         with open(path, "rb") as file:
             content = parse_npz(file)
-        for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")):
-            if set(names) <= content.keys():
-                mean, covariance = (np.asarray(content[name], dtype=np.float64) for name in names)
-                break
-        else:
-            raise ValueError(f"holds {list(content)}, expected mu and sigma, or ref_mu and ref_sigma")
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"shapes {mean.shape} and {covariance.shape}, expected [F] and [F, F]")
+        return gaussian_of(content)
     except (OSError, ValueError) as error:
         raise TrainerError(f"reference statistics {path}: {error}") from None
-    return Gaussian(mean, covariance)
+
+
+def gaussian_of(content: Mapping[str, Any]) -> Gaussian:
+    """Take `mu` and `sigma`, or `ref_mu` and `ref_sigma`, from arrays by name. Raises ValueError."""
+    for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")):
+        if set(names) <= content.keys():
+            try:
+                mean, covariance = (np.asarray(content[name], dtype=np.float64) for name in names)
+            except TypeError as error:
+                raise ValueError(str(error)) from None
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(f"shapes {mean.shape} and {covariance.shape}, expected [F] and [F, F]")
+            return Gaussian(mean, covariance)
+    raise ValueError(f"holds {list(content)}, expected mu and sigma, or ref_mu and ref_sigma")
 
 
 def precision_recall(real: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:

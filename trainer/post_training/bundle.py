@@ -11,10 +11,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hierarchy_builder.errors import TrainerError
-from trainer.metrics.frechet import Gaussian, read_reference
+from trainer.metrics.frechet import Gaussian, gaussian_of, read_reference
 
 ALLOWED = {
     ("numpy", "ndarray"),
@@ -28,7 +26,6 @@ ALLOWED = {
     ("_codecs", "encode"),
 }
 """What rebuilds an array, in files of NumPy 1 and 2: module and name. `encode` turns text into bytes."""
-PAIRS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -62,12 +59,7 @@ def read_statistics(path: str | Path, entry: str | None = None) -> Gaussian:
     own = next((content[name] for name in content if Path(str(name)).name == entry), None)
     if not isinstance(own, dict):
         raise TrainerError(f"reference statistics {path}: holds {', '.join(names)}, expected {entry}")
-    for mean, covariance in PAIRS:
-        if {mean, covariance} <= own.keys():
-            try:
-                pair = [np.asarray(own[name], dtype=np.float64) for name in (mean, covariance)]
-            except (TypeError, ValueError) as error:
-                raise TrainerError(f"reference statistics {path}, {entry}: {error}") from None
-            if pair[0].ndim == 1 and pair[1].shape == 2 * pair[0].shape:
-                return Gaussian(*pair)
-    raise TrainerError(f"reference statistics {path}, {entry}: expected mu [F] and sigma [F, F]")
+    try:
+        return gaussian_of(own)
+    except ValueError as error:
+        raise TrainerError(f"reference statistics {path}, {entry}: {error}") from None

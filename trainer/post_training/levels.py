@@ -185,8 +185,7 @@ def _parts(index: ShardIndex, normaliser: Normaliser, world: World) -> Iterator[
     for start in starts[world.rank :: world.size]:
         rows = reader.read_rows(range(start, min(start + READ_TOGETHER, index.num_samples)))
         rows = rows.to(world.device)
-        features = rows.features.float() if rows.scale is None else rows.features * rows.scale
-        yield level_canvases(normaliser.apply(features), rows.regions), rows.label
+        yield level_canvases(normaliser.apply(rows.raw_features()), rows.regions), rows.label
     reader.close()
 
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageError
 from hierarchy_builder.fields import known_fields, nearest
 from trainer.data.normalisation import Normaliser
-from trainer.data.shards import ShardIndex
+from trainer.data.shards import ShardIndex, check_trained_on
 from trainer.decode.rae import decoder_for
 from trainer.methods import registry
 from trainer.post_training.distance import Target
@@ -44,11 +44,11 @@ from trainer.post_training.moments import Average, OnlineQueue, Queue, RunningMo
 from trainer.post_training.terms import ClassTerm, Describe, Found, Term, WholeTerm
 from trainer.seeds import mixed_seed, row_noise
 from trainer.training import checkpoint as saved
-from trainer.training.config import OptimConfig, PostTrainingConfig, checked, with_settings
+from trainer.training.config import PostTrainingConfig, checked, with_settings
 from trainer.training.distributed import World, joined_world
 from trainer.training.loop import RunSummary, StopRequest, stop_signals
-from trainer.training.method_run import MethodRun, Objective
-from trainer.training.optim import MuonAdam, optimizer_of
+from trainer.training.method_run import NetworkRun
+from trainer.training.optim import optimizer_of
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import average_of
 
@@ -90,20 +90,13 @@ class Start:
 
     def check_fits(self, index: ShardIndex) -> None:
         """Raise MismatchError unless encoder, grid, width, levels and classes of the shards are those of the run."""
-        ours, theirs = self.state.shards, index.describe()
-        for name in ("num_levels", "grid", "width", "class_names"):
-            if name in ours and ours[name] != theirs[name]:
-                raise MismatchError(
-                    f"{index.url} has {name} {theirs[name]}, the run {self.folder} was trained with {ours[name]}: give "
-                    "shards of the same encoder, recipe and classes"
-                )
-        for name in ("name", "weights_hash"):
-            pair = (ours["encoder"].get(name), index.encoder.get(name))
-            if None not in pair and pair[0] != pair[1]:
-                raise MismatchError(
-                    f"{index.url} holds features of encoder {name} {pair[1]!r}, the run was trained on {pair[0]!r}: "
-                    "give shards of the same encoder"
-                )
+        trained = self.state.shards
+        check_trained_on(index, self.config.model, trained["encoder"], f"the run {self.folder}")
+        if trained.get("class_names", names := list(index.class_names)) != names:
+            raise MismatchError(
+                f"{index.url} has the classes {', '.join(names[:5])} …, the run {self.folder} was trained with others: "
+                "give shards of the same classes"
+            )
 
 
 def resolved(start: Start, index: ShardIndex, settings: Mapping[str, Any]) -> Any:
@@ -232,11 +225,10 @@ class LabelDataset:
         return []
 
 
-class PostTrainingRun(MethodRun):
+class PostTrainingRun(NetworkRun):
     """One run of post-training in one process."""
 
     shown = ("distance",)
-    loss_function: ClassVar[Objective] = staticmethod(lambda: {})
 
     def __init__(
         self,
@@ -291,11 +283,9 @@ class PostTrainingRun(MethodRun):
         return LabelDataset(self.moments.images, config.batch_size, config.seed, world.rank, world.size)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if self.post.rule == "own":
-            optim = self.config.optim
-            is_muon = isinstance(optim, OptimConfig)
-            return MuonAdam(named, optim) if is_muon else optimizer_of(self.model, optim)
+            return optimizer_of(self.model, self.config.optim)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         return torch.optim.AdamW(named, lr=self.config.optim.lr, betas=self.post.betas, weight_decay=0.0)
 
     def _rate(self) -> float:
@@ -455,9 +445,6 @@ class PostTrainingRun(MethodRun):
         return share * torch.tensor(
             [values[name] for name in self.terms], dtype=torch.float64, device=label.device
         )
-
-    def _terms(self, part: Any, rows: slice) -> dict[str, Tensor]:
-        raise NotImplementedError  # `backward` needs the whole batch
 
     def _clones(self) -> list[nn.Module]:
         """One network for each level; they share the weights and have gradients of their own."""

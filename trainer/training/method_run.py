@@ -1,9 +1,11 @@
 """Training of a method: the base class of every method's run, which turns shards and a configuration into a loop.
 
 A method subclasses `MethodRun` and defines which data it reads, which network it trains, what it draws for a step, and
-how its terms are combined into a loss. The random numbers of a step depend only on (seed, step, row of the global
-batch), and each rank takes its rows. Every part of the loss is scaled to the global batch before `backward`, so
-gradients are summed, not averaged, over micro-batches and ranks: any split of the batch takes the same steps.
+how its terms are combined into a loss. Post-training, whose loss is of a whole batch, subclasses `NetworkRun`.
+
+The random numbers of a step depend only on (seed, step, row of the global batch), and each rank takes its rows. Every
+part of the loss is scaled to the global batch before `backward`, so gradients are summed, not averaged, over
+micro-batches and ranks: any split of the batch takes the same steps.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -39,11 +42,9 @@ LOOKED_AT = 64
 """Samples that are compared with the statistics before training, and read at a time."""
 
 
-class MethodRun(Loop):
-    """One run of a method in one process."""
+class NetworkRun(Loop):
+    """One run of a network in one process: its data, optimiser, weight averages and normaliser."""
 
-    loss_function: ClassVar[Objective]
-    """The method's loss, (network, …) → terms by name; compiled if the configuration sets `compile`."""
     pipeline: Any
     """Class of the method's pipeline; its `sheet()` draws the samples shown during training."""
 
@@ -69,8 +70,6 @@ class MethodRun(Loop):
         for module in self.model.modules():
             if hasattr(module, "recompute"):
                 module.recompute = config.activation_checkpointing
-        loss = type(self).loss_function
-        self.objective = compiled(loss) if config.compile else loss
         self.optimizer = self._optimizer()
         self.averages = WeightAverages(self.model, config.optim.ema_halflives_kimg, config.optim.ema_ramp)
         self._begin(origin)
@@ -78,10 +77,6 @@ class MethodRun(Loop):
     @abstractmethod
     def _network(self) -> nn.Module:
         """Build the initial network; torch's global generator is seeded with the seed of the run."""
-
-    @abstractmethod
-    def _terms(self, part: Any, rows: slice) -> dict[str, Tensor]:
-        """Compute the loss terms of `part`, which holds the rows `rows` of the global batch."""
 
     def _plan(self) -> StreamPlan:
         """Return the order in which samples are read."""
@@ -117,29 +112,11 @@ class MethodRun(Loop):
         )
         for first in range(0, len(numbers), LOOKED_AT):
             rows = reader.read_rows(numbers[first : first + LOOKED_AT])
-            features = rows.features.float()
-            yield features if rows.scale is None else features * rows.scale, rows.regions, rows.label
+            yield rows.raw_features(), rows.regions, rows.label
         reader.close()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return optimizer_of(self.model, self.config.optim)
-
-    def _draw(self, draw_batch: Callable[..., DrawsT], rows: slice, *inputs: Any, **options: Any) -> DrawsT:
-        """Call the method's `draw_batch(batch size, *inputs, **options)` for `rows` of the current step."""
-        config, place = self.config, {"step": self.step, "rows": rows, "device": self.world.device}
-        return draw_batch(config.batch_size, *inputs, seed=config.seed, **place, **options)
-
-    def _scaled(self, terms: Mapping[str, Tensor], part: Any) -> dict[str, Tensor]:
-        """Scale each of `self.terms` to its share of the mean over the global batch; `loss` is differentiated."""
-        share = len(part) / self.config.batch_size
-        return {name: terms[name] * share for name in self.terms}
-
-    def backward(self, batch: Any, start: int, stop: int) -> Tensor:
-        device, first = self.world.device, self.world.rank * len(batch)
-        part = batch.rows(start, stop).to(device)
-        terms = self._scaled(self._terms(part, slice(first + start, first + stop)), part)
-        terms["loss"].backward()
-        return torch.stack([terms[name] for name in self.terms]).detach().double()
 
     def _sheet(self) -> Image.Image:
         with self._averaged():
@@ -160,6 +137,40 @@ class MethodRun(Loop):
         """Return the context in which the network computes in the configured precision."""
         is_short = self.config.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_short)
+
+
+class MethodRun(NetworkRun):
+    """One run of a method in one process, whose loss is a sum over the samples of a batch."""
+
+    loss_function: ClassVar[Objective]
+    """The method's loss, (network, …) → terms by name; compiled if the configuration sets `compile`."""
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The loss as it is called."""
+        loss = type(self).loss_function
+        return compiled(loss) if self.config.compile else loss
+
+    @abstractmethod
+    def _terms(self, part: Any, rows: slice) -> dict[str, Tensor]:
+        """Compute the loss terms of `part`, which holds the rows `rows` of the global batch."""
+
+    def _draw(self, draw_batch: Callable[..., DrawsT], rows: slice, *inputs: Any, **options: Any) -> DrawsT:
+        """Call the method's `draw_batch(batch size, *inputs, **options)` for `rows` of the current step."""
+        config, place = self.config, {"step": self.step, "rows": rows, "device": self.world.device}
+        return draw_batch(config.batch_size, *inputs, seed=config.seed, **place, **options)
+
+    def _scaled(self, terms: Mapping[str, Tensor], part: Any) -> dict[str, Tensor]:
+        """Scale each of `self.terms` to its share of the mean over the global batch; `loss` is differentiated."""
+        share = len(part) / self.config.batch_size
+        return {name: terms[name] * share for name in self.terms}
+
+    def backward(self, batch: Any, start: int, stop: int) -> Tensor:
+        device, first = self.world.device, self.world.rank * len(batch)
+        part = batch.rows(start, stop).to(device)
+        terms = self._scaled(self._terms(part, slice(first + start, first + stop)), part)
+        terms["loss"].backward()
+        return torch.stack([terms[name] for name in self.terms]).detach().double()
 
 
 def run_method(

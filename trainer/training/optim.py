@@ -104,9 +104,11 @@ class MuonAdam(torch.optim.Optimizer):
         return [self.state[p][name] for p in parameters]
 
 
-def optimizer_of(model: nn.Module, config: RuledOptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW or `MuonAdam`, depending on `config.rule`, for the trainable parameters of `model`."""
+def optimizer_of(model: nn.Module, config: OptimConfig | RuledOptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW or `MuonAdam`, depending on the configuration, for the trainable parameters of `model`."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if isinstance(config, OptimConfig):
+        return MuonAdam(named, config)
     if config.rule == "adamw":
         return torch.optim.AdamW(named, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     modules = model.named_modules()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.files import SEAL, write_bytes
-from trainer.data.tensor_files import check_seal, read_tensors, tensor_bytes
+from trainer.data.tensor_files import check_tensor_seal, read_tensors, tensor_bytes
 
 FORMAT_VERSION = "2"
 """Version of a trajectory file. Version 1 had no checksum of the file; readers refuse others."""
@@ -75,7 +75,7 @@ def read_trajectory(path: Path) -> dict[str, Any]:
                 f"{path}: trajectory format {found}, this program reads {' and '.join(READABLE)}"
             )
         if seal is not None or found == FORMAT_VERSION:
-            check_seal(path, seal)
+            check_tensor_seal(path, seal)
         entries = _checked({name: json.loads(value) for name, value in metadata.items()})
         replaced = [tensors[f"replaced.{number}"] for number in range(len(tensors) - 2)]
         levels, seeds = tensors["levels"], tensors["seeds"]

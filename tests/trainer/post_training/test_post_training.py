@@ -274,7 +274,10 @@ def test_another_run_or_other_shards_do_not_continue_it(run: Path, shards: str, 
     with pytest.raises(MismatchError, match=r"post_training.pooled_grid: 2 there, 1 now"):
         go_on(run, shards, tmp_path / "out", pooled_grid=1)
     index = dataclasses.replace(open_index(shards), num_levels=3)
-    with pytest.raises(MismatchError, match=r"has num_levels 3, the run .* was trained with 4"):
+    with pytest.raises(
+        MismatchError,
+        match=r"\(grid, width, levels, classes\) .*, 3, 3\), the run .* was trained on .*, 4, 3\)",
+    ):
         Start.of(run).check_fits(index)
 
 

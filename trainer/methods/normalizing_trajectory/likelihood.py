@@ -90,7 +90,7 @@ def measure(
     for start in range(0, len(numbers), MEASURED_TOGETHER):
         part = numbers[start : start + MEASURED_TOGETHER]
         rows = reader.read_rows(part)
-        features = rows.features.float() if rows.scale is None else rows.features * rows.scale
+        features = rows.raw_features()
         canvases = level_canvases(pipe.normaliser.to("cpu").apply(features), rows.regions)
         found = _levels(pipe, canvases, rows.label, part, T)
         moments = torch.stack([canvases.mean(dim=(2, 3)), canvases.square().mean(dim=(2, 3))], dim=2).numpy()

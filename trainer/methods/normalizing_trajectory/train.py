@@ -20,11 +20,11 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import identity
 from trainer.data.normalisation import Normaliser
-from trainer.data.shards import ShardIndex, open_index
+from trainer.data.shards import ShardIndex, check_trained_on, open_index
 from trainer.data.stream import Batch
 from trainer.methods.normalizing_trajectory import objective as method
 from trainer.methods.normalizing_trajectory.chains import check_first_step
-from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig, NormalizingTrainConfig
+from trainer.methods.normalizing_trajectory.config import NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.network import FlowPredictor, NormalizingNetwork
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.networks.config import ModelConfig
@@ -84,7 +84,7 @@ def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTra
         found["num_steps"] = (index.num_levels,)
     config = with_model(config, index, **found)
     if (trained := config.model.backbone) is not None:
-        _check_shards(index, trained, config.init_from)
+        check_trained_on(index, trained, {}, str(config.init_from))
     return config
 
 
@@ -193,7 +193,7 @@ def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) ->
     """Take network and method from the run to distil; the denoiser defaults to a third of the predictor's depth."""
     source = _own_config(saved.find_checkpoint(run))
     model = source.model
-    _check_shards(index, model, run)
+    check_trained_on(index, model, {}, str(run))
     depth = config.model.denoiser_depth or max(1, model.depth // 3)
     model = dataclasses.replace(model, denoiser_depth=depth)
     return dataclasses.replace(config, model=model, method=source.method, normalise=source.normalise)
@@ -213,14 +213,3 @@ def _flow_state(run: str | Path) -> dict[str, Any]:
     if found != "trajectory-forcing":
         raise UsageError(f"init_from={run}: found a run of {found}, expected one of trajectory-forcing")
     return config
-
-
-def _check_shards(index: ShardIndex, model: ModelConfig | NormalizingModelConfig, run: object) -> None:
-    """Raise MismatchError unless the shards have the shape that `model`, the network of `run`, was trained on."""
-    found = (index.grid, index.width, index.num_levels, index.num_classes)
-    wanted = (model.grid, model.in_channels, model.num_levels, model.num_classes)
-    if found != wanted:
-        raise MismatchError(
-            f"{index.url} holds (grid, width, levels, classes) {found}, {run} was trained on {wanted}: "
-            "give shards of the same encoder, recipe and classes"
-        )

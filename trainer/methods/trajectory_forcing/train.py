@@ -25,7 +25,6 @@ from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipelin
 from trainer.methods.trajectory_forcing.visibility import visibility_lines
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
-from trainer.training.optim import MuonAdam
 from trainer.training.schedules import learning_rate
 
 
@@ -101,9 +100,6 @@ class TrajectoryForcingRun(MethodRun):
 
     def _plan(self) -> StreamPlan:
         return self._stream_plan(level_per=self.config.level_per)
-
-    def _optimizer(self) -> MuonAdam:
-        return MuonAdam(self.model.named_parameters(), self.config.optim)
 
     def _rate(self) -> float:
         config, optim = self.config, self.config.optim
