@@ -54,7 +54,7 @@ HELD_OUT = 10
 """Every tenth digit is kept from the network and judges it."""
 DEMO_IMAGES = 16_000
 """Digits seen in training: about 4 minutes on 2 cores."""
-EVEN_GROUND = ("--set", "model.start=zeros")
+EVEN_GROUND = ("--set", "model.start_share=0.5")
 """Setting for the digits: a Gaussian varies everywhere alike, and the ground around a digit hardly does."""
 DECODER_IMAGES = 6_400
 """Photographs seen in the training of the decoder; most are seen many times."""
