@@ -11,12 +11,13 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Tensors as small as those of tests lose by more threads, and several processes of tests share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A Ray of its own for each process of tests, whatever else runs on the machine; sockets want a short path.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
 import hypothesis
 import pytest
-import torch
 from fixture_shards import write_shards
 from pictures import write_tree
 from released import golden  # noqa: F401 (a fixture of many tests)
@@ -45,15 +46,6 @@ def no_ray_is_left() -> Iterator[None]:
         pytest.fail(
             "these tests left a Ray: call hierarchy_builder.build.workers.shutdown() after the test that needs it"
         )
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors as small as those of tests only lose by more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,8 +43,10 @@ def draw_photographs(folder: Path, count: int) -> Path:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_hands_encoder_weights_and_photographs_on() -> None:
     asked = ["ENCODER=timm:some_vit@9", "WEIGHTS=a file.safetensors", "PHOTOS=my photos"]
+    # The tests themselves may be run by make, which hands its own flags and depth on.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(
-        ["make", "-n", "demo", *asked], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "demo", *asked], cwd=ROOT, env=own, capture_output=True, text=True, check=True
     )
     line = " ".join(done.stdout.replace("\\\n", " ").splitlines()[-1].split())
     assert "--out runs/demo-timm-some_vit@9" in line

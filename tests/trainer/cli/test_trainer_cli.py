@@ -33,10 +33,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert call("train", shards, *arguments(out), "--quiet") == 0
-    torch.set_num_threads(before)
     return out
 
 

@@ -27,7 +27,6 @@ from trainer.seeds import level_noise
 from trainer.training import checkpoint as saved
 from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OFFSET = 60.0
 """The drawn features lie around here, with a spread near 1 in every channel."""
 CHANNEL = dataclasses.replace(FLOW, normalise="channel")

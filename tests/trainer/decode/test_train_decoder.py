@@ -28,8 +28,6 @@ from trainer.metrics.reconstruction import reconstruction
 from trainer.training import checkpoint as saved
 from trainer.training.log import read_metrics
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def small(**fields: Any) -> DecoderConfig:
     return dataclasses.replace(SMALL, **fields)

@@ -21,7 +21,6 @@ from trainer.evaluation.tables import VARIETY, metric_tables, variety_verdict
 from trainer.methods import registry
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}
 
 

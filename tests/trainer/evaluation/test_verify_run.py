@@ -21,7 +21,6 @@ from trainer.methods import registry
 from trainer.training import checkpoint as saved
 from trainer.training.run_folder import read_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NOT_CHECKED = {"report.html", "studio/a.html"}
 """Copies, which nothing reads again; those of TensorBoard are others."""
 

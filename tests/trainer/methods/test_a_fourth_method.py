@@ -18,7 +18,6 @@ from trainer import TrajectoryPipeline
 from trainer.methods import registry
 from trainer.training import checkpoint as saved
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOY = registry.Method(
     name="toy",
     config="toy_method.config:ToyTrainConfig",

@@ -33,7 +33,6 @@ from trainer.methods.suggestion import (
     suggest,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GIB = 2**30
 CPU = Device(name="CPU", count=2)
 IMAGES = st.integers(1, 3_000_000)

@@ -13,7 +13,6 @@ from tiny_runs import FLOW, LATENT, NORMALIZING
 from trainer.methods import registry
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}
 
 

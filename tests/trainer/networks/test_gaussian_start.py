@@ -47,7 +47,7 @@ def times(value: float) -> Tensor:
 def test_one_step_lands_where_many_small_steps_of_the_instantaneous_velocity_lead(
     start: GaussianStart, inputs: dict[str, Tensor]
 ) -> None:
-    z, n = noise(B, *GRID, CHANNELS), 4_000
+    z, n = noise(B, *GRID, CHANNELS), 1_000
     one_step = z - 0.9 * start(z, t=times(1.0), r=times(0.1), **inputs)
     for i in range(n):
         here, middle = times(1.0 - 0.9 * i / n), times(1.0 - 0.9 * (i + 0.5) / n)

@@ -26,7 +26,6 @@ from trainer.post_training.judges import (
     resized_as_tensorflow,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

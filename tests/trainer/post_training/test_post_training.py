@@ -27,7 +27,6 @@ from trainer.training.distributed import World
 from trainer.training.loop import StopRequest
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = World(device=torch.device("cpu"))
 SETTINGS = {
     "total_images": 32,

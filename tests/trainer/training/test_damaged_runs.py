@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fixture_shards import write_shards
 from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
@@ -44,11 +43,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, with a checkpoint of each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "run"
     train(TINY, shards, str(out), quiet=True)
-    torch.set_num_threads(before)
     return out
 
 

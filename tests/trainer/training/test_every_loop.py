@@ -19,7 +19,6 @@ from trainer.training import checkpoint as saved
 from trainer.training.loop import Loop
 from trainer.training.run_folder import locked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
     "trajectory-forcing": dataclasses.replace(FLOW, sample_images=None, tensorboard=False),
     "latent-forcing": LATENT,

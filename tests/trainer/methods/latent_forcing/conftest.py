@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_runs import LATENT
 
 from trainer.methods import registry
@@ -27,8 +26,5 @@ def levels_run(picture_shards: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _trained(config: LatentTrainConfig, shards: str, out: Path) -> Path:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small lose by more threads
     registry.train(config, shards, str(out), quiet=True)
-    torch.set_num_threads(before)
     return out

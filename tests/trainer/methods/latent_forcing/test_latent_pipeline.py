@@ -34,7 +34,6 @@ from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = dataclasses.replace(TINY, pixel_stage=True)
 
 

@@ -29,7 +29,6 @@ from trainer.training import checkpoint as saved
 from trainer.training.log import read_metrics
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = dataclasses.replace(TINY, pixel_stage=True)
 
 

@@ -21,8 +21,6 @@ from trainer.methods.normalizing_trajectory.likelihood import _gaussian_chain, l
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class IndependentGaussians(nn.Module):
     """A network of the chains of independent Gaussians with mean and variance [levels, C]."""

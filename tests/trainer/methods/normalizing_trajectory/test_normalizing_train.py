@@ -33,7 +33,6 @@ from trainer.training.config import OptimConfig
 from trainer.training.log import read_metrics
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RUNNER = CliRunner()
 
 

@@ -24,8 +24,6 @@ from trainer.methods.normalizing_trajectory.sample import (
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.networks.config import ModelConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def given(batch: int, config: NormalizingModelConfig = TINY, seed: int = 3) -> Given:
     generator = torch.Generator().manual_seed(seed)

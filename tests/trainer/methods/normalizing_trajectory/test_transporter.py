@@ -12,8 +12,6 @@ from tiny_normalizing import GRID, TINY, C, awake, normal
 from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
 from trainer.methods.normalizing_trajectory.transporter import bounded
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_fresh_transporter_is_the_identity() -> None:
     torch.manual_seed(0)

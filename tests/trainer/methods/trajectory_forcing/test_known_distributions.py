@@ -151,7 +151,7 @@ def half_rings(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tens
 
 
 def test_two_classes_of_4_modes_each_are_kept_apart_in_one_step() -> None:
-    model = trained(half_rings, num_classes=2)
+    model = trained(half_rings, num_classes=2, steps=400)
     by_class = [drawn(model, label)[:, 0] for label in (0, 1)]
     real = ring(SAMPLES, torch.Generator().manual_seed(3))
     assert 0.8 < variance_ratio(torch.cat(by_class), real) < 1.2

@@ -33,8 +33,6 @@ from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.training import checkpoint as saved
 from trainer.training.log import read_metrics
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def tiny(**fields: Any) -> TrainConfig:
     return dataclasses.replace(TINY, **fields)
