@@ -153,7 +153,7 @@ def _small_pace() -> dict[str, Any]:
         "checkpoint_images": 6_400,
         "sample_images": 6_400,
         "log_images": 640,
-        "optim.lr": 1e-3,
+        "optim.lr": 1e-4,
         "optim.ema_halflives_kimg": (0.5,),
     }
 
