@@ -1,0 +1,794 @@
+"""Every figure of one GPU in one call, beside the value that was predicted for it.
+
+    python benchmarks/gpu.py --out FOLDER --minutes 25     the same call again goes on with what is missing
+    python benchmarks/gpu.py --out FOLDER --record         the table of docs/results.md from the figures in FOLDER
+    python benchmarks/gpu.py --out FOLDER --device cpu --tiny      a rehearsal without a GPU
+
+A section runs in a process of its own with a time limit, and appends each figure to FOLDER/figures.jsonl as soon as it
+is known, so that a crash or a hang costs one section. Sections come in the order of their worth. Speeds are medians
+over repeated calls after a warm-up; weights are random, since they do not change a speed. FOLDER also keeps a profile
+of a training step and of the encoder (`*.trace.json`, for chrome://tracing or Perfetto).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import records
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hierarchy_builder.canvases import level_canvases
+from hierarchy_builder.encoders import Encoder, encode, load_encoder
+from hierarchy_builder.hierarchy import build_hierarchy
+from hierarchy_builder.vocabulary import kmeans
+from trainer.data.shards import open_index
+from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
+from trainer.decode.rae import RaeDecoder, RaeDecoderConfig
+from trainer.methods.trajectory_forcing import objective
+from trainer.methods.trajectory_forcing.config import MethodConfig
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.presets import preset
+from trainer.methods.trajectory_forcing.sample import sample_levels
+from trainer.post_training.distance import Target
+from trainer.training.config import OptimConfig
+from trainer.training.method_run import compiled
+from trainer.training.optim import MuonAdam, orthogonalise
+from trainer.training.weights import WeightAverages
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("float32", "tf32", "bfloat16")
+
+
+class Predicted(NamedTuple):
+    """A value that was calculated before any measurement, and how."""
+
+    value: float
+    unit: str
+    formula: str
+
+
+BF16, TF32, F32, MEMORY, COPY = 525.0, 330.0, 52.0, 4.3, 50.0
+"""Rates of an H200 that predictions assume: TFLOP/s of products at this network's shapes (data sheet: 989 dense
+bfloat16), TB/s of memory (data sheet: 4.8), GB/s of page-locked copies."""
+STEP_GFLOP = {"TF-B": 450.6, "TF-L": 1382.0, "TF-H": 3057.0}
+"""Of one training image: `torch.utils.flop_counter` over loss and backward; section `step` counts again."""
+
+
+def _rate(gflop: float, gigabytes: float, tflops: float = BF16, unit: str = "images/s") -> Predicted:
+    """Images per second if products and traffic to memory follow one another."""
+    seconds = gflop / (tflops * 1e3) + gigabytes / (MEMORY * 1e3)
+    formula = f"1 / ({gflop:g} GFLOP / {tflops:g} TFLOP/s + {gigabytes:g} GB / {MEMORY:g} TB/s)"
+    return Predicted(1 / seconds, unit, formula)
+
+
+def _milliseconds(gflop: float, tflops: float) -> Predicted:
+    return Predicted(gflop / tflops, "ms", f"{gflop:g} GFLOP / {tflops:g} TFLOP/s")
+
+
+PREDICTED = {
+    "parity: parameters without a gradient": Predicted(0, "", "every trained weight has a gradient"),
+    "parity: gradients, largest relative difference, float32": Predicted(1e-4, "", "float32 in another order"),
+    "parity: gradients, largest relative difference, bfloat16": Predicted(0.05, "", "8 bits of mantissa"),
+    "parity: tokens in other regions": Predicted(1e-4, "share", "float32 products in another order"),
+    "roof: product 8192 bfloat16": Predicted(780, "TFLOP/s", "0.79 of the 989 in the data sheet"),
+    "roof: product of TF-B bfloat16": Predicted(BF16, "TFLOP/s", "assumed by every other prediction"),
+    "roof: copy in memory": Predicted(MEMORY, "TB/s", "0.9 of the 4.8 in the data sheet"),
+    "step: TF-B float32 eager, 32 images": _rate(450.6, 8.5, F32),
+    "step: TF-B tf32 eager, 32 images": _rate(450.6, 8.5, TF32),
+    "step: TF-B bfloat16 eager, 64 images": _rate(450.6, 7.1),
+    "step: TF-B bfloat16 compiled, 64 images": _rate(450.6, 3.07),
+    "step: TF-B bfloat16 compiled, 256 images": _rate(450.6, 1.9),
+    "step: TF-B bfloat16 compiled, peak memory of 256 images": Predicted(
+        110, "GiB", "(256 × 0.456 GB saved for backward + 4.2 GB of weights) / 1.074; at most, eager"
+    ),
+    "update: TF-B Newton–Schulz float32": _milliseconds(3460, F32),
+    "update: TF-B Newton–Schulz tf32": _milliseconds(3460, TF32),
+    "update: TF-B Newton–Schulz bfloat16": _milliseconds(3460, BF16),
+    "encoder: DINOv2-B bfloat16 eager, 128 images": _rate(47.1, 0.29),
+    "encoder: DINOv2-B bfloat16 compiled, 128 images": _rate(47.1, 0.15),
+    "encoder: DINOv2-B encode() to float16 in memory, 128 images": Predicted(
+        1 / (1 / 5900 + 0.15e-3 / 50 + 0.39e-3 / 50), "images/s", "forward, then 0.15 MB in and 0.39 MB out at 50 GB/s"
+    ),
+    "build: images → shards, 4 workers": Predicted(
+        3000, "images/s", "16 cores / 5.3 ms of core time an image: decode and crop 2.2, hierarchy 1.2, write 0.7, rest"
+    ),
+    "large: TF-L bfloat16 eager, 32 images": _rate(1382, 16),
+    "large: TF-H bfloat16 eager, 16 images": _rate(3057, 32),
+    "sample: 4 levels, bfloat16, 256 at once": Predicted(
+        275 / BF16, "ms each", "4 levels × 68.8 GFLOP / 525 TFLOP/s"
+    ),
+    "sample: RAE ViT-XL, bfloat16, 256 at once": Predicted(221.6 / BF16, "ms each", "221.6 GFLOP / 525 TFLOP/s"),
+    "loader: 4 threads to the device": Predicted(20_000, "samples/s", "4 × 7,100 of one thread, less contention"),
+    "kmeans: torch, one iteration of 262,144 × 768, 4,096 centroids": Predicted(
+        0.1, "s", "1.65 TFLOP / 52 TFLOP/s + 403 MB pageable at 6 GB/s"
+    ),
+}  # fmt: skip
+"""By name of the figure; figures that are not here have no prediction."""
+
+
+class Bench:
+    """Where a section measures, and where its figures go."""
+
+    def __init__(self, out: Path, device: str, tiny: bool) -> None:
+        self.out, self.device, self.tiny = out, torch.device(device), tiny
+        self.is_cuda = self.device.type == "cuda"
+
+    def note(self, name: str, value: float | str | bool, unit: str = "", **more: Any) -> None:
+        """Append one figure to the file, and print it."""
+        predicted = None if self.tiny else PREDICTED.get(name)
+        row = {"name": name, "value": value, "unit": unit, **more, "time": round(time.time())}
+        if predicted:
+            row |= {"predicted": predicted.value, "formula": predicted.formula}
+        with open(self.out / "figures.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        beside = f"   predicted {predicted.value:.4g}" if predicted else ""
+        print(f"{name:<72} {_shown(value)} {unit}{beside}", flush=True)
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Note the reason where a measurement fails, for example for want of memory, and go on."""
+        try:
+            yield
+        except Exception as error:  # one figure is lost, and its reason is a figure too
+            self.note(name, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    def wait(self) -> None:
+        """Wait until the device has done all that was asked."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Callable[[], Any], repeats: int = 7) -> float:
+        """Median seconds of a call, after two calls that are not counted."""
+        found = []
+        for _ in range(2 if self.tiny else repeats + 2):
+            start = time.perf_counter()
+            call()
+            self.wait()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found[1 if self.tiny else 2 :])
+
+    def size(self, full: int, tiny: int) -> int:
+        """`full`, or `tiny` in a rehearsal."""
+        return tiny if self.tiny else full
+
+    def profile(self, name: str, call: Callable[[], Any]) -> None:
+        """Write a trace of one call, and a table of what took most of its time."""
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_cuda else [])]
+        with self.attempt(f"profile of {name}"):
+            with profile(activities=activities) as found:
+                call()
+                self.wait()
+            found.export_chrome_trace(str(self.out / f"{name}.trace.json"))
+            order = f"self_{self.device.type}_time_total"
+            (self.out / f"{name}.txt").write_text(found.key_averages().table(sort_by=order, row_limit=30))
+
+
+@contextmanager
+def arithmetic(device: torch.device, kind: str) -> Iterator[None]:
+    """Compute in float32, in TF32 inside products, or in bfloat16 as the trainer's autocast does."""
+    torch.set_float32_matmul_precision("highest" if kind == "float32" else "high")
+    with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bfloat16"):
+        yield
+    torch.set_float32_matmul_precision("highest")
+
+
+# ---------------------------------------------------------------- is it right
+
+
+def parity(bench: Bench) -> None:
+    """Compare every path on the device with the CPU in float32, where golden tests hold."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    gradients = {}
+    for place, kind in (("cpu", "float32"), (bench.device, "float32"), (bench.device, "bfloat16")):
+        device = torch.device(place)
+        model, batch = small_network(device), canvases(small_network("cpu"), 4, device)
+        with arithmetic(device, kind):
+            terms = objective.loss(model, **batch)
+        terms["loss"].backward()
+        gradients[device.type, kind, len(gradients)] = {
+            name: None if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()
+        }
+    own, *others = gradients.items()
+    for (_, kind, _), found in others:
+        missing = sum(found[name] is None for name, g in own[1].items() if g is not None)
+        if kind == "bfloat16":
+            bench.note("parity: parameters without a gradient", missing)
+        worst = max(difference(found[name], g) for name, g in own[1].items() if g is not None)
+        bench.note(f"parity: gradients, largest relative difference, {kind}", worst)
+    features = torch.randn(4, 16, 16, 32, generator=torch.Generator().manual_seed(0)).half()
+    on_cpu, on_device = build_hierarchy(features), build_hierarchy(features.to(bench.device))
+    moved = float((on_cpu.regions != on_device.regions).mean())
+    bench.note("parity: tokens in other regions", moved, "share")
+    regions = torch.from_numpy(on_cpu.regions)
+    drawn = level_canvases(features.to(bench.device), regions.to(bench.device)).cpu()
+    bench.note("parity: canvases", difference(drawn, level_canvases(features, regions)))
+    label, noise = torch.arange(2), torch.randn(4, 2, *small_network("cpu").config.grid, 32)
+    with torch.no_grad():
+        found = [
+            sample_levels(small_network(place).eval(), label.to(place), noise.to(place)).cpu()
+            for place in ("cpu", bench.device)
+        ]
+    bench.note("parity: samples of 4 levels", difference(found[1], found[0]))
+    torch.manual_seed(0)
+    decoder, tokens = (
+        RaeDecoder(RaeDecoderConfig.of_size("tiny", 32, 16, 16)).eval(),
+        torch.randn(1, 16, 16, 32),
+    )
+    with torch.no_grad():
+        picture = decoder(tokens)
+        bench.note(
+            "parity: decoder", difference(decoder.to(bench.device)(tokens.to(bench.device)).cpu(), picture)
+        )
+    codes, scale = (
+        torch.randint(-127, 128, (2, 16, 16, 32), dtype=torch.int8),
+        torch.rand(2, 16, 16, 1).half(),
+    )
+    unpacked = codes.to(bench.device).float() * scale.to(bench.device).float()
+    bench.note("parity: int8 features", difference(unpacked.cpu(), codes.float() * scale.float()))
+    rows, centroids = features.flatten(0, 2).numpy(), features.flatten(0, 2)[:8].float().numpy()
+    sums = kmeans.sum_clusters(rows, centroids)  # on CUDA where there is one
+    counts = np.bincount(kmeans.nearest_prototype(rows, centroids)[0], minlength=8)
+    bench.note("parity: tokens in other clusters of k-means", int(abs(counts - sums.counts).sum()) // 2)
+
+
+def difference(found: Tensor | None, expected: Tensor) -> float:
+    """Norm of the difference, relative to the norm of what is expected; infinite where nothing was found."""
+    if found is None:
+        return float("inf")
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+# ---------------------------------------------------------------- what the card can do
+
+
+def roof(bench: Bench) -> None:
+    """Speeds of the card itself, to which all others are compared."""
+    device = bench.device
+    if bench.is_cuda:
+        found = torch.cuda.get_device_properties(0)
+        bench.note(
+            "roof: card",
+            f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} SM",
+        )
+    rows = bench.size(128 * 280, 64)
+    shapes = {
+        "of TF-B": (rows, 768, 2048),
+        "of TF-L": (rows, 1024, 2730),
+        "of TF-L, padded": (rows, 1024, 2752),
+    }
+    shapes |= {"of TF-H": (rows, 1280, 3413), "of TF-H, padded": (rows, 1280, 3456)}
+    shapes |= {"8192": (bench.size(8192, 64),) * 3}
+    for name, (m, k, n) in shapes.items():
+        for kind in KINDS:
+            dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+            x, w = (
+                torch.randn(m, k, device=device, dtype=dtype),
+                torch.randn(n, k, device=device, dtype=dtype),
+            )
+            torch.set_float32_matmul_precision("highest" if kind == "float32" else "high")
+            seconds = bench.seconds(lambda x=x, w=w: torch.nn.functional.linear(x, w))
+            bench.note(f"roof: product {name} {kind}", 2 * m * k * n / seconds / 1e12, "TFLOP/s")
+    a = torch.empty(bench.size(2**30, 2**16), device=device)
+    b, on_host = torch.empty_like(a), torch.empty(bench.size(2**26, 2**16), pin_memory=bench.is_cuda)
+    bench.note("roof: copy in memory", 8 * a.numel() / bench.seconds(lambda: b.copy_(a)) / 1e12, "TB/s")
+    part = a[: on_host.numel()]
+    seconds = bench.seconds(lambda: on_host.copy_(part, non_blocking=True))
+    bench.note("roof: copy to page-locked memory", 4 * on_host.numel() / seconds / 1e9, "GB/s")
+
+
+# ---------------------------------------------------------------- training
+
+
+def step(bench: Bench) -> None:
+    """Forward and backward of TF-B, per arithmetic, eager and compiled."""
+    model = network(bench, "TF-B")
+    gflop = counted_gflop(model, canvases(model, 1, bench.device))
+    bench.note("step: TF-B, counted for one image", gflop, "GFLOP")
+    ways = [("bfloat16", True, 64), ("bfloat16", True, 256), ("bfloat16", False, 64), ("tf32", False, 32)]
+    ways += [
+        ("float32", False, 32),
+        ("bfloat16", True, 128),
+        ("bfloat16", False, 256),
+        ("bfloat16", False, 1024),
+    ]
+    for kind, is_compiled, images in [ways[2], ways[4]] if bench.tiny else ways:
+        timed_step(bench, "step: TF-B", model, gflop, kind, is_compiled, images)
+
+
+def large(bench: Bench) -> None:
+    """The same for the larger sizes, eager, in the micro-batches of their presets."""
+    for name, images in (("TF-L", 32), ("TF-H", 16)):
+        model = network(bench, name)
+        timed_step(bench, f"large: {name}", model, STEP_GFLOP[name], "bfloat16", False, images)
+
+
+def timed_step(
+    bench: Bench, name: str, model: Any, gflop: float, kind: str, is_compiled: bool, images: int
+) -> None:
+    how = f"{name} {kind} {'compiled' if is_compiled else 'eager'}"
+    with bench.attempt(f"{how}, {images} images"):
+        loss = compiled(objective.loss) if is_compiled else objective.loss
+        batch = canvases(model, bench.size(images, 2), bench.device)
+
+        def call() -> None:
+            with arithmetic(bench.device, kind):
+                terms = loss(model, **batch)
+            terms["loss"].backward()
+
+        if bench.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        call()
+        bench.wait()
+        first = time.perf_counter() - start
+        rate = len(batch["x"]) / bench.seconds(call, repeats=5)
+        share = {"mfu": gflop * rate / 989e3} if bench.is_cuda else {}
+        bench.note(f"{how}, {images} images", rate, "images/s", first_call_s=first, **share)
+        if bench.is_cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            bench.note(f"{how}, peak memory of {images} images", peak, "GiB")
+        if images == 64 and not bench.tiny:
+            bench.profile(f"step-{'compiled' if is_compiled else 'eager'}", call)
+    model.zero_grad(set_to_none=True)
+
+
+def counted_gflop(model: Any, batch: dict[str, Tensor]) -> float:
+    """GFLOP of loss and backward of the batch, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        objective.loss(model, **batch)["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / 1e9
+
+
+def update(bench: Bench) -> None:
+    """What a step does once for all its images: Muon, Adam, weight averages; and the cost of the derivative."""
+    model = network(bench, "TF-B")
+    shapes: dict[tuple[int, int], int] = {}
+    for p in model.parameters():
+        if p.ndim == 2:
+            shape = (min(p.shape), max(p.shape))
+            shapes[shape] = shapes.get(shape, 0) + 1
+    for kind in KINDS:
+        torch.set_float32_matmul_precision("highest" if kind == "float32" else "high")
+        total = 0.0
+        for shape, count in shapes.items():
+            dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+            stack = torch.randn(min(count, 32), *shape, device=bench.device, dtype=dtype)
+            total += bench.seconds(lambda stack=stack: orthogonalise(stack), repeats=3) * count / len(stack)
+        bench.note(f"update: TF-B Newton–Schulz {kind}", total * 1e3, "ms")
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer = MuonAdam(model.named_parameters(), OptimConfig())
+    averages = WeightAverages(model, OptimConfig().ema_halflives_kimg)
+    bench.note("update: TF-B whole optimiser step", bench.seconds(optimizer.step, repeats=3) * 1e3, "ms")
+    seconds = bench.seconds(lambda: averages.update(model, 1024, 1024))
+    bench.note("update: TF-B three weight averages", seconds * 1e3, "ms")
+    batch = canvases(model, bench.size(32, 1), bench.device)
+    x, inputs = batch["x"], {name: batch[name] for name in ("t", "r", "label", "level", "prev")}
+    with torch.no_grad(), arithmetic(bench.device, "bfloat16"):
+        plain = bench.seconds(lambda: model(x, **inputs))
+        derived = bench.seconds(lambda: model.forward_with_derivative(x, x, **inputs))
+    bench.note("update: forward with derivative, over forward", derived / plain, "times")
+
+
+def fit(bench: Bench) -> None:
+    """`trainer train` itself, on the shards of section `build`; images/s of its log after the first line."""
+    shards = finished_shards(bench)
+    words = ["--preset", "TF-B", "--set", "sample_images=null", "--set", "tensorboard=false", "--quiet"]
+    words += ["--total-images", "12288", "--set", "log_images=2048", "--set", "loader_workers=8"]
+    words += ["--set", "precision=bfloat16", "--set", "micro_batch_size=128"]
+    if bench.tiny:
+        words = ["--preset", "tiny-cpu", "--total-images", "6", "--quiet"]
+        words += ["--set", "batch_size=2", "--set", "log_images=2", "--set", "sample_images=null"]
+    for how in ("false",) if bench.tiny else ("true", "false"):
+        run = bench.out / f"run-compile-{how}"
+        command = [sys.executable, "-m", "trainer.cli", "train", str(shards), "--out", str(run), *words]
+        done = subprocess.run([*command, "--set", f"compile={how}"], capture_output=True, text=True, cwd=ROOT)
+        log = run / "metrics.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        rates = [row["images_per_second"] for row in rows if "images_per_second" in row][1:]
+        found = statistics.median(rates) if rates else f"failed: {done.stderr.strip()[-300:]}"
+        bench.note(f"fit: trainer train, compile={how}", found, "images/s")
+
+
+def loader(bench: Bench) -> None:
+    """Batches of 1,024 from shards into page-locked memory and onto the device."""
+    index = open_index(finished_shards(bench))
+    sizes, rounds = tuple(shard.num_samples for shard in index.shards), bench.size(24, 3)
+    plan = StreamPlan(shard_sizes=sizes, num_levels=index.num_levels, batch_size=bench.size(1024, 2))
+    for threads in (1, 2, 4, 8):
+        dataset = BatchDataset(index, plan, verify=False)
+        began, seen = 0.0, 0
+        for number, batch in enumerate(
+            batch_loader(dataset, range(rounds), threads, pin_memory=bench.is_cuda)
+        ):
+            batch.to(bench.device)
+            bench.wait()
+            seen += len(batch)
+            if number == rounds // 3:  # the page-locked memory has been taken by now
+                began, seen = time.perf_counter(), 0
+        bench.note(
+            f"loader: {threads} threads to the device", seen / (time.perf_counter() - began), "samples/s"
+        )
+
+
+# ---------------------------------------------------------------- images → shards
+
+
+def encoder(bench: Bench) -> None:
+    """DINOv2 with random weights: the network alone, and `encode` with its copies."""
+    for size, gflop in (("B", 47.1), ("L", 162.0)):
+        timm_name = "dinov2-reg-base" if size == "B" else "dinov2-reg-large"
+        name = "timm:vit_tiny_patch16_224" if bench.tiny else timm_name
+        found = load_encoder(name, weights="random:0", precision="bfloat16", device=bench.device)
+        for images in (1,) if bench.tiny else (128, 32, 256, 512):
+            pixels = torch.rand(images, 3, 224, 224, device=bench.device)
+            for how in ("eager",) if bench.tiny or images == 512 else ("eager", "compiled"):
+                label = f"encoder: DINOv2-{size} bfloat16 {how}, {images} images"
+                with bench.attempt(label), torch.inference_mode():
+                    call = torch.compile(found.tokens) if how == "compiled" else found.tokens
+                    rate = images / bench.seconds(lambda call=call, pixels=pixels: call(pixels))
+                    bench.note(label, rate, "images/s", tflops=gflop * rate / 1e3)
+            crops = np.random.default_rng(0).integers(0, 255, (images, 224, 224, 3), np.uint8)
+            label = f"encoder: DINOv2-{size} encode() to float16 in memory, {images} images"
+            with bench.attempt(label):
+                seconds = bench.seconds(partial(encoded, found, crops))
+                bench.note(label, images / seconds, "images/s")
+        if bench.tiny:
+            break
+        bench.profile(f"encoder-{size}", partial(encoded, found, crops))
+
+
+def encoded(found: Encoder, crops: np.ndarray) -> np.ndarray:
+    """What a build keeps of a batch: features float16 in ordinary memory."""
+    return np.asarray(encode(found, crops)).astype(np.float16)
+
+
+def build(bench: Bench) -> None:
+    """`hierarchy-builder build` itself, on drawn photographs of the size of ImageNet's."""
+    photos = bench.out / "photos"
+    draw_photos(photos, bench.size(6_000, 4))
+    for workers in (0,) if bench.tiny else (4, 2, 1, 6):
+        for how in ("--fused",) if bench.tiny or workers != 4 else ("--fused", "--no-fused"):
+            out = bench.out / f"build-{workers}{how}"
+            words = [
+                "--encoder",
+                "dct" if bench.tiny else "dinov2-reg-base",
+                "--quiet",
+                "--json",
+                "--out",
+                str(out),
+            ]
+            if not bench.tiny:
+                words += [
+                    "--weights",
+                    "random:0",
+                    "--precision",
+                    "bfloat16",
+                    "--gpus-per-worker",
+                    f"{1 / workers:.3f}",
+                ]
+            command = [sys.executable, "-m", "hierarchy_builder.cli", "build", str(photos), *words]
+            command += ["--workers", str(workers), *([how] if how == "--fused" else [])]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            name = f"build: images → shards, {workers} workers" + ("" if how == "--fused" else ", in stages")
+            try:
+                rows = json.loads(done.stdout)
+                stages = rows if isinstance(rows, list) else rows.get("stages", [rows])
+                seconds = {row["stage"]: row["seconds"] for row in stages}
+                images = stages[0]["images"]
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+                bench.note(name, f"failed: {done.stderr.strip()[-300:]}")
+                continue
+            bench.note(name, images / max(sum(seconds.values()), 1e-9), "images/s", seconds=seconds)
+
+
+def draw_photos(folder: Path, count: int) -> None:
+    """JPEGs of 500×375 pixels and about 110 kB, out of noise on many scales; 64 pictures, each under many names."""
+    random, bank = np.random.default_rng(0), []
+    for _ in range(min(count, 64)):
+        picture = np.zeros((375, 500, 3), np.float32)
+        for scale in (4, 16, 64, 128, 500):
+            noise = random.integers(0, 255, (scale * 3 // 4, scale, 3), np.uint8)
+            picture += np.asarray(Image.fromarray(noise).resize((500, 375)), np.float32) / scale**0.5
+        bank.append(Image.fromarray((255 * picture / picture.max()).astype(np.uint8)))
+    for number in range(count):
+        place = folder / f"class{number % 8}" / f"{number:06d}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        bank[number % len(bank)].save(place, quality=90)
+
+
+def hierarchy(bench: Bench) -> None:
+    """The recipe `paper` on the cores, and its Gram matrices on the device."""
+    features = torch.randn(bench.size(512, 4), 16, 16, 768 if not bench.tiny else 32).half()
+    for threads in sorted({1, os.cpu_count() or 1}):
+        seconds = bench.seconds(lambda threads=threads: build_hierarchy(features, threads=threads), repeats=3)
+        bench.note(f"hierarchy: {threads} cores", len(features) / seconds, "images/s")
+    tokens = features.to(bench.device).flatten(1, 2)
+    seconds = bench.seconds(lambda: build_hierarchy(features.to(bench.device)), repeats=3)
+    bench.note("hierarchy: features on the device", len(features) / seconds, "images/s")
+    for dtype in (torch.float32, torch.float64):
+        seconds = bench.seconds(lambda dtype=dtype: torch.bmm(tokens.to(dtype), tokens.to(dtype).mT))
+        bench.note(
+            f"hierarchy: Gram matrices on the device, {dtype}", 1e6 * seconds / len(features), "µs each"
+        )
+
+
+# ---------------------------------------------------------------- sampling, vocabulary, post-training
+
+
+def sample(bench: Bench) -> None:
+    """A trajectory of TF-B and a picture of RAE's largest decoder, alone and many at once."""
+    model = network(bench, "TF-B").eval()
+    C = model.config.in_channels
+    decoder = (
+        RaeDecoder(RaeDecoderConfig.of_size("tiny" if bench.tiny else "XL", C, 16, 16))
+        .to(bench.device)
+        .eval()
+    )
+    for kind in ("bfloat16",) if bench.tiny else KINDS:
+        for images in (1,) if bench.tiny else (1, 32, 256):
+            noise = torch.randn(4, images, 16, 16, C, device=bench.device)
+            label = torch.zeros(images, dtype=torch.long, device=bench.device)
+            with bench.attempt(f"sample: {kind}, {images}"), torch.no_grad(), arithmetic(bench.device, kind):
+                seconds = bench.seconds(
+                    lambda noise=noise, label=label: sample_levels(model, label, noise), repeats=5
+                )
+                bench.note(f"sample: 4 levels, {kind}, {images} at once", 1e3 * seconds / images, "ms each")
+                seconds = bench.seconds(lambda noise=noise: decoder(noise[0]), repeats=5)
+                bench.note(f"sample: RAE ViT-XL, {kind}, {images} at once", 1e3 * seconds / images, "ms each")
+
+
+def vocabulary(bench: Bench) -> None:
+    """k-means at D = 768 by torch and by the libraries that are installed."""
+    tokens = np.random.default_rng(0).standard_normal((bench.size(262_144, 512), 768), np.float32)
+    centroids = tokens[: bench.size(4096, 8)].copy()
+    seconds = bench.seconds(lambda: kmeans.sum_clusters(tokens.astype(np.float16), centroids), repeats=2)
+    bench.note("kmeans: torch, one iteration of 262,144 × 768, 4,096 centroids", seconds, "s")
+    for engine, package in (("faiss", "faiss"), ("cuml", "cuml"), ("flash", "flash_kmeans")):
+        name = f"kmeans: {package}, ten iterations of the same"
+        with bench.attempt(name):
+            __import__(package)
+            if engine == "flash":
+                from flash_kmeans import batch_kmeans_Euclid
+
+                rows = torch.from_numpy(tokens)[None].to(bench.device)
+                call = partial(batch_kmeans_Euclid, rows, len(centroids), max_iters=10)
+            else:
+                config = kmeans.VocabularyConfig(sizes=(len(centroids),), backend=engine, iterations=10)
+                call = partial(kmeans.fit_prototypes, tokens, config)
+            bench.note(name, bench.seconds(call, repeats=1), "s")
+
+
+def post_training(bench: Bench) -> None:
+    """A Fréchet distance with its gradient, at the width of pooled tokens and of 16 pooled squares."""
+    for width in (8,) if bench.tiny else (768, 2048):
+        rows = torch.randn(4 * width, width, device=bench.device, dtype=torch.float64)
+        with bench.attempt(f"post_training: distance at width {width}"):
+            target = Target.of(rows.mean(0), rows.T.cov(), "bench")
+            mean, covariance = rows.mean(0) + 0.1, (1.1 * rows).T.cov()
+            seconds = bench.seconds(lambda t=target, m=mean, c=covariance: t.distance(m, c), repeats=3)
+            bench.note(f"post_training: distance at width {width}", seconds * 1e3, "ms")
+
+
+def tests(bench: Bench) -> None:
+    """The tests that need a CUDA device."""
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
+    command += ["--collect-only"] if bench.tiny else []
+    asked = {**os.environ, "CUDA_TESTS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=asked)
+    lines = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()
+    bench.note("tests: pytest -m cuda", lines[-1][:300])
+
+
+# ---------------------------------------------------------------- what sections share
+
+
+def small_network(device: torch.device | str) -> TrajectoryTransformer:
+    """Two blocks and two heads of width 64 on 32 channels, with gates that are open."""
+    config = dataclasses.replace(
+        preset("TF-B").model, width=64, depth=2, head_depth=1, num_heads=2, in_channels=32, num_classes=10
+    )
+    torch.manual_seed(0)
+    model = TrajectoryTransformer(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    return model.to(device)
+
+
+def network(bench: Bench, name: str) -> TrajectoryTransformer:
+    """The network of a preset; a small one in a rehearsal."""
+    if bench.tiny:
+        return small_network(bench.device)
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        return TrajectoryTransformer(preset(name).model)
+
+
+def canvases(model: TrajectoryTransformer, images: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Arguments of the loss for random canvases, equal on every device."""
+    c, generator = model.config, torch.Generator().manual_seed(0)
+    draws = objective.draw_batch(images, (1, 1, 1), MethodConfig(), seed=0, step=0)
+    found = {
+        "x": torch.randn(images, *c.grid, c.in_channels, generator=generator),
+        "prev": torch.randn(images, *c.grid, c.in_channels, generator=generator),
+        "noise": torch.randn(images, *c.grid, c.in_channels, generator=generator),
+        "regions": torch.randint(0, 9, (images, *c.grid), generator=generator, dtype=torch.uint8),
+        "level": torch.arange(images) % c.num_levels,
+        "label": torch.arange(images) % c.num_classes,
+        "t": draws.t,
+        "r": draws.r,
+    }
+    return {name: value.to(device) for name, value in found.items()}
+
+
+def finished_shards(bench: Bench) -> str:
+    """The shards that section `build` has written."""
+    for marker in sorted(bench.out.glob("build-*/shards/_SUCCESS")):
+        return str(marker.parent)
+    raise FileNotFoundError(f"{bench.out} holds no shards: run section build first")
+
+
+# ---------------------------------------------------------------- sections, each in a process of its own
+
+SECTIONS: dict[Callable[[Bench], None], int] = {
+    parity: 90,
+    roof: 45,
+    step: 420,
+    encoder: 240,
+    build: 300,
+    update: 60,
+    fit: 300,
+    hierarchy: 45,
+    loader: 60,
+    sample: 90,
+    large: 120,
+    vocabulary: 60,
+    post_training: 45,
+    tests: 120,
+}
+"""Seconds that a section may take; those of most worth come first."""
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.record:
+        write_record(options.record, options.out)
+        return
+    check_machine(options)
+    ends, failed = time.monotonic() + 60 * options.minutes, False
+    for section, limit in SECTIONS.items():
+        name, left = section.__name__, ends - time.monotonic()
+        marker = options.out / f"{name}.done"
+        if (options.sections and name not in options.sections.split(",")) or marker.exists():
+            continue
+        if left < 15:
+            print(f"-- {name}: left out, {left:.0f} s are left; the same command goes on here", flush=True)
+            continue
+        start = time.monotonic()
+        ended = run_section(section, options, min(limit, left))
+        print(f"-- {name}: {ended} after {time.monotonic() - start:.0f} s", flush=True)
+        if ended == "done":
+            marker.touch()
+        failed = failed or ended != "done"
+    sys.exit(1 if failed else 0)
+
+
+def run_section(section: Callable[[Bench], None], options: argparse.Namespace, limit: float) -> str:
+    """Run a section in a forked process, which shares the imports, and end it with its children at the limit."""
+
+    def work() -> None:
+        os.setpgrp()
+        try:
+            section(Bench(options.out, options.device, options.tiny))
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)  # not the exit of the parent, whose open files are shared
+        sys.stdout.flush()
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(limit)
+    if process.exitcode == 0:
+        return "done"
+    ended = "stopped at its limit" if process.exitcode is None else f"failed with code {process.exitcode}"
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return ended
+
+
+def check_machine(options: argparse.Namespace) -> None:
+    """Say what the machine has; the parent itself never opens the device, since forked processes could not then."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+    }
+    versions |= {"cores": str(len(os.sched_getaffinity(0))), "device": options.device}
+    print(", ".join(f"{name} {value}" for name, value in versions.items()), flush=True)
+    if options.device == "cuda" and torch.version.cuda is None:
+        sys.exit(
+            f"torch {torch.__version__} is built without CUDA: install a CUDA build, or give --device cpu --tiny"
+        )
+    (options.out / "machine.json").write_text(json.dumps(versions) + "\n")
+
+
+def write_record(name: str, out: Path) -> None:
+    """Write predictions and, where `out` holds them, measurements as a record."""
+    path = out / "figures.jsonl"
+    figures = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+    measured = {row["name"]: row for row in figures}
+    names = [*PREDICTED, *(key for key in measured if key not in PREDICTED)]
+    rows = []
+    for key in names:
+        found, guess = measured.get(key), PREDICTED.get(key)
+        unit = guess.unit if guess else found["unit"] if found else ""
+        predicted = f"{_shown(guess.value)} {unit}".strip() if guess else ""
+        value = f"{_shown(found['value'])} {found['unit']}".strip() if found else "unmeasured"
+        rows.append([key, predicted, guess.formula if guess else "", value])
+    columns = ["figure", "predicted", "from", "measured"]
+    call = "python benchmarks/gpu.py --out gpu-figures"
+    commands = [call, f"{call} --record"]
+    records.write(
+        name, columns=columns, rows=rows, seeds=[0], figures={"measured": figures}, commands=commands
+    )
+
+
+def _shown(value: float | str | bool) -> str:
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Folder of figures, traces and scratch files."
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=25, help="When to stop; sections not done are left out."
+    )
+    names = ", ".join(section.__name__ for section in SECTIONS)
+    parser.add_argument("--sections", help=f"Only these, by commas: {names}.")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="Sizes that a CPU rehearses in seconds.")
+    records.add_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
