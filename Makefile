@@ -17,11 +17,11 @@ DEMO   ?= runs/demo$(if $(ENCODER),-$(subst $(colon),-,$(notdir $(ENCODER))))
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test drill lint format bench results docs commands clean
+.PHONY: help demo test test-cuda drill lint format bench results docs commands clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5p' Makefile; echo; echo "targets: demo test drill lint format bench results docs commands clean"
+	@sed -n '1,5p' Makefile; echo; echo "targets: demo test test-cuda drill lint format bench results docs commands clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,10 @@ demo: .venv/.ready-demo
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# On a machine with a GPU: what the suite, which keeps to the CPU, leaves out.
+test-cuda: .venv/.ready-dev
+	CUDA_TESTS=1 $(BIN)/python -m pytest -m cuda
 
 drill: .venv/.ready-dev
 	$(BIN)/python -m pytest -m drill

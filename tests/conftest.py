@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Tensors as small as those of tests lose by more threads, and several processes of tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Results are compared with bits and tolerances of the CPU; `make test-cuda` asks for the tests that need a device.
+if not os.environ.get("CUDA_TESTS"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A Ray of its own for each process of tests, whatever else runs on the machine; sockets want a short path.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 
@@ -26,6 +29,15 @@ atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 hypothesis.settings.register_profile("same-every-time", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same-every-time")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `cuda` where no device is visible."""
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and CUDA_TESTS=1 in the environment (make test-cuda)")
 
 
 @pytest.fixture(scope="session")
