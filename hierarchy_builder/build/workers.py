@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import logging
+import math
 import os
 import secrets
 import signal
@@ -61,6 +62,10 @@ MAX_SOCKET_FOLDER = 38
 SHORT_FOLDER = "/tmp"
 """Used instead of a longer one."""
 
+CPUS_PER_WORKER, WORKERS_PER_GPU = 4, 6
+"""Cores that decode and cluster for one worker on a GPU, and most workers on one GPU. One process with threads decodes
+fewer images than a GPU encodes."""
+
 MAX_WORKERS_PER_CPU = 16
 """Workers of a local Ray for each CPU; it starts a process for each, and with far more it never answers."""
 
@@ -80,7 +85,7 @@ class Workers:
     address: str | None = None
     """Address of a Ray cluster (`auto` for the one this machine belongs to); without it a local Ray starts."""
     gpus_per_worker: float | None = None
-    """GPUs a worker reserves in a stage that can use them; None takes one when the cluster has any."""
+    """GPUs a worker reserves in a stage that can use them; None lets up to six share one, each with about four CPUs."""
 
     def __post_init__(self) -> None:
         most = MAX_WORKERS_PER_CPU * num_cpus()
@@ -462,8 +467,10 @@ def _start_workers(load: Callable[[], Any], workers: Workers, num_units: int, us
 
     resources = ray.cluster_resources()
     cpus = int(resources.get("CPU", 0))
-    gpus = _gpus_per_worker(workers, uses_gpu, resources.get("GPU", 0))
-    count = min(workers.count or cpus, num_units, cpus, int(resources.get("GPU", 0) / gpus) if gpus else cpus)
+    gpus = _gpus_per_worker(workers, uses_gpu, resources.get("GPU", 0), cpus)
+    count = min(
+        workers.count or cpus, num_units, cpus, _that_fit(resources.get("GPU", 0), gpus) if gpus else cpus
+    )
     if count < 1:
         raise BuilderError(
             f"the Ray cluster has {cpus} CPUs and {resources.get('GPU', 0):g} GPUs, a worker needs 1 CPU"
@@ -510,9 +517,18 @@ def _start_ray(workers: Workers) -> None:
         signal.signal(signal.SIGTERM, handler)  # Ray installs one that ends the process at once
 
 
-def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float) -> float:
+def _gpus_per_worker(workers: Workers, uses_gpu: bool, available: float, cpus: int) -> float:
+    """Share of a GPU for a worker: a whole one only where there are few cores, since one process cannot feed it."""
     if not uses_gpu:
         return 0.0
     if workers.gpus_per_worker is not None:
         return workers.gpus_per_worker
-    return 1.0 if available >= 1 else 0.0
+    if available < 1:
+        return 0.0
+    asked = math.ceil((workers.count or cpus / CPUS_PER_WORKER) / available)
+    return math.floor(10_000 / min(max(1, asked), WORKERS_PER_GPU)) / 10_000  # Ray counts in ten-thousandths
+
+
+def _that_fit(available: float, each: float) -> int:
+    """Workers that fit on the GPUs; none lies on two of them."""
+    return int(available / each) if each >= 1 else int(available) * int(1 / each)

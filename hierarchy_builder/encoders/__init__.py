@@ -32,7 +32,7 @@ class Encoder(Protocol):
     weights_hash: str
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C]; no row depends on other rows of the batch."""
+        """RGB uint8 [B, S, S, 3] → float32 or float16 [B, H, W, C]; no row depends on other rows of the batch."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _check_description(encoder: Encoder, origin: str) -> None:
 
 
 def encode(encoder: Encoder, images: np.ndarray) -> np.ndarray:
-    """Call `encoder.encode` and check its result: RGB uint8 [B, S, S, 3] → float32 [B, H, W, C].
+    """Call `encoder.encode` and check its result: RGB uint8 [B, S, S, 3] → float32 or float16 [B, H, W, C].
 
     TF32 is disabled, since cuDNN would otherwise run float32 convolutions with 10 bits of mantissa.
     Raises BuilderError if the encoder fails or returns another shape or dtype.
@@ -229,9 +229,9 @@ def encode(encoder: Encoder, images: np.ndarray) -> np.ndarray:
         ) from error
     expected = (len(images), *encoder.grid, encoder.width)
     found = (getattr(features, "shape", None), str(getattr(features, "dtype", type(features).__name__)))
-    if found != (expected, "float32"):
+    if found[0] != expected or found[1] not in ("float32", "float16"):
         raise BuilderError(
             f"encoder {encoder.name!r} returned {found[0]} {found[1]} for {len(images)} images of "
-            f"{images.shape[1]} px, expected {expected} float32 from its grid and width"
+            f"{images.shape[1]} px, expected {expected} float32 or float16 from its grid and width"
         )
     return features

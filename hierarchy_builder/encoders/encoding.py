@@ -101,7 +101,7 @@ class ImageEncoder:
         rows, loaded = batch
         parts = list(self._evaluate(np.stack([one.crop for one in loaded])))
         with np.errstate(over="ignore"):
-            stored = np.concatenate([values.astype(FEATURE_DTYPE) for values in parts])
+            stored = np.concatenate([values.astype(FEATURE_DTYPE, copy=False) for values in parts])
         finite = finite_rows(stored)
         if not finite.all():
             stored[~finite] = 0

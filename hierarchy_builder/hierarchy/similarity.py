@@ -1,7 +1,7 @@
 """Cosine similarities between the tokens of each image, the only quantity that a hierarchy computes from channels.
 
-On a CPU the products are computed in float32, and again in float64 for images with hardly any contrast. Even so they
-take half of the time of a hierarchy.
+The products are computed in float32, and again in float64 for images with hardly any contrast. Even so they take half
+of the time of a hierarchy on a CPU.
 
     N images, H×W grid, T = H·W tokens, C channels
 """
@@ -29,12 +29,10 @@ def similarities(features: np.ndarray | torch.Tensor) -> np.ndarray:
     features: float16 or float32 [N, H, W, C], numpy or torch. NaN or infinity in an image gives NaN similarities.
     """
     tokens = _as_tensor(features).flatten(1, 2)
-    if tokens.device.type != "cpu":
-        return _cosines(tokens, torch.float64)
     gram = _cosines(tokens, torch.float32)
     close = ~(spread(gram) > SINGLE_PRECISION_SPREAD)
     if close.any():
-        gram[close] = _cosines(tokens[torch.from_numpy(close)], torch.float64)
+        gram[close] = _cosines(tokens[torch.from_numpy(close).to(tokens.device)], torch.float64)
     return gram
 
 
@@ -72,6 +70,8 @@ def _cosines(tokens_NTC: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):  # callers detect NaN and infinity by their spread
             products = np.matmul(rows, rows.swapaxes(1, 2))  # BLAS uses syrk: half the work, symmetric result
     else:
+        if torch.get_float32_matmul_precision() != "highest":
+            wide = wide.double()  # TF32 has 10 bits of mantissa
         products = torch.bmm(wide, wide.mT)
         products = ((products + products.mT) / 2).cpu().numpy()
     cosines = np.empty(products.shape)

@@ -10,7 +10,7 @@ from tiny_builds import PLAN, digests, session
 from hierarchy_builder.build import inputs
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.clustering import recut
-from hierarchy_builder.build.workers import Workers, _gpus_per_worker, map_units, shutdown
+from hierarchy_builder.build.workers import Workers, _gpus_per_worker, _that_fit, map_units, shutdown
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError
@@ -304,17 +304,25 @@ def test_no_workers_means_this_process_whatever_the_address(tiny_photos, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("asked", "uses_gpu", "available", "reserved"),
+    ("asked", "uses_gpu", "available", "cpus", "reserved", "fitting"),
     [
-        (None, True, 2, 1.0),
-        (None, True, 0, 0.0),
-        (0.5, True, 1, 0.5),
-        (0.5, False, 1, 0.0),
-        (None, False, 2, 0.0),
+        (Workers(), True, 2, 8, 1.0, 2),
+        (Workers(), True, 1, 16, 0.25, 4),
+        (Workers(), True, 8, 192, 0.1666, 48),
+        (Workers(count=3, address="auto"), True, 1, 16, 0.3333, 3),
+        (Workers(), True, 0, 8, 0.0, 0),
+        (Workers(gpus_per_worker=0.4), True, 8, 64, 0.4, 16),
+        (Workers(gpus_per_worker=2), True, 8, 64, 2, 4),
+        (Workers(gpus_per_worker=0.5), False, 1, 8, 0.0, 0),
+        (Workers(), False, 2, 8, 0.0, 0),
     ],
 )
-def test_only_stages_that_use_gpus_reserve_them(asked, uses_gpu, available, reserved) -> None:
-    assert _gpus_per_worker(Workers(gpus_per_worker=asked), uses_gpu, available) == reserved
+def test_workers_share_gpus_where_the_stage_uses_them(
+    asked, uses_gpu, available, cpus, reserved, fitting
+) -> None:
+    found = _gpus_per_worker(asked, uses_gpu, available, cpus)
+    assert found == reserved
+    assert not found or _that_fit(available, found) == fitting
 
 
 class TokenEncoder:
