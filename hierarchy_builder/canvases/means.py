@@ -34,7 +34,9 @@ def level_canvases(features: ArrayT, regions: np.ndarray | torch.Tensor) -> Arra
             f"regions have shape {tuple(ids.shape)}, expected [N, L−1, H, W] = "
             f"[{num_images}, L−1, {height}, {width}] for features of shape {tuple(tokens.shape)}"
         )
-    means, _, slots = _means(tokens, ids)
+    # The largest id is on the device, and reading it there would wait for all work before it; bytes have 256 values.
+    is_away = tokens.device.type != "cpu" and regions.dtype == torch.uint8
+    means, _, slots = _means(tokens, ids, 256 if is_away else None)
     rows = _token_rows(tokens)[:, None] + len(means)
     table = torch.cat([means.to(tokens.dtype), tokens.flatten(0, 2)])
     index = torch.cat([slots, rows], dim=1)
@@ -83,7 +85,7 @@ def _token_rows(tokens_NHWC: torch.Tensor) -> torch.Tensor:
 
 
 def _means(
-    tokens_NHWC: torch.Tensor, ids_NSHW: torch.Tensor
+    tokens_NHWC: torch.Tensor, ids_NSHW: torch.Tensor, num_regions: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Means float32 [N·S·K, C] over the regions of S partitions, their counts, and the row of each token in the means.
 
@@ -91,12 +93,14 @@ def _means(
     between runs, and it is 2.5 times slower on a CPU.
     """
     num_images, num_partitions = ids_NSHW.shape[:2]
-    num_regions = int(ids_NSHW.max()) + 1 if ids_NSHW.numel() else 1
+    if num_regions is None:
+        num_regions = int(ids_NSHW.max()) + 1 if ids_NSHW.numel() else 1
     num_bags = num_images * num_partitions * num_regions
     bases = torch.arange(0, num_bags, num_regions, device=tokens_NHWC.device)
     slots = ids_NSHW.flatten(2) + bases.view(num_images, num_partitions, 1)
-    counts = torch.bincount(slots.flatten(), minlength=num_bags)
-    order = torch.argsort(slots.flatten(), stable=True)
+    flat = slots.flatten()
+    counts = flat.new_zeros(num_bags).scatter_add_(0, flat, torch.ones_like(flat))  # bincount waits on a GPU
+    order = torch.argsort(flat, stable=True)
     rows = _token_rows(tokens_NHWC)[:, None].expand_as(slots).flatten()[order]
     sums = F.embedding_bag(rows, tokens_NHWC.float().flatten(0, 2), counts.cumsum(0) - counts, mode="sum")
     return sums / counts.clamp(min=1)[:, None], counts, slots

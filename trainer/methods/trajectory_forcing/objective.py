@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.methods.trajectory_forcing.config import MethodConfig
@@ -159,7 +158,7 @@ def signal_share(t: Tensor) -> Tensor:
 def _members(regions: Tensor) -> Tensor:
     """Return one-hot float32 [B, N, K]; a product with it sums over regions in the same order on every device."""
     ids = regions.flatten(1).long()
-    return F.one_hot(ids, max(256, ids.shape[1])).float()
+    return (ids[..., None] == torch.arange(max(256, ids.shape[1]), device=ids.device)).float()
 
 
 def _average(members: Tensor) -> Tensor:
@@ -237,10 +236,19 @@ def draw_batch(
     sigma = config.prev_noise * torch.rand(global_batch_size, generator=generator)
     shapes = [shape, shape] if config.prev_noise else [shape]
     noise, *prev = row_noise(shapes, range(global_batch_size)[rows], seed=seed, step=step, device=device)
-    chosen = (values[rows].to(device) for values in (t, r, *guidance, drop, sigma))
-    t, r, omega, t_min, t_max, drop, sigma = chosen
+    t, r, omega, t_min, t_max, dropped, sigma = _sent(
+        torch.stack([t, r, *guidance, drop, sigma])[:, rows], device
+    )
+    drop = dropped > 0
     prev_noise = _per_sample(sigma) * prev[0] if prev else None
     return Draws(t, r, noise, Guidance(omega, t_min, t_max), drop, prev_noise)
+
+
+def _sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """Send values to the device without waiting for the work that it has, which a copy of ordinary memory would."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def draw_times(n: int, config: MethodConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
