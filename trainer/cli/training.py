@@ -64,10 +64,12 @@ def train(
     index = open_index(shards)
     resolved = registry.fit_to_shards(with_settings(base, asked), index, asked)
     if given["dry_run"]:
-        from trainer.training.run_folder import check_same_run, find_origin
+        from trainer.training.run_folder import check_same_run, find_origin, settled
+        from trainer.training.weights import best_device
 
-        check_same_run(out, find_origin(out, resume), resolved, index)
-        print_result(to_mapping(resolved), as_json)
+        origin = find_origin(out, resume)
+        check_same_run(out, origin, resolved, index)
+        print_result(to_mapping(settled(resolved, out, origin, best_device(None))), as_json)
         return
     run_and_print(lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet)
 

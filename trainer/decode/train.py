@@ -50,7 +50,7 @@ from trainer.metrics.reconstruction import reconstruction
 from trainer.seeds import mixed_seed
 from trainer.training.distributed import World, joined_world
 from trainer.training.loop import Loop, RunSummary, StopRequest, stop_signals
-from trainer.training.run_folder import check_same_run, find_origin
+from trainer.training.run_folder import check_same_run, find_origin, settled
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import WeightAverages
 
@@ -126,6 +126,7 @@ class DecoderRun(Loop):
             self.measured_numbers[:1]
         )  # refuses shards without pictures before training starts
         origin = find_origin(out, resume, world.is_main)
+        self.config = config = settled(config, out, origin, world.device)
         check_same_run(out, origin, config, index)
         mean, variance = read_statistics(index, ("channel_mean", "channel_variance"))
         self.normaliser = _centred(mean, variance).to(world.device)

@@ -48,7 +48,6 @@ from trainer.training.config import PostTrainingConfig, checked, with_settings
 from trainer.training.distributed import World, joined_world
 from trainer.training.loop import RunSummary, StopRequest, stop_signals
 from trainer.training.method_run import NetworkRun
-from trainer.training.optim import optimizer_of
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import average_of
 
@@ -284,7 +283,7 @@ class PostTrainingRun(NetworkRun):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.post.rule == "own":
-            return optimizer_of(self.model, self.config.optim)
+            return super()._optimizer()
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         return torch.optim.AdamW(named, lr=self.config.optim.lr, betas=self.post.betas, weight_decay=0.0)
 

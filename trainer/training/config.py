@@ -1,6 +1,6 @@
 """Configurations of training runs: frozen dataclasses, validated, read from and written to YAML.
 
-Fields marked EXECUTION change how fast or how long a run trains but not the weights it computes at a step. A run
+Fields marked EXECUTION change how fast or how long a run trains, and at most by rounding the weights of a step. A run
 folder may be continued with other values of these fields; any other difference is refused.
 """
 
@@ -129,8 +129,10 @@ class RunConfig(CheckedFields):
     """Images in one backward pass on one rank; by default the rank's whole share of the batch."""
     seed: int = 0
     """Seed of all random numbers: initial weights, order of the data, noise."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic inside the network; weights and losses stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = field(default="float32", metadata=EXECUTION)
+    """Arithmetic inside the network; weights and losses stay float32. `auto` takes what the run has recorded, or at its
+    start bfloat16 on CUDA and float32 on a CPU, and the run records it. Another value may be given to a run that has
+    begun: it goes on with that one, which its later checkpoints record."""
     shuffle_shards: int = 64
     """Number of shards whose samples are shuffled together; at most 128, because a rank keeps them open."""
     loader_workers: int = field(default=2, metadata=EXECUTION)
@@ -240,8 +242,9 @@ class MethodRunConfig(RunConfig):
     """Units of the network's features: raw (`none`), or of mean 0 and standard deviation 1 per channel or per position
     and channel, from statistics.npz; `auto` takes raw features if their standard deviation is between 0.5 and 2, else
     `channel`, and the run records which. Samples are always in raw units."""
-    compile: bool = field(default=False, metadata=EXECUTION)
-    """Whether to compile the objective; takes minutes at the start, results are equal up to rounding."""
+    compile: bool | None = field(default=False, metadata=EXECUTION)
+    """Whether to compile the objective; takes minutes at the start, results are equal up to rounding. null compiles on
+    CUDA, unless `activation_checkpointing` is set, and goes on without where the machine has no compiler."""
     activation_checkpointing: bool = field(default=False, metadata=EXECUTION)
     """Whether to recompute blocks in the backward pass instead of storing activations: less memory, more time."""
     post_training: PostTrainingConfig | None = field(default=None, metadata=CAME_LATER)

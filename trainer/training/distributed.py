@@ -127,7 +127,8 @@ def joined_world(join_s: float = 600.0, timeout_s: float = 1800.0) -> Iterator[W
     store = _met(rank, size, join_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    own = device if backend == "nccl" else None  # with it, nccl connects now, and to the right device
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:

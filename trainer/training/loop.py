@@ -31,6 +31,7 @@ from trainer.training import checkpoint as saved
 from trainer.training.distributed import World, check_equal
 from trainer.training.log import RunLog, open_trackers
 from trainer.training.run_folder import locked, prepare_folder
+from trainer.training.speed import explained, peak_of
 from trainer.training.weights import WeightAverages, fill
 
 SHOWN_KEYS = 8
@@ -104,6 +105,8 @@ class Loop(ABC):
     optimizer: torch.optim.Optimizer
     averages: WeightAverages
     normaliser: Normaliser = RAW
+    flops_per_image: float | None = None
+    """Operations of a step for each image; None where they were not counted."""
 
     def __init__(
         self, config: Any, index: ShardIndex, out: Path, world: World, stop: StopRequest, quiet: bool
@@ -183,6 +186,10 @@ class Loop(ABC):
         halflives = list(self.averages.averages)
         return self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
 
+    def _micro_batch(self, batch: Any) -> int:
+        """Return the number of images in one backward pass."""
+        return min(self.config.micro_batch_size or len(batch), len(batch))
+
     @property
     def images_seen(self) -> int:
         return self.step * self.config.batch_size
@@ -200,7 +207,8 @@ class Loop(ABC):
             began = now = time.monotonic()
             for batch in loader:
                 time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)
-                terms, stopped = self.take_step(batch, time_is_up)
+                with explained(self._micro_batch(batch)):
+                    terms, stopped = self.take_step(batch, time_is_up)
                 elapsed, now = time.monotonic() - now, time.monotonic()
                 self.seconds += elapsed
                 is_last = self.step == batches.stop
@@ -234,8 +242,7 @@ class Loop(ABC):
 
     def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
         """Take one optimiser step. Returns its terms and, if any rank wants to stop, the reason, else ""."""
-        world, share = self.world, len(batch)
-        micro = self.config.micro_batch_size or share
+        world, share, micro = self.world, len(batch), self._micro_batch(batch)
         sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=world.device)
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, share, micro):
@@ -272,13 +279,21 @@ class Loop(ABC):
             self.loss, self.sums = means["loss"], {}
             if log:
                 rate = steps * self.config.batch_size / seconds
-                log.write({**self._position(), **means, "images_per_second": rate, "time": self.seconds})
+                speed = {"images_per_second": rate, **self._utilisation(rate), "time": self.seconds}
+                log.write({**self._position(), **means, **speed})
         if log and self.config.sample_images and self._crosses(self.config.sample_images):
             log.show_samples(self._sheet(), self.step, self.images_seen)
         if log and self._crosses(self.plan.num_samples):
             log.write({**self._position(), **self._audit()})
         if log:
             log.advance(self.images_seen)
+
+    def _utilisation(self, rate: float) -> dict[str, float]:
+        """Return `mfu`, the share of the devices' peak in bfloat16 at `rate` images per second, where it is known."""
+        if self.flops_per_image is None or self.world.device.type != "cuda":
+            return {}
+        peak = peak_of(torch.cuda.get_device_name(self.world.device))
+        return {"mfu": rate * self.flops_per_image / (peak * self.world.size)} if peak else {}
 
     def _position(self) -> dict[str, int]:
         epoch = self.images_seen // self.plan.num_samples

@@ -11,6 +11,7 @@ micro-batches and ranks: any split of the batch takes the same steps.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import Normaliser, check_describes, chosen_normalisation, normaliser_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
@@ -31,7 +33,8 @@ from trainer.training.config import MethodRunConfig
 from trainer.training.distributed import World, joined_world
 from trainer.training.loop import Loop, RunSummary, StopRequest, stop_signals
 from trainer.training.optim import optimizer_of
-from trainer.training.run_folder import check_same_run, find_origin
+from trainer.training.run_folder import check_same_run, find_origin, settled
+from trainer.training.speed import counted_flops, images_that_fit
 from trainer.training.weights import WeightAverages
 
 Objective = Callable[..., dict[str, Tensor]]
@@ -62,7 +65,11 @@ class NetworkRun(Loop):
         self.plan = self._plan()
         self.dataset = self._dataset()
         origin = find_origin(out, resume, world.is_main)
+        self.config = config = settled(config, out, origin, world.device)
         check_same_run(out, origin, config, index)
+        if world.device.type == "cuda":
+            # What stays float32 in a run of bfloat16 takes TF32 products, as JAX and so the release do.
+            torch.set_float32_matmul_precision("high" if config.precision == "bfloat16" else "highest")
         self.normaliser = self._first_normaliser(origin).to(world.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -116,7 +123,8 @@ class NetworkRun(Loop):
         reader.close()
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return optimizer_of(self.model, self.config.optim)
+        is_short = self.world.device.type == "cuda" and self.config.precision == "bfloat16"
+        return optimizer_of(self.model, self.config.optim, self.world, is_short)
 
     def _sheet(self) -> Image.Image:
         with self._averaged():
@@ -148,8 +156,11 @@ class MethodRun(NetworkRun):
     @cached_property
     def objective(self) -> Objective:
         """The loss as it is called."""
-        loss = type(self).loss_function
-        return compiled(loss) if self.config.compile else loss
+        loss, config = type(self).loss_function, self.config
+        if config.compile is None:
+            by_default = self.world.device.type == "cuda" and not config.activation_checkpointing
+            return compiled(loss, or_eager=True) if by_default else loss
+        return compiled(loss) if config.compile else loss
 
     @abstractmethod
     def _terms(self, part: Any, rows: slice) -> dict[str, Tensor]:
@@ -164,6 +175,46 @@ class MethodRun(NetworkRun):
         """Scale each of `self.terms` to its share of the mean over the global batch; `loss` is differentiated."""
         share = len(part) / self.config.batch_size
         return {name: terms[name] * share for name in self.terms}
+
+    def _sum_gradients(self, parameters: list[nn.Parameter]) -> dict[str, float]:
+        """Raises TrainerError if a parameter has no gradient, because it would stay as it is without a word."""
+        if lost := [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]:
+            raise TrainerError(
+                f"step {self.step}: {counted(len(lost), 'parameter')} got no gradient, the first is {lost[0]}: use "
+                f"another release of torch than {torch.__version__}, or train with --set precision=float32"
+            )
+        return super()._sum_gradients(parameters)
+
+    fitting: int | None = None
+    """Images in one backward pass as they were chosen for the memory of the device."""
+
+    def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
+        if self.world.device.type == "cuda" and self.flops_per_image is None:
+            self._look_at_cost(batch)
+        return super().take_step(batch, time_is_up)
+
+    def _micro_batch(self, batch: Any) -> int:
+        return min(self.fitting or len(batch), super()._micro_batch(batch))
+
+    def _look_at_cost(self, batch: Any) -> None:
+        """Count the operations of an image and, if no micro-batch is configured, the memory that one takes.
+
+        One image and then two go through the loss as it is written, since the compiler hides what is counted.
+        """
+        objective, self.objective = self.objective, type(self).loss_function
+        self.flops_per_image = float(counted_flops(lambda: self.backward(batch, 0, 1)))
+        if self.config.micro_batch_size is None and len(batch) > 1:
+            device, peaks = self.world.device, []
+            for images in (1, 2):
+                torch.cuda.reset_peak_memory_stats(device)
+                self.backward(batch, 0, images)
+                peaks.append(torch.cuda.max_memory_allocated(device))
+            moments = 8 * sum(p.numel() for p in self.model.parameters())  # which the optimiser will take
+            free = torch.cuda.get_device_properties(device).total_memory - peaks[0] - moments
+            fitting = torch.tensor([images_that_fit(len(batch), peaks[1] - peaks[0], free)], device=device)
+            self.fitting = int(self.world.gather(fitting).min())
+        self.objective = objective
+        self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
         device, first = self.world.device, self.world.rank * len(batch)
@@ -212,20 +263,25 @@ def with_model(config: ConfigT, index: ShardIndex, asked: Collection[str] = (), 
     return dataclasses.replace(config, model=dataclasses.replace(model, **found))  # type: ignore[call-arg]
 
 
-def compiled(objective: Objective) -> Objective:
+def compiled(objective: Objective, or_eager: bool = False) -> Objective:
     """Compile `objective` into one graph, including forward-mode derivatives, once for every shape.
 
-    A call raises TrainerError if this machine cannot compile.
+    If this machine cannot compile, a call raises TrainerError, or with `or_eager` says so once and runs as it is.
     """
     from torch._dynamo.exc import TorchDynamoException  # loading it takes as long as torch itself
 
     fast = torch.compile(objective, fullgraph=True, dynamic=False)
 
     def call(*inputs: Any, **named: Any) -> dict[str, Tensor]:
+        nonlocal fast
         try:
             return fast(*inputs, **named)
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
-            raise TrainerError(f"compile: {reason}; train with --set compile=false") from error
+            if not or_eager:
+                raise TrainerError(f"compile: {reason}; train with --set compile=false") from error
+            print(f"training is not compiled, and slower: {reason}", file=sys.stderr)
+            fast = objective
+            return objective(*inputs, **named)
 
     return call

@@ -7,6 +7,7 @@ metrics.jsonl   see `trainer.training.log`
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -14,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
@@ -24,8 +26,10 @@ from hierarchy_builder.files import parse_json, write_bytes
 from hierarchy_builder.parsing import parse_yaml
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
-from trainer.training.config import checked
+from trainer.training.config import RunConfig, checked
 from trainer.training.log import truncate_metrics
+
+RunT = TypeVar("RunT", bound=RunConfig)
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -77,6 +81,21 @@ def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
             own  # a command that started from another run is repeated: it continues from its own checkpoints
         )
     return saved.find_checkpoint(resume, warn=is_main)
+
+
+def settled(config: RunT, out: Path, origin: Path | None, device: torch.device | str) -> RunT:
+    """Return the config with the precision that `auto` stands for: the recorded one, else that of the device.
+
+    out: run folder. origin: the checkpoint to continue from, if any.
+    """
+    if config.precision != "auto":
+        return config
+    found: Any = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    if (out / CONFIG).exists():
+        found = read_config(out)["config"].get("precision", found)
+    elif origin is not None:
+        found = saved.load_state(origin).config.get("precision", found)
+    return dataclasses.replace(config, precision=found)
 
 
 def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardIndex) -> None:

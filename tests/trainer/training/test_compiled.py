@@ -145,7 +145,9 @@ def test_compiled_objective_gives_the_same_numbers() -> None:
     assert_same(terms_and_gradients(compiled(tf.loss), config=one_block), plain, 1e-5)
 
 
-def test_failed_compilation_names_the_setting_that_turns_it_off() -> None:
+def test_failed_compilation_names_the_setting_that_turns_it_off_or_runs_without(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def unclear(x: Tensor) -> dict[str, Tensor]:
         if x.sum() > 0:  # a branch on data breaks the graph
             return {"loss": x}
@@ -153,3 +155,7 @@ def test_failed_compilation_names_the_setting_that_turns_it_off() -> None:
 
     with pytest.raises(TrainerError, match=r"compile: .*; train with --set compile=false"):
         compiled(unclear)(torch.ones(2))
+    either = compiled(unclear, or_eager=True)
+    for _ in range(2):
+        assert torch.equal(either(torch.ones(2))["loss"], torch.ones(2))
+    assert capsys.readouterr().err.count("training is not compiled") == 1

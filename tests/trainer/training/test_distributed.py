@@ -29,7 +29,10 @@ def test_missing_gradients_count_as_zero() -> None:
 
 
 RANKS = """
-import sys, torch
+import os, sys, torch
+from trainer.training.speed import explained
+from trainer.training.config import OptimConfig
+from trainer.training.optim import MuonAdam
 from trainer.training import distributed
 from trainer.training.distributed import check_equal, joined_world
 
@@ -44,6 +47,15 @@ with joined_world(timeout_s=60) as world:
     assert [p.grad.unique().tolist() for p in parameters] == [[3.0], [23.0], [1.0]], parameters
     norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
     check_equal(norms, "the norm of the summed gradients")
+    moved = []
+    for ranks in (None, world):  # three matrices of one shape and one of another
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(4, 6), (6, 4), (4, 6), (3, 3)]]
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        MuonAdam([(str(n), w) for n, w in enumerate(weights)], OptimConfig(), world=ranks).step()
+        moved.append(torch.cat([w.detach().flatten() for w in weights]))
+    assert torch.equal(*moved), moved
     if world.rank == 1:
         parameters[0].grad += 1e-3  # what a bypassed reduction looks like
     norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
@@ -51,6 +63,13 @@ with joined_world(timeout_s=60) as world:
         check_equal(norms, "the norm of the summed gradients")
     except distributed.TrainerError as error:
         open(f"{sys.argv[1]}/rank{world.rank}", "w").write(str(error))
+    if world.rank == 1:
+        os._exit(0)
+    try:
+        with explained(1):
+            world.gather(torch.ones(1))
+    except distributed.TrainerError as error:
+        open(f"{sys.argv[1]}/alone", "w").write(str(error))
 """
 
 
@@ -69,6 +88,7 @@ def test_gradients_are_sums_and_a_rank_apart_is_noticed_by_all(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     for rank in (0, 1):
         assert "summed gradients differs between processes" in (tmp_path / f"rank{rank}").read_text()
+    assert "another process of this run has ended" in (tmp_path / "alone").read_text()
 
 
 def test_an_empty_world_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,3 +171,14 @@ def test_foreign_averages_are_refused():
         averages.load_state_dict(WeightAverages(nn.Linear(4, 2), (500.0,)).state_dict())
     with pytest.raises(MismatchError, match=r"saved for \['250'\]"):
         averages.load_state_dict(WeightAverages(nn.Linear(3, 2), (250.0,)).state_dict())
+
+
+def test_short_updates_of_odd_widths_are_near_those_of_float32():
+    moved = []
+    for short in (False, True):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.zeros(9, 70))
+        weight.grad = torch.randn(9, 70)
+        MuonAdam([("weight", weight)], OptimConfig(), short=short).step()
+        moved.append(weight.detach())
+    assert 0 < (moved[1] - moved[0]).norm() / moved[0].norm() < 0.05

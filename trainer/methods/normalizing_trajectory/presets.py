@@ -43,14 +43,16 @@ def tiny_normalizing() -> NormalizingTrainConfig:
 
 
 def NTM_B() -> NormalizingTrainConfig:  # noqa: N802 (named like TF-B)
-    """16 blocks of width 768 behind a transporter of two blocks of four layers; bfloat16."""
-    return NormalizingTrainConfig(precision="bfloat16", micro_batch_size=16)
+    """16 blocks of width 768 behind a transporter of two blocks of four layers."""
+    return NormalizingTrainConfig(precision="auto", compile=None, micro_batch_size=16)
 
 
 def NTM_L() -> NormalizingTrainConfig:  # noqa: N802 (named like TF-L)
-    """24 blocks of width 1024 behind a transporter of equal width; bfloat16."""
+    """24 blocks of width 1024 behind a transporter of equal width."""
     model = NormalizingModelConfig(width=1024, depth=24, num_heads=16, flow_width=1024, flow_heads=16)
-    return NormalizingTrainConfig(preset="NTM-L", model=model, precision="bfloat16", micro_batch_size=8)
+    return NormalizingTrainConfig(
+        preset="NTM-L", model=model, precision="auto", compile=None, micro_batch_size=8
+    )
 
 
 NORMALIZING_PRESETS: dict[str, Callable[[], NormalizingTrainConfig]] = {

@@ -2,7 +2,8 @@
 
 TF-S is for one GPU and 10,000 to 200,000 images, and is no size of the release; its hours and scores are unmeasured.
 TF-B, TF-L and TF-H are the sizes of the release. They need 8 GPUs of 80 GB; hours and scores are unmeasured. Train
-them with `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NAME`.
+them with `torchrun --nproc-per-node 8 -m trainer.cli train SHARDS --out RUN --preset NAME`. On CUDA all of these
+compute in bfloat16, with TF32 products in what stays float32, and are compiled; on a CPU they compute in float32.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def tiny_cpu() -> TrainConfig:
 
 
 def TF_S() -> TrainConfig:  # noqa: N802 (named like TF-B)
-    """For one GPU and 10,000 to 200,000 photos: 12 blocks of width 384, bfloat16; not of the release."""
+    """For one GPU and 10,000 to 200,000 photos: 12 blocks of width 384; not of the release."""
     model = ModelConfig(width=384, depth=12, head_depth=6, num_heads=6)
     # A run of a twelfth of the release's length: averages and checkpoints follow, and a cooldown ends it. Unmeasured.
     return TrainConfig(
@@ -62,7 +63,8 @@ def TF_S() -> TrainConfig:  # noqa: N802 (named like TF-B)
         method=MethodConfig(time_shift=None, region_timing="signal"),
         normalise="auto",
         optim=OptimConfig(cooldown_fraction=0.2, ema_halflives_kimg=(250.0, 1000.0)),
-        precision="bfloat16",
+        precision="auto",
+        compile=None,
         total_images=8_000_000,
         batch_size=256,
         checkpoint_images=800_000,
@@ -71,26 +73,32 @@ def TF_S() -> TrainConfig:  # noqa: N802 (named like TF-B)
 
 
 def TF_B() -> TrainConfig:  # noqa: N802 (the name in the paper)
-    """TF-B of the release on DINOv2-B features of ImageNet: 16 blocks of width 768, 80 epochs, float32."""
+    """TF-B of the release on DINOv2-B features of ImageNet: 16 blocks of width 768, 80 epochs."""
     return _of_release("TF-B", ModelConfig(), micro_batch_size=64)
 
 
 def TF_L() -> TrainConfig:  # noqa: N802 (the name in the paper)
-    """TF-L of the release: 32 blocks of width 1024, bfloat16."""
+    """TF-L of the release: 32 blocks of width 1024."""
     model = ModelConfig(width=1024, depth=32, num_heads=16)
-    return _of_release("TF-L", model, precision="bfloat16", micro_batch_size=16)
+    return _of_release("TF-L", model, micro_batch_size=16)
 
 
 def TF_H() -> TrainConfig:  # noqa: N802 (the name in the paper)
-    """TF-H of the release: 48 blocks of width 1280, batches of 512, bfloat16."""
+    """TF-H of the release: 48 blocks of width 1280, batches of 512."""
     model = ModelConfig(width=1280, depth=48, num_heads=16)
-    return _of_release("TF-H", model, batch_size=512, precision="bfloat16", micro_batch_size=16)
+    return _of_release("TF-H", model, batch_size=512, micro_batch_size=16)
 
 
 def _of_release(name: str, model: ModelConfig, **fields: Any) -> TrainConfig:
     """A size of the release; its units and time shift are the release's on canvases of DINOv2-B, and follow others."""
     return TrainConfig(
-        preset=name, model=model, method=MethodConfig(time_shift=None), normalise="auto", **fields
+        preset=name,
+        model=model,
+        method=MethodConfig(time_shift=None),
+        normalise="auto",
+        precision="auto",
+        compile=None,
+        **fields,
     )
 
 

@@ -146,7 +146,8 @@ class TrajectoryForcingRun(MethodRun):
         return {"coverage": self._coverage(), **super()._audit()}
 
     def _decoder(self) -> Any:
-        return find_decoder(self.out, self.index.encoder)
+        decoder = find_decoder(self.out, self.index.encoder)
+        return decoder and decoder.to(self.world.device)
 
     def _coverage(self) -> dict[str, list[int]]:
         """Count over all finished epochs: images per level, and samples by how many of their levels were trained."""

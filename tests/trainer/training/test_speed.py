@@ -1,0 +1,130 @@
+"""What a step waits for and costs on a device, as far as a CPU can tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_networks import awake
+from tiny_runs import FLOW, assert_same_state, before_step
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hierarchy_builder.errors import TrainerError
+from trainer.data.stream import Batch
+from trainer.methods.trajectory_forcing import objective
+from trainer.methods.trajectory_forcing import train as room
+from trainer.methods.trajectory_forcing.config import MethodConfig
+from trainer.training.config import with_settings
+from trainer.training.log import read_metrics
+from trainer.training.run_folder import read_config, settled
+from trainer.training.speed import counted_flops, explained, images_that_fit, peak_of
+
+
+class Waits(TorchDispatchMode):
+    """Counts the calls that a host waits for on a device: `.item()`, `int()`, `float()` and `bool()` of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_never_waits_for_the_device() -> None:
+    model = awake()
+    c, rows = model.config, 4
+    batch = Batch(
+        features=torch.randn(rows, *c.grid, c.in_channels).half(),
+        regions=torch.zeros(rows, c.num_levels - 1, *c.grid, dtype=torch.uint8),
+        label=torch.arange(rows),
+        level=torch.arange(rows),
+        keys=[""] * rows,
+    )
+    # Canvases are made another way on a CPU; on `meta` reading a number is an error.
+    assert [each.device.type for each in batch.to(torch.device("meta")).targets()] == ["meta"] * 3
+    x, prev, regions = batch.targets()
+    draws = objective.draw_batch(rows, x.shape[1:], MethodConfig(), seed=0, step=0)
+    given = {"level": batch.level, "label": batch.label, "t": draws.t, "r": draws.r, "noise": draws.noise}
+    with Waits() as waits:
+        terms = objective.loss(model, x, prev=prev, regions=regions, **given)
+        terms["loss"].backward()
+        assert waits.count == 0
+        float(terms["loss"].detach())
+    assert waits.count == 1
+
+
+def test_operations_are_counted_and_compared_with_the_peak() -> None:
+    layer, x = nn.Linear(8, 4, bias=False), torch.ones(3, 8)
+    # Forward, and in the backward pass the gradient of the weight; x needs none.
+    assert counted_flops(lambda: layer(x).sum().backward()) == 2 * 2 * 3 * 8 * 4
+    assert peak_of("NVIDIA H200") == 989e12
+    assert peak_of("Apple M9") is None
+
+
+def test_looking_at_the_cost_changes_no_step(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(FLOW, total_images=16, micro_batch_size=4)
+    room.train(config, shards, str(tmp_path / "plain"), quiet=True)
+    costs = []
+
+    def look(run: Any, batch: Any) -> None:
+        run._look_at_cost(batch)
+        costs.append(run.flops_per_image)
+
+    before_step(monkeypatch, 0, look)
+    room.train(config, shards, str(tmp_path / "looking"), quiet=True)
+    assert costs[0] > 1e5
+    assert_same_state(tmp_path / "plain", tmp_path / "looking", step=2)
+    assert all("mfu" not in line for line in read_metrics(tmp_path / "looking"))
+
+
+def test_micro_batches_fit_into_the_memory() -> None:
+    assert images_that_fit(128, each=1.0, free=1000.0) == 128
+    assert images_that_fit(128, each=10.0, free=1000.0) == 64
+    assert images_that_fit(100, each=10.0, free=300.0) == 13
+    assert images_that_fit(8, each=1e9, free=1.0) == 1
+
+
+def test_errors_of_the_device_say_what_to_do() -> None:
+    with (
+        pytest.raises(TrainerError, match=r"64 images in one backward pass: .* micro_batch_size=32"),
+        explained(64),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(TrainerError, match=r"activation_checkpointing=true"), explained(1):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(TrainerError, match="the device failed: CUDA error: an illegal memory"), explained(1):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="other"), explained(1):
+        raise RuntimeError("other")
+
+
+def test_a_parameter_without_gradient_is_named(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = room.TrajectoryForcingRun._network
+
+    def with_idle_parameter(run: Any) -> nn.Module:
+        network = plain(run)
+        network.idle = nn.Parameter(torch.ones(2))
+        return network
+
+    monkeypatch.setattr(room.TrajectoryForcingRun, "_network", with_idle_parameter)
+    with pytest.raises(TrainerError, match="step 0: 1 parameter got no gradient, the first is idle"):
+        room.train(FLOW, shards, str(tmp_path), quiet=True)
+
+
+def test_a_run_keeps_its_precision_until_another_is_asked_for(shards: str, tmp_path: Path) -> None:
+    auto = dataclasses.replace(FLOW, precision="auto", total_images=8)
+    assert settled(auto, tmp_path, None, "cuda").precision == "bfloat16"
+    room.train(auto, shards, str(tmp_path), quiet=True)
+    assert read_config(tmp_path)["config"]["precision"] == "float32"
+    assert settled(auto, tmp_path, None, "cuda").precision == "float32"
+    longer = with_settings(auto, {"total_images": 16, "precision": "bfloat16"})
+    room.train(longer, shards, str(tmp_path), quiet=True)
+    assert read_config(tmp_path)["config"]["precision"] == "bfloat16"

@@ -1,0 +1,72 @@
+"""Time and memory of a GPU: the share of its peak, the images of a backward pass, and advice at its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from hierarchy_builder.errors import TrainerError
+from hierarchy_builder.terminal import counted
+
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+"""Dense bfloat16 operations per second by a part of the device's name. Source: data sheets of NVIDIA."""
+USABLE = 0.8
+"""Share of the memory of a GPU that is planned; the rest is for the allocator and the kernels."""
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""Signs in errors of gloo, which has no class for them, that a process of the group is gone."""
+
+
+def peak_of(name: str) -> float | None:
+    """Operations per second of the device called `name`, None for one that is not in `PEAKS`."""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def counted_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call, of its backward pass too if it runs one, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def images_that_fit(share: int, each: float, free: float) -> int:
+    """Images of a backward pass: the whole share, or else its half, quarter, … of `each` bytes, that fit in `free`."""
+    images = share
+    while images > 1 and images * each > USABLE * free:
+        images = -(-images // 2)
+    return images
+
+
+@contextmanager
+def explained(images: int) -> Iterator[None]:
+    """Turn errors of the device in a step with `images` images in a backward pass into TrainerError with advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())[:200]
+        less = (
+            f"--set micro_batch_size={images // 2}" if images > 1 else "--set activation_checkpointing=true"
+        )
+        raise TrainerError(
+            f"the device has no memory left for {counted(images, 'image')} in one backward pass: repeat the command "
+            f"with {less}, which takes the same steps; it goes on from the last checkpoint ({reason})"
+        ) from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, dist.DistError) or any(sign in reason for sign in LOST):
+            raise TrainerError(
+                f"another process of this run has ended, and its own message says why ({reason}); the same command "
+                "goes on from the last checkpoint"
+            ) from None
+        # Errors of CUDA have a class of their own in newer releases of torch only.
+        if not reason.startswith(("CUDA error", "CUDNN", "CUBLAS", "cuDNN")):
+            raise
+        raise TrainerError(
+            f"the device failed: {reason}; look at `nvidia-smi` and `dmesg` for its errors; the same command goes on "
+            "from the last checkpoint, on another device if this one stays broken"
+        ) from None
