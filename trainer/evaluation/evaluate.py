@@ -25,7 +25,7 @@ from trainer.metrics.region_consistency import consistency
 from trainer.metrics.variety import FEWEST_IMAGES, measured_classes
 from trainer.trajectories.photos import Encoder
 from trainer.trajectories.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
-from trainer.trajectories.trajectory import Trajectory
+from trainer.trajectories.trajectory import Trajectory, decode_finest
 
 FLATNESS_IMAGES = 256
 """Real images whose canvases give the reference values of flatness and roughness."""
@@ -165,8 +165,7 @@ class _Sampled(_Kept):
             self.crowd.add(levels, [trajectory.label for trajectory in part])
             self.show(iter(part))
             if self.pictures is not None or self.space is not None:
-                last = levels.shape[1] - 1
-                pictures = np.stack([each.decode(level=last) for each in part])
+                pictures = decode_finest(part)
                 self.size_px = pictures.shape[1:3]
                 if self.pictures is not None:
                     self.pictures.add(pictures)

@@ -21,6 +21,7 @@ from trainer.data.shards import ShardIndex
 from trainer.metrics.frechet import Gaussian, Moments, frechet_distance
 from trainer.post_training.judges import Judge, statistics_of_shards
 from trainer.trajectories.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
+from trainer.trajectories.trajectory import decode_finest
 
 
 class Ratio(NamedTuple):
@@ -68,8 +69,8 @@ def ratios(
     while part := list(itertools.islice(drawn, SAMPLED_TOGETHER)):
         if not part[0].can_decode:
             raise TrainerError("judges look at pictures, and the run has no decoder: give --decoder FOLDER")
-        shown = [torch.tensor(each.decode(level=len(each.levels) - 1)) for each in part]
-        pictures = torch.stack(shown).to(device).permute(0, 3, 1, 2).float() / 255
+        shown = torch.from_numpy(decode_finest(part))
+        pictures = shown.to(device).permute(0, 3, 1, 2).float() / 255
         size_px = (pictures.shape[2], pictures.shape[3])
         for judge in judges:
             with torch.no_grad():

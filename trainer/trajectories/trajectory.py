@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hierarchy_builder.canvases.gallery import render, write_page
 from hierarchy_builder.errors import TrainerError, UsageError
@@ -334,3 +334,16 @@ def _not_finite(trajectory: Trajectory) -> str:
     if last not in (None, "resume"):
         return f"{levels} hold NaN or infinity after an edit of {last}: lower the strength of the edit"
     return f"{levels} hold NaN or infinity: lower guidance, or use another checkpoint"
+
+
+def decode_finest(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """Decode the last level of several trajectories of one network: uint8 [N, h, w, 3].
+
+    A decoder on a GPU takes them all at once; one on a CPU takes them one by one, to the same bits as `decode`.
+    """
+    decoder = trajectories[0]._decoder
+    weight = next(decoder.parameters(), None) if isinstance(decoder, nn.Module) else None
+    if weight is None or weight.device.type == "cpu":
+        return np.stack([each.decode(level=len(each.levels) - 1) for each in trajectories])
+    assert decoder is not None
+    return to_uint8(decoder(torch.stack([each.levels[-1] for each in trajectories]))).cpu().numpy()
