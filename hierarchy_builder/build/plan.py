@@ -29,6 +29,7 @@ from hierarchy_builder.build.pipeline import BuildPlan, build, check_fused
 from hierarchy_builder.build.session import Session, StageSummary
 from hierarchy_builder.build.space import fitting_bytes, free_bytes, nearest_folder
 from hierarchy_builder.build.stages import one_thread
+from hierarchy_builder.build.workers import RAY_START_S, saves_time
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
@@ -563,7 +564,10 @@ def _stage_plan(
 
 
 def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session) -> float:
-    """Time of the units `todo`: start-up as in the trial, then as many units at once as there are workers."""
+    """Time of the units `todo`: start-up as in the trial, then as many units at once as there are workers.
+
+    A stage that begins in this process starts workers only where they save time.
+    """
     total = trial.summaries[stage].seconds
     if stage == "vocabulary":  # the small one of the trial is all start-up
         return total
@@ -571,14 +575,18 @@ def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session)
     workers = _num_workers(session) or max(1.0, sum(units) / total)
     start_up = max(0.0, total - sum(units) / min(workers, len(units)))
     images = sum(map(len, todo))
-    return start_up + images * sum(units) / len(trial.outcomes) / min(workers, len(todo))
+    alone = images * sum(units) / len(trial.outcomes)
+    together = alone / min(workers, len(todo))
+    if session.workers.begins_here(images):
+        return start_up + (RAY_START_S + together if saves_time(alone, len(todo)) else alone)
+    return start_up + together
 
 
 def _num_workers(session: Session) -> int | None:
     """Processes that do units; None on a cluster, which is not asked."""
     if session.workers.count == 0:
         return 1
-    return None if session.workers.address else session.workers.count or num_cpus()
+    return None if session.workers.cluster else session.workers.count or num_cpus()
 
 
 def _fitting_seconds(config: VocabularyConfig, num_tokens: int, width: int, session: Session) -> float:

@@ -142,7 +142,7 @@ def fit_vocabulary(
     load = partial(TokenSource.load, folder, config)
     source, is_spread = load(), config.backend == "torch"
     check_tokens(source.num_tokens, config)
-    with open_pool(load, workers, len(source.blocks), uses_gpu=is_spread) as pool, one_thread():
+    with open_pool(load, workers, source.blocks, uses_gpu=is_spread) as pool, one_thread():
         _draw(source, pool, reporter)
         if is_spread:
             return nest_prototypes(_iterate(source, pool, reporter), config)

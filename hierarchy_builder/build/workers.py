@@ -1,5 +1,7 @@
 """Workers that load an object once and call functions on it: in this process or as Ray actors.
 
+Where the user does not say how many, a small set begins in this process, and Ray starts when that saves time.
+
 Only this file of the package imports ray. A picklable function says what a worker loads. Workers call the same
 functions as the in-process path, one unit at a time, so results depend neither on the number of workers nor on
 restarts.
@@ -18,6 +20,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +69,12 @@ CPUS_PER_WORKER, WORKERS_PER_GPU = 4, 6
 """Cores that decode and cluster for one worker on a GPU, and most workers on one GPU. One process with threads decodes
 fewer images than a GPU encodes."""
 
+FEW_IMAGES = 2048
+"""Up to so many images, work begins in this process if the user does not say where."""
+
+RAY_START_S = 12.0
+"""Seconds that a stage takes longer for starting Ray and its workers, measured on 2 CPUs; see `_Beginning`."""
+
 MAX_WORKERS_PER_CPU = 16
 """Workers of a local Ray for each CPU; it starts a process for each, and with far more it never answers."""
 
@@ -81,7 +90,8 @@ class Workers:
     """Where units run."""
 
     count: int | None = None
-    """Processes; 0 runs in this process, None takes one per CPU of the machine or cluster."""
+    """Processes; 0 runs in this process. None takes one per CPU of the machine or cluster, and for few images
+    begins in this process; see `begins_here`."""
     address: str | None = None
     """Address of a Ray cluster (`auto` for the one this machine belongs to); without it a local Ray starts."""
     gpus_per_worker: float | None = None
@@ -96,6 +106,15 @@ class Workers:
                 f"--workers is {self.count:,}, expected at most {most:,}: this process may use "
                 f"{counted(num_cpus(), 'CPU')}, and more workers than CPUs gain nothing"
             )
+
+    @property
+    def cluster(self) -> str | None:
+        """Address of the Ray cluster to join, also where only the environment names it."""
+        return self.address or os.environ.get("RAY_ADDRESS")
+
+    def begins_here(self, num_images: int) -> bool:
+        """Whether a stage over so many images begins in this process, because nobody asked for workers."""
+        return self.count is None and self.cluster is None and num_images <= FEW_IMAGES
 
 
 class Pool(Protocol):
@@ -112,15 +131,29 @@ class Pool(Protocol):
 
 @contextlib.contextmanager
 def open_pool(
-    load: Callable[[], Any], workers: Workers, num_units: int, *, uses_gpu: bool = False
+    load: Callable[[], Any], workers: Workers, units: Sequence[Block], *, uses_gpu: bool = False
 ) -> Iterator[Pool]:
-    """Start at most `num_units` workers that call `load` once each; they end with the `with` block.
+    """Start at most one worker for each of `units`, which call `load` once each; they end with the `with` block.
 
     Raises BuilderError if the cluster cannot place a worker.
     """
     if workers.count == 0:
         yield _InProcess(load())
-        return
+    elif workers.begins_here(sum(map(len, units))):
+        with contextlib.ExitStack() as started:
+            yield _Beginning(
+                _InProcess(load()),
+                lambda: started.enter_context(_ray_pool(load, workers, len(units), uses_gpu)),
+            )
+    else:
+        with _ray_pool(load, workers, len(units), uses_gpu) as pool:
+            yield pool
+
+
+@contextlib.contextmanager
+def _ray_pool(
+    load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool
+) -> Iterator[_RayPool]:
     # Ray reports lost workers on stdout, which is reserved for results.
     with contextlib.redirect_stdout(sys.stderr):
         pool = _start_workers(load, workers, num_units, uses_gpu)
@@ -143,13 +176,13 @@ def map_units(
     Raises what a unit raises; finished units stay marked.
     """
     if units:
-        with open_pool(load, workers, len(units), uses_gpu=uses_gpu) as pool:
+        with open_pool(load, workers, units, uses_gpu=uses_gpu) as pool:
             yield from pool.map(perform, units, ledger)
 
 
 def has_gpu(workers: Workers) -> bool:
-    """Whether the workers have a GPU to encode on; starts or joins Ray if the workers run there."""
-    if workers.count == 0:
+    """Whether the workers have a GPU to encode on; joins the Ray cluster if they run there."""
+    if workers.cluster is None or workers.count == 0:
         return torch.cuda.is_available()
     _start_ray(workers)
     import ray
@@ -290,6 +323,40 @@ class _InProcess:
             with one_thread():
                 result = function(self.loaded, unit, num_cpus(), *shared)
             yield result
+
+
+class _Beginning:
+    """Begins in this process and goes on with Ray as soon as that is expected to end sooner.
+
+    The last unit says how long each of the others takes: with n workers they take 1/n of the time, after RAY_START_S.
+    The first unit does not count, since libraries compile and warm up in it. Few images have units of at most 128
+    rows, so that no single unit keeps the other CPUs waiting for long. Where the work happens changes no result.
+    """
+
+    def __init__(
+        self, here: Pool, start: Callable[[], Pool], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.here: Pool | None = here
+        self.start, self.clock = start, clock
+        self.pool: Pool | None = None
+
+    def map(
+        self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
+    ) -> Iterator[ResultT]:
+        done, since = 0, self.clock()
+        while self.here is not None and done < len(units):
+            yield from self.here.map(function, units[done : done + 1], *shared)
+            done, spent, since = done + 1, self.clock() - since, self.clock()
+            if done > 1 and saves_time(spent * (len(units) - done), len(units) - done):
+                self.here = None  # and with it what it loaded
+                self.pool = self.start()
+        if self.pool is not None:
+            yield from self.pool.map(function, units[done:], *shared)
+
+
+def saves_time(seconds: float, num_units: int) -> bool:
+    """Whether units that take so many seconds in this process end sooner on workers that have to be started."""
+    return seconds > RAY_START_S + seconds / max(1, min(num_cpus(), num_units))
 
 
 @dataclass(eq=False, slots=True)
@@ -503,7 +570,7 @@ def _start_ray(workers: Workers) -> None:
 
     if ray.is_initialized():
         return
-    address = workers.address or os.environ.get("RAY_ADDRESS")
+    address = workers.cluster
     handler = signal.getsignal(signal.SIGTERM)
     if address:
         join(address, log_to_driver=False, logging_level=logging.ERROR)

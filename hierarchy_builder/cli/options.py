@@ -62,7 +62,8 @@ PUBLISH = {
 }
 WORKERS = {
     "workers": option(
-        "Worker processes; 0 works in this process. Default: one for each CPU.",
+        "Worker processes; 0 works in this process. Default: one for each CPU, started by Ray; a set of at most "
+        "2,048 images begins in this process, and Ray starts where that saves time.",
         kind=int,
         envvar="HIERARCHY_BUILDER_WORKERS",
     ),

@@ -75,8 +75,9 @@ def test_another_process_cannot_use_the_ray_of_a_build(
     home = tmp_path / "home"
     home.mkdir()
     try:
-        with open_pool(lambda: None, Workers(count=1), 1) as pool:
-            (worker,) = pool.map(look, [Block(number=0, start=0, stop=1)])
+        units = [Block(number=0, start=0, stop=1)]
+        with open_pool(lambda: None, Workers(count=1), units) as pool:
+            (worker,) = pool.map(look, units)
             assert len(worker["token"]) == 64
             wrong, right = (
                 {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} for token in ("0" * 64, worker["token"])

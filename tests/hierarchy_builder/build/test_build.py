@@ -7,7 +7,7 @@ import pytest
 from pictures import CLASSES, write_tree
 from tiny_builds import PLAN, digests, session
 
-from hierarchy_builder.build import inputs
+from hierarchy_builder.build import inputs, workers
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.workers import Workers, _gpus_per_worker, _that_fit, map_units, shutdown
@@ -301,6 +301,46 @@ def test_no_workers_means_this_process_whatever_the_address(tiny_photos, tmp_pat
     workers = Workers(count=0, address="127.0.0.1:1")
     here = steps.Session(workers=workers, reporter=Reporter(quiet=True))
     assert steps.extract(BuildFolder(tmp_path), str(tiny_photos), PLAN.extract, here).new_images == 18
+
+
+def test_a_small_set_is_built_in_this_process_if_nobody_asks_for_workers(
+    tiny_build, tiny_photos, tmp_path, monkeypatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(workers, "_start_ray", refuse)
+    here, folder = steps.Session(reporter=Reporter(quiet=True)), BuildFolder(tmp_path)
+    steps.build(folder, str(tiny_photos), PLAN, here)
+    assert digests(folder.shards, "*.tar") == digests(tiny_build.shards, "*.tar")
+
+
+@pytest.mark.parametrize(
+    ("asked", "few", "many"),
+    [({}, True, False), ({"count": 2}, False, False), ({"address": "head:1"}, False, False)],
+)
+def test_only_few_images_begin_here_and_what_is_asked_for_wins(asked, few, many, monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert Workers(**asked).begins_here(2048) is few
+    assert Workers(**asked).begins_here(2049) is many
+
+
+@pytest.mark.parametrize(("seconds", "moved"), [(1.0, 9), (7.0, 2)])
+def test_slow_units_move_to_workers_and_keep_their_order(seconds, moved, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "num_cpus", lambda: 2)
+    now, there = iter(range(100)), []
+
+    def start() -> workers._InProcess:
+        there.append("started")
+        return workers._InProcess("there")
+
+    pool = workers._Beginning(workers._InProcess("here"), start, lambda: next(now) * seconds)
+    units = [Block(number=n, start=n, stop=n + 1) for n in range(9)]
+    found = list(pool.map(lambda loaded, unit, threads: (loaded, unit.number), units))
+    assert [number for _, number in found] == list(range(9))
+    assert [where for where, _ in found].count("here") == moved
+    assert there == ["started"] * (moved < 9)
 
 
 @pytest.mark.parametrize(
