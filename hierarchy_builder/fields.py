@@ -102,8 +102,46 @@ def flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+MEANINGS = {
+    "lr": "learning_rate learningrate step_size",
+    "total_images": "epochs num_epochs max_epochs steps num_steps max_steps iterations num_images images",
+    "batch_size": "batch bs global_batch_size train_batch_size",
+    "micro_batch_size": "grad_accum gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
+    "loader_workers": "workers num_workers dataloader_workers",
+    "width": "dim hidden hidden_dim hidden_size embed_dim channels d_model",
+    "depth": "layers num_layers blocks num_blocks n_layers",
+    "num_heads": "heads n_heads attention_heads",
+    "num_classes": "classes n_classes",
+    "ema_halflives_kimg": "ema ema_decay ema_rate ema_beta",
+    "precision": "dtype amp mixed_precision fp16 bf16 half",
+    "checkpoint_images": "save_every save_interval save_steps checkpoint_every checkpoint_steps",
+    "log_images": "log_every log_interval logging_steps log_steps",
+    "keep_checkpoints": "save_total_limit max_checkpoints",
+    "warmup_images": "warmup warmup_steps warmup_epochs",
+    "label_dropout": "class_dropout class_dropout_prob cfg_dropout cond_drop_prob",
+    "guidance": "cfg guidance_scale cfg_scale",
+    "wandb_project": "wandb project",
+    "max_seconds": "max_time time_limit",
+    "activation_checkpointing": "gradient_checkpointing grad_checkpointing checkpointing",
+    "cuts": "thresholds heights levels",
+    "image_px": "image_size resolution size",
+    "samples_per_shard": "maxcount shard_size",
+}
+"""Fields by other names for the same thing, as other libraries spell them."""
+
+
+def by_meaning(name: str, known: Iterable[str]) -> str | None:
+    """The known field, perhaps of a nested configuration, that means what `name` means elsewhere."""
+    asked = name.rpartition(".")[2].casefold().replace("-", "_")
+    meant = next((field for field, others in MEANINGS.items() if asked in others.split()), asked)
+    return next((each for each in known if each.rpartition(".")[2].casefold() == meant), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: `did you mean 'x'?`, or known names (at most 20) if none is close."""
+    known = list(known)
+    if (meant := by_meaning(name, known)) is not None:
+        return f"did you mean {meant!r}?"
     by_fold = {each.casefold(): each for each in known}
     close = difflib.get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.5)
     if close:
@@ -118,6 +156,35 @@ def named(entries: Mapping[str, Entry], name: str, what: str) -> Entry:
     if name not in entries:
         raise UsageError(f"unknown {what} {name!r}, {nearest(name, entries)}")
     return entries[name]
+
+
+SHOWN_CHARACTERS = 70
+"""A value of a configuration that is longer is shortened where two are compared."""
+
+
+def difference(name: str, before: Any, now: Any) -> str:
+    """One line about a field that differs: both values, or of long ones the first place where they differ."""
+    texts = [each if len(each) <= SHOWN_CHARACTERS else "" for each in (repr(before), repr(now))]
+    if all(texts):
+        return f"{name}: {texts[0]} there, {texts[1]} now"
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        first = next(key for key in [*before, *now] if before.get(key) != now.get(key))
+        return difference(f"{name}.{first}", before.get(first), now.get(first))
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+        if len(before) != len(now):
+            return f"{name}: {len(before):,} values there, {len(now):,} values now"
+        first = next(place for place, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
+        return difference(f"{name}[{first}]", before[first], now[first])
+    shown = [text or _shortly(value) for text, value in zip(texts, (before, now), strict=True)]
+    return f"{name}: {shown[0]} there, {shown[1]} now"
+
+
+def _shortly(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{len(value):,} fields ({', '.join(map(str, list(value)[:4]))}{', …' * (len(value) > 4)})"
+    if isinstance(value, list | tuple):
+        return f"{len(value):,} values"
+    return f"{repr(value)[:SHOWN_CHARACTERS]}…"
 
 
 def require(condition: bool, message: str) -> None:

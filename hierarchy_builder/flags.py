@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,25 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import sentences
 from hierarchy_builder.places import a_path, a_place
 
+DISTRIBUTION = "trajectory-hierarchies"
 REQUIRED = inspect.Parameter.empty
+
+
+METAVARS = {
+    str: "TEXT",
+    int: "INTEGER",
+    float: "NUMBER",
+    list[str]: "TEXT",
+    list[int]: "INTEGER",
+    list[float]: "NUMBER",
+}
 
 
 class Parameter(NamedTuple):
@@ -33,6 +47,7 @@ def argument(text: str, *, kind: Any = str, **settings: Any) -> Parameter:
 def option(text: str, *declarations: str, kind: Any = str, default: Any = None, **settings: Any) -> Parameter:
     """An option. text: its help; declarations: how it is spelled if that does not follow from its name."""
     hint = kind | None if default is None else kind
+    settings.setdefault("metavar", METAVARS.get(kind))
     return Parameter(Annotated[hint, typer.Option(*declarations, help=text, **settings)], default)
 
 
@@ -58,13 +73,70 @@ def flag(kind: type, name: str, *declarations: str, default: str | None = None) 
         text = f"{text} Default: {default or ','.join(map(str, values))}."
     if name in FILES:
         return option(text, *declarations, **PLACE | {"metavar": "PATH"})
-    return option(text, *declarations, kind=single, metavar="|".join(choices) or None)
+    return option(text, *declarations, kind=single, **({"metavar": "|".join(choices)} if choices else {}))
 
 
 def flags(kind: type, *names: str, **declared: str) -> dict[str, Parameter]:
     """The options of configuration fields by name; declared: fields whose spelling does not follow from the name."""
     found = {name: flag(kind, name) for name in names}
     return found | {name: flag(kind, name, spelled) for name, spelled in declared.items()}
+
+
+def grouped(panel: str, **parameters: Parameter) -> dict[str, Parameter]:
+    """The same options, under one heading of the help."""
+    for each in parameters.values():
+        for settings in get_args(each.hint)[1:]:
+            if isinstance(settings, OptionInfo):
+                settings.rich_help_panel = panel
+    return parameters
+
+
+class Verbs(TyperGroup):
+    """A command line whose help has groups, and whose errors are plain lines: no frame breaks a path in them."""
+
+    def main(self, *words: Any, **settings: Any) -> Any:
+        """Run a verb."""
+        self.rich_markup_mode = None
+        return super().main(*words, **settings)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        self.rich_markup_mode = "rich"
+        super().format_help(ctx, formatter)
+
+
+def new_app(name: str, text: str) -> typer.Typer:
+    """A command line with the options that both programs have. text: its help."""
+    app = typer.Typer(
+        name=name,
+        cls=Verbs,
+        help=text,
+        no_args_is_help=True,
+        pretty_exceptions_show_locals=False,
+        rich_markup_mode="rich",
+    )
+
+    def shown(asked: bool) -> None:
+        if asked:
+            print(f"{name} {version()}")
+            raise typer.Exit
+
+    settings = {"callback": shown, "is_eager": True}
+
+    @app.callback(help=text)
+    @takes(version=option("Print the version and stop.", "--version", kind=bool, default=False, **settings))
+    def program(version: bool) -> None:
+        """The options before a verb."""
+
+    return app
+
+
+def version() -> str:
+    """The version that is installed."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:  # the sources on the path of Python
+        return "(not installed, run from its sources)"
 
 
 def takes(**parameters: Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -105,4 +177,5 @@ FILES = ("weights", "masks")
 
 AS_JSON = switch("Print JSON instead of a table.", "--json")
 QUIET = switch("Print no progress and no configuration on stderr.", "--quiet", "-q")
-OUTPUT = {"as_json": AS_JSON, "quiet": QUIET}
+OUTPUT = grouped("What it prints", as_json=AS_JSON, quiet=QUIET)
+"""Options of every verb."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +23,8 @@ from hierarchy_builder.files import without_nan
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """Settings of every console: text is printed as it is, also a name such as `[red]` or `:b:`."""
+WHOLE_CHARACTERS, LEAST_CHARACTERS = 26, 16
+"""A column of a table at most so wide is not broken over lines if the wider ones keep at least so many characters."""
 stdout, stderr = Console(**PLAIN), Console(stderr=True, **PLAIN)
 CTRL_C = 130
 """The exit code click makes of KeyboardInterrupt."""
@@ -59,6 +63,20 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise InterruptedRunError("stopped by SIGTERM; the same command goes on from the last finished unit")
 
 
+def say(text: str, quiet: bool = False) -> None:
+    """One message for the user on stderr, in lines as long as they are."""
+    if not quiet:
+        stderr.print(text, soft_wrap=True)
+
+
+def say_next(where: str, commands: Sequence[Sequence[object]], quiet: bool) -> None:
+    """The end of a command: where its result lies, and commands that can be pasted to go on."""
+    if where:
+        say(where, quiet)
+    for words in commands:
+        say(f"next: {shlex.join(map(str, words))}", quiet)
+
+
 def show_config(config: Mapping[str, Any], quiet: bool) -> None:
     """The resolved configuration, as YAML on stderr."""
     if not quiet:
@@ -79,7 +97,7 @@ def print_stages(summaries: Sequence[Any], as_json: bool) -> None:
             f"{row['seconds']:.1f}",
             f"{row['images_per_second']:.1f}" if row["new_images"] else "-",
             f"{row['num_bytes']:,}",
-            show_value(row["notes"]) if row["notes"] else "",
+            show_value({name.replace("_", " "): value for name, value in row["notes"].items()}),
         )
         for row in rows
     ]
@@ -110,10 +128,17 @@ def print_result(content: Any, as_json: bool, title: str = "", note: str = "") -
 
 
 def print_cells(names: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table of texts. A terminal that is too narrow breaks a value over lines, and never cuts it."""
+    """A table of texts. A terminal that is too narrow breaks long values over lines, and never cuts any."""
+    names, rows = list(names), [list(row) for row in rows]
+    widths = [max(cell_len(each) for each in column) for column in zip(names, *rows, strict=True)]
+    frame = 3 * len(names) + 1
+    # Short columns stay whole where the long ones keep some room; all are broken where not even that fits.
+    is_whole = [width <= WHOLE_CHARACTERS for width in widths]
+    needed = sum(width if whole else LEAST_CHARACTERS for width, whole in zip(widths, is_whole, strict=True))
+    fits = needed + frame <= stdout.width
     table = Table()
-    for name in names:
-        table.add_column(name, overflow="fold")
+    for name, whole in zip(names, is_whole, strict=True):
+        table.add_column(name, overflow="fold", no_wrap=whole and fits)
     for row in rows:
         table.add_row(*row)
     stdout.print(table)

@@ -14,6 +14,7 @@ from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.workers import has_gpu
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.encoders import Encoder
+from hierarchy_builder.encoders.onnx import OnnxEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, TooManySkippedError
 from hierarchy_builder.fields import identity
@@ -80,6 +81,8 @@ def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, sessi
     same = began and began["inputs"]["encoder"] == encoder.describe()
     markers = [*folder.markers("extract"), *folder.markers("fuse")]
     recorded = began["probe"] if began and same and markers else None
+    if isinstance(encoder, OnnxEncoder):
+        session.reporter.say(encoder.choices())
     value = probe_value(encoder)
     if check_probe(encoder, value, config.precision, recorded) == "new":
         session.reporter.say(

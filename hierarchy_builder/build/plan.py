@@ -33,7 +33,7 @@ from hierarchy_builder.build.workers import RAY_START_S, saves_time
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
-from hierarchy_builder.fields import identity
+from hierarchy_builder.fields import difference, identity
 from hierarchy_builder.files import json_text, read_json, sealed_text, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
@@ -472,8 +472,7 @@ class _Progress:
             return ()
         entry = self.stored.get(stage, {}).get("inputs", {})
         return tuple(
-            f"{name}: {before!r} there, {now!r} now"
-            for name, before, now in differences(entry, self.inputs[stage])
+            difference(name, before, now) for name, before, now in differences(entry, self.inputs[stage])
         )
 
     def usable(self, records: Sequence[ImageRecord], blocks: Sequence[Block], trial: _Trial) -> int:

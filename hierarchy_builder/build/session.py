@@ -64,6 +64,10 @@ def do_units(
     todo = [unit for unit in units if not ledger.is_done(unit.number)]
     total, waiting = sum(map(len, units)), sum(map(len, todo))
     live = BuildFolder(ledger.folder.parents[1]).live
+    if 0 < waiting < total:
+        session.reporter.say(
+            f"{stage}: goes on after {total - waiting:,} of {total:,} images, which are done"
+        )
     with session.reporter.stage(stage, total, total - waiting, live) as meter:
         for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu):
             meter.advance(result["images"], count_failed(result))

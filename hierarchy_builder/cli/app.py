@@ -18,7 +18,18 @@ from hierarchy_builder.config import ExtractConfig, ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import size_on_disk
-from hierarchy_builder.flags import OUTPUT, PATH, PLACE, argument, flags, option, switch, takes
+from hierarchy_builder.flags import (
+    OUTPUT,
+    PATH,
+    PLACE,
+    argument,
+    flags,
+    grouped,
+    new_app,
+    option,
+    switch,
+    takes,
+)
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     counted,
@@ -26,21 +37,19 @@ from hierarchy_builder.terminal import (
     print_stages,
     print_table,
     run,
+    say_next,
     show_config,
     stderr,
     stdout,
 )
 
-app = typer.Typer(
-    name="hierarchy-builder",
-    help="Images → features → nested regions → webdataset shards of level canvases.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    rich_markup_mode=None,
+app = new_app(
+    "hierarchy-builder", "Images → features → nested regions → webdataset shards of level canvases."
 )
+WHOLE, STAGES, CHECKS = "From photos to shards", "One stage at a time", "Look, check and share"
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 @takes(
     images=argument("The images, or DIR of a build to continue.", **PLACE | {"metavar": "IMAGES"}),
     out=option("Folder of the build.", **PATH),
@@ -64,13 +73,19 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
         _confirm_fresh(folder, "extract", given)
         summary = steps.extract(folder, source, resolved, _session(**given), class_map=class_map, **once)
         print_stages([summary], given["as_json"])
+    say_next(f"features lie in {folder.features}", [(PROGRAM, "cluster", folder.root)], given["quiet"])
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 @takes(
     folder=opt.FOLDER,
     **opt.RECIPE,
-    recut=option("Cut the stored merge trees anew, as with --cuts: 0.7,0.5,0.3 or 8,16; reads no features."),
+    **grouped(
+        "Regions",
+        recut=option(
+            "Cut the stored merge trees anew, as with --cuts: 0.7,0.5,0.3 or 8,16; reads no features."
+        ),
+    ),
     **(opt.VOCABULARY | opt.RUN | OUTPUT),
 )
 def cluster(folder: Path, recut: str | None, **given: Any) -> None:
@@ -94,12 +109,13 @@ def cluster(folder: Path, recut: str | None, **given: Any) -> None:
         if vocabulary:
             summaries.append(steps.link(build_folder, session))
         print_stages(summaries, given["as_json"])
+    say_next(f"regions lie in {build_folder.regions}", [(PROGRAM, "shard", folder)], given["quiet"])
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 @takes(
     folder=opt.FOLDER,
-    **flags(ShardConfig, "split"),
+    **grouped("Shards", **flags(ShardConfig, "split")),
     **(opt.SHARDS | opt.PUBLISH | opt.RUN | OUTPUT),
 )
 def shard(folder: Path, publish: str | None, **given: Any) -> None:
@@ -115,23 +131,28 @@ def shard(folder: Path, publish: str | None, **given: Any) -> None:
         _confirm_fresh(build_folder, "shard", given)
         summaries = [steps.shard(build_folder, resolved, session)]
         print_stages(summaries + _publish(build_folder, publish, session), given["as_json"])
+    _say_after_shards(build_folder, given["quiet"], has_stores=True)
 
 
 OF_BUILD: dict[str, Any] = (
     opt.BUILD
     | opt.ENCODING
-    | {"split": option("First part of the shard names; IMAGES/SPLIT is taken where it exists.")}
+    | grouped("Shards", split=option("First part of the shard names; IMAGES/SPLIT is taken where it exists."))
     | opt.RECIPE
     | opt.VOCABULARY
     | {"with_images" if name == "images" else name: each for name, each in opt.SHARDS.items()}
-    | {
-        "gpus_per_worker": option(
+    | grouped(
+        "Workers",
+        gpus_per_worker=option(
             "GPUs that each worker reserves while it encodes, for example 0.5.", kind=float
         ),
-        "fused": switch(
+    )
+    | grouped(
+        "Shards",
+        fused=switch(
             "Build in one pass, without storing features and regions; the shards are the same.", "--fused"
         ),
-    }
+    )
     | opt.PUBLISH
     | opt.RUN
     | opt.ONCE
@@ -140,7 +161,7 @@ OF_BUILD: dict[str, Any] = (
 """The parameters of `build`, which `plan` takes as well."""
 
 
-@app.command()
+@app.command(rich_help_panel=WHOLE)
 @takes(**OF_BUILD)
 def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
     """Run extract, cluster and shard; the same command resumes."""
@@ -155,9 +176,10 @@ def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
         once = {name: given[name] for name in ("class_map", "retry_failed", "accept_new_files", "fused")}
         summaries = steps.build(folder, images, plan, session, **once)
         print_stages(summaries + _publish(folder, publish, session), given["as_json"])
+    _say_after_shards(folder, given["quiet"], has_stores=not given["fused"])
 
 
-@app.command()
+@app.command(rich_help_panel=WHOLE)
 @takes(**{name: OF_BUILD[name] for name in OF_BUILD if name not in ("retry_failed", "publish", "yes")})
 def plan(images: str, out: Path, **given: Any) -> None:
     """Estimate what build would do with the same options: images, bytes, seconds, shards; tries at most 128 images."""
@@ -175,9 +197,17 @@ def plan(images: str, out: Path, **given: Any) -> None:
         for title, rows in plan_tables(found).items():
             print_table(title, rows)
     found.check(folder, force=given["force"])
+    words = _words()
+    if "plan" in words:
+        at = words.index("plan")
+        say_next(
+            "",
+            [[*words[:at], "build", *(word for word in words[at + 1 :] if word != "--json")]],
+            given["quiet"],
+        )
 
 
-@app.command("publish")
+@app.command("publish", rich_help_panel=CHECKS)
 @takes(
     folder=opt.FOLDER,
     url=argument(
@@ -190,9 +220,10 @@ def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
     build_folder = BuildFolder(folder).require()
     with build_folder.locked():
         print_stages(_publish(build_folder, url, _session(workers=0, quiet=quiet)), as_json)
+    say_next(f"shards lie in {url}", [("trainer", "train", url, "--out", "RUN")], quiet)
 
 
-@app.command()
+@app.command(rich_help_panel=CHECKS)
 @takes(folder=opt.FOLDER, **(opt.WORKERS | opt.TRUST | OUTPUT))
 def repair(folder: Path, as_json: bool, **given: Any) -> None:
     """Rebuild what verify finds damaged, and only that; exit code 4 if something could not be repaired."""
@@ -205,10 +236,16 @@ def repair(folder: Path, as_json: bool, **given: Any) -> None:
         print_json({"repaired": [dataclasses.asdict(damage) for damage in repaired]})
     else:
         stdout.print(f"{folder}: {counted(len(repaired), 'problem')} repaired", highlight=False)
+    say_next("", [(PROGRAM, "verify", folder)], given["quiet"])
 
 
 for verb in (looking.status, looking.verify, looking.report, looking.compare, looking.encoders):
-    app.command()(verb)
+    app.command(rich_help_panel=CHECKS)(verb)
+# in the order of the help: Typer prints the groups as their first verbs come
+app.registered_commands.sort(key=lambda verb: (WHOLE, STAGES, CHECKS).index(str(verb.rich_help_panel)))
+
+
+PROGRAM = "hierarchy-builder"
 
 
 def main() -> NoReturn:
@@ -282,12 +319,23 @@ def _confirm_fresh(folder: BuildFolder, stage: str, given: Mapping[str, Any]) ->
         return
     if sys.stdin.isatty() and typer.confirm("Remove the finished shards?", err=True):
         return
-    is_module = sys.argv[0].endswith(".py")
-    words = sys.orig_argv if is_module else [Path(sys.argv[0]).name, *sys.argv[1:]]
     raise UsageError(
         f"--fresh would remove {counted(samples, 'finished sample')}; to remove them: "
-        f"{shlex.join([*words, '--yes'])}"
+        f"{shlex.join([*_words(), '--yes'])}"
     )
+
+
+def _words() -> list[str]:
+    """The words of this command as they can be typed again."""
+    is_module = sys.argv[0].endswith(".py")
+    return list(sys.orig_argv) if is_module else [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _say_after_shards(folder: BuildFolder, quiet: bool, *, has_stores: bool) -> None:
+    """Where finished shards lie, and what to do with them."""
+    look = [(PROGRAM, "report", folder.root)] if has_stores else []
+    train = ("trainer", "train", folder.root, "--out", f"{folder.root}-run")
+    say_next(f"shards lie in {folder.shards}", [*look, train], quiet)
 
 
 def _check_url(url: str | None) -> None:

@@ -10,13 +10,13 @@ from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.files import readable_json, target_of
-from hierarchy_builder.flags import AS_JSON, OUTPUT, PATH, argument, flags, option, switch, takes
+from hierarchy_builder.flags import OUTPUT, PATH, argument, flags, option, switch, takes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
 
 
-@takes(folder=opt.FOLDER, as_json=AS_JSON)
-def status(folder: Path, as_json: bool) -> None:
+@takes(folder=opt.FOLDER, **OUTPUT)
+def status(folder: Path, as_json: bool, quiet: bool) -> None:
     """Show what is done, stage by stage, and the progress of the run that works on the build now."""
     from hierarchy_builder.progress import as_duration
     from hierarchy_builder.store.ledger import recorded_stages
@@ -59,8 +59,8 @@ def status(folder: Path, as_json: bool) -> None:
         )
 
 
-@takes(folder=opt.FOLDER, as_json=AS_JSON)
-def verify(folder: Path, as_json: bool) -> None:
+@takes(folder=opt.FOLDER, **OUTPUT)
+def verify(folder: Path, as_json: bool, quiet: bool) -> None:
     """Read every file and compare it with what was written; exit code 4 if something is damaged."""
     from hierarchy_builder.verify.checks import find_damage
 
@@ -124,8 +124,8 @@ def report(
     if quality:
         _report_quality(build_folder, out, samples or 200, chosen, masks, trust_encoder, as_json, quiet)
         return
-    if masks is not None or as_json:
-        raise UsageError("--masks and --json belong to --quality, which is not given")
+    if masks is not None:
+        raise UsageError("--masks belongs to --quality, which is not given")
     if vocabulary:
         from hierarchy_builder.quality.vocabulary_page import write_vocabulary_page
 
@@ -134,16 +134,19 @@ def report(
         from hierarchy_builder.quality.report import write_report
 
         page = write_report(build_folder, out or build_folder.report, limit=samples or 48, keys=chosen)
-    stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
 
 
 @takes(
     a=argument("Folder of a build.", **PATH | {"metavar": "A"}),
     b=argument("Folder of another build of the same images.", **PATH | {"metavar": "B"}),
     out=option("Also write a page of the images that changed most.", **PATH),
-    as_json=AS_JSON,
+    **OUTPUT,
 )
-def compare(a: Path, b: Path, out: Path | None, as_json: bool) -> None:
+def compare(a: Path, b: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
     """Compare the regions of two builds: agreement per level, counts, and the images that differ most."""
     from hierarchy_builder.quality.comparison import compare_builds, comparison_tables, write_comparison
 
@@ -165,9 +168,9 @@ def compare(a: Path, b: Path, out: Path | None, as_json: bool) -> None:
 @takes(
     probe=option("Print the probe value of this encoder instead.", metavar="NAME"),
     **flags(ExtractConfig, "weights"),
-    as_json=AS_JSON,
+    **OUTPUT,
 )
-def encoders(probe: str | None, weights: str | None, as_json: bool) -> None:
+def encoders(probe: str | None, weights: str | None, as_json: bool, quiet: bool) -> None:
     """List the encoders that --encoder takes."""
     from hierarchy_builder.encoders import list_encoders
     from hierarchy_builder.encoders.probe import probe_report

@@ -16,86 +16,128 @@ from hierarchy_builder.config import (
 )
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, to_mapping
-from hierarchy_builder.flags import FILES, PATH, PLACE, REQUIRED, argument, flags, option, switch
+from hierarchy_builder.flags import (
+    FILES,
+    PATH,
+    PLACE,
+    REQUIRED,
+    Parameter,
+    argument,
+    flags,
+    grouped,
+    option,
+    switch,
+)
 from hierarchy_builder.places import a_place
 
 FOLDER = argument("Folder of the build.", **PATH | {"metavar": "DIR"})
-BUILD = {
+BUILD: dict[str, Parameter] = {
     "images": argument(
         "Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one.",
         **PLACE | {"metavar": "IMAGES"},
     ),
     "out": option("Folder of the build; the same command resumes there.", default=REQUIRED, **PATH),
 }
-ENCODING = {
-    **flags(ExtractConfig, "encoder", "weights", "split"),
-    "class_map": option(
-        "JSON file of class name → id; without it ids follow the sorted names of the classes.",
-        **PLACE | {"metavar": "PATH"},
-    ),
-    **flags(ExtractConfig, "precision", "batch_size", "block_rows", "order", "max_bad_fraction"),
-}
-RECIPE = {
-    "recipe": option(
-        "Recipe to start from; further options change its fields. Default: paper.", metavar="paper|stable"
-    ),
-    **flags(HierarchyRecipe, "cuts", "spatial_weight", "start", "seed", "object_choice"),
-    **flags(
-        HierarchyRecipe,
-        connected="--connected/--scattered",
-        divide_background="--divide-background/--whole-background",
-    ),
-    **flags(HierarchyRecipe, "min_spread", "masks", "masks_level"),
-}
-VOCABULARY = {
-    "vocabulary": option(
-        "Also fit prototypes of the whole data set and link every part to one: 256, or nested 64,512,4096."
-    ),
-    **flags(VocabularyConfig, "backend"),
-}
-SHARDS = {
-    **flags(ShardConfig, "samples_per_shard", "shard_bytes", "feature_dtype", images="--images/--no-images"),
-    **flags(ShardConfig, "image_px", "canvases", "covariance"),
-}
-PUBLISH = {
-    "publish": option("Also copy the shards to this fsspec URL, for example s3://bucket/set.", **PLACE)
-}
-WORKERS = {
-    "workers": option(
-        "Worker processes; 0 works in this process. Default: one for each CPU, started by Ray; a set of at most "
-        "2,048 images begins in this process, and Ray starts where that saves time.",
-        kind=int,
-        envvar="HIERARCHY_BUILDER_WORKERS",
-    ),
-    "address": option(
-        "Ray cluster to join, HOST:PORT or auto; without it a local Ray starts.", envvar="RAY_ADDRESS"
-    ),
-}
-TRUST = {
-    "trust_encoder": switch(
-        "Load the encoder that the build names even if it is a function (module:function), which runs its code.",
-        "--trust-encoder",
-    )
-}
+ENCODING = grouped(
+    "Images and encoder",
+    **{
+        **flags(ExtractConfig, "encoder", "weights", "split"),
+        "class_map": option(
+            "JSON file of class name → id; without it ids follow the sorted names of the classes.",
+            **PLACE | {"metavar": "PATH"},
+        ),
+        **flags(ExtractConfig, "precision", "batch_size", "block_rows", "order", "max_bad_fraction"),
+    },
+)
+RECIPE = grouped(
+    "Regions",
+    **{
+        "recipe": option(
+            "Recipe to start from; further options change its fields. Default: paper.", metavar="paper|stable"
+        ),
+        **flags(HierarchyRecipe, "cuts", "spatial_weight", "start", "seed", "object_choice"),
+        **flags(
+            HierarchyRecipe,
+            connected="--connected/--scattered",
+            divide_background="--divide-background/--whole-background",
+        ),
+        **flags(HierarchyRecipe, "min_spread", "masks", "masks_level"),
+    },
+)
+VOCABULARY = grouped(
+    "Prototypes",
+    **{
+        "vocabulary": option(
+            "Also fit prototypes of the whole data set and link every part to one: 256, or nested 64,512,4096."
+        ),
+        **flags(VocabularyConfig, "backend"),
+    },
+)
+SHARDS = grouped(
+    "Shards",
+    **{
+        **flags(
+            ShardConfig, "samples_per_shard", "shard_bytes", "feature_dtype", images="--images/--no-images"
+        ),
+        **flags(ShardConfig, "image_px", "canvases", "covariance"),
+    },
+)
+PUBLISH = grouped(
+    "Shards",
+    **{"publish": option("Also copy the shards to this fsspec URL, for example s3://bucket/set.", **PLACE)},
+)
+WORKERS = grouped(
+    "Workers",
+    **{
+        "workers": option(
+            "Worker processes; 0 works in this process. Default: one for each CPU, started by Ray; a set of at most "
+            "2,048 images begins in this process, and Ray starts where that saves time.",
+            kind=int,
+            envvar="HIERARCHY_BUILDER_WORKERS",
+        ),
+        "address": option(
+            "Ray cluster to join, HOST:PORT or auto; without it a local Ray starts.", envvar="RAY_ADDRESS"
+        ),
+    },
+)
+TRUST = grouped(
+    "Images and encoder",
+    **{
+        "trust_encoder": switch(
+            "Load the encoder that the build names even if it is a function (module:function), which runs its code.",
+            "--trust-encoder",
+        )
+    },
+)
 RUN = {
     **WORKERS,
-    "config": option(
-        "YAML with sections extract, hierarchy, vocabulary, shard; options override it.",
-        **PATH,
-        envvar="HIERARCHY_BUILDER_CONFIG",
+    **grouped(
+        "Configuration",
+        config=option(
+            "YAML with sections extract, hierarchy, vocabulary, shard; docs/configuration.md lists their fields. "
+            "Options override it.",
+            **PATH,
+            envvar="HIERARCHY_BUILDER_CONFIG",
+        ),
     ),
-    "fresh": switch("Start over: first remove what this stage and all later stages have made.", "--fresh"),
-    "yes": switch("Let --fresh remove finished shards without asking.", "--yes", "-y"),
+    **grouped(
+        "Going on and starting over",
+        fresh=switch("Start over: first remove what this stage and all later stages have made.", "--fresh"),
+        yes=switch("Let --fresh remove finished shards without asking.", "--yes", "-y"),
+    ),
 }
-ONCE = {
-    "retry_failed": switch(
-        "Try images again that could not be used, and add those that can be used now.", "--retry-failed"
-    ),
-    "accept_new_files": switch(
-        "Append images that were added to the source since the build began.", "--accept-new-files"
-    ),
-    "force": switch("Start even if the disk seems to have too little space.", "--force"),
-}
+ONCE = grouped(
+    "Going on and starting over",
+    **{
+        "retry_failed": switch(
+            "Try images again that could not be used, and add those that can be used now.", "--retry-failed"
+        ),
+        "accept_new_files": switch(
+            "Append images that were added to the source since the build began.", "--accept-new-files"
+        ),
+        "force": switch("Start even if the disk seems to have too little space.", "--force"),
+    },
+)
 
 
 RECIPES = {"paper": HierarchyRecipe.paper, "stable": HierarchyRecipe.stable}

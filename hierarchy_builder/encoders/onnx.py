@@ -5,8 +5,8 @@ of the model can set each of the following; without the key the rule next to it 
 
     image_size_px   the static size of the input, else 256
     mean, std       three numbers each, for pixels in [0, 1]; else 0.5, so that pixels lie in [−1, 1]
-    output          the last declared map with at least 64 channels (exports list shallow outputs first, and maps of
-                    class scores are narrower), else the last map, else the last token sequence
+    output          the only map with at least 64 channels (maps of class scores are narrower), else the only map, else
+                    the only token sequence. Where several fit, the user says which.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from hierarchy_builder.files import sha256_file
 
 DEFAULT_SIZE_PX = 256
 MIN_FEATURE_CHANNELS = 64
+LAST = "last"
+"""In place of the name of an output: the last that fits, which builds took that were begun without a name."""
 
 
 class OnnxEncoder:
     """An onnxruntime session as an encoder. Raises UsageError if the model is no image encoder."""
 
     def __init__(self, path: Path, output: str | None, device: torch.device) -> None:
-        self.name = f"onnx:{path.name}" + (f":{output}" if output else "")
+        self.name = f"onnx:{path.name}" + (f":{output}" if output and output != LAST else "")
+        self.path = path
         self.weights_hash = sha256_file(path)
         self.session = _open_session(path, device)
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
@@ -99,10 +102,31 @@ class OnnxEncoder:
 
     def _choose_output(self, wanted: str | None) -> str:
         outputs = {output.name: output.shape for output in self.session.get_outputs()}
+        if wanted == LAST and wanted not in outputs:
+            if fitting := self._fitting():
+                return fitting[-1]
+            wanted = None
         if wanted is not None:
             if wanted not in outputs:
                 raise UsageError(f"{self.name}: unknown output {wanted!r}, {nearest(wanted, outputs)}")
             return wanted
+        fitting = self._fitting()
+        if not fitting:
+            raise UsageError(
+                f"{self.name}: outputs are {outputs}, expected one [N, C, H, W] or [N, tokens, C]"
+            )
+        if len(fitting) > 1:
+            shown = ", ".join(f"{name} {outputs[name]}" for name in fitting)
+            raise UsageError(
+                f"{self.name} has {len(fitting)} outputs that fit, and its metadata names none: {shown}. Say which by "
+                f"--encoder onnx:{self.path}:{fitting[-1]} (the last is often the deepest); a build that was begun "
+                f"without a name goes on with onnx:{self.path}:{LAST}"
+            )
+        return fitting[0]
+
+    def _fitting(self) -> list[str]:
+        """The outputs that can be features, in their order."""
+        outputs = {output.name: output.shape for output in self.session.get_outputs()}
         maps = [name for name, shape in outputs.items() if len(shape) == 4]
         wide = [
             name
@@ -110,10 +134,20 @@ class OnnxEncoder:
             if isinstance(outputs[name][1], int) and outputs[name][1] >= MIN_FEATURE_CHANNELS
         ]
         tokens = [name for name, shape in outputs.items() if len(shape) == 3]
-        for candidates in (wide, maps, tokens):
-            if candidates:
-                return candidates[-1]
-        raise UsageError(f"{self.name}: outputs are {outputs}, expected one [N, C, H, W] or [N, tokens, C]")
+        return wide or maps or tokens
+
+    def choices(self) -> str:
+        """One sentence: which output is taken, how pixels are normalised, and what says so."""
+        source = "the name" if self.name.endswith(f":{self.output}") else "the model's metadata"
+        if "output" not in self.metadata and source != "the name":
+            source = "it is the one that fits" if len(self._fitting()) == 1 else "as asked"
+        numbers = "the model's metadata" if {"mean", "std"} & self.metadata.keys() else "the default"
+        mean, std = (",".join(f"{each:g}" for each in values) for values in (self.mean, self.std))
+        size, (rows, columns) = self.image_size_px, self.grid
+        return (
+            f"{self.name} takes output {self.output} ({source}), {rows}×{columns} tokens of {self.width} channels, "
+            f"from {size}×{size} pixels in [0, 1] normalised by mean {mean} and std {std} ({numbers})"
+        )
 
 
 def load_onnx(name: str, device: torch.device) -> OnnxEncoder:

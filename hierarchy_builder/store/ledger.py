@@ -16,7 +16,7 @@ from typing import Any
 from hierarchy_builder import __version__
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError
-from hierarchy_builder.fields import config_hash, from_mapping, to_mapping
+from hierarchy_builder.fields import config_hash, difference, from_mapping, to_mapping
 from hierarchy_builder.files import RECORD_VERSION, decoding, read_record, write_json, write_record
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder
@@ -313,8 +313,7 @@ def _describe_mismatch(
     has_grown = stage == "extract" and asked.get("num_images", 0) > stored.get("num_images", 0)
     is_stale = stage == "shard" and stored.get("config") == asked.get("config")
     lines = [
-        f"  {name}: {before!r} there, {now!r} now"
-        for name, before, now in differences(dict(stored), dict(asked))
+        f"  {difference(name, before, now)}" for name, before, now in differences(dict(stored), dict(asked))
     ]
     if stage in ("extract", "fuse"):
         again = "start over with --fresh"

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
-
-import typer
 
 from hierarchy_builder.errors import TrainerError, UsageError, VerificationError
 from hierarchy_builder.files import write_sealed_json
 from hierarchy_builder.flags import (
-    AS_JSON,
     OUTPUT,
     PATH,
     PLACE,
     REQUIRED,
     Parameter,
     argument,
+    grouped,
+    new_app,
     option,
     switch,
     takes,
 )
-from hierarchy_builder.terminal import counted, print_json, print_result, stderr, stdout
+from hierarchy_builder.terminal import counted, print_json, print_result, say, say_next, stdout
 from hierarchy_builder.terminal import run as run_command
 from trainer.cli import editing as edit_commands
 from trainer.cli import judging
@@ -34,21 +34,17 @@ from trainer.cli.options import A_TRAJECTORY, names_given, reads
 from trainer.evaluation.tables import metric_tables
 from trainer.seeds import parse_seeds
 
-app = typer.Typer(
-    name="trainer",
-    help="Train, sample and measure hierarchy-conditioned one-step flow models.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    rich_markup_mode=None,
-)
+app = new_app("trainer", "Train, sample and measure hierarchy-conditioned one-step flow models.")
+TRAIN, DRAW, MEASURE, RELEASE = "Train", "Sample and edit", "Measure and look", "The authors' release"
 
 
-app.command()(train_commands.train)
-app.command("train-decoder")(train_commands.train_decoder)
-app.command("post-train")(post_train_commands.post_train)
+app.command(rich_help_panel=TRAIN)(train_commands.train)
+app.command("train-decoder", rich_help_panel=TRAIN)(train_commands.train_decoder)
+app.command("post-train", rich_help_panel=TRAIN)(post_train_commands.post_train)
+app.command(rich_help_panel=TRAIN)(train_commands.presets)
 
 
-@app.command()
+@app.command(rich_help_panel=DRAW)
 @takes(
     run=opt.RUN,
     labels=option("Class ids or names, separated by commas.", default=REQUIRED),
@@ -63,7 +59,7 @@ app.command("post-train")(post_train_commands.post_train)
     decoder=opt.DECODER,
     pixel_stage=opt.PIXEL_STAGE,
     **opt.OF_METHODS,
-    as_json=AS_JSON,
+    **OUTPUT,
 )
 def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> None:
     """Draw trajectories of labels and seeds, as sheets, pages, safetensors, tars or arrays."""
@@ -73,8 +69,7 @@ def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> No
     pipe, guidance, strength = opt.open_run(run, given), given["guidance"], opt.strength_of(given)
     labels_drawn = pipe.label_ids(labels)
     if unseen_classes := [*map(pipe.class_name, sorted({*labels_drawn} - {*pipe.classes}))]:
-        text = f"warning: no image of {', '.join(unseen_classes)} was in the training data"
-        stderr.print(text, markup=False, highlight=False)
+        say(f"warning: no image of {', '.join(unseen_classes)} was in the training data")
     pairs = list(itertools.product(labels_drawn, seeds))
     ids, numbers = [label for label, _ in pairs], [seed for _, seed in pairs]
     drawn = pipe.stream(ids, numbers, given["steps"], guidance, strength)
@@ -82,13 +77,18 @@ def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> No
     facts |= {"guidance": guidance} if guidance else {}
     facts |= {"autoguidance": strength} if strength else {}
     written = write_samples(drawn, out, formats, len(pairs), facts)
-    rows = list(opt.follow_unless(as_json)(written, "sampling", len(pairs)))
-    stderr.print(f"wrote {', '.join(formats)} to {out}", markup=False, highlight=False)
+    quiet = given["quiet"]
+    rows = list(opt.follow_unless(as_json or quiet)(written, "sampling", len(pairs)))
     print_result(rows, as_json)
+    look: list[tuple[object, ...]] = [("trainer", "report", run)]
+    if "safetensors" in formats:
+        first = sorted(out.glob("*.safetensors"))[:1]
+        look = [*(("trainer", "edit", file, "--list") for file in first), *look]
+    say_next(f"wrote {', '.join(formats)} to {out}", look, quiet)
 
 
 for verb in (edit_commands.encode, edit_commands.edit, edit_commands.compare, edit_commands.sweep):
-    app.command()(verb)
+    app.command(rich_help_panel=DRAW)(verb)
 
 
 OF_SAMPLES: dict[str, Parameter] = {
@@ -97,27 +97,33 @@ OF_SAMPLES: dict[str, Parameter] = {
     **opt.OF_METHODS,
     "decoder": opt.DECODER,
     "pixel_stage": opt.PIXEL_STAGE,
-    "inception": option(
-        "Inception Score and FID by torch-fidelity: file of Inception weights, or hub.", **PLACE
-    ),
-    "reference": option(
-        "With --inception: npz of mu and sigma of real images, for FID.", **reads("an npz of mu and sigma")
-    ),
-    "space": option(
-        "Fréchet distance of pictures in the space of an encoder: module:function[:ARGUMENT], for example "
-        "hierarchy_builder.encoders:load_encoder:dinov2-reg-base; needs shards with pictures."
-    ),
-    "edits": switch("Measure also how local edits are, over seeds and up to 12 classes.", "--edits"),
-    "alignment": switch(
-        "Measure also at which step the boundaries of regions appear, for the same classes and seeds as --edits.",
-        "--alignment",
+    **grouped(
+        "What is measured",
+        **{
+            "inception": option(
+                "Inception Score and FID by torch-fidelity: file of Inception weights, or hub.", **PLACE
+            ),
+            "reference": option(
+                "With --inception: npz of mu and sigma of real images, for FID.",
+                **reads("an npz of mu and sigma"),
+            ),
+            "space": option(
+                "Fréchet distance of pictures in the space of an encoder: module:function[:ARGUMENT], for example "
+                "hierarchy_builder.encoders:load_encoder:dinov2-reg-base; needs shards with pictures."
+            ),
+            "edits": switch("Measure also how local edits are, over seeds and up to 12 classes.", "--edits"),
+            "alignment": switch(
+                "Measure also at which step the boundaries of regions appear, for the same classes and seeds as --edits.",
+                "--alignment",
+            ),
+        },
     ),
     **judging.FDR,
 }
 """Options of `evaluate` that say how samples are drawn, or what is measured of them."""
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 @takes(
     run=opt.RUN,
     shards=option(
@@ -126,9 +132,12 @@ OF_SAMPLES: dict[str, Parameter] = {
     split=option("Folder of SHARDS to take. Default: one named val… or test…, if there is one."),
     max_real=option("Real images read at most.", kind=int, default=10_000, min=4),
     steps=opt.STEPS,
-    likelihood=switch(
-        "Normalizing Trajectory Models: measure the likelihood of the images in SHARDS, and draw no samples.",
-        "--likelihood",
+    **grouped(
+        "What is measured",
+        likelihood=switch(
+            "Normalizing Trajectory Models: measure the likelihood of the images in SHARDS, and draw no samples.",
+            "--likelihood",
+        ),
     ),
     **OF_SAMPLES,
     ema=opt.EMA,
@@ -163,8 +172,7 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
     follow = opt.follow_unless(as_json or given["quiet"])
     trained = load_state(find_checkpoint(run)).shards
     judged = judged_on(trained, index, min(max_real, index.num_samples))
-    if not given["quiet"]:
-        stderr.print(f"{judged} Read from {index.url}.", markup=False, highlight=False, soft_wrap=True)
+    say(f"{judged} Read from {index.url}.", given["quiet"])
     if given["likelihood"]:
         _print_metrics(studies.measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
         return
@@ -210,9 +218,10 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
     setup |= {"shards": index.name, "split": index.split, "judged_on": judged, "classes": classes}
     write_sealed_json(run / EVALUATION, {**setup, "metrics": rows}, sort_keys=False)
     _print_metrics(rows, as_json)
+    say_next(f"the figures lie in {run / EVALUATION}", [("trainer", "report", run)], given["quiet"])
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 @takes(
     run=argument("Run folder of `trainer train`.", **reads("a run folder of `trainer train`", "RUN")),
     out=option("HTML file to write. Default: RUN/report.html.", **PATH),
@@ -234,6 +243,7 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
     ema=opt.EMA,
     decoder=opt.DECODER,
     pixel_stage=opt.PIXEL_STAGE,
+    **OUTPUT,
 )
 def report(run: Path, out: Path | None, shards: str | None, **given: Any) -> None:
     """Write one HTML page of a run: samples, curves, scores and configuration."""
@@ -260,12 +270,15 @@ def report(run: Path, out: Path | None, shards: str | None, **given: Any) -> Non
     if given["sweep_file"]:
         more.append(pages.sweep_section(pages.read_sweep(given["sweep_file"])))
     write_page(pages.run_page(run, pipe, trajectories, index, rows, more), target)
-    print(out)
+    if given["as_json"]:
+        print_json({"page": str(out)})
+    else:
+        print(out)
 
 
-@app.command()
-@takes(run=opt.RUN, as_json=AS_JSON)
-def verify(run: Path, as_json: bool) -> None:
+@app.command(rich_help_panel=MEASURE)
+@takes(run=opt.RUN, **OUTPUT)
+def verify(run: Path, as_json: bool, quiet: bool) -> None:
     """Read every file of a run and compare it with its checksum; exit code 4 if something is damaged."""
     from trainer.evaluation.verify import verify_run
 
@@ -291,7 +304,7 @@ def verify(run: Path, as_json: bool) -> None:
         stdout.print(f"{run}: everything that was checked is in order", markup=False, highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=DRAW)
 @takes(
     run=opt.RUN,
     folder=option("Where trajectories and reports are kept. Default: RUN/studio.", **PATH),
@@ -309,6 +322,7 @@ def verify(run: Path, as_json: bool) -> None:
     ),
     ema=opt.EMA,
     decoder=opt.DECODER,
+    **OUTPUT,
 )
 def studio(
     run: Path,
@@ -331,17 +345,27 @@ def studio(
             f"{error.name} is not installed: install the extra, pip install 'trajectory-hierarchies[studio]'"
         ) from None
 
-    launch(
+    page, url = launch(
         opt.open_run(run, given),
         folder or run / "studio",
         vocabulary,
         host=host,
         port=port,
+        block=False,
         allowed_hosts=allowed_hosts or (),
     )
+    if given["as_json"]:
+        print_json({"url": url, "folder": str(folder or run / "studio")})
+    else:
+        print(url)
+    sys.stdout.flush()
+    say(
+        f"open {url} in a browser; saved work lies in {folder or run / 'studio'}; Ctrl-C ends", given["quiet"]
+    )
+    page.block_thread()
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 @takes(
     file=argument(
         "Checkpoint file of the authors' release.",
@@ -354,31 +378,32 @@ def studio(
         **reads("the configuration of that checkpoint"),
     ),
     encoder=option("Encoder whose features it was trained on.", default="dinov2-reg-base"),
-    as_json=AS_JSON,
+    **OUTPUT,
 )
 def import_official(
-    file: Path, out: Path, ema: str | None, config: Path | None, encoder: str, as_json: bool
+    file: Path, out: Path, ema: str | None, config: Path | None, encoder: str, as_json: bool, quiet: bool
 ) -> None:
     """Turn a checkpoint of the release into a run folder, with all averages and the optimiser."""
     from trainer.methods.trajectory_forcing.exchange import import_official as convert
 
     print_result(convert(file, out, config, ema, encoder), as_json)
+    say_next(
+        f"the run lies in {out}", [("trainer", "sample", out, "--labels", "0", "--out", out / "drawn")], quiet
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 @takes(
     run=opt.RUN,
     out=option("Folder of checkpoint_<step> and config.json.", default=REQUIRED, **PATH),
-    as_json=AS_JSON,
+    **OUTPUT,
 )
-def export_official(run: Path, out: Path, as_json: bool) -> None:
+def export_official(run: Path, out: Path, as_json: bool, quiet: bool) -> None:
     """Turn a run folder into a checkpoint of the release; what was imported comes out equal."""
     from trainer.methods.trajectory_forcing.exchange import export_official as convert
 
     print_result(convert(run, out), as_json)
-
-
-app.command()(train_commands.presets)
+    say_next(f"the checkpoint lies in {out}", [], quiet)
 
 
 def main() -> NoReturn:

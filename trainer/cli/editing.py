@@ -9,8 +9,8 @@ from typing import Any
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import whole_file, write_json
-from hierarchy_builder.flags import AS_JSON, OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
-from hierarchy_builder.terminal import print_result, stderr
+from hierarchy_builder.flags import OUTPUT, PATH, PLACE, REQUIRED, argument, grouped, option, switch, takes
+from hierarchy_builder.terminal import print_result, say_next, stderr, stdout
 from trainer.cli import options as opt
 from trainer.cli.options import A_RUN, A_TRAJECTORY, reads
 from trainer.seeds import parse_seeds
@@ -34,7 +34,7 @@ TRAJECTORY = argument(
     label=option("With --photo: class of the photograph."),
     seed=option("Seed of the noise of levels that are drawn later.", kind=int, default=0),
     ema=opt.EMA,
-    as_json=AS_JSON,
+    **OUTPUT,
 )
 def encode(run: Path, out: Path, shards: str | None, photo: Path | None, **given: Any) -> None:
     """Turn a photograph into a trajectory that starts from its hierarchy, to edit and resume."""
@@ -55,27 +55,44 @@ def encode(run: Path, out: Path, shards: str | None, photo: Path | None, **given
     start.save(out)
     facts = {"file": str(out), "class": start.class_name, "origin": start.origin}
     print_result(facts, given["as_json"])
+    say_next(f"wrote {out}", [("trainer", "edit", out, "--list")], given["quiet"])
 
 
 @takes(
     trajectory=TRAJECTORY,
     level=option("Level to edit, or to resume from; 0 is the coarsest.", kind=int),
     **(opt.SELECTION | opt.SOURCE),
-    by=option(
-        "`mean`: each token takes the mean of the source; `tokens`: one token of the source each.",
-        default="mean",
+    **grouped(
+        "Which features they take",
+        by=option(
+            "`mean`: each token takes the mean of the source; `tokens`: one token of the source each.",
+            default="mean",
+            metavar="mean|tokens",
+        ),
+        vocabulary=opt.VOCABULARY,
+        strength=option("0 keeps the features, 1 takes those of the source.", kind=float, default=1.0),
     ),
-    vocabulary=opt.VOCABULARY,
-    strength=option("0 keeps the features, 1 takes those of the source.", kind=float, default=1.0),
     **opt.SHAPE,
-    resume=switch("Draw the levels after --level again.", "--resume"),
-    seed=option("Draw the levels after --level again, with the noise of this seed.", kind=int),
-    undo=option("First take back this many steps.", kind=int, default=0, min=0),
+    **grouped(
+        "What is drawn again",
+        resume=switch("Draw the levels after --level again.", "--resume"),
+        seed=option("Draw the levels after --level again, with the noise of this seed.", kind=int),
+    ),
+    **grouped(
+        "What was done before",
+        undo=option(
+            "First take back this many edits, each with what was drawn again after it.",
+            kind=int,
+            default=0,
+            min=0,
+        ),
+        steps=switch("Print what was done to the trajectory so far, oldest first, and stop.", "--history"),
+    ),
     show=switch("Print the regions and stop.", "--list"),
     out=option("File to write. Default: NAME-edited.safetensors next to FILE.", **PATH),
     run=option("Run or checkpoint that drew FILE. Default: the folder that FILE names.", **reads(A_RUN)),
     weak=opt.GUIDED["weak"],
-    as_json=AS_JSON,
+    **OUTPUT,
 )
 def edit(trajectory: Path, level: int | None, seed: int | None, as_json: bool, **given: Any) -> None:
     """Change tokens of one level of a trajectory, and draw the finer levels again.
@@ -88,6 +105,13 @@ def edit(trajectory: Path, level: int | None, seed: int | None, as_json: bool, *
     from trainer.trajectories.trajectory import Trajectory
 
     before = Trajectory.load(trajectory)
+    if given["steps"]:
+        rows = edits.history_rows(before)
+        if not rows and not as_json:
+            stdout.print("nothing: the trajectory is as it was first made")
+        else:
+            print_result(rows, as_json)
+        return
     if given["show"]:
         if level is not None and not as_json:
             stderr.print(edits.region_map(before, level), highlight=False)
@@ -116,8 +140,9 @@ def edit(trajectory: Path, level: int | None, seed: int | None, as_json: bool, *
     if as_json:
         print_result({"file": str(target), "history": after.history, "levels": rows}, as_json)
     else:
-        stderr.print(f"wrote {target}", markup=False, highlight=False)
         print_result(by_measure(rows), as_json, f"Change by level, against {against}")
+    picture = ("--out", target.with_suffix(".png"))
+    say_next(f"wrote {target}", [("trainer", "compare", trajectory, target, *picture)], given["quiet"])
 
 
 @takes(
@@ -128,7 +153,7 @@ def edit(trajectory: Path, level: int | None, seed: int | None, as_json: bool, *
     mask=opt.MASK,
     out=option("PNG of both trajectories, level by level, with the change.", **PATH),
     decoder=opt.DECODER,
-    as_json=AS_JSON,
+    **OUTPUT,
 )
 def compare(before: Path, after: Path, level: int | None, out: Path | None, **given: Any) -> None:
     """Measure how far two trajectories are apart on every level, inside and outside what was edited."""
@@ -147,7 +172,7 @@ def compare(before: Path, after: Path, level: int | None, out: Path | None, **gi
     if out is not None:
         with whole_file(out) as partial:
             comparing.comparison_png(first, second).save(partial, "PNG")
-        stderr.print(f"wrote {out}", markup=False, highlight=False)
+        say_next(f"wrote {out}", [], given["quiet"])
     title = f"Change by level, of {after.name} against {before.name}"
     as_json = given["as_json"]
     print_result(rows if as_json else comparing.by_measure(rows), as_json, title)
@@ -194,7 +219,7 @@ def sweep(run: Path, labels: str | None, levels: str | None, out: Path | None, *
     result = {"setup": dataclasses.asdict(config), "rows": rows, "summary": summary}
     if out is not None:
         write_json(out, result, sort_keys=False)
-        stderr.print(f"wrote {out}", markup=False, highlight=False)
+        say_next(f"wrote {out}", [("trainer", "report", run, "--sweep", out)], given["quiet"])
     title = (
         f"Edits of {config.kind}, mean ± half the 95 % interval over classes × seeds, "
         f"{len(config.labels)} × {len(config.seeds)}"

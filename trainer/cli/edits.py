@@ -12,11 +12,15 @@ import numpy as np
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.pictures import UNREADABLE, open_picture
+from hierarchy_builder.terminal import show_value
 from trainer.cli.options import SHAPE, SOURCE, names_given
 from trainer.trajectories.edit import Source, mean_of, prototype, tokens_of
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
+
+NOT_SHOWN = ("edit", "level", "first_level", "seeds_before")
+"""Entries of a step that have a column of their own, or that only `undo` needs."""
 
 
 def select(trajectory: Trajectory, level: int, given: Mapping[str, Any]) -> Selection | None:
@@ -40,13 +44,13 @@ def select(trajectory: Trajectory, level: int, given: Mapping[str, Any]) -> Sele
 
 
 def edited(trajectory: Trajectory, level: int | None, given: Mapping[str, Any]) -> Trajectory:
-    """Take back --undo steps, then change the tokens that are selected; the trajectory itself where none are.
+    """Take back --undo edits, then change the tokens that are selected; the trajectory itself where none are.
 
     given: values of the options of `edit` by name. Raises UsageError for tokens without a change or a level, a change
     without tokens, or two changes at once.
     """
     for _ in range(given["undo"]):
-        trajectory = trajectory.undo()
+        trajectory = trajectory.undo_edit()
     changes = names_given(SHAPE, given) + ["source"] * bool(names_given(SOURCE, given))
     if not any(given[name] for name in ("region", "tokens", "near", "mask")):
         if changes:
@@ -110,6 +114,24 @@ def region_rows(trajectory: Trajectory, level: int | None = None) -> list[dict[s
                     "columns": f"{left}-{right}",
                 }
             )
+    return rows
+
+
+def history_rows(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """What was done to a trajectory, oldest first, one row for each step."""
+    rows = []
+    for number, entry in enumerate(trajectory.history, start=1):
+        shown = {name: value for name, value in entry.items() if name not in NOT_SHOWN}
+        if tokens := entry.get("tokens"):
+            shown["tokens"] = len(tokens)
+        rows.append(
+            {
+                "step": number,
+                "what": "drawn again" if entry.get("edit") == "resume" else f"edit of {entry.get('edit')}",
+                "level": entry.get("level"),
+                "details": show_value({name.replace("_", " "): value for name, value in shown.items()}),
+            }
+        )
     return rows
 
 

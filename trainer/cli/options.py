@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any, get_args
 import typer
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.flags import OUTPUT, PATH, PLACE, Parameter, argument, checked, flag, option, switch
+from hierarchy_builder.flags import (
+    OUTPUT,
+    PATH,
+    PLACE,
+    Parameter,
+    argument,
+    checked,
+    flag,
+    grouped,
+    option,
+    switch,
+)
 from hierarchy_builder.places import a_path
 from hierarchy_builder.progress import Follow, shown_on, unseen
 from hierarchy_builder.terminal import stderr
@@ -55,21 +66,31 @@ DECODER = option(
     "Folder of an RAE decoder, which turns features into pixels.", **reads("the folder of an RAE decoder")
 )
 PIXEL_STAGE = option("Run of Latent Forcing that draws the pixels instead of a decoder.", **reads(A_RUN))
-GUIDED = {
-    "guidance": option("Guidance scale, for models that were trained with guidance.", kind=float),
-    "weak": option("Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN)),
-    "weak_scale": option("Strength of autoguidance. Default: 1 with --weak, else 0.", kind=float),
-}
-OF_METHODS = {
-    "ending": option(
-        "Normalizing Trajectory Models: how final states become canvases.", metavar="|".join(get_args(Ending))
-    ),
-    "shift": option(
-        "Latent Forcing, schedules `shifted` and `independent`: how far latents are ahead of pixels; 1 draws both "
-        "together, below 1 the pixels come first. Default: as trained.",
-        kind=float,
-    ),
-}
+grouped("How it is drawn", steps=STEPS, ema=EMA, decoder=DECODER, pixel_stage=PIXEL_STAGE)
+GUIDED = grouped(
+    "Guidance",
+    **{
+        "guidance": option("Guidance scale, for models that were trained with guidance.", kind=float),
+        "weak": option(
+            "Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN)
+        ),
+        "weak_scale": option("Strength of autoguidance. Default: 1 with --weak, else 0.", kind=float),
+    },
+)
+OF_METHODS = grouped(
+    "Options of single methods",
+    **{
+        "ending": option(
+            "Normalizing Trajectory Models: how final states become canvases.",
+            metavar="|".join(get_args(Ending)),
+        ),
+        "shift": option(
+            "Latent Forcing, schedules `shifted` and `independent`: how far latents are ahead of pixels; 1 draws both "
+            "together, below 1 the pixels come first. Default: as trained.",
+            kind=float,
+        ),
+    },
+)
 VOCABULARY = option(
     "vocabulary.npz of a build, whose prototypes can then be sources of edits.",
     **reads("a vocabulary that `hierarchy-builder cluster --vocabulary` wrote"),
@@ -79,31 +100,49 @@ TOKENS = option('Tokens as "ROW,COLUMN ROW,COLUMN …".')
 MASK = option(
     "Picture laid over the grid; tokens that are mostly not black are selected.", **reads("a picture")
 )
-SELECTION = {
-    "region": option(
-        "Region to edit; a second --region is that of the source. --list prints the regions.", kind=list[int]
-    ),
-    "tokens": TOKENS,
-    "near": option("ROW,COLUMN: select that token and those whose features resemble its features."),
-    "cosine": option("With --near: smallest cosine similarity of a selected token.", kind=float, default=0.9),
-    "connected": switch("With --near: select only tokens connected to that token.", "--connected"),
-    "mask": MASK,
-    "invert": switch("Select all other tokens instead.", "--invert"),
-}
-SOURCE = {
-    "donor": option(
-        "Trajectory that the features come from. Default: the edited one.", "--from", **reads(A_TRAJECTORY)
-    ),
-    "from_level": option("Level of the source. Default: --level.", kind=int),
-    "from_region": option("Region of the source. Default: the tokens at the same places.", kind=int),
-    "prototype": option("Prototype of --vocabulary to take as the source.", kind=int),
-}
-SHAPE = {
-    "to_region": option("Change of shape: the tokens join this region.", kind=int),
-    "to_neighbours": switch("Change of shape: each token joins the region next to it.", "--to-neighbours"),
-    "grow": option("Change of shape: the region grows by this many tokens.", kind=int, default=0, min=0),
-    "shrink": option("Change of shape: the region shrinks by this many tokens.", kind=int, default=0, min=0),
-}
+SELECTION = grouped(
+    "Which tokens",
+    **{
+        "region": option(
+            "Region to edit; a second --region is that of the source. --list prints the regions.",
+            kind=list[int],
+        ),
+        "tokens": TOKENS,
+        "near": option("ROW,COLUMN: select that token and those whose features resemble its features."),
+        "cosine": option(
+            "With --near: smallest cosine similarity of a selected token.", kind=float, default=0.9
+        ),
+        "connected": switch("With --near: select only tokens connected to that token.", "--connected"),
+        "mask": MASK,
+        "invert": switch("Select all other tokens instead.", "--invert"),
+    },
+)
+SOURCE = grouped(
+    "Which features they take",
+    **{
+        "donor": option(
+            "Trajectory that the features come from. Default: the edited one.",
+            "--from",
+            **reads(A_TRAJECTORY),
+        ),
+        "from_level": option("Level of the source. Default: --level.", kind=int),
+        "from_region": option("Region of the source. Default: the tokens at the same places.", kind=int),
+        "prototype": option("Prototype of --vocabulary to take as the source.", kind=int),
+    },
+)
+SHAPE = grouped(
+    "Or which region they join",
+    **{
+        "to_region": option("Change of shape: the tokens join this region.", kind=int),
+        "to_neighbours": switch(
+            "Change of shape: each token joins the region next to it.", "--to-neighbours"
+        ),
+        "grow": option("Change of shape: the region grows by this many tokens.", kind=int, default=0, min=0),
+        "shrink": option(
+            "Change of shape: the region shrinks by this many tokens.", kind=int, default=0, min=0
+        ),
+    },
+)
 
 FIELDS = {
     name: flag(RunConfig, name, default="that of the preset or of the stored run")
@@ -111,24 +150,35 @@ FIELDS = {
 }
 """Fields of every training that are options of their own; `--set` reaches the others."""
 TRAINING = {
-    "config": option(
-        "YAML file of fields; it overrides the preset, and options override it.",
-        **PATH,
-        envvar="TRAINER_CONFIG",
+    **grouped(
+        "Configuration",
+        **{
+            "config": option(
+                "YAML file of fields, which docs/configuration.md lists; it overrides the preset, options override it.",
+                **PATH,
+                envvar="TRAINER_CONFIG",
+            ),
+            "settings": option(
+                "Set one field by its dotted name, for example optim.lr=0.005; docs/configuration.md lists all. "
+                "May be given several times.",
+                "--set",
+                kind=list[str],
+            ),
+            **FIELDS,
+        },
     ),
-    "settings": option(
-        "Set one field by its dotted name, for example optim.lr=0.005; may be given several times.",
-        "--set",
-        kind=list[str],
+    **grouped(
+        "Going on and starting over",
+        **{
+            "resume": option(
+                "`auto` resumes the run in the folder if there is one, `never` starts a new one; or a run or "
+                "checkpoint folder to start from.",
+                default="auto",
+                **PLACE | {"metavar": "TEXT"},
+            ),
+            "dry_run": switch("Check the command, print the resolved configuration and stop.", "--dry-run"),
+        },
     ),
-    **FIELDS,
-    "resume": option(
-        "`auto` resumes the run in the folder if there is one, `never` starts a new one; or a run or checkpoint "
-        "folder to start from.",
-        default="auto",
-        **PLACE | {"metavar": "TEXT"},
-    ),
-    "dry_run": switch("Check the command, print the resolved configuration and stop.", "--dry-run"),
     **OUTPUT,
 }
 

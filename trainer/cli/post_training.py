@@ -62,4 +62,5 @@ def post_train(run: Path, shards: str, out: Path, **given: Any) -> None:
         resolved,
         as_json,
         quiet,
+        [("trainer", "sample", out, "--labels", "0", "--out", out / "drawn"), ("trainer", "report", out)],
     )

@@ -14,9 +14,9 @@ import yaml
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
-from hierarchy_builder.flags import AS_JSON, PATH, PLACE, REQUIRED, argument, option, switch, takes
+from hierarchy_builder.flags import OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.parsing import parse_yaml
-from hierarchy_builder.terminal import print_cells, print_result, stderr
+from hierarchy_builder.terminal import print_cells, print_result, say_next, stderr
 from trainer.cli.options import FIELDS, TRAINING, reads
 from trainer.decode.config import DecoderConfig, DecoderSize
 from trainer.methods import registry
@@ -71,7 +71,13 @@ def train(
         check_same_run(out, origin, resolved, index)
         print_result(to_mapping(settled(resolved, out, origin, best_device(None))), as_json)
         return
-    run_and_print(lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet)
+    draw = [("trainer", "sample", out, "--labels", "0", "--out", out / "drawn"), ("trainer", "report", out)]
+    draws_pixels = index.encoder.get("decoder") or method_of(resolved) is LATENT_FORCING
+    if not draws_pixels and not (out / "decoder").exists():
+        draw.insert(0, ("trainer", "train-decoder", shards, "--out", out / "decoder"))
+    run_and_print(
+        lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet, draw
+    )
 
 
 LOSSES = {
@@ -115,12 +121,13 @@ def train_decoder(shards: str, out: Path, size: str | None, **given: Any) -> Non
         "Print what to train on these shards with the device of this machine, and its cost.", **SHARDS
     ),
     method=option(f"With --suggest. Default: {TRAJECTORY_FORCING.name}.", metavar=METHOD_NAMES),
-    as_json=AS_JSON,
+    **OUTPUT,
 )
-def presets(suggest: str | None, method: str | None, as_json: bool) -> None:
+def presets(suggest: str | None, method: str | None, as_json: bool, quiet: bool) -> None:
     """List named configurations; with --json every field of each."""
     if suggest is not None:
-        _print_suggestion(suggest, TRAJECTORY_FORCING if method is None else method_named(method), as_json)
+        row = TRAJECTORY_FORCING if method is None else method_named(method)
+        _print_suggestion(suggest, row, as_json, quiet)
         return
     if method is not None:
         raise UsageError("--method is for --suggest SHARDS: the list holds the presets of all methods")
@@ -142,7 +149,7 @@ def _shortly(images: int) -> str:
     return f"{images:,}" if images < 1_000_000 else f"{images / 1e6:g} M"
 
 
-def _print_suggestion(shards: str, method: Method, as_json: bool) -> None:
+def _print_suggestion(shards: str, method: Method, as_json: bool, quiet: bool) -> None:
     """What `train` would take on these shards without a preset, and what it costs."""
     if len(method.load("presets")) == 1:
         raise UsageError(
@@ -174,12 +181,10 @@ def _print_suggestion(shards: str, method: Method, as_json: bool) -> None:
         print_result({**facts, "config": to_mapping(config)}, as_json)
         return
     print_result(facts, as_json)
-    flag = "" if method is TRAJECTORY_FORCING else f" --method {method.name}"
-    stderr.print(
-        f"trainer train {shards} --out RUN{flag} trains this; --preset and --set choose otherwise",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    flags = () if method is TRAJECTORY_FORCING else ("--method", method.name)
+    out = f"{shards.rstrip('/')}-run" if "://" not in shards else "RUN"
+    say_next(
+        "--preset and --set choose otherwise", [("trainer", "train", shards, "--out", out, *flags)], quiet
     )
 
 
@@ -253,8 +258,17 @@ def _say_without_cuda(default: str, small: str) -> None:
         )
 
 
-def run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: bool) -> None:
-    """Train with the resolved configuration on stderr and the summary on stdout, both by the main rank."""
+def run_and_print(
+    run: Callable[[], Any],
+    config: Any,
+    as_json: bool,
+    quiet: bool,
+    after: Sequence[Sequence[object]] = (),
+) -> None:
+    """Train with the resolved configuration on stderr and the summary on stdout, both by the main rank.
+
+    after: commands that go on from a finished run.
+    """
     is_main = os.environ.get("RANK", "0") == "0"
     if not quiet and is_main:
         text = yaml.safe_dump(to_mapping(config), sort_keys=False).rstrip()
@@ -266,6 +280,7 @@ def run_and_print(run: Callable[[], Any], config: Any, as_json: bool, quiet: boo
         raise typer.Exit(130) from None
     if is_main:
         print_result(dataclasses.asdict(summary), as_json)
+        say_next(f"{summary.checkpoint} holds the newest weights", after, quiet)
 
 
 def asked_fields(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -6,9 +6,13 @@ H×W grid of tokens, C channels
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS
 from hierarchy_builder.files import parse_json
 from hierarchy_builder.parsing import parse_npz
+from hierarchy_builder.pictures import SUFFIXES
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.records import FORMAT_VERSION
 from trainer.data.tars import ShardEntry
@@ -93,7 +98,31 @@ def open_index(url: str) -> ShardIndex:
         raise UsageError(
             f"{url} does not exist, expected a finished shard folder, its build folder, or a URL"
         )
-    raise TrainerError(f"{url} is not a finished shard folder: run `hierarchy-builder shard DIR`")
+    raise TrainerError(f"{url} {_instead_of_shards(url)}")
+
+
+def _instead_of_shards(url: str) -> str:
+    """What a place without finished shards is, and what to do."""
+    place, quoted = Path(url), shlex.quote(url)
+    if (place / "manifest.json").is_file():
+        return f"is a build whose shards are not finished: run `hierarchy-builder shard {quoted}`"
+    if (place / "checkpoints").is_dir():
+        return "is a run folder, expected the shards that a run is trained on: give their folder"
+    if _holds_pictures(place):
+        what = "a picture" if place.is_file() else "a folder of photos"
+        return (
+            f"is {what}, and training reads shards that are made from photos: run `hierarchy-builder build {quoted} "
+            "--out DIR`, then give DIR"
+        )
+    return "is not a finished shard folder: run `hierarchy-builder build PHOTOS --out DIR`, then give DIR"
+
+
+def _holds_pictures(place: Path, looked_at: int = 1000) -> bool:
+    """Whether a picture is among the first files of a folder, or the file is one."""
+    if place.is_file():
+        return place.suffix.lower() in SUFFIXES
+    files = (name for _, _, names in os.walk(place) for name in names)
+    return any(Path(name).suffix.lower() in SUFFIXES for name in itertools.islice(files, looked_at))
 
 
 def check_trained_on(index: ShardIndex, model: Any, encoder: Mapping[str, Any], who: str) -> None:
@@ -111,11 +140,18 @@ def check_trained_on(index: ShardIndex, model: Any, encoder: Mapping[str, Any], 
             )
     # A network of one level, which draws only tokens and pixels, fits shards of any number of levels.
     levels = model.num_levels if model.num_levels > 1 else index.num_levels
-    found = (index.grid, index.width, index.num_levels, index.num_classes)
-    wanted = (model.grid, model.in_channels, levels, model.num_classes)
-    if found != wanted:
+    pairs = {
+        "grid": (index.grid, tuple(model.grid)),
+        "width": (index.width, model.in_channels),
+        "levels": (index.num_levels, levels),
+        "classes": (index.num_classes, model.num_classes),
+    }
+    if differing := [(name, a, b) for name, (a, b) in pairs.items() if a != b]:
+        found, wanted = (
+            ", ".join(f"{name} {values[place]}" for name, *values in differing) for place in (0, 1)
+        )
         raise MismatchError(
-            f"{index.url} holds (grid, width, levels, classes) {found}, {who} was trained on {wanted}: "
+            f"{index.url} has {found}, {who} was trained on {wanted}: "
             "give shards of the same encoder, recipe and classes"
         )
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import parse_json, whole_file, write_bytes
+from hierarchy_builder.progress import as_duration
 
 METRICS = "metrics.jsonl"
 CHECK = "crc32"
@@ -167,7 +168,7 @@ class RunLog:
         images_seen: int,
         quiet: bool = False,
         trackers: Sequence[Tracker] = (),
-        shown: Sequence[str] = ("loss", "raw_mse_u"),
+        shown: Sequence[str] = ("raw_mse_u",),
     ) -> None:
         self._run, self._trackers, self._shown = run, trackers, shown
         self._file = open(run / METRICS, "ab")  # noqa: SIM115 (closed in __exit__)
@@ -205,6 +206,8 @@ class RunLog:
             self._bar.update(self._task, description=text)
         elif not self._quiet:
             seen = f"{row['images']}/{self._total} images"
+            left = (self._total - row["images"]) / row["images_per_second"]
+            text += f"  {as_duration(left)} left" * (left > 0)
             print(f"step {row['step']}  {seen}  {text}", file=sys.stderr, flush=True)
 
     def show_samples(self, sheet: Image.Image, step: int, images_seen: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -95,8 +96,8 @@ class Loop(ABC):
 
     terms: tuple[str, ...]
     """Names of the terms that `backward` returns, each a mean over the global batch; one of them is `loss`."""
-    shown: tuple[str, ...] = ("loss", "raw_mse_u")
-    """Terms shown on stderr. `raw_mse_u` falls as training proceeds; the adaptive loss stays near 2 by design."""
+    shown: tuple[str, ...] = ("raw_mse_u",)
+    """Terms shown on stderr, those that fall as training proceeds; the adaptive loss stays near 2 by design."""
     rate_field: str = "optim.lr"
     """Name of the learning rate in the configuration."""
     plan: StreamPlan
@@ -124,6 +125,12 @@ class Loop(ABC):
         """Restore the checkpoint `origin`, if there is one, and prepare the run folder."""
         if origin is not None:
             self._restore(origin)
+            if self.world.is_main and not self.quiet:
+                seen, total = self.images_seen, self.config.total_images
+                print(
+                    f"goes on from {origin}: step {self.step:,}, {seen:,} of {total:,} images",
+                    file=sys.stderr,
+                )
         self.world.barrier()  # all ranks must have read the folder before the main rank changes it
         if self.world.is_main:
             self.classes = self._classes(origin)

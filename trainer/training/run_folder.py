@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.fields import identity, to_mapping
+from hierarchy_builder.fields import difference, identity, to_mapping
 from hierarchy_builder.files import parse_json, write_bytes
 from hierarchy_builder.parsing import parse_yaml
 from trainer.data.shards import ShardIndex
@@ -176,7 +176,7 @@ def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any], kind: ty
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise MismatchError(f"{where} holds no configuration that this release can read ({error})") from None
     rows = [
-        f"  {name}: {before.get(name)!r} there, {wanted.get(name)!r} now"
+        f"  {difference(name, before.get(name), wanted.get(name))}"
         for name in sorted(before.keys() | wanted.keys())
         if before.get(name) != wanted.get(name) and not _is_unknown(name, before)
     ]

@@ -42,6 +42,8 @@ GuidanceLike = float | tuple[float, float, float] | None
 SAMPLED_TOGETHER = 32
 """Images that pass through the network in one batch."""
 SHEET_CLASSES = 8
+FEW_CLASSES = 20
+"""Up to so many classes a message lists all of them."""
 """Rows of a sheet."""
 
 
@@ -259,9 +261,12 @@ class TrajectoryPipeline(ABC):
         try:
             number = int(label)
         except ValueError:
-            close = difflib.get_close_matches(str(label), self.class_names, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected a class name or 0 to {last}"
-            raise UsageError(f"unknown class {label!r}, {hint}") from None
+            close = difflib.get_close_matches(str(label), self.class_names, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+            few = len(self.class_names) <= FEW_CLASSES
+            known = f"classes are {', '.join(self.class_names)}" if few and self.class_names else ""
+            expected = known or f"expected a class name or 0 to {last}"
+            raise UsageError(f"unknown class {label!r}: {hint}{expected}") from None
         if not 0 <= number <= last:
             raise UsageError(f"label {number}, expected 0 to {last}")
         return number

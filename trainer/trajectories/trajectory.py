@@ -266,6 +266,14 @@ class Trajectory:
             replaced=self.replaced[:-1],
         )
 
+    def undo_edit(self) -> Trajectory:
+        """Take back the last edit together with what was drawn again after it. Raises UsageError as `undo`."""
+        before, is_edit = self, False
+        while not is_edit and (steps := [entry for entry in before.history if "first_level" in entry]):
+            is_edit = steps[-1].get("edit") != "resume"
+            before = before.undo()
+        return self.undo() if before is self else before
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: levels, seeds and replaced levels as tensors, the rest as JSON in its metadata."""
         entries = {name: getattr(self, name) for name in ENTRIES}

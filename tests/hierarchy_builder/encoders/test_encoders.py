@@ -205,7 +205,7 @@ def save_onnx(
 
 def test_onnx_runs_a_real_encoder(shared: Path) -> None:
     path = shared / "data/encoders/deeplab_mobilenetv2_voc.onnx"
-    encoder = load_encoder(f"onnx:{path}", device="cpu")
+    encoder = load_encoder(f"onnx:{path}:aspp_256", device="cpu")
     assert encoder.describe()["output"] == "aspp_256"
     assert (encoder.image_size_px, encoder.grid, encoder.width) == (256, (16, 16), 256)
     images = pictures(3, 256)
@@ -217,15 +217,26 @@ def test_onnx_runs_a_real_encoder(shared: Path) -> None:
         load_encoder(f"onnx:{path}:nope")
 
 
-def test_onnx_chooses_the_last_wide_map_and_normalises(tmp_path: Path) -> None:
-    path = save_onnx(tmp_path / "m.onnx", {"early": 128, "late": 64, "scores": 10})
+def test_onnx_takes_the_one_map_that_fits_and_normalises(tmp_path: Path) -> None:
+    path = save_onnx(tmp_path / "m.onnx", {"late": 64, "scores": 10})
     encoder = load_encoder(f"onnx:{path}")
     assert (encoder.describe()["output"], encoder.width, encoder.image_size_px) == ("late", 64, 256)
     images = pictures(2, 256)
     expected = images[:, ::16, ::16, 0] / 127.5 - 1
     assert np.abs(encoder.encode(images)[..., 0] - expected).max() < 1e-5
-    narrow = load_encoder(f"onnx:{save_onnx(tmp_path / 'n.onnx', {'a': 3, 'b': 5})}")
-    assert narrow.describe()["output"] == "b"
+    assert "takes output late (it is the one that fits)" in encoder.choices()
+    assert "mean 0.5,0.5,0.5 and std 0.5,0.5,0.5 (the default)" in encoder.choices()
+
+
+def test_onnx_asks_where_several_outputs_fit(tmp_path: Path) -> None:
+    path = save_onnx(tmp_path / "m.onnx", {"early": 128, "late": 64, "scores": 10})
+    with pytest.raises(UsageError, match=r"has 2 outputs that fit.*early \['N', 128.*--encoder onnx:.*:late"):
+        load_encoder(f"onnx:{path}")
+    named = load_encoder(f"onnx:{path}:late")
+    assert (named.name, named.describe()["output"]) == ("onnx:m.onnx:late", "late")
+    assert "takes output late (the name)" in named.choices()
+    earlier = load_encoder(f"onnx:{path}:last")  # as a build from before the question
+    assert (earlier.name, earlier.describe()["output"]) == ("onnx:m.onnx", "late")
 
 
 def test_onnx_follows_its_metadata_and_static_shapes(tmp_path: Path) -> None:

@@ -88,7 +88,12 @@ def test_edit_takes_a_region_from_another_trajectory(files: tuple[Path, Path], t
     assert rows[1]["lis"] == 0.0
     assert rows[3]["lis"] > 0
     assert undocumented(rows[3]) == []
-    back = call("edit", out, "--undo", 2, "--out", tmp_path / "back.safetensors")
+    steps = call("edit", out, "--history")
+    assert [(row["step"], row["what"], row["level"]) for row in steps] == [
+        (1, "edit of features", 1),
+        (2, "drawn again", 1),
+    ]
+    back = call("edit", out, "--undo", 1, "--out", tmp_path / "back.safetensors")
     assert back["history"] == []
     assert torch.equal(Trajectory.load(tmp_path / "back.safetensors").levels, ours.levels)
 

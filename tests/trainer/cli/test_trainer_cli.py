@@ -206,9 +206,40 @@ def test_other_configuration_is_exit_code_5(
     assert "seed: 0 there, 9 now" in capsys.readouterr().err
 
 
-def test_unfinished_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", tmp_path, "--out", tmp_path / "run", "--preset", "tiny-cpu") == 1
-    assert "is not a finished shard folder: run `hierarchy-builder shard DIR`" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("notes.txt", "is not a finished shard folder"),
+        ("manifest.json", "is a build whose shards are not finished: run `hierarchy-builder shard {}`"),
+        (
+            "cat/1.JPG",
+            "is a folder of photos, and training reads shards that are made from photos: run "
+            "`hierarchy-builder build {} --out DIR`",
+        ),
+        ("checkpoints/1/state.json", "is a run folder"),
+    ],
+)
+def test_what_is_not_finished_shards_is_named(
+    made: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "place" / made
+    place.parent.mkdir(parents=True)
+    place.touch()
+    assert call("train", tmp_path / "place", "--out", tmp_path / "run", "--preset", "tiny-cpu") == 1
+    assert said.format(tmp_path / "place") in capsys.readouterr().err
+
+
+def test_a_field_by_its_name_elsewhere_is_understood(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for asked, meant in (
+        ("learning_rate", "optim.lr"),
+        ("model.hidden_size", "model.width"),
+        ("lr", "optim.lr"),
+    ):
+        words = ("--preset", "tiny-cpu", "--set", f"{asked}=1")
+        assert call("train", shards, "--out", tmp_path / "run", *words) == 2
+        assert f"did you mean {meant!r}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -277,7 +308,10 @@ def test_a_weak_model_guides_samples_and_scores(
     printed = capsys.readouterr()
     assert [line for line in printed.out.splitlines() if line in ("Samples", "Levels", "Distribution")]
     assert printed.err.startswith("Judged on the training images")
-    assert printed.err.count("\n") == 1  # a short run in a log needs no counter
+    assert printed.err.splitlines()[1:] == [  # a short run in a log needs no counter
+        f"the figures lie in {copy / 'evaluation.json'}",
+        f"next: trainer report {copy}",
+    ]
     assert json.loads((copy / "evaluation.json").read_text())["weak_scale"] == 1
     assert call("report", copy, "--weak", early, "--weak-scale", "0.5") == 0
     for verb in (("evaluate", copy, "--shards", shards), ("report", copy)):

@@ -114,7 +114,11 @@ def test_weights_can_be_chosen(run: Path, pipe: TrajectoryPipeline, ema: float |
 
 @pytest.mark.parametrize(
     ("label", "message"),
-    [(3, "label 3, expected 0 to 2"), ("-1", "label -1"), ("bea", "unknown class 'bea', did you mean 'bee'")],
+    [
+        (3, "label 3, expected 0 to 2"),
+        ("-1", "label -1"),
+        ("bea", r"unknown class 'bea': did you mean 'bee'\? classes are ant, bee"),
+    ],
 )
 def test_unknown_label(pipe: TrajectoryPipeline, label: int | str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
