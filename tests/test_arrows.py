@@ -29,16 +29,27 @@ GROUND_FLOOR = (
 WINGS = {
     "hierarchy_builder": (
         *("canvases", "hierarchy", "images", "encoders", "vocabulary"),
-        *("store", "build", "verify", "quality", "cli"),
+        *("store", "build", "verify", "quality", "calls", "cli", "__main__"),
     ),
     "trainer": (
         *("seeds", "data", "networks", "metrics", "training", "decode", "registry", "trajectories"),
-        *("methods", "post_training", "evaluation", "studio", "cli", "official", "sample", "schedules"),
+        *(
+            "methods",
+            "post_training",
+            "evaluation",
+            "studio",
+            "calls",
+            "cli",
+            "__main__",
+            "official",
+            "sample",
+            "schedules",
+        ),
     ),
 }
 """The parts of each package from the lowest up: a part imports itself and those before it. `registry` is
 trainer/methods/registry.py, which names the methods and imports none of them."""
-TRAINER_MAY_USE = (*GROUND_FLOOR, "canvases", "hierarchy")
+TRAINER_MAY_USE = ("__version__", *GROUND_FLOOR, "canvases", "hierarchy")
 
 
 def modules() -> dict[str, list[str]]:
@@ -48,13 +59,21 @@ def modules() -> dict[str, list[str]]:
         for path in sorted((ROOT / package).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             names = []
+            lazy = {id(inner) for node in tree.body if is_for_types(node) for inner in ast.walk(node)}
             for node in ast.walk(tree):
+                if id(node) in lazy:
+                    continue
                 if isinstance(node, ast.Import):
                     names += [alias.name for alias in node.names]
                 elif isinstance(node, ast.ImportFrom):
                     names += [f"{node.module}.{alias.name}" for alias in node.names]
             found[path.relative_to(ROOT).as_posix()] = names
     return found
+
+
+def is_for_types(node: ast.stmt) -> bool:
+    """Whether this is `if TYPE_CHECKING:`, whose imports load nothing."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def parts_of(path: str) -> tuple[str, str]:

@@ -46,7 +46,7 @@ class Flag(IntFlag):
     """The recipe uses label maps, but this image has no usable one, so that `start` of the recipe decided."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Hierarchy:
     """Nested regions of N images and the trees from which they were cut.
 
@@ -63,6 +63,14 @@ class Hierarchy:
     merges: np.ndarray
     flags: np.ndarray
     scores: np.ndarray
+
+    def __repr__(self) -> str:
+        images, levels, *grid = self.regions.shape
+        counts = (
+            self.regions.reshape(images, levels, -1).max(axis=2, initial=0).mean(axis=0) + 1 if images else []
+        )
+        regions = ", ".join(f"{count:.1f}" for count in counts)
+        return f"<Hierarchy of {images:,} images, {levels} levels of {grid[0]}×{grid[1]} with {regions} regions each>"
 
 
 def build_hierarchy(

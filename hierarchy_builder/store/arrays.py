@@ -39,6 +39,22 @@ MOMENTS = ("block_count", "block_mean", "block_m2")
 Layout = dict[str, dict[str, Any]]
 """Shape, shards, chunks and dtype of the arrays of a store, by name."""
 
+DIMENSIONS = {
+    "features": ("image", "row", "column", "channel"),
+    "status": ("image",),
+    "block_count": ("block",),
+    "block_mean": ("block", "row", "column", "channel"),
+    "block_m2": ("block", "row", "column", "channel"),
+    "block_scatter": ("block", "channel", "other_channel"),
+    "regions": ("image", "level", "row", "column"),
+    "merges": ("image", "merge", "field"),
+    "flags": ("image",),
+    "scores": ("image", "score"),
+    "prototypes": ("image", "region"),
+    "prototype_distances": ("image", "region"),
+}
+"""Names of the dimensions of each array, by which `xarray.open_zarr` reads a store."""
+
 
 def features_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> Layout:
     """Return the arrays `features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
@@ -124,11 +140,14 @@ def damaged_layout(path: Path, layout: Layout) -> list[str]:
     for name, array in layout.items():
         try:
             with decoding(path / name):
-                found = zarr.open_array(path / name, mode="r").metadata
+                found = zarr.open_array(path / name, mode="r").metadata.to_dict()
         except VerificationError:
             damaged.append(name)
             continue
-        if found != _create_array(expected, name, array).metadata:
+        wanted = _create_array(expected, name, array).metadata.to_dict()
+        if found.get("dimension_names") is None:  # written by an earlier release
+            found["dimension_names"] = wanted["dimension_names"]
+        if found != wanted:
             damaged.append(name)
     return damaged
 
@@ -338,7 +357,12 @@ def _by_blocks(num_blocks: int, value: tuple[int, ...], dtype: np.dtype) -> dict
 
 def _create_array(group: zarr.Group, name: str, layout: dict[str, Any]) -> zarr.Array:
     return group.create_array(
-        name, fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()], overwrite=False, **layout
+        name,
+        fill_value=0,
+        compressors=[ZstdCodec(level=1), Crc32cCodec()],
+        dimension_names=DIMENSIONS[name],
+        overwrite=False,
+        **layout,
     )
 
 

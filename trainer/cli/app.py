@@ -113,7 +113,7 @@ OF_SAMPLES: dict[str, Parameter] = {
             ),
             "edits": switch("Measure also how local edits are, over seeds and up to 12 classes.", "--edits"),
             "alignment": switch(
-                "Measure also at which step the boundaries of regions appear, for the same classes and seeds as --edits.",
+                "Measure also at which step boundaries of regions appear, for the classes and seeds of --edits.",
                 "--alignment",
             ),
         },

@@ -17,6 +17,7 @@ from hierarchy_builder.fields import flattened, sentences, to_mapping
 from hierarchy_builder.flags import OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.parsing import parse_yaml
 from hierarchy_builder.terminal import print_cells, print_result, say_next, stderr
+from trainer.calls import base_config
 from trainer.cli.options import FIELDS, TRAINING, reads
 from trainer.decode.config import DecoderConfig, DecoderSize
 from trainer.methods import registry
@@ -26,10 +27,8 @@ from trainer.methods.registry import (
     TRAJECTORY_FORCING,
     Method,
     all_presets,
-    config_of,
     method_named,
     method_of,
-    preset_of,
 )
 from trainer.methods.trajectory_forcing.presets import decoder_preset
 from trainer.training.config import checked, with_settings
@@ -57,7 +56,7 @@ def train(
     from trainer.data.shards import open_index
 
     resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
-    base = _base(preset_name, method, shards, out, resume, given["config"] is not None, quiet)
+    base = base_config(preset_name, method, shards, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
     asked = asked_fields(given, FIELDS) | ({"pixel_stage": True} if pixel_stage else {})
@@ -186,51 +185,6 @@ def _print_suggestion(shards: str, method: Method, as_json: bool, quiet: bool) -
     say_next(
         "--preset and --set choose otherwise", [("trainer", "train", shards, "--out", out, *flags)], quiet
     )
-
-
-def _base(
-    preset_name: str | None,
-    method: str | None,
-    shards: str,
-    out: Path,
-    resume: str,
-    has_file: bool,
-    quiet: bool,
-) -> Any:
-    """The configuration before file and flags: the preset, or else what the run holds, or else a suggestion.
-
-    A run that has begun is never given another suggestion: its folder holds the configuration, and that of the
-    checkpoint which `resume` names holds one too. has_file: whether a file of fields changes the method's preset.
-    """
-    if preset_name is None:
-        found = _stored_config(out, resume)
-        if found is not None and (method is None or method_of(found).name == method):
-            return found
-    row = TRAJECTORY_FORCING if method is None else method_named(method)
-    if preset_name is not None or has_file or len(row.load("presets")) == 1:
-        return preset_of(preset_name, method)
-    from trainer.data.shards import open_index
-    from trainer.methods.machine import device_at_hand, suggestion_for  # loads torch
-
-    suggestion = suggestion_for(row, open_index(shards), device_at_hand())
-    if not quiet and os.environ.get("RANK", "0") == "0":
-        text = f"{suggestion.reason} --preset NAME trains another network (trainer presets)."
-        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
-    return suggestion.config
-
-
-def _stored_config(out: Path, resume: str) -> Any:
-    """The configuration of the run in `out`, or of the checkpoint that `resume` names; None where there is neither."""
-    from trainer.training.run_folder import CONFIG, read_config  # loads torch
-
-    if (stored := out / CONFIG).exists():
-        return config_of(read_config(out)["config"], str(stored))
-    if resume not in ("auto", "never") and Path(resume).exists():
-        from trainer.training.checkpoint import find_checkpoint, load_state
-
-        found = find_checkpoint(resume)
-        return config_of(load_state(found).config, str(found))
-    return None
 
 
 def _decoder_base(size: str | None, out: Path, quiet: bool) -> DecoderConfig:

@@ -38,7 +38,7 @@ TAR_NAME = re.compile(r"(?:\w[\w.+=@-]*/)*\w[\w.+=@-]*")
 """A path inside the folder: no `..`, no root, no protocol."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class ShardIndex:
     """index.json and class_map.json of a finished shard folder."""
 
@@ -58,6 +58,13 @@ class ShardIndex:
     """Hash of the configuration that the shards were built with."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the files beside the tars; empty for sets of earlier releases."""
+
+    def __repr__(self) -> str:
+        grid = "×".join(map(str, (*self.grid, self.width)))
+        return (
+            f"<ShardIndex of {self.url}: {self.num_samples:,} samples in {len(self.shards):,} shards, "
+            f"{self.num_classes} classes, {self.num_levels} levels of {grid} by {self.encoder.get('name')}>"
+        )
 
     @property
     def num_samples(self) -> int:

@@ -12,6 +12,7 @@ The class here knows no method: the registry names the subclass that draws the s
 from __future__ import annotations
 
 import difflib
+import shutil
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.records import spread_evenly
+from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.decode.rae import decoder_for
+from trainer.decode.rae import RUN_DECODER, decoder_for
 from trainer.methods import registry
 from trainer.seeds import check_seed, level_noise
 from trainer.training import checkpoint as saved
 from trainer.training.weights import average_of, best_device, check_weak, fill, weights_note
+from trainer.trajectories.hub import PICTURE, card, folder_of, push
 from trainer.trajectories.trajectory import Decoder, Sampling, Trajectory
 from trainer.trajectories.view import trajectory_grid_png
 
@@ -91,6 +94,8 @@ class TrajectoryPipeline(ABC):
         self.weights = weights or {}
         self.weak = weak if weak is None else weak.eval()
         self.method = method
+        self.source: Path | None = None
+        """The checkpoint folder that the network was loaded from."""
         self.classes: Sequence[int] = range(model.config.num_classes)
         """The classes that had images in training, as far as is known; the network has a row for every label."""
 
@@ -106,8 +111,9 @@ class TrajectoryPipeline(ABC):
         pixel_stage: str | Path | None = None,
         **options: Any,
     ) -> Self:
-        """Load a run folder (its newest checkpoint) or one checkpoint folder, of any method.
+        """Load a run folder (its newest checkpoint) or one checkpoint folder, of any method, from here or from the hub.
 
+        folder: a local one, `hf://owner/name[@revision][/folder]`, or `owner/name` where there is no folder `owner`.
         ema: half-life in thousands of images, `auto` for the first one trained, None or `raw` for the raw weights.
         decoder: a function, or a folder with the weights and config.json of an RAE decoder; without it the encoder's
         own, where it has one. weak: a run or checkpoint folder for autoguidance, see `__call__`. pixel_stage: a run of
@@ -116,7 +122,7 @@ class TrajectoryPipeline(ABC):
         Raises TrainerError or UsageError where a part is missing or the method does not take an option, MismatchError
         for weights that do not fit.
         """
-        path, state = saved.read_checkpoint(folder)
+        path, state = saved.read_checkpoint(folder_of(folder))
         method = registry.method_in(state.config, folder)
         kind = method.load("pipeline")
         if not issubclass(kind, cls):
@@ -141,6 +147,7 @@ class TrajectoryPipeline(ABC):
             method=config.method,
             **own,
         )
+        pipe.source = path
         pipe.classes = state.shards.get("classes") or pipe.classes
         if weak is not None:
             pipe.weak = kind._load_weak(saved.find_checkpoint(weak), path, config, ema).to(device).eval()
@@ -395,11 +402,84 @@ class TrajectoryPipeline(ABC):
         for number in range(level + 1, len(seeds)):
             own = slice(number * each, (number + 1) * each)
             noise[own] = whole[seeds[number]][own]
-        return self._after(trajectory, level, seeds, noise.to(self._device), how)[0].cpu()
+        return self._after(trajectory, level, seeds, noise.to(self.device), how)[0].cpu()
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        shape = "×".join(map(str, (*config.grid, config.in_channels)))
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"<{type(self).__name__}: {counted(len(self.classes), 'class', 'classes')}, {config.num_levels} levels of "
+            f"{shape}, {size:,} parameters on {self.device}, from {_weights_text(self.weights)}>"
+        )
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the network is."""
         return next(self.model.parameters()).device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the networks, the normaliser and the decoder to a device, and return the pipeline."""
+        self.model.to(device)
+        if self.weak is not None:
+            self.weak.to(device)
+        self.normaliser = self.normaliser.to(device)
+        if isinstance(self.decoder, nn.Module):
+            self.decoder.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path, license: str = "unknown") -> Path:
+        """Write the weights in use, without the optimiser's state, as a folder that `from_pretrained` loads.
+
+        The decoder of the run comes along, and README.md, a card with a picture of samples. license: what the card says
+        of it, an identifier of the hub. A weak network or a decoder given to `from_pretrained` is not written. Raises
+        UsageError for a pipeline that was not loaded from a checkpoint, TrainerError if the folder exists.
+        """
+        if self.source is None:
+            raise UsageError(
+                "the pipeline was made from a network in memory; load it by from_pretrained(RUN) first"
+            )
+        folder, state = Path(folder), saved.load_state(self.source)
+        name, config = self.weights["ema"], self.model.config
+        own = saved.MODEL if name == "raw" else f"ema-{name}.safetensors"
+        normaliser = {"mean": self.normaliser.mean, "std": self.normaliser.std}
+        written = replace(state, optimizer=[], files={}, checksums={}, format_version=saved.FORMAT_VERSION)
+        saved.write_folder(folder, written, [(own, self.model.state_dict()), (saved.NORMALISER, normaliser)])
+        decoder = saved.run_of(self.source) / RUN_DECODER
+        if decoder.is_dir():
+            left = shutil.ignore_patterns("checkpoints", "tensorboard", "samples")
+            shutil.copytree(decoder, folder / RUN_DECODER, ignore=left)
+        self.sheet().save(folder / PICTURE)
+        facts = {
+            "title": f"{self.encoder.get('name', 'unknown')} trajectories, {state.config.get('preset', 'own preset')}",
+            "license": license,
+            "method": registry.method_in(state.config, self.source).name,
+            "preset": state.config.get("preset", "none"),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "images_seen": state.images_seen,
+            "weights": "as trained"
+            if name == "raw"
+            else f"their average of half-life {name} thousand images",
+            "encoder": self.encoder.get("name", "unknown"),
+            "grid": config.grid,
+            "channels": config.in_channels,
+            "num_levels": config.num_levels,
+            "class_names": [self.class_name(label) for label in self.classes],
+            "decoder": "in this repository" if decoder.is_dir() else "that of the encoder, if it has one",
+        }
+        (folder / "README.md").write_text(card(facts), encoding="utf-8")
+        return folder
+
+    def push_to_hub(
+        self, repository: str, *, license: str = "unknown", private: bool = False, token: str | None = None
+    ) -> str:
+        """Send what `save_pretrained` writes to the repository `owner/name` of the hub, and return its address.
+
+        token: without it the one of `hf auth login`. Raises TrainerError where the hub refuses or does not answer.
+        """
+        return push(
+            lambda folder: self.save_pretrained(folder, license), repository, private=private, token=token
+        )
 
     def _weak_for(self, how: Sampling) -> Any:
         """The weak network where autoguidance was asked for. Raises UsageError where there is none."""

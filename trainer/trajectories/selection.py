@@ -20,13 +20,17 @@ from torch import Tensor
 from hierarchy_builder.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Selection:
     """Tokens of one level. `|`, `&` and `-` combine selections, `~` inverts one."""
 
     mask: Tensor
     """bool [H, W] on the CPU."""
     level: int
+
+    def __repr__(self) -> str:
+        rows, columns = self.mask.shape
+        return f"<Selection of {int(self.mask.sum())} of {rows}×{columns} tokens of level {self.level}>"
 
     def __post_init__(self) -> None:
         if self.mask.ndim != 2 or self.mask.dtype != torch.bool:

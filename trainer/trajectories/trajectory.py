@@ -10,6 +10,7 @@ alone, so levels before an edited one keep their bits, and those after it show t
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from hierarchy_builder.canvases.gallery import render, write_page
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.files import target_of
+from hierarchy_builder.terminal import counted
 from trainer.decode.rae import ConditionalDecoder, decoder_from_spec, to_uint8
 from trainer.metrics.regions import extract_regions
 from trainer.trajectories.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
@@ -44,7 +46,7 @@ class Sampling:
     weak_scale: float = 0.0
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
+@dataclass(kw_only=True, slots=True, eq=False, repr=False)
 class Trajectory:
     """The canvas of every level of one image, and what they were made from."""
 
@@ -82,6 +84,17 @@ class Trajectory:
     def __post_init__(self) -> None:
         if not self.levels.isfinite().all():
             raise TrainerError(_not_finite(self))
+
+    def __repr__(self) -> str:
+        grid, edits = "×".join(map(str, self.levels.shape[1:])), len(self.history)
+        seeds = f"seed {self.seeds[0]}" if len(set(self.seeds)) == 1 else f"seeds {list(self.seeds)}"
+        steps = f", {counted(edits, 'edit or resume', 'edits and resumes')}" if edits else ""
+        return f"<Trajectory of {self.class_name!r}, {seeds}: {self.num_levels} levels of {grid}{steps}>"
+
+    def _repr_html_(self) -> str:
+        """The page of `to_html` in a frame, which notebooks show."""
+        page = html.escape(self.to_html())
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 30em; border: 0" sandbox="allow-scripts"></iframe>'
 
     @property
     def sampling(self) -> Sampling:

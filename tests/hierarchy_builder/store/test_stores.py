@@ -1,7 +1,10 @@
 """Whole blocks in, the same blocks out; damage is an error and not a wrong number."""
 
+import json
+
 import numpy as np
 import pytest
+import zarr
 
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import Block, blocks_of
@@ -74,3 +77,16 @@ def test_store_with_foreign_description_is_damaged(tmp_path) -> None:
     (tmp_path / "a.zarr" / "zarr.json").write_text("[1, 2]")
     with pytest.raises(BuilderError, match=r"a\.zarr is damaged"):
         stores.open_store(tmp_path / "a.zarr")
+
+
+def test_arrays_name_their_dimensions_and_earlier_stores_without_names_are_whole(tmp_path) -> None:
+    layout = stores.regions_layout(num_rows=4, block_rows=4, num_levels=4, grid=(3, 2))
+    stores.create(tmp_path / "regions.zarr", layout)
+    array = zarr.open_group(tmp_path / "regions.zarr")["regions"]
+    assert array.metadata.dimension_names == ("image", "level", "row", "column")
+    for name in layout:
+        described = tmp_path / "regions.zarr" / name / "zarr.json"
+        content = json.loads(described.read_text())
+        del content["dimension_names"]
+        described.write_text(json.dumps(content))
+    assert stores.damaged_layout(tmp_path / "regions.zarr", layout) == []

@@ -145,8 +145,8 @@ class LatentPipeline(TrajectoryPipeline):
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
         c = self.model.config
         how = _taken(how)
-        latents = side_by_side(self._noise(seeds, how).transpose(0, 1)).to(self._device)
-        pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self._device)
+        latents = side_by_side(self._noise(seeds, how).transpose(0, 1)).to(self.device)
+        pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self.device)
         # A cascade ends with its latents here: its pixel stage draws pictures when they are asked for.
         is_cascade = self.method.schedule in CASCADED
         has_pictures = not is_cascade and self.method.schedule != "latents-only"
@@ -168,10 +168,10 @@ class LatentPipeline(TrajectoryPipeline):
     ) -> Tensor:
         c, how = self.model.config, _taken(how)
         given = (level + 1) * c.in_channels
-        levels = side_by_side(self.normaliser.apply(trajectory.levels.to(self._device))[None])
+        levels = side_by_side(self.normaliser.apply(trajectory.levels.to(self.device))[None])
         latents = torch.cat([levels[..., :given], side_by_side(noise.transpose(0, 1))[..., given:]], -1)
         part = slice((level + 1) * how.num_steps, c.num_canvases * how.num_steps + 1)
-        pixels = pixel_noise(seeds[-1], c.image_px)[None].to(self._device)
+        pixels = pixel_noise(seeds[-1], c.image_px)[None].to(self.device)
         _, latents = self._flow([trajectory.label], pixels, latents, part, how)
         return self.normaliser.undo(apart(latents, c.num_canvases))[:, level + 1 :]
 
@@ -227,7 +227,7 @@ class LatentPipeline(TrajectoryPipeline):
         labels = ids if self._knows_classes else [self.model.config.num_classes] * len(ids)
         return sample_pixels(
             self.model,
-            torch.tensor(labels, device=self._device),
+            torch.tensor(labels, device=self.device),
             pixels,
             latents,
             (t_pixels[part], t_latents[part]),

@@ -70,13 +70,13 @@ class NormalizingPipeline(TrajectoryPipeline):
 
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
         how = self._taken(how)
-        levels = self._canvases(ids, self._noise(seeds, how).to(self._device), how).cpu()
+        levels = self._canvases(ids, self._noise(seeds, how).to(self.device), how).cpu()
         return [self._trajectory(*each, how) for each in zip(levels, ids, seeds, strict=True)]
 
     def _after(
         self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
     ) -> Tensor:
-        previous = trajectory.levels[level : level + 1].to(self._device)
+        previous = trajectory.levels[level : level + 1].to(self.device)
         return self._canvases([trajectory.label], noise, how, start_level=level + 1, previous=previous)
 
     def _canvases(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
@@ -84,7 +84,7 @@ class NormalizingPipeline(TrajectoryPipeline):
         return sample_canvases(
             self.model,
             self.method,
-            torch.tensor(ids, device=self._device),
+            torch.tensor(ids, device=self.device),
             noise,
             HowToSample(
                 num_steps=self._taken(how).num_steps,

@@ -21,19 +21,19 @@ class TrajectoryForcingPipeline(TrajectoryPipeline):
     model: TrajectoryTransformer
 
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
-        levels = self._levels(ids, self._noise(seeds, how).to(self._device), how)
+        levels = self._levels(ids, self._noise(seeds, how).to(self.device), how)
         return [self._trajectory(*each, how) for each in zip(levels.cpu(), ids, seeds, strict=True)]
 
     def _after(
         self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
     ) -> Tensor:
-        previous = trajectory.levels[level : level + 1].to(self._device)
+        previous = trajectory.levels[level : level + 1].to(self.device)
         return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
 
     def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
         return sample_levels(
             self.model,
-            torch.tensor(ids, device=self._device),
+            torch.tensor(ids, device=self.device),
             noise,
             how.num_steps,
             guidance=how.guidance,

@@ -1,0 +1,3 @@
+from hierarchy_builder.cli import main
+
+main()
