@@ -493,11 +493,26 @@ class _Worker:
         self.loaded = load()
 
     def call(self, function: Callable[..., Any], unit: Block, *shared: Any) -> Any:
-        with one_thread():
-            result = function(self.loaded, unit, self.threads, *shared)
+        try:
+            with one_thread():
+                result = function(self.loaded, unit, self.threads, *shared)
+        except Exception as error:
+            if not is_broken_device(error):
+                raise
+            logging.getLogger(__name__).error("this worker ends, since its GPU failed: %s", error)
+            os._exit(1)  # every later call of this process would fail; another worker repeats the unit
         if function is perform:
             self.metrics.count(type(self.loaded).__name__, result)
         return result
+
+
+def is_broken_device(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, has left the CUDA context of this process unusable."""
+    while error is not None:
+        if not isinstance(error, torch.OutOfMemoryError) and str(error).startswith("CUDA error"):
+            return True
+        error = error.__cause__
+    return False
 
 
 class _Metrics:

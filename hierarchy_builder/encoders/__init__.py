@@ -32,7 +32,7 @@ class Encoder(Protocol):
     weights_hash: str
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """RGB uint8 [B, S, S, 3] → float32 or float16 [B, H, W, C]; no row depends on other rows of the batch."""
+        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C]; no row depends on other rows of the batch."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -211,15 +211,16 @@ def _check_description(encoder: Encoder, origin: str) -> None:
         raise BuilderError(f"encoder {origin!r}: describe() has no {', '.join(sorted(missing))}")
 
 
-def encode(encoder: Encoder, images: np.ndarray) -> np.ndarray:
-    """Call `encoder.encode` and check its result: RGB uint8 [B, S, S, 3] → float32 or float16 [B, H, W, C].
+def encode(encoder: Encoder, images: np.ndarray, *, half: bool = False) -> np.ndarray:
+    """Call `encoder.encode` and check its result: RGB uint8 [B, S, S, 3] → float32 [B, H, W, C].
 
+    half: take float16, from `encode_half`, of an encoder that has it.
     TF32 is disabled, since cuDNN would otherwise run float32 convolutions with 10 bits of mantissa.
     Raises BuilderError if the encoder fails or returns another shape or dtype.
     """
     try:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            features = encoder.encode(images)
+            features = (getattr(encoder, "encode_half", encoder.encode) if half else encoder.encode)(images)
     except BuilderError:
         raise
     except Exception as error:  # from custom code, or from the device
@@ -229,9 +230,9 @@ def encode(encoder: Encoder, images: np.ndarray) -> np.ndarray:
         ) from error
     expected = (len(images), *encoder.grid, encoder.width)
     found = (getattr(features, "shape", None), str(getattr(features, "dtype", type(features).__name__)))
-    if found[0] != expected or found[1] not in ("float32", "float16"):
+    if found[0] != expected or found[1] not in ("float32", "float16")[: 1 + half]:
         raise BuilderError(
             f"encoder {encoder.name!r} returned {found[0]} {found[1]} for {len(images)} images of "
-            f"{images.shape[1]} px, expected {expected} float32 or float16 from its grid and width"
+            f"{images.shape[1]} px, expected {expected} float32 from its grid and width"
         )
     return features

@@ -114,7 +114,7 @@ class ImageEncoder:
         while start < len(crops):
             part = crops[start : start + self.batch_size]
             try:
-                values = encode(self.encoder, part)
+                values = encode(self.encoder, part, half=True)
             except BuilderError as error:
                 if not isinstance(error.__cause__, torch.OutOfMemoryError) or len(part) == 1:
                     raise

@@ -81,18 +81,21 @@ class TimmEncoder:
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C], every token with mean 0 and variance 1.
+        """RGB uint8 [B, S, S, 3] → float32 [B, H, W, C], every token with mean 0 and variance 1."""
+        return self._on_device(images).cpu().numpy()
 
-        From a GPU float16, as a build stores it: half of the copy, and no conversion on a core.
-        """
-        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
-        tokens = self.tokens(pixels)
-        if self.device.type != "cuda":
-            return tokens.cpu().numpy()
-        stored = torch.empty(tokens.shape, dtype=torch.float16, pin_memory=True)
+    @torch.inference_mode()
+    def encode_half(self, images: np.ndarray) -> np.ndarray:
+        """The same in float16, as a build stores it: from a GPU half of the copy, and no conversion on a core."""
+        tokens = self._on_device(images)
+        stored = torch.empty(tokens.shape, dtype=torch.float16, pin_memory=self.device.type == "cuda")
         stored.copy_(tokens.half(), non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         return stored.numpy()
+
+    def _on_device(self, images: np.ndarray) -> Tensor:
+        return self.tokens(torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255)
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """RGB [B, 3, S, S] in [0, 1] → what `encode` returns, with its gradient."""

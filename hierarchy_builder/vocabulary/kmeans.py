@@ -261,15 +261,17 @@ def nearest_prototype(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.nd
 def _fit_faiss(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray, list[float]]:
     faiss = _library("faiss")
     threads = faiss.omp_get_max_threads()
-    # Two threads were measured twice as slow as one, since the OpenMP threads of faiss compete with BLAS threads.
-    faiss.omp_set_num_threads(1)
+    on_gpu = faiss.get_num_gpus() > 0
+    if not on_gpu:
+        # Two threads were measured twice as slow as one: those of OpenMP compete with those of BLAS.
+        faiss.omp_set_num_threads(1)
     try:
         kmeans = faiss.Kmeans(
             tokens.shape[1],
             config.num_prototypes,
             niter=config.iterations,
             seed=config.seed,
-            gpu=faiss.get_num_gpus() > 0,
+            gpu=on_gpu,
             max_points_per_centroid=len(tokens),  # otherwise faiss silently samples 256 tokens per centroid
             min_points_per_centroid=1,
         )

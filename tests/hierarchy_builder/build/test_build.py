@@ -4,13 +4,21 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from pictures import CLASSES, write_tree
 from tiny_builds import PLAN, digests, session
 
 from hierarchy_builder.build import inputs, workers
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.clustering import recut
-from hierarchy_builder.build.workers import Workers, _gpus_per_worker, _that_fit, map_units, shutdown
+from hierarchy_builder.build.workers import (
+    Workers,
+    _gpus_per_worker,
+    _that_fit,
+    is_broken_device,
+    map_units,
+    shutdown,
+)
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, TooManySkippedError
@@ -363,6 +371,17 @@ def test_workers_share_gpus_where_the_stage_uses_them(
     found = _gpus_per_worker(asked, uses_gpu, available, cpus)
     assert found == reserved
     assert not found or _that_fit(available, found) == fitting
+
+
+def test_only_a_failed_device_ends_a_worker() -> None:
+    def caused_by(cause: Exception) -> BuilderError:
+        error = BuilderError("encoder 'x' failed on a batch of 4 images: CUDA error: …")
+        error.__cause__ = cause
+        return error
+
+    assert is_broken_device(caused_by(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    assert not is_broken_device(caused_by(torch.OutOfMemoryError("CUDA error: out of memory")))
+    assert not is_broken_device(caused_by(ValueError("no CUDA error")))
 
 
 class TokenEncoder:

@@ -144,8 +144,15 @@ def test_bfloat16_on_cuda_stays_close() -> None:
     images = pictures(2, 224)
     exact = load_encoder("dinov2-reg-small", weights="random:0", device="cpu").encode(images)
     fast = load_encoder("dinov2-reg-small", weights="random:0", device="cuda").encode(images)
-    assert (fast.dtype, fast.shape) == (np.float16, exact.shape)
+    assert (fast.dtype, fast.shape) == (exact.dtype, exact.shape)
     assert np.abs(fast - exact).mean() < 0.02
+
+
+def test_halves_are_the_rounded_features() -> None:
+    encoder = TimmEncoder(tiny_dinov2(), name="tiny", weights_hash="")
+    with np.errstate(over="ignore"):
+        expected = encode(encoder, pictures(2, 56)).astype(np.float16)
+    np.testing.assert_array_equal(encode(encoder, pictures(2, 56), half=True), expected)
 
 
 def test_bfloat16_returns_normalised_float32() -> None:
