@@ -123,6 +123,10 @@ class Loop(ABC):
 
     def _begin(self, origin: Path | None) -> None:
         """Restore the checkpoint `origin`, if there is one, and prepare the run folder."""
+        if self.world.device.type == "cuda":
+            # What stays float32 in a run of bfloat16 takes TF32 products, as JAX and so the release do.
+            is_short = self.config.precision == "bfloat16"
+            torch.set_float32_matmul_precision("high" if is_short else "highest")
         if origin is not None:
             self._restore(origin)
             if self.world.is_main and not self.quiet:

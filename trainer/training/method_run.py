@@ -67,9 +67,6 @@ class NetworkRun(Loop):
         origin = find_origin(out, resume, world.is_main)
         self.config = config = settled(config, out, origin, world.device)
         check_same_run(out, origin, config, index)
-        if world.device.type == "cuda":
-            # What stays float32 in a run of bfloat16 takes TF32 products, as JAX and so the release do.
-            torch.set_float32_matmul_precision("high" if config.precision == "bfloat16" else "highest")
         self.normaliser = self._first_normaliser(origin).to(world.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -90,11 +90,14 @@ def settled(config: RunT, out: Path, origin: Path | None, device: torch.device |
     """
     if config.precision != "auto":
         return config
-    found: Any = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    before: Any = {}
     if (out / CONFIG).exists():
-        found = read_config(out)["config"].get("precision", found)
+        before = read_config(out)["config"]
     elif origin is not None:
-        found = saved.load_state(origin).config.get("precision", found)
+        before = saved.load_state(origin).config
+    found = before.get("precision", "auto")
+    if found == "auto":  # also in an imported checkpoint, which nothing was trained from yet
+        found = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     return dataclasses.replace(config, precision=found)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from small_networks import awake
-from tiny_runs import FLOW, assert_same_state, before_step
+from tiny_runs import FLOW, LATENT, NORMALIZING, assert_same_state, before_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hierarchy_builder.errors import TrainerError
 from trainer.data.stream import Batch
+from trainer.methods import registry
 from trainer.methods.trajectory_forcing import objective
 from trainer.methods.trajectory_forcing import train as room
 from trainer.methods.trajectory_forcing.config import MethodConfig
@@ -61,15 +62,18 @@ def test_operations_are_counted_and_compared_with_the_peak() -> None:
     layer, x = nn.Linear(8, 4, bias=False), torch.ones(3, 8)
     # Forward, and in the backward pass the gradient of the weight; x needs none.
     assert counted_flops(lambda: layer(x).sum().backward()) == 2 * 2 * 3 * 8 * 4
+    q = torch.ones(1, 2, 3, 8)
+    assert counted_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 2 * 3 * 3 * 8
     assert peak_of("NVIDIA H200") == 989e12
     assert peak_of("Apple M9") is None
 
 
+@pytest.mark.parametrize("method", [FLOW, LATENT, NORMALIZING], ids=["flow", "latent", "normalizing"])
 def test_looking_at_the_cost_changes_no_step(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Any, picture_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(FLOW, total_images=16, micro_batch_size=4)
-    room.train(config, shards, str(tmp_path / "plain"), quiet=True)
+    config = dataclasses.replace(method, total_images=2 * method.batch_size, micro_batch_size=4)
+    registry.train(config, picture_shards, str(tmp_path / "plain"), quiet=True)
     costs = []
 
     def look(run: Any, batch: Any) -> None:
@@ -77,7 +81,7 @@ def test_looking_at_the_cost_changes_no_step(
         costs.append(run.flops_per_image)
 
     before_step(monkeypatch, 0, look)
-    room.train(config, shards, str(tmp_path / "looking"), quiet=True)
+    registry.train(config, picture_shards, str(tmp_path / "looking"), quiet=True)
     assert costs[0] > 1e5
     assert_same_state(tmp_path / "plain", tmp_path / "looking", step=2)
     assert all("mfu" not in line for line in read_metrics(tmp_path / "looking"))

@@ -82,7 +82,7 @@ def LF_H() -> LatentTrainConfig:  # noqa: N802 (the name in the paper)
 
 def _sized(preset: str, **model: int) -> LatentTrainConfig:
     sizes = LatentModelConfig(**model)  # type: ignore[arg-type]
-    return LatentTrainConfig(preset=preset, model=sizes, precision="bfloat16", micro_batch_size=32)
+    return LatentTrainConfig(preset=preset, model=sizes, precision="auto", compile=None, micro_batch_size=32)
 
 
 LATENT_PRESETS: dict[str, Callable[[], LatentTrainConfig]] = {

@@ -124,7 +124,7 @@ def decoder_preset(size: str) -> DecoderConfig:
     if size not in get_args(DecoderSize):
         raise UsageError(f"decoder size {size!r}, known are {', '.join(get_args(DecoderSize))}")
     if size != "tiny":
-        return DecoderConfig(size=size, micro_batch_size=16)  # type: ignore[arg-type]
+        return DecoderConfig(size=size, precision="auto", micro_batch_size=16)  # type: ignore[arg-type]
     return DecoderConfig(
         size="tiny",
         total_images=9_600,
