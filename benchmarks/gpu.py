@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -32,27 +33,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import records
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+    "1"  # a library that asks for devices must not open one before the forks
+)
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hierarchy_builder.canvases import level_canvases
-from hierarchy_builder.encoders import Encoder, encode, load_encoder
-from hierarchy_builder.hierarchy import build_hierarchy
-from hierarchy_builder.vocabulary import kmeans
-from trainer.data.shards import open_index
-from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
-from trainer.decode.rae import RaeDecoder, RaeDecoderConfig
-from trainer.methods.trajectory_forcing import objective
-from trainer.methods.trajectory_forcing.config import MethodConfig
-from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.presets import preset
-from trainer.methods.trajectory_forcing.sample import sample_levels
-from trainer.post_training.distance import Target
-from trainer.training.config import OptimConfig
-from trainer.training.method_run import compiled
-from trainer.training.optim import MuonAdam, orthogonalise
-from trainer.training.weights import WeightAverages
+# A bare machine may lack a library: then the sections that need it fail, each with its reason, and the others run.
+try:
+    from hierarchy_builder.canvases import level_canvases
+    from trainer.data.shards import open_index
+    from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
+    from trainer.decode.rae import RaeDecoder, RaeDecoderConfig
+    from trainer.methods.trajectory_forcing import objective
+    from trainer.methods.trajectory_forcing.config import MethodConfig
+    from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+    from trainer.methods.trajectory_forcing.presets import preset
+    from trainer.methods.trajectory_forcing.sample import sample_levels
+    from trainer.post_training.distance import Target
+    from trainer.training.config import OptimConfig
+    from trainer.training.method_run import compiled
+    from trainer.training.optim import MuonAdam, orthogonalise
+    from trainer.training.speed import counted_flops
+    from trainer.training.weights import WeightAverages
+except ImportError as error:
+    print(f"without the trainer: {error}")
+try:
+    from hierarchy_builder.encoders import Encoder, encode, load_encoder
+    from hierarchy_builder.hierarchy import build_hierarchy
+    from hierarchy_builder.vocabulary import kmeans
+except ImportError as error:
+    print(f"without the builder: {error}")
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("float32", "tf32", "bfloat16")
@@ -70,7 +83,7 @@ BF16, TF32, F32, MEMORY, COPY = 525.0, 330.0, 52.0, 4.3, 50.0
 """Rates of an H200 that predictions assume: TFLOP/s of products at this network's shapes (data sheet: 989 dense
 bfloat16), TB/s of memory (data sheet: 4.8), GB/s of page-locked copies."""
 STEP_GFLOP = {"TF-B": 450.6, "TF-L": 1382.0, "TF-H": 3057.0}
-"""Of one training image: `torch.utils.flop_counter` over loss and backward; section `step` counts again."""
+"""Of one training image: `torch.utils.flop_counter` over loss and backward; section `counts` counts again."""
 
 
 def _rate(gflop: float, gigabytes: float, tflops: float = BF16, unit: str = "images/s") -> Predicted:
@@ -92,6 +105,10 @@ PREDICTED = {
     "roof: product 8192 bfloat16": Predicted(780, "TFLOP/s", "0.79 of the 989 in the data sheet"),
     "roof: product of TF-B bfloat16": Predicted(BF16, "TFLOP/s", "assumed by every other prediction"),
     "roof: copy in memory": Predicted(MEMORY, "TB/s", "0.9 of the 4.8 in the data sheet"),
+    "counts: loss and backward pass": Predicted(450.6, "GFLOP", "68.8 + 177.0 + 204.8"),
+    "counts: direction of the derivative (v-head only, r = t)": Predicted(68.8, "GFLOP", "an earlier count"),
+    "counts: forward pass with derivative": Predicted(177.0, "GFLOP", "an earlier count"),
+    "counts: backward pass": Predicted(204.8, "GFLOP", "an earlier count"),
     "step: TF-B float32 eager, 32 images": _rate(450.6, 8.5, F32),
     "step: TF-B tf32 eager, 32 images": _rate(450.6, 8.5, TF32),
     "step: TF-B bfloat16 eager, 64 images": _rate(450.6, 7.1),
@@ -200,7 +217,6 @@ def arithmetic(device: torch.device, kind: str) -> Iterator[None]:
 
 def parity(bench: Bench) -> None:
     """Compare every path on the device with the CPU in float32, where golden tests hold."""
-    torch.backends.cuda.matmul.allow_tf32 = False
     gradients = {}
     for place, kind in (("cpu", "float32"), (bench.device, "float32"), (bench.device, "bfloat16")):
         device = torch.device(place)
@@ -218,13 +234,6 @@ def parity(bench: Bench) -> None:
             bench.note("parity: parameters without a gradient", missing)
         worst = max(difference(found[name], g) for name, g in own[1].items() if g is not None)
         bench.note(f"parity: gradients, largest relative difference, {kind}", worst)
-    features = torch.randn(4, 16, 16, 32, generator=torch.Generator().manual_seed(0)).half()
-    on_cpu, on_device = build_hierarchy(features), build_hierarchy(features.to(bench.device))
-    moved = float((on_cpu.regions != on_device.regions).mean())
-    bench.note("parity: tokens in other regions", moved, "share")
-    regions = torch.from_numpy(on_cpu.regions)
-    drawn = level_canvases(features.to(bench.device), regions.to(bench.device)).cpu()
-    bench.note("parity: canvases", difference(drawn, level_canvases(features, regions)))
     label, noise = torch.arange(2), torch.randn(4, 2, *small_network("cpu").config.grid, 32)
     with torch.no_grad():
         found = [
@@ -248,10 +257,19 @@ def parity(bench: Bench) -> None:
     )
     unpacked = codes.to(bench.device).float() * scale.to(bench.device).float()
     bench.note("parity: int8 features", difference(unpacked.cpu(), codes.float() * scale.float()))
-    rows, centroids = features.flatten(0, 2).numpy(), features.flatten(0, 2)[:8].float().numpy()
-    sums = kmeans.sum_clusters(rows, centroids)  # on CUDA where there is one
-    counts = np.bincount(kmeans.nearest_prototype(rows, centroids)[0], minlength=8)
-    bench.note("parity: tokens in other clusters of k-means", int(abs(counts - sums.counts).sum()) // 2)
+    with bench.attempt("parity: hierarchies"):
+        features = torch.randn(4, 16, 16, 32, generator=torch.Generator().manual_seed(0)).half()
+        on_cpu, on_device = build_hierarchy(features), build_hierarchy(features.to(bench.device))
+        bench.note(
+            "parity: tokens in other regions", float((on_cpu.regions != on_device.regions).mean()), "share"
+        )
+        regions = torch.from_numpy(on_cpu.regions)
+        drawn = level_canvases(features.to(bench.device), regions.to(bench.device)).cpu()
+        bench.note("parity: canvases", difference(drawn, level_canvases(features, regions)))
+        rows, centroids = features.flatten(0, 2).numpy(), features.flatten(0, 2)[:8].float().numpy()
+        sums = kmeans.sum_clusters(rows, centroids)  # on CUDA where there is one
+        counts = np.bincount(kmeans.nearest_prototype(rows, centroids)[0], minlength=8)
+        bench.note("parity: tokens in other clusters of k-means", int(abs(counts - sums.counts).sum()) // 2)
 
 
 def difference(found: Tensor | None, expected: Tensor) -> float:
@@ -304,19 +322,43 @@ def roof(bench: Bench) -> None:
 
 
 def step(bench: Bench) -> None:
-    """Forward and backward of TF-B, per arithmetic, eager and compiled."""
+    """Forward and backward of TF-B as it is written, per arithmetic."""
     model = network(bench, "TF-B")
-    gflop = counted_gflop(model, canvases(model, 1, bench.device))
-    bench.note("step: TF-B, counted for one image", gflop, "GFLOP")
-    ways = [("bfloat16", True, 64), ("bfloat16", True, 256), ("bfloat16", False, 64), ("tf32", False, 32)]
-    ways += [
-        ("float32", False, 32),
-        ("bfloat16", True, 128),
-        ("bfloat16", False, 256),
-        ("bfloat16", False, 1024),
-    ]
-    for kind, is_compiled, images in [ways[2], ways[4]] if bench.tiny else ways:
-        timed_step(bench, "step: TF-B", model, gflop, kind, is_compiled, images)
+    for kind, images in (
+        ("bfloat16", 64),
+        ("float32", 32),
+        ("tf32", 32),
+        ("bfloat16", 256),
+        ("bfloat16", 1024),
+    ):
+        timed_step(bench, "step: TF-B", model, STEP_GFLOP["TF-B"], kind, False, images)
+
+
+def compile_step(bench: Bench) -> None:
+    """The same compiled, which takes minutes for each number of images."""
+    model = network(bench, "TF-B")
+    for images in () if bench.tiny else (256, 64):
+        timed_step(bench, "step: TF-B", model, STEP_GFLOP["TF-B"], "bfloat16", True, images)
+
+
+def counts(bench: Bench) -> None:
+    """Operations of one training image of TF-B by what they are for; the same on every device."""
+    model = network(bench, "TF-B")
+    batch = canvases(model, 1, bench.device)
+    z, inputs = batch["x"], {name: batch[name] for name in ("t", "r", "label", "level", "prev")}
+
+    def note(name: str, call: Callable[[], object]) -> float:
+        found = counted_flops(call) / 1e9
+        bench.note(f"counts: {name}", found, "GFLOP")
+        return found
+
+    with torch.no_grad():
+        note("direction of the derivative (v-head only, r = t)", lambda: model(z, heads="v", **inputs))
+        note("forward pass alone", lambda: model(z, **inputs))
+    note("forward pass with derivative", lambda: model.forward_with_derivative(z, z, **inputs))
+    forward = note("loss", lambda: objective.loss(model, **batch))
+    total = note("loss and backward pass", lambda: objective.loss(model, **batch)["loss"].backward())
+    bench.note("counts: backward pass", total - forward, "GFLOP")
 
 
 def large(bench: Bench) -> None:
@@ -354,16 +396,6 @@ def timed_step(
         if images == 64 and not bench.tiny:
             bench.profile(f"step-{'compiled' if is_compiled else 'eager'}", call)
     model.zero_grad(set_to_none=True)
-
-
-def counted_gflop(model: Any, batch: dict[str, Tensor]) -> float:
-    """GFLOP of loss and backward of the batch, as torch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        objective.loss(model, **batch)["loss"].backward()
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / 1e9
 
 
 def update(bench: Bench) -> None:
@@ -406,7 +438,7 @@ def fit(bench: Bench) -> None:
     if bench.tiny:
         words = ["--preset", "tiny-cpu", "--total-images", "6", "--quiet"]
         words += ["--set", "batch_size=2", "--set", "log_images=2", "--set", "sample_images=null"]
-    for how in ("false",) if bench.tiny else ("true", "false"):
+    for how in ("false",) if bench.tiny else ("false", "true"):
         run = bench.out / f"run-compile-{how}"
         command = [sys.executable, "-m", "trainer.cli", "train", str(shards), "--out", str(run), *words]
         done = subprocess.run([*command, "--set", f"compile={how}"], capture_output=True, text=True, cwd=ROOT)
@@ -449,7 +481,7 @@ def encoder(bench: Bench) -> None:
         found = load_encoder(name, weights="random:0", precision="bfloat16", device=bench.device)
         for images in (1,) if bench.tiny else (128, 32, 256, 512):
             pixels = torch.rand(images, 3, 224, 224, device=bench.device)
-            for how in ("eager",) if bench.tiny or images == 512 else ("eager", "compiled"):
+            for how in ("eager", "compiled") if images == 128 else ("eager",):
                 label = f"encoder: DINOv2-{size} bfloat16 {how}, {images} images"
                 with bench.attempt(label), torch.inference_mode():
                     call = torch.compile(found.tokens) if how == "compiled" else found.tokens
@@ -467,7 +499,7 @@ def encoder(bench: Bench) -> None:
 
 def encoded(found: Encoder, crops: np.ndarray) -> np.ndarray:
     """What a build keeps of a batch: features float16 in ordinary memory."""
-    return np.asarray(encode(found, crops)).astype(np.float16)
+    return encode(found, crops, half=True).astype(np.float16)
 
 
 def build(bench: Bench) -> None:
@@ -517,11 +549,13 @@ def draw_photos(folder: Path, count: int) -> None:
         for scale in (4, 16, 64, 128, 500):
             noise = random.integers(0, 255, (scale * 3 // 4, scale, 3), np.uint8)
             picture += np.asarray(Image.fromarray(noise).resize((500, 375)), np.float32) / scale**0.5
-        bank.append(Image.fromarray((255 * picture / picture.max()).astype(np.uint8)))
+        file = io.BytesIO()
+        Image.fromarray((255 * picture / picture.max()).astype(np.uint8)).save(file, "JPEG", quality=90)
+        bank.append(file.getvalue())
     for number in range(count):
         place = folder / f"class{number % 8}" / f"{number:06d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
-        bank[number % len(bank)].save(place, quality=90)
+        place.write_bytes(bank[number % len(bank)])
 
 
 def hierarchy(bench: Bench) -> None:
@@ -658,10 +692,12 @@ def finished_shards(bench: Bench) -> str:
 
 # ---------------------------------------------------------------- sections, each in a process of its own
 
-SECTIONS: dict[Callable[[Bench], None], int] = {
+SECTIONS = {
     parity: 90,
     roof: 45,
-    step: 420,
+    counts: 60,
+    step: 120,
+    compile_step: 540,
     encoder: 240,
     build: 300,
     update: 60,
