@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import signal
 import statistics
 import subprocess
@@ -777,6 +778,9 @@ def check_machine(options: argparse.Namespace) -> None:
             f"torch {torch.__version__} is built without CUDA: install a CUDA build, or give --device cpu --tiny"
         )
     (options.out / "machine.json").write_text(json.dumps(versions) + "\n")
+    words = ["gpu-figures" if word == str(options.out) else word for word in sys.argv[1:]]
+    with open(options.out / "commands.txt", "a") as file:
+        file.write(shlex.join(["python", "benchmarks/gpu.py", *words]) + "\n")
 
 
 def write_record(name: str, out: Path) -> None:
@@ -795,8 +799,9 @@ def write_record(name: str, out: Path) -> None:
         value = f"{_shown(found['value'])} {found['unit']}".strip() if found else "unmeasured"
         rows.append([key, predicted, guess.formula if guess else "", value])
     columns = ["figure", "predicted", "from", "measured"]
-    call = "python benchmarks/gpu.py --out gpu-figures"
-    commands = [call, f"{call} --record"]
+    calls = out / "commands.txt"
+    before = calls.read_text().splitlines() if calls.exists() else []
+    commands = [*dict.fromkeys(before), "python benchmarks/gpu.py --out gpu-figures --record"]
     records.write(
         name, columns=columns, rows=rows, seeds=[0], figures={"measured": figures}, commands=commands
     )

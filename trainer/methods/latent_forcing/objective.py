@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.methods.latent_forcing.clocks import Clocks, draw_clocks
 from trainer.methods.latent_forcing.config import LatentMethodConfig
-from trainer.seeds import mixed_seed, row_noise
+from trainer.seeds import mixed_seed, row_noise, sent
 
 TIME_FLOOR = 0.05
 """Default of `LatentMethodConfig.time_floor`: velocities divide by max(t, floor)."""
@@ -116,7 +116,7 @@ def draw_batch(
     generator = torch.Generator().manual_seed(mixed_seed(seed, step))
     clocks = draw_clocks(global_batch_size, config, generator, num_canvases)
     drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
-    chosen = Clocks(*(values[rows].to(device) for values in clocks))
+    chosen = Clocks(*(sent(values[rows], device) for values in clocks))
     numbers = range(global_batch_size)[rows]
     pixels, latents = row_noise((pixel_shape, latent_shape), numbers, seed=seed, step=step, device=device)
-    return Draws(chosen, pixels, latents, drop[rows].to(device))
+    return Draws(chosen, pixels, latents, sent(drop[rows], device))

@@ -25,7 +25,7 @@ from torch import Tensor
 from trainer.methods.normalizing_trajectory import chains
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, Trajectory
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork
-from trainer.seeds import mixed_seed, row_noise
+from trainer.seeds import mixed_seed, row_noise, sent
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 SCORED_TOGETHER = 16
@@ -275,13 +275,13 @@ def draw_batch(
     low, high = config.t_min
     t_min = low + (high - low) * torch.rand(global_batch_size, generator=generator)
     drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
-    pair = torch.randint(T, (global_batch_size,), generator=generator)[rows].to(device)
+    pair = torch.randint(T, (global_batch_size,), generator=generator)[rows]
     numbers = range(global_batch_size)[rows]
     (noise,) = row_noise([(T + 1, *shape)], numbers, seed=seed, step=step, device=device)
     return Draws(
         num_steps=T,
-        t_min=t_min[rows].to(device),
+        t_min=sent(t_min[rows], device),
         noise=noise,
-        pair=pair if config.pairs == "one" else None,
-        drop_label=drop[rows].to(device),
+        pair=sent(pair, device) if config.pairs == "one" else None,
+        drop_label=sent(drop[rows], device),
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction, as_guidance, velocity
 from trainer.networks.layers import make_dual, unpack_dual
-from trainer.seeds import mixed_seed, row_noise
+from trainer.seeds import mixed_seed, row_noise, sent
 from trainer.training.schedules import plateau_logit_normal
 
 ADAPTIVE_FLOOR = 0.01
@@ -236,19 +236,12 @@ def draw_batch(
     sigma = config.prev_noise * torch.rand(global_batch_size, generator=generator)
     shapes = [shape, shape] if config.prev_noise else [shape]
     noise, *prev = row_noise(shapes, range(global_batch_size)[rows], seed=seed, step=step, device=device)
-    t, r, omega, t_min, t_max, dropped, sigma = _sent(
+    t, r, omega, t_min, t_max, dropped, sigma = sent(
         torch.stack([t, r, *guidance, drop, sigma])[:, rows], device
     )
     drop = dropped > 0
     prev_noise = _per_sample(sigma) * prev[0] if prev else None
     return Draws(t, r, noise, Guidance(omega, t_min, t_max), drop, prev_noise)
-
-
-def _sent(values: Tensor, device: torch.device | str) -> Tensor:
-    """Send values to the device without waiting for the work that it has, which a copy of ordinary memory would."""
-    if torch.device(device).type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def draw_times(n: int, config: MethodConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
