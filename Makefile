@@ -55,6 +55,7 @@ lint: .venv/.ready-dev
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/records.py --check
 	$(BIN)/python docs/write_commands.py --check
+	$(BIN)/python docs/write_configuration.py --check
 
 format: .venv/.ready-dev
 	$(BIN)/ruff check --fix .
@@ -70,11 +71,13 @@ results: .venv/.ready-dev
 
 docs: .venv/.ready-docs
 	$(BIN)/python docs/write_commands.py
+	$(BIN)/python docs/write_configuration.py
 	$(BIN)/mkdocs build --strict
 
-# docs/commands.md from the command lines; `make lint` fails where the page differs.
+# docs/commands.md and docs/configuration.md from the code; `make lint` fails where a page differs.
 commands: .venv/.ready-dev
 	$(BIN)/python docs/write_commands.py
+	$(BIN)/python docs/write_configuration.py
 
 clean:
 	rm -rf .venv site build *.egg-info

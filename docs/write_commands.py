@@ -29,7 +29,8 @@ INTRODUCTION = """# Commands
 
 This page lists every verb of `hierarchy-builder` and `trainer` with its arguments, options and defaults. An option
 without a default is either off or takes its value from a preset, from a configuration file or from what the folder
-already holds; its description says which. `VERB --help` prints the same texts.
+already holds; its description says which. `VERB --help` prints the same texts, and [Configuration](configuration.md)
+lists the fields that `--config` and `--set` take.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 more images
 skipped than allowed, 4 verification failed, 5 configuration or input differs from what the folder was made with,
@@ -148,26 +149,27 @@ def _first_sentence(text: str | None) -> str:
     return head + stop.strip()
 
 
-def main(arguments: list[str]) -> int:
-    """Write the page, or compare it with the code; return the exit code."""
+def write_or_check(page: Path, wanted: str, arguments: list[str], source: str) -> int:
+    """Write a page made from `source`, or with --check compare it with what is wanted; return the exit code."""
     if arguments not in ([], ["--check"]):
-        print("usage: python docs/write_commands.py [--check]", file=sys.stderr)
+        print(f"usage: python {sys.argv[0]} [--check]", file=sys.stderr)
         return 2
-    wanted = page()
     if not arguments:
-        PAGE.write_text(wanted, encoding="utf-8")
+        page.write_text(wanted, encoding="utf-8")
         return 0
-    found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    found = page.read_text(encoding="utf-8") if page.exists() else ""
     if found == wanted:
         return 0
-    lines = difflib.unified_diff(
-        found.splitlines(), wanted.splitlines(), "docs/commands.md", "the code", "", "", 0, ""
-    )
+    name = f"docs/{page.name}"
+    lines = difflib.unified_diff(found.splitlines(), wanted.splitlines(), name, "the code", "", "", 0, "")
     print("\n".join(list(lines)[:20]), file=sys.stderr)
-    print(
-        "docs/commands.md differs from the command lines; write it anew with `make commands`", file=sys.stderr
-    )
+    print(f"{name} differs from {source}; write it anew with `make commands`", file=sys.stderr)
     return 1
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or compare it with the code; return the exit code."""
+    return write_or_check(PAGE, page(), arguments, "the command lines")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class ExtractConfig:
 
     encoder: str = "dinov2-reg-base"
     """Name of an encoder (`hierarchy-builder encoders` lists them), `NAME@K` for a ViT after its first K blocks,
-    `onnx:FILE` or `module:function`."""
+    `onnx:FILE[:OUTPUT]` or `module:function`."""
     weights: str | None = field(default=None, metadata=EXECUTION)
     """Local weight file of the encoder; without it the weights come from the hub where the encoder has any."""
     split: str | None = None

@@ -39,9 +39,9 @@ class Parameter(NamedTuple):
     default: Any = REQUIRED
 
 
-def argument(text: str, *, kind: Any = str, **settings: Any) -> Parameter:
-    """An argument, which is required. text: its help."""
-    return Parameter(Annotated[kind, typer.Argument(help=text, **settings)])
+def argument(text: str, *, kind: Any = str, default: Any = REQUIRED, **settings: Any) -> Parameter:
+    """An argument, which is required if it has no default. text: its help."""
+    return Parameter(Annotated[kind, typer.Argument(help=text, **settings)], default)
 
 
 def option(text: str, *declarations: str, kind: Any = str, default: Any = None, **settings: Any) -> Parameter:

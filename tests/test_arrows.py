@@ -20,6 +20,7 @@ GROUND_FLOOR = (
     "pictures",
     "places",
     "process",
+    "doctor",
     "progress",
     "records",
     "terminal",

@@ -12,6 +12,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from hierarchy_builder.fields import known_fields
+from trainer.methods.registry import all_presets
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -49,6 +52,18 @@ def test_check_fails_where_the_page_differs_and_writing_it_helps(
     assert "make commands" in message
     assert commands.main([]) == 0
     assert commands.main(["--check"]) == 0
+
+
+def test_configuration_page_is_up_to_date(
+    commands: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    configuration = importlib.import_module("write_configuration")
+    assert configuration.main(["--check"]) == 0, capsys.readouterr().err
+    for method in all_presets().values():
+        config = method()
+        missing = [name for name in known_fields(type(config)) if f"`{name}`" not in configuration.page()]
+        assert set(missing) <= {"method_name", "post_training"}
 
 
 @pytest.mark.parametrize("program", ["hierarchy-builder", "trainer"])

@@ -15,6 +15,7 @@ import typer
 from hierarchy_builder.cli import looking
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig, ShardConfig
+from hierarchy_builder.doctor import doctor
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import size_on_disk
@@ -241,6 +242,7 @@ def repair(folder: Path, as_json: bool, **given: Any) -> None:
 
 for verb in (looking.status, looking.verify, looking.report, looking.compare, looking.encoders):
     app.command(rich_help_panel=CHECKS)(verb)
+app.command(rich_help_panel=CHECKS)(doctor)
 # in the order of the help: Typer prints the groups as their first verbs come
 app.registered_commands.sort(key=lambda verb: (WHOLE, STAGES, CHECKS).index(str(verb.rich_help_panel)))
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hierarchy_builder.doctor import doctor
 from hierarchy_builder.errors import TrainerError, UsageError, VerificationError
 from hierarchy_builder.files import write_sealed_json
 from hierarchy_builder.flags import (
@@ -82,7 +83,7 @@ def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> No
     print_result(rows, as_json)
     look: list[tuple[object, ...]] = [("trainer", "report", run)]
     if "safetensors" in formats:
-        first = sorted(out.glob("*.safetensors"))[:1]
+        first = sorted(out.rglob("*.safetensors"))[:1]
         look = [*(("trainer", "edit", file, "--list") for file in first), *look]
     say_next(f"wrote {', '.join(formats)} to {out}", look, quiet)
 
@@ -113,7 +114,7 @@ OF_SAMPLES: dict[str, Parameter] = {
             ),
             "edits": switch("Measure also how local edits are, over seeds and up to 12 classes.", "--edits"),
             "alignment": switch(
-                "Measure also at which step boundaries of regions appear, for the classes and seeds of --edits.",
+                "Measure also at which step the boundaries of regions appear, for the classes and seeds of --edits.",
                 "--alignment",
             ),
         },
@@ -404,6 +405,9 @@ def export_official(run: Path, out: Path, as_json: bool, quiet: bool) -> None:
 
     print_result(convert(run, out), as_json)
     say_next(f"the checkpoint lies in {out}", [], quiet)
+
+
+app.command(rich_help_panel=MEASURE)(doctor)
 
 
 def main() -> NoReturn:

@@ -1,0 +1,388 @@
+"""What `doctor` looks at: whether this machine and its packages fit, and the command that mends what does not.
+
+A check returns findings and may raise whatever it likes: it then counts as a check that could not be made. Nothing is
+imported that could fail or hang here, except torch, which every command needs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import typer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from hierarchy_builder.flags import DISTRIBUTION, OUTPUT, PATH, argument, takes
+from hierarchy_builder.process import num_cpus
+from hierarchy_builder.terminal import counted, print_cells, print_json, say
+
+State = Literal["ok", "note", "blocks"]
+GIB = 2**30
+LITTLE_DISK_GIB, LITTLE_SHARED_GIB = 10, 1
+MAX_SOCKET_FOLDER = 38
+"""Bytes in the path of the temporary folder; the sockets of Ray need the rest of their 107."""
+PARTNERS = {"torchvision": 15}
+"""Packages released in pairs with torch: torch 2.N goes with 0.(N + this number)."""
+WHEELS = "https://download.pytorch.org/whl"
+"""Where builds of torch and torchvision lie that the package index does not hold."""
+BROWSERS = ("firefox", "chromium", "chromium-browser", "google-chrome", "microsoft-edge")
+
+
+class Finding(NamedTuple):
+    """What one check found. state: `blocks` where commands fail until it is mended; mend: what mends it."""
+
+    check: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+@takes(
+    folder=argument(
+        "Folder that you want to work in. Default: this one.", default=".", **PATH | {"metavar": "DIR"}
+    ),
+    **OUTPUT,
+)
+def doctor(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Say what on this machine stops or slows commands, and what helps; exit code 1 if something stops them.
+
+    It looks at Python, packages and pairs of them that do not fit, GPU, weights, disk, locks, Ray, fonts and browser.
+    """
+    findings = examined(folder)
+    blocking = [each for each in findings if each.state == "blocks"]
+    if as_json:
+        print_json([each._asdict() for each in findings])
+    else:
+        shown = {"ok": "", "note": "note: ", "blocks": "BLOCKS: "}
+        rows = [(each.check, shown[each.state] + each.found, each.mend or "–") for each in findings]
+        print_cells(("what", "found", "what helps"), rows)
+    if blocking:
+        say(
+            f"{counted(len(blocking), 'finding')} will stop commands: {', '.join(b.check for b in blocking)}",
+            quiet,
+        )
+        raise typer.Exit(1)
+    say("nothing here will stop a command", quiet)
+
+
+def examined(folder: Path) -> list[Finding]:
+    """All findings; a check that fails is one itself."""
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "Python": _python,
+        "packages": _packages,
+        "pairs": _pairs,
+        "extras": _extras,
+        "GPU": _gpu,
+        "processors": _processors,
+        "weights": _weights,
+        "disk": lambda: _disk(folder),
+        "file locks": lambda: _locks(folder),
+        "shared memory": _shared_memory,
+        "Ray": _ray,
+        "pictures": _pictures,
+        "browser": _browser,
+    }
+    findings: list[Finding] = []
+    for name, check in checks.items():
+        try:
+            findings += check()
+        except Exception as error:  # a check must never stop the others
+            findings.append(Finding(name, "note", f"could not be checked: {type(error).__name__}: {error}"))
+    return findings
+
+
+def _python() -> Iterator[Finding]:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
+    wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] if _installed(DISTRIBUTION) else ""
+    if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
+        yield Finding("Python", "ok", found)
+    else:
+        yield Finding(
+            "Python", "blocks", f"{found}; {wanted} is needed", "make a new environment with such a Python"
+        )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _pip(*wanted: str) -> str:
+    """The command that installs into this Python."""
+    return f"{_this_pip()} install {shlex.join(wanted)}"
+
+
+def _this_pip() -> str:
+    """How the pip of this Python is called: by its name, where the shell finds that one."""
+    beside = Path(sys.executable).with_name("pip")
+    return "pip" if shutil.which("pip") == str(beside) else f"{shlex.quote(sys.executable)} -m pip"
+
+
+def _requirements(name: str) -> list[Requirement]:
+    """What an installed package needs on this machine, without its extras."""
+    found = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
+    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def _packages() -> Iterator[Finding]:
+    """Every package below this one in a version that its users accept, as `pip check` asks for all there are."""
+    if _installed(DISTRIBUTION) is None:
+        text = f"{DISTRIBUTION} runs from its sources, so nobody knows what it needs"
+        yield Finding("packages", "note", text, _pip("-e", str(Path(__file__).parents[1])))
+        return
+    waiting, seen, wrong = [DISTRIBUTION], {DISTRIBUTION}, False
+    while waiting:
+        user = waiting.pop()
+        for needed in _requirements(user):
+            version = _installed(needed.name)
+            if version is not None and needed.specifier.contains(version, prereleases=True):
+                if needed.name.lower() not in seen:
+                    seen.add(needed.name.lower())
+                    waiting.append(needed.name)
+                continue
+            wrong = True
+            has = "is not installed" if version is None else f"is {version}"
+            # only what this package itself asks for is sure to be needed
+            state: State = "blocks" if user == DISTRIBUTION else "note"
+            wants = f"{needed.name} {has}, {user} needs {needed.specifier or 'it'}"
+            yield Finding("packages", state, wants, _pip(f"{needed.name}{needed.specifier}"))
+    if not wrong:
+        version = _installed(DISTRIBUTION)
+        yield Finding(
+            "packages", "ok", f"{DISTRIBUTION} {version} and the {len(seen) - 1} packages below it fit"
+        )
+
+
+def _pairs() -> Iterator[Finding]:
+    """Packages that hinder each other, which no package says of itself."""
+    torch = _installed("torch")
+    good = []
+    for partner, shift in PARTNERS.items():
+        version = _installed(partner)
+        if torch is None or version is None:
+            continue
+        minor = int(torch.split(".")[1])
+        wanted = f"0.{minor + shift}"
+        build, own = (text.partition("+")[2] for text in (torch, version))
+        if not version.startswith(f"{wanted}."):
+            text = f"{partner} {version} with torch {torch}, which was made for {partner} {wanted}"
+            yield Finding(
+                "pairs", "blocks", text, _pip(f"torch=={torch.partition('+')[0]}", f"{partner}=={wanted}.*")
+            )
+        elif build != own:  # of the same release  # of the same release
+            text = (
+                f"torch {torch} and {partner} {version} are built for different devices; commands work, since none of "
+                f"{partner}'s operators is used"
+            )
+            plain = version.partition("+")[0]
+            source = [f"--index-url={WHEELS}/{build}"] if build else []
+            again = _pip(f"{partner}=={plain}", "--force-reinstall", "--no-deps", *source)
+            yield Finding("pairs", "note", text, again)
+        else:
+            good.append(f"torch {torch} with {partner} {version}")
+    names = {dist.name.lower().replace("_", "-") for dist in importlib.metadata.distributions() if dist.name}
+    faiss = sorted(name for name in names if re.fullmatch(r"faiss-(cpu|gpu.*)", name))
+    if len(faiss) > 1:
+        keep = next((name for name in faiss if name != "faiss-cpu"), faiss[0])
+        away = f"{_this_pip()} uninstall -y {shlex.join(faiss)}"
+        text = f"{' and '.join(faiss)} install the same module `faiss`, and one overwrites the other"
+        yield Finding("pairs", "blocks", text, f"{away} && {_pip(keep)}")
+    for cuml in sorted(name for name in names if name.startswith("cuml-cu")):
+        generation = cuml.removeprefix("cuml-cu")
+        if torch and (found := re.search(r"\+cu(\d\d)", torch)) and found[1] != generation:
+            text = f"{cuml} with torch {torch}: they are built for different generations of CUDA"
+            yield Finding("pairs", "note", text, _pip(f"cuml-cu{found[1]}"))
+    if good:
+        yield Finding("pairs", "ok", ", ".join(good) + (f", {faiss[0]}" if len(faiss) == 1 else ""))
+
+
+def _extras() -> Iterator[Finding]:
+    """Which of the optional parts are installed; `doctor` cannot know which are wanted."""
+    parts = {
+        "studio": ("gradio", "the editor in the browser"),
+        "onnx": ("onnxruntime", "onnx:FILE encoders"),
+        "faiss": ("faiss", "--backend faiss"),
+        "formats": ("pillow_heif", "HEIC pictures"),
+        "fid": ("torch_fidelity", "evaluate --inception"),
+        "wandb": ("wandb", "Weights & Biases"),
+    }
+    there = {extra: importlib.util.find_spec(module) is not None for extra, (module, _) in parts.items()}
+    if has := [extra for extra, is_there in there.items() if is_there]:
+        yield Finding("extras", "ok", f"installed: {', '.join(has)}")
+    if lacking := [extra for extra, is_there in there.items() if not is_there]:
+        uses = ", ".join(f"{extra} ({parts[extra][1]})" for extra in lacking)
+        yield Finding(
+            "extras", "note", f"not installed: {uses}", _pip(f"{DISTRIBUTION}[{','.join(lacking)}]")
+        )
+
+
+def _gpu() -> Iterator[Finding]:
+    import torch
+
+    smi, driver = shutil.which("nvidia-smi"), ""
+    if smi is not None:
+        ask = [smi, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        asked = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=False)
+        driver = asked.stdout.strip().replace("\n", "; ") if asked.returncode == 0 else ""
+    if torch.cuda.is_available():
+        cards = []
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            name = torch.cuda.get_device_name(number)
+            cards.append(f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
+        yield Finding("GPU", "ok", f"{'; '.join(cards)}; torch for CUDA {torch.version.cuda}")
+    elif driver and torch.version.cuda is None:
+        plain = torch.__version__.partition("+")[0]
+        text = f"{driver} is there, but torch {torch.__version__} was built for CPUs only"
+        yield Finding("GPU", "note", text, _pip(f"torch==={plain}", "--force-reinstall"))
+    elif driver:
+        text = f"{driver} is there, but torch for CUDA {torch.version.cuda} cannot use it: the driver may be too old"
+        yield Finding(
+            "GPU", "note", text, "nvidia-smi shows the newest CUDA that the driver knows; update the driver"
+        )
+    else:
+        text = "none; everything runs on the CPU, with presets and decoders made for it"
+        yield Finding("GPU", "note", text)
+
+
+def _processors() -> Iterator[Finding]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    if text.isdecimal():
+        memory = min(memory, int(text) / GIB)
+    yield Finding(
+        "processors", "ok", f"{counted(num_cpus(), 'CPU')} and {memory:.1f} GiB of memory for this process"
+    )
+
+
+def _weights() -> Iterator[Finding]:
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    stored = sorted(
+        path.name.removeprefix("models--timm--")
+        for path in cache.glob("models--timm--*")
+        if any(path.glob("snapshots/*/*"))
+    )
+    if stored:
+        yield Finding("weights", "ok", f"of encoders in {cache}: {', '.join(stored)}")
+        return
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    how = "HF_HUB_OFFLINE forbids to fetch any" if offline else "the first build fetches those it needs"
+    text = f"of encoders: none in {cache}; {how}; dct needs none"
+    yield Finding("weights", "note", text, "build … --weights FILE takes a local file")
+
+
+def _disk(folder: Path) -> Iterator[Finding]:
+    place = _nearest(folder)
+    free = shutil.disk_usage(place).free / GIB
+    temporary = shutil.disk_usage(tempfile.gettempdir()).free / GIB
+    found = f"{free:.1f} GiB free in {place}, {temporary:.1f} GiB in {tempfile.gettempdir()}"
+    if free < LITTLE_DISK_GIB:
+        yield Finding(
+            "disk", "note", found, "hierarchy-builder plan PHOTOS --out DIR says how much a build needs"
+        )
+    else:
+        yield Finding("disk", "ok", found)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+
+
+def _locks(folder: Path) -> Iterator[Finding]:
+    place = _nearest(folder)
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                text = f"{place} gives no locks ({error.strerror}): two commands at once could damage a build"
+                yield Finding("file locks", "blocks", text, "choose an --out on a disk of this machine")
+            else:
+                yield Finding("file locks", "ok", f"{place} can be written and locked")
+    except OSError as error:
+        text = f"{place} cannot be written: {error.strerror}"
+        yield Finding("file locks", "blocks", text, "choose another --out")
+
+
+def _shared_memory() -> Iterator[Finding]:
+    place, slower = Path("/dev/shm"), "Ray then works on the disk, slower"
+    if not place.is_dir():
+        yield Finding("shared memory", "note", f"no {place}; {slower}", "--workers 0")
+        return
+    free = shutil.disk_usage(place).free / GIB
+    found = f"{free:.1f} GiB free in {place}"
+    if free < LITTLE_SHARED_GIB:
+        help_with = "docker run --shm-size=8g …, or --workers 0"
+        yield Finding("shared memory", "note", f"{found}; {slower}", help_with)
+    else:
+        yield Finding("shared memory", "ok", found)
+
+
+def _ray() -> Iterator[Finding]:
+    version = _installed("ray")
+    if version is None:
+        yield Finding(
+            "Ray", "note", "not installed; builds run in one process", "--workers 0, or " + _pip("ray")
+        )
+        return
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    found = f"Ray {version}, sockets in {place}"
+    if len(os.fsencode(place)) > MAX_SOCKET_FOLDER and (
+        os.environ.get("RAY_TMPDIR") or not os.access("/tmp", os.W_OK)
+    ):
+        text = f"{found}: the path has {len(os.fsencode(place))} bytes, at most {MAX_SOCKET_FOLDER} work"
+        yield Finding("Ray", "note", text, "export RAY_TMPDIR=/tmp, or --workers 0")
+    elif address := os.environ.get("RAY_ADDRESS"):
+        yield Finding(
+            "Ray", "note", f"{found}; RAY_ADDRESS={address}: builds join that cluster", "unset RAY_ADDRESS"
+        )
+    else:
+        yield Finding("Ray", "ok", found)
+
+
+def _pictures() -> Iterator[Finding]:
+    from PIL import features
+
+    if features.check("freetype2"):
+        yield Finding("fonts", "ok", "Pillow draws text with FreeType; pages use the fonts of the browser")
+    else:
+        text = "this Pillow has no FreeType: sheets and the studio draw their labels with it"
+        yield Finding("fonts", "blocks", text, _pip("--force-reinstall", "pillow"))
+    lacking = [name for name in ("jpg", "webp", "avif") if not features.check(name)]
+    if lacking:
+        text = f"this Pillow does not read {', '.join(lacking)}"
+        yield Finding("pictures", "note", text, _pip("--upgrade", "--force-reinstall", "pillow"))
+
+
+def _browser() -> Iterator[Finding]:
+    found = [name for name in BROWSERS if shutil.which(name)]
+    found += ["open"] * (sys.platform == "darwin")
+    if importlib.util.find_spec("gradio") is None:
+        yield Finding("studio", "note", "gradio is not installed", _pip(f"{DISTRIBUTION}[studio]"))
+    if found:
+        yield Finding("browser", "ok", f"{found[0]} can show pages and the studio")
+    else:
+        text = (
+            "none on this machine; pages are single files, and the studio can be reached from another machine"
+        )
+        yield Finding(
+            "browser", "note", text, "ssh -L 7860:127.0.0.1:7860 THIS-MACHINE, then trainer studio RUN"
+        )

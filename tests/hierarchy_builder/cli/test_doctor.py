@@ -1,0 +1,85 @@
+"""`doctor` finds what does not fit, says what mends it, and never fails itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import cli
+from packaging.requirements import Requirement
+
+from hierarchy_builder import doctor
+from hierarchy_builder.doctor import Finding
+
+
+@pytest.mark.parametrize("program", ["hierarchy-builder", "trainer"])
+def test_doctor_looks_at_everything_and_can_print_json(program: str, tmp_path: Path) -> None:
+    ended = cli(program, "doctor", tmp_path, "--json", "--quiet")
+    assert ended.err == ""
+    rows = ended.json
+    blocks = [row for row in rows if row["state"] == "blocks"]
+    assert ended.code == bool(blocks)
+    assert all(row["mend"] for row in blocks)
+    assert {"Python", "GPU", "weights", "disk", "file locks", "shared memory", "Ray", "fonts", "browser"} <= {
+        row["check"] for row in rows
+    }
+    assert not [row["found"] for row in rows if "could not be checked" in row["found"]]
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(doctor, "_gpu", broken)
+    found = {each.check: each for each in doctor.examined(Path())}
+    assert found["GPU"] == Finding("GPU", "note", "could not be checked: RuntimeError: no driver")
+
+
+def test_a_folder_that_cannot_be_written_blocks() -> None:
+    ended = cli("trainer", "doctor", "/proc/no/such")
+    assert ended.code == 1
+    assert "BLOCKS: /proc cannot be written" in ended.out
+    assert "will stop commands: file locks" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "state", "mend"),
+    [
+        ("2.13.0+cpu", "0.28.0+cpu", "ok", ""),
+        ("2.13.0", "0.27.1", "blocks", "install torch==2.13.0 'torchvision==0.28.*'"),
+        ("2.13.0+cpu", "0.28.0", "note", "--index-url=https://download.pytorch.org/whl/cpu"),
+    ],
+)
+def test_torch_and_torchvision_are_a_pair(
+    torch: str, torchvision: str, state: str, mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"torch": torch, "torchvision": torchvision}
+    monkeypatch.setattr(doctor, "_installed", versions.get)
+    (found,) = (each for each in doctor._pairs() if "torchvision" in each.found)
+    assert found.state == state
+    assert mend in found.mend
+
+
+def test_two_builds_of_faiss_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Installed:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    names = [Installed("faiss-cpu"), Installed("faiss_gpu")]
+    monkeypatch.setattr(doctor.importlib.metadata, "distributions", lambda: names)
+    (found,) = (each for each in doctor._pairs() if "faiss" in each.found and each.state == "blocks")
+    assert found.mend.endswith("install faiss-gpu")
+    assert "uninstall -y faiss-cpu faiss-gpu" in found.mend
+
+
+def test_a_package_that_does_not_fit_is_named_with_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = {
+        doctor.DISTRIBUTION: [Requirement("ray>=1"), Requirement("zarr>=99")],
+        "ray": [Requirement("protobuf<1")],
+    }
+    monkeypatch.setattr(doctor, "_requirements", lambda name: needs.get(name, []))
+    monkeypatch.setattr(doctor, "_installed", lambda name: "3.0")
+    blocking, noted = sorted(doctor._packages(), key=lambda each: each.state)
+    assert (blocking.state, noted.state) == ("blocks", "note")
+    assert "zarr is 3.0, trajectory-hierarchies needs >=99" in blocking.found
+    assert "protobuf is 3.0, ray needs <1" in noted.found
