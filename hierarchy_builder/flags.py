@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from typer.models import OptionInfo
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import sentences
+from hierarchy_builder.fields import MEANINGS, by_meaning, nearest, sentences
 from hierarchy_builder.places import a_path, a_place
 
 DISTRIBUTION = "trajectory-hierarchies"
@@ -99,10 +99,36 @@ class Verbs(TyperGroup):
         self.rich_markup_mode = None
         return super().main(*words, **settings)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb; an unknown option is refused with the one that means it, or with how fields are set."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if type(error).__name__ != "NoSuchOption":  # a class of click, which Typer may bring along itself
+                raise
+            raise UsageError(_about_option(error)) from None
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         self.rich_markup_mode = "rich"
         super().format_help(ctx, formatter)
+
+
+def _about_option(error: Any) -> str:
+    """The message about an unknown option of a verb."""
+    verb = error.ctx.command
+    options = [option for each in verb.params for option in (*each.opts, *each.secondary_opts)]
+    names = {option.lstrip("-").replace("-", "_"): option for option in options if option.startswith("--")}
+    asked = error.option_name.lstrip("-").replace("-", "_")
+    start = f"{verb.name} has no option {error.option_name}"
+    if "set" in names and by_meaning(asked, names) is None and by_meaning(asked, MEANINGS):
+        return (
+            f"{start}: fields are set by name, for example --set optim.lr=0.005; --dry-run prints all of them"
+        )
+    hint = nearest(asked, names)
+    if hint.startswith("did you mean"):
+        return f"{start}, did you mean {names[hint.split(chr(39))[1]]}?"
+    return f"{start}; `{error.ctx.command_path} --help` lists its options"
 
 
 def new_app(name: str, text: str) -> typer.Typer:

@@ -34,8 +34,12 @@ def test_the_rehearsal_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.Mo
     for program, *words in commands:
         ended = cli(program, *words)
         assert ended.code == 0, f"{program} {shlex.join(words)}\n{ended.err[-2000:]}"
-        for line in re.findall(r"^next: (.+)$", ended.err, re.M):  # what is printed names verbs that exist
-            assert cli(*shlex.split(line)[:2], "--help").code == 0
+        for line in re.findall(r"^next: (.+)$", ended.err, re.M):
+            following, verb, *rest = shlex.split(line)
+            check = {"train": ["--dry-run"], "train-decoder": ["--dry-run"], "edit": []}
+            if verb in check and "RUN" not in rest:  # the other verbs are rehearsed themselves
+                assert cli(following, verb, *rest, *check[verb]).code == 0, line
+            assert cli(following, verb, "--help").code == 0, line
     verbs = [words[0] for _, *words in commands]
     assert verbs.index("doctor") == 0
     assert {"plan", "build", "verify", "report", "presets", "train", "train-decoder"} <= {*verbs}

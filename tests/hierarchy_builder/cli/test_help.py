@@ -48,6 +48,21 @@ def test_the_help_cuts_no_sentence(columns: int) -> None:
     assert "optimiser" in help_text  # the last word of the longest line
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "hint"),
+    [
+        ("trainer", "train SHARDS --out RUN --lr 0.1", "for example --set optim.lr=0.005"),
+        ("trainer", "train SHARDS --out RUN --epochs 3", "did you mean --total-images?"),
+        ("trainer", "train SHARDS --out RUN --batchsize 3", "did you mean --batch-size?"),
+        ("hierarchy-builder", "build P --out D --image-size 64", "did you mean --image-px?"),
+        ("hierarchy-builder", "status D --zzzz", "--help` lists its options"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_one_that_is_meant(program: str, words: str, hint: str) -> None:
+    ended = cli(program, *words.split())
+    assert (ended.code, hint in ended.err) == (2, True), ended.err
+
+
 def test_an_error_of_the_command_line_has_no_frame() -> None:
     ended = cli("hierarchy-builder", "status", "--no-such", columns=40)
     assert (ended.code, "─" in ended.err) == (2, False)
