@@ -38,7 +38,8 @@ class ExtractConfig:
     block_rows: int | None = None
     """Rows in a unit of work and in one shard of features.zarr; without it 1,024, fewer for small sets."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the encoder; auto is what the build began with, at first bfloat16 where there is a GPU."""
+    """Arithmetic of the encoder; auto takes that of the build, and for a new build
+    bfloat16 where there is a GPU, else float32."""
     max_pixels: int = 178_956_970
     """Pixels (width × height) above which an image is skipped before it is decoded; Pillow itself takes no more."""
     max_bad_fraction: float = field(default=0.01, metadata=EXECUTION)

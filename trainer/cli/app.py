@@ -334,7 +334,7 @@ def studio(
     allowed_hosts: list[str] | None,
     **given: Any,
 ) -> None:
-    """Look at trajectories in a browser, edit, resume, compare and save them (the extra `studio`)."""
+    """Look at trajectories in a browser, edit, resume, compare and save them; needs the extra `studio`."""
     from trainer.studio.address import bypass_proxy, check_host
 
     check_host(host)

@@ -45,7 +45,7 @@ SHARDS = PLACE | {"metavar": "SHARDS"}
         "`trainer presets --suggest SHARDS` prints.",
         "--preset",
     ),
-    method=option("Default: the method of the preset, or else of RUN.", metavar=METHOD_NAMES),
+    method=option("Method to train. Default: that of the preset, or else of RUN.", metavar=METHOD_NAMES),
     pixel_stage=switch("Latent Forcing: train one network of all levels and then pixels.", "--pixel-stage"),
     **TRAINING,
 )
@@ -119,7 +119,9 @@ def train_decoder(shards: str, out: Path, size: str | None, **given: Any) -> Non
     suggest=option(
         "Print what to train on these shards with the device of this machine, and its cost.", **SHARDS
     ),
-    method=option(f"With --suggest. Default: {TRAJECTORY_FORCING.name}.", metavar=METHOD_NAMES),
+    method=option(
+        f"With --suggest: the method to train. Default: {TRAJECTORY_FORCING.name}.", metavar=METHOD_NAMES
+    ),
     **OUTPUT,
 )
 def presets(suggest: str | None, method: str | None, as_json: bool, quiet: bool) -> None:

@@ -92,6 +92,12 @@ def test_flag_over_file_over_preset(shards: str, tmp_path: Path, capsys: pytest.
 def test_run_folder_alone_resumes(run: Path, shards: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", shards, "--out", run, "--json", "--quiet") == 0
     assert json.loads(capsys.readouterr().out)["step"] == 4
+    assert call("train", shards, "--out", run, "--json") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert next(line for line in said if line.startswith(f"goes on from {run / 'checkpoints'}")).endswith(
+        "/step-00000004: step 4, 32 of 32 images"
+    )
+    assert said[-1] == f"next: trainer report {run}"
 
 
 @pytest.mark.parametrize(
