@@ -113,6 +113,8 @@ def _instead_of_shards(url: str) -> str:
     place, quoted = Path(url), shlex.quote(url)
     if (place / "manifest.json").is_file():
         return f"is a build whose shards are not finished: run `hierarchy-builder shard {quoted}`"
+    if (place / INDEX).is_file():
+        return "is not a finished shard folder: run `hierarchy-builder shard DIR` of its build again, or copy it whole"
     if (place / "checkpoints").is_dir():
         return "is a run folder, expected the shards that a run is trained on: give their folder"
     if _holds_pictures(place):
