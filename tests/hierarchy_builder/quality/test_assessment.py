@@ -241,7 +241,7 @@ def test_command(built, masks, tmp_path) -> None:
     assert printed["cluster"] == read_json(built.manifest)["stages"]["cluster"]["hash"]
     alone = runner.invoke(app, ["report", str(built.root), "--masks", str(masks)])
     assert isinstance(alone.exception, UsageError)
-    assert "belong to --quality" in str(alone.exception)
+    assert "belongs to --quality" in str(alone.exception)
 
 
 def test_benchmark_of_recipes_runs(photos, masks) -> None:
