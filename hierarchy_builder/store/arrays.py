@@ -10,9 +10,8 @@ or missing file would otherwise be read as zeros. `stored.py` compares the two.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -186,6 +185,7 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> W
     Returns `digests` and `files` by array. Raises BuilderError on a wrong shape.
     """
     group, written = open_store(path, "r+"), Written(digests={}, files={})
+    files = list[Path]()
     for name, values in arrays.items():
         target, rows = array_of(group, name), rows_of(name, block)
         expected = (rows.stop - rows.start, *target.shape[1:])
@@ -198,11 +198,24 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> W
         file.unlink(missing_ok=True)
         target[rows] = values
         if file.exists():
-            for place in (file, *itertools.takewhile(lambda parent: parent != path, file.parents)):
-                sync(place)
+            files.append(file)
         written["digests"][name] = _digest(values, target.dtype)
         written["files"][name] = _file_digest(file, target)
+    _sync_below(path, files)
     return written
+
+
+def _sync_below(path: Path, files: Sequence[Path]) -> None:
+    """Wait until files and the folders between them and `path` are on disk.
+
+    All are written before the first is waited for: a file system then commits its journal once, not once for each.
+    """
+    for file in files:
+        sync(file)
+    for folder in dict.fromkeys(
+        folder for file in files for folder in file.parents if path in folder.parents
+    ):
+        sync(folder)
 
 
 def shard_file(path: Path, name: str, number: int) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import atomic_file, decoding, readable_json, write_json
 from hierarchy_builder.images.keys import check_key
+from hierarchy_builder.parsing import parse_npy
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,
@@ -73,11 +74,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         if name not in members:
             raise BuilderError(f"sample {key} has no {name}, found {', '.join(sorted(members)) or 'nothing'}")
     with decoding(f"sample {key} is"):
-        arrays = {
-            name: np.load(io.BytesIO(members[name]), allow_pickle=False)
-            for name in ARRAY_MEMBERS
-            if name in members
-        }
+        arrays = {name: parse_npy(members[name]) for name in ARRAY_MEMBERS if name in members}
         label, metadata = int(members[LABEL_MEMBER]), json.loads(members[METADATA_MEMBER])
         if not isinstance(metadata, dict):
             raise TypeError(f"{METADATA_MEMBER} is no object")

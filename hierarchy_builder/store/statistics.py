@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.store.folder import BuildFolder
 
 SCATTER_VALUES = 2**22
@@ -179,10 +180,10 @@ def _read_arrays(
         expected = marker.get("moments_sha256")  # absent in builds of earlier releases
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise ValueError("it is not the file that was written")
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            if missing := [name for name in names if name not in stored]:
-                raise BuilderError(
-                    f"{path} has no {missing[0]}: a fused build takes --covariance only from its beginning, "
-                    "start it over with --fresh"
-                )
-            return {name: stored[name] for name in names}
+        stored = parse_npz(content, names)
+    if missing := [name for name in names if name not in stored]:
+        raise BuilderError(
+            f"{path} has no {missing[0]}: a fused build takes --covariance only from its beginning, "
+            "start it over with --fresh"
+        )
+    return stored

@@ -22,6 +22,7 @@ from hierarchy_builder.files import decoding, read_json, readable_json, sha256_f
 from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
 from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
+from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.records import REGION_DTYPE, Block, ImageRecord, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -545,7 +546,8 @@ def _index_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
 def _statistics_problems(folder: BuildFolder, path: Path, config: ShardConfig) -> Iterator[str]:
     joint = dataset_joint_moments(folder) if config.covariance else None
     expected = statistics_arrays(dataset_moments(folder), joint)
-    with decoding(path), np.load(path, allow_pickle=False) as stored:
+    with decoding(path):
+        stored = parse_npz(path.read_bytes())
         different = [
             name
             for name, value in expected.items()

@@ -22,6 +22,7 @@ from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, to_mapping
 from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
@@ -161,7 +162,8 @@ def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str
     Raises BuilderError if the file is missing, damaged or of another format version.
     """
     with decoding(Path(path), "fit the vocabulary again, or run `hierarchy-builder repair` on its build"):
-        with np.load(path, allow_pickle=False) as content:
+        with open(path, "rb") as file:
+            content = parse_npz(file)
             description = json.loads(str(content["description"]))
             version = description["format_version"]
             if version != FORMAT_VERSION:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import whole_file, write_json
+from hierarchy_builder.files import whole_file, write_sealed_json
 from hierarchy_builder.flags import OUTPUT, PATH, PLACE, REQUIRED, argument, grouped, option, switch, takes
 from hierarchy_builder.terminal import print_result, say_next, stderr, stdout
 from trainer.cli import options as opt
@@ -218,7 +218,7 @@ def sweep(run: Path, labels: str | None, levels: str | None, out: Path | None, *
     summary = sweeping.summarise(rows)
     result = {"setup": dataclasses.asdict(config), "rows": rows, "summary": summary}
     if out is not None:
-        write_json(out, result, sort_keys=False)
+        write_sealed_json(out, result, sort_keys=False)
         say_next(f"wrote {out}", [("trainer", "report", run, "--sweep", out)], given["quiet"])
     title = (
         f"Edits of {config.kind}, mean ± half the 95 % interval over classes × seeds, "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from hierarchy_builder.parsing import parse_npz
+from hierarchy_builder.parsing import check_pickle, parse_npz
 
 DISTANCES_AT_ONCE = 2**24
 """Distances between samples in memory at once, 64 MiB."""
@@ -172,6 +172,8 @@ def inception_features(
         ) from None
     path = None if weights is None else str(weights)
     try:
+        if path is not None:
+            check_pickle(Path(path))
         network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], path)
     except (OSError, RuntimeError, ValueError) as error:
         where = path or "the hub"

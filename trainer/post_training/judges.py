@@ -17,6 +17,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.parsing import check_pickle
 from hierarchy_builder.vision_libraries import import_vision
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
@@ -296,6 +298,8 @@ class Inception(nn.Module):
                 "judge inception needs the package torch-fidelity: pip install 'trajectory-hierarchies[fid]'"
             ) from None
         try:
+            if file is not None:
+                check_pickle(Path(file))
             self.model = fidelity.FeatureExtractorInceptionV3("inception", ["2048"], file)
         except (OSError, RuntimeError, ValueError) as error:
             raise TrainerError(

@@ -16,6 +16,7 @@ from tiny_pipeline import GRID, tiny_pipeline, tiny_run
 from typer.testing import CliRunner
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.files import read_json
 from trainer.cli.app import app
 from trainer.evaluation.sweep import (
     EDIT,
@@ -233,7 +234,7 @@ def test_sweep_has_baselines_and_intervals(run: Path, tmp_path: Path) -> None:
         "--quiet",
     ]
     found = call("sweep", run, *words)
-    assert json.loads(out.read_text()) == found
+    assert read_json(out, sealed=True) == found
     assert undocumented([*found["rows"][0], *found["summary"][0]]) == []
     # seeds × (levels measured from 1, from 2) × strengths × arms
     assert len(found["rows"]) == 2 * (3 + 2) * 2 * 3

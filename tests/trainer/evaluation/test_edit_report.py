@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flips import flipped
 from tiny_pipeline import tiny_pipeline
 
 from hierarchy_builder.canvases.gallery import Gallery, Plots, Table
 from hierarchy_builder.canvases.plots import Plot, Series, draw
 from hierarchy_builder.errors import TrainerError
+from hierarchy_builder.files import write_sealed_json
 from trainer.evaluation.pages import edits_section, read_sweep, sweep_section, unedited
 from trainer.evaluation.sweep import SweepConfig, summarise, sweep
 
@@ -64,6 +66,9 @@ def test_a_sweep_becomes_curves_with_intervals(pipe, tmp_path: Path) -> None:
     strongest = [row for row in summary if row["level"] == row["strength"] == 1 and row["arm"] == "edit"]
     assert list(lis.series[0].y) == [row["lis_mean"] for row in strongest]
     assert list(lis.series[0].high) == [row["lis_high"] for row in strongest]
+    write_sealed_json(file, {"summary": summary})
+    with flipped(file, 8 * (file.read_bytes().index(b'"lis_mean"') + 3)), pytest.raises(TrainerError):
+        read_sweep(file)
     file.write_text('{"summary": [{"level": 1}]}')
     with pytest.raises(TrainerError, match="is not what `trainer sweep --out` writes"):
         read_sweep(file)

@@ -81,7 +81,7 @@ def test_a_whole_run_is_in_order_and_says_what_was_not_checked(run: Path) -> Non
 
 def test_flipped_bits_are_found(run: Path) -> None:
     tried, missed = unseen_flips(run, 20)
-    assert tried > 300
+    assert tried > 300  # with those of builds and shards in test_trust.py more than 500
     assert missed == []
 
 

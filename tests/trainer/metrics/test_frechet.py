@@ -102,7 +102,7 @@ def test_inception_score_counts_classes() -> None:
         inception_score(torch.zeros(5, 7))
 
 
-def test_inception_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The interface of torch-fidelity's extractor: uint8 [B, 3, h, w] in, one tensor for each name asked for out."""
     asked = []
 
@@ -122,10 +122,16 @@ def test_inception_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     pictures = np.zeros((2, 4, 6, 3), dtype=np.uint8)
     pictures[1, ..., 2] = 9
-    features, logits = inception_features("weights.pth")(pictures)
+    file = tmp_path / "weights.pth"
+    torch.save({"a": torch.ones(2)}, file)
+    features, logits = inception_features(file)(pictures)
     assert features.tolist() == [[0, 0, 0], [0, 0, 9]]
     assert torch.equal(logits, -features)
-    assert asked == [(["2048", "logits_unbiased"], "weights.pth")]
+    assert asked == [(["2048", "logits_unbiased"], str(file))]
+    torch.save({"a": np.ones(2)}, file)  # a pickle of more than tensors is not given to the package
+    with pytest.raises(TrainerError, match="no part of a tensor"):
+        inception_features(file)
+    assert len(asked) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is there")
