@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, require, require_size
+from trainer.decode.rae_files import POSITIONS, PUBLISHED, SIZES, decoder_fields, release_tensors
 from trainer.networks.layers import grid_positions
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
@@ -30,15 +31,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RUN_DECODER = "decoder"
 """Folder of a run that may hold a decoder for it: config.json and the weights."""
-WEIGHTS = ("model.safetensors", "model.pt")
+WEIGHTS = (
+    "model.safetensors",
+    "model.pt",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
 CONFIG = "config.json"
-SIZES = {
-    "tiny": (4, 192, 3, 768),
-    "B": (12, 768, 12, 3072),
-    "L": (24, 1024, 16, 4096),
-    "XL": (28, 1152, 16, 4096),
-}
-"""Blocks, width, heads and hidden width of the MLP; B, L and XL are the release's."""
 
 RELEASE_NAMES = {
     "embed": "decoder_embed",
@@ -168,8 +167,7 @@ class RaeDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.embed = nn.Linear(config.hidden_size, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions = F.pad(grid_positions(config.grid, config.grid, width), (0, 0, 1, 0))  # the class token: 0
-        self.positions = nn.Parameter(positions[None], requires_grad=False)
+        self.positions = nn.Parameter(_positions(config), requires_grad=False)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.predict = nn.Linear(width, config.patch_size**2 * 3)
@@ -238,21 +236,39 @@ class DctDecoder(nn.Module):
         return self.basis.inverse(z.to(self.basis.offset))
 
 
-def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path) -> RaeDecoder:
-    """Load RAE's decoder, frozen and in evaluation mode.
+def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path | None = None) -> RaeDecoder:
+    """Load RAE's decoder, frozen and in evaluation mode, from any layout that `trainer/decode/rae_files.py` lists.
 
-    weights: the release's model.pt (a plain state dict) or the same tensors as .safetensors.
-    config: its config.json, as a mapping or a file.
+    weights: a file of tensors, .pt, .bin or .safetensors. config: its config.json, as a mapping or a file; None takes
+    the sizes from the shapes of the weights.
     Raises UsageError for an incomplete config, MismatchError if the weights do not fit the config.
     """
-    shape = _read_config(config)
-    given = read_weights(Path(weights))
+    given = config if isinstance(config, Mapping) else read_fields(Path(config)) if config else None
+    where = f"decoder config {config}" if isinstance(config, str | Path) else "decoder config"
+    tensors = release_tensors(read_weights(Path(weights)))
+    shape = _read_config(decoder_fields(given, tensors, where if given is not None else weights), where)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in RaeDecoder(shape).state_dict().items()}
-    check_weights(weights, given, {_release_name(name): expected for name, expected in shapes.items()})
+    picture = [tensors.pop(f"encoder_{name}", None) for name in ("mean", "std")]
+    if POSITIONS not in tensors:  # fixed, and so not stored by diffusers
+        tensors[POSITIONS] = _positions(shape)
+    check_weights(
+        weights,
+        tensors,
+        {_release_name(name): expected for name, expected in shapes.items()},
+        advice=PUBLISHED,
+    )
     decoder = RaeDecoder(shape)
-    decoder.load_state_dict({name: given[_release_name(name)] for name in shapes})
+    decoder.load_state_dict({name: tensors[_release_name(name)] for name in shapes})
+    for own, stored in zip((decoder.mean, decoder.std), picture, strict=True):
+        if isinstance(stored, Tensor) and stored.numel() == own.numel():
+            own.copy_(stored.reshape(own.shape))
     return decoder.eval().requires_grad_(False)
+
+
+def _positions(config: RaeDecoderConfig) -> Tensor:
+    """Fixed positions [1, N, D] of the class token, 0, and of the grid."""
+    return F.pad(grid_positions(config.grid, config.grid, config.decoder_hidden_size), (0, 0, 1, 0))[None]
 
 
 def rae_state(decoder: RaeDecoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -261,19 +277,23 @@ def rae_state(decoder: RaeDecoder, weights: Mapping[str, Tensor] | None = None) 
     return {_release_name(name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
 
 
-def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeDecoder:
-    """The RAE decoder of a folder that holds config.json and its weights.
+def load_decoder(path: Path, encoder: Mapping[str, Any] | None = None) -> RaeDecoder:
+    """The RAE decoder of a file of weights, or of a folder that holds one, with the config.json beside it if any.
 
     encoder: description of the encoder whose features will be decoded; decoders trained by this project store theirs.
     Raises TrainerError if a file is missing, MismatchError if the decoder was trained for another encoder.
     """
-    weights = [folder / name for name in WEIGHTS if (folder / name).exists()]
-    if not weights or not (folder / CONFIG).exists():
+    folder = path.parent if path.is_file() else path
+    weights = [path] if path.is_file() else _weights_in(path)
+    if not weights:
+        there = sorted(file.name for file in folder.iterdir())[:5] if folder.is_dir() else []
         raise TrainerError(
-            f"{folder}: found no RAE decoder, expected {CONFIG} and model.pt or model.safetensors"
+            f"{folder}: found no RAE decoder but {', '.join(there) or 'nothing'}, expected {CONFIG} and one of "
+            f"{', '.join(WEIGHTS)}; {PUBLISHED}"
         )
-    decoder = load_rae_decoder(weights[0], folder / CONFIG)
-    own = read_fields(folder / CONFIG).get("encoder") or {}
+    config = folder / CONFIG if (folder / CONFIG).exists() else None
+    decoder = load_rae_decoder(weights[0], config)
+    own = (read_fields(config).get("encoder") if config else None) or {}
     if not isinstance(own, dict):
         raise UsageError(f"{folder / CONFIG}: encoder is {own!r}, expected its description")
     if encoder:
@@ -285,16 +305,20 @@ def load_decoder(folder: Path, encoder: Mapping[str, Any] | None = None) -> RaeD
         ]
         if differing:
             raise MismatchError(
-                f"{folder} decodes features of another encoder: {'; '.join(differing)}: "
+                f"{path} decodes features of another encoder: {'; '.join(differing)}: "
                 "train one with `trainer train-decoder`"
             )
     return decoder
 
 
+def _weights_in(folder: Path) -> list[Path]:
+    return [folder / name for name in WEIGHTS if (folder / name).exists()]
+
+
 def find_decoder(run: Path, encoder: Mapping[str, Any]) -> RaeDecoder | DctDecoder | None:
     """The decoder in the folder `decoder` of a run, else the one its encoder declares, else None."""
     folder = run / RUN_DECODER
-    if (folder / CONFIG).exists():
+    if (folder / CONFIG).exists() or _weights_in(folder):
         return load_decoder(folder, encoder)
     return decoder_from_spec(encoder.get("decoder"))
 
@@ -317,9 +341,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _read_config(config: Mapping[str, Any] | str | Path) -> RaeDecoderConfig:
-    where = "decoder config" if isinstance(config, Mapping) else f"decoder config {config}"
-    values = config if isinstance(config, Mapping) else read_fields(Path(config))
+def _read_config(values: Mapping[str, Any], where: str) -> RaeDecoderConfig:
     if values.get("hidden_act", "gelu") != "gelu":
         raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
     known = {field.name for field in dataclasses.fields(RaeDecoderConfig)}

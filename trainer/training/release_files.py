@@ -52,11 +52,12 @@ def check_weights(
     given: Mapping[str, Tensor],
     expected: Mapping[str, Sequence[int]],
     hint: Callable[[str, tuple[int, ...]], str] = lambda name, shape: "",
+    advice: str = "",
 ) -> None:
     """Raise MismatchError, listing the first problems, unless `given` are finite weights of the `expected` shapes.
 
     hint: (name, shape found) → explanation of a wrong shape by the configuration, or "". Problems with an explanation
-    are listed first.
+    are listed first. advice: what the message ends with, such as where such files are published.
     """
     problems = []
     for name, shape in expected.items():
@@ -67,7 +68,9 @@ def check_weights(
     if problems:
         lines = [line for _, line in sorted(problems, key=lambda problem: problem[0])]
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise MismatchError(f"{where} does not fit the network: {'; '.join(lines[:3])}{more}")
+        raise MismatchError(
+            f"{where} does not fit the network: {'; '.join(lines[:3])}{more}{advice and f'; {advice}'}"
+        )
 
 
 def _problem(tensor: Any, shape: tuple[int, ...]) -> str:

@@ -11,7 +11,15 @@ from released import GOLDEN
 
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from trainer.decode.rae import decoder_from_spec, load_rae_decoder, to_uint8
+from trainer.decode.rae import (
+    RaeDecoder,
+    RaeDecoderConfig,
+    decoder_from_spec,
+    load_decoder,
+    load_rae_decoder,
+    rae_state,
+    to_uint8,
+)
 
 
 @pytest.fixture
@@ -100,3 +108,79 @@ def test_pixels_are_clamped_and_rounded() -> None:
     images = torch.tensor([-0.5, 0.0, 0.501, 1.0, 7.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
     assert to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
     assert to_uint8(images).dtype == torch.uint8
+
+
+def diffusers_folder(golden: Path, folder: Path, **fields: object) -> Path:
+    """The decoder of the vectors as diffusers stores an AutoencoderRAE: other names, no positions, an encoder too."""
+    config = json.loads((golden / "config.json").read_text())
+    state = torch.load(golden / "model.pt", weights_only=True)
+    names = {
+        "attention.attention.query": "attention.to_q",
+        "attention.attention.key": "attention.to_k",
+        "attention.attention.value": "attention.to_v",
+        "attention.output.dense": "attention.to_out.0",
+    }
+    tensors = {"encoder.layernorm.weight": torch.ones(24), "_latents_mean": torch.ones(24)}
+    tensors |= {"encoder_mean": torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)}
+    tensors |= {"encoder_std": torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)}
+    for name, tensor in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name != "decoder_pos_embed":
+            tensors[f"decoder.{name}"] = tensor
+    folder.mkdir()
+    safetensors.torch.save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    own = {name: value for name, value in config.items() if name.startswith("decoder_")}
+    own |= {"_class_name": "AutoencoderRAE", "encoder_hidden_size": 24, "encoder_input_size": 112}
+    own |= {"encoder_patch_size": 14, "patch_size": 4, "image_size": None, "num_channels": 3} | fields
+    (folder / "config.json").write_text(json.dumps(own))
+    return folder
+
+
+def test_a_folder_of_diffusers_decodes_to_identical_pixels(
+    golden: Path, canvases: torch.Tensor, tmp_path: Path
+) -> None:
+    expected = load_rae_decoder(golden / "model.pt", golden / "config.json")(canvases)
+    folder = diffusers_folder(golden, tmp_path / "diffusers")
+    for place in (folder, folder / "diffusion_pytorch_model.safetensors"):
+        assert torch.equal(load_decoder(place)(canvases), expected)
+    with pytest.raises(MismatchError, match=r"another encoder: width 24, expected 768"):
+        load_decoder(folder, {"width": 768})
+    with pytest.raises(UsageError, match="num_channels is 4, expected 3"):
+        load_decoder(diffusers_folder(golden, tmp_path / "four", num_channels=4))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(
+        TrainerError, match=r"no RAE decoder but config\.json, expected .*nyu-visionx/RAE-coll"
+    ):
+        load_decoder(folder)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "module.", "decoder.", "module.decoder.", ""])
+def test_wrapped_and_prefixed_state_dicts_are_read_with_the_config_of_rae(
+    golden: Path, canvases: torch.Tensor, tmp_path: Path, wrapper: str
+) -> None:
+    state = torch.load(golden / "model.pt", weights_only=True)
+    prefixed = {f"{wrapper}{name}": tensor for name, tensor in state.items()}
+    torch.save({wrapper: state} if wrapper in ("model", "state_dict") else prefixed, tmp_path / "model.pt")
+    config = json.loads((golden / "config.json").read_text())
+    config |= {
+        "patch_size": "SHOULD BE RELOADED",
+        "hidden_size": 3072,
+        "image_size": 224,
+    }  # as in RAE's own file
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = load_rae_decoder(golden / "model.pt", golden / "config.json")(canvases)
+    assert torch.equal(load_decoder(tmp_path)(canvases), expected)
+
+
+def test_weights_without_config_are_recognised_by_their_shapes(golden: Path, tmp_path: Path) -> None:
+    made = RaeDecoder(RaeDecoderConfig.of_size("tiny", channels=8, grid=2, patch_size=2))
+    torch.save(rae_state(made), tmp_path / "model.pt")
+    assert load_decoder(tmp_path / "model.pt").config == made.config
+    with pytest.raises(UsageError, match=r"3 blocks of width 48, and no config\.json .* XL 28 × 1152\. Put"):
+        load_rae_decoder(golden / "model.pt")
+    torch.save({"epoch": torch.zeros(1), "conv.weight": torch.zeros(1, 1)}, tmp_path / "model.pt")
+    with pytest.raises(
+        MismatchError, match=r"decoder_embed\.weight is missing, and there are 2 other entries"
+    ):
+        load_decoder(tmp_path)
