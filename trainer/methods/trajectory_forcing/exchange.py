@@ -24,6 +24,7 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import target_of, write_bytes
+from hierarchy_builder.vision_libraries import import_vision
 from trainer.data.normalisation import RAW
 from trainer.methods.trajectory_forcing import release as official
 from trainer.methods.trajectory_forcing.config import RELEASE_SHIFT, MethodConfig, TrainConfig, from_mapping
@@ -48,6 +49,7 @@ METHOD_NAMES = {
     "region_weight": "region_var_weight",
 }
 """Fields of MethodConfig and the release's names for them."""
+IMAGENET_CLASSES = 1000
 STATE = "inner_states/{rule}/inner_state/0"
 """Path of the state of each rule in the release's optimiser state."""
 SLOTS = {"muon": {"momentum": "mu"}, "adam": {"momentum": "mu", "square": "nu"}}
@@ -63,23 +65,23 @@ def import_official(
 ) -> dict[str, Any]:
     """Write the run folder `out` from a checkpoint file of the release, and return what it holds.
 
-    config: its configuration; by default config.json next to the file or in the folder above. ema: half-life in kimg
+    config: its configuration; by default config.json next to the file or in the folder above, and without one the
+    sizes are read from the shapes of the weights. ema: half-life in kimg
     of the weight average to sample from; by default the first. encoder: name of the encoder it was trained on.
-    Raises UsageError if the configuration is missing or `out` holds a run, MismatchError if the file is damaged,
+    Raises UsageError if the configuration is incomplete or `out` holds a run, MismatchError if the file is damaged,
     does not fit it, or lacks the average.
     """
     place = config or _find_config(file)
-    given = read_fields(place)
-    model_config = official.read_config(given, str(place))
+    given = read_fields(place) if place else _fields_of(file)
+    where = str(place or file)
+    model_config = official.read_config(given, where)
     names = [name for name, _ in official.read_parts(file, lambda name: False)]
     for needed in (None, ema):
         if official.part_name(needed) not in names:
             raise official.missing_weights(names, file, needed)
     halflives = [name.removeprefix(official.AVERAGE) for name in names if name.startswith(official.AVERAGE)]
     halflives.sort(key=lambda name: name != ema)
-    train_config = _train_config(
-        model_config, given, [_halflife(name, file) for name in halflives], str(place)
-    )
+    train_config = _train_config(model_config, given, [_halflife(name, file) for name in halflives], where)
     if saved.list_checkpoints(out) or (out / CONFIG).exists():
         raise UsageError(f"{out} holds a run, its checkpoints or {CONFIG}; import into another folder")
     state = saved.RunState(
@@ -90,6 +92,9 @@ def import_official(
     _write_run(out, state, _converted(file, train_config, state))
     return {
         "run": str(out),
+        "network": _described(model_config, given),
+        "sizes_from": str(place) if place else "the shapes of its weights, as it has no config.json",
+        "class_names": _names_note(model_config.num_classes),
         "step": state.step,
         "images_seen": state.images_seen,
         "batch_size": train_config.batch_size,
@@ -179,17 +184,51 @@ def _halflife(name: str, file: Path) -> float:
     return halflife
 
 
-def _find_config(file: Path) -> Path:
+def _find_config(file: Path) -> Path | None:
     # The folder of the given name comes first: the file may be a link into a cache of downloads.
     places = [
         folder / CONFIG_FILE for path in (file.absolute(), file.resolve()) for folder in path.parents[:2]
     ]
-    for place in places:
-        if place.exists():
-            return place
-    raise UsageError(
-        f"{file}: found no {CONFIG_FILE} beside it or in the folder above; give --config FILE with the "
-        "architecture of the checkpoint"
+    return next((place for place in places if place.exists()), None)
+
+
+def _fields_of(file: Path) -> dict[str, Any]:
+    """The configuration of a file without config.json, from the shapes of its raw weights."""
+    for name, arrays in official.read_parts(file, "params".__eq__):
+        if name == "params":
+            return official.config_of(arrays, file)
+    raise official.missing_weights([], file, None)
+
+
+def _described(model: ModelConfig, given: Mapping[str, Any]) -> str:
+    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
+    known = official.SIZES.get(letter[1]) == (model.width, model.depth, model.num_heads) if letter else False
+    return (
+        f"{f'TF-{letter[1]}' if letter and known else 'no released size'}: {model.depth} blocks of width {model.width} "
+        f"with {model.num_heads} heads, {model.num_levels} levels of {model.grid[0]}×{model.grid[1]}×"
+        f"{model.in_channels}, {model.num_classes} classes"
+    )
+
+
+def _class_names(count: int) -> list[str]:
+    """Names of the classes: torchvision's list for the 1,000 of ImageNet, which the release trains on, else numbers."""
+    names: list[str] = []
+    if count == IMAGENET_CLASSES:
+        try:
+            names = list(import_vision("torchvision.models._meta")._IMAGENET_CATEGORIES)
+        except (ImportError, AttributeError):  # another torchvision keeps them elsewhere
+            names = []
+    if len(names) != count:
+        return [str(label) for label in range(count)]
+    twice = {name for name in names if names.count(name) > 1}  # such as crane, a bird and a machine
+    return [f"{name} ({label})" if name in twice else name for label, name in enumerate(names)]
+
+
+def _names_note(count: int) -> str:
+    return (
+        "ImageNet's, from torchvision"
+        if _class_names(count)[0] != "0"
+        else "numbers, as the file has no names"
     )
 
 
@@ -227,7 +266,7 @@ def _unknown_shards(model: ModelConfig, encoder: str) -> dict[str, Any]:
         "width": model.in_channels,
         "config_hash": None,
         "encoder": {"name": encoder, "grid": grid, "width": model.in_channels},
-        "class_names": [str(label) for label in range(model.num_classes)],
+        "class_names": _class_names(model.num_classes),
     }
 
 

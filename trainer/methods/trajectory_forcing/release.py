@@ -9,6 +9,7 @@ requested weights are decoded, and written array by array, so memory stays near 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,6 +46,10 @@ DAMAGE = (RuntimeError, msgpack.UnpackException, ValueError, TypeError, KeyError
 
 SIZES = {"B": (768, 16, 12), "L": (1024, 32, 16), "H": (1280, 48, 16)}
 """Width, depth and heads by the letter in `model_str`."""
+
+MLP_RATIO = 8 / 3
+"""Hidden width of the MLP of all released networks, relative to the width."""
+PUBLISHED = "The authors' code: https://github.com/mervekocabas/TrajectoryForcing, paper: https://arxiv.org/abs/2606.22527"
 
 CONFIG_NAMES = {
     "in_channels": "in_channels",
@@ -173,6 +178,59 @@ def read_config(
         )
     fields["grid"] = (given["input_size"], given["input_size"])
     return checked(ModelConfig, fields, where)
+
+
+def config_of(arrays: Mapping[str, Tensor], path: object) -> dict[str, Any]:
+    """Read the release's configuration off the shapes of the weights, for a file that comes without config.json.
+
+    The names are those of the release's config.json; `model_str` names B, L or H where the sizes are theirs.
+    Raises MismatchError, naming what is missing, if the shapes are of no network of the release.
+    """
+
+    def size(name: str, axis: int) -> int:
+        array = arrays.get(f"net/{name}")
+        if array is None or not -array.ndim <= axis < array.ndim:
+            raise MismatchError(
+                f"{path}: {f'net/{name}'} is missing or has another form, so the sizes cannot be read from the "
+                f"weights; it holds {len(arrays)} arrays, expected those of the TF-B, TF-L or TF-H release. "
+                f"{PUBLISHED}"
+            )
+        return int(array.shape[axis])
+
+    def blocks(kind: str) -> int:
+        found = (re.match(rf"net/{kind}_(\d+)/", name) for name in arrays)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    width = size("class_tokens", -1)
+    head_dim = size("u_heads_0/attn/q_norm/kernel", 0)
+    hidden, guided = size("u_heads_0/mlp/w1/_flax_linear/kernel", 1), "net/omega_tokens" in arrays
+    fields: dict[str, Any] = {
+        "in_channels": size("x_embedder/proj/_flax_linear/kernel", 0),
+        "num_classes": size("y_embedder/embedding_table/embedding", -2) - 1,
+        "num_levels": size("level_embedder/embedding_table/embedding", -2) - 1,
+        "hidden_size": width,
+        "depth": blocks("shared_blocks") + blocks("u_heads"),
+        "aux_head_depth": blocks("u_heads"),
+        "num_heads": max(1, width // max(1, head_dim)),
+        "use_cfg": guided,
+        "mlp_ratio": MLP_RATIO if int(MLP_RATIO * width) == hidden else (hidden + 0.5) / width,
+    }
+    counts = {"num_class_tokens": "class_tokens", "num_time_tokens": "time_tokens"}
+    counts |= {"num_level_tokens": "level_tokens"}
+    counts |= {"num_cfg_tokens": "omega_tokens", "num_interval_tokens": "t_min_tokens"} if guided else {}
+    fields |= {field: size(name, -2) for field, name in counts.items()}
+    prepended = sum(fields[field] for field in counts) + (fields["num_interval_tokens"] if guided else 0)
+    cells = size("pos_embed", -2) - prepended
+    fields["input_size"] = math.isqrt(max(cells, 0))
+    if fields["input_size"] ** 2 != cells or cells == 0:
+        raise MismatchError(
+            f"{path}: its positions leave {cells} image tokens beside {prepended} conditioning tokens, expected a "
+            f"square grid. {PUBLISHED}"
+        )
+    for letter, sizes in SIZES.items():
+        if sizes == (width, fields["depth"], fields["num_heads"]):
+            fields["model_str"] = f"pmfDiT_{letter}_{fields['input_size']}"
+    return fields
 
 
 def write_checkpoint(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:

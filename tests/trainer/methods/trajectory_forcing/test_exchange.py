@@ -19,7 +19,14 @@ from hierarchy_builder.files import sealed_text
 from trainer.methods.trajectory_forcing import exchange
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.release import load_checkpoint, official_config
+from trainer.methods.trajectory_forcing.release import (
+    SIZES,
+    config_of,
+    load_checkpoint,
+    official_config,
+    official_shapes,
+    read_config,
+)
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.networks.config import ModelConfig
 from trainer.seeds import level_noise
@@ -188,9 +195,6 @@ def test_import_refuses_files_that_do_not_fit(tmp_path: Path, capsys: pytest.Cap
         assert call("import-official", file, "--out", run) == code
         assert message in capsys.readouterr().err
         assert saved.latest_checkpoint(run) is None
-    (file.parent / "config.json").unlink()
-    assert call("import-official", file, "--out", run) == 2
-    assert "found no config.json beside it or in the folder above" in capsys.readouterr().err
     (file.parent / "config.json").write_text(json.dumps(config))
     shutil.copy(file, tmp_path / "cut")
     with open(tmp_path / "cut", "r+b") as cut:
@@ -251,6 +255,37 @@ def test_files_need_a_step_and_weights_and_may_hold_more(golden: Path, tmp_path:
             import_official(tmp_path / "file", tmp_path / "run", config, ema="500")
     (tmp_path / "file").write_bytes(msgpack.packb(whole | {"batch_stats": {"count": 5}}))
     assert import_official(tmp_path / "file", tmp_path / "run", config)["step"] == 1234
+
+
+def test_a_file_alone_is_read_by_its_shapes(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone" / "here").mkdir(parents=True)
+    file = Path(shutil.copy(golden / "flax" / "checkpoint_1234", tmp_path / "alone" / "here"))
+    held = import_official(file, tmp_path / "run", golden / "config.json")
+    bare = import_official(file, tmp_path / "bare")
+    assert "no config.json" in bare["sizes_from"]
+    assert bare["network"] == held["network"]
+    assert bare["class_names"] == "numbers, as the file has no names"
+    first, second = (saved.load_state(saved.find_checkpoint(tmp_path / name)) for name in ("run", "bare"))
+    assert first.config["model"] == second.config["model"]
+    damaged = changed(golden, tmp_path / "alone" / "here" / "damaged", {}, ("params", "net", "class_tokens"))
+    with pytest.raises(
+        MismatchError, match=r"net/class_tokens is missing .* TF-B, TF-L or TF-H release\. The auth"
+    ):
+        import_official(damaged, tmp_path / "no")
+
+
+@pytest.mark.parametrize("letter", ["B", "L", "H"])
+def test_the_released_sizes_are_recognised_by_shapes(letter: str) -> None:
+    width, depth, heads = SIZES[letter]
+    shape = {"grid": (16, 16), "in_channels": 768, "num_classes": 1000, "num_levels": 4}
+    with torch.device("meta"):
+        model = TrajectoryTransformer(ModelConfig(**shape, width=width, depth=depth, num_heads=heads))
+    arrays = {name: torch.empty(shape, device="meta") for name, shape in official_shapes(model).items()}
+    fields = config_of(arrays, "checkpoint")
+    assert fields["model_str"] == f"pmfDiT_{letter}_16"
+    assert read_config(fields) == model.config
+    names = exchange._class_names(1000)
+    assert (names[0], names[1], len(set(names))) == ("tench", "goldfish", 1000)
 
 
 def test_import_keeps_what_is_there(tmp_path: Path) -> None:
