@@ -5,6 +5,7 @@ B pictures, C channels, h×w pixels
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -22,7 +23,12 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Normalisation of the network's input, for pictures in [−1, 1]."""
 EPS = 1e-10
 SUFFIXES = (".safetensors", ".pt", ".pth")
-BACKBONE, HEADS = "vgg16", "lpips"
+BACKBONE, HEADS = ("vgg16",), ("lpips", "vgg")
+"""Names of the two files, ours first."""
+PUBLISHED = (
+    "Published: VGG16 at https://download.pytorch.org/models/vgg16-397923af.pth, the heads as "
+    "lpips/weights/v0.1/vgg.pth in https://github.com/richzhang/PerceptualSimilarity"
+)
 
 
 class Lpips(nn.Module):
@@ -58,28 +64,44 @@ def _unit(features_BChw: Tensor) -> Tensor:
 
 
 def load_lpips(folder: str | Path) -> Lpips:
-    """LPIPS with the weights in a folder: `vgg16` under torchvision's names, and `lpips`, the heads of version 0.1.
+    """LPIPS with the weights in a folder: VGG16 under torchvision's names, and the heads of version 0.1.
 
-    Each file is .safetensors, .pt or .pth. Raises TrainerError if one is missing, MismatchError if its tensors differ.
+    The files are .safetensors, .pt or .pth, and keep the names they are published under: `vgg16`, torchvision's
+    `vgg16-<hash>`; `lpips`, or `vgg` of the package lpips. Raises TrainerError if one is missing, MismatchError if its
+    tensors differ.
     """
-    backbone, heads = (_read(Path(folder), name) for name in (BACKBONE, HEADS))
+    backbone, heads = _found(Path(folder), BACKBONE), _found(Path(folder), HEADS)
+    tensors = _read(backbone) | _read(heads)
     lpips = Lpips()
     wanted = {f"features.{name}": own for name, own in lpips.features.named_parameters()}
     wanted |= {f"lin{i}.model.1.weight": head[None, :, None, None] for i, head in enumerate(lpips.heads)}
-    given = {name: tensor for name, tensor in (backbone | heads).items() if name in wanted}
+    given = {name: tensor for name, tensor in tensors.items() if name in wanted}
     check_weights(
-        f"{folder}, expected VGG16 and LPIPS v0.1,", given, {name: own.shape for name, own in wanted.items()}
+        f"{folder} ({backbone.name}, {heads.name}), expected VGG16 and LPIPS v0.1,",
+        given,
+        {name: own.shape for name, own in wanted.items()},
+        advice=PUBLISHED,
     )
     for name, own in wanted.items():
         own.copy_(given[name])
     return lpips
 
 
-def _read(folder: Path, name: str) -> dict[str, Tensor]:
-    found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").exists()]
-    if not found:
-        raise TrainerError(
-            f"{folder}: found no {name} with one of {', '.join(SUFFIXES)}; LPIPS needs {BACKBONE} (torchvision's "
-            f"weights) and {HEADS} (the heads), or train without lpips"
-        )
-    return read_weights(found[0])
+def _found(folder: Path, names: tuple[str, ...]) -> Path:
+    """The file of a folder with one of these names, or with a hash of its content after it, as torchvision adds."""
+    for name in names:
+        for suffix in SUFFIXES:
+            places = [folder / f"{name}{suffix}", *sorted(folder.glob(f"{name}-*{suffix}"))]
+            if there := next((place for place in places if place.exists()), None):
+                return there
+    present = sorted(file.name for file in folder.iterdir())[:5] if folder.is_dir() else []
+    raise TrainerError(
+        f"{folder}: found no {names[0]} with one of {', '.join(SUFFIXES)}, only {', '.join(present) or 'nothing'}; "
+        f"LPIPS needs {BACKBONE[0]} (torchvision's weights) and {HEADS[0]} (the heads), or train without lpips. "
+        f"{PUBLISHED}"
+    )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file; the heads of a whole saved LPIPS network are called `lins.N` there instead of `linN`."""
+    return {re.sub(r"^lins\.", "lin", name): tensor for name, tensor in read_weights(file).items()}

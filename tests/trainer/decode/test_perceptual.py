@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hierarchy_builder.errors import MismatchError, TrainerError
 from trainer.decode.adversary import (
@@ -50,8 +50,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reference(folder: Path, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """LPIPS step by step, from the paper's formula: sum over layers of w · mean over places of (â − b̂)²."""
-    from safetensors.torch import load_file
-
     vgg, heads = load_file(folder / "vgg16.safetensors"), torch.load(folder / "lpips.pth", weights_only=True)
     shift, scale = (torch.tensor(values)[:, None, None] for values in (SHIFT, SCALE))
     x = torch.cat([(2 * each - 1 - shift) / scale for each in (a, b)])
@@ -79,6 +77,13 @@ def test_lpips_is_the_distance_of_the_paper(weights: Path) -> None:
     torch.testing.assert_close(lpips(a, b), expected, rtol=1e-4, atol=1e-6)
     assert lpips(a, a).abs().max() == 0
     assert not any(p.requires_grad for p in lpips.parameters())
+
+
+def test_files_keep_the_names_they_are_published_under(weights: Path, tmp_path: Path) -> None:
+    torch.save(load_file(weights / "vgg16.safetensors"), tmp_path / "vgg16-397923af.pth")
+    (tmp_path / "vgg.pth").write_bytes((weights / "lpips.pth").read_bytes())
+    published, ours = load_lpips(tmp_path).state_dict(), load_lpips(weights).state_dict()
+    assert all(torch.equal(published[name], tensor) for name, tensor in ours.items())
 
 
 def test_missing_or_other_weights_are_named(weights: Path, tmp_path: Path) -> None:
