@@ -375,7 +375,7 @@ def studio(
     out=option("Run folder to write; sample from it, or continue its training.", default=REQUIRED, **PATH),
     ema=option("Weight average to sample from, by its half-life in thousands of images."),
     config=option(
-        "Its config.json. Default: the one next to FILE or in the folder above.",
+        "Its config.json. Default: the one next to FILE or in the folder above, else the shapes of its weights.",
         **reads("the configuration of that checkpoint"),
     ),
     encoder=option("Encoder whose features it was trained on.", default="dinov2-reg-base"),

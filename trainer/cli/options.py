@@ -63,7 +63,8 @@ EMA = option(
     default="auto",
 )
 DECODER = option(
-    "Folder of an RAE decoder, which turns features into pixels.", **reads("the folder of an RAE decoder")
+    "Folder or file of an RAE decoder, which turns features into pixels.",
+    **reads("the folder or file of an RAE decoder"),
 )
 PIXEL_STAGE = option("Run of Latent Forcing that draws the pixels instead of a decoder.", **reads(A_RUN))
 grouped("How it is drawn", steps=STEPS, ema=EMA, decoder=DECODER, pixel_stage=PIXEL_STAGE)
