@@ -80,5 +80,12 @@ commands: .venv/.ready-dev
 	$(BIN)/python docs/write_commands.py
 	$(BIN)/python docs/write_configuration.py
 
+# requirements.lock: the packages that `pip install .` needs, with versions and hashes (Python 3.11, Linux, CUDA build of torch).
+# Use it as: pip install --require-hashes -r requirements.lock
+lock: $(BIN)/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --generate-hashes --no-emit-index-url --no-header --quiet \
+		--python-version 3.11 --python-platform linux -o requirements.lock
+
 clean:
 	rm -rf .venv site build *.egg-info
