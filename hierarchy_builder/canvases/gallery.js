@@ -123,9 +123,14 @@
     });
 
     const start = Number(gallery.dataset.start);
-    show("one");
+    show(gallery.dataset.opens);
     sweep(start < 0 ? ticks.length + start : clamp(start, 0, ticks.length - 1));
   }
 
+  // The hint above a table is shown while some of its columns are out of sight.
+  const sideways = new ResizeObserver((entries) => {
+    for (const { target } of entries) target.previousElementSibling.hidden = target.scrollWidth <= target.clientWidth + 1;
+  });
+  document.querySelectorAll(".scroll").forEach((box) => sideways.observe(box));
   document.querySelectorAll(".gallery").forEach(setUp);
 })();

@@ -85,6 +85,50 @@ class Gallery:
     viewers: Sequence[LevelViewer]
     start: int = 0
 
+    @property
+    def opens_with(self) -> str:
+        """The view shown first: "all" levels if there are photos, since they stand beside them, otherwise "one"."""
+        return "all" if any(viewer.shows_reveal_apart for viewer in self.viewers) else "one"
+
+
+class Term(str):
+    """Text of a cell or a heading of a table, which links to the definition of `of` on the same page."""
+
+    of: str
+
+    def __new__(cls, text: str, of: str) -> Term:
+        """text: what is shown, such as the defined name with a level and an arrow."""
+        term = super().__new__(cls, text)
+        term.of = of
+        return term
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Definitions:
+    """Names and what they mean; a `Term` anywhere on the page links to its name."""
+
+    kind: ClassVar[str] = "definitions"
+
+    entries: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """What the colours of a map mean: a bar of colours (uint8 RGB) from the value `low` to the value `high`."""
+
+    kind: ClassVar[str] = "scale"
+
+    name: str
+    low: str
+    high: str
+    colours: Sequence[Sequence[int]]
+
+    @property
+    def gradient(self) -> str:
+        """The bar as a CSS image."""
+        stops = ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in self.colours)
+        return f"linear-gradient(to right, {stops})"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
@@ -159,7 +203,7 @@ class Strips:
     strips: Sequence[Strip]
 
 
-Block = Gallery | Facts | Table | Plots | Code | Strips
+Block = Gallery | Facts | Table | Plots | Code | Strips | Definitions | Scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,7 +288,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(data_uri=data_uri, show=show_value, draw=draw, anchor=_anchor)
-    environment.tests.update(token_grid=is_token_grid)
+    environment.tests.update(token_grid=is_token_grid, term=lambda value: isinstance(value, Term))
     return environment
 
 
