@@ -5,14 +5,24 @@ N images in both, L levels (coarse → fine), H×W grid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hierarchy_builder.canvases.colours import hierarchy_colours
-from hierarchy_builder.canvases.gallery import Gallery, LevelViewer, Page, Section, Table, View, write_page
+from hierarchy_builder.canvases.gallery import (
+    Definitions,
+    Gallery,
+    LevelViewer,
+    Page,
+    Section,
+    Table,
+    Term,
+    View,
+    write_page,
+)
 from hierarchy_builder.canvases.views import HierarchyView, level_names
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
 from hierarchy_builder.hierarchy.agreement import variation_of_information
@@ -35,6 +45,18 @@ SCORES = {
     "count_shift": "number in B minus number in A",
     "count_changed": "share of images whose number differs",
 }
+DEFINITIONS = {
+    "adjusted Rand index": "Agreement of two partitions of the tokens: 1 if they are equal, 0 on average if unrelated.",
+    "variation of information, nats": "What one partition does not say about the other; 0 if they are equal.",
+    "share of images with equal regions": "Images whose regions of this level are the same in A and B.",
+    "number of regions in A": "Mean over images; the background counts as a region.",
+    "number of regions in B": "Mean over images; the background counts as a region.",
+    "number in B minus number in A": "Mean over images.",
+    "share of images whose number differs": "Images with another number of regions in B than in A.",
+}
+"""Label of a score → what it means."""
+TOWARDS_EQUAL = {"adjusted Rand index": "↑", "variation of information, nats": "↓"}
+"""Label of a score → the direction in which the builds are more alike."""
 TEXTS = {
     "Summary": "Images are matched by key, and levels by number, starting with the coarsest.",
     "Levels in both": (
@@ -185,6 +207,19 @@ def write_comparison(a: BuildFolder, b: BuildFolder, found: Comparison, path: Pa
             text=TEXTS["Most changed"],
             blocks=[Gallery(viewers=_viewers(a, b, found, shown), start=-1)],
         )
+    levels = next(section for section in sections if section.title == "Levels in both")
+    linked = [
+        {
+            **row,
+            "score": Term(f"{row['score']} {TOWARDS_EQUAL.get(row['score'], '')}".strip(), of=row["score"]),
+        }
+        for row in tables["Levels in both"]
+    ]
+    sections[sections.index(levels)] = replace(levels, blocks=[Table(rows=linked)])
+    text = "The arrow points to where the two builds are more alike: ↑ higher, ↓ lower."
+    sections.append(
+        Section(title="What the scores mean", text=text, blocks=[Definitions(entries=DEFINITIONS)])
+    )
     write_page(Page(title="Two builds of the same images", sections=sections), path)
     return path
 

@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from hierarchy_builder.canvases.gallery import Facts, Gallery, Page, Plots, Section, Table, write_page
+from hierarchy_builder.canvases.gallery import (
+    Definitions,
+    Facts,
+    Gallery,
+    Page,
+    Plots,
+    Section,
+    Table,
+    Term,
+    write_page,
+)
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.canvases.views import hierarchy_viewers, level_names, shared_palette
 from hierarchy_builder.files import write_json
@@ -49,6 +59,30 @@ SCORES = {
     },
 }
 """Title of each table → score → its label in the table."""
+DEFINITIONS = {
+    "regions": ("", "Number of regions of an image; the background counts."),
+    "smallest, tokens": ("", "Size of the smallest region of an image, in tokens."),
+    "median, tokens": ("", "Size of the middle region of an image, in tokens."),
+    "largest, tokens": ("", "Size of the largest region of an image, in tokens."),
+    "connected": ("↑", "Share of regions that are in one piece."),
+    "similarity within": ("↑", "Mean cosine between a token and the mean of its region."),
+    "similarity between": ("↓", "Mean cosine between the means of two regions of an image."),
+    "photo mirrored": (
+        "↑",
+        "Agreement with the hierarchy of the mirrored photo: adjusted Rand index, 1 if equal.",
+    ),
+    "crop shifted by one token": ("↑", "Agreement with the hierarchy of a crop one token aside."),
+    "other seeds": ("↑", "Agreement with the hierarchy that other seeds give."),
+    "features in float16": ("↑", "Agreement with the hierarchy of features that are rounded to float16."),
+    "features in bfloat16": ("↑", "Agreement with the hierarchy of features that are rounded to bfloat16."),
+    "object IoU": ("↑", "Overlap of the object with the one that people drew: intersection over union."),
+    "covering": ("↑", "Best overlap of each drawn segment with a region, weighted by area."),
+    "boundary precision": ("↑", "Share of region borders that lie on a drawn border."),
+    "boundary recall": ("↑", "Share of drawn borders that lie on a region border."),
+    "boundary F": ("↑", "Harmonic mean of boundary precision and recall."),
+}
+"""Label of a score → which direction is better, and what it means."""
+ARROWS_TEXT = "↑ higher is better, ↓ lower is better; the other scores describe."
 
 TEXTS = {
     "Regions": (
@@ -95,8 +129,10 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
     """Write quality.json into the build and a self-contained page to `path`; returns `path`."""
     write_json(folder.quality, found.as_json())
     sections = [Section(title="Summary", blocks=[Facts(entries=summary(found))])]
+    used: dict[str, None] = {}
     for title, rows in score_tables(found).items():
-        sections.append(Section(title=title, text=TEXTS[title], blocks=[Table(rows=rows)]))
+        sections.append(Section(title=title, text=TEXTS[title], blocks=[Table(rows=_linked(rows))]))
+        used |= dict.fromkeys(str(row["score"]) for row in rows)
     sections.append(Section(title="Distributions", blocks=[Plots(plots=_plots(found.quality.scores))]))
     for title, text, names in (
         (
@@ -113,9 +149,21 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
         gallery = _worst(folder, found, names)
         if gallery is not None:
             sections.append(Section(title=title, text=text, blocks=[gallery]))
+    entries = {label: DEFINITIONS[label][1] for label in used}
+    sections.append(
+        Section(title="What the scores mean", text=ARROWS_TEXT, blocks=[Definitions(entries=entries)])
+    )
     name = folder.root.resolve().name
     write_page(Page(title=f"Quality of hierarchies: {name}", sections=sections), path)
     return path
+
+
+def _linked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table whose scores have an arrow and link to their definitions."""
+    return [
+        {**row, "score": Term(f"{row['score']} {DEFINITIONS[row['score']][0]}".strip(), of=row["score"])}
+        for row in rows
+    ]
 
 
 def summary(found: Assessment) -> dict[str, Any]:

@@ -17,7 +17,17 @@ import torch
 import yaml
 
 from hierarchy_builder.canvases.colours import Palette, hierarchy_colours
-from hierarchy_builder.canvases.gallery import Code, Gallery, LevelViewer, Page, Plots, Section, Table, View
+from hierarchy_builder.canvases.gallery import (
+    Code,
+    Gallery,
+    LevelViewer,
+    Page,
+    Plots,
+    Scale,
+    Section,
+    Table,
+    View,
+)
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.canvases.views import (
     REGIONS,
@@ -36,6 +46,7 @@ from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import ShardReader, classes_with_images
 from trainer.data.shards import ShardIndex
 from trainer.decode.rae import to_uint8
+from trainer.evaluation.definitions import definitions_section, in_words, terms_of
 from trainer.evaluation.studies import LIKELIHOOD
 from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
 from trainer.evaluation.tables import VARIETY, metric_tables, numbered, variety_verdict
@@ -46,7 +57,7 @@ from trainer.metrics.edit_locality import token_change
 from trainer.training import checkpoint as saved
 from trainer.training.log import METRICS, read_metrics
 from trainer.training.run_folder import read_config, read_kept
-from trainer.trajectories.compare import compare, encoder_of, heat_map
+from trainer.trajectories.compare import HEAT, compare, encoder_of, heat_map
 from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 from trainer.trajectories.view import TrajectoryView, facts_section, page_palette, samples_section
@@ -60,6 +71,8 @@ SHOWN_IMAGES = 8
 """Images at each end of the list of likelihoods whose maps are shown."""
 PALE, DEEP = np.array([247, 247, 244]), np.array([28, 60, 140])
 """Colours of no added bits and of the most."""
+SCALE_STEPS = 9
+"""Colours of the bar that states a scale; between them it is even."""
 INTRO = (
     "This page shows what a network of {title} draws; it has seen {seen} training images, taken from {trained_on}. "
     "Each card is one generated image of a class: choose a level to see it from the coarsest, object and background, "
@@ -72,15 +85,18 @@ TEACHER_TEXT = (
     "level with the photograph: no sample can look better than what the decoder makes of a photograph's own tokens."
 )
 CURVES_TEXT = "Long curves are means of equal runs of points; the band spans least to greatest."
+FALLING = {"raw_mse_u": "u, average velocity", "raw_mse_v": "v, instantaneous velocity"}
+"""Squared errors behind losses that stay near 1, and the names of their curves: what falls in training."""
+FALLING_TITLE = "squared errors: what falls in training"
 LOSSES = ("loss", "loss_u", "loss_v", "region")
 LOSS_TITLE = "losses"
 PER_LEVEL = re.compile(r"(.+?)[_/](?:level_?)?(\d+)")
 NOT_PLOTTED = frozenset({"step", "images", "seed", "time", "epoch"})
 LOG_RATIO = 20.0
 EDITS_TEXT = (
-    "Each card shows a trajectory before and after an edit, and how far each token moved (1 − cos, relative to the "
-    "largest change on the card; lighter is more). Levels before the edited one are identical bit for bit. LIS is the "
-    "mean change of the tokens that were not edited."
+    "Each card shows a trajectory before and after an edit, and how far each token moved: "
+    "1 − cosine, on one scale for all cards, shown above them. Levels before the edited one "
+    "are identical bit for bit. LIS is the mean change of the tokens that were not edited."
 )
 SWEEP_TEXT = (
     "The same edit over classes and seeds, with two controls: the same trajectories without the edit, and with other "
@@ -137,7 +153,8 @@ def run_page(
         trajectories=[trajectory.view() for trajectory in trajectories],
         teachers=[] if index is None else teacher_views(index, pipe.decoder, pipe.normaliser.to("cpu")),
         metrics=[
-            Table(rows=rows, caption=f"{name}. {note}".rstrip()) for name, (note, rows) in tables.items()
+            Table(rows=in_words(rows), caption=f"{name}. {note}".rstrip())
+            for name, (note, rows) in tables.items()
         ],
         metrics_text=judged,
         log=[row for row in (read_metrics(run) if (run / METRICS).exists() else []) if "loss" in row],
@@ -192,6 +209,9 @@ def training_page(
     ]
     sections = [*facts_section(facts), *samples_section(trajectories, palette)]
     sections += [section for content, section in after_samples if content]
+    tables = [block for section in sections for block in section.blocks if isinstance(block, Table)]
+    where = -1 if config else len(sections)
+    sections[where:where] = definitions_section(each for table in tables for each in terms_of(table.rows))
     return Page(title=title, intro=intro, sections=sections)
 
 
@@ -202,12 +222,17 @@ def training_plots(log: Sequence[Mapping[str, Any]]) -> list[Plot]:
     for name in dict.fromkeys(name for row in log for name in row):
         if name not in NOT_PLOTTED and any(_is_number(row.get(name)) for row in log):
             groups.setdefault(_group(name), []).append(name)
-    ordered = sorted(groups.items(), key=lambda item: item[0] != LOSS_TITLE)
+    first = (FALLING_TITLE, LOSS_TITLE)
+    ordered = sorted(
+        groups.items(), key=lambda item: first.index(item[0]) if item[0] in first else len(first)
+    )
     return [_plot(title, names, log, x_name) for title, names in ordered]
 
 
 def _group(name: str) -> str:
     """Losses share one plot; `name_level_0`, `name/level1`, `name/0` share one per name."""
+    if name in FALLING:
+        return FALLING_TITLE
     if name in LOSSES:
         return LOSS_TITLE
     per_level = PER_LEVEL.fullmatch(name)
@@ -219,7 +244,7 @@ def _plot(title: str, names: Sequence[str], log: Sequence[Mapping[str, Any]], x_
     for name in names:
         rows = [row for row in log if _is_number(row.get(name)) and _is_number(row.get(x_name))]
         per_level = PER_LEVEL.fullmatch(name)
-        label = f"level {per_level[2]}" if per_level else name
+        label = f"level {per_level[2]}" if per_level else FALLING.get(name, name)
         series.append(Series(name=label, x=[row[x_name] for row in rows], y=[row[name] for row in rows]))
     values = np.array([y for line in series for y in line.y if np.isfinite(y)])
     log_y = len(values) > 0 and values.min() > 0 and values.max() / values.min() > LOG_RATIO
@@ -295,7 +320,7 @@ def variety_section(
     curves = {title: numbered(values, "variety_", ending) for title, ending in endings.items()}
     series = [Series(name=title, x=list(found), y=list(found.values())) for title, found in curves.items()]
     plot = Plot(title="variance within classes, relative to real images", x_label="level", series=series)
-    blocks: list[Table | Plots] = [Table(rows=rows, caption=VARIETY.note)]
+    blocks: list[Table | Plots] = [Table(rows=in_words(rows), caption=VARIETY.note)]
     if len(curves["samples"]) > 1:
         blocks.append(Plots(plots=[plot]))
     return Section(title="Variety", text=f"{variety_verdict(values)} {judged}".strip(), blocks=blocks)
@@ -309,9 +334,15 @@ def edits_section(edited: Sequence[Trajectory]) -> Section:
         for before, after in pairs
         for row in without_nan(compare(before, after, encode=encoder_of(after)))
     ]
-    cards = Gallery(viewers=[_edit_card(before, after) for before, after in pairs], start=-1)
-    table = Table(rows=rows, caption="Compared with the trajectory before its first edit.")
-    return Section(title="Edits", text=EDITS_TEXT, blocks=[cards, table])
+    changes = [token_change(before.levels, after.levels).numpy() for before, after in pairs]
+    most = max(float(change.max()) for change in changes)
+    viewers = [_edit_card(*pair, change, most) for pair, change in zip(pairs, changes, strict=True)]
+    cards = Gallery(viewers=viewers, start=-1)
+    scale = Scale(
+        name="Change of a token, 1 − cosine", low="0", high=f"{most:.3g}", colours=HEAT.astype(int).tolist()
+    )
+    table = Table(rows=in_words(rows), caption="Compared with the trajectory before its first edit.")
+    return Section(title="Edits", text=EDITS_TEXT, blocks=[scale, cards, table])
 
 
 def unedited(trajectory: Trajectory) -> Trajectory:
@@ -327,19 +358,19 @@ def unedited(trajectory: Trajectory) -> Trajectory:
     return before
 
 
-def _edit_card(before: Trajectory, after: Trajectory) -> LevelViewer:
-    change = token_change(before.levels, after.levels).numpy()
+def _edit_card(before: Trajectory, after: Trajectory, change: np.ndarray, most: float) -> LevelViewer:
     palette = shared_palette([before.levels.numpy()])
     is_decoded = before.can_decode and after.can_decode
     first, second = (
         each.decode() if is_decoded else latent_views(each.levels.numpy(), None, palette)[0].layers
         for each in (before, after)
     )
-    layers = {"before": first, "after": second, "change": heat_map(change, float(change.max()))}
+    layers = {"before": first, "after": second, "change": heat_map(change, most)}
     return LevelViewer(
         title=after.class_name,
         subtitle=f"seed {after.seeds[0]}",
         level_names=level_names(after.num_levels),
+        captions=[f"change up to {each.max():.2g}" for each in change],
         views=[View(name=name, layers=pictures) for name, pictures in layers.items()],
         notes={"steps": len(after.history)},
     )
@@ -369,7 +400,7 @@ def sweep_section(summary: Sequence[Mapping[str, Any]]) -> Section:
                 ]
                 where = f"{title}; level {level} edited"
                 plots.append(Plot(title=where, x_label="measured level", series=series))
-    table = Table(rows=summary_table(summary), caption=BASELINES)
+    table = Table(rows=in_words(summary_table(summary)), caption=BASELINES)
     return Section(title="Sweep of edits", text=SWEEP_TEXT, blocks=[Plots(plots=plots), table])
 
 
@@ -402,7 +433,14 @@ def likelihood_sections(run: Path, pipe: NormalizingPipeline, index: ShardIndex)
     ]
     reader.close()
     text = SURPRISE_TEXT.format(count=f"{len(listed):,}")
-    return [Section(title="Surprise", text=text, blocks=[Gallery(viewers=cards, start=-1)])]
+    names = _map_names(images[0])
+    scales = [
+        Scale(
+            name=f"Added bits of a token, {name}", low="0", high=f"{most:.3g} or more", colours=BITS_COLOURS
+        )
+        for name, most in zip(names, peak.flatten(), strict=True)
+    ]
+    return [Section(title="Surprise", text=text, blocks=[*scales, Gallery(viewers=cards, start=-1)])]
 
 
 def _map(image: Measured) -> np.ndarray:
@@ -410,24 +448,37 @@ def _map(image: Measured) -> np.ndarray:
     return image.added.sum(axis=1) if len(image.added) > 1 else image.added[0, ::-1]
 
 
+def _map_names(image: Measured) -> Sequence[str]:
+    """Names of the maps of `_map`."""
+    count = len(_map(image))
+    return level_names(count) if len(image.added) > 1 else [f"transition {k + 1}" for k in range(count)]
+
+
 def _surprise_card(
     image: Measured, bits: np.ndarray, share: np.ndarray, index: ShardIndex, reader: ShardReader
 ) -> LevelViewer:
-    colours = PALE + np.sqrt(share.clip(0, 1))[..., None] * (DEEP - PALE)
+    colours = _bits_colours(share)
     views = [View(name="added bits", layers=np.rint(colours).astype(np.uint8))]
-    names: Sequence[str] = [f"transition {k + 1}" for k in range(len(share))]
     if len(image.added) > 1:
-        names = level_names(len(share))
         views.insert(0, View(name=REGIONS, layers=hierarchy_colours(image.regions)))
     return LevelViewer(
         title=index.class_names[image.label],
         subtitle=image.key,
-        level_names=names,
+        level_names=_map_names(image),
         captions=[f"{total:,.0f} bits" for total in bits.sum(axis=(1, 2))],
         views=views,
         reveal=_photo(reader.read(image.number, extras=True).image),
         notes={"added bits": f"{image.added_total:,.0f}"},
     )
+
+
+def _bits_colours(share: np.ndarray) -> np.ndarray:
+    """Shares of the most bits as colours [..., 3]; the root makes small differences visible."""
+    return PALE + np.sqrt(share.clip(0, 1))[..., None] * (DEEP - PALE)
+
+
+BITS_COLOURS = np.rint(_bits_colours(np.linspace(0, 1, SCALE_STEPS))).astype(int).tolist()
+"""Colours of equal steps of bits, from none to the most."""
 
 
 def _photo(stored: bytes | None) -> np.ndarray | None:

@@ -27,7 +27,7 @@ Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 [B, h, w, 3] → float [B, H, W, C]: the encoder in whose features decoded pictures are compared."""
 CHANGED = 1e-3
 """1 − cos above which a token counts as changed; rounding and batch sizes cause smaller differences."""
-HEADER_PX, SIDE_PX = 26, 92
+HEADER_PX, SIDE_PX, SCALE_PX = 26, 128, 40
 HEAT = np.array(
     [(12, 12, 40), (96, 28, 110), (214, 72, 66), (252, 190, 72), (255, 252, 220)], dtype=np.float64
 )
@@ -152,22 +152,23 @@ def heat_map(change: np.ndarray, most: float) -> np.ndarray:
 def comparison_png(before: Trajectory, after: Trajectory) -> Image.Image:
     """Draw a sheet: columns are levels; rows are the canvases before and after, the change, and decoded pictures.
 
-    Canvases share one palette; the change is 1 − cos of each token, relative to the largest.
+    Canvases share one palette; the change is 1 − cos of each token, and a bar below states its scale.
     """
     change = token_change(before.levels, after.levels).numpy()
     palette = shared_palette([before.levels.numpy(), after.levels.numpy()])
     rows: list[tuple[str, np.ndarray]] = []
     if palette is not None:
         rows += [
-            ("before", palette.apply(before.levels.numpy())),
-            ("after", palette.apply(after.levels.numpy())),
+            ("canvas before", palette.apply(before.levels.numpy())),
+            ("canvas after", palette.apply(after.levels.numpy())),
         ]
-    rows.append(("change", heat_map(change, float(change.max()))))
+    most = float(change.max())
+    rows.append(("change of tokens", heat_map(change, most)))
     if before.can_decode and after.can_decode:
-        rows += [("before", before.decode()), ("after", after.decode())]
+        rows += [("picture before", before.decode()), ("picture after", after.decode())]
     names = level_names(before.num_levels)
     step = CELL_PX + GAP_PX
-    sheet = Image.new("RGB", (SIDE_PX + len(names) * step, HEADER_PX + len(rows) * step), PAPER)
+    sheet = Image.new("RGB", (SIDE_PX + len(names) * step, HEADER_PX + len(rows) * step + SCALE_PX), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for level, name in enumerate(names):
         draw.text((SIDE_PX + level * step, GAP_PX), name, INK, font=font)
@@ -175,7 +176,24 @@ def comparison_png(before: Trajectory, after: Trajectory) -> Image.Image:
         draw.text((GAP_PX, HEADER_PX + number * step + CELL_PX // 2 - 8), name, INK, font=font)
         for level, picture in enumerate(pictures):
             sheet.paste(tile(picture), (SIDE_PX + level * step, HEADER_PX + number * step))
+    _draw_scale(sheet, most, HEADER_PX + len(rows) * step + GAP_PX)
     return sheet
+
+
+def _draw_scale(sheet: Image.Image, most: float, top: int) -> None:
+    """State below the pictures what the colours of the change mean."""
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    right = SIDE_PX + CELL_PX
+    bar = heat_map(np.tile(np.linspace(0, 1, CELL_PX), (12, 1)), 1.0)
+    draw.text((GAP_PX, top), "scale of change", INK, font=font)
+    sheet.paste(Image.fromarray(bar), (SIDE_PX, top + 2))
+    draw.text((SIDE_PX, top + 16), "0", INK, font=font)
+    if most > 0:
+        draw.text((right, top + 16), f"{most:.3g}", INK, font=font, anchor="ra")
+        unit = "1 − cosine"
+    else:
+        unit = "1 − cosine; nothing changed"
+    draw.text((right + 2 * GAP_PX, top), unit, INK, font=font)
 
 
 def _begins_with(after: Trajectory, before: Trajectory) -> bool:

@@ -140,6 +140,7 @@ def test_every_picture_has_a_text_and_every_level_a_caption() -> None:
     assert len(alternatives) == text.count("<img ") == 1 + 3 * 4
     assert "tench: regions, object/background" in alternatives
     assert "tench: photo" in alternatives
+    assert 'data-opens="all"' in text  # the photo is in sight before anything is pressed
     for caption in ("1 region", "2 regions", "4 regions", "16 × 16"):
         assert f"<span>{caption}</span>" in text
 
@@ -333,6 +334,7 @@ def test_curves_are_grouped_by_what_they_measure() -> None:
             "region": None if i == 0 else 0.5,
             "cosine_level_0": 0.1 * i,
             "cosine_level_1": 0.2 * i,
+            "raw_mse_u": 2.0 - 0.1 * i,
             "images_per_second": 900.0,
             "preset": "tiny",
         }
@@ -340,7 +342,9 @@ def test_curves_are_grouped_by_what_they_measure() -> None:
     ]
     rows = [json.loads(json.dumps(row)) for row in rows]
     plots = {plot.title: plot for plot in training_plots(rows)}
-    assert list(plots) == ["losses", "cosine per level", "images per second"]
+    falls = "squared errors: what falls in training"
+    assert list(plots) == [falls, "losses", "cosine per level", "images per second"]
+    assert [series.name for series in plots[falls].series] == ["u, average velocity"]
     assert [series.name for series in plots["losses"].series] == ["loss", "loss_u", "region"]
     assert [series.name for series in plots["cosine per level"].series] == ["level 0", "level 1"]
     assert plots["losses"].log_y

@@ -63,7 +63,7 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator:
     """Open a page by name at a size; afterwards nothing was logged and nothing was asked of the network."""
     contexts, complaints = [], []
 
-    def open_page(name: str, viewport: dict = DESKTOP, **options: Any) -> Any:
+    def open_page(name: str, viewport: dict = DESKTOP, one: bool = True, **options: Any) -> Any:
         context = browser.new_context(viewport=viewport, **{"reduced_motion": "reduce", **options})
         contexts.append(context)
         page = context.new_page()
@@ -71,6 +71,8 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: _note_request(request.url, complaints))
         page.goto(pages[name].as_uri())
+        for one_level in page.get_by_role("button", name="One level").all() if one else ():
+            one_level.click()
         return page
 
     yield open_page
@@ -153,8 +155,8 @@ def test_divider_follows_a_finger(opened: Any) -> None:
 
 
 def test_all_levels_can_be_seen_side_by_side(opened: Any) -> None:
-    page = opened("hierarchy")
-    page.get_by_role("button", name="All levels").click()
+    page = opened("hierarchy", one=False)
+    assert page.locator(".card").nth(0).locator(".source img").is_visible()
     images = page.locator(".card").nth(0).locator(".view").nth(0).locator("img:visible")
     lefts = [image.bounding_box()["x"] for image in images.all()]
     assert len(lefts) == 4
@@ -165,7 +167,7 @@ def test_all_levels_can_be_seen_side_by_side(opened: Any) -> None:
 
 @pytest.mark.parametrize("motion", ["no-preference", "reduce"])
 def test_links_of_the_contents_lead_to_their_headings(opened: Any, motion: str) -> None:
-    page = opened("training", {"width": 375, "height": 300}, reduced_motion=motion)
+    page = opened("training", {"width": 375, "height": 300}, one=False, reduced_motion=motion)
     links = page.locator("nav a")
     for number in range(links.count()):
         page.evaluate("scrollTo(0, 0)")
@@ -193,6 +195,9 @@ def test_phone_width_has_no_horizontal_overflow(opened: Any, name: str, scheme: 
     ):
         mode.click()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    table = page.locator(".scroll").first
+    is_cut = table.evaluate("box => box.scrollWidth > box.clientWidth")
+    assert page.get_by_text("scroll it sideways").first.is_visible() == is_cut is True
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -17,6 +17,7 @@ from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.files import write_sealed_json
 from trainer.evaluation.pages import edits_section, read_sweep, sweep_section, unedited
 from trainer.evaluation.sweep import SweepConfig, summarise, sweep
+from trainer.metrics.edit_locality import token_change
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,10 @@ def test_a_card_shows_before_after_and_change(pipe) -> None:
     first = pipe(label="bee", seed=1)
     selection = first.region(1, level=1)
     edited = first.edit_features(selection, torch.zeros(48)).resume(1)
-    gallery, table = edits_section([edited]).blocks
+    scale, gallery, table = edits_section([edited]).blocks
+    assert float(scale.high) == pytest.approx(
+        float(token_change(first.levels, edited.levels).max()), rel=0.01
+    )
     assert isinstance(gallery, Gallery)
     assert isinstance(table, Table)
     views = {view.name: view.layers for view in gallery.viewers[0].views}
@@ -49,7 +53,7 @@ def test_a_card_shows_before_after_and_change(pipe) -> None:
     assert (views["change"][0] == dark).all()
     still = (views["change"][1] == dark).all(axis=-1)
     np.testing.assert_array_equal(still, ~selection.mask.numpy())
-    assert [row["lis"] for row in table.rows[:2]] == [None, 0]
+    assert [row["change of tokens not edited ↓"] for row in table.rows[:2]] == [None, 0]
 
 
 def test_a_sweep_becomes_curves_with_intervals(pipe, tmp_path: Path) -> None:

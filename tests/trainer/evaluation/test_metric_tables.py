@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 
-from documented import undocumented
+from documented import PAGE, undocumented
 from rich.console import Console
 from tiny_pipeline import tiny_pipeline
 
+from hierarchy_builder.canvases.gallery import Page, Section, Table, render
 from hierarchy_builder.progress import shown_on, unseen
 from trainer.evaluation import sweep as room
+from trainer.evaluation.definitions import definitions_section, find, in_words, term
 from trainer.evaluation.sweep import EDIT, SweepConfig, summarise, summary_table, sweep
 from trainer.evaluation.tables import metric_tables
+
+PARTITIONS = {"semantic", "flat", "shifted", "grid", "shuffled"}
 
 
 def test_each_topic_has_a_table_with_its_reference_values() -> None:
@@ -82,3 +87,29 @@ def test_baselines_of_shapes_belong_to_the_tokens_that_each_edit_touches() -> No
     tokens = {(row["arm"], row["strength"]): row["tokens"] for row in rows}
     assert len(set(tokens.values())) == 2
     assert all(tokens[arm, strength] == tokens[EDIT, strength] for arm, strength in tokens)
+
+
+def test_every_documented_figure_has_words_and_links_to_its_definition_on_the_page() -> None:
+    tables = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    names = [
+        re.sub(r"(?<=_)(ℓ|[abk])(?=_|$)", "1", name) for row in tables for name in re.findall(r"`(\w+)`", row)
+    ]
+    names = [name for name in names if name not in PARTITIONS and not name.endswith("_real")]
+    assert len(names) > 40
+    assert [name for name in names if find(name) is None] == []
+    text = render(
+        Page(
+            title="run",
+            sections=[
+                Section(
+                    title="Metrics",
+                    blocks=[Table(rows=in_words({"name": name, "value": 1} for name in names))],
+                ),
+                *definitions_section(term(name) for name in names),
+            ],
+        )
+    )
+    links = set(re.findall(r'<a class="term" href="#([^"]*)"', text))
+    assert links == set(re.findall(r'<div id="(means-[^"]*)"', text))
+    assert "Fréchet distance of tokens, level 1 ↓</a>" in text
+    assert term("of_a_plugin") == "of_a_plugin"
