@@ -15,13 +15,17 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from hierarchy_builder.errors import UsageError
+from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.terminal import counted
+from trainer.methods.registry import METHODS
 from trainer.studio.board import draw_board
-from trainer.studio.desk import Desk
+from trainer.studio.desk import Desk, Seat, what_was_undone
 from trainer.studio.folder import StudioFolder
 from trainer.studio.guard import Guard
+from trainer.studio.script import CSS, KEYS_TEXT, script
 from trainer.studio.tabs import compare_tab, edit_tab, files_tab, paint_tab, sweep_tab
-from trainer.studio.workbench import Workbench
+from trainer.studio.workbench import Workbench, quoted
+from trainer.training import checkpoint
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 LOOPBACK = "127.0.0.1"
@@ -29,16 +33,23 @@ MOST_STEPS = 1000
 """Most network evaluations per level that the page asks for."""
 UPLOAD_LIMIT = "8mb"
 """Largest upload that the server accepts; browsers upload only paintings."""
-CSS = """
-#board img {cursor: crosshair}
-#status {min-height: 1.6rem}
-"""
+USERS_AT_ONCE = 8
+"""Sessions whose actions run side by side; those of one session run one after the other."""
+FIRST = (
+    "This is a first trajectory: click a region to select it, or choose another class and press **Generate**."
+)
 PICKS = [
     ("whole region", "region"),
     ("one token", "token"),
     ("similar tokens", "similar"),
     ("merge the selection into the clicked region", "give"),
 ]
+SELECTION_TIPS = {
+    "invert": "Select all tokens of the level that are not selected.",
+    "grow": "Add one token on all sides.",
+    "shrink": "Remove one token on all sides.",
+    "clear": "Select nothing.",
+}
 
 
 def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None = None) -> gr.Blocks:
@@ -49,20 +60,46 @@ def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None
     """
     with gr.Blocks(title="Trajectory studio", fill_width=True, analytics_enabled=False) as page:
         desk = Desk(pipe, StudioFolder(folder), vocabulary)
+        gr.Markdown(f"# Trajectory studio\n\n{about(pipe)}", elem_id="header")
+        desk.unsaved.render()
         desk.status.render()
         with gr.Row():
-            with gr.Column(scale=3, min_width=480):
+            with gr.Column(scale=3, min_width=320):
                 _generate_row(desk)
                 gr.Markdown("Levels from coarse to fine: regions, features as colours, and decoded picture.")
                 desk.board.render()
                 _selection_row(desk)
-            with gr.Column(scale=2, min_width=380), gr.Tabs():
+            with gr.Column(scale=2, min_width=320), gr.Tabs():
                 edit_tab(desk)
                 paint_tab(desk)
                 compare_tab(desk)
                 sweep_tab(desk)
-                files_tab(desk)
+                saved = files_tab(desk)
+        page.load(lambda: gr.Dropdown(desk.folder.names()), None, saved, queue=False)
+        desk.on(page.load, partial(_first, desk), [], FIRST)
+        page.load(None, None, None, js=script(desk.tips))
+    page.queue(default_concurrency_limit=USERS_AT_ONCE)
     return page
+
+
+def about(pipe: TrajectoryPipeline) -> str:
+    """Model, method and preset as Markdown, as far as the pipeline knows them."""
+    names = [row.name for row in METHODS.values() if row.load("pipeline") is type(pipe)]
+    parts = [names[0].replace("-", " ").title()] if names else []
+    folder = pipe.weights.get("folder")
+    if folder:
+        where = [name for name in Path(folder).parts[-3:] if name != "checkpoints"]
+        parts.insert(0, f"model {quoted(' / '.join(where))}")
+        parts.insert(1, f"weights {quoted(pipe.weights.get('ema', 'raw'))}")
+        try:
+            config = checkpoint.load_state(Path(folder)).config
+        except (TrainerError, OSError):  # moved since it was loaded
+            config = {}
+        if config.get("preset"):
+            parts.append(f"preset {quoted(config['preset'])}")
+    parts.append(f"encoder {quoted(pipe.encoder.get('name', 'unknown'))}")
+    parts.append(counted(sum(each.numel() for each in pipe.model.parameters()), "parameter"))
+    return " · ".join(parts)
 
 
 def launch(
@@ -107,39 +144,97 @@ def _generate_row(desk: Desk) -> None:
 
     with gr.Row(equal_height=True):
         desk.label.render()
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90)
+        tip = desk.tip("seed", "Another seed gives another picture; the same one gives the same.")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90, **tip)
         steps = gr.Number(
-            1, label="Steps per level", precision=0, minimum=1, maximum=MOST_STEPS, scale=1, min_width=90
+            1,
+            label="Steps per level",
+            precision=0,
+            minimum=1,
+            maximum=MOST_STEPS,
+            scale=1,
+            min_width=90,
+            **desk.tip(
+                "steps", f"Network evaluations for each level, 1 to {MOST_STEPS:,}; more take longer."
+            ),
         )
         inputs, done = [desk.label, seed, steps], "Click a region on the board to select it."
-        desk.button("Generate", generate, inputs, done, variant="primary", scale=1, min_width=110)
-        gr.Button("Stop", min_width=80).click(desk.stop, None, desk.status, queue=False)
+        look = desk.tip("generate", "Draw a new trajectory of this class and seed (key g).")
+        desk.button("Generate", generate, inputs, done, variant="primary", scale=1, min_width=110, **look)
+        stop = gr.Button("Stop", min_width=80, **desk.tip("stop", "End what you are drawing (key Esc)."))
+        stop.click(desk.stop, desk.seat, desk.status, queue=False)
+
+
+def _first(desk: Desk, bench: Workbench) -> Workbench:
+    """A trajectory to look at when the page opens."""
+    return (
+        bench if bench.trajectory is not None else bench.open(desk.pipe(label=desk.pipe.classes[0], seed=0))
+    )
 
 
 def _selection_row(desk: Desk) -> None:
     with gr.Row(equal_height=True):
-        pick = gr.Radio(PICKS, value="region", label="A click means", scale=3)
+        tip = desk.tip("pick", "What a click on the board selects.")
+        pick = gr.Radio(PICKS, value="region", label="A click means", scale=3, **tip)
         desk.join.render()
         cosine = gr.Slider(
-            0.0, 1.0, 0.9, step=0.01, label="Similarity threshold (cosine)", scale=1, min_width=140
+            0.0,
+            1.0,
+            0.9,
+            step=0.01,
+            label="Similarity threshold (cosine)",
+            scale=2,
+            min_width=260,
+            **desk.tip("cosine", "For 'similar tokens': least cosine with the clicked token."),
         )
     with gr.Row():
         for how in ("invert", "grow", "shrink", "clear"):
             step = partial(Workbench.reshape_selection, how=how)
-            desk.button(f"{how.capitalize()} selection", step, size="sm", min_width=90)
-        desk.button("Undo", Workbench.undo, size="sm", min_width=70)
-        desk.button("Redo", Workbench.redo, size="sm", min_width=70)
+            tip = desk.tip(f"{how}-selection", SELECTION_TIPS[how])
+            desk.button(f"{how.capitalize()} selection", step, size="sm", min_width=90, **tip)
+        tip = desk.tip("undo", "Take back the last edit, drawing or opening (key u).")
+        desk.button("Undo", Workbench.undo, (), what_was_undone, size="sm", min_width=70, **tip)
+        tip = desk.tip("redo", "Repeat what was undone last (key y).")
+        desk.button("Redo", Workbench.redo, (), "Repeated.", size="sm", min_width=70, **tip)
+    with gr.Accordion("Keys, and selection without a mouse", open=False):
+        gr.Markdown(KEYS_TEXT)
+        height, width = desk.pipe.model.config.grid
+        with gr.Row(equal_height=True):
+            look: dict[str, Any] = {"precision": 0, "minimum": 0, "min_width": 80}
+            tip = desk.tip("at-level", "Level of the token, 0 is the coarsest.")
+            level = gr.Number(0, label="Level", maximum=desk.levels[-1], **look, **tip)
+            tip = desk.tip("at-row", "Row of the token, from above.")
+            row = gr.Number(0, label="Row", maximum=height - 1, **look, **tip)
+            tip = desk.tip("at-column", "Column of the token, from the left.")
+            column = gr.Number(0, label="Column", maximum=width - 1, **look, **tip)
+            inputs = [level, row, column, pick, desk.join, cosine]
+            tip = desk.tip("select-token", "Does what a click on this token would do.")
+            desk.button("Select", partial(_typed, desk), inputs, min_width=90, **tip)
 
-    def click(bench: Workbench, pick: str, join: str, cosine: float, event: gr.SelectData) -> tuple[Any, ...]:
-        return desk.take(lambda: _clicked(bench, event.index, pick, join, cosine), bench)
+    def click(seat: Seat, pick: str, join: str, cosine: float, event: gr.SelectData) -> tuple[Any, ...]:
+        return desk.take(seat, lambda bench: _clicked(bench, event.index, pick, join, cosine))
 
-    desk.board.select(click, [desk.bench, pick, desk.join, cosine], desk.shows)
+    desk.board.select(click, [desk.seat, pick, desk.join, cosine], desk.shows)
+
+
+def _typed(
+    desk: Desk, bench: Workbench, level: Any, row: Any, column: Any, pick: Any, join: Any, cosine: float
+) -> Workbench:
+    place = int(level or 0), int(row or 0), int(column or 0)
+    most = bench.current().num_levels - 1, *(side - 1 for side in bench.current().grid)
+    if any(not 0 <= each <= last for each, last in zip(place, most, strict=True)):
+        raise UsageError(f"level, row and column are {place}, expected at most {most} and at least 0")
+    return _picked(bench, place, pick, join, cosine)
 
 
 def _clicked(bench: Workbench, pixel: Any, pick: Any, join: Any, cosine: float) -> Workbench:
     place = draw_board(bench.current(), bench.selection, bench.reference).place(*pixel)
     if place is None:
         return bench
+    return _picked(bench, place, pick, join, cosine)
+
+
+def _picked(bench: Workbench, place: tuple[int, int, int], pick: Any, join: Any, cosine: float) -> Workbench:
     level, row, column = place
     if pick != "give":
         return bench.click(level, row, column, pick, join, cosine)

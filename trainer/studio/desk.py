@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from trainer.trajectories.edit import prototype
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 WELCOME = "Choose a class and a seed, then press **Generate**."
+UNSAVED = "● not saved"
+"""Shown while the trajectory has edits that are in no file; the page then asks before it is left."""
+Done = str | Callable[[Workbench, Workbench], str]
+"""What is said after a step, or a function of the workbenches before and after it."""
 WARNING = "⚠ "
 """Marks a message that says what could not be done and what to do instead."""
 JOINS = [
@@ -29,8 +34,22 @@ JOINS = [
 ]
 
 
+class Seat:
+    """What one browser session holds: its workbench, a queue of its own actions, and its way to stop them."""
+
+    def __init__(self) -> None:
+        self.bench = Workbench()
+        self.turn = threading.Lock()
+        """Held by the action that runs; the others of this session wait for it, those of other sessions do not."""
+        self.stops = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
+        """A fresh seat: Gradio copies the state of the page for each session."""
+        return Seat()
+
+
 class Desk:
-    """The page of one model. The state of each user is a Workbench, which the browser session holds.
+    """The page of one model. The state of each user is a Seat, which the browser session holds.
 
     Create it inside `gr.Blocks`; the page renders the components at their places.
     """
@@ -43,15 +62,30 @@ class Desk:
             _check_vocabulary(vocabulary, pipe)
         self.levels = list(range(pipe.drawn_levels))
         names = [pipe.class_name(label) for label in pipe.classes]
-        self._stops, self._work = 0, threading.local()
+        self._work = threading.local()
+        self.tips: dict[str, str] = {}
         pipe.model.register_forward_pre_hook(self._check_stop)
-        self.bench = gr.State(Workbench())
+        self.seat = gr.State(Seat())
+        self.unsaved = gr.Markdown("", elem_id="unsaved", render=False)
         self.status = gr.Markdown(WELCOME, elem_id="status", render=False)
         self.history = gr.Markdown("no steps yet", render=False)
         self.label = gr.Dropdown(
-            names, value=names[0], label="Class (name or id)", allow_custom_value=True, scale=3, render=False
+            names,
+            value=names[0],
+            label="Class (name or id)",
+            allow_custom_value=True,
+            scale=3,
+            render=False,
+            **self.tip("class", "The class to draw; type to search by name or id."),
         )
-        self.join = gr.Radio(JOINS, value="replace", label="and then", scale=3, render=False)
+        self.join = gr.Radio(
+            JOINS,
+            value="replace",
+            label="and then",
+            scale=3,
+            render=False,
+            **self.tip("join", "How a new selection is combined with the one before."),
+        )
         self.board = gr.Image(
             show_label=False,
             interactive=False,
@@ -65,24 +99,38 @@ class Desk:
     @property
     def shows(self) -> list[Any]:
         """The components that `shown` and `take` return values for."""
-        return [self.bench, self.board, self.status, self.history]
+        return [self.board, self.status, self.history, self.unsaved]
 
-    def stop(self) -> str:
-        """End what is being drawn, at the next evaluation of the network. Returns the text for the status line."""
-        self._stops += 1
-        return "Stopped what was being drawn."
+    def tip(self, name: str, text: str) -> dict[str, Any]:
+        """The id of a control as an option of its component, with the tooltip that the page shows for it."""
+        self.tips[name] = text
+        return {"elem_id": name}
+
+    def stop(self, seat: Seat) -> str:
+        """End what this user is drawing or waits to draw, at the next evaluation of the network.
+
+        Returns the text for the status line.
+        """
+        if not seat.turn.locked():
+            return "Nothing is being drawn."
+        seat.stops += 1
+        return "Stopping what is being drawn."
 
     @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """What the network draws in this block ends when `stop` is called."""
-        self._work.stops = self._stops
-        try:
-            yield
-        finally:
-            del self._work.stops
+    def _turn(self, seat: Seat) -> Iterator[None]:
+        """Wait for the actions of this user before this one; what is drawn then ends when `stop` is called."""
+        stops, outer = seat.stops, getattr(self._work, "now", (None, 0))
+        with seat.turn:
+            self._work.now = seat, stops
+            try:
+                self._check_stop()
+                yield
+            finally:
+                self._work.now = outer
 
     def _check_stop(self, *unused: Any) -> None:
-        if getattr(self._work, "stops", self._stops) != self._stops:
+        seat, stops = getattr(self._work, "now", (None, 0))
+        if seat is not None and seat.stops != stops:
             raise UsageError("stopped: nothing was changed")
 
     def chosen(self, label: Any) -> str:
@@ -96,51 +144,61 @@ class Desk:
         event: Callable[..., Any],
         step: Callable[..., Workbench],
         inputs: Sequence[Any] = (),
-        done: str = "",
+        done: Done = "",
     ) -> None:
         """Take a step of the workbench at an event. If it raises, the page shows the error and does not change."""
 
-        def act(bench: Workbench, *values: Any) -> tuple[Any, ...]:
-            return self.take(lambda: step(bench, *values), bench, done)
+        def act(seat: Seat, *values: Any) -> tuple[Any, ...]:
+            return self.take(seat, lambda bench: step(bench, *values), done)
 
-        event(act, [self.bench, *inputs], self.shows)
+        event(act, [self.seat, *inputs], self.shows)
 
     def button(
         self,
         text: str,
         step: Callable[..., Workbench],
         inputs: Sequence[Any] = (),
-        done: str = "",
+        done: Done = "",
         **look: Any,
     ) -> None:
         """A button that takes a step, see `on`. look: options of `gr.Button`."""
         self.on(gr.Button(text, **look).click, step, inputs, done)
 
-    def attempt(self, work: Callable[[], tuple[Any, ...]], outputs: Sequence[Any]) -> tuple[Any, ...]:
+    def attempt(
+        self, seat: Seat, work: Callable[[Workbench], tuple[Any, ...]], outputs: Sequence[Any]
+    ) -> tuple[Any, ...]:
         """Values for `outputs`, of which the last is the status line; if `work` raises, only that line changes."""
         try:
-            with self._stoppable():
-                return work()
+            with self._turn(seat):
+                return work(seat.bench)
         except (TrainerError, OSError) as error:
             return (*[gr.skip()] * (len(outputs) - 1), f"{WARNING}{quoted(error)}")
 
-    def take(self, step: Callable[[], Workbench], before: Workbench, done: str = "") -> tuple[Any, ...]:
+    def take(self, seat: Seat, step: Callable[[Workbench], Workbench], done: Done = "") -> tuple[Any, ...]:
         """Values for `shows` after a step; if it raises, those before the step, with the error."""
         try:
-            with self._stoppable():
-                after = step()
+            with self._turn(seat):
+                before, seat.bench = seat.bench, step(seat.bench)
+                return self.shown(seat.bench, done if isinstance(done, str) else done(before, seat.bench))
         except (TrainerError, OSError) as error:
-            return self.shown(before, f"{WARNING}{quoted(error)}")
-        return self.shown(after, done)
+            return self.shown(seat.bench, f"{WARNING}{quoted(error)}")
 
     def shown(self, bench: Workbench, message: str = "") -> tuple[Any, ...]:
         """Values for `shows`."""
         if bench.trajectory is None:
-            return bench, None, message or WELCOME, "no steps yet"
+            return None, message or WELCOME, "no steps yet", ""
         picture = draw_board(bench.trajectory, bench.selection, bench.reference).picture
         lines = history_lines(bench.trajectory) or ["not edited"]
         steps = "\n".join(f"{number}. {quoted(line)}" for number, line in enumerate(lines, start=1))
-        return bench, picture, f"{message}  \n{_state_line(bench)}" if message else _state_line(bench), steps
+        said = f"{message}  \n{_state_line(bench)}" if message else _state_line(bench)
+        return picture, said, steps, UNSAVED if bench.is_unsaved else ""
+
+
+def what_was_undone(before: Workbench, after: Workbench) -> str:
+    """The message after an undo: the edit or drawing that is gone."""
+    lines, left = (history_lines(each.current()) for each in (before, after))
+    gone = [line for line, other in itertools.zip_longest(lines, left) if line and line != other]
+    return f"Undone: {quoted(gone[0])}." if gone else "Back to the trajectory that was open before."
 
 
 def _state_line(bench: Workbench) -> str:

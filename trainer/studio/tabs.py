@@ -9,13 +9,15 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.processing_utils import save_file_to_cache
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import without_nan, write_bytes
+from trainer.evaluation.definitions import term
 from trainer.evaluation.sweep import Kind, SweepConfig, summarise, summary_table, sweep
 from trainer.seeds import parse_seeds
 from trainer.studio.board import draw_board
-from trainer.studio.desk import Desk
+from trainer.studio.desk import UNSAVED, Desk, Seat
 from trainer.studio.folder import SUFFIX
 from trainer.studio.workbench import Join, Workbench, markdown_report
 from trainer.trajectories.edit import prototype
@@ -40,36 +42,69 @@ def edit_tab(desk: Desk) -> None:
             "**Features.** Select tokens and take their features; select other tokens and apply the features there."
         )
         with gr.Row():
-            desk.button("Take mean", partial(Workbench.take, how="mean"), done=TAKEN)
-            desk.button("Take token by token", partial(Workbench.take, how="tokens"), done=TAKEN)
+            tip = desk.tip("take", "Remember the mean of the selected tokens (key t).")
+            desk.button("Take mean", partial(Workbench.take, how="mean"), done=TAKEN, **tip)
+            tip = desk.tip("take-tokens", "Remember the selected tokens one by one.")
+            desk.button("Take token by token", partial(Workbench.take, how="tokens"), done=TAKEN, **tip)
         if desk.vocabulary is not None:
             with gr.Row(equal_height=True):
-                number = gr.Number(0, label="Prototype of the vocabulary", precision=0, minimum=0)
-                desk.button("Take prototype", partial(_take_prototype, desk), [number], TAKEN)
+                number = gr.Number(
+                    0,
+                    label="Prototype of the vocabulary",
+                    precision=0,
+                    minimum=0,
+                    **desk.tip("prototype", "Number of a prototype, as on the page of the vocabulary."),
+                )
+                tip = desk.tip("take-prototype", "Remember the features of this prototype.")
+                desk.button("Take prototype", partial(_take_prototype, desk), [number], TAKEN, **tip)
         strength = gr.Slider(
-            -1.0, 2.0, 1.0, step=0.05, label="Strength (0: no change, 1: the taken features)"
+            -1.0,
+            2.0,
+            1.0,
+            step=0.05,
+            label="Strength (0: no change, 1: the taken features)",
+            **desk.tip("strength", "How far tokens move to the taken features; below 0 they move away."),
         )
-        desk.button("Apply features", Workbench.apply_features, [strength], EDITED, variant="primary")
+        tip = desk.tip("apply", "Put the taken features into the selected tokens (key a).")
+        desk.button("Apply features", Workbench.apply_features, [strength], EDITED, variant="primary", **tip)
         gr.Markdown(
             "**Shape.** Merge the selected tokens into their neighbouring regions, or move the border of a region."
         )
         with gr.Row():
-            desk.button("Give to neighbours", Workbench.apply_shape, done=EDITED)
-            desk.button("Grow region", partial(Workbench.reshape_region, how="grow"), done=EDITED)
-            desk.button("Shrink region", partial(Workbench.reshape_region, how="shrink"), done=EDITED)
+            tip = desk.tip("give", "Merge each selected token into the region next to it.")
+            desk.button("Give to neighbours", Workbench.apply_shape, done=EDITED, **tip)
+            tip = desk.tip("grow-region", "Move the border of the selected region outwards by one token.")
+            desk.button("Grow region", partial(Workbench.reshape_region, how="grow"), done=EDITED, **tip)
+            tip = desk.tip("shrink-region", "Move the border of the selected region inwards by one token.")
+            desk.button("Shrink region", partial(Workbench.reshape_region, how="shrink"), done=EDITED, **tip)
         gr.Markdown("**Resume.** Levels up to the chosen one stay identical, bit for bit.")
         with gr.Row(equal_height=True):
-            level = gr.Radio([EDITED_LEVEL, *desk.levels[:-1]], value=EDITED_LEVEL, label="Keep levels up to")
-            seeds = gr.Textbox(label="Seeds of the other levels (empty: unchanged)", placeholder="7, or 1,2")
+            level = gr.Radio(
+                [EDITED_LEVEL, *desk.levels[:-1]],
+                value=EDITED_LEVEL,
+                label="Keep levels up to",
+                **desk.tip("keep", "This level and coarser ones stay; the finer ones are drawn again."),
+            )
+            seeds = gr.Textbox(
+                label="Seeds of the other levels (empty: unchanged)",
+                placeholder="7, or 1,2",
+                **desk.tip("resume-seeds", "One seed for all finer levels, or one for each."),
+            )
         desk.button(
-            "Resume", _resume, [level, seeds], "Drawn. Compare shows what changed.", variant="primary"
+            "Resume",
+            _resume,
+            [level, seeds],
+            "Drawn. Compare shows what changed.",
+            variant="primary",
+            **desk.tip("resume", "Draw the finer levels again from the kept ones (key r)."),
         )
         gr.Markdown("**Steps**")
         desk.history.render()
 
 
 def paint_tab(desk: Desk) -> None:
-    def picture(bench: Workbench, level: int) -> Any:
+    def picture(seat: Seat, level: int) -> Any:
+        bench = seat.bench
         if bench.trajectory is None:
             return None
         return draw_board(bench.trajectory, None, bench.reference).cell(level)
@@ -79,8 +114,9 @@ def paint_tab(desk: Desk) -> None:
         return bench.paint(np.maximum.reduce(layers) if layers else None, int(level), join)
 
     with gr.Tab("Paint"):
-        level = gr.Radio(desk.levels, value=min(1, desk.levels[-1]), label="Level")
-        show = gr.Button("Show the level")
+        tip = desk.tip("paint-level", "The level whose tokens are painted.")
+        level = gr.Radio(desk.levels, value=min(1, desk.levels[-1]), label="Level", **tip)
+        show = gr.Button("Show the level", **desk.tip("show-level", "Bring the picture of this level here."))
         editor = gr.ImageEditor(
             label="Paint over the tokens to select",
             type="numpy",
@@ -90,50 +126,82 @@ def paint_tab(desk: Desk) -> None:
             brush=gr.Brush(default_size=24, colors=["#ff2d2d"], color_mode="fixed"),
             canvas_size=(448, 448),
             fixed_canvas=True,
+            elem_id="painting",
         )
-        show.click(picture, [desk.bench, level], editor)
-        desk.button("Use painting", paint, [editor, level, desk.join], variant="primary")
+        show.click(picture, [desk.seat, level], editor)
+        tip = desk.tip("use-painting", "Select the tokens under the paint.")
+        desk.button("Use painting", paint, [editor, level, desk.join], variant="primary", **tip)
 
 
 def compare_tab(desk: Desk) -> None:
     def show(bench: Workbench) -> tuple[Any, ...]:
         picture, rows = bench.comparison()
-        return np.asarray(picture), _frame(rows, COMPARED), "Compared with the pinned trajectory."
+        assert bench.reference is not None  # `comparison` has refused a bench without one
+        before, after = (
+            draw_board(each, None, bench.reference).cell(each.num_levels - 1)
+            for each in (bench.reference, bench.current())
+        )
+        return (
+            gr.ImageSlider((before, after), visible=True),
+            gr.Image(np.asarray(picture), visible=True),
+            gr.Dataframe(_frame(rows, COMPARED), visible=True),
+            "Compared with the pinned trajectory.",
+        )
 
     with gr.Tab("Compare"):
         gr.Markdown("Compares with the trajectory as it was generated, loaded, or last pinned.")
         with gr.Row():
             done = "Pinned: comparisons are with this trajectory from now on."
-            desk.button("Pin this one", Workbench.pin, done=done)
-            compare = gr.Button("Compare", variant="primary")
+            tip = desk.tip("pin", "Compare with the trajectory as it is now from here on.")
+            desk.button("Pin this one", Workbench.pin, done=done, **tip)
+            tip = desk.tip("compare", "Show what changed since the pinned trajectory.")
+            compare = gr.Button("Compare", variant="primary", **tip)
+        slider = gr.ImageSlider(
+            label="Finest level before | after: drag the divider",
+            interactive=False,
+            format="png",
+            elem_id="slider",
+            visible=False,
+        )
         sheet = gr.Image(
             show_label=False,
             interactive=False,
             format="png",
             elem_id="comparison",
+            visible=False,
             alt_text="Canvases before and after, and the change of each token",
         )
         table = gr.Dataframe(
-            label="Numbers by level; LIS is the mean 1 − cos outside the edit",
+            label="Changes by level: mean 1 − cosine of tokens",
+            wrap=True,
             interactive=False,
             elem_id="scores",
+            visible=False,
         )
-        outputs = [sheet, table, desk.status]
-        compare.click(lambda bench: desk.attempt(partial(show, bench), outputs), [desk.bench], outputs)
+        outputs = [slider, sheet, table, desk.status]
+        compare.click(lambda seat: desk.attempt(seat, show, outputs), [desk.seat], outputs)
 
 
 def sweep_tab(desk: Desk) -> None:
     with gr.Tab("Sweep"):
         gr.Markdown(SWEEP_TEXT)
-        kind = gr.Radio(["features", "shape"], value="features", label="Edit")
-        seeds = gr.Textbox("0-3", label="Seeds")
-        levels = gr.CheckboxGroup(desk.levels[:-1], value=[min(1, desk.levels[-1])], label="Levels to edit")
-        strengths = gr.Textbox("0.5,1", label="Strengths")
-        run = gr.Button("Run the sweep", variant="primary")
-        table = gr.Dataframe(label="Mean ± half the 95 % interval over seeds", interactive=False)
+        tip = desk.tip("sweep-kind", "Change features, or grow the region.")
+        kind = gr.Radio(["features", "shape"], value="features", label="Edit", **tip)
+        seeds = gr.Textbox("0-3", label="Seeds", **desk.tip("sweep-seeds", "Such as 0-3 or 0,5,9."))
+        tip = desk.tip("sweep-levels", "Levels that are edited, one after the other.")
+        levels = gr.CheckboxGroup(
+            desk.levels[:-1], value=[min(1, desk.levels[-1])], label="Levels to edit", **tip
+        )
+        tip = desk.tip("sweep-strengths", "Strengths of the edit, such as 0.5,1.")
+        strengths = gr.Textbox("0.5,1", label="Strengths", **tip)
+        tip = desk.tip("run-sweep", "Draw and measure all of them; Stop ends it.")
+        run = gr.Button("Run the sweep", variant="primary", **tip)
+        table = gr.Dataframe(
+            label="Mean ± half the 95 % interval over seeds", interactive=False, visible=False
+        )
 
         def go(
-            bench: Workbench,
+            seat: Seat,
             label: str,
             kind: Kind,
             seeds: str,
@@ -141,7 +209,7 @@ def sweep_tab(desk: Desk) -> None:
             strengths: str,
             progress: Any = gr.Progress(),
         ) -> tuple[Any, ...]:
-            def swept() -> tuple[Any, ...]:
+            def swept(bench: Workbench) -> tuple[Any, ...]:
                 config = SweepConfig(
                     labels=(desk.pipe.label_id(desk.chosen(label)),),
                     seeds=tuple(parse_seeds(seeds)),
@@ -160,46 +228,80 @@ def sweep_tab(desk: Desk) -> None:
                         "no edit was possible: choose levels, and for shapes a region that can grow"
                     )
                 shown = summary_table(summarise(rows))
-                return _frame(shown, list(shown[0])), f"Seeds swept: {len(config.seeds)}."
+                filled = gr.Dataframe(_frame(shown, list(shown[0])), visible=True)
+                return filled, f"Seeds swept: {len(config.seeds)}."
 
-            return desk.attempt(swept, outputs)
+            return desk.attempt(seat, swept, outputs)
 
         outputs = [table, desk.status]
-        run.click(go, [desk.bench, desk.label, kind, seeds, levels, strengths], outputs)
+        run.click(go, [desk.seat, desk.label, kind, seeds, levels, strengths], outputs)
 
 
-def files_tab(desk: Desk) -> None:
+def files_tab(desk: Desk) -> gr.Dropdown:
+    """The list of saved trajectories is returned, since the page reads the folder again when it is loaded."""
     with gr.Tab("Files"):
         gr.Markdown(f"All files are saved in `{desk.folder.root.name}/`.")
-        name = gr.Textbox("trajectory", label="Name")
+        tip = desk.tip("file-name", "Name of the files, without folder and ending.")
+        name = gr.Textbox("trajectory", label="Name", **tip)
         with gr.Row():
             writers = (
                 (
-                    gr.Button("Save", variant="primary"),
+                    gr.Button("Save", variant="primary", **desk.tip("save", "Write a file to load again.")),
                     SUFFIX,
                     lambda bench, path: bench.current().save(path),
                 ),
-                (gr.Button("Export HTML"), ".html", lambda bench, path: bench.current().to_html(path)),
-                (gr.Button("Export report (Markdown)"), ".md", _write_report),
+                (
+                    gr.Button("Export HTML", **desk.tip("export", "Write a page that opens in any browser.")),
+                    ".html",
+                    lambda bench, path: bench.current().to_html(path),
+                ),
+                (
+                    gr.Button(
+                        "Export report (Markdown)", **desk.tip("report", "Write its edits and numbers.")
+                    ),
+                    ".md",
+                    _write_report,
+                ),
             )
-        saved = gr.Dropdown(desk.folder.names(), label="Saved trajectories", elem_id="saved")
+        tip = desk.tip("download", "Copy the file that was written or chosen last to your own machine.")
+        download = gr.DownloadButton("Download", visible=False, **tip)
+        tip = desk.tip("saved", "Trajectories in the folder of the studio.")
+        saved = gr.Dropdown(desk.folder.names(), label="Saved trajectories", **tip)
         with gr.Row():
-            desk.button("Load", partial(_load, desk), [saved], "Loaded.")
-            gr.Button("Refresh list").click(lambda: gr.Dropdown(desk.folder.names()), None, saved)
-        outputs = [saved, desk.status]
+            tip = desk.tip("load", "Open the chosen trajectory in place of the one on the board.")
+            desk.button("Load", partial(_load, desk), [saved], "Loaded.", **tip)
+            refresh = gr.Button("Refresh list", **desk.tip("refresh", "Read the folder again."))
+            refresh.click(lambda: gr.Dropdown(desk.folder.names()), None, saved)
+
+        def offered(path: Path) -> gr.DownloadButton:
+            """The button for a file, of which Gradio serves a copy; the folder itself is not served."""
+            return gr.DownloadButton(
+                f"Download {path.name}", save_file_to_cache(path, download.GRADIO_CACHE), visible=True
+            )
+
+        def choose(seat: Seat, name: str | None) -> tuple[Any, ...]:
+            outputs = [download, desk.status]
+            return desk.attempt(
+                seat, lambda bench: (offered(desk.folder.trajectory(name)), gr.skip()), outputs
+            )
+
+        saved.input(choose, [desk.seat, saved], [download, desk.status])
+        outputs = [saved, download, desk.unsaved, desk.status]
         for button, suffix, write in writers:
 
-            def save(
-                bench: Workbench, name: str, suffix: str = suffix, write: Any = write
-            ) -> tuple[Any, ...]:
-                def written() -> tuple[Any, ...]:
+            def save(seat: Seat, name: str, suffix: str = suffix, write: Any = write) -> tuple[Any, ...]:
+                def written(bench: Workbench) -> tuple[Any, ...]:
                     path = desk.folder.path(name, suffix)
                     write(bench, path)
-                    return gr.Dropdown(desk.folder.names()), f"Wrote `{path.name}`."
+                    if suffix == SUFFIX:
+                        seat.bench = bench.saved()
+                    mark = UNSAVED if seat.bench.is_unsaved else ""
+                    return gr.Dropdown(desk.folder.names()), offered(path), mark, f"Wrote `{path.name}`."
 
-                return desk.attempt(written, outputs)
+                return desk.attempt(seat, written, outputs)
 
-            button.click(save, [desk.bench, name], outputs)
+            button.click(save, [desk.seat, name], outputs)
+    return saved
 
 
 def _take_prototype(desk: Desk, bench: Workbench, number: float | None) -> Workbench:
@@ -238,6 +340,6 @@ def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[st
 
     names = [name for name in columns if name in rows[0]]
     return {
-        "headers": names,
+        "headers": [str(term(name)) for name in names],
         "data": [[text(row[name]) for name in names] for row in without_nan(list(rows))],
     }

@@ -29,6 +29,8 @@ Join = Literal["replace", "add", "remove", "intersect"]
 """How a new selection is combined with the one before."""
 
 
+MOST_EARLIER = 10
+"""Opened trajectories that undo can lead back to."""
 MARKS = re.compile(r"([\\`*_{}\[\]()#|!~$&])")
 """Characters that Markdown reads as marks; all but `<`, which is written as an entity."""
 
@@ -47,10 +49,36 @@ class Workbench:
     """Where `source` comes from, shown to the user."""
     undone: tuple[Trajectory, ...] = ()
     """Steps that redo can repeat, in the order they were undone."""
+    kept: Trajectory | None = None
+    """The trajectory as it was opened or last saved; what differs from it is not saved."""
+    earlier: tuple[Workbench, ...] = ()
+    """What was on the bench before other trajectories were opened, so that undo leads back to it."""
 
     def open(self, trajectory: Trajectory) -> Workbench:
         """Start with a generated or loaded trajectory; taken features are kept."""
-        return replace(self, trajectory=trajectory, reference=trajectory, selection=None, undone=())
+        before = () if self.trajectory is None else (replace(self, earlier=()),)
+        return replace(
+            self,
+            trajectory=trajectory,
+            reference=trajectory,
+            selection=None,
+            undone=(),
+            kept=trajectory,
+            earlier=(*self.earlier, *before)[-MOST_EARLIER:],
+        )
+
+    def saved(self) -> Workbench:
+        """Note that the current trajectory is in a file now."""
+        return replace(self, kept=self.current())
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether the trajectory has edits that are in no file."""
+        return (
+            self.trajectory is not None
+            and self.kept is not None
+            and self.trajectory.history != self.kept.history
+        )
 
     def current(self) -> Trajectory:
         """The trajectory. Raises UsageError if there is none."""
@@ -169,8 +197,11 @@ class Workbench:
         return self._step(trajectory.resume(level, seeds))
 
     def undo(self) -> Workbench:
-        """Undo the last edit or resume."""
+        """Undo the last edit or resume; before the first one, go back to the trajectory that was open before."""
         before = self.current()
+        if not before.replaced and self.earlier:
+            *others, last = self.earlier
+            return replace(last, earlier=tuple(others), source=self.source, taken_from=self.taken_from)
         return replace(self, trajectory=before.undo(), undone=(*self.undone, before))
 
     def redo(self) -> Workbench:

@@ -190,9 +190,9 @@ def _draw_scale(sheet: Image.Image, most: float, top: int) -> None:
     draw.text((SIDE_PX, top + 16), "0", INK, font=font)
     if most > 0:
         draw.text((right, top + 16), f"{most:.3g}", INK, font=font, anchor="ra")
-        unit = "1 − cosine"
+        unit = "1 - cosine"
     else:
-        unit = "1 − cosine; nothing changed"
+        unit = "1 - cosine; nothing changed"
     draw.text((right + 2 * GAP_PX, top), unit, INK, font=font)
 
 

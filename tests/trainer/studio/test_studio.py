@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import re
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def page(browser: Any, studio: tuple[str, Path]) -> Iterator[Any]:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(studio[0])
-    page.get_by_role("button", name="Generate").wait_for()
+    says(page, "This is a first trajectory")
     yield page
     page.close()
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {studio[0].split("/")[2]}
@@ -86,7 +87,8 @@ def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, 
     page.get_by_role("button", name="Compare", exact=True).click()
     says(page, "Compared with the pinned trajectory.")
     page.locator("#comparison img").wait_for()
-    page.locator("#scores").get_by_text("changed_share").first.wait_for(state="attached")
+    page.locator("#slider img").first.wait_for()
+    page.locator("#scores").get_by_text("share of tokens changed").first.wait_for(state="attached")
     page.get_by_role("tab", name="Files").click()
     fill(page, "Name", "../escape")
     page.get_by_role("button", name="Save", exact=True).click()
@@ -99,8 +101,13 @@ def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, 
     ):
         page.get_by_role("button", name=button, exact=True).click()
         says(page, f"mine.{suffix}")
+    with page.expect_download() as downloaded:
+        page.get_by_role("button", name="Download mine.md").click()
+    assert Path(downloaded.value.path()).read_bytes() == (folder / "mine.md").read_bytes()
     page.get_by_role("button", name="Undo").click()
-    page.get_by_role("button", name="Undo").click()
+    says(page, "Undone: drew the levels after 1 again")
+    page.locator("body").press("u")
+    says(page, "Undone: replaced the features of 1 token")
     kept = Trajectory.load(folder / "mine.safetensors")
     assert [entry["edit"] for entry in kept.history] == ["features", "resume"]
     fresh = tiny_pipeline()(label="ant", seed=0)
@@ -108,9 +115,13 @@ def test_generate_edit_resume_compare_save_reload(page: Any, studio: tuple[str, 
     assert (kept.levels[1] != fresh.levels[1]).any(dim=-1).nonzero().tolist() == [[5, 4]]
     assert "<html" in (folder / "mine.html").read_text()
     assert "1. replaced the features of 1 token" in (folder / "mine.md").read_text()
+    page.get_by_text("● not saved").wait_for()
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
     page.reload()
+    assert asked == ["beforeunload"]
+    says(page, "This is a first trajectory")
     page.get_by_role("tab", name="Files").click()
-    page.get_by_role("button", name="Refresh list").click()
     page.locator("#saved input").click()
     page.get_by_role("option", name="mine").click()
     page.get_by_role("button", name="Load", exact=True).click()
@@ -140,6 +151,53 @@ def test_a_sweep_has_its_baselines(page: Any) -> None:
     says(page, "strengths are 'much', expected numbers")
 
 
+def test_a_drawing_is_cancelled_while_another_user_works(page: Any, browser: Any, studio: Any) -> None:
+    from playwright.sync_api import TimeoutError
+
+    other = browser.new_page(viewport={"width": 390, "height": 844})
+    other.goto(studio[0])
+    says(other, "This is a first trajectory")
+    assert other.evaluate("document.documentElement.scrollWidth") <= 390
+    steps = page.get_by_label("Steps per level")
+    steps.fill("1000")
+    steps.press("Tab")
+    page.get_by_label("Seed", exact=True).fill("5")
+    page.get_by_role("button", name="Generate").click()
+    other.get_by_label("Seed", exact=True).fill("7")
+    other.get_by_role("button", name="Generate").click()
+    stopped = page.locator("#status").get_by_text("stopped: nothing was changed")
+    for _ in range(20):  # the drawing may not have begun when Stop is first pressed
+        page.get_by_role("button", name="Stop").click()
+        try:
+            stopped.wait_for(timeout=1000)
+            break
+        except TimeoutError:
+            continue
+    says(page, "stopped: nothing was changed")
+    says(page, "seed 0")
+    says(other, "ant, seed 7")
+    other.close()
+
+
+def test_every_control_has_a_tooltip_and_fits_its_box(page: Any) -> None:
+    names = page.evaluate(
+        """[...document.querySelectorAll('.gradio-container button.lg, .gradio-container button.sm')]
+           .filter(b => b.offsetParent && b.textContent.trim() && !b.closest('[title]'))
+           .map(b => b.textContent.trim())"""
+    )
+    assert names == []
+    for width in (390, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 900})
+        out = page.evaluate(
+            """[...document.querySelectorAll('input[type=range]')].filter(input => {
+                const own = input.getBoundingClientRect(), box = input.closest('.block').getBoundingClientRect();
+                return own.width && (own.left < box.left || own.right > box.right);
+            }).length"""
+        )
+        assert out == 0, width
+    assert not page.locator("#scores, #comparison, #slider").first.is_visible()
+
+
 def test_the_studio_answers_on_this_machine_alone(studio: tuple[str, Path]) -> None:
     assert studio[0].startswith("http://127.0.0.1:")
 
@@ -160,7 +218,7 @@ def test_requests_of_other_names_and_sites_are_refused(
 
 def test_what_has_no_bound_is_refused_and_work_can_be_stopped(tmp_path: Path) -> None:
     from trainer.studio.app import build_studio
-    from trainer.studio.desk import Desk
+    from trainer.studio.desk import Desk, Seat
     from trainer.studio.folder import StudioFolder
     from trainer.studio.workbench import Workbench
 
@@ -168,15 +226,19 @@ def test_what_has_no_bound_is_refused_and_work_can_be_stopped(tmp_path: Path) ->
     steps = {fn.name: fn.fn for fn in build_studio(pipe, tmp_path).fns.values()}
     assert {"act", "stop"} <= set(steps)
     desk = Desk(pipe, StudioFolder(tmp_path), None)
+    mine, other = Seat(), copy.deepcopy(desk.seat.value)
     for empty in (None, "", []):
-        assert "no class is chosen" in desk.take(lambda value=empty: desk.chosen(value), Workbench())[2]
+        assert "no class is chosen" in desk.take(mine, lambda _, value=empty: desk.chosen(value))[1]
 
-    def drawn() -> Workbench:
-        desk.stop()  # as the button does, from another thread
-        return Workbench().open(pipe(0, 0, num_steps=5))
+    def drawn(bench: Workbench) -> Workbench:
+        desk.stop(mine)  # as the button does, from another thread
+        assert desk.take(other, lambda bench: bench.open(pipe(1, 0)))[1].startswith("**bee**")
+        return bench.open(pipe(0, 0, num_steps=5))
 
-    bench, _, said, _ = desk.take(drawn, Workbench())
-    assert (bench.trajectory, said) == (None, "⚠ stopped: nothing was changed")
+    _, said, _, _ = desk.take(mine, drawn)
+    assert (mine.bench.trajectory, said) == (None, "⚠ stopped: nothing was changed")
+    assert other.bench.current().label == 1  # neither stopped by another user nor waiting for one
+    assert desk.stop(mine) == "Nothing is being drawn."
     assert pipe(0, 0).label == 0  # outside of the page nothing is stopped
 
 

@@ -158,3 +158,16 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         folder.trajectory("away")
     with pytest.raises(UsageError, match=r"no trajectory 'other' in .*, found away"):
         folder.trajectory("other")
+
+
+def test_what_is_not_saved_is_known_and_opening_can_be_undone(
+    bench: Workbench, pipe: TrajectoryPipeline
+) -> None:
+    assert not bench.is_unsaved
+    edited = bench.click(1, 3, 2).take().apply_features(0.5)
+    assert edited.is_unsaved
+    assert not edited.undo().is_unsaved
+    assert not edited.saved().is_unsaved
+    other = edited.open(pipe(label="ant", seed=0))
+    assert other.undo().current() is edited.current()
+    assert other.undo().is_unsaved

@@ -1,0 +1,88 @@
+"""What the page of the studio does in the browser itself: tooltips, keys, and a warning before work is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+KEYS = {
+    "g": "generate",
+    "t": "take",
+    "a": "apply",
+    "r": "resume",
+    "u": "undo",
+    "y": "redo",
+    "Escape": "stop",
+}
+"""Key → the button that it presses, by its id; not while a text is typed."""
+KEYS_TEXT = (
+    "**g** generate · **t** take mean · **a** apply features · **r** resume · **u** undo · **y** redo · **Esc** stop. "
+    "The boxes below select a token without a mouse; the choices above say how."
+)
+LEAVING = "The edits of this trajectory are not saved. Go on without them?"
+SCRIPT = """() => {
+  if (window.studioIsReady) return;
+  window.studioIsReady = true;
+  const tips = %(tips)s, keys = %(keys)s;
+  const unsaved = () => Boolean(document.querySelector("#unsaved")?.textContent.trim());
+  const dress = () => {
+    for (const [id, text] of Object.entries(tips)) {
+      const place = document.getElementById(id);
+      if (!place || place.title === text) continue;
+      place.title = text;
+      const controls = place.matches("button") ? [place] : place.querySelectorAll("input, textarea");
+      controls.forEach((control) => control.setAttribute("aria-description", text));
+    }
+    const status = document.getElementById("status");
+    if (!status) return;
+    status.setAttribute("role", "status");
+    status.classList.toggle("warning", status.textContent.trim().startsWith("⚠"));
+  };
+  let planned = false;
+  const plan = () => {
+    if (planned) return;
+    planned = true;
+    requestAnimationFrame(() => { planned = false; dress(); });
+  };
+  new MutationObserver(plan).observe(document.body, { childList: true, subtree: true, characterData: true });
+  dress();
+  addEventListener("beforeunload", (event) => { if (unsaved()) event.preventDefault(); });
+  document.addEventListener("click", (event) => {
+    if (!event.target.closest("#generate, #load") || !unsaved() || confirm(%(leaving)s)) return;
+    event.stopPropagation();
+    event.preventDefault();
+  }, true);
+  const typed = "textarea, select, [contenteditable=true], input:not([type=radio], [type=checkbox], [type=range])";
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys) || event.target.closest(typed)) return;
+    const button = document.getElementById(keys[event.key]);
+    if (!button) return;
+    event.preventDefault();
+    button.click();
+  });
+}"""
+CSS = """
+#board img {cursor: crosshair}
+#board, #comparison, #slider {min-width: 0}
+.gradio-container {padding-bottom: 120px !important}
+.gradio-container input[type=range] {min-width: 0; max-width: 100%}
+.gradio-container input[type=number] {min-width: 3.5rem}
+#header h1 {margin: 0; font-size: 1.5rem; letter-spacing: -0.015em}
+#header p {margin: 0.15rem 0 0; overflow-wrap: anywhere}
+#unsaved {color: #b45309; font-weight: 600}
+.dark #unsaved {color: #fbbf24}
+#unsaved * {color: inherit !important}
+#status {position: fixed; left: 50%; bottom: 14px; translate: -50% 0; z-index: 60; width: max-content;
+  max-width: min(94vw, 760px); padding: 10px 18px; border-radius: 10px; background: #1d1f25; color: #f5f5f2;
+  box-shadow: 0 4px 18px rgb(0 0 0 / 0.35); pointer-events: none; overflow-wrap: anywhere}
+#status.warning {background: #7c2412}
+#status * {color: inherit !important}
+#status p {margin: 0}
+:focus-visible {outline: 2px solid #4f6bed !important; outline-offset: 2px}
+"""
+"""Messages are a bar that is fixed to the lower edge of the window, so they are in view wherever one has scrolled."""
+
+
+def script(tips: Mapping[str, str]) -> str:
+    """The function that the page calls when it is loaded. tips: tooltip of each control by its id."""
+    return SCRIPT % {"tips": json.dumps(tips), "keys": json.dumps(KEYS), "leaving": json.dumps(LEAVING)}
