@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import io
 import json
 import multiprocessing
@@ -609,7 +610,7 @@ def vocabulary(bench: Bench) -> None:
     for engine, package in (("faiss", "faiss"), ("cuml", "cuml"), ("flash", "flash_kmeans")):
         name = f"kmeans: {package}, ten iterations of the same"
         with bench.attempt(name):
-            __import__(package)
+            importlib.import_module(package)
             if engine == "flash":
                 from flash_kmeans import batch_kmeans_Euclid
 

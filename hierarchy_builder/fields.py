@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -162,6 +163,10 @@ SHOWN_CHARACTERS = 70
 """A value of a configuration that is longer is shortened where two are compared."""
 
 
+BEFORE_DIFFERENCE = 20
+"""Characters of two long texts that are shown before the first that differs."""
+
+
 def difference(name: str, before: Any, now: Any) -> str:
     """One line about a field that differs: both values, or of long ones the first place where they differ."""
     texts = [each if len(each) <= SHOWN_CHARACTERS else "" for each in (repr(before), repr(now))]
@@ -175,6 +180,9 @@ def difference(name: str, before: Any, now: Any) -> str:
             return f"{name}: {len(before):,} values there, {len(now):,} values now"
         first = next(place for place, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
         return difference(f"{name}[{first}]", before[first], now[first])
+    if isinstance(before, str) and isinstance(now, str):  # paths, of which the ends differ
+        same = len(os.path.commonprefix([before, now])[:-BEFORE_DIFFERENCE])
+        before, now = (f"…{each[same : same + SHOWN_CHARACTERS]}" if same else each for each in (before, now))
     shown = [text or _shortly(value) for text, value in zip(texts, (before, now), strict=True)]
     return f"{name}: {shown[0]} there, {shown[1]} now"
 
@@ -184,7 +192,8 @@ def _shortly(value: Any) -> str:
         return f"{len(value):,} fields ({', '.join(map(str, list(value)[:4]))}{', …' * (len(value) > 4)})"
     if isinstance(value, list | tuple):
         return f"{len(value):,} values"
-    return f"{repr(value)[:SHOWN_CHARACTERS]}…"
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS + 3 else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def require(condition: bool, message: str) -> None:

@@ -90,7 +90,12 @@ def about(pipe: TrajectoryPipeline) -> str:
     if folder:
         where = [name for name in Path(folder).parts[-3:] if name != "checkpoints"]
         parts.insert(0, f"model {quoted(' / '.join(where))}")
-        parts.insert(1, f"weights {quoted(pipe.weights.get('ema', 'raw'))}")
+        half_life = pipe.weights.get("ema", "raw")
+        raw, averaged = (
+            "raw weights",
+            f"weights averaged with a half-life of {quoted(half_life)} thousand images",
+        )
+        parts.insert(1, raw if half_life == "raw" else averaged)
         try:
             config = checkpoint.load_state(Path(folder)).config
         except (TrainerError, OSError):  # moved since it was loaded

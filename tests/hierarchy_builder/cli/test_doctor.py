@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,10 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_folder_that_cannot_be_written_blocks() -> None:
-    ended = cli("trainer", "doctor", "/proc/no/such")
+    ended = cli("trainer", "doctor", "/proc/no/such", "--json")
     assert ended.code == 1
-    assert "BLOCKS: /proc cannot be written" in ended.out
+    found = {row["check"]: row for row in json.loads(ended.out)}
+    assert "/proc cannot be written" in found["file locks"]["found"]
     assert "will stop commands: file locks" in ended.err
 
 

@@ -152,7 +152,7 @@ def test_retry_after_repair_equals_a_fresh_build(
     encoded_images = []
     monkeypatch.setattr(
         "hierarchy_builder.encoders.encoding.encode",
-        lambda encoder, images: encoded_images.append(len(images)) or encoder.encode(images),
+        lambda encoder, images, **how: encoded_images.append(len(images)) or encoder.encode(images),
     )
     summaries = steps.build(folder, str(photos), PLAN, SESSION, retry_failed=True)
     assert sum(encoded_images) == 2, "only what had failed is encoded"

@@ -152,7 +152,7 @@ def test_the_command_says_what_it_would_cost(no_gpu: None, picture_shards: str) 
         assert found["hours_are"].startswith("measured: ")
         assert found["hours"] > 0
         assert found["epochs"] == pytest.approx(found["total_images"] / 24, abs=0.01)
-    assert "trains this" in trainer("presets", "--suggest", picture_shards).err
+    assert "next: trainer train" in trainer("presets", "--suggest", picture_shards).err
     refused = trainer("presets", "--method", "latent-forcing", code=2)
     assert "--method is for --suggest" in refused.err
 

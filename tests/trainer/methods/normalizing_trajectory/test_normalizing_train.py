@@ -248,7 +248,7 @@ def test_the_flow_that_pulls_stays_the_one_of_the_start(shards: str, flow_run: P
     newest = saved.find_checkpoint(source)
     shutil.copytree(newest, newest.with_name("step-00009999"))
     longer = dataclasses.replace(config, total_images=32)
-    with pytest.raises(MismatchError, match=rf"init_from: '{newest}' there, .*step-00009999' now"):
+    with pytest.raises(MismatchError, match=rf"init_from: '….*{newest.name}' there, '….*step-00009999' now"):
         room.train(longer, shards, str(tmp_path / "run"), quiet=True)
     room.train(dataclasses.replace(longer, init_from=str(newest)), shards, str(tmp_path / "run"), quiet=True)
 
