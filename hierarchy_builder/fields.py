@@ -181,7 +181,7 @@ def difference(name: str, before: Any, now: Any) -> str:
         first = next(place for place, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
         return difference(f"{name}[{first}]", before[first], now[first])
     if isinstance(before, str) and isinstance(now, str):  # paths, of which the ends differ
-        same = len(os.path.commonprefix([before, now])[:-BEFORE_DIFFERENCE])
+        same = len(os.path.commonprefix([before, now])[:-BEFORE_DIFFERENCE])  # noqa: RUF071 (of any text)
         before, now = (f"…{each[same : same + SHOWN_CHARACTERS]}" if same else each for each in (before, now))
     shown = [text or _shortly(value) for text, value in zip(texts, (before, now), strict=True)]
     return f"{name}: {shown[0]} there, {shown[1]} now"
