@@ -221,8 +221,14 @@ class ShardConfig:
     """Also store the level canvases (float16), for readers that cannot build them."""
     covariance: bool = field(default=False, metadata=EXECUTION)
     """Also compute the covariance of the channels, for statistics.npz; the tars are the same without it."""
+    licence: str | None = field(default=None, metadata=EXECUTION)
+    """Licence of the photographs for the dataset card, such as cc-by-4.0; without it the card says unknown."""
 
     def __post_init__(self) -> None:
+        require(
+            self.licence is None or bool(self.licence.strip() and self.licence.isprintable()),
+            f"licence is {self.licence!r}, expected a name on one line, such as cc-by-4.0",
+        )
         require(self.samples_per_shard >= 1, f"samples_per_shard is {self.samples_per_shard}, expected ≥ 1")
         require(
             self.shard_bytes is None or self.shard_bytes >= 10_000,

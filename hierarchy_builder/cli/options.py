@@ -79,7 +79,7 @@ SHARDS = grouped(
         **flags(
             ShardConfig, "samples_per_shard", "shard_bytes", "feature_dtype", images="--images/--no-images"
         ),
-        **flags(ShardConfig, "image_px", "canvases", "covariance"),
+        **flags(ShardConfig, "image_px", "canvases", "covariance", "licence"),
     },
 )
 PUBLISH = grouped(

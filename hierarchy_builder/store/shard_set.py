@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hierarchy_builder.files import (
     write_json,
     write_sealed_json,
 )
+from hierarchy_builder.images.listings import in_text_order
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,
@@ -50,6 +52,9 @@ SUCCESS = "_SUCCESS"
 ABOUT = ("index.json", "class_map.json", "statistics.npz", "vocabulary.npz", "README.md")
 """Files beside the tars, whose SHA-256 `_SUCCESS` holds."""
 
+UNFOLDED_CLASSES = 20
+"""Classes that the card lists openly; more are folded."""
+
 
 def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> None:
     """Write the files of the whole set when all tars are finished. results: the markers of the tars, in order."""
@@ -59,17 +64,16 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
     if config.feature_dtype == "int8":
         index["quantisation"] = _quantisation(folder, index["recipe"])
     write_json(shards / "index.json", index)
-    write_json(
-        shards / "class_map.json",
-        stage_entry(folder, "extract").get("class_map") or read_json(folder.class_map),
-    )
+    ids = stage_entry(folder, "extract").get("class_map") or read_json(folder.class_map)
+    write_json(shards / "class_map.json", ids)
     joint = dataset_joint_moments(folder) if config.covariance else None
     write_statistics(shards / "statistics.npz", dataset_moments(folder), joint)
     if index["vocabulary"]:
         write_bytes(shards / folder.vocabulary.name, fitted_vocabulary(folder).read_bytes())
     else:
         folder.remove(shards / folder.vocabulary.name)
-    write_bytes(shards / "README.md", card_of(index).encode())
+    if not has_earlier_card(shards, index):
+        write_bytes(shards / "README.md", card_of(index, ids).encode())
     write_success(shards, index["num_samples"])
 
 
@@ -168,6 +172,7 @@ def index_of(
         "vocabulary": _vocabulary_sizes(folder),
         "config_hash": stage_entry(folder, "shard")["hash"],
         **({"image_px": config.image_px} if config.image_px is not None else {}),
+        **({"licence": config.licence} if config.licence is not None else {}),
     }
 
 
@@ -182,8 +187,17 @@ def _vocabulary_sizes(folder: BuildFolder) -> list[int] | None:
     return stages["vocabulary"]["inputs"]["config"]["sizes"] if "link" in stages else None
 
 
-def card_of(index: Mapping[str, Any]) -> str:
-    """Return the dataset card, which depends on index.json alone."""
+def has_earlier_card(shards: Path, index: Mapping[str, Any]) -> bool:
+    """Whether the card is the one that an earlier release wrote for this index, which stays as it is."""
+    card = shards / "README.md"
+    return card.is_file() and "licence" not in index and card.read_bytes() == card_of(index).encode()
+
+
+def card_of(index: Mapping[str, Any], class_map: Mapping[str, int] | None = None) -> str:
+    """Return the dataset card, which follows from index.json and class_map.json.
+
+    Without class_map it is the card of an earlier release: no licence, no classes, nothing on how to read it.
+    """
     encoder, levels = index["encoder"], index["num_levels"]
     height, width = index["grid"]
     features = f"| `features.npy` | {index['feature_dtype']} [{height}, {width}, {index['width']}] |"
@@ -193,7 +207,12 @@ def card_of(index: Mapping[str, Any]) -> str:
     prototypes = "" if sizes is None else f", prototype of each part (of {sizes[-1]:,} in `vocabulary.npz`)"
     size = f", of {index['image_px']} px a side" if "image_px" in index else ""
     total = sum(entry["filesize"] for entry in index["shardlist"])
+    licence = index.get("licence", "unknown")
+    use, licensed = "", ""
+    if class_map is not None:
+        use, licensed = _use_of(index, class_map), f"Licence: {licence}. "
     head = {
+        **({} if class_map is None else {"license": licence}),
         "pretty_name": f"Teacher hierarchies ({encoder['name']})",
         "task_categories": ["unconditional-image-generation", "image-segmentation"],
         "size_categories": [_size_category(index["num_samples"])],
@@ -222,14 +241,64 @@ themselves.
 | `regions.npy` | uint8 [{levels - 1}, {height}, {width}], nested ids, coarse → fine; level 0: 0 background, 1 object |
 | `cls` | class id as decimal text, see `class_map.json` |
 | `json` | path of the image, class name, size, regions per level{prototypes} |
-| `jpg` | optional: the crop the features came from{size} |
-| `canvases.npy` | optional: float16 [{levels}, {height}, {width}, {index["width"]}] |
-
-{_quantisation_note(index["quantisation"])}Encoder weights: `{encoder["weights_hash"]}`.
+{_optional_rows(index, size, earlier=class_map is None)}
+{use}{_quantisation_note(index["quantisation"])}Encoder weights: `{encoder["weights_hash"]}`.
 Recipe: `{dict(index["recipe"])}`.
 Configuration: `{index["config_hash"]}`. `statistics.npz` holds exact moments per channel and per position.
 
-The licence of the source images applies to everything derived from them.
+{licensed}The licence of the source images applies to everything derived from them.
+"""
+
+
+def _optional_rows(index: Mapping[str, Any], size: str, *, earlier: bool) -> str:
+    """Rows of the table for the members that not every set has; earlier releases listed them always."""
+    shape = [index["num_levels"], *index["grid"], index["width"]]
+    rows = {
+        IMAGE_MEMBER: f"the crop the features came from{size}",
+        CANVASES_MEMBER: f"float16 {shape}",
+    }
+    if earlier:
+        return "".join(f"| `{name}` | optional: {content} |\n" for name, content in rows.items())
+    return "".join(
+        f"| `{name}` | {content} |\n" for name, content in rows.items() if name in index["members"]
+    )
+
+
+def _use_of(index: Mapping[str, Any], class_map: Mapping[str, int]) -> str:
+    """The parts of the card that say how to read the set and which classes it has."""
+    last = len(index["shardlist"]) - 1
+    urls = f"{index['split']}-{{000000..{last:06d}}}.tar"
+    names = sorted(class_map, key=class_map.__getitem__)
+    lines = "\n".join(f"{class_map[name]}: {json.dumps(name, ensure_ascii=False)}" for name in names)
+    classes = f"```yaml\n{lines}\n```"
+    if len(names) > UNFOLDED_CLASSES:
+        title = counted(len(names), "class", "classes")
+        classes = f"<details><summary>{title}</summary>\n\n{classes}\n\n</details>"
+    note = ""
+    if in_text_order(names):
+        note = """
+The names of the classes are numbers and got ids in the order of text (1, 10, 2): the id of a class is not its number.
+"""
+    scaled = ' * sample["scale.npy"]' if SCALE_MEMBER in index["members"] else ""
+    return f"""## Reading it
+
+In the folder of the tars:
+
+```python
+import webdataset
+
+for sample in webdataset.WebDataset("{urls}", shardshuffle=False).decode():
+    features, regions, label = sample["features.npy"]{scaled}, sample["regions.npy"], sample["cls"]
+```
+
+A model is trained on it with `trainer train FOLDER --out RUN` of the toolkit that wrote it; FOLDER may be a URL.
+
+## Classes
+{note}
+{classes}
+
+## Origin
+
 """
 
 

@@ -42,6 +42,7 @@ from hierarchy_builder.store.shard_set import (
     card_of,
     dataset_joint_moments,
     dataset_moments,
+    has_earlier_card,
     index_of,
 )
 from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name, sidecar
@@ -518,8 +519,8 @@ def _set_problems(
     for path in folder.own_files(shards, config.split):
         if path.suffix == ".tar" and path.name not in listed:
             yield f"{path} is not in index.json"
-    yield from _then_error(_index_problems(shards / "index.json", index))
     ids = stage_entry(folder, "extract").get("class_map") or read_json(folder.class_map)
+    yield from _then_error(_index_problems(shards / "index.json", index, ids))
     yield from _then_error(_class_map_problems(shards / "class_map.json", ids))
     if index["vocabulary"]:
         copy, made = shards / folder.vocabulary.name, folder.vocabulary
@@ -529,7 +530,7 @@ def _set_problems(
     yield from _then_error(_success_problems(shards, index))
 
 
-def _index_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
+def _index_problems(path: Path, expected: Mapping[str, Any], class_map: Mapping[str, int]) -> Iterator[str]:
     found = read_json(path)
     if lacking := sorted(expected.keys() - found.keys()):
         yield f"{path} has no {', '.join(lacking)}: it is damaged"
@@ -539,7 +540,9 @@ def _index_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path}: {', '.join(names) or 'its fields'} differ from what the manifest and the markers say"
         return
     card = path.with_name("README.md")
-    if not card.is_file() or card.read_bytes() != card_of(found).encode():
+    if has_earlier_card(path.parent, found):
+        return
+    if not card.is_file() or card.read_bytes() != card_of(found, class_map).encode():
         yield f"{card} is not the card of this index"
 
 

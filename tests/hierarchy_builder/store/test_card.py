@@ -1,0 +1,58 @@
+"""The dataset card: its licence and classes, the members of a sample, and a snippet that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tiny_builds import PLAN, session
+
+from hierarchy_builder.build.pipeline import shard
+from hierarchy_builder.config import ShardConfig
+from hierarchy_builder.files import read_json
+from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.shard_set import card_of
+from hierarchy_builder.verify.checks import find_problems
+
+
+def test_the_card_tells_licence_classes_and_members(tiny_build) -> None:
+    index = read_json(tiny_build.shards / "index.json")
+    ids = read_json(tiny_build.shards / "class_map.json")
+    card = card_of(index, ids)
+    assert (tiny_build.shards / "README.md").read_text(encoding="utf-8") == card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "unknown"
+    assert set(re.findall(r"^\| `(\S+)` \|", card, re.MULTILINE)) == set(index["members"])
+    assert yaml.safe_load(card.split("```yaml")[1].split("```")[0]) == {id: name for name, id in ids.items()}
+    assert "<details>" not in card
+    assert "order of text" not in card
+
+    given = card_of({**index, "licence": "cc-by-4.0"}, {str(number): number for number in range(30)})
+    assert yaml.safe_load(given.split("---")[1])["license"] == "cc-by-4.0"
+    assert "<details><summary>30 classes</summary>" in given
+    assert "order of text" in card_of(index, {"1": 0, "10": 1, "2": 2})
+
+
+def test_the_snippet_of_the_card_reads_a_sample(tiny_build, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = read_json(tiny_build.shards / "index.json")
+    monkeypatch.chdir(tiny_build.shards)
+    found: dict[str, object] = {}
+    exec(card_of(index, {}).split("```python")[1].split("```")[0], found)
+    assert np.shape(found["features"]) == (*index["grid"], index["width"])
+    assert found["label"] in range(index["num_classes"])
+
+
+def test_a_licence_can_be_given_to_finished_shards(tiny_build, tmp_path: Path) -> None:
+    shutil.copytree(tiny_build.root, tmp_path / "build")
+    folder = BuildFolder(tmp_path / "build")
+    summary = shard(folder, dataclasses.replace(PLAN.shard, licence="cc-by-4.0"), session())
+    assert summary.new_images == 0
+    assert "license: cc-by-4.0" in (folder.shards / "README.md").read_text(encoding="utf-8")
+    assert list(find_problems(folder)) == []
+    with pytest.raises(ValueError, match="expected a name on one line"):
+        ShardConfig(licence="two\nlines")
