@@ -12,7 +12,7 @@ import pydantic
 import yaml
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, nearest, require
+from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, brief, nearest, require
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""
@@ -23,6 +23,8 @@ MOST_PARTS = 255
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig:
     """Images → features."""
+
+    __repr__ = brief
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
@@ -70,6 +72,8 @@ class ExtractConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HierarchyRecipe:
     """Features → nested regions. The defaults are the published recipe."""
+
+    __repr__ = brief
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
@@ -164,6 +168,8 @@ class HierarchyRecipe:
 class VocabularyConfig:
     """Features → dataset-wide prototypes."""
 
+    __repr__ = brief
+
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     sizes: tuple[int, ...] = (256,)
@@ -200,6 +206,8 @@ class VocabularyConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardConfig:
     """Features and regions → webdataset tars."""
+
+    __repr__ = brief
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 

@@ -72,6 +72,31 @@ def identity(config: Any) -> dict[str, Any]:
     return found
 
 
+def brief(value: Any) -> str:
+    """One line for a dataclass: what differs from its defaults; arrays by type and shape, long values by their length.
+
+    A class takes it as its `__repr__`.
+    """
+    shown = []
+    for each in dataclasses.fields(value):
+        given = getattr(value, each.name)
+        default = each.default_factory() if callable(each.default_factory) else each.default
+        if each.repr and (hasattr(given, "shape") or given != default):
+            shown.append(f"{each.name}={_in_short(given)}")
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _in_short(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind} {list(value.shape)}" if len(value.shape) else f"{value:.4g}"
+    text = brief(value) if dataclasses.is_dataclass(value) else repr(value)
+    if len(text) <= 80 or dataclasses.is_dataclass(value):
+        return text
+    is_sized = isinstance(value, Mapping | list | tuple | set)
+    return f"<{type(value).__name__} of {len(value):,}>" if is_sized else f"{text[:77]}…"
+
+
 def config_hash(mapping: Mapping[str, Any]) -> str:
     """SHA-256 over the canonical JSON of `mapping`, as 64 hex digits."""
     text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

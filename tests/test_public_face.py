@@ -12,8 +12,13 @@ from tiny_pipeline import tiny_pipeline
 import hierarchy_builder
 import pipelines
 import trainer
+from hierarchy_builder.config import HierarchyRecipe
+from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.hierarchy import build_hierarchy
+from trainer.data.normalisation import Normaliser
 from trainer.data.shards import open_index
+from trainer.methods import registry
+from trainer.training.checkpoint import RunState
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +64,25 @@ def test_what_people_hold_is_described_in_one_line(shards: str) -> None:
     assert '"' not in frame.split('srcdoc="')[1].split('" style')[0]
     assert str(pipe.device) == "cpu"
     assert pipe.to("cpu") is pipe
+
+
+def test_configurations_and_arrays_are_short_as_well() -> None:
+    """A configuration shows what differs from its defaults, an array its type and shape."""
+    trajectory = tiny_pipeline()("bee", seed=3)
+    presets = {name: make() for name, make in registry.all_presets().items()}
+    held = [
+        *presets.values(),
+        RunState(step=5, images_seen=40, config=to_mapping(presets["TF-B"]), shards={"encoder": {}}),
+        trajectory.view(),
+        trajectory.mean_of(trajectory.region(0, level=1)),
+        Normaliser.of(np.zeros((16, 16, 768)), np.ones((16, 16, 768))),
+    ]
+    for each in held:
+        assert "\n" not in repr(each)
+        assert len(repr(each)) < 600, repr(each)
+    assert repr(HierarchyRecipe.paper()) == "HierarchyRecipe()"
+    assert "cuts=(8.0, 16.0), spatial_weight=0.0" in repr(HierarchyRecipe.stable())
+    assert repr(held[-2]).startswith("Source(features=float32 [1, 48]")
 
 
 @pytest.mark.parametrize("package", [hierarchy_builder, trainer])

@@ -16,7 +16,7 @@ from hierarchy_builder.build.space import later_bytes
 from hierarchy_builder.build.stages import CovarianceStage, ShardStage
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import identity, to_mapping
+from hierarchy_builder.fields import brief, identity, to_mapping
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, blocks_of
@@ -40,6 +40,8 @@ from hierarchy_builder.store.units import (
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:
     """The configuration of every step of one build."""
+
+    __repr__ = brief
 
     extract: ExtractConfig
     hierarchy: HierarchyRecipe

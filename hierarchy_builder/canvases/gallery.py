@@ -23,6 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from hierarchy_builder.canvases.plots import Plot, draw
+from hierarchy_builder.fields import brief
 from hierarchy_builder.files import write_bytes
 from hierarchy_builder.terminal import show_value
 
@@ -37,6 +38,8 @@ WEBP_QUALITY = 82
 class View:
     """One kind of display of all levels of an image: uint8 [L, h, w, 3], coarse → fine."""
 
+    __repr__ = brief
+
     name: str
     layers: np.ndarray
 
@@ -47,6 +50,8 @@ class LevelViewer:
 
     level_names and captions have L entries each; a caption is shown after its name. reveal: uint8 [h, w, 3] or None.
     """
+
+    __repr__ = brief
 
     title: str
     level_names: Sequence[str]
@@ -79,6 +84,8 @@ class LevelViewer:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
     """Cards below a slider for all of them. `start` is the level shown first; −1 is the finest."""
+
+    __repr__ = brief
 
     kind: ClassVar[str] = "gallery"
 
@@ -210,6 +217,8 @@ Block = Gallery | Facts | Table | Plots | Code | Strips | Definitions | Scale
 class Section:
     """A heading, a sentence that explains the section, and blocks."""
 
+    __repr__ = brief
+
     title: str
     blocks: Sequence[Block]
     text: str = ""
@@ -218,6 +227,8 @@ class Section:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
     """The content of one HTML file."""
+
+    __repr__ = brief
 
     title: str
     sections: Sequence[Section]

@@ -20,6 +20,7 @@ from hierarchy_builder.canvases.colours import (
 )
 from hierarchy_builder.canvases.gallery import LevelViewer, View
 from hierarchy_builder.canvases.means import level_canvases
+from hierarchy_builder.fields import brief
 from hierarchy_builder.terminal import counted
 
 REGIONS, LATENT, DECODED = "regions", "latent (PCA)", "decoded"
@@ -32,6 +33,8 @@ class HierarchyView:
     regions: uint8 [L−1, H, W]. features: float [H, W, C], or ready canvases: float [L, H, W, C].
     photo: uint8 [S, S, 3] or None. decoded: uint8 [L, S, S, 3] or None. notes: short values shown on the card.
     """
+
+    __repr__ = brief
 
     key: str
     class_name: str

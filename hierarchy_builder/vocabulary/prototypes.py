@@ -20,7 +20,7 @@ import numpy as np
 from hierarchy_builder.canvases import region_means
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.fields import from_mapping, to_mapping
+from hierarchy_builder.fields import brief, from_mapping, to_mapping
 from hierarchy_builder.files import decoding, write_bytes
 from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
@@ -48,6 +48,8 @@ class Vocabulary:
     parents: uint16 [K] per level except the first, the prototype of the next coarser level to which each belongs.
     inertia: history of the finest level, as in `kmeans.Prototypes`.
     """
+
+    __repr__ = brief
 
     centroids: tuple[np.ndarray, ...]
     counts: tuple[np.ndarray, ...]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import MismatchError
+from hierarchy_builder.fields import brief
 from trainer.data.shards import STATISTICS, ShardIndex, read_statistics
 
 Normalisation = Literal["none", "channel", "position"]
@@ -44,6 +45,8 @@ class Normaliser:
 
     mean, std: float32 [], [C] or [H, W, C], std above 0.
     """
+
+    __repr__ = brief
 
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     std: Tensor = field(default_factory=lambda: torch.ones(()))

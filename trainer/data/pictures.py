@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.fields import brief
 from hierarchy_builder.pictures import UNREADABLE, open_picture
 from hierarchy_builder.records import Sample
 from trainer.data.reader import Rows
@@ -24,6 +25,8 @@ from trainer.data.stream import RankShare, StreamPlan
 @dataclass(kw_only=True, slots=True)
 class PictureBatch(Rows):
     """One rank's share of a global batch, with pictures."""
+
+    __repr__ = brief
 
     pictures: Tensor
     """uint8 [b, 3, h, w], RGB"""

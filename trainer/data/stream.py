@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.fields import brief
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import Rows, ShardReader
 from trainer.data.shards import ShardIndex
@@ -34,6 +35,8 @@ AHEAD_BYTES = 2**32
 @dataclass(kw_only=True, slots=True)
 class Batch(Rows):
     """One rank's share of a global batch. A row of level l trains canvas l, given canvas l−1."""
+
+    __repr__ = brief
 
     level: Tensor
     """int64 [b]"""
@@ -64,6 +67,8 @@ class Batch(Rows):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamPlan:
     """Maps each place of a run to a sample and a level; small, picklable, reads no file."""
+
+    __repr__ = brief
 
     shard_sizes: tuple[int, ...]
     """Number of samples in each shard."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, require, require_size
+from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, brief, require, require_size
 from trainer.decode.rae_files import POSITIONS, PUBLISHED, SIZES, decoder_fields, release_tensors
 from trainer.networks.layers import grid_positions
 from trainer.training import checkpoint as saved
@@ -63,6 +63,8 @@ RELEASE_BLOCK_NAMES = {
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RaeDecoderConfig:
     """Shape of a decoder, with the field names of its config.json, whose other keys are ignored."""
+
+    __repr__ = brief
 
     hidden_size: int
     """C, channels of the encoder."""

@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, STRICT, require, require_size
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, STRICT, brief, require, require_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
     """A transformer over a grid of tokens; every checkpoint stores it, so the network can be rebuilt."""
+
+    __repr__ = brief
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
@@ -74,6 +76,8 @@ class NetworkConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(NetworkConfig):
     """The network of Trajectory Forcing. Defaults are TF-B on DINOv2-B features."""
+
+    __repr__ = brief
 
     num_levels: int = 4
     """L, levels of the hierarchy including the raw tokens; comes from the shards."""

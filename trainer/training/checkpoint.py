@@ -35,7 +35,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.fields import MOST
+from hierarchy_builder.fields import MOST, brief
 from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.tensor_files import read_tensors
@@ -66,6 +66,8 @@ class UnreadableCheckpointError(TrainerError):
 @dataclass(kw_only=True, slots=True)
 class RunState:
     """Content of state.json: everything in a checkpoint except tensors."""
+
+    __repr__ = brief
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 

@@ -16,7 +16,7 @@ import pydantic
 
 from hierarchy_builder import fields
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, require, to_mapping
+from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, brief, require, to_mapping
 
 Config = TypeVar("Config")
 
@@ -56,6 +56,8 @@ class CheckedFields:
 class AveragedOptimConfig(CheckedFields):
     """The learning rate and the weight averages of every optimiser."""
 
+    __repr__ = brief
+
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     ema_halflives_kimg: tuple[float, ...] = (1000.0,)
@@ -73,6 +75,8 @@ class AveragedOptimConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig(AveragedOptimConfig):
     """Muon for matrices, Adam with Nesterov momentum for all other parameters, and the weight averages."""
+
+    __repr__ = brief
 
     lr: float = 1e-2
     """Learning rate of Muon and Adam, constant until the cooldown."""
@@ -99,6 +103,8 @@ class OptimConfig(AveragedOptimConfig):
 class RuledOptimConfig(AveragedOptimConfig):
     """AdamW or Muon, and the weight averages; each method adds its own schedule of the learning rate."""
 
+    __repr__ = brief
+
     rule: Literal["adamw", "muon"] = "adamw"
     """AdamW as in the paper, or Muon as in Trajectory Forcing, with which small networks learn in minutes."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -120,6 +126,8 @@ class RuledOptimConfig(AveragedOptimConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig(CheckedFields):
     """Fields of every training run: length, batches, seed, execution and logging."""
+
+    __repr__ = brief
 
     total_images: int = field(default=102_400_000, metadata=EXECUTION)  # 80 epochs of ImageNet
     """Images after which the run ends."""
@@ -172,6 +180,8 @@ class RunConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PostTrainingConfig(CheckedFields):
     """What `trainer post-train` adds to the configuration of the run it starts from: targets, statistics, gradient."""
+
+    __repr__ = brief
 
     start: str = ""
     """Checkpoint and weight average the run started from, and the checksum of that file of weights."""
@@ -237,6 +247,8 @@ class PostTrainingConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodRunConfig(RunConfig):
     """Fields of every method's run: the units of features, and how the objective is computed."""
+
+    __repr__ = brief
 
     normalise: Literal["auto", "none", "channel", "position"] = "channel"
     """Units of the network's features: raw (`none`), or of mean 0 and standard deviation 1 per channel or per position

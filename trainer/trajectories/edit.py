@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.fields import brief
 from hierarchy_builder.parsing import parse_npz
 from trainer.trajectories.selection import Selection
 
@@ -27,6 +28,8 @@ from trainer.trajectories.selection import Selection
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Source:
     """The features that selected tokens take."""
+
+    __repr__ = brief
 
     features: Tensor
     """float32 [n, C], one row for each of `places`, or [1, C] for all tokens."""

@@ -20,6 +20,7 @@ from hierarchy_builder.canvases.views import (
     level_names,
     shared_palette,
 )
+from hierarchy_builder.fields import brief
 
 TRAJECTORY_TEXT = (
     "What the model makes of a label and a seed: every level is drawn by the network from noise and the level "
@@ -36,6 +37,8 @@ class TrajectoryView:
 
     canvases: float [L, H, W, C]. decoded: uint8 [L, S, S, 3] or None. notes: short values to show below it.
     """
+
+    __repr__ = brief
 
     label_name: str
     seed: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hierarchy_builder.fields import MOST_BLOCKS, require
+from hierarchy_builder.fields import MOST_BLOCKS, brief, require
 from trainer.networks.config import NetworkConfig
 from trainer.training.config import CheckedFields, MethodRunConfig, RuledOptimConfig
 
@@ -20,6 +20,8 @@ class LatentModelConfig(NetworkConfig):
 
     `depth` counts the blocks of the trunk; attention heads of output experts are as wide as those of the trunk.
     """
+
+    __repr__ = brief
 
     width: int = 1024
     depth: int = 20
@@ -79,6 +81,8 @@ class LatentMethodConfig(CheckedFields):
     mirrored.
     """
 
+    __repr__ = brief
+
     schedule: Schedule = "cascaded-noised"
     """Joint distribution of the two times, see `trainer.methods.latent_forcing.clocks`."""
     latent_share: float = 0.4
@@ -128,6 +132,8 @@ class LatentMethodConfig(CheckedFields):
 class LatentOptimConfig(RuledOptimConfig):
     """Warm-up, then a constant learning rate and an optional cooldown. Defaults are the paper's."""
 
+    __repr__ = brief
+
     lr: float = 2e-4
     """Learning rate after the warm-up, constant until the cooldown; the paper uses 5e-5 · batch size / 256."""
     warmup_images: int = 5 * 1_281_167
@@ -148,6 +154,8 @@ class LatentOptimConfig(RuledOptimConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentTrainConfig(MethodRunConfig):
     """One run of Latent Forcing."""
+
+    __repr__ = brief
 
     method_name: Literal["latent-forcing"] = "latent-forcing"
     """Method of the run."""

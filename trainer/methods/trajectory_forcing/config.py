@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hierarchy_builder.fields import brief
 from trainer.networks.config import ModelConfig
 from trainer.training.config import CheckedFields, MethodRunConfig, OptimConfig, checked
 
@@ -16,6 +17,8 @@ RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig(CheckedFields):
     """Trajectory Forcing's objective: the distribution of (t, r), guidance, and the weight of the region loss."""
+
+    __repr__ = brief
 
     time_mean: float = 0.0
     """Mean of logit(t) before the shift."""
@@ -51,6 +54,8 @@ class MethodConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(MethodRunConfig):
     """One run of Trajectory Forcing."""
+
+    __repr__ = brief
 
     preset: str = "TF-B"
     """Name of the preset the run started from."""
