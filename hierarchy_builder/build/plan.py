@@ -47,6 +47,7 @@ from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_ma
 from hierarchy_builder.store.samples import PART_LEVEL
 from hierarchy_builder.store.shards import TAR_BLOCK, shard_name, sidecar
 from hierarchy_builder.store.units import samples_per_shard
+from hierarchy_builder.terminal import counted
 from hierarchy_builder.vocabulary.kmeans import sum_clusters
 
 TRIAL_IMAGES = 128
@@ -61,6 +62,10 @@ TAR_RECORD, TAR_END = 10_240, 1_024
 """A tar ends in two empty blocks and is padded to whole records."""
 LISTED = 20
 """Classes and unreadable images that the tables list, at most."""
+
+
+SHARED_TARS, FEW_SAMPLES = 20, 1000
+"""Tars that keep the workers of a reader busy, and samples below which one worker is enough."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +231,7 @@ def make_plan(
         num_images=len(records),
         input_bytes=sum(record.num_bytes for record in records),
         classes={name: counts[name] for name in images.class_map},
-        warnings=images.warnings,
+        warnings=(*images.warnings, *few_tars(len(tars), usable)),
         tried=len(trial.outcomes),
         unreadable=trial.unreadable,
         usable=usable,
@@ -417,6 +422,16 @@ def _sample_sizes(tar: Path) -> np.ndarray:
         for member in archive:
             sizes[member.name.partition(".")[0]] += TAR_BLOCK + -(-member.size // TAR_BLOCK) * TAR_BLOCK
     return np.array(list(sizes.values()), np.int64)
+
+
+def few_tars(count: int, samples: int) -> list[str]:
+    """Advice where a reader that gives whole tars to its workers would leave most of them idle."""
+    if samples < FEW_SAMPLES or count >= SHARED_TARS:
+        return []
+    return [
+        f"{counted(count, 'tar')} for {samples:,} samples: readers that give whole tars to workers, such as Hugging "
+        f"Face datasets, want {SHARED_TARS} or more; --samples-per-shard {samples // SHARED_TARS} makes as many"
+    ]
 
 
 def _tar_bytes(num_samples: int, trial: _Trial) -> int:

@@ -26,6 +26,7 @@ from hierarchy_builder.errors import BuilderError, UsageError, UserError, Verifi
 from hierarchy_builder.files import json_text, read_json, sha256_file
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.store import shard_set
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import SUCCESS
 from hierarchy_builder.store.shards import sidecar
@@ -33,7 +34,7 @@ from hierarchy_builder.store.shards import sidecar
 PUBLISHING = "_PUBLISHING"
 """Names the files of a set whose transfer began."""
 
-ABOUT = ("README.md", "class_map.json", "index.json", "statistics.npz", "vocabulary.npz", SUCCESS)
+ABOUT = (*shard_set.ABOUT, SUCCESS)
 """What may stand beside the tars of a set."""
 
 SHARD_FILE = re.compile(r"\w+-\d{6}\.(?:tar|json)", re.ASCII)

@@ -21,7 +21,8 @@ OWN_FILES = r"""
   | (?:features\.zarr|regions\.zarr|regions\.zarr\.recut)/(?:(?:\w+/)?zarr\.json|\w+/c(?:/\d+)+)
   | parts/\d{6}\.(?:tar|npz)
   | vocabulary/(?:tokens-\d{6}\.np[yz]|state\.npz)
-  | shards/(?:SPLIT-\d{6}\.(?:tar|json)|(?:index|class_map)\.json|(?:statistics|vocabulary)\.npz|README\.md|_SUCCESS)
+  | shards/(?:README\.md|preview\.png|_SUCCESS)
+  | shards/(?:SPLIT-\d{6}\.(?:tar|json)|(?:index|class_map|croissant)\.json|(?:statistics|vocabulary)\.npz)
 """
 """Pattern of the relative paths of all files that a build writes; only files that match are ever removed."""
 

@@ -32,10 +32,12 @@ from hierarchy_builder.records import (
     SCALE_MEMBER,
     Block,
 )
+from hierarchy_builder.store.croissant import CROISSANT, croissant_of
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import is_fused, open_ledger, read_manifest, stage_entry
+from hierarchy_builder.store.preview import PREVIEW, preview_of
 from hierarchy_builder.store.quantisation import measure_quantisation
-from hierarchy_builder.store.shards import shard_name, sidecar
+from hierarchy_builder.store.shards import read_shard, shard_name, sidecar
 from hierarchy_builder.store.statistics import (
     Moments,
     merge_tree,
@@ -49,7 +51,7 @@ from hierarchy_builder.store.units import stage_units, usable_rows
 from hierarchy_builder.terminal import counted
 
 SUCCESS = "_SUCCESS"
-ABOUT = ("index.json", "class_map.json", "statistics.npz", "vocabulary.npz", "README.md")
+ABOUT = ("index.json", "class_map.json", "statistics.npz", "vocabulary.npz", "README.md", CROISSANT, PREVIEW)
 """Files beside the tars, whose SHA-256 `_SUCCESS` holds."""
 
 UNFOLDED_CLASSES = 20
@@ -74,6 +76,8 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
         folder.remove(shards / folder.vocabulary.name)
     if not has_earlier_card(shards, index):
         write_bytes(shards / "README.md", card_of(index, ids).encode())
+        write_json(shards / CROISSANT, croissant_of(index, ids))
+        write_bytes(shards / PREVIEW, preview_of(read_shard(shards / shard_name(config.split, 0))))
     write_success(shards, index["num_samples"])
 
 
@@ -280,7 +284,9 @@ def _use_of(index: Mapping[str, Any], class_map: Mapping[str, int]) -> str:
 The names of the classes are numbers and got ids in the order of text (1, 10, 2): the id of a class is not its number.
 """
     scaled = ' * sample["scale.npy"]' if SCALE_MEMBER in index["members"] else ""
-    return f"""## Reading it
+    return f"""![Samples, one a row: the photograph if it is stored, and its regions from coarse to fine]({PREVIEW})
+
+## Reading it
 
 In the folder of the tars:
 
@@ -290,6 +296,9 @@ import webdataset
 for sample in webdataset.WebDataset("{urls}", shardshuffle=False).decode():
     features, regions, label = sample["features.npy"]{scaled}, sample["regions.npy"], sample["cls"]
 ```
+
+`{CROISSANT}` describes the files in the format Croissant. From the hub, with the name of the repository in place of
+OWNER/NAME, `datasets.load_dataset("OWNER/NAME", split="{index["split"]}", streaming=True)` reads them too.
 
 A model is trained on it with `trainer train FOLDER --out RUN` of the toolkit that wrote it; FOLDER may be a URL.
 
