@@ -14,6 +14,7 @@ CHECKS = """
 assert "<" in trajectory._repr_html_()
 assert before.dtype == "uint8" and before.std() > 1, "the sample is one flat colour"
 assert (before != after).any(), "the edit changed no pixel"
+from trainer import TrajectoryPipeline
 again = TrajectoryPipeline.from_pretrained(saved)(label="astronaut", seed=0)
 assert again.levels.equal(trajectory.levels), "the saved model draws another sample"
 """
