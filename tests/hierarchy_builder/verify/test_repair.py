@@ -225,6 +225,7 @@ DAMAGE: dict[str, tuple[Callable[[BuildFolder], object], str]] = {
     "statistics": (other_mean, "mean differ from those of the features"),
     "statistics torn": (lambda f: cut(f.shards / "statistics.npz"), "statistics.npz is damaged"),
     "card": (lambda f: (f.shards / "README.md").write_text("# Mine"), "is not the card"),
+    "croissant.json gone": (lambda f: (f.shards / "croissant.json").unlink(), "croissant.json was changed"),
     "vocabulary of the shards": (lambda f: flip(f.shards / "vocabulary.npz"), "is not the vocabulary"),
     "last marker gone": (lambda f: (f.shards / "_SUCCESS").unlink(), "_SUCCESS is missing"),
     "last marker torn": (lambda f: cut(f.shards / "_SUCCESS"), "_SUCCESS is damaged"),
