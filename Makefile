@@ -17,11 +17,11 @@ DEMO   ?= runs/demo$(if $(ENCODER),-$(subst $(colon),-,$(notdir $(ENCODER))))
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test test-cuda drill lint format bench results docs commands clean
+.PHONY: help demo test test-cuda drill lint format bench results docs commands lock clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5p' Makefile; echo; echo "targets: demo test test-cuda drill lint format bench results docs commands clean"
+	@sed -n '1,5p' Makefile; echo; echo "targets: demo test test-cuda drill lint format bench results docs commands lock clean"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

@@ -146,7 +146,7 @@ def built(images: Path, folder: Path, *words: Any) -> list[dict[str, Any]]:
     """Build the hierarchies and shards of a folder of images, and return the rows of the closing table."""
     encoder = () if "--encoder" in words else ("--encoder", OWN_DECODER)
     rows = command(
-        "hierarchy-builder", "build", images, "--out", folder, *encoder, "--images", "--workers", 2, *words, "--json"
+        "hierarchy-builder", "build", images, "--out", folder, *encoder, "--images", *words, "--json"
     )  # fmt: skip
     return [{name: value for name, value in row.items() if name != "notes"} for row in rows]
 
