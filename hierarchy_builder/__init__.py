@@ -29,6 +29,8 @@ __all__ = ["Hierarchy", "HierarchyRecipe", "build_hierarchy", "build_shards", "l
 def __getattr__(name: str) -> Any:
     if name in HOMES:
         return getattr(import_module(f"hierarchy_builder.{HOMES[name]}"), name)
+    if name == "build":  # the package of that name, which can be called
+        return import_module("hierarchy_builder.build")
     raise AttributeError(f"module 'hierarchy_builder' has no attribute {name!r}")
 
 

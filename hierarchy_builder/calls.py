@@ -52,7 +52,7 @@ def build_shards(
     for name, value in fields.items():
         if name not in known:
             raise UsageError(f"unknown field {name!r}, {nearest(name, sorted(known))}")
-        configs[known[name]][name] = value
+        configs[known[name]][name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     plan = pipeline.BuildPlan(
         extract=from_mapping(ExtractConfig, configs[ExtractConfig], "extract"),
         hierarchy=recipe or HierarchyRecipe.paper(),

@@ -184,7 +184,7 @@ def _pairs() -> Iterator[Finding]:
             yield Finding(
                 "pairs", "blocks", text, _pip(f"torch=={torch.partition('+')[0]}", f"{partner}=={wanted}.*")
             )
-        elif build != own:  # of the same release  # of the same release
+        elif build != own:  # of the same release
             text = (
                 f"torch {torch} and {partner} {version} are built for different devices; commands work, since none of "
                 f"{partner}'s operators is used"
@@ -339,9 +339,7 @@ def _shared_memory() -> Iterator[Finding]:
 def _ray() -> Iterator[Finding]:
     version = _installed("ray")
     if version is None:
-        yield Finding(
-            "Ray", "note", "not installed; builds run in one process", "--workers 0, or " + _pip("ray")
-        )
+        yield Finding("Ray", "note", "not installed; only builds with --workers 0 work", _pip("ray"))
         return
     place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     found = f"Ray {version}, sockets in {place}"
@@ -349,7 +347,9 @@ def _ray() -> Iterator[Finding]:
         os.environ.get("RAY_TMPDIR") or not os.access("/tmp", os.W_OK)
     ):
         text = f"{found}: the path has {len(os.fsencode(place))} bytes, at most {MAX_SOCKET_FOLDER} work"
-        yield Finding("Ray", "note", text, "export RAY_TMPDIR=/tmp, or --workers 0")
+        yield Finding(
+            "Ray", "note", text, "set RAY_TMPDIR to a folder with a shorter path, or use --workers 0"
+        )
     elif address := os.environ.get("RAY_ADDRESS"):
         yield Finding(
             "Ray", "note", f"{found}; RAY_ADDRESS={address}: builds join that cluster", "unset RAY_ADDRESS"

@@ -160,7 +160,8 @@ def by_meaning(name: str, known: Iterable[str]) -> str | None:
     """The known field, perhaps of a nested configuration, that means what `name` means elsewhere."""
     asked = name.rpartition(".")[2].casefold().replace("-", "_")
     meant = next((field for field, others in MEANINGS.items() if asked in others.split()), asked)
-    return next((each for each in known if each.rpartition(".")[2].casefold() == meant), None)
+    found = [each for each in known if each.rpartition(".")[2].casefold() == meant]
+    return found[0] if len(found) == 1 else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -198,13 +199,14 @@ def difference(name: str, before: Any, now: Any) -> str:
     if all(texts):
         return f"{name}: {texts[0]} there, {texts[1]} now"
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        first = next(key for key in [*before, *now] if before.get(key) != now.get(key))
+        first = next(key for key in [*before, *now] if key not in before or before[key] != now.get(key, ...))
         return difference(f"{name}.{first}", before.get(first), now.get(first))
     if isinstance(before, list | tuple) and isinstance(now, list | tuple):
         if len(before) != len(now):
             return f"{name}: {len(before):,} values there, {len(now):,} values now"
-        first = next(place for place, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
-        return difference(f"{name}[{first}]", before[first], now[first])
+        for place, (a, b) in enumerate(zip(before, now, strict=True)):
+            if a != b:
+                return difference(f"{name}[{place}]", a, b)
     if isinstance(before, str) and isinstance(now, str):  # paths, of which the ends differ
         same = len(os.path.commonprefix([before, now])[:-BEFORE_DIFFERENCE])  # noqa: RUF071 (of any text)
         before, now = (f"…{each[same : same + SHOWN_CHARACTERS]}" if same else each for each in (before, now))

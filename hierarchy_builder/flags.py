@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 from typer.models import OptionInfo
 
+from hierarchy_builder import __version__
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import MEANINGS, by_meaning, nearest, sentences
 from hierarchy_builder.places import a_path, a_place
@@ -144,7 +144,7 @@ def new_app(name: str, text: str) -> typer.Typer:
 
     def shown(asked: bool) -> None:
         if asked:
-            print(f"{name} {version()}")
+            print(f"{name} {__version__}")
             raise typer.Exit
 
     settings = {"callback": shown, "is_eager": True}
@@ -155,14 +155,6 @@ def new_app(name: str, text: str) -> typer.Typer:
         """The options before a verb."""
 
     return app
-
-
-def version() -> str:
-    """The version that is installed."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:  # the sources on the path of Python
-        return "(not installed, run from its sources)"
 
 
 def takes(**parameters: Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:

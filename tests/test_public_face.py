@@ -44,6 +44,13 @@ def test_a_package_runs_as_a_program(package: str) -> None:
     assert hierarchy_builder.__version__ in done.stdout
 
 
+def test_the_package_of_builds_can_be_called_in_a_fresh_process() -> None:
+    program = "import hierarchy_builder; hierarchy_builder.build('missing', 'out', encoder='dct')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "missing" in done.stderr.splitlines()[-1]
+    assert "AttributeError" not in done.stderr
+
+
 def test_what_people_hold_is_described_in_one_line(shards: str) -> None:
     pipe = tiny_pipeline()
     trajectory = pipe("bee", seed=3)

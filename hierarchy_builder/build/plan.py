@@ -231,7 +231,7 @@ def make_plan(
         num_images=len(records),
         input_bytes=sum(record.num_bytes for record in records),
         classes={name: counts[name] for name in images.class_map},
-        warnings=(*images.warnings, *few_tars(len(tars), usable)),
+        warnings=(*images.warnings, *few_tars(len(tars), usable, plan.shard.shard_bytes)),
         tried=len(trial.outcomes),
         unreadable=trial.unreadable,
         usable=usable,
@@ -298,7 +298,10 @@ def _run_trial(
     records = [images.records[row] for row in rows]
     small = _smaller(plan, records)
     session.reporter.say(f"trying {count} of {len(images.records)} images")
-    quiet = replace(session, reporter=Reporter(quiet=True), fresh=False)
+    workers = session.workers
+    if workers.count is None and workers.cluster is None and not workers.begins_here(len(images.records)):
+        workers = replace(workers, count=num_cpus())  # as the whole build, though the trial is small
+    quiet = replace(session, workers=workers, reporter=Reporter(quiet=True), fresh=False)
     summaries = build(folder, replace(images, records=records), small, quiet, fused=fused)
     table = read_index(folder.index)
     return _Trial(
@@ -424,13 +427,16 @@ def _sample_sizes(tar: Path) -> np.ndarray:
     return np.array(list(sizes.values()), np.int64)
 
 
-def few_tars(count: int, samples: int) -> list[str]:
+def few_tars(count: int, samples: int, shard_bytes: int | None = None) -> list[str]:
     """Advice where a reader that gives whole tars to its workers would leave most of them idle."""
     if samples < FEW_SAMPLES or count >= SHARED_TARS:
         return []
+    more = f"--samples-per-shard {samples // SHARED_TARS} makes as many"
+    if shard_bytes is not None:
+        more = f"--shard-bytes {shard_bytes * count // SHARED_TARS} makes about as many"
     return [
         f"{counted(count, 'tar')} for {samples:,} samples: readers that give whole tars to workers, such as Hugging "
-        f"Face datasets, want {SHARED_TARS} or more; --samples-per-shard {samples // SHARED_TARS} makes as many"
+        f"Face datasets, want {SHARED_TARS} or more; {more}"
     ]
 
 
@@ -587,8 +593,9 @@ def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session)
         return total
     units = [float(read_marker(path)["seconds"]) for path in trial.folder.markers(stage)]
     workers = _num_workers(session) or max(1.0, sum(units) / total)
-    start_up = max(0.0, total - sum(units) / min(workers, len(units)))
     images = sum(map(len, todo))
+    at_once = 1 if session.workers.begins_here(images) else min(workers, len(units))
+    start_up = max(0.0, total - sum(units) / at_once)
     alone = images * sum(units) / len(trial.outcomes)
     together = alone / min(workers, len(todo))
     if session.workers.begins_here(images):

@@ -101,7 +101,7 @@ class Workers:
         most = MAX_WORKERS_PER_CPU * num_cpus()
         if self.count is not None and self.count < 0:
             raise UsageError(f"--workers is {self.count}, expected 0 or more")
-        if self.count is not None and self.count > most and self.address is None:
+        if self.count is not None and self.count > most and self.cluster is None:
             raise UsageError(
                 f"--workers is {self.count:,}, expected at most {most:,}: this process may use "
                 f"{counted(num_cpus(), 'CPU')}, and more workers than CPUs gain nothing"
@@ -349,6 +349,8 @@ class _Beginning:
             done, spent, since = done + 1, self.clock() - since, self.clock()
             if done > 1 and saves_time(spent * (len(units) - done), len(units) - done):
                 self.here = None  # and with it what it loaded
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()  # for the workers that share the GPU
                 self.pool = self.start()
         if self.pool is not None:
             yield from self.pool.map(function, units[done:], *shared)

@@ -336,7 +336,8 @@ def _words() -> list[str]:
 def _say_after_shards(folder: BuildFolder, quiet: bool, *, has_stores: bool) -> None:
     """Where finished shards lie, and what to do with them."""
     look = [(PROGRAM, "report", folder.root)] if has_stores else []
-    train = ("trainer", "train", folder.root, "--out", f"{folder.root}-run")
+    root = folder.root if folder.root.name else folder.root.resolve()  # of "." the name is empty
+    train = ("trainer", "train", folder.root, "--out", f"{root}-run")
     say_next(f"shards lie in {folder.shards}", [*look, train], quiet)
 
 
