@@ -77,7 +77,7 @@ def sent(values: Tensor, device: torch.device | str) -> Tensor:
     import torch
 
     if torch.device(device).type == "cuda":
-        values = values.pin_memory()
+        values = values.contiguous().pin_memory()
     return values.to(device, non_blocking=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -363,7 +364,8 @@ def studio(
     say(
         f"open {url} in a browser; saved work lies in {folder or run / 'studio'}; Ctrl-C ends", given["quiet"]
     )
-    page.block_thread()
+    with contextlib.redirect_stdout(sys.stderr):  # gradio prints a line at its end
+        page.block_thread()
 
 
 @app.command(rich_help_panel=RELEASE)

@@ -48,6 +48,8 @@ def release_tensors(content: Mapping[str, Any]) -> dict[str, Any]:
     for wrapper in WRAPPERS:
         inner = content.get(wrapper)
         content = inner if isinstance(inner, Mapping) else content
+    if not all(isinstance(name, str) for name in content):
+        raise MismatchError(f"found no named tensors of a decoder; {PUBLISHED}")
     if content and all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     if any(name.startswith("decoder.") for name in content):

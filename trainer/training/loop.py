@@ -218,7 +218,7 @@ class Loop(ABC):
             began = now = time.monotonic()
             for batch in loader:
                 time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)
-                with explained(self._micro_batch(batch)):
+                with explained(lambda batch=batch: self._micro_batch(batch)):  # type: ignore[misc]
                     terms, stopped = self.take_step(batch, time_is_up)
                 elapsed, now = time.monotonic() - now, time.monotonic()
                 self.seconds += elapsed

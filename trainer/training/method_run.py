@@ -203,11 +203,13 @@ class MethodRun(NetworkRun):
         if self.config.micro_batch_size is None and len(batch) > 1:
             device, peaks = self.world.device, []
             for images in (1, 2):
+                self.fitting = images
                 torch.cuda.reset_peak_memory_stats(device)
                 self.backward(batch, 0, images)
                 peaks.append(torch.cuda.max_memory_allocated(device))
             moments = 8 * sum(p.numel() for p in self.model.parameters())  # which the optimiser will take
-            free = torch.cuda.get_device_properties(device).total_memory - peaks[0] - moments
+            held = 0 if self.optimizer.state else moments  # a resumed run has them
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peaks[0] - held
             fitting = torch.tensor([images_that_fit(len(batch), peaks[1] - peaks[0], free)], device=device)
             self.fitting = int(self.world.gather(fitting).min())
         self.objective = objective

@@ -11,7 +11,16 @@ import torch.distributed as dist
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.terminal import counted
 
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
 """Dense bfloat16 operations per second by a part of the device's name. Source: data sheets of NVIDIA."""
 USABLE = 0.8
 """Share of the memory of a GPU that is planned; the rest is for the allocator and the kernels."""
@@ -45,12 +54,12 @@ def images_that_fit(share: int, each: float, free: float) -> int:
 
 
 @contextmanager
-def explained(images: int) -> Iterator[None]:
-    """Turn errors of the device in a step with `images` images in a backward pass into TrainerError with advice."""
+def explained(images_of: Callable[[], int]) -> Iterator[None]:
+    """Turn errors of the device in a step into TrainerError with advice; images_of: images in a backward pass."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason, images = " ".join(str(error).split())[:200], images_of()
         less = (
             f"--set micro_batch_size={images // 2}" if images > 1 else "--set activation_checkpointing=true"
         )

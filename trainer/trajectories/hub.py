@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -19,13 +20,13 @@ PICTURE = "samples.png"
 def folder_of(name: str | Path) -> Path:
     """Return the local folder that `name` stands for; one on the hub is downloaded, into the cache of huggingface_hub.
 
-    name: a folder, `hf://owner/name[@revision][/folder]`, or `owner/name` where there is no folder `owner`. Raises
-    UsageError for another form of URL and TrainerError where the hub has no such folder, or does not answer.
+    name: a folder, `hf://owner/name[@revision][/folder]`, or `owner/name` as a text where there is no folder `owner`.
+    Raises UsageError for another form of URL and TrainerError where the hub has no such folder, or does not answer.
     """
     text = str(name)
     is_url = text.startswith(SCHEME)
     found = REPOSITORY.fullmatch(text.removeprefix(SCHEME))
-    if not is_url and (found is None or Path(text).parent.exists()):
+    if not is_url and (isinstance(name, Path) or found is None or Path(text).parent.exists()):
         return Path(name)
     if found is None:
         raise UsageError(
@@ -63,12 +64,11 @@ def push(write: Callable[[Path], object], repository: str, *, private: bool, tok
 
 def _asked(ask: Callable[[], str], what: str) -> str:
     """What the hub answers, or a TrainerError in one line."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         return ask()
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TrainerError(
             f"{what}: {reason} Check the name and the connection; private repositories need `hf auth login`"
@@ -78,13 +78,14 @@ def _asked(ask: Callable[[], str], what: str) -> str:
 def card(facts: dict[str, Any]) -> str:
     """The card of a network in Markdown, with the metadata that the hub reads. facts: see `save_pretrained`."""
     names = facts["class_names"]
+    names = [" ".join(name.split()).replace("|", "\\|") for name in names]
     listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     grid = "×".join(map(str, facts["grid"]))
     return f"""---
 library_name: trajectory-hierarchies
 pipeline_tag: unconditional-image-generation
 tags: [trajectory-forcing, image-generation, {facts["method"]}]
-license: {facts["license"]}
+license: {json.dumps(facts["license"])}
 ---
 
 # {facts["title"]}

@@ -45,9 +45,9 @@ GuidanceLike = float | tuple[float, float, float] | None
 SAMPLED_TOGETHER = 32
 """Images that pass through the network in one batch."""
 SHEET_CLASSES = 8
+"""Rows of a sheet."""
 FEW_CLASSES = 20
 """Up to so many classes a message lists all of them."""
-"""Rows of a sheet."""
 
 
 class SamplingArguments(TypedDict, total=False):
@@ -134,9 +134,12 @@ class TrajectoryPipeline(ABC):
         config = registry.config_of(state.config, str(path))
         device, encoder = best_device(device), state.shards["encoder"]
         if pixel_stage is not None:
-            decoder = TrajectoryPipeline.from_pretrained(pixel_stage).decoder_of_canvases(encoder)
+            stage = TrajectoryPipeline.from_pretrained(pixel_stage, device=device)
+            decoder = stage.decoder_of_canvases(encoder)
         found = kind._decoder_for(path, encoder, decoder, device)
-        name = average_of(config, ema)
+        name, kept = average_of(config, ema), saved.averages_of(path)
+        if ema == "auto" and name not in kept and not state.optimizer:  # what save_pretrained left out
+            name = next(iter(kept), None)
         pipe: Self = kind(
             kind._load_network(path, config, name).to(device),
             state.shards["class_names"],
@@ -444,12 +447,7 @@ class TrajectoryPipeline(ABC):
         own = saved.MODEL if name == "raw" else f"ema-{name}.safetensors"
         normaliser = {"mean": self.normaliser.mean, "std": self.normaliser.std}
         written = replace(state, optimizer=[], files={}, checksums={}, format_version=saved.FORMAT_VERSION)
-        saved.write_folder(folder, written, [(own, self.model.state_dict()), (saved.NORMALISER, normaliser)])
         decoder = saved.run_of(self.source) / RUN_DECODER
-        if decoder.is_dir():
-            left = shutil.ignore_patterns("checkpoints", "tensorboard", "samples")
-            shutil.copytree(decoder, folder / RUN_DECODER, ignore=left)
-        self.sheet().save(folder / PICTURE)
         facts = {
             "title": f"{self.encoder.get('name', 'unknown')} trajectories, {state.config.get('preset', 'own preset')}",
             "license": license,
@@ -467,7 +465,17 @@ class TrajectoryPipeline(ABC):
             "class_names": [self.class_name(label) for label in self.classes],
             "decoder": "in this repository" if decoder.is_dir() else "that of the encoder, if it has one",
         }
-        (folder / "README.md").write_text(card(facts), encoding="utf-8")
+        picture, text = self.sheet(), card(facts)
+        saved.write_folder(folder, written, [(own, self.model.state_dict()), (saved.NORMALISER, normaliser)])
+        try:
+            if decoder.is_dir():
+                left = shutil.ignore_patterns("checkpoints", "tensorboard", "samples")
+                shutil.copytree(decoder, folder / RUN_DECODER, ignore=left)
+            picture.save(folder / PICTURE)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return folder
 
     def push_to_hub(

@@ -97,14 +97,17 @@ def test_micro_batches_fit_into_the_memory() -> None:
 def test_errors_of_the_device_say_what_to_do() -> None:
     with (
         pytest.raises(TrainerError, match=r"64 images in one backward pass: .* micro_batch_size=32"),
-        explained(64),
+        explained(lambda: 64),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    with pytest.raises(TrainerError, match=r"activation_checkpointing=true"), explained(1):
+    with pytest.raises(TrainerError, match=r"activation_checkpointing=true"), explained(lambda: 1):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(TrainerError, match="the device failed: CUDA error: an illegal memory"), explained(1):
+    with (
+        pytest.raises(TrainerError, match="the device failed: CUDA error: an illegal memory"),
+        explained(lambda: 1),
+    ):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(RuntimeError, match="other"), explained(1):
+    with pytest.raises(RuntimeError, match="other"), explained(lambda: 1):
         raise RuntimeError("other")
 
 

@@ -103,9 +103,12 @@ def test_a_saved_network_draws_the_same(tmp_path: Path) -> None:
     again = TrajectoryPipeline.from_pretrained(folder)
     assert torch.equal(pipe("bee", seed=1).levels, again("bee", seed=1).levels)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "license: mit" in card
+    assert 'license: "mit"' in card
     assert "ant, bee, emu" in card
     assert (folder / "samples.png").stat().st_size > 1_000
+    raw = TrajectoryPipeline.from_pretrained(run, ema="raw")
+    again = TrajectoryPipeline.from_pretrained(raw.save_pretrained(tmp_path / "raw"))
+    assert torch.equal(raw("bee", seed=1).levels, again("bee", seed=1).levels)
     with pytest.raises(TrainerError, match="exists, nothing was written there"):
         pipe.save_pretrained(folder)
 
