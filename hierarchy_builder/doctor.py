@@ -25,15 +25,14 @@ import typer
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.flags import DISTRIBUTION, OUTPUT, PATH, argument, takes
-from hierarchy_builder.process import num_cpus
+from hierarchy_builder.process import num_cpus, other_socket_folder
 from hierarchy_builder.terminal import counted, print_cells, print_json, say
 
 State = Literal["ok", "note", "blocks"]
 GIB = 2**30
 LITTLE_DISK_GIB, LITTLE_SHARED_GIB = 10, 1
-MAX_SOCKET_FOLDER = 38
-"""Bytes in the path of the temporary folder; the sockets of Ray need the rest of their 107."""
 PARTNERS = {"torchvision": 15}
 """Packages released in pairs with torch: torch 2.N goes with 0.(N + this number)."""
 WHEELS = "https://download.pytorch.org/whl"
@@ -341,16 +340,14 @@ def _ray() -> Iterator[Finding]:
     if version is None:
         yield Finding("Ray", "note", "not installed; only builds with --workers 0 work", _pip("ray"))
         return
-    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    try:
+        place = other_socket_folder() or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    except BuilderError as error:
+        problem, _, help_with = str(error).rpartition(": ")
+        yield Finding("Ray", "note", f"Ray {version}: {problem}", help_with)
+        return
     found = f"Ray {version}, sockets in {place}"
-    if len(os.fsencode(place)) > MAX_SOCKET_FOLDER and (
-        os.environ.get("RAY_TMPDIR") or not os.access("/tmp", os.W_OK)
-    ):
-        text = f"{found}: the path has {len(os.fsencode(place))} bytes, at most {MAX_SOCKET_FOLDER} work"
-        yield Finding(
-            "Ray", "note", text, "set RAY_TMPDIR to a folder with a shorter path, or use --workers 0"
-        )
-    elif address := os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
         yield Finding(
             "Ray", "note", f"{found}; RAY_ADDRESS={address}: builds join that cluster", "unset RAY_ADDRESS"
         )
@@ -375,8 +372,6 @@ def _pictures() -> Iterator[Finding]:
 def _browser() -> Iterator[Finding]:
     found = [name for name in BROWSERS if shutil.which(name)]
     found += ["open"] * (sys.platform == "darwin")
-    if importlib.util.find_spec("gradio") is None:
-        yield Finding("studio", "note", "gradio is not installed", _pip(f"{DISTRIBUTION}[studio]"))
     if found:
         yield Finding("browser", "ok", f"{found[0]} can show pages and the studio")
     else:

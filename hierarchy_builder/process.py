@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hierarchy_builder.errors import explained
+from hierarchy_builder.errors import BuilderError, explained
 from hierarchy_builder.places import home_folder
 
 
@@ -23,6 +23,29 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
     threading.excepthook = _report_thread
     give_home()
+
+
+MAX_SOCKET_FOLDER = 38
+"""Bytes in the path of the temporary folder; Ray adds up to 69, and a socket has at most 107."""
+SHORT_FOLDER = "/tmp"
+"""Used instead of a longer one."""
+
+
+def other_socket_folder() -> str | None:
+    """A folder for the sockets of Ray, if the temporary folder has too long a path for them; None if it fits.
+
+    Raises BuilderError if there is no other place.
+    """
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(place)) <= MAX_SOCKET_FOLDER:
+        return None
+    if os.environ.get("RAY_TMPDIR") or not os.access(SHORT_FOLDER, os.W_OK | os.X_OK):
+        raise BuilderError(
+            f"the temporary folder {place} has a path of {len(os.fsencode(place))} bytes, and the sockets of Ray "
+            f"need one of at most {MAX_SOCKET_FOLDER}: set RAY_TMPDIR to a "
+            "folder with a shorter path, or use --workers 0"
+        )
+    return SHORT_FOLDER
 
 
 def give_home() -> None:

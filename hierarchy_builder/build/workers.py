@@ -31,7 +31,7 @@ import torch
 
 from hierarchy_builder.build.stages import Stage, count_failed, one_thread, perform
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.process import num_cpus, private_folder
+from hierarchy_builder.process import num_cpus, other_socket_folder, private_folder
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.terminal import counted
@@ -58,12 +58,6 @@ UNITS_AHEAD = 4
 
 CONNECT_TIMEOUT_S = 20
 """Timeout of the connection to a Ray cluster, in seconds."""
-
-MAX_SOCKET_FOLDER = 38
-"""Bytes in the path of the temporary folder; Ray adds up to 69, and a socket has at most 107."""
-
-SHORT_FOLDER = "/tmp"
-"""Used instead of a longer one."""
 
 CPUS_PER_WORKER, WORKERS_PER_GPU = 4, 6
 """Cores that decode and cluster for one worker on a GPU, and most workers on one GPU. One process with threads decodes
@@ -216,20 +210,9 @@ def start_local(**options: Any) -> None:
 
 
 def _short_folder() -> dict[str, str]:
-    """Where Ray keeps its sockets, if the temporary folder has too long a path for them; otherwise nothing.
-
-    Raises BuilderError if there is no other place.
-    """
-    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(place)) <= MAX_SOCKET_FOLDER:
-        return {}
-    if os.environ.get("RAY_TMPDIR") or not os.access(SHORT_FOLDER, os.W_OK | os.X_OK):
-        raise BuilderError(
-            f"the temporary folder {place} has a path of {len(os.fsencode(place))} bytes, and the sockets of Ray "
-            f"need one of at most {MAX_SOCKET_FOLDER}: set RAY_TMPDIR to a "
-            "folder with a shorter path, or use --workers 0"
-        )
-    return {"_temp_dir": private_folder(SHORT_FOLDER, "ray-")}
+    """Where Ray keeps its sockets, if the temporary folder has too long a path for them; otherwise nothing."""
+    parent = other_socket_folder()
+    return {} if parent is None else {"_temp_dir": private_folder(parent, "ray-")}
 
 
 def join(address: str, **options: Any) -> None:

@@ -135,7 +135,7 @@ def test_ray_gets_a_short_folder_for_its_sockets(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 20)))
     chosen = workers._short_folder()["_temp_dir"]
-    assert len(chosen) <= workers.MAX_SOCKET_FOLDER
+    assert len(chosen) <= process.MAX_SOCKET_FOLDER
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     assert workers._short_folder() == {}
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
