@@ -109,7 +109,13 @@ def streamed(
         tar = folder / f"train-{number:06d}.tar"
         facts = write_shard(tar, rows, config_hash="")
         entries.append(
-            ShardEntry(name=tar.name, num_samples=len(rows), num_bytes=facts["bytes"], sha256=facts["sha256"])
+            ShardEntry(
+                name=tar.name,
+                num_samples=len(rows),
+                num_bytes=facts["bytes"],
+                sha256=facts["sha256"],
+                folder=str(folder),
+            )
         )
     index = ShardIndex(
         url=str(folder),

@@ -19,11 +19,12 @@ from trainer.methods.registry import TRAJECTORY_FORCING, config_of, method_named
 from trainer.training.config import with_settings
 
 if TYPE_CHECKING:
+    from trainer.data.folders import Places
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
 def train(
-    shards: str | Path,
+    shards: Places,
     out: str | Path,
     preset: str | None = None,
     *,
@@ -35,25 +36,26 @@ def train(
 ) -> TrajectoryPipeline:
     """Train a network on shards as `trainer train` does, and return the pipeline that samples it.
 
-    shards: folder or URL of shards, or of their build. out: run folder; the same call resumes it. preset: as in
-    `trainer presets`; None takes what fits the shards and this machine. settings, fields: fields of the configuration
-    by name, for example settings={"optim.lr": 0.01} or total_images=10_000. Raises UsageError for an unknown field or
-    preset, MismatchError where `out` holds another run, and TrainerError for damaged files.
+    shards: folder or URL of shards or of their build, or several, which are read as one. out: run folder; the same
+    call resumes it. preset: as in `trainer presets`; None takes what fits the shards and this machine. settings,
+    fields: fields of the configuration by name, for example settings={"optim.lr": 0.01} or total_images=10_000. Raises
+    UsageError for an unknown field or preset, MismatchError where `out` holds another run, and TrainerError for damaged
+    files.
     """
     from trainer.data.shards import open_index
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     asked = {**(settings or {}), **fields}
-    base = base_config(preset, method, str(shards), Path(out), resume, False, quiet)
-    config = registry.fit_to_shards(with_settings(base, asked), open_index(str(shards)), asked)
-    registry.train(config, str(shards), str(out), resume, quiet)
+    base = base_config(preset, method, shards, Path(out), resume, False, quiet)
+    config = registry.fit_to_shards(with_settings(base, asked), open_index(shards), asked)
+    registry.train(config, shards, str(out), resume, quiet)
     return TrajectoryPipeline.from_pretrained(out)
 
 
 def base_config(
     preset: str | None,
     method: str | None,
-    shards: str,
+    shards: Places,
     out: Path,
     resume: str,
     has_file: bool,

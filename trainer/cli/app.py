@@ -129,7 +129,9 @@ OF_SAMPLES: dict[str, Parameter] = {
 @takes(
     run=opt.RUN,
     shards=option(
-        "Shards of real images, or a folder of folders such as train and val.", default=REQUIRED, **PLACE
+        "Shards of real images, or a folder of folders such as train and val; may be given several times.",
+        default=REQUIRED,
+        **PLACE | {"kind": list[str]},
     ),
     split=option("Folder of SHARDS to take. Default: one named val… or test…, if there is one."),
     max_real=option("Real images read at most.", kind=int, default=10_000, min=4),
@@ -145,7 +147,9 @@ OF_SAMPLES: dict[str, Parameter] = {
     ema=opt.EMA,
     **OUTPUT,
 )
-def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: int, **given: Any) -> None:
+def evaluate(
+    run: Path, shards: list[str], split: str | None, max_real: int, steps: int, **given: Any
+) -> None:
     """Measure samples, next to real images, noise and chance; RUN keeps the result for the report."""
     from trainer.data.reader import classes_with_images
     from trainer.evaluation import studies
@@ -227,7 +231,10 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
 @takes(
     run=argument("Run folder of `trainer train`.", **reads("a run folder of `trainer train`", "RUN")),
     out=option("HTML file to write. Default: RUN/report.html.", **PATH),
-    shards=option("Shards whose teachers are shown next to samples.", **PLACE),
+    shards=option(
+        "Shards whose teachers are shown next to samples; may be given several times.",
+        **PLACE | {"kind": list[str]},
+    ),
     seeds=option("Seeds of each class shown.", default="0"),
     stages=option(
         "JSON rows of a table to show, as `hierarchy-builder build --json` prints them.",
@@ -247,7 +254,7 @@ def evaluate(run: Path, shards: str, split: str | None, max_real: int, steps: in
     pixel_stage=opt.PIXEL_STAGE,
     **OUTPUT,
 )
-def report(run: Path, out: Path | None, shards: str | None, **given: Any) -> None:
+def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) -> None:
     """Write one HTML page of a run: samples, curves, scores and configuration."""
     from hierarchy_builder.canvases.gallery import write_page
     from hierarchy_builder.files import target_of

@@ -16,9 +16,10 @@ from trainer.cli.training import asked_fields, run_and_print
 @takes(
     run=opt.RUN,
     shards=option(
-        "Shards whose statistics are the target: a finished folder, its build, or an fsspec URL.",
+        "Shards whose statistics are the target: a finished folder, its build, or an fsspec URL; may be given "
+        "several times.",
         default=REQUIRED,
-        **PLACE,
+        **PLACE | {"kind": list[str]},
     ),
     out=option("Run folder; the same command resumes there.", default=REQUIRED, **PATH),
     per_level=switch("Train each level by its own distances, and not through the cascade.", "--per-level"),
@@ -37,7 +38,7 @@ from trainer.cli.training import asked_fields, run_and_print
     decoder=opt.DECODER,
     **opt.TRAINING,
 )
-def post_train(run: Path, shards: str, out: Path, **given: Any) -> None:
+def post_train(run: Path, shards: list[str], out: Path, **given: Any) -> None:
     """Move the samples of a trained run, level by level, towards the statistics of real images."""
     switches = {"per_level": True, "balanced": True, "no_levels": False}
     flags = {

@@ -34,11 +34,12 @@ from trainer.methods.trajectory_forcing.presets import decoder_preset
 from trainer.training.config import checked, with_settings
 
 METHOD_NAMES = "|".join(METHODS)
-SHARDS = PLACE | {"metavar": "SHARDS"}
+SHARDS = PLACE | {"kind": list[str], "metavar": "SHARDS"}
+SETS = "several are read as one set: DIR DIR …, 'DIR-*', or a .txt file of one in a line."
 
 
 @takes(
-    shards=argument("Finished shard folder, its build folder, or an fsspec URL.", **SHARDS),
+    shards=argument(f"Finished shard folder, its build folder, or an fsspec URL; {SETS}", **SHARDS),
     out=option("Run folder; the same command resumes there.", default=REQUIRED, **PATH),
     preset_name=option(
         "Preset to start from; `trainer presets` lists them. Default: the configuration in RUN, or else what "
@@ -50,7 +51,7 @@ SHARDS = PLACE | {"metavar": "SHARDS"}
     **TRAINING,
 )
 def train(
-    shards: str, out: Path, preset_name: str | None, method: str | None, pixel_stage: bool, **given: Any
+    shards: list[str], out: Path, preset_name: str | None, method: str | None, pixel_stage: bool, **given: Any
 ) -> None:
     """Train a network on shards and write checkpoints; under torchrun every process is a rank."""
     from trainer.data.shards import open_index
@@ -73,7 +74,7 @@ def train(
     draw = [("trainer", "sample", out, "--labels", "0", "--out", out / "drawn"), ("trainer", "report", out)]
     draws_pixels = index.encoder.get("decoder") or method_of(resolved) is LATENT_FORCING
     if not draws_pixels and not (out / "decoder").exists():
-        draw.insert(0, ("trainer", "train-decoder", shards, "--out", out / "decoder"))
+        draw.insert(0, ("trainer", "train-decoder", *shards, "--out", out / "decoder"))
     run_and_print(
         lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet, draw
     )
@@ -88,7 +89,7 @@ LOSSES = {
 
 
 @takes(
-    shards=argument("Shards built with --images, or their build folder or URL.", **SHARDS),
+    shards=argument(f"Shards built with --images, or their build folder or URL; {SETS}", **SHARDS),
     out=option(
         "Folder of the run and of the decoder; `sample` and `report` find RUN/decoder by themselves.",
         default=REQUIRED,
@@ -100,7 +101,7 @@ LOSSES = {
     ),
     **(LOSSES | TRAINING),
 )
-def train_decoder(shards: str, out: Path, size: str | None, **given: Any) -> None:
+def train_decoder(shards: list[str], out: Path, size: str | None, **given: Any) -> None:
     """Train a decoder from features to pixels on shards with pictures, for --decoder."""
     resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
     given |= {name: given[name] and str(given[name]) for name in LOSSES}
@@ -117,16 +118,18 @@ def train_decoder(shards: str, out: Path, size: str | None, **given: Any) -> Non
 
 @takes(
     suggest=option(
-        "Print what to train on these shards with the device of this machine, and its cost.", **SHARDS
+        "Print what to train on these shards with the device of this machine, and its cost; may be given several "
+        "times.",
+        **SHARDS,
     ),
     method=option(
         f"With --suggest: the method to train. Default: {TRAJECTORY_FORCING.name}.", metavar=METHOD_NAMES
     ),
     **OUTPUT,
 )
-def presets(suggest: str | None, method: str | None, as_json: bool, quiet: bool) -> None:
+def presets(suggest: list[str] | None, method: str | None, as_json: bool, quiet: bool) -> None:
     """List named configurations; with --json every field of each."""
-    if suggest is not None:
+    if suggest:
         row = TRAJECTORY_FORCING if method is None else method_named(method)
         _print_suggestion(suggest, row, as_json, quiet)
         return
@@ -150,7 +153,7 @@ def _shortly(images: int) -> str:
     return f"{images:,}" if images < 1_000_000 else f"{images / 1e6:g} M"
 
 
-def _print_suggestion(shards: str, method: Method, as_json: bool, quiet: bool) -> None:
+def _print_suggestion(shards: list[str], method: Method, as_json: bool, quiet: bool) -> None:
     """What `train` would take on these shards without a preset, and what it costs."""
     if len(method.load("presets")) == 1:
         raise UsageError(
@@ -183,9 +186,10 @@ def _print_suggestion(shards: str, method: Method, as_json: bool, quiet: bool) -
         return
     print_result(facts, as_json)
     flags = () if method is TRAJECTORY_FORCING else ("--method", method.name)
-    out = f"{shards.rstrip('/')}-run" if "://" not in shards else "RUN"
+    is_one_folder = len(shards) == 1 and Path(shards[0]).is_dir()
+    out = f"{shards[0].rstrip('/')}-run" if is_one_folder else "RUN"
     say_next(
-        "--preset and --set choose otherwise", [("trainer", "train", shards, "--out", out, *flags)], quiet
+        "--preset and --set choose otherwise", [("trainer", "train", *shards, "--out", out, *flags)], quiet
     )
 
 

@@ -184,7 +184,7 @@ class ShardReader:
 
     def damaged_shards(self) -> list[str]:
         """Names of the damaged shards found so far, in order."""
-        return [self.index.shards[shard].name for shard in sorted(self._damaged)]
+        return [self._name(shard) for shard in sorted(self._damaged)]
 
     def close(self) -> None:
         """Close all tars."""
@@ -197,8 +197,13 @@ class ShardReader:
         for candidate in (*range(shard, len(self.index.shards)), *range(shard)):
             tar = self._open.get(candidate) or self._opened(candidate)
             if tar is not None:
-                return self.index.shards[candidate].name, tar, tar.samples[row % len(tar.samples)]
+                return self._name(candidate), tar, tar.samples[row % len(tar.samples)]
         raise DamagedShardError(f"{self.index.url}: all shards are damaged; copy or build them again")
+
+    def _name(self, shard: int) -> str:
+        """Name of a tar, with its folder where the names of several sets would be confused."""
+        entry = self.index.shards[shard]
+        return entry.place if self.index.sets else entry.name
 
     def _opened(self, shard: int) -> OpenTar | None:
         """The tar, opened by the first thread that asks; None if it is damaged and may be skipped."""
@@ -219,7 +224,7 @@ class ShardReader:
 
     def _checked(self, shard: int) -> OpenTar:
         entry = self.index.shards[shard]
-        path = local_path(self.index.url, entry, self._cache or default_cache())
+        path = local_path(entry, self._cache or default_cache())
         check_size(path, entry)
         if self._verifies(shard) and shard not in self._verified:
             check_sha256(path, entry)

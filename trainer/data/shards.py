@@ -1,4 +1,7 @@
-"""The index, class map and statistics of a finished shard folder.
+"""The index, class map and statistics of a finished shard folder, or of several that are read as one.
+
+Several sets are sorted by the digests of their tars, so that the order of their samples depends neither on how the
+sets are listed nor on where they lie.
 
 H×W grid of tokens, C channels
 """
@@ -11,19 +14,21 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, difference
 from hierarchy_builder.files import parse_json
 from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.pictures import SUFFIXES
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.records import FORMAT_VERSION
+from trainer.data.folders import Places, folders_at
 from trainer.data.tars import ShardEntry
 
 MARKER = "_SUCCESS"
@@ -36,14 +41,17 @@ AGAIN = "copy or build the shards again"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 TAR_NAME = re.compile(r"(?:\w[\w.+=@-]*/)*\w[\w.+=@-]*")
 """A path inside the folder: no `..`, no root, no protocol."""
+SAME = ("encoder", "recipe", "num_levels", "grid", "width", "feature_dtype", "class_names")
+"""What sets have in common that are read as one."""
+OPENING_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class ShardIndex:
-    """index.json and class_map.json of a finished shard folder."""
+    """index.json and class_map.json of a finished shard folder, or of several."""
 
     url: str
-    """Folder that holds the tars: a local path or an fsspec URL."""
+    """Folder that holds the tars: a local path or an fsspec URL. Of several sets: their folders, for messages."""
     name: str
     split: str
     shards: tuple[ShardEntry, ...]
@@ -58,6 +66,12 @@ class ShardIndex:
     """Hash of the configuration that the shards were built with."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the files beside the tars; empty for sets of earlier releases."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """How the regions were found."""
+    feature_dtype: str = ""
+    """How features are stored."""
+    sets: tuple[ShardIndex, ...] = ()
+    """The sets that are read as one; empty for a single set."""
 
     def __repr__(self) -> str:
         grid = "×".join(map(str, (*self.grid, self.width)))
@@ -76,9 +90,33 @@ class ShardIndex:
         """Number of classes in the class map, including those without samples."""
         return len(self.class_names)
 
+    @property
+    def parts(self) -> tuple[ShardIndex, ...]:
+        """Every set: the several ones, or this one."""
+        return self.sets or (self,)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a tar must be downloaded before it can be read."""
+        return any("://" in part.url for part in self.parts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over those of the tars: equal for sets of equal samples, wherever they lie."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """What a run stores about its shards, as plain data without paths, so that folders can be moved."""
         return {
+            "sets": [
+                {
+                    "folder": Path(part.url.removesuffix("/shards")).name,
+                    "num_samples": part.num_samples,
+                    "config_hash": part.config_hash,
+                    "sha256": part.digest,
+                }
+                for part in self.parts
+            ],
             "name": self.name,
             "split": self.split,
             "num_samples": self.num_samples,
@@ -91,12 +129,55 @@ class ShardIndex:
         }
 
 
-def open_index(url: str) -> ShardIndex:
-    """Read the index of a finished shard folder, or of a build folder that holds one under `shards`.
+def open_index(places: Places) -> ShardIndex:
+    """Read the index of finished shards, or of several sets as one.
 
-    url: local path or fsspec URL. Raises UsageError if it does not exist, TrainerError if the folder is not finished or
-    has another format.
+    places: see `folders_at`; each is a folder of shards, or of a build that holds one under `shards`.
+    Raises UsageError if one does not exist, TrainerError if a folder is not finished or has another format, and
+    MismatchError if several sets do not fit together.
     """
+    folders = folders_at(places)
+    if len(folders) == 1:
+        return _open_set(folders[0])
+    with ThreadPoolExecutor(OPENING_THREADS) as pool:
+        return joined(list(pool.map(_open_set, folders)))
+
+
+def joined(sets: Sequence[ShardIndex]) -> ShardIndex:
+    """Several sets as one. Raises MismatchError unless they agree in `SAME`, and UsageError for samples given twice."""
+    first, *others = sets = sorted(sets, key=lambda each: each.digest)
+    if not others:
+        return first
+    for other in others:
+        for name in SAME:
+            there, now = getattr(first, name), getattr(other, name)
+            if there != now:
+                raise MismatchError(
+                    f"{first.url} and {other.url} cannot be read as one, they differ in "
+                    f"{difference(name, there, now)}: give sets of the same encoder, recipe and classes (partitions "
+                    "of one listing, or builds with the same --class-map)"
+                )
+    found = dict[str, str]()
+    for each in sets:
+        for shard in each.shards:
+            if shard.sha256 in found:
+                raise UsageError(
+                    f"{shard.place} and {found[shard.sha256]} hold the same samples: give every set once"
+                )
+            found[shard.sha256] = shard.place
+    digest = hashlib.sha256("".join(each.digest for each in sets).encode()).hexdigest()
+    return replace(
+        first,
+        url=f"{first.url}, {others[0].url}" + (f" and {len(others) - 1:,} more" if others[1:] else ""),
+        split="+".join(sorted({each.split for each in sets})),
+        shards=tuple(shard for each in sets for shard in each.shards),
+        config_hash=digest,
+        digests={},
+        sets=tuple(sets),
+    )
+
+
+def _open_set(url: str) -> ShardIndex:
     if folder := finished_folder(url):
         digests = _vouched_for(folder)
         index, class_map = (_read_json(folder, name, digests) for name in (INDEX, CLASS_MAP))
@@ -181,10 +262,23 @@ def finished_folder(url: str) -> str | None:
 
 
 def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]:
-    """Read arrays of the shards' statistics.npz by name, float64 [C] or [H, W, C].
+    """Read a mean and a variance of the shards' statistics.npz by name, each float64 [C] or [H, W, C].
 
+    Those of several sets are merged: they are the statistics of one set of all samples, to the rounding of float64.
     Raises TrainerError if the file is missing or damaged, or if an array is missing, not finite or of another shape.
     """
+    if not index.sets:
+        return _read_statistics(index, names)
+    weights = [part.num_samples / index.num_samples for part in index.sets]
+    means, variances = zip(*(_read_statistics(part, names) for part in index.sets), strict=True)
+    mean = sum(weight * each for weight, each in zip(weights, means, strict=True))
+    # The law of total variance: the mean of the variances and the variance of the means.
+    within = sum(weight * each for weight, each in zip(weights, variances, strict=True))
+    between = sum(weight * (each - mean) ** 2 for weight, each in zip(weights, means, strict=True))
+    return [mean, within + between]
+
+
+def _read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]:
     path = f"{index.url}/{STATISTICS}"
     try:
         arrays = parse_npz(_read(index.url, STATISTICS, index.digests), names)
@@ -254,7 +348,7 @@ def _parse_index(
         )
     names = _class_names(class_map, f"{url}/{CLASS_MAP}")
     try:
-        entries = tuple(map(_entry, index["shardlist"]))
+        entries = tuple(_entry(url, entry) for entry in index["shardlist"])
         grid, width, levels = index["grid"], index["width"], index["num_levels"]
         if len(grid) != 2 or not all(type(side) is int and 0 < side <= MOST_ROWS for side in grid):
             raise ValueError(f"grid {grid}")
@@ -264,8 +358,13 @@ def _parse_index(
             raise ValueError(f"num_levels {levels}")
         if not entries or len({entry.name for entry in entries}) < len(entries):
             raise ValueError("no shards, or one name twice")
-        if not isinstance(index["encoder"], dict):
-            raise TypeError("encoder is not a mapping")
+        recipe, dtype = index.get("recipe", {}), index.get("feature_dtype", "")
+        if (
+            not isinstance(index["encoder"], dict)
+            or not isinstance(recipe, dict)
+            or not isinstance(dtype, str)
+        ):
+            raise TypeError("encoder and recipe must be mappings, feature_dtype a text")
         if not all(isinstance(index[name], str) for name in ("name", "split", "config_hash")):
             raise TypeError("name, split and config_hash must be text")
         return ShardIndex(
@@ -280,12 +379,14 @@ def _parse_index(
             encoder=index["encoder"],
             config_hash=index["config_hash"],
             digests=digests,
+            recipe=recipe,
+            feature_dtype=dtype,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TrainerError(f"{url}/{INDEX}: not a shard index ({error!r})") from None
 
 
-def _entry(entry: dict[str, Any]) -> ShardEntry:
+def _entry(url: str, entry: dict[str, Any]) -> ShardEntry:
     name, digest, sizes = entry["url"], entry["sha256"], (entry["nsamples"], entry["filesize"])
     if not TAR_NAME.fullmatch(name):
         raise ValueError(f"shard name {name!r} leads out of the folder")
@@ -293,7 +394,7 @@ def _entry(entry: dict[str, Any]) -> ShardEntry:
         raise ValueError(f"{name}: sha256 {digest!r}")
     if not all(type(size) is int and 0 < size < 2**50 for size in sizes):
         raise ValueError(f"{name}: nsamples and filesize {sizes}")
-    return ShardEntry(name=name, num_samples=sizes[0], num_bytes=sizes[1], sha256=digest)
+    return ShardEntry(name=name, num_samples=sizes[0], num_bytes=sizes[1], sha256=digest, folder=url)
 
 
 def _class_names(class_map: dict[str, int], where: str) -> tuple[str, ...]:

@@ -35,6 +35,13 @@ class ShardEntry:
     num_samples: int
     num_bytes: int
     sha256: str
+    folder: str = ""
+    """Path or URL of the shard set that the tar belongs to."""
+
+    @property
+    def place(self) -> str:
+        """Path or URL of the tar."""
+        return f"{self.folder}/{self.name}"
 
 
 class OpenTar:
@@ -64,15 +71,15 @@ class OpenTar:
         return os.preadv(self._file.fileno(), [buffer.data for buffer in buffers], offset)
 
 
-def local_path(url: str, entry: ShardEntry, cache: str) -> str:
+def local_path(entry: ShardEntry, cache: str) -> str:
     """Local path of the tar; a remote tar is first downloaded to `cache`, once, and checked.
 
     Raises DamagedShardError if the download is not what the index lists.
     """
-    filesystem, path = filesystem_of(f"{url}/{entry.name}")
+    filesystem, path = filesystem_of(entry.place)
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         return path
-    folder = Path(cache) / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = Path(cache) / hashlib.sha256(entry.folder.encode()).hexdigest()[:16]
     local = folder / f"{entry.sha256[:16]}-{PurePosixPath(entry.name).name}"  # both checked in `shards`
     if not local.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.files import write_bytes, write_sealed_json
+from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.shards import ShardIndex, open_index, read_statistics
@@ -71,7 +72,7 @@ class DecoderSummary(RunSummary):
 
 
 def train_decoder(
-    config: DecoderConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
+    config: DecoderConfig, shards: Places, out: str, resume: str = "auto", quiet: bool = False
 ) -> DecoderSummary:
     """Train a decoder on the shards at `shards`, in the folder `out`; repeating the call resumes the training.
 

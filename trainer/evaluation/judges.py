@@ -8,7 +8,8 @@ from typing import Any
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.terminal import counted
-from trainer.data.shards import ShardIndex, finished_folder, open_index
+from trainer.data.folders import Places, folders_at
+from trainer.data.shards import ShardIndex, finished_folder, joined, open_index
 
 HELD_OUT = ("val", "test")
 """How the names of splits that no run trains on begin, the first choice first."""
@@ -16,14 +17,18 @@ SAME_SHARDS = ("config_hash", "num_samples", "split")
 """What equal shards have in common, of what a run stores about those that trained it."""
 
 
-def open_judges(url: str, split: str | None = None) -> ShardIndex:
-    """Open the shards that judge a run: those at `url`, or those of a held-out split in a folder there.
+def open_judges(places: Places, split: str | None = None) -> ShardIndex:
+    """Open the shards that judge a run: those at a place, or those of a held-out split in a folder there.
 
-    url: finished shards or their build, as `open_index` takes; or a folder of such folders, each named by its split,
-    for example with `train` and `val`. split: the split to take; None takes one whose name begins with `val`, or else
-    with `test`, or else the shards at `url` themselves.
+    places: one or several, each with finished shards or their build, as `open_index` takes; or with folders named by
+    their splits, for example `train` and `val`. split: the split to take; None takes one whose name begins with `val`,
+    or else with `test`, or else the shards at the place themselves.
     Raises UsageError if that split is not there, and errors of `open_index`.
     """
+    return joined([_open_judge(url, split) for url in folders_at(places)])
+
+
+def _open_judge(url: str, split: str | None) -> ShardIndex:
     folders = _folders(url)
     if split is None:
         held_out = [name for start in HELD_OUT for name in folders if name.startswith(start)]
@@ -46,9 +51,16 @@ def judged_on(trained: Mapping[str, Any], index: ShardIndex, num_real: int) -> s
     trained: what the run stores about its shards, see `ShardIndex.describe`.
     """
     images = f"{counted(num_real, 'image')} of split {index.split}"
+    known = {each["sha256"] for each in trained.get("sets") or []}
+    shared = sum(part.num_samples for part in index.parts if part.digest in known)
+    if 0 < shared < index.num_samples:
+        return (
+            f"Judged on {images}, of which {shared / index.num_samples:.0%} trained this run: a network that only "
+            "remembers them scores well."
+        )
     if any(trained.get(name) is None for name in SAME_SHARDS):
         return f"Judged on {images}; the run does not say which shards trained it."
-    if all(trained[name] == index.describe()[name] for name in SAME_SHARDS):
+    if shared or all(trained[name] == index.describe()[name] for name in SAME_SHARDS):
         return (
             f"Judged on the training images ({images}): a network that only remembers them scores well. Shards of "
             "other images, built with --split val, tell more."

@@ -268,7 +268,7 @@ def known_classes(run: Path, pipe: TrajectoryPipeline, index: ShardIndex | None 
     """
     if kept := read_kept(run / EVALUATION).get("classes"):
         return list(kept)
-    if index is not None and "://" not in index.url:
+    if index is not None and not index.is_remote:
         return classes_with_images(index, LABELS_READ)
     return pipe.classes
 

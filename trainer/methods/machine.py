@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer.data.folders import Places
 from trainer.data.shards import ShardIndex
 from trainer.methods import registry
 from trainer.methods.registry import TRAJECTORY_FORCING, Method
@@ -64,7 +65,7 @@ def sizes_of(method: Method, index: ShardIndex) -> list[Size]:
     return sizes
 
 
-def hours_of(suggestion: Suggestion, device: Device, shards: str) -> tuple[float, str]:
+def hours_of(suggestion: Suggestion, device: Device, shards: Places) -> tuple[float, str]:
     """Hours of a suggested run, and how they were found: timed on CPU cores, assumed on GPUs."""
     if device.is_gpu:
         peak = next((peak for part, peak in PEAK.items() if part in device.name), UNKNOWN_PEAK)
@@ -76,7 +77,7 @@ def hours_of(suggestion: Suggestion, device: Device, shards: str) -> tuple[float
     return each * suggestion.config.total_images / 3600, how
 
 
-def _seconds_per_image(config: Any, shards: str) -> float:
+def _seconds_per_image(config: Any, shards: Places) -> float:
     """Train a few steps in a folder that is removed, and leave out the first, which warms up."""
     batch = config.batch_size
     short = dataclasses.replace(

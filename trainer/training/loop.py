@@ -151,7 +151,7 @@ class Loop(ABC):
         before = saved.load_state(origin).shards if origin else {}
         if before.get("classes") and before["config_hash"] == index.config_hash:
             return list(before["classes"])
-        if "://" in index.url:
+        if index.is_remote:
             return list(range(index.num_classes))
         return classes_with_images(index, max_damaged=self.config.max_damaged_shards)
 

@@ -24,6 +24,7 @@ from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import difference, identity, to_mapping
 from hierarchy_builder.files import parse_json, write_bytes
 from hierarchy_builder.parsing import parse_yaml
+from hierarchy_builder.terminal import counted
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
 from trainer.training.config import RunConfig, checked
@@ -105,11 +106,37 @@ def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardInde
     """Raise MismatchError, listing the differing fields, if `out` or `origin` has other settings or shards."""
     wanted = _identity(config, index.describe())
     if (out / CONFIG).exists():
-        _compare(str(out / CONFIG), read_config(out), wanted, type(config))
+        before = read_config(out)
+        _refuse_other_sets(out, before["shards"], index)
+        _compare(str(out / CONFIG), before, wanted, type(config))
     if origin is not None:
         state = saved.load_state(origin)
+        _refuse_other_sets(origin, state.shards, index)
         found = {"config": state.config, "shards": state.shards}
         _compare(str(origin), found, wanted, type(config))
+
+
+def _refuse_other_sets(where: Path, shards: Mapping[str, Any], index: ShardIndex) -> None:
+    """Raise MismatchError, naming what was added or is missing, if a run was trained on another list of sets."""
+    known, now = shards.get("sets") or [], index.describe()["sets"]
+    if len(known) < 2 and (len(now) < 2 or not known):
+        return  # of one set, the configuration and the number of samples are compared
+    added, missing = (
+        [each for each in mine if each["sha256"] not in {other["sha256"] for other in others}]
+        for mine, others in ((now, known), (known, now))
+    )
+    if added or missing:
+        changes = [f"  added: {_set_named(each)}" for each in added]
+        changes += [f"  missing: {_set_named(each)}" for each in missing]
+        raise MismatchError(
+            f"{where} was trained on {counted(len(known), 'set')} of shards, the command names {len(now)}; use the "
+            "same sets or another folder, since the order of images is one over all sets\n"
+            + "\n".join(changes)
+        )
+
+
+def _set_named(each: Mapping[str, Any]) -> str:
+    return f"{each['folder']} ({counted(each['num_samples'], 'sample')}, {each['sha256'][:12]}…)"
 
 
 def read_config(run: Path) -> dict[str, Any]:

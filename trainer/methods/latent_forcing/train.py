@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser, check_describes, normaliser_of
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.shards import ShardIndex, open_index
@@ -29,7 +30,7 @@ CHECKED = 16
 
 
 def train(
-    config: LatentTrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
+    config: LatentTrainConfig, shards: Places, out: str, resume: str = "auto", quiet: bool = False
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import identity
+from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import ShardIndex, check_trained_on, open_index
 from trainer.data.stream import Batch
@@ -37,7 +38,7 @@ from trainer.training.weights import average_of
 
 
 def train(
-    config: NormalizingTrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
+    config: NormalizingTrainConfig, shards: Places, out: str, resume: str = "auto", quiet: bool = False
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.records import spread_evenly
+from trainer.data.folders import Places
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -29,7 +30,7 @@ from trainer.training.schedules import learning_rate
 
 
 def train(
-    config: TrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
+    config: TrainConfig, shards: Places, out: str, resume: str = "auto", quiet: bool = False
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 

@@ -1,0 +1,80 @@
+"""Which folders a user names: one or several paths and URLs, patterns such as `s3://bucket/set-*`, or files of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.places import a_place, filesystem_of
+
+Places = str | Path | Sequence[str | Path]
+"""One place of shards or several, as `folders_at` reads them."""
+PATTERN = re.compile(r"[*?[]")
+MOST_BYTES = 2**24
+"""Largest file of folders that is read."""
+LISTS = ".txt"
+"""Extension of a file that lists folders."""
+
+
+def folders_at(places: Places) -> list[str]:
+    """The folders that these places name, as paths and URLs; whether they hold shards is not asked.
+
+    places: one or several. A name with `*`, `?` or `[…]` stands for the folders that it matches. A file `.txt` names
+    a folder in each line, relative to its own folder; empty lines and those that begin with `#` are left out.
+    Raises UsageError for a pattern that matches nothing, for a file without folders, and where nothing is named.
+    """
+    if not isinstance(places, str | Path) and not places:
+        raise UsageError("no shards are named, expected a folder, several, a pattern or a file of folders")
+    named = [places] if isinstance(places, str | Path) else places
+    return [folder for place in named for folder in _folders_at(str(place))]
+
+
+def _folders_at(place: str) -> Iterator[str]:
+    filesystem, path = _filesystem_of(place)
+    if PATTERN.search(place) and not filesystem.exists(path):
+        yield from _matches(filesystem, path, place)
+    elif path.endswith(LISTS) and filesystem.isfile(path):
+        lines = _lines(filesystem, path, place)
+        base = place.rpartition("/")[0] if "://" in place else os.path.dirname(os.path.abspath(place))
+        for line in lines:
+            yield line if "://" in line or line.startswith("/") else f"{base}/{line}"
+    else:
+        yield place
+
+
+def _matches(filesystem: AbstractFileSystem, path: str, pattern: str) -> list[str]:
+    entries = filesystem.glob(path, detail=True)
+    folders = sorted(each for each, entry in entries.items() if entry["type"] == "directory")
+    if not folders:
+        raise UsageError(f"{pattern} matches no folder, expected folders of shards: check the pattern")
+    is_local = isinstance(filesystem, LocalFileSystem)
+    return folders if is_local else [str(filesystem.unstrip_protocol(folder)) for folder in folders]
+
+
+def _lines(filesystem: AbstractFileSystem, path: str, place: str) -> list[str]:
+    """The folders that a file lists."""
+    if filesystem.size(path) > MOST_BYTES:
+        raise UsageError(f"{place} has more than {MOST_BYTES:,} bytes, expected one folder in a line")
+    try:
+        lines = [line.strip() for line in filesystem.cat_file(path).decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"{place} is no text, expected a folder of shards, or a file of one in a line"
+        ) from None
+    found = [a_place(line) for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UsageError(f"{place} names no folder, expected one in a line")
+    return found
+
+
+def _filesystem_of(place: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        return filesystem_of(place)
+    except (ImportError, ValueError) as error:
+        raise TrainerError(f"{place}: {error}") from None
