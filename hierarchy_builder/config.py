@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -16,8 +18,41 @@ from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, brief, neare
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""
+MOST_PARTITIONS = 1_000_000
 MOST_PARTS = 255
 """Largest number of regions to aim at: ids are stored in one byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Part `number` of `count`, from 1, of the images of a listing; the parts are disjoint and together complete.
+
+    An image belongs to part 1 + h mod `count`, where h is the first 8 bytes of the SHA-256 of its key as a big-endian
+    number. The key is the plain one, before images of equal keys are told apart, so that all of these are in one part
+    and get the keys that they have in the whole. Each image is judged by itself: no part needs the others.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Partition:
+        """Read `3/64`. Raises ValueError for anything else."""
+        found = re.fullmatch(r"([1-9][0-9]{0,6})/([1-9][0-9]{0,6})", text)
+        number, count = map(int, found.groups()) if found else (0, 0)
+        require(
+            1 <= number <= count <= MOST_PARTITIONS,
+            f"partition is {text!r}, expected K/N with K from 1 to N and N up to {MOST_PARTITIONS:,}, such as 3/64",
+        )
+        return cls(number, count)
+
+    def takes(self, key: str) -> bool:
+        """Whether the image with this plain key belongs to the part."""
+        digest = hashlib.sha256(key.encode()).digest()
+        return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +70,9 @@ class ExtractConfig:
     """Local weight file of the encoder; without it the weights come from the hub where the encoder has any."""
     split: str | None = None
     """Sub-folder of the input to take, for example `train`; without it the folder itself."""
+    partition: str | None = field(default=None, metadata=CAME_LATER)
+    """Part of the images to build, `K/N` for the K-th of N parts: by a hash of the key, so that N builds have every
+    image once, and `trainer train` reads their shards as one set. Ids of classes are those of the whole listing."""
     order: Literal["shuffled", "listed"] = "shuffled"
     """Order of rows: by a hash of the key, so that every block and shard mixes the classes, or as listed."""
     block_rows: int | None = None
@@ -55,6 +93,8 @@ class ExtractConfig:
             f"block_rows is {self.block_rows}, expected 1 to 1000000",
         )
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
+        if self.partition is not None:
+            Partition.parse(self.partition)
         require(self.max_pixels >= 1, f"max_pixels is {self.max_pixels}, expected 1 or more")
         require(
             0 <= self.max_bad_fraction <= 1,

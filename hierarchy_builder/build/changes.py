@@ -30,6 +30,7 @@ from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.sources import ImageSource, listing_hash
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.process import num_cpus
 from hierarchy_builder.records import ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
@@ -217,14 +218,14 @@ def in_row_order(folder: BuildFolder, images: ImageSource, order: str, *, accept
         return dataclasses.replace(images, records=in_build_order(images.records, order))
     before = records_of(read_index(folder.listing))[: began["inputs"]["num_images"]]
     ids = _grown_classes(began["class_map"], images.class_map)
-    named = [dataclasses.replace(record, label=ids[record.class_name]) for record in images.records]
+    named = images.records.relabelled(ids)
     now = {record.path: record for record in named}
     if accept:
         _refuse_changes(folder, before, now)
     kept = [dataclasses.replace(now[old.path], key=old.key) for old in before if old.path in now]
     old_paths, taken = {old.path for old in before}, {old.key for old in before}
     new = [_with_free_key(record, taken) for record in named if record.path not in old_paths]
-    records = kept + in_build_order(new, order)
+    records = ImageTable.of([*kept, *in_build_order(ImageTable.of(new), order)])
     return dataclasses.replace(images, records=records, class_map=ids, listing_hash=listing_hash(records))
 
 

@@ -86,7 +86,7 @@ class FuseStage:
         return cls(folder, recipe, config, images, read_index(folder.listing), masks)
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        records = records_of(self.index.slice(unit.start, len(unit)))
+        records = list(records_of(self.index.slice(unit.start, len(unit))))
         outcomes: list[Outcome] = [{} for _ in records]
         encoder, num_levels = self.images.encoder, self.recipe.num_levels
         features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)
@@ -266,7 +266,7 @@ def fused_inputs(
     extracted: Mapping[str, Any], recipe: HierarchyRecipe, config: ShardConfig, images: ImageSource
 ) -> dict[str, Any]:
     """The inputs of each stage, as a staged build would record them."""
-    paths = [record.path for record in images.records]
+    paths = list(images.records.values("path"))
     clustered = cluster_inputs(recipe, hash_of("extract", extracted), paths)
     sharded = {"config": identity(config), "cluster": hash_of("cluster", clustered), "link": None}
     return {"extract": dict(extracted), "cluster": clustered, "shard": sharded}

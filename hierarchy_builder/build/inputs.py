@@ -37,7 +37,7 @@ def list_images(
     if source is None:
         source, class_map = stored_source(folder), str(folder.class_map)
     folder.check_apart(os.path.join(source, config.split or ""))
-    return open_source(source, split=config.split, class_map=class_map)
+    return open_source(source, split=config.split, class_map=class_map, partition=config.partition)
 
 
 def extract_inputs(images: ImageSource, config: ExtractConfig, encoder: Encoder) -> dict[str, Any]:

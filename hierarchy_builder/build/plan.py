@@ -295,7 +295,7 @@ def _run_trial(
     """Build a few random images with the workers of the session."""
     count = min(TRIAL_IMAGES, len(images.records))
     rows = np.sort(np.random.default_rng(0).permutation(len(images.records))[:count])
-    records = [images.records[row] for row in rows]
+    records = images.records.take(rows)
     small = _smaller(plan, records)
     session.reporter.say(f"trying {count} of {len(images.records)} images")
     workers = session.workers
@@ -537,7 +537,7 @@ def _inputs_of_stages(
     plan: BuildPlan, images: ImageSource, extracted: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """What each stage would be made with, in order, as the manifest would hold it."""
-    extract_hash, paths = hash_of("extract", extracted), [record.path for record in images.records]
+    extract_hash, paths = hash_of("extract", extracted), list(images.records.values("path"))
     clustered = cluster_inputs(plan.hierarchy, extract_hash, paths)
     cluster_hash, link_hash = hash_of("cluster", clustered), stored.get("link", {}).get("hash")
     found = {"extract": dict(extracted)}

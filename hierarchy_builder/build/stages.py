@@ -95,7 +95,7 @@ class ExtractStage:
         return cls(folder, source, config, images, read_index(folder.listing))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        records = records_of(self.index.slice(unit.start, len(unit)))
+        records = list(records_of(self.index.slice(unit.start, len(unit))))
         features, status, outcomes = self._kept(unit)
         with ThreadPoolExecutor(threads) as pool:
             for batch in self.images.batches(records, outcomes, pool):

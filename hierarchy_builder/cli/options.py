@@ -41,7 +41,7 @@ BUILD: dict[str, Parameter] = {
 ENCODING = grouped(
     "Images and encoder",
     **{
-        **flags(ExtractConfig, "encoder", "weights", "split"),
+        **flags(ExtractConfig, "encoder", "weights", "split", "partition"),
         "class_map": option(
             "JSON file of class name → id; without it ids follow the sorted names of the classes.",
             **PLACE | {"metavar": "PATH"},

@@ -6,8 +6,11 @@ import hashlib
 import posixpath
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from hierarchy_builder.errors import BuilderError
 
@@ -17,6 +20,7 @@ SAFE_KEY = re.compile(r"[^./\\\x00-\x1f]+(/[^./\\\x00-\x1f]+)*")
 
 Such a key cannot lead outside its folder when a tar is unpacked, and webdataset takes the first dot as its end.
 """
+UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
@@ -26,18 +30,36 @@ def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
     makes several keys equal, each of them gets a hash of its path, so that no key depends on the order of the listing.
     """
     pairs = list(images)
-    plain = [f"{_safe(name, CLASS_CHARS)}/{_safe(_stem(path, name), NAME_CHARS)}" for path, name in pairs]
-    counts = Counter(plain)
-    taken = {key for key, count in counts.items() if count == 1}
-    keys = []
-    for (path, _), key in zip(pairs, plain, strict=True):
-        if counts[key] > 1:
-            key = next(
-                k for k in (f"{key}-{_hash(path, n)}" for n in range(HASH_CHARS, 65)) if k not in taken
-            )
-            taken.add(key)
-        keys.append(key)
+    plain = pa.chunked_array([pa.array([plain_key(path, name) for path, name in pairs], pa.string())])
+    paths = pa.chunked_array([pa.array([path for path, _ in pairs], pa.string())])
+    keys: list[str] = unique_keys(plain, paths).to_pylist()
     return keys
+
+
+def plain_key(path: str, class_name: str) -> str:
+    """The key of an image as far as it follows from its own path and class; images may share it."""
+    return f"{_safe_class(class_name)}/{_safe(_stem(path, class_name), NAME_CHARS)}"
+
+
+def unique_keys(plain: pa.ChunkedArray, paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Tell images of equal plain keys apart by hashes of their paths, see `assign_keys`."""
+    counts = plain.value_counts()
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if not len(repeated):
+        return plain
+    # Only keys that look like a key with a hash can be equal to one.
+    taken = {
+        *pc.filter(plain, pc.match_substring_regex(plain, "-[0-9a-f]{8,64}$")).to_pylist(),
+    } - {*repeated.to_pylist()}
+    shared = pc.is_in(plain, value_set=repeated)
+    named = []
+    for key, path in zip(plain.filter(shared).to_pylist(), paths.filter(shared).to_pylist(), strict=True):
+        key = next(k for k in (f"{key}-{_hash(path, n)}" for n in range(HASH_CHARS, 65)) if k not in taken)
+        taken.add(key)
+        named.append(key)
+    mask = shared.combine_chunks()
+    filled = pc.replace_with_mask(plain.combine_chunks(), mask, pa.array(named, pa.string()))
+    return pa.chunked_array([filled])
 
 
 def check_key(key: str, where: str) -> str:
@@ -54,8 +76,12 @@ def _stem(path: str, class_name: str) -> str:
     """The path below the first folder named like the class, or else the file name; both without extension."""
     folders, _, name = posixpath.splitext(path)[0].rpartition("/")
     parts = folders.split("/")
-    composed = [unicodedata.normalize("NFC", part) for part in parts]
-    if (own := unicodedata.normalize("NFC", class_name)) in composed:
+    own = class_name
+    composed = parts
+    if not (folders.isascii() and class_name.isascii()):
+        composed = [unicodedata.normalize("NFC", part) for part in parts]
+        own = unicodedata.normalize("NFC", class_name)
+    if own in composed:
         below = parts[composed.index(own) + 1 :]
         return "_".join([*below, name])
     return name
@@ -63,12 +89,19 @@ def _stem(path: str, class_name: str) -> str:
 
 def _safe(text: str, limit: int) -> str:
     """Keep letters, digits, _ and -, and drop accents; a text too long or left empty gets a hash."""
-    text = unicodedata.normalize("NFC", text)
-    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    safe = re.sub(r"[^A-Za-z0-9_-]", "_", "".join(letters))
+    letters = text
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+        letters = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    safe = UNSAFE.sub("_", letters)
     if not safe.strip("_"):
         return _hash(text, HASH_CHARS)
     return safe if len(safe) <= limit else f"{safe[: limit - HASH_CHARS - 1]}-{_hash(text, HASH_CHARS)}"
+
+
+@lru_cache(maxsize=65_536)
+def _safe_class(name: str) -> str:
+    return _safe(name, CLASS_CHARS)
 
 
 def _hash(text: str, length: int) -> str:

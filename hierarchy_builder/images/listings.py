@@ -1,4 +1,7 @@
-"""Lists the images and classes of a data set: a folder tree, a tar, or a CSV, TSV or parquet table."""
+"""Lists the images and classes of a data set: a folder tree, a tar, or a CSV, TSV or parquet table.
+
+A listing is read as a stream. Of the images that belong to other partitions, only counts and classes are kept.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,24 @@ import os
 import posixpath
 import re
 import tarfile
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.images.table import AT_ONCE, Collected
 from hierarchy_builder.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
 from hierarchy_builder.places import printable
 from hierarchy_builder.terminal import counted
@@ -52,27 +61,51 @@ NAMED = 5
 
 @dataclass(slots=True)
 class Listing:
-    """Images as (path, class name, size in bytes), all class names, and their ids if the source defines them."""
+    """Images, all class names, and their ids if the source defines them."""
 
-    images: list[tuple[str, str, int]] = field(default_factory=list)
+    images: Collected
     classes: list[str] = field(default_factory=list)
     ids: dict[str, int] | None = None
     warnings: list[str] = field(default_factory=list)
+    settled: pa.Table | None = None
+    """The images, where more was done to them than to collect them."""
+
+    @property
+    def table(self) -> pa.Table:
+        """The images in the order of their paths. Raises BuilderError if the partition has none."""
+        if self.settled is not None:
+            return self.settled
+        table = self.images.table().sort_by("path")
+        if not len(table):
+            raise BuilderError(
+                f"partition {self.images.partition} holds none of the {self.images.total:,} images: build in fewer "
+                "partitions"
+            )
+        return table
 
 
-def list_folder(fs: AbstractFileSystem, root: str, source: str, split: str | None) -> Listing:
+def list_folder(
+    fs: AbstractFileSystem, root: str, source: str, split: str | None, partition: Partition | None = None
+) -> Listing:
     """List a tree of class folders or one folder of images; hidden files and folders are ignored."""
     base = posixpath.join(root, split) if split else root
     if not fs.isdir(base):
         present = sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(root, detail=False))[:10]
         raise UsageError(f"no split {split!r} under {source}: found {', '.join(present) or 'nothing'}")
     folders: set[str] = set()
-    if isinstance(fs, LocalFileSystem):
-        files = dict(_walk(base, "", (), folders))
-    else:
-        found = fs.find(base, detail=True)
-        files = {path[len(base) :].lstrip("/"): int(info["size"] or 0) for path, info in found.items()}
-    return _from_tree(files, folders, f"{split}/" if split else "", source, split)
+    files = _walk(base, "", (), folders) if isinstance(fs, LocalFileSystem) else _found(fs, base)
+    return _from_tree(files, folders, f"{split}/" if split else "", source, split, partition)
+
+
+def _found(fs: AbstractFileSystem, base: str) -> Iterator[tuple[str, int]]:
+    """Yield the files below a folder of another file system as (relative path, size), one of its folders at a time."""
+    for entry in fs.ls(base, detail=True):
+        found = {entry["name"]: entry}
+        if entry["type"] == "directory":
+            found = fs.find(entry["name"], detail=True)
+            fs.invalidate_cache(entry["name"])  # some file systems keep every listing
+        for path, info in found.items():
+            yield path[len(base) :].lstrip("/"), int(info["size"] or 0)
 
 
 def _walk(
@@ -199,7 +232,13 @@ def _next_block(file: BinaryIO) -> int | None:
     return None
 
 
-def list_tar(content: TarContent, read: Callable[[str], bytes], source: str, split: str | None) -> Listing:
+def list_tar(
+    content: TarContent,
+    read: Callable[[str], bytes],
+    source: str,
+    split: str | None,
+    partition: Partition | None = None,
+) -> Listing:
     """List the tree in a tar; one folder around everything, as `tar cf photos.tar photos` adds, is no class.
 
     The images of webdataset samples have the class of their member `cls`, which `read` returns.
@@ -220,11 +259,11 @@ def list_tar(content: TarContent, read: Callable[[str], bytes], source: str, spl
     }
     samples = _samples_of(files)
     if samples:
-        found = _from_samples(files, samples, lambda name: read(prefix + name), prefix, source)
+        found = _from_samples(files, samples, lambda name: read(prefix + name), prefix, source, partition)
     else:
         below = {name.removeprefix(prefix) for name in content.folders if name.startswith(prefix)}
         classes = {name for name in below if "/" not in name and not _is_hidden(name)}
-        found = _from_tree(files, classes, prefix, source, split)
+        found = _from_tree(files.items(), classes, prefix, source, split, partition)
     found.warnings += content.warnings
     return found
 
@@ -244,6 +283,7 @@ def _from_samples(
     read: Callable[[str], bytes],
     prefix: str,
     source: str,
+    partition: Partition | None,
 ) -> Listing:
     """List webdataset samples. Names of classes are the folders of the images, if each folder is of one class."""
     labels = dict[str, str]()
@@ -256,12 +296,11 @@ def _from_samples(
     folders = {(name.partition("/")[0], label) for name, label in labels.items()}
     is_named = all("/" in name for name in labels)
     is_named &= len({name for name, _ in folders}) == len({label for _, label in folders}) == len(folders)
-    rows: list[tuple[str, ...]] = [
-        (name, name.partition("/")[0] if is_named else "", label, "") for name, label in labels.items()
-    ]
-    found = Listing()
+    rows = [(name, name.partition("/")[0] if is_named else "", label) for name, label in labels.items()]
+    found = Listing(Collected(partition))
     classes = _classes_of_rows(rows, found, source)
-    found.images = [(prefix + name, classes[name], files[name]) for name in samples]
+    for path, name, label in rows:
+        found.images.add(prefix + path, classes[name, label], files[path])
     found.warnings.append(
         f"{counted(len(samples), 'image')} of webdataset samples have the classes of their members cls"
     )
@@ -275,41 +314,63 @@ def _from_samples(
 
 
 def _from_tree(
-    files: Mapping[str, int], folders: set[str], prefix: str, source: str, split: str | None
+    files: Iterable[tuple[str, int]],
+    folders: set[str],
+    prefix: str,
+    source: str,
+    split: str | None,
+    partition: Partition | None,
 ) -> Listing:
-    """List files by class, the first folder of their path. `prefix` is put before the paths in the listing."""
-    shown = {path: size for path, size in files.items() if not _is_hidden(path)}
-    unnamable = [path for path in shown if not _is_utf8(path)]
+    """List files by class, the first folder of their path. `prefix` is put before the paths in the listing.
+
+    folders: those at the top, which may be found while `files` are.
+    """
+    count, unnamable, others = 0, list[str](), _LeftOut()
+    plain, nested = Collected(partition), Collected(partition)
+    used, inner, is_deep = set[str](), set[str](), True
+    for path, size in files:
+        count += 1
+        if _is_hidden(path):
+            continue
+        is_named, is_image = _is_utf8(path), _is_image(path)
+        if not is_named:
+            unnamable.append(path)
+        if not is_image:
+            others.add(path)
+        elif is_named and "/" in path:
+            name, _, below = path.partition("/")
+            nested.add(prefix + path, name, size)
+            used.add(name)
+            folder, is_deeper, _ = below.partition("/")
+            if is_deeper:
+                inner.add(folder)
+            is_deep &= bool(is_deeper)
+        elif is_named:
+            plain.add(prefix + path, UNLABELLED, size)
     unnamable += [f"{name}/" for name in folders if not _is_utf8(name)]
-    images = {path: size for path, size in shown.items() if _is_image(path) and _is_utf8(path)}
-    others = [path for path in shown if not _is_image(path)]
-    if not images:
-        left_out = f": {_by_suffix(others)}" if others else ""
+    if not plain.total and not nested.total:
         raise BuilderError(
-            f"no images under {source}{'/' + split if split else ''} ({len(files)} other files{left_out}): expected "
+            f"no images under {source}{'/' + split if split else ''} ({count} other files{others.shown()}): expected "
             f"one folder per class, or images ending in {', '.join(sorted(picture_suffixes()))}"
         )
-    nested = [path for path in images if "/" in path]
-    if not nested:
-        found = Listing([(prefix + path, UNLABELLED, size) for path, size in images.items()], [UNLABELLED])
+    if not nested.total:
+        found = Listing(plain, [UNLABELLED])
         found.warnings.append(
             f"no class folders in {source}: all images form the one class {UNLABELLED!r}; if it is one class of a data "
             "set, pass the folder above it"
         )
         return _with_left_out(found, others, unnamable)
-    used = {path.split("/")[0] for path in nested}
-    if split is None and used <= SPLITS and any(path.count("/") > 1 for path in nested):
+    if split is None and used <= SPLITS and inner:
         raise UsageError(f"{source} holds {', '.join(sorted(used))}: choose one with --split")
     # Empty class folders get ids too, so that an incomplete copy of a data set keeps the ids of its classes.
     named = {name for name in folders if _is_utf8(name) and name.lower() not in SYSTEM_FOLDERS}
-    found = Listing([(prefix + p, p.split("/")[0], images[p]) for p in nested], sorted(used | named))
+    found = Listing(nested, sorted(used | named))
     empty = [name for name in found.classes if name not in used]
     if empty:
         found.warnings.append(
             f"{counted(len(empty), 'class', 'classes')} without images, which keep their ids: {', '.join(empty[:10])}"
         )
-    inner = {path.split("/")[1] for path in nested if path.count("/") > 1}
-    if len(found.classes) == 1 and len(inner) > 1 and all(path.count("/") > 1 for path in nested):
+    if len(found.classes) == 1 and len(inner) > 1 and is_deep:
         found.warnings.append(
             f"all images lie in the one folder {found.classes[0]!r} and form one class; if its "
             f"{counted(len(inner), 'folder')} are the classes, pass {posixpath.join(source, prefix, found.classes[0])}"
@@ -319,10 +380,8 @@ def _from_tree(
             "the names of the classes are numbers and get ids in the order of text (1, 10, 2): the id of a class is "
             "not its number; --class-map gives other ids"
         )
-    if len(nested) < len(images):
-        found.warnings.append(
-            f"left out: {counted(len(images) - len(nested), 'image')} outside the class folders"
-        )
+    if plain.total:
+        found.warnings.append(f"left out: {counted(plain.total, 'image')} outside the class folders")
     return _with_left_out(found, others, unnamable)
 
 
@@ -331,29 +390,44 @@ def in_text_order(names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"[0-9]+", name) for name in names) and sorted(names) != sorted(names, key=int)
 
 
-def _with_left_out(found: Listing, others: Sequence[str], unnamable: Sequence[str]) -> Listing:
+@dataclass(slots=True)
+class _LeftOut:
+    """Files that are no images by their extension: how many of each, and one of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: tuple[bool, str] | None = None
+
+    def add(self, path: str) -> None:
+        suffix = posixpath.splitext(path)[1].lower()
+        self.counts[suffix] += 1
+        place = (not _is_picture(suffix), path)
+        self.first = place if self.first is None else min(self.first, place)
+
+    def shown(self) -> str:
+        """`: 3 files .heic (install pillow-heif to read them), 1 file without extension, such as cat/1.heic`."""
+        if self.first is None:
+            return ""
+        kinds = []
+        for suffix, count in sorted(
+            self.counts.items(), key=lambda each: (-_is_picture(each[0]), -each[1], each[0])
+        ):
+            package = missing_plugin(suffix)
+            advice = f" (to read them: pip install {package})" if package else ""
+            kinds.append(f"{counted(count, 'file')} {printable(suffix) or 'without extension'}{advice}")
+        more = f", and {len(kinds) - NAMED} other kinds" if len(kinds) > NAMED else ""
+        return f": {', '.join(kinds[:NAMED])}{more}, such as {printable(self.first[1])}"
+
+
+def _with_left_out(found: Listing, others: _LeftOut, unnamable: Sequence[str]) -> Listing:
     """Add messages about files that are no images by their extension, and about names that are not UTF-8."""
-    if others:
-        found.warnings.append(f"left out: {_by_suffix(others)}")
+    if others.counts:
+        found.warnings.append(f"left out{others.shown()}")
     if unnamable:
         found.warnings.append(
             f"left out: {counted(len(unnamable), 'file or folder', 'files and folders')} with a name that is not "
             f"UTF-8: {_some(unnamable)}"
         )
     return found
-
-
-def _by_suffix(paths: Sequence[str]) -> str:
-    """`3 files .heic (install pillow-heif to read them), 1 file without extension, such as cat/1.heic`."""
-    counts = Counter(posixpath.splitext(path)[1].lower() for path in paths)
-    kinds = []
-    for suffix, count in sorted(counts.items(), key=lambda each: (-_is_picture(each[0]), -each[1], each[0])):
-        package = missing_plugin(suffix)
-        advice = f" (to read them: pip install {package})" if package else ""
-        kinds.append(f"{counted(count, 'file')} {printable(suffix) or 'without extension'}{advice}")
-    more = f", and {len(kinds) - NAMED} other kinds" if len(kinds) > NAMED else ""
-    first = min(paths, key=lambda path: (-_is_picture(posixpath.splitext(path)[1].lower()), path))
-    return f"{', '.join(kinds[:NAMED])}{more}, such as {printable(first)}"
 
 
 def _is_picture(suffix: str) -> bool:
@@ -367,10 +441,18 @@ def _some(names: Sequence[str]) -> str:
 
 
 def list_table(
-    fs: AbstractFileSystem, place: str, size_of: Callable[[str], int | None], source: str, split: str | None
+    fs: AbstractFileSystem,
+    place: str,
+    size_of: Callable[[str], int | None],
+    source: str,
+    split: str | None,
+    partition: Partition | None = None,
 ) -> Listing:
-    """List the rows of a CSV, TSV or parquet file with a column `path`; `size_of` returns None for a missing file."""
-    columns = _read_table(fs, place, source)
+    """List the rows of a CSV, TSV or parquet file with a column `path`; `size_of` returns None for a missing file.
+
+    The file is read twice: first the classes must be known.
+    """
+    columns = _column_names(fs, place, source)
     wanted = ["path", "split"] if split else ["path"]
     named = next((name for name in PATH_COLUMNS if name in columns), "path")
     if missing := [
@@ -380,121 +462,168 @@ def list_table(
             f"{source}: no column {missing[0]!r}, found {', '.join(columns) or 'none'}; expected a first line naming "
             f"path (or {', '.join(PATH_COLUMNS[1:])}) and optionally class, label, split"
         )
-    columns["path"] = columns[named]
-    rows = [
-        row
-        for row in zip(*(columns.get(name, [""] * len(columns["path"])) for name in COLUMNS), strict=True)
-        if split is None or row[3] == split
-    ]
-    found = Listing()
+    read = [name for name in (named, "class", "label", "split") if name in columns]
+
+    def rows() -> Iterator[tuple[str, str, str]]:
+        for values in _rows_of(fs, place, source, read):
+            row = dict(zip(read, values, strict=True))
+            if split is None or row["split"] == split:
+                yield row[named], row.get("class", ""), row.get("label", "")
+
+    found = Listing(Collected(partition))
     if named != "path":
         found.warnings.append(f"the paths are those of the column {named!r}")
-    classes = _classes_of_rows(rows, found, source)
+    classes = _classes_of_rows(rows(), found, source)
     if not classes:
         raise BuilderError(f"no images in {source}" + (f" with split {split!r}" if split else ""))
+    for path, name, label in rows():
+        found.images.add(path, classes[name, label], 0)
+    table = found.table
+    paths, names = (table.column(name) for name in ("path", "class_name"))
+    again = np.zeros(len(table), bool)
+    again[1:] = pc.equal(paths[1:], paths[:-1]).to_numpy()
+    for row in np.flatnonzero(again).tolist():
+        before, now = sorted(names[each].as_py() for each in (row - 1, row))
+        if before != now:
+            raise UsageError(f"{source}: {paths[row]} is listed as {before!r} and as {now!r}")
+    if again.any():
+        found.warnings.append(f"{counted(int(again.sum()), 'repeated row')} of the listing ignored")
+        table = table.filter(pa.array(~again))
+    sizes, gone = array("q"), 0
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        sizes = list(pool.map(size_of, classes))
-    if all(size is None for size in sizes):
+        for batch in table.select(["path"]).to_batches(AT_ONCE):
+            for size in pool.map(size_of, batch.column(0).to_pylist()):
+                sizes.append(size or 0)
+                gone += size is None
+    if gone == len(table):
         raise BuilderError(
-            f"none of the {len(sizes)} paths in {source} exists, the first is {next(iter(classes))!r}: "
+            f"none of the {len(table)} paths in {source} exists, the first is {next(rows())[0]!r}: "
             "paths are relative to the folder of the listing"
         )
-    found.images = [
-        (path, name, size or 0) for (path, name), size in zip(classes.items(), sizes, strict=True)
-    ]
-    if gone := sum(size is None for size in sizes):
+    if gone:
         found.warnings.append(f"{gone} listed images do not exist")
+    found.settled = table.set_column(
+        table.schema.get_field_index("bytes"), "bytes", pa.array(np.frombuffer(sizes, np.int64))
+    )
     return found
 
 
-def _classes_of_rows(rows: list[tuple[str, ...]], found: Listing, source: str) -> dict[str, str]:
-    """Return path → class name; set the classes of `found`, and their ids if column `label` holds numbers."""
-    rows = _without_empty_classes(rows, source)
-    numbered = bool(rows) and all(re.fullmatch(r"[0-9]+", label) for _, _, label, _ in rows)
-    if not numbered and not any(name for _, name, _, _ in rows):
-        _refuse_partly_numeric([label for _, _, label, _ in rows], source)
-    classes: dict[str, str] = {}
-    ids: dict[str, int] = {}
-    for number, (path, name, label, _) in enumerate(rows, start=1):
+Cells = tuple[str, str]
+"""The cells `class` and `label` of a row, as they are written."""
+
+
+def _classes_of_rows(rows: Iterable[tuple[str, str, str]], found: Listing, source: str) -> dict[Cells, str]:
+    """Return the name of the class for each pair of cells; set the classes of `found`, and their ids if it has any.
+
+    rows: path, class and label. Ids come from the column `label`, if it holds numbers.
+    """
+    firsts = dict[Cells, tuple[int, str]]()
+    """Number and path of the first row with these cells, in the order of the rows."""
+    for number, (path, name, label) in enumerate(rows, start=1):
         if not path:
             raise UsageError(f"{source}: row {number} has no path")
-        name = name or label or UNLABELLED
-        if classes.setdefault(path, name) != name:
-            raise UsageError(f"{source}: {path} is listed as {classes[path]!r} and as {name!r}")
-        if numbered and ids.setdefault(name, int(label)) != int(label):
-            raise UsageError(f"{source}: class {name!r} has labels {ids[name]} and {label}")
+        firsts.setdefault((name, label), (number, path))
+    cleared = {
+        (name, label): ("" if name in EMPTY else name, "" if label in EMPTY else label)
+        for name, label in firsts
+    }
+    _refuse_some_empty(firsts, cleared, source)
+    numbered = bool(firsts) and all(re.fullmatch(r"[0-9]+", label) for _, label in cleared.values())
+    unnamed = not any(name for name, _ in cleared.values())
+    if not numbered and unnamed:
+        _refuse_partly_numeric({label: firsts[cells][0] for cells, (_, label) in cleared.items()}, source)
+    classes = {cells: name or label or UNLABELLED for cells, (name, label) in cleared.items()}
     found.classes = sorted(set(classes.values()))
-    if numbered:
-        if max(ids.values()) > MAX_LABEL:
-            raise UsageError(f"{source}: label {max(ids.values())}, expected class ids from 0 to {MAX_LABEL}")
-        names = {label: name for name, label in ids.items()}
-        if shared := [name for name, label in ids.items() if names[label] != name]:
-            raise UsageError(
-                f"{source}: classes {shared[0]!r} and {names[ids[shared[0]]]!r} share label {ids[shared[0]]}, "
-                "expected one class per label"
-            )
-        unnamed = not any(name for _, name, _, _ in rows)
-        found.ids = {str(n): n for n in range(max(ids.values()) + 1)} if unnamed else ids
-        if unnamed:
-            classes = {path: str(int(name)) for path, name in classes.items()}
-            found.classes = list(found.ids)
-    if len(classes) < len(rows):
-        found.warnings.append(f"{counted(len(rows) - len(classes), 'repeated row')} of the listing ignored")
+    if not numbered:
+        return classes
+    ids: dict[str, int] = {}
+    for cells, name in classes.items():
+        number = int(cleared[cells][1])
+        if ids.setdefault(name, number) != number:
+            raise UsageError(f"{source}: class {name!r} has labels {ids[name]} and {cleared[cells][1]}")
+    if max(ids.values()) > MAX_LABEL:
+        raise UsageError(f"{source}: label {max(ids.values())}, expected class ids from 0 to {MAX_LABEL}")
+    names = {label: name for name, label in ids.items()}
+    if shared := [name for name, label in ids.items() if names[label] != name]:
+        raise UsageError(
+            f"{source}: classes {shared[0]!r} and {names[ids[shared[0]]]!r} share label {ids[shared[0]]}, "
+            "expected one class per label"
+        )
+    found.ids = {str(n): n for n in range(max(ids.values()) + 1)} if unnamed else ids
+    if unnamed:
+        classes = {cells: str(int(name)) for cells, name in classes.items()}
+        found.classes = list(found.ids)
     return classes
 
 
-def _without_empty_classes(rows: Sequence[tuple[str, ...]], source: str) -> list[tuple[str, ...]]:
-    """The rows with "" for a class or label without a value; raises UsageError if only some rows have a class."""
-    cleared: list[tuple[str, ...]] = [
-        (path, "" if name in EMPTY else name, "" if label in EMPTY else label, split)
-        for path, name, label, split in rows
-    ]
-    is_empty = [not (name or label) for _, name, label, _ in cleared]
-    if any(is_empty) and not all(is_empty):
-        number = is_empty.index(True)
-        path, *given, _ = rows[number]
-        found = next((text for text in given if text), "")
-        number_or_none = re.compile(r"(-?[0-9]+(\.[0-9]*)?)?")
-        if all(not name and number_or_none.fullmatch(label) for _, name, label, _ in cleared):
-            raise UsageError(
-                f"{source}: row {number + 1} has label {found!r}, expected class ids 0, 1, …, or names in every row"
-            )
+def _refuse_some_empty(
+    firsts: Mapping[Cells, tuple[int, str]], cleared: Mapping[Cells, Cells], source: str
+) -> None:
+    """Raise UsageError if only some rows have a class."""
+    empty = [cells for cells in firsts if not any(cleared[cells])]
+    if not empty or len(empty) == len(firsts):
+        return
+    number, path = firsts[empty[0]]
+    found = next((text for text in empty[0] if text), "")
+    number_or_none = re.compile(r"(-?[0-9]+(\.[0-9]*)?)?")
+    if all(not name and number_or_none.fullmatch(label) for name, label in cleared.values()):
         raise UsageError(
-            f"{source}: row {number + 1} ({path}) has class {found!r}, which is no class, and others have one: "
-            "fill the cell, or remove the row"
+            f"{source}: row {number} has label {found!r}, expected class ids 0, 1, …, or names in every row"
         )
-    return cleared
+    raise UsageError(
+        f"{source}: row {number} ({path}) has class {found!r}, which is no class, and others have one: "
+        "fill the cell, or remove the row"
+    )
 
 
-def _refuse_partly_numeric(labels: list[str], source: str) -> None:
-    """Refuse labels such as -1 or 3.0, and ids with gaps; taken as names they would silently get other ids."""
+def _refuse_partly_numeric(labels: Mapping[str, int], source: str) -> None:
+    """Refuse labels such as -1 or 3.0, and ids with gaps; taken as names they would silently get other ids.
+
+    labels: label → number of its first row.
+    """
     if any(labels) and all(re.fullmatch(r"(-?[0-9]+(\.[0-9]*)?)?", label) for label in labels):
-        number, label = next(
-            (n, label) for n, label in enumerate(labels, start=1) if not re.fullmatch(r"[0-9]+", label)
-        )
+        label, number = next((each, n) for each, n in labels.items() if not re.fullmatch(r"[0-9]+", each))
         raise UsageError(f"{source}: row {number} has label {label!r}, expected class ids 0, 1, …, or names")
 
 
-def _read_table(fs: AbstractFileSystem, place: str, source: str) -> dict[str, list[str]]:
-    """Return the columns of a listing as text; an absent value is an empty text."""
+def _column_names(fs: AbstractFileSystem, place: str, source: str) -> list[str]:
+    """The columns of a table that a listing may use; a parquet file without one for paths shows all, with types."""
+    with _reading(source), fs.open(place, "rb") as file:
+        if not place.lower().endswith(".parquet"):
+            return next(_lines_of(file, place), [])
+        schema = pyarrow.parquet.read_schema(file)
+        known = {*COLUMNS, *PATH_COLUMNS}
+        found = [each.name for each in schema if each.name in known and _is_scalar(each.type)]
+        return found if {*PATH_COLUMNS} & {*found} else [f"{each.name} ({each.type})" for each in schema]
+
+
+def _rows_of(
+    fs: AbstractFileSystem, place: str, source: str, names: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """Yield these columns of a table row by row as text; an absent value is an empty text."""
+    with _reading(source), fs.open(place, "rb") as file:
+        if place.lower().endswith(".parquet"):
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(AT_ONCE, columns=list(names)):
+                texts = [batch.column(name).cast(pa.string()).fill_null("").to_pylist() for name in names]
+                yield from zip(*texts, strict=True)
+            return
+        lines = _lines_of(file, place)
+        places = {name: number for number, name in enumerate(next(lines))}
+        for line in lines:
+            if line:
+                cells = (line[at] if (at := places[name]) < len(line) else "" for name in names)
+                yield tuple(cell.strip() for cell in cells)
+
+
+def _lines_of(file: BinaryIO, place: str) -> Iterator[list[str]]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    return csv.reader(text, delimiter="\t" if place.lower().endswith(".tsv") else ",")
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
     try:
-        with fs.open(place, "rb") as file:
-            if place.lower().endswith(".parquet"):
-                table = pyarrow.parquet.read_table(file)
-                known = (*COLUMNS, *PATH_COLUMNS)
-                columns = [
-                    name for name in table.column_names if name in known and _is_scalar(table[name].type)
-                ]
-                if not {*PATH_COLUMNS} & {*columns}:
-                    return {f"{name} ({table[name].type})": [] for name in table.column_names}
-                return {
-                    name: [value or "" for value in table[name].cast(pa.string()).to_pylist()]
-                    for name in columns
-                }
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-            rows = csv.DictReader(text, delimiter="\t" if place.lower().endswith(".tsv") else ",")
-            lines = list(rows)
-            return {name: [(line[name] or "").strip() for line in lines] for name in rows.fieldnames or []}
+        yield
     except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{source} cannot be read as a listing: {error}") from None
 

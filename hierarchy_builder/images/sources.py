@@ -15,14 +15,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import nearest
-from hierarchy_builder.images.keys import assign_keys
+from hierarchy_builder.images.keys import unique_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.images.reading import read_file
+from hierarchy_builder.images.table import AT_ONCE, Collected, ImageTable
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
@@ -47,7 +51,7 @@ class ImageSource:
     keys, paths, sizes and labels. location: argument for `open_reader`. warnings: messages to print.
     """
 
-    records: list[ImageRecord]
+    records: ImageTable
     class_map: dict[str, int]
     listing_hash: str
     location: str
@@ -123,7 +127,10 @@ class TarReader:
 
 
 def open_source(
-    source: str, split: str | None = None, class_map: str | Mapping[str, int] | None = None
+    source: str,
+    split: str | None = None,
+    class_map: str | Mapping[str, int] | None = None,
+    partition: str | None = None,
 ) -> ImageSource:
     """List a data set.
 
@@ -132,6 +139,8 @@ def open_source(
     column `path` (relative to the table) and optionally `class` (names) and `label` (ids or names).
     split: sub-folder to use, or for a table the value of its column `split`.
     class_map: class name → id, as a mapping or a JSON file; by default ids follow the sorted class names.
+    partition: the part of the images to take, for example `3/64`, see `config.Partition`; the ids of classes are those
+    of the whole listing.
     Raises UsageError if the source is of none of these kinds, and BuilderError if it contains no images.
     """
     source = str(source)
@@ -139,29 +148,33 @@ def open_source(
         raise UsageError("the path of the images is empty, expected a folder, a .tar or a table")
     fs, place = _filesystem(source)
     reader: Reader
+    part = None if partition is None else Partition.parse(partition)
     if fs.isdir(place):
         reader = FileReader(fs, place)
-        found = list_folder(fs, place, source, split)
+        found = list_folder(fs, place, source, split, part)
     elif not fs.exists(place):
         raise UsageError(f"{source} does not exist: expected a folder, a .tar or a table {', '.join(TABLES)}")
     elif place.lower().endswith(".tar"):
         content = scan_tar(fs, place)
         reader = TarReader(fs, place, content.members)
-        found = list_tar(content, reader.read, source, split)
+        found = list_tar(content, reader.read, source, split, part)
     elif place.lower().endswith(TABLES):
         reader = files = FileReader(fs, posixpath.dirname(place))
-        found = list_table(fs, place, files.size, source, split)
+        found = list_table(fs, place, files.size, source, split, part)
     else:
         raise UsageError(
             f"{source} is a file: expected a folder of class folders, an uncompressed .tar, or a table "
             f"{', '.join(TABLES)}"
         )
     ids = found.ids or {name: number for number, name in enumerate(sorted(found.classes))}
+    table = found.table
+    names = sorted(set(found.images.classes))
     if class_map is not None:
         ids = _read_class_map(class_map)
-        found.images = _as_spelled(found.images, ids)
-        _check_classes(sorted({name for _, name, _ in found.images}), ids, class_map)
-    records = _records(found.images, ids)
+        spelled = _as_spelled(names, ids)
+        _check_classes(sorted(set(spelled.values())), ids, class_map)
+        table = _renamed(table, spelled)
+    records = _records(table, ids)
     return ImageSource(
         records=records,
         class_map=ids,
@@ -189,13 +202,23 @@ def _filesystem(source: str) -> tuple[AbstractFileSystem, str]:
     return fs, place.rstrip("/") or "/"
 
 
-def _as_spelled(images: list[tuple[str, str, int]], ids: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    """The images with the class names of a class map, where those differ only in how accents are composed."""
+def _as_spelled(names: Iterable[str], ids: Mapping[str, int]) -> dict[str, str]:
+    """The names of classes as a class map has them, where those differ only in how accents are composed."""
     spelled = {unicodedata.normalize("NFC", name): name for name in ids}
-    return [
-        (path, name if name in ids else spelled.get(unicodedata.normalize("NFC", name), name), size)
-        for path, name, size in images
-    ]
+    return {
+        name: name if name in ids else spelled.get(unicodedata.normalize("NFC", name), name) for name in names
+    }
+
+
+def _renamed(table: pa.Table, spelled: Mapping[str, str]) -> pa.Table:
+    """The images with other names of their classes, and the keys that follow from these."""
+    if all(name == written for name, written in spelled.items()):
+        return table
+    found = Collected(None)
+    columns = (table.column(name).to_pylist() for name in ("path", "class_name", "bytes"))
+    for path, name, size in zip(*columns, strict=True):
+        found.add(path, spelled[name], size)
+    return found.table()
 
 
 def _read_class_map(class_map: str | Mapping[str, int]) -> dict[str, int]:
@@ -229,19 +252,19 @@ def _check_classes(classes: list[str], ids: Mapping[str, int], class_map: str | 
         )
 
 
-def _records(images: list[tuple[str, str, int]], ids: Mapping[str, int]) -> list[ImageRecord]:
-    images = sorted(images)
-    keys = assign_keys((path, name) for path, name, _ in images)
-    return [
-        ImageRecord(key=key, path=path, label=ids[name], class_name=name, num_bytes=size)
-        for key, (path, name, size) in zip(keys, images, strict=True)
-    ]
+def _records(table: pa.Table, ids: Mapping[str, int]) -> ImageTable:
+    """Images as they were collected, in the order of their paths, with unique keys and the ids of their classes."""
+    keys = unique_keys(table.column("key"), table.column("path"))
+    labels = pa.array(np.zeros(len(table), np.int32))
+    return ImageTable(table.set_column(0, "key", keys).append_column("label", labels)).relabelled(ids)
 
 
 def listing_hash(records: Iterable[ImageRecord]) -> str:
     """SHA-256 over keys, paths, sizes and labels; the order of the records plays no role."""
     digest = hashlib.sha256()
-    for record in sorted(records, key=lambda record: record.path):
-        line = json.dumps([record.key, record.path, record.num_bytes, record.label])
-        digest.update(line.encode() + b"\n")
+    table = ImageTable.of(records).table.select(["key", "path", "bytes", "label"])
+    encode = json.JSONEncoder().encode
+    for batch in table.sort_by("path").to_batches(AT_ONCE):
+        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        digest.update("".join(f"{encode(row)}\n" for row in rows).encode())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.images.table import COLUMNS, ImageTable
 from hierarchy_builder.records import ImageRecord, Status
 
 INDEX_VERSION = 2
@@ -42,11 +43,13 @@ CAME_LATER = ("file_hash",)
 """Columns that files of version 1 lack; they are read as null."""
 
 
-def in_build_order(records: Sequence[ImageRecord], order: str) -> list[ImageRecord]:
+def in_build_order(records: Sequence[ImageRecord], order: str) -> ImageTable:
     """Return records in the order of rows: as `listed`, or `shuffled` by the SHA-256 of their keys on any machine."""
+    table = ImageTable.of(records)
     if order == "listed":
-        return list(records)
-    return sorted(records, key=lambda record: hashlib.sha256(record.key.encode()).digest())
+        return table
+    digests = b"".join(hashlib.sha256(key.encode()).digest() for key in table.values("key"))
+    return table.take(np.argsort(np.frombuffer(digests, "S32"), kind="stable"))
 
 
 def write_index(
@@ -56,16 +59,15 @@ def write_index(
 
     outcomes: one mapping per row with `OUTCOME_COLUMNS`.
     """
-    columns: dict[str, list[Any]] = {
-        "key": [record.key for record in records],
-        "path": [record.path for record in records],
-        "label": [record.label for record in records],
-        "class_name": [record.class_name for record in records],
-        "bytes": [record.num_bytes for record in records],
-    }
-    rows = outcomes if outcomes is not None else [{"status": status_name(Status.PENDING)}] * len(records)
-    for name in OUTCOME_COLUMNS:
-        columns[name] = [row.get(name) for row in rows]
+    images = ImageTable.of(records)
+    columns: dict[str, Any] = {name: images.column(name) for name in COLUMNS}
+    if outcomes is None:
+        empty = {name: pa.nulls(len(images), SCHEMA.field(name).type) for name in OUTCOME_COLUMNS}
+        pending = pa.repeat(pa.scalar(status_name(Status.PENDING)), len(images))
+        columns |= {**empty, "status": pending}
+    else:
+        for name in OUTCOME_COLUMNS:
+            columns[name] = pa.array((row.get(name) for row in outcomes), SCHEMA.field(name).type)
     table = pa.table(columns, schema=SCHEMA)
     described = {"format_version": str(INDEX_VERSION), "rows_sha256": rows_digest(table)}
     buffer = io.BytesIO()
@@ -112,7 +114,7 @@ def rows_digest(table: pa.Table) -> str:
             filled = column.fill_null("")
             digest.update(pc.binary_length(filled).to_numpy().astype("<i8").tobytes())
             for chunk in filled.chunks:
-                digest.update("".join(chunk.to_pylist()).encode())
+                digest.update(_text_of(chunk))
         else:
             digest.update(column.fill_null(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
@@ -125,13 +127,18 @@ def settle_index(path: Path, listing: Path, outcomes: Sequence[Mapping[str, Any]
         write_index(path, records_of(read_index(listing)), outcomes)
 
 
-def records_of(table: pa.Table) -> list[ImageRecord]:
+def _text_of(strings: pa.StringArray) -> memoryview:
+    """The bytes of strings without a null, joined."""
+    _, offsets, text = strings.buffers()
+    if text is None or not len(strings):
+        return memoryview(b"")
+    places = np.frombuffer(offsets, np.int32)[strings.offset : strings.offset + len(strings) + 1]
+    return memoryview(text)[places[0] : places[-1]]
+
+
+def records_of(table: pa.Table) -> ImageTable:
     """Return the rows of an index, or of a slice of it, as records."""
-    columns = (table.column(name).to_pylist() for name in ("key", "path", "label", "class_name", "bytes"))
-    return [
-        ImageRecord(key=key, path=path, label=label, class_name=class_name, num_bytes=num_bytes)
-        for key, path, label, class_name, num_bytes in zip(*columns, strict=True)
-    ]
+    return ImageTable(table)
 
 
 def status_name(status: Status) -> str:
