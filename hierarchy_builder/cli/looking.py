@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
@@ -15,79 +16,81 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
 
 
-@takes(folder=opt.FOLDER, **OUTPUT)
-def status(folder: Path, as_json: bool, quiet: bool) -> None:
+@takes(folders=opt.FOLDERS, **OUTPUT)
+def status(folders: list[Path], as_json: bool, quiet: bool) -> None:
     """Show what is done, stage by stage, and the progress of the run that works on the build now."""
-    from hierarchy_builder.progress import as_duration
     from hierarchy_builder.store.ledger import recorded_stages
     from hierarchy_builder.store.units import progress_of, running_stage
 
-    build_folder = BuildFolder(folder).require()
-    rows, running = progress_of(build_folder), running_stage(build_folder)
-    left_out = recorded_stages(build_folder).get("extract", {}).get("left_out", [])
-    if as_json:
+    found, cells, notes = list[dict[str, Any]](), list[list[str]](), list[str]()
+    for folder in folders:
+        build_folder = BuildFolder(folder).require()
+        rows, running = progress_of(build_folder), running_stage(build_folder)
+        left_out = recorded_stages(build_folder).get("extract", {}).get("left_out", [])
         of_stage = running["stage"] if running else None
-        print_json(
-            [
-                {**row, "running": running if row["stage"] == of_stage else None}
-                | ({"left_out": left_out} if row["stage"] in ("extract", "fuse") else {})
-                for row in rows
-            ]
-        )
+        named = {"build": str(folder)} if len(folders) > 1 else {}
+        for row in rows:
+            found.append({**named, **row, "running": running if row["stage"] == of_stage else None})
+            if row["stage"] in ("extract", "fuse"):
+                found[-1]["left_out"] = left_out
+            units, images = f"{row['units_done']}/{row['units']}", f"{row['images']:,}"
+            seconds, size = f"{row['seconds']:.1f}", f"{row['bytes']:,}"
+            cells.append([*named.values(), row["stage"], units, images, seconds, size, row["state"]])
+        start = f"{folder}: " if named else ""
+        notes += [start + text for text in (*left_out, *([_of_running(running)] if running else []))]
+    if as_json:
+        print_json(found)
         return
-    cells = [
-        (
-            row["stage"],
-            f"{row['units_done']}/{row['units']}",
-            f"{row['images']:,}",
-            f"{row['seconds']:.1f}",
-            f"{row['bytes']:,}",
-            row["state"],
-        )
-        for row in rows
-    ]
-    print_cells(("stage", "units", "images", "unit seconds", "bytes", "state"), cells)
-    for text in left_out:
-        stdout.print(text, soft_wrap=True)
-    if running:
-        left = running["remaining_s"]
-        stdout.print(
-            f"running: {running['stage']}, {running['images_done']}/{running['images']} images, "
-            f"{running['images_per_second']:.1f} images/s, {running['failed']} could not be used, "
-            f"{'?' if left is None else as_duration(left)} left",
-            highlight=False,
-        )
+    titles = ("stage", "units", "images", "unit seconds", "bytes", "state")
+    print_cells(titles if len(folders) == 1 else ("build", *titles), cells)
+    for text in notes:
+        stdout.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@takes(folder=opt.FOLDER, **OUTPUT)
-def verify(folder: Path, as_json: bool, quiet: bool) -> None:
+def _of_running(running: Mapping[str, Any]) -> str:
+    """A line about the stage that runs now."""
+    from hierarchy_builder.progress import as_duration
+
+    left = running["remaining_s"]
+    return (
+        f"running: {running['stage']}, {running['images_done']}/{running['images']} images, "
+        f"{running['images_per_second']:.1f} images/s, {running['failed']} could not be used, "
+        f"{'?' if left is None else as_duration(left)} left"
+    )
+
+
+@takes(folders=opt.FOLDERS, **OUTPUT)
+def verify(folders: list[Path], as_json: bool, quiet: bool) -> None:
     """Read every file and compare it with what was written; exit code 4 if something is damaged."""
     from hierarchy_builder.verify.checks import find_damage
 
-    build_folder = BuildFolder(folder)
-    _refuse_running(build_folder)
-    found = list(find_damage(build_folder))
-    problems = [damage.text for damage in found]
-    if problems:
+    problems, ends = list[str](), list[str]()
+    for folder in folders:
+        build_folder = BuildFolder(folder)
+        _refuse_running(build_folder)
+        found = list(find_damage(build_folder))
+        if not found:
+            continue
         _refuse_running(build_folder)  # one that began meanwhile
+        problems += [damage.text for damage in found]
+        advice = f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
+        if all(damage.is_stale for damage in found):
+            advice = "nothing is damaged; do what is said above"
+        ends.append(f"{folder}: found {counted(len(found), 'problem')}, expected none; {advice}")
     if as_json:
         print_json({"problems": problems})
     else:
         for problem in problems:
             stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
-    if problems:
-        advice = f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
-        if all(damage.is_stale for damage in found):
-            advice = "nothing is damaged; do what is said above"
-        raise VerificationError(
-            f"{folder}: found {counted(len(problems), 'problem')}, expected none; {advice}"
-        )
+    if ends:
+        raise VerificationError("\n".join(ends))
     if not as_json:
-        stdout.print(f"{folder}: everything is in order")
+        for folder in folders:
+            stdout.print(f"{folder}: everything is in order", soft_wrap=True)
 
 
 @takes(
-    folder=opt.FOLDER,
+    folders=opt.FOLDERS,
     out=option("The page; by default DIR/report.html, quality.html or vocabulary.html.", **PATH),
     samples=option(
         "Images, spread evenly over the classes: 48 on the page, with --quality 200 scored.", kind=int, min=1
@@ -102,7 +105,7 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
 )
 def report(
     *,
-    folder: Path,
+    folders: list[Path],
     out: Path | None,
     samples: int | None,
     keys: str | None,
@@ -115,28 +118,35 @@ def report(
     quiet: bool,
 ) -> None:
     """Write a self-contained page: photographs, region maps, colours of features, decoded levels, a slider."""
-    build_folder, chosen = BuildFolder(folder).require(), keys.split(",") if keys else None
+    builds, chosen = [BuildFolder(folder).require() for folder in folders], keys.split(",") if keys else None
     if quality and vocabulary:
         raise UsageError("--quality and --vocabulary are two pages: ask for one at a time")
-    if out is not None:
-        target_of(out)  # refused before anything is read
-    _refuse_foreign_pages(build_folder, out, quality=quality, vocabulary=vocabulary)
-    if quality:
-        _report_quality(build_folder, out, samples or 200, chosen, masks, trust_encoder, as_json, quiet)
-        return
-    if masks is not None:
+    if masks is not None and not quality:
         raise UsageError("--masks belongs to --quality, which is not given")
-    if vocabulary:
-        from hierarchy_builder.quality.vocabulary_page import write_vocabulary_page
+    if out is not None:
+        if len(builds) > 1:
+            raise UsageError("--out is one page, and each build gets its own: leave it out")
+        target_of(out)  # refused before anything is read
+    for folder in builds:
+        _refuse_foreign_pages(folder, out, quality=quality, vocabulary=vocabulary)
+    if quality:
+        _report_quality(builds, out, samples or 200, chosen, masks, trust_encoder, as_json, quiet)
+        return
+    pages = []
+    for folder in builds:
+        if vocabulary:
+            from hierarchy_builder.quality.vocabulary_page import write_vocabulary_page
 
-        page = write_vocabulary_page(build_folder, out or build_folder.vocabulary_page, limit=prototypes)
-    else:
-        from hierarchy_builder.quality.report import write_report
+            pages.append(write_vocabulary_page(folder, out or folder.vocabulary_page, limit=prototypes))
+        else:
+            from hierarchy_builder.quality.report import write_report
 
-        page = write_report(build_folder, out or build_folder.report, limit=samples or 48, keys=chosen)
+            pages.append(write_report(folder, out or folder.report, limit=samples or 48, keys=chosen))
     if as_json:
-        print_json({"page": str(page)})
-    else:
+        rows = [{"page": str(page)} for page in pages]
+        print_json(rows if len(rows) > 1 else rows[0])
+        return
+    for page in pages:
         stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -212,7 +222,7 @@ def _refuse_foreign_pages(folder: BuildFolder, out: Path | None, *, quality: boo
 
 
 def _report_quality(
-    folder: BuildFolder,
+    folders: Sequence[BuildFolder],
     out: Path | None,
     samples: int,
     keys: Sequence[str] | None,
@@ -225,15 +235,22 @@ def _report_quality(
     from hierarchy_builder.quality.assessment import assess_build
     from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
 
-    reporter = Reporter(quiet=quiet, console=stderr)
-    found = assess_build(
-        folder, limit=samples, keys=keys, masks=masks, reporter=reporter, trust_encoder=trust_encoder
-    )
-    page = write_quality(folder, found, out or folder.quality_page)
+    reporter, rows = Reporter(quiet=quiet, console=stderr), []
+    for folder in folders:
+        found = assess_build(
+            folder, limit=samples, keys=keys, masks=masks, reporter=reporter, trust_encoder=trust_encoder
+        )
+        page, named = write_quality(folder, found, out or folder.quality_page), f" of {folder.root}"
+        rows.append(found.as_json())
+        if as_json:
+            continue
+        summed = [{"name": name, "value": value} for name, value in summary(found).items()]
+        for title, table in {"Summary": summed, **score_tables(found)}.items():
+            print_table(title + (named if len(folders) > 1 else ""), table)
+        stdout.print(f"{folder.quality}\n{page}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        print_json(found.as_json())
-        return
-    print_table("Summary", [{"name": name, "value": value} for name, value in summary(found).items()])
-    for title, rows in score_tables(found).items():
-        print_table(title, rows)
-    stdout.print(f"{folder.quality}\n{page}", markup=False, highlight=False, soft_wrap=True)
+        print_json(
+            rows[0]
+            if len(rows) == 1
+            else [{"build": str(folder.root), **row} for folder, row in zip(folders, rows, strict=True)]
+        )

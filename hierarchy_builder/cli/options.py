@@ -31,6 +31,10 @@ from hierarchy_builder.flags import (
 from hierarchy_builder.places import a_place
 
 FOLDER = argument("Folder of the build.", **PATH | {"metavar": "DIR"})
+FOLDERS = argument(
+    "Folder of the build; several at once, such as those of all partitions.",
+    **PATH | {"kind": list[Path], "metavar": "DIR"},
+)
 BUILD: dict[str, Parameter] = {
     "images": argument(
         "Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one.",

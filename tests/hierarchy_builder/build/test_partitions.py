@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import cli
 from tiny_builds import PLAN, session
 
 from hierarchy_builder.build import pipeline as steps
@@ -76,6 +77,13 @@ def test_a_union_of_partitions_holds_the_samples_of_the_whole_build(
     assert labels[0] == labels[1]
     manifest = json.loads(parts[0].manifest.read_text())
     assert manifest["stages"]["extract"]["inputs"]["config"]["partition"] == "1/3"
+    looked = cli("hierarchy-builder", "status", *(folder.root for folder in parts[:2]), "--json").json
+    assert {(row["build"], row["state"]) for row in looked} == {(str(f.root), "done") for f in parts[:2]}
+    assert cli("hierarchy-builder", "verify", parts[0].root, parts[2].root, "--json").json == {"problems": []}
+    (parts[2].shards / "README.md").write_text("another card")
+    ended = cli("hierarchy-builder", "verify", parts[0].root, parts[2].root)
+    assert ended.code == 4
+    assert f"{parts[2].root}: found 2 problems" in ended.err
     with pytest.raises(ConfigMismatchError, match=r"config\.partition: '1/3' there, '2/3' now"):
         steps.build(parts[0], str(tiny_photos), part_plan("2/3"), session())
 
