@@ -270,7 +270,8 @@ class ShardConfig:
     covariance: bool = field(default=False, metadata=EXECUTION)
     """Also compute the covariance of the channels, for statistics.npz; the tars are the same without it."""
     licence: str | None = field(default=None, metadata=EXECUTION)
-    """Licence of the photographs for the dataset card, such as cc-by-4.0; without it the card says unknown."""
+    """Licence of the photographs for the dataset card, such as cc-by-4.0. Without it the card keeps what was given
+    before, or else says unknown."""
 
     def __post_init__(self) -> None:
         require(

@@ -26,7 +26,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.flags import DISTRIBUTION, OUTPUT, PATH, argument, takes
+from hierarchy_builder.flags import OUTPUT, PATH, argument, takes
+from hierarchy_builder.installing import DISTRIBUTION, install_extras, pip_install, this_pip
 from hierarchy_builder.process import num_cpus, other_socket_folder
 from hierarchy_builder.terminal import counted, print_cells, print_json, say
 
@@ -121,17 +122,6 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _pip(*wanted: str) -> str:
-    """The command that installs into this Python."""
-    return f"{_this_pip()} install {shlex.join(wanted)}"
-
-
-def _this_pip() -> str:
-    """How the pip of this Python is called: by its name, where the shell finds that one."""
-    beside = Path(sys.executable).with_name("pip")
-    return "pip" if shutil.which("pip") == str(beside) else f"{shlex.quote(sys.executable)} -m pip"
-
-
 def _requirements(name: str) -> list[Requirement]:
     """What an installed package needs on this machine, without its extras."""
     found = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
@@ -142,7 +132,7 @@ def _packages() -> Iterator[Finding]:
     """Every package below this one in a version that its users accept, as `pip check` asks for all there are."""
     if _installed(DISTRIBUTION) is None:
         text = f"{DISTRIBUTION} runs from its sources, so nobody knows what it needs"
-        yield Finding("packages", "note", text, _pip("-e", str(Path(__file__).parents[1])))
+        yield Finding("packages", "note", text, install_extras())
         return
     waiting, seen, wrong = [DISTRIBUTION], {DISTRIBUTION}, False
     while waiting:
@@ -159,7 +149,7 @@ def _packages() -> Iterator[Finding]:
             # only what this package itself asks for is sure to be needed
             state: State = "blocks" if user == DISTRIBUTION else "note"
             wants = f"{needed.name} {has}, {user} needs {needed.specifier or 'it'}"
-            yield Finding("packages", state, wants, _pip(f"{needed.name}{needed.specifier}"))
+            yield Finding("packages", state, wants, pip_install(f"{needed.name}{needed.specifier}"))
     if not wrong:
         version = _installed(DISTRIBUTION)
         yield Finding(
@@ -181,7 +171,10 @@ def _pairs() -> Iterator[Finding]:
         if not version.startswith(f"{wanted}."):
             text = f"{partner} {version} with torch {torch}, which was made for {partner} {wanted}"
             yield Finding(
-                "pairs", "blocks", text, _pip(f"torch=={torch.partition('+')[0]}", f"{partner}=={wanted}.*")
+                "pairs",
+                "blocks",
+                text,
+                pip_install(f"torch=={torch.partition('+')[0]}", f"{partner}=={wanted}.*"),
             )
         elif build != own:  # of the same release
             text = (
@@ -190,7 +183,7 @@ def _pairs() -> Iterator[Finding]:
             )
             plain = version.partition("+")[0]
             source = [f"--index-url={WHEELS}/{build}"] if build else []
-            again = _pip(f"{partner}=={plain}", "--force-reinstall", "--no-deps", *source)
+            again = pip_install(f"{partner}=={plain}", "--force-reinstall", "--no-deps", *source)
             yield Finding("pairs", "note", text, again)
         else:
             good.append(f"torch {torch} with {partner} {version}")
@@ -198,14 +191,14 @@ def _pairs() -> Iterator[Finding]:
     faiss = sorted(name for name in names if re.fullmatch(r"faiss-(cpu|gpu.*)", name))
     if len(faiss) > 1:
         keep = next((name for name in faiss if name != "faiss-cpu"), faiss[0])
-        away = f"{_this_pip()} uninstall -y {shlex.join(faiss)}"
+        away = f"{this_pip()} uninstall -y {shlex.join(faiss)}"
         text = f"{' and '.join(faiss)} install the same module `faiss`, and one overwrites the other"
-        yield Finding("pairs", "blocks", text, f"{away} && {_pip(keep)}")
+        yield Finding("pairs", "blocks", text, f"{away} && {pip_install(keep)}")
     for cuml in sorted(name for name in names if name.startswith("cuml-cu")):
         generation = cuml.removeprefix("cuml-cu")
         if torch and (found := re.search(r"\+cu(\d\d)", torch)) and found[1] != generation:
             text = f"{cuml} with torch {torch}: they are built for different generations of CUDA"
-            yield Finding("pairs", "note", text, _pip(f"cuml-cu{found[1]}"))
+            yield Finding("pairs", "note", text, pip_install(f"cuml-cu{found[1]}"))
     if good:
         yield Finding("pairs", "ok", ", ".join(good) + (f", {faiss[0]}" if len(faiss) == 1 else ""))
 
@@ -225,9 +218,7 @@ def _extras() -> Iterator[Finding]:
         yield Finding("extras", "ok", f"installed: {', '.join(has)}")
     if lacking := [extra for extra, is_there in there.items() if not is_there]:
         uses = ", ".join(f"{extra} ({parts[extra][1]})" for extra in lacking)
-        yield Finding(
-            "extras", "note", f"not installed: {uses}", _pip(f"{DISTRIBUTION}[{','.join(lacking)}]")
-        )
+        yield Finding("extras", "note", f"not installed: {uses}", install_extras(*lacking))
 
 
 def _gpu() -> Iterator[Finding]:
@@ -248,7 +239,7 @@ def _gpu() -> Iterator[Finding]:
     elif driver and torch.version.cuda is None:
         plain = torch.__version__.partition("+")[0]
         text = f"{driver} is there, but torch {torch.__version__} was built for CPUs only"
-        yield Finding("GPU", "note", text, _pip(f"torch==={plain}", "--force-reinstall"))
+        yield Finding("GPU", "note", text, pip_install(f"torch==={plain}", "--force-reinstall"))
     elif driver:
         text = f"{driver} is there, but torch for CUDA {torch.version.cuda} cannot use it: the driver may be too old"
         yield Finding(
@@ -338,7 +329,7 @@ def _shared_memory() -> Iterator[Finding]:
 def _ray() -> Iterator[Finding]:
     version = _installed("ray")
     if version is None:
-        yield Finding("Ray", "note", "not installed; only builds with --workers 0 work", _pip("ray"))
+        yield Finding("Ray", "note", "not installed; only builds with --workers 0 work", pip_install("ray"))
         return
     try:
         place = other_socket_folder() or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
@@ -362,11 +353,11 @@ def _pictures() -> Iterator[Finding]:
         yield Finding("fonts", "ok", "Pillow draws text with FreeType; pages use the fonts of the browser")
     else:
         text = "this Pillow has no FreeType: sheets and the studio draw their labels with it"
-        yield Finding("fonts", "blocks", text, _pip("--force-reinstall", "pillow"))
+        yield Finding("fonts", "blocks", text, pip_install("--force-reinstall", "pillow"))
     lacking = [name for name in ("jpg", "webp", "avif") if not features.check(name)]
     if lacking:
         text = f"this Pillow does not read {', '.join(lacking)}"
-        yield Finding("pictures", "note", text, _pip("--upgrade", "--force-reinstall", "pillow"))
+        yield Finding("pictures", "note", text, pip_install("--upgrade", "--force-reinstall", "pillow"))
 
 
 def _browser() -> Iterator[Finding]:

@@ -18,7 +18,6 @@ from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import MEANINGS, by_meaning, nearest, sentences
 from hierarchy_builder.places import a_path, a_place
 
-DISTRIBUTION = "trajectory-hierarchies"
 REQUIRED = inspect.Parameter.empty
 
 

@@ -23,6 +23,7 @@ from hierarchy_builder import terminal
 from hierarchy_builder.build.workers import RAY_ENVIRONMENT, join, start_local
 from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
 from hierarchy_builder.flags import AS_JSON, argument, option, takes
+from hierarchy_builder.installing import install_extras
 from hierarchy_builder.places import a_path
 from hierarchy_builder.terminal import print_result
 from trainer.cli import app as cli
@@ -32,9 +33,7 @@ try:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 except ImportError as error:
-    raise SystemExit(
-        f'error: {error}; this job needs pip install "trajectory-hierarchies[cluster]"'
-    ) from None
+    raise SystemExit(f"error: {error}; this job needs {install_extras('cluster')}") from None
 
 OF_TRAINING = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",

@@ -16,6 +16,7 @@ GROUND_FLOOR = (
     "fields",
     "files",
     "parsing",
+    "installing",
     "flags",
     "pictures",
     "places",

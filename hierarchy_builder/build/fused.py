@@ -48,7 +48,7 @@ from hierarchy_builder.images.sources import ImageSource, open_reader
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, records_of, write_index
-from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry
+from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry, with_licence
 from hierarchy_builder.store.samples import make_sample, picture_of
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import TarWriter, encode_sample
@@ -175,6 +175,7 @@ def fuse(
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
     images, extract = settle_fused_rows(folder, images, extract, config, session)
+    config = with_licence(folder, config, fresh=session.fresh)
     if not session.fresh:
         refuse_changed_images(folder, images)
     records = images.records

@@ -23,7 +23,7 @@ from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import settle_index
-from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest
+from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest, with_licence
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import shard_name, sidecar
 from hierarchy_builder.store.units import (
@@ -116,6 +116,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     extracted = finished_stage(folder, "extract")
     settle_index(folder.index, folder.listing, outcomes_so_far(folder))
     is_linked = "link" in read_manifest(folder)["stages"]
+    config = with_licence(folder, config, fresh=session.fresh)
     inputs = {
         "config": identity(config),
         "cluster": clustered["hash"],

@@ -21,6 +21,7 @@ import torch
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.fields import nearest
 from hierarchy_builder.files import sha256_file
+from hierarchy_builder.installing import install_extras
 
 DEFAULT_SIZE_PX = 256
 MIN_FEATURE_CHANNELS = 64
@@ -163,9 +164,7 @@ def _open_session(path: Path, device: torch.device) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise BuilderError(
-            "onnx encoders need onnxruntime: pip install 'trajectory-hierarchies[onnx]'"
-        ) from None
+        raise BuilderError(f"onnx encoders need onnxruntime: {install_extras('onnx')}") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1

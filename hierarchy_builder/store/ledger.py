@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,12 @@ def _stages_from(stage: str) -> Sequence[str]:
     if stage in ("extract", "fuse"):
         return STAGES
     return STAGES[STAGES.index(stage) : STAGES.index("fuse")]
+
+
+def with_licence(folder: BuildFolder, config: ShardConfig, *, fresh: bool) -> ShardConfig:
+    """The config with the licence that was given before, unless another is given now or the shards start over."""
+    told = {} if fresh else recorded_stages(folder).get("shard", {}).get("request", {})
+    return config if config.licence is not None else replace(config, licence=told.get("licence"))
 
 
 def hash_of(stage: str, inputs: Mapping[str, Any]) -> str:

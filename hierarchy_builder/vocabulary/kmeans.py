@@ -21,6 +21,7 @@ import torch
 
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.installing import install_extras
 
 SLAB_TOKENS = 8192
 """Tokens per float64 sum: sums of up to 8,192 float16 are exact in any order (2¹³ · 2¹⁶ = 2⁵³ · 2⁻²⁴)."""
@@ -307,7 +308,7 @@ def _library(name: str) -> ModuleType:
         extra = {"faiss": "faiss", "cuml": "gpu"}[name]
         raise BuilderError(
             f"k-means backend {name!r} cannot be loaded ({error}): "
-            f"pip install 'trajectory-hierarchies[{extra}]', or choose backend torch"
+            f"{install_extras(extra)}, or choose backend torch"
         ) from None
 
 

@@ -25,6 +25,7 @@ from hierarchy_builder.flags import (
     switch,
     takes,
 )
+from hierarchy_builder.installing import install_extras
 from hierarchy_builder.terminal import counted, print_json, print_result, say, say_next, stdout
 from hierarchy_builder.terminal import run as run_command
 from trainer.cli import editing as edit_commands
@@ -351,7 +352,7 @@ def studio(
         from trainer.studio.app import launch
     except ModuleNotFoundError as error:
         raise TrainerError(
-            f"{error.name} is not installed: install the extra, pip install 'trajectory-hierarchies[studio]'"
+            f"{error.name} is not installed, which the studio needs: {install_extras('studio')}"
         ) from None
 
     page, url = launch(

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +212,10 @@ class ConditionalDecoder(ABC):
     @abstractmethod
     def __call__(self, canvases: Tensor) -> Tensor:
         """Levels [L, H, W, C] of a trajectory → RGB [L, 3, h, w] in [0, 1]."""
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the networks of the decoder, as that of a module does; subclasses that have any do so."""
+        return self
 
     def draws(self, canvases: Tensor) -> bool:
         """Whether the decoder can draw pictures of these levels."""

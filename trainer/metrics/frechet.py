@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.installing import install_extras
 from hierarchy_builder.parsing import check_pickle, parse_npz
 
 DISTANCES_AT_ONCE = 2**24
@@ -167,7 +168,7 @@ def inception_features(
         fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError:
         raise TrainerError(
-            "FID and IS need the package torch-fidelity: pip install 'trajectory-hierarchies[fid]'; without it the "
+            f"FID and IS need the package torch-fidelity: {install_extras('fid')}; without it the "
             "Fréchet distance in the encoder's own space is printed"
         ) from None
     path = None if weights is None else str(weights)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.installing import install_extras
 from hierarchy_builder.parsing import check_pickle
 from hierarchy_builder.vision_libraries import import_vision
 from trainer.data.pictures import picture_of
@@ -295,7 +296,7 @@ class Inception(nn.Module):
             fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
         except ImportError:
             raise TrainerError(
-                "judge inception needs the package torch-fidelity: pip install 'trajectory-hierarchies[fid]'"
+                f"judge inception needs the package torch-fidelity: {install_extras('fid')}"
             ) from None
         try:
             if file is not None:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import parse_json, whole_file, write_bytes
+from hierarchy_builder.installing import install_extras
 from hierarchy_builder.progress import as_duration
 
 METRICS = "metrics.jsonl"
@@ -111,8 +112,8 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise UsageError(
-                f"wandb_project is {project!r}, and wandb is not installed: pip install "
-                '"trajectory-hierarchies[wandb]", or leave wandb_project out'
+                f"wandb_project is {project!r}, and wandb is not installed: {install_extras('wandb')}, "
+                "or leave wandb_project out"
             ) from None
         self._module = wandb
         name = run.resolve().name

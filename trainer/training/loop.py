@@ -87,6 +87,21 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def float32_products(device: torch.device, precision: str) -> Iterator[None]:
+    """Choose inside the block how a GPU multiplies what stays float32; the setting of the process comes back after it.
+
+    A run of bfloat16 takes TF32 products there, as JAX and so the release do.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Loop(ABC):
     """One run in one process: the state that checkpoints store, and the loop over steps.
 
@@ -123,10 +138,6 @@ class Loop(ABC):
 
     def _begin(self, origin: Path | None) -> None:
         """Restore the checkpoint `origin`, if there is one, and prepare the run folder."""
-        if self.world.device.type == "cuda":
-            # What stays float32 in a run of bfloat16 takes TF32 products, as JAX and so the release do.
-            is_short = self.config.precision == "bfloat16"
-            torch.set_float32_matmul_precision("high" if is_short else "highest")
         if origin is not None:
             self._restore(origin)
             if self.world.is_main and not self.quiet:
@@ -214,7 +225,7 @@ class Loop(ABC):
         )
         folder = saved.latest_checkpoint(self.out)
         lock = locked(self.out) if self.world.is_main else nullcontext()
-        with lock, self._opened_log() as log:
+        with lock, float32_products(self.world.device, config.precision), self._opened_log() as log:
             began = now = time.monotonic()
             for batch in loader:
                 time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)

@@ -30,7 +30,7 @@ from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
-from trainer.decode.rae import RUN_DECODER, decoder_for
+from trainer.decode.rae import RUN_DECODER, ConditionalDecoder, decoder_for
 from trainer.methods import registry
 from trainer.seeds import check_seed, level_noise
 from trainer.training import checkpoint as saved
@@ -427,7 +427,7 @@ class TrajectoryPipeline(ABC):
         if self.weak is not None:
             self.weak.to(device)
         self.normaliser = self.normaliser.to(device)
-        if isinstance(self.decoder, nn.Module):
+        if isinstance(self.decoder, nn.Module | ConditionalDecoder):
             self.decoder.to(device)
         return self
 

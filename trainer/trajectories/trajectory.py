@@ -240,11 +240,13 @@ class Trajectory:
     def grow_region(self, region: int, *, level: int, steps: int = 1) -> Trajectory:
         """Give a region the tokens around it, `steps` deep. Raises as `edit_shape`."""
         inside = self.region(region, level=level)
+        _check_border(inside, region)
         return self.edit_shape(inside.grow(steps) - inside, region)
 
     def shrink_region(self, region: int, *, level: int, steps: int = 1) -> Trajectory:
         """Give the outermost tokens of a region, `steps` deep, to the regions next to them. Raises as `edit_shape`."""
         inside = self.region(region, level=level)
+        _check_border(inside, region)
         return self.edit_shape(inside - inside.shrink(steps))
 
     def resume(self, from_level: int, seeds: Seeds = None) -> Trajectory:
@@ -368,3 +370,10 @@ def decode_finest(trajectories: Sequence[Trajectory]) -> np.ndarray:
         return np.stack([each.decode(level=len(each.levels) - 1) for each in trajectories])
     assert decoder is not None
     return to_uint8(decoder(torch.stack([each.levels[-1] for each in trajectories]))).cpu().numpy()
+
+
+def _check_border(inside: Selection, region: int) -> None:
+    if inside.mask.all():
+        raise UsageError(
+            f"region {region} is the whole of level {inside.level} and has no border to move: choose another level"
+        )

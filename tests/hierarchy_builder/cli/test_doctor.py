@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from command_line import cli
 from packaging.requirements import Requirement
 
-from hierarchy_builder import doctor
+from hierarchy_builder import doctor, installing
 from hierarchy_builder.doctor import Finding
 
 
@@ -25,6 +27,30 @@ def test_doctor_looks_at_everything_and_can_print_json(program: str, tmp_path: P
         row["check"] for row in rows
     }
     assert not [row["found"] for row in rows if "could not be checked" in row["found"]]
+
+
+def test_advice_to_install_names_where_the_toolkit_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (installing.SOURCES / "pyproject.toml").is_file()
+    assert shlex.split(installing.install_extras("fid", "wandb"))[-2:] == [
+        "-e",
+        f"{installing.SOURCES}[fid,wandb]",
+    ]
+    monkeypatch.setattr(installing, "SOURCES", tmp_path)
+    told = {"url": "https://host/toolkit", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+    for text, origin in (
+        (json.dumps(told), " @ git+https://host/toolkit@abc"),
+        (json.dumps({"url": "file:///wheels/toolkit.whl"}), " @ file:///wheels/toolkit.whl"),
+        (None, ""),
+    ):
+        (tmp_path / "METADATA").write_text("Name: trajectory-hierarchies")
+        (tmp_path / "direct_url.json").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "direct_url.json").write_text(text)
+        found = importlib.metadata.PathDistribution(tmp_path)
+        monkeypatch.setattr(installing.importlib.metadata, "distribution", lambda name, found=found: found)
+        assert shlex.split(installing.install_extras("fid"))[-1] == f"trajectory-hierarchies[fid]{origin}"
 
 
 def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Encoders: the DINOv2 recipe on tiny weights, exported models, your own, and what each refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from hierarchy_builder.encoders import Encoder, check_encoder, encode, list_enco
 from hierarchy_builder.encoders.probe import probe_pictures, probe_value
 from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.installing import install_extras
 
 TINY = {"img_size": 56, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -266,7 +268,7 @@ def test_unusable_onnx_files_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(BuilderError, match=r"file '.*nowhere\.onnx' not found"):
         load_encoder(f"onnx:{tmp_path}/nowhere.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BuilderError, match=r"pip install 'trajectory-hierarchies\[onnx\]'"):
+    with pytest.raises(BuilderError, match=re.escape(install_extras("onnx"))):
         load_encoder(f"onnx:{tmp_path}/junk.onnx")
 
 

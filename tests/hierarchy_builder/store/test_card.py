@@ -53,6 +53,10 @@ def test_a_licence_can_be_given_to_finished_shards(tiny_build, tmp_path: Path) -
     summary = shard(folder, dataclasses.replace(PLAN.shard, licence="cc-by-4.0"), session())
     assert summary.new_images == 0
     assert "license: cc-by-4.0" in (folder.shards / "README.md").read_text(encoding="utf-8")
+    shard(folder, PLAN.shard, session())
+    assert "license: cc-by-4.0" in (folder.shards / "README.md").read_text(encoding="utf-8"), "kept"
     assert list(find_problems(folder)) == []
+    shard(folder, dataclasses.replace(PLAN.shard, licence="unknown"), session())
+    assert "license: unknown" in (folder.shards / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="expected a name on one line"):
         ShardConfig(licence="two\nlines")

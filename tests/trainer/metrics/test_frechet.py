@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,7 @@ import scipy.linalg
 import torch
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.installing import install_extras
 from trainer.metrics.frechet import (
     Gaussian,
     Moments,
@@ -136,5 +138,5 @@ def test_inception_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is there")
 def test_without_the_package_it_says_what_to_install() -> None:
-    with pytest.raises(TrainerError, match="pip install 'trajectory-hierarchies\\[fid\\]'"):
+    with pytest.raises(TrainerError, match=re.escape(install_extras("fid"))):
         inception_features()

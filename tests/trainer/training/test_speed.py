@@ -21,6 +21,7 @@ from trainer.methods.trajectory_forcing import train as room
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.training.config import with_settings
 from trainer.training.log import read_metrics
+from trainer.training.loop import float32_products
 from trainer.training.run_folder import read_config, settled
 from trainer.training.speed import counted_flops, explained, images_that_fit, peak_of
 
@@ -135,3 +136,12 @@ def test_a_run_keeps_its_precision_until_another_is_asked_for(shards: str, tmp_p
     longer = with_settings(auto, {"total_images": 16, "precision": "bfloat16"})
     room.train(longer, shards, str(tmp_path), quiet=True)
     assert read_config(tmp_path)["config"]["precision"] == "bfloat16"
+
+
+def test_a_run_leaves_the_products_of_the_process_as_they_were() -> None:
+    before, gpu = torch.get_float32_matmul_precision(), torch.device("cuda")
+    with float32_products(gpu, "bfloat16"):
+        assert torch.get_float32_matmul_precision() == "high"
+    with float32_products(gpu, "float32"):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before

@@ -139,6 +139,14 @@ def test_sources_are_checked(pipe: TrajectoryPipeline, tmp_path: Path) -> None:
         prototype(tmp_path / "vocabulary.npz", 0)
 
 
+def test_a_region_that_is_a_whole_level_has_no_border(pipe: TrajectoryPipeline) -> None:
+    grid = pipe.model.config.grid
+    flat = pipe.from_features(torch.ones(*grid, 48), torch.zeros(3, *grid, dtype=torch.int64), label="ant")
+    for move in (flat.grow_region, flat.shrink_region):
+        with pytest.raises(UsageError, match="region 1 is the whole of level 0"):
+            move(1, level=0)
+
+
 def test_wrong_level_and_empty_selections_are_refused(pipe: TrajectoryPipeline) -> None:
     before = pipe("ant", 1)
     with pytest.raises(UsageError, match="of level 1, the edit of level 2"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,13 @@ class PixelStage(ConditionalDecoder):
         """Return this pixel stage for a trajectory of this class and seed."""
         return dataclasses.replace(self, label=label if self.knows_classes else None, seed=seed)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Move the networks to a device; the normaliser follows them where it is used."""
+        self.network.to(device)
+        if self.weak is not None:
+            self.weak.to(device)
+        return self
+
     @torch.no_grad()
     def __call__(self, canvases: Tensor) -> Tensor:
         """Raw canvases [B, H, W, C] → RGB [B, 3, h, w] in [0, 1], all of one class and seed.
@@ -81,7 +89,8 @@ class PixelStage(ConditionalDecoder):
                 f"a multiple of {c.num_canvases}"
             )
         device = next(self.network.parameters()).device
-        return side_by_side(self.normaliser.apply(canvases.to(device)).unflatten(0, (-1, c.num_canvases)))
+        canvases = self.normaliser.to(device).apply(canvases.to(device))
+        return side_by_side(canvases.unflatten(0, (-1, c.num_canvases)))
 
     def _drawn(self, latents: Tensor, level: int) -> Tensor:
         """Pictures RGB [T, 3, h, w] given levels 0 to `level` of T trajectories [T, H, W, K·C]."""

@@ -271,6 +271,8 @@ def test_a_pixel_stage_draws_the_canvases_of_trajectory_forcing(
         pictures = trajectory.decode()
         assert pictures.shape == (NUM_LEVELS, 8, 8, 3)
         np.testing.assert_array_equal(pictures, pipe("bee", 2).decode())
+        pipe.to("meta")
+        assert {each.device.type for each in pipe.decoder.network.parameters()} == {"meta"}
     assert not TrajectoryPipeline.from_pretrained(tmp_path / "tf")("bee", 2).can_decode
 
 
