@@ -166,13 +166,21 @@ def _linked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+FLAGS = {
+    "degenerate": "of all images: one region alone",
+    "nonfinite": "of all images: features with NaN",
+    "no_mask": "of all images: no label map",
+}
+"""What each flag of an image means."""
+
+
 def summary(found: Assessment) -> dict[str, Any]:
     """Return names and values that say what was scored, and what could not be."""
     facts = found.facts
     entries = {
         "images": f"{facts['num_sampled']:,} of {facts['num_images']:,}",
         "nesting violations": int(found.quality.violations.sum()),
-        **{f"{name}, all images": f"{share:.2%}" for name, share in facts["flagged"].items()},
+        **{FLAGS.get(name, name): f"{share:.2%}" for name, share in facts["flagged"].items()},
         "photos encoded again": facts["photos"]["read"],
     }
     if facts["photos"]["why_not"]:

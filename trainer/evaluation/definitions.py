@@ -315,9 +315,10 @@ def term(name: str) -> str:
 
 
 def in_words(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a table with the names of figures in words, in headings and in the column `name`."""
+    """Rows of a table with the names of figures in words, in headings and in the columns `name` and `measure`."""
     return [
-        {term(key): term(value) if key == "name" else value for key, value in row.items()} for row in rows
+        {term(key): term(value) if key in ("name", "measure") else value for key, value in row.items()}
+        for row in rows
     ]
 
 

@@ -48,7 +48,7 @@ from trainer.data.shards import ShardIndex
 from trainer.decode.rae import to_uint8
 from trainer.evaluation.definitions import definitions_section, in_words, terms_of
 from trainer.evaluation.studies import LIKELIHOOD
-from trainer.evaluation.sweep import BASELINES, SETTING, summary_table
+from trainer.evaluation.sweep import BASELINES, SETTING, table_in_words
 from trainer.evaluation.tables import VARIETY, metric_tables, numbered, variety_verdict
 from trainer.methods import registry
 from trainer.methods.normalizing_trajectory.likelihood import Measured, measure
@@ -109,7 +109,7 @@ SURPRISE_TEXT = (
     "bits, then those that need the fewest, of {count} measured. The map of single tokens depends on the order in "
     "which the model reads them; the sum over tokens does not."
 )
-PLOTTED = {"lis": "LIS, tokens not edited", "inside": "change of edited tokens"}
+PLOTTED = {"lis": "change of tokens not edited (LIS)", "inside": "change of edited tokens"}
 COMPARED = ("level", "change", "changed_share", "lis", "inside")
 
 
@@ -249,7 +249,8 @@ def _plot(title: str, names: Sequence[str], log: Sequence[Mapping[str, Any]], x_
     values = np.array([y for line in series for y in line.y if np.isfinite(y)])
     log_y = len(values) > 0 and values.min() > 0 and values.max() / values.min() > LOG_RATIO
     x_label = "images seen" if x_name == "images" else x_name
-    return Plot(title=title.replace("_", " "), x_label=x_label, series=series, log_y=bool(log_y))
+    title = title.replace("grad_norm", "norm of the gradient").replace("_", " ")
+    return Plot(title=title, x_label=x_label, series=series, log_y=bool(log_y))
 
 
 def _is_number(value: Any) -> bool:
@@ -400,7 +401,7 @@ def sweep_section(summary: Sequence[Mapping[str, Any]]) -> Section:
                 ]
                 where = f"{title}; level {level} edited"
                 plots.append(Plot(title=where, x_label="measured level", series=series))
-    table = Table(rows=in_words(summary_table(summary)), caption=BASELINES)
+    table = Table(rows=table_in_words(summary), caption=BASELINES)
     return Section(title="Sweep of edits", text=SWEEP_TEXT, blocks=[Plots(plots=plots), table])
 
 

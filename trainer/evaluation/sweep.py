@@ -20,6 +20,7 @@ import torch
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.progress import Follow, unseen
+from trainer.evaluation.definitions import in_words
 from trainer.metrics.spread import spread
 from trainer.trajectories.compare import Encode, encoder_of, locality
 from trainer.trajectories.edit import Source
@@ -35,8 +36,9 @@ OTHER_SEED = 2**31
 UNIT = ("label", "class", "seed")
 SETTING = ("kind", "level", "strength", "arm", "measured")
 BASELINES = (
-    "edit and other noise are compared with the unedited trajectory, resumed from the edited level with equal noise; "
-    "no edit compares that one with the original. The two controls do not depend on the strength."
+    "Rows of “edit” and “other noise” are compared with the unedited trajectory, drawn again after the edited level "
+    "from equal noise; rows of “no edit” compare that one with the original. The two controls do not depend on the "
+    "strength."
 )
 """Explains in tables what the numbers of a sweep are compared with."""
 SHOWN = ("lis", "gain", "pixel_outside")
@@ -141,6 +143,14 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return _without_repeats(list(rows.values()))
 
 
+def table_in_words(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`summary_table` for pages: measures by their names in words, and headings that say what a column holds."""
+    headings = {"level": "edited level", "arm": "what was drawn"}
+    return in_words(
+        {headings.get(name, name): value for name, value in row.items()} for row in summary_table(summary)
+    )
+
+
 def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replace the rows of a control by one if they are equal at every strength."""
 
@@ -155,7 +165,7 @@ def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _column(measured: int) -> str:
-    return f"→{measured}"
+    return f"on level {measured}"
 
 
 def _arms(

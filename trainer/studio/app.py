@@ -147,7 +147,7 @@ def _generate_row(desk: Desk) -> None:
             raise UsageError(f"steps per level are {steps}, expected 1 to {MOST_STEPS:,}")
         return bench.open(desk.pipe(label=desk.chosen(label), seed=int(seed or 0), num_steps=int(steps or 1)))
 
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_id="drawing"):
         desk.label.render()
         tip = desk.tip("seed", "Another seed gives another picture; the same one gives the same.")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90, **tip)
@@ -158,16 +158,19 @@ def _generate_row(desk: Desk) -> None:
             minimum=1,
             maximum=MOST_STEPS,
             scale=1,
-            min_width=90,
+            min_width=120,
             **desk.tip(
                 "steps", f"Network evaluations for each level, 1 to {MOST_STEPS:,}; more take longer."
             ),
         )
         inputs, done = [desk.label, seed, steps], "Click a region on the board to select it."
         look = desk.tip("generate", "Draw a new trajectory of this class and seed (key g).")
-        desk.button("Generate", generate, inputs, done, variant="primary", scale=1, min_width=110, **look)
+        desk.button(
+            "Generate", generate, inputs, done, draws=True, variant="primary", scale=1, min_width=110, **look
+        )
         stop = gr.Button("Stop", min_width=80, **desk.tip("stop", "End what you are drawing (key Esc)."))
-        stop.click(desk.stop, desk.seat, desk.status, queue=False)
+        desk.wait(stop, "Stopping…")
+        stop.click(desk.stop, desk.seat, desk.status, queue=False, show_progress="hidden")
 
 
 def _first(desk: Desk, bench: Workbench) -> Workbench:
@@ -204,7 +207,7 @@ def _selection_row(desk: Desk) -> None:
     with gr.Accordion("Keys, and selection without a mouse", open=False):
         gr.Markdown(KEYS_TEXT)
         height, width = desk.pipe.model.config.grid
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_id="typed"):
             look: dict[str, Any] = {"precision": 0, "minimum": 0, "min_width": 80}
             tip = desk.tip("at-level", "Level of the token, 0 is the coarsest.")
             level = gr.Number(0, label="Level", maximum=desk.levels[-1], **look, **tip)
@@ -219,7 +222,7 @@ def _selection_row(desk: Desk) -> None:
     def click(seat: Seat, pick: str, join: str, cosine: float, event: gr.SelectData) -> tuple[Any, ...]:
         return desk.take(seat, lambda bench: _clicked(bench, event.index, pick, join, cosine))
 
-    desk.board.select(click, [desk.seat, pick, desk.join, cosine], desk.shows)
+    desk.board.select(click, [desk.seat, pick, desk.join, cosine], desk.shows, show_progress="hidden")
 
 
 def _typed(

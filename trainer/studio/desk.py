@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from trainer.trajectories.edit import prototype
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 WELCOME = "Choose a class and a seed, then press **Generate**."
+DRAWING = "Drawing… **Stop** ends it."
 UNSAVED = "● not saved"
 """Shown while the trajectory has edits that are in no file; the page then asks before it is left."""
 Done = str | Callable[[Workbench, Workbench], str]
@@ -106,15 +108,19 @@ class Desk:
         self.tips[name] = text
         return {"elem_id": name}
 
-    def stop(self, seat: Seat) -> str:
+    def stop(self, seat: Seat) -> Any:
         """End what this user is drawing or waits to draw, at the next evaluation of the network.
 
-        Returns the text for the status line.
+        Returns the text for the status line, which what is stopped writes itself.
         """
         if not seat.turn.locked():
             return "Nothing is being drawn."
         seat.stops += 1
-        return "Stopping what is being drawn."
+        return gr.skip()
+
+    def wait(self, button: gr.Button, text: str = DRAWING) -> None:
+        """Show a text as soon as a button is pressed, until the answer comes."""
+        button.click(None, None, self.status, js=f"() => {json.dumps(text)}")
 
     @contextmanager
     def _turn(self, seat: Seat) -> Iterator[None]:
@@ -151,7 +157,7 @@ class Desk:
         def act(seat: Seat, *values: Any) -> tuple[Any, ...]:
             return self.take(seat, lambda bench: step(bench, *values), done)
 
-        event(act, [self.seat, *inputs], self.shows)
+        event(act, [self.seat, *inputs], self.shows, show_progress="minimal", show_progress_on=self.board)
 
     def button(
         self,
@@ -159,10 +165,15 @@ class Desk:
         step: Callable[..., Workbench],
         inputs: Sequence[Any] = (),
         done: Done = "",
+        *,
+        draws: bool = False,
         **look: Any,
     ) -> None:
-        """A button that takes a step, see `on`. look: options of `gr.Button`."""
-        self.on(gr.Button(text, **look).click, step, inputs, done)
+        """A button that takes a step, see `on`. draws: whether it takes its time. look: options of `gr.Button`."""
+        button = gr.Button(text, **look)
+        if draws:
+            self.wait(button)
+        self.on(button.click, step, inputs, done)
 
     def attempt(
         self, seat: Seat, work: Callable[[Workbench], tuple[Any, ...]], outputs: Sequence[Any]

@@ -76,7 +76,17 @@ CSS = """
   max-width: min(94vw, 760px); padding: 10px 18px; border-radius: 10px; background: #1d1f25; color: #f5f5f2;
   box-shadow: 0 4px 18px rgb(0 0 0 / 0.35); pointer-events: none; overflow-wrap: anywhere}
 #status.warning {background: #7c2412}
-#status * {color: inherit !important}
+#status * {color: inherit !important; background: none !important}
+#drawing, #typed {align-items: flex-end}
+.narrow {align-items: stretch}
+.narrow > button {min-width: 100px !important; padding-inline: 6px}
+#comparison .icon-button-wrapper {inset: auto 0 0 auto}
+#scores, #swept {overflow-x: auto; font-size: 12.5px}
+#scores :is(th, td), #swept :is(th, td) {padding: 3px 6px; text-align: left; overflow-wrap: normal; word-break: normal;
+  border: 0; border-bottom: 1px solid var(--border-color-primary); font-variant-numeric: tabular-nums}
+#scores table, #swept table {border: 0}
+#swept :is(th, td):nth-child(4) {min-width: 130px}
+#swept td:nth-child(n + 5) {white-space: nowrap}
 #status p {margin: 0}
 :focus-visible {outline: 2px solid #4f6bed !important; outline-offset: 2px}
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from gradio.processing_utils import save_file_to_cache
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import without_nan, write_bytes
 from trainer.evaluation.definitions import term
-from trainer.evaluation.sweep import Kind, SweepConfig, summarise, summary_table, sweep
+from trainer.evaluation.sweep import Kind, SweepConfig, summarise, sweep, table_in_words
 from trainer.seeds import parse_seeds
 from trainer.studio.board import draw_board
 from trainer.studio.desk import UNSAVED, Desk, Seat
@@ -32,6 +32,8 @@ SWEEP_TEXT = (
     "Runs the same edit for several seeds, levels and strengths, with two controls: no edit, and other noise. It edits "
     "the selection, or the largest region of the object if nothing is selected; features come from the next class."
 )
+CHANGES = "Changes by level: mean 1 − cosine of tokens"
+SWEPT = "Mean ± half the 95 % interval over seeds"
 COMPARED = ("level", "change", "changed_share", "lis", "inside")
 """Columns of `compare` that fit next to the board; the Markdown report has all of them."""
 
@@ -70,7 +72,7 @@ def edit_tab(desk: Desk) -> None:
         gr.Markdown(
             "**Shape.** Merge the selected tokens into their neighbouring regions, or move the border of a region."
         )
-        with gr.Row():
+        with gr.Row(elem_classes="narrow"):
             tip = desk.tip("give", "Merge each selected token into the region next to it.")
             desk.button("Give to neighbours", Workbench.apply_shape, done=EDITED, **tip)
             tip = desk.tip("grow-region", "Move the border of the selected region outwards by one token.")
@@ -95,6 +97,7 @@ def edit_tab(desk: Desk) -> None:
             _resume,
             [level, seeds],
             "Drawn. Compare shows what changed.",
+            draws=True,
             variant="primary",
             **desk.tip("resume", "Draw the finer levels again from the kept ones (key r)."),
         )
@@ -113,12 +116,12 @@ def paint_tab(desk: Desk) -> None:
         layers = [np.asarray(layer) for layer in (painting or {}).get("layers", [])]
         return bench.paint(np.maximum.reduce(layers) if layers else None, int(level), join)
 
-    with gr.Tab("Paint"):
+    with gr.Tab("Paint") as tab:
+        gr.Markdown("Choose the brush at the left of the picture, and paint over the tokens to select.")
         tip = desk.tip("paint-level", "The level whose tokens are painted.")
         level = gr.Radio(desk.levels, value=min(1, desk.levels[-1]), label="Level", **tip)
-        show = gr.Button("Show the level", **desk.tip("show-level", "Bring the picture of this level here."))
         editor = gr.ImageEditor(
-            label="Paint over the tokens to select",
+            show_label=False,
             type="numpy",
             sources=[],
             transforms=[],
@@ -128,7 +131,8 @@ def paint_tab(desk: Desk) -> None:
             fixed_canvas=True,
             elem_id="painting",
         )
-        show.click(picture, [desk.seat, level], editor)
+        for shows in (tab.select, level.input):
+            shows(picture, [desk.seat, level], editor)
         tip = desk.tip("use-painting", "Select the tokens under the paint.")
         desk.button("Use painting", paint, [editor, level, desk.join], variant="primary", **tip)
 
@@ -144,7 +148,7 @@ def compare_tab(desk: Desk) -> None:
         return (
             gr.ImageSlider((before, after), visible=True),
             gr.Image(np.asarray(picture), visible=True),
-            gr.Dataframe(_frame(rows, COMPARED), visible=True),
+            gr.Markdown(_table(CHANGES, rows, COMPARED), visible=True),
             "Compared with the pinned trajectory.",
         )
 
@@ -167,19 +171,17 @@ def compare_tab(desk: Desk) -> None:
             show_label=False,
             interactive=False,
             format="png",
+            buttons=["download", "fullscreen"],
             elem_id="comparison",
             visible=False,
             alt_text="Canvases before and after, and the change of each token",
         )
-        table = gr.Dataframe(
-            label="Changes by level: mean 1 − cosine of tokens",
-            wrap=True,
-            interactive=False,
-            elem_id="scores",
-            visible=False,
-        )
+        table = gr.Markdown(elem_id="scores", visible=False)
         outputs = [slider, sheet, table, desk.status]
-        compare.click(lambda seat: desk.attempt(seat, show, outputs), [desk.seat], outputs)
+        desk.wait(compare, "Comparing…")
+        compare.click(
+            lambda seat: desk.attempt(seat, show, outputs), [desk.seat], outputs, show_progress="hidden"
+        )
 
 
 def sweep_tab(desk: Desk) -> None:
@@ -196,9 +198,8 @@ def sweep_tab(desk: Desk) -> None:
         strengths = gr.Textbox("0.5,1", label="Strengths", **tip)
         tip = desk.tip("run-sweep", "Draw and measure all of them; Stop ends it.")
         run = gr.Button("Run the sweep", variant="primary", **tip)
-        table = gr.Dataframe(
-            label="Mean ± half the 95 % interval over seeds", interactive=False, visible=False
-        )
+        progress_bar = gr.Markdown(elem_id="sweeping", min_height=44)
+        table = gr.Markdown(elem_id="swept", visible=False)
 
         def go(
             seat: Seat,
@@ -227,14 +228,16 @@ def sweep_tab(desk: Desk) -> None:
                     raise UsageError(
                         "no edit was possible: choose levels, and for shapes a region that can grow"
                     )
-                shown = summary_table(summarise(rows))
-                filled = gr.Dataframe(_frame(shown, list(shown[0])), visible=True)
+                shown = table_in_words(summarise(rows))
+                filled = gr.Markdown(_table(SWEPT, shown, list(shown[0])), visible=True)
                 return filled, f"Seeds swept: {len(config.seeds)}."
 
             return desk.attempt(seat, swept, outputs)
 
         outputs = [table, desk.status]
-        run.click(go, [desk.seat, desk.label, kind, seeds, levels, strengths], outputs)
+        desk.wait(run)
+        asked = [desk.seat, desk.label, kind, seeds, levels, strengths]
+        run.click(go, asked, outputs, show_progress_on=progress_bar)
 
 
 def files_tab(desk: Desk) -> gr.Dropdown:
@@ -243,7 +246,7 @@ def files_tab(desk: Desk) -> gr.Dropdown:
         gr.Markdown(f"All files are saved in `{desk.folder.root.name}/`.")
         tip = desk.tip("file-name", "Name of the files, without folder and ending.")
         name = gr.Textbox("trajectory", label="Name", **tip)
-        with gr.Row():
+        with gr.Row(elem_classes="narrow"):
             writers = (
                 (
                     gr.Button("Save", variant="primary", **desk.tip("save", "Write a file to load again.")),
@@ -332,14 +335,15 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise UsageError(f"strengths are {text!r}, expected numbers such as 0.5,1") from None
 
 
-def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
-    """Rows in the form of Gradio's tables, numbers with three digits."""
+def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as a table in Markdown, numbers with three digits. No cell may hold what a user wrote."""
+
+    def line(cells: Iterable[Any]) -> str:
+        return f"| {' | '.join(map(text, cells))} |"
 
     def text(value: Any) -> str:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
     names = [name for name in columns if name in rows[0]]
-    return {
-        "headers": [str(term(name)) for name in names],
-        "data": [[text(row[name]) for name in names] for row in without_nan(list(rows))],
-    }
+    body = [line(row[name] for name in names) for row in without_nan(list(rows))]
+    return "\n".join([title, "", line(map(term, names)), "|---" * len(names) + "|", *body])
