@@ -97,7 +97,7 @@ class ModelConfig(NetworkConfig):
     """How the previous level's canvas is fed in: fused with each token, or appended to the sequence."""
     start: Literal["zeros", "gaussian"] = "zeros"
     """What the network draws before training: canvases of zeros as in the release, or `gaussian` ones around the
-    previous level's canvas, with the means of the classes and the spectrum that the shards have there."""
+    previous level's canvas, with the means of the classes and the variances that the shards have there."""
     start_share: float = 0.75
     """Share of the shards' variance that canvases of a `gaussian` start have; training adds to it."""
     patch_size: int = 1

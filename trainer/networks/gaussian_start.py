@@ -1,12 +1,12 @@
 """The flow from noise to Gaussian canvases in closed form, as the start of a network that predicts velocities.
 
-    B batch, K classes, L levels, H×W grid, C channels, F×F lowest spatial frequencies
+    B batch, K classes, L levels, H×W grid of P = H·W places, C channels, M places that tell classes apart
 
 A small network first learns the mean of what it cannot tell apart, so for a long time its one-step samples are all
-alike. With this start, the untrained network already draws Gaussian canvases with the means and the spectrum of the
-data, around the canvas of the previous level, and training changes what a Gaussian gets wrong. It extends the
-preconditioning of EDM (Karras et al. 2022, arXiv 2206.00364) from one scale of the data to one for each level, spatial
-frequency and channel, and from the instantaneous velocity to the average one.
+alike. With this start, the untrained network already draws Gaussian canvases with the means of the data's classes and
+levels and with its variances, around the canvas of the previous level, and training changes what a Gaussian gets wrong.
+It extends the preconditioning of EDM (Karras et al. 2022, arXiv 2206.00364) from one scale of the data to one for each
+level and principal component, and from the instantaneous velocity to the average one.
 
 For x ~ N(m, s²) and z_t = (1−t)·x + t·e, the deviation of z_t is σ_t = sqrt((1−t)²·s² + t²), and the flow scales
 z_t − (1−t)·m by σ_r/σ_t on its way from t to r. Its average velocity is
@@ -14,9 +14,11 @@ z_t − (1−t)·m by σ_r/σ_t on its way from t to r. Its average velocity is
     u = (z_t − z_r)/(t − r) = g·(z_t − (1−t)·m) − m,   g = (t + r − s²·(2 − t − r)) / (σ_t·(σ_t + σ_r))
 
 which has a limit at r = t, the instantaneous velocity, and becomes (z_t − m)/t for s = 0. It is applied to the
-coefficients of the orthonormal cosine transform over the grid, along the principal axes of a level's channels; noise
-is white there as well. m is the canvas of the previous level plus the mean step of the class from there, smooth enough
-to consist of the F×F lowest frequencies.
+coefficients along the principal components of a level, products of one pattern over the places and one direction of
+the channels (the eigenvectors of the two covariances); noise is white there as well. Patterns follow where images
+vary, for example in the middle and not in the ground around an object, which spatial frequencies cannot. m is the
+canvas of the previous level plus the mean step from there, of all classes and of the class along the M patterns that
+vary most.
 """
 
 from __future__ import annotations
@@ -29,31 +31,29 @@ from torch import Tensor, nn
 
 LEAST_DEVIATION = 0.05
 """Lower limit of s, which keeps velocities near t = 0 as small as those of a network without this start."""
-LOWEST = 4
-"""F, at most. A class has F²·L·C means, which a few dozen images determine."""
+CLASS_PLACES = 32
+"""M, at most. A class has M·L·C means; those that its images do not determine are drawn towards the mean of all."""
 
 
 class GaussianStart(nn.Module):
     """The average velocity of the flow from noise to Gaussian canvases; see the head of this file.
 
-    Its tensors are fitted to shards and stored with the network's weights, but not trained. `axes`: principal axes of
-    the channels as columns, float32 [L, C, C]. `deviation`: s along them, float32 [L, H, W, C], by frequency. `steps`:
-    mean coefficients of a class's step from the previous level, float32 [K + 1, L, F, F, C]; the last row is for no
-    class.
+    Its tensors are fitted to shards and stored with the network's weights, but not trained. `mean`: mean step from the
+    previous level, float32 [L, P, C]. `places`: principal patterns as columns, those that vary most first, float32
+    [L, P, P]. `axes`: principal axes of the channels as columns, float32 [L, C, C]. `deviation`: s along both, float32
+    [L, P, C]. `steps`: coefficients of a class's mean step less the mean of all, float32 [K + 1, L, M, C]; the last row
+    is for no class.
     """
-
-    rows: Tensor
-    columns: Tensor
 
     def __init__(self, grid: tuple[int, int], channels: int, num_classes: int, num_levels: int) -> None:
         super().__init__()
-        lowest = min(LOWEST, *grid)
-        self.deviation = nn.Parameter(torch.ones(num_levels, *grid, channels), requires_grad=False)
-        self.axes = nn.Parameter(torch.eye(channels).repeat(num_levels, 1, 1), requires_grad=False)
-        steps = torch.zeros(num_classes + 1, num_levels, lowest, lowest, channels)
-        self.steps = nn.Parameter(steps, requires_grad=False)
-        self.register_buffer("rows", _cosines(grid[0]), persistent=False)
-        self.register_buffer("columns", _cosines(grid[1]), persistent=False)
+        self.grid = grid
+        places, shape = math.prod(grid), (num_levels, math.prod(grid), channels)
+        self.mean = _fitted(torch.zeros(shape))
+        self.places = _fitted(torch.eye(places).repeat(num_levels, 1, 1))
+        self.axes = _fitted(torch.eye(channels).repeat(num_levels, 1, 1))
+        self.deviation = _fitted(torch.ones(shape))
+        self.steps = _fitted(torch.zeros(num_classes + 1, num_levels, min(CLASS_PLACES, places), channels))
 
     def forward(
         self, z: Tensor, *, t: Tensor, r: Tensor, label: Tensor, level: Tensor, prev: Tensor
@@ -62,69 +62,85 @@ class GaussianStart(nn.Module):
 
         z, prev: float32 [B, H, W, C]. t, r: float32 [B], r ≤ t. label, level: int64 [B].
         """
-        t, r = t[:, None, None, None], r[:, None, None, None]
-        lowest = self.steps.shape[2]
+        t, r = t[:, None, None], r[:, None, None]
+        places, axes, variance = self.places[level], self.axes[level], self.deviation[level].square()
         step = self.steps[label, level]
-        mean = prev + self._canvas(step, self.rows[:lowest], self.columns[:lowest])
-        variance = self.deviation[level].square()
+        mean = prev.flatten(1, 2) + self.mean[level] + places[..., : step.shape[1]] @ step
         sigma_t, sigma_r = (((1 - time).square() * variance + time.square()).sqrt() for time in (t, r))
         g = (t + r - variance * (2 - t - r)) / (sigma_t * (sigma_t + sigma_r))
-        axes = self.axes[level][:, None]
-        scaled = g * (self._frequencies(z - (1 - t) * mean) @ axes)
-        return self._canvas(scaled @ axes.mT, self.rows, self.columns) - mean
+        scaled = g * (places.mT @ (z.flatten(1, 2) - (1 - t) * mean) @ axes)
+        return (places @ scaled @ axes.mT - mean).unflatten(1, self.grid)
 
     @torch.no_grad()
     def fit(self, read: Callable[[], Iterable[tuple[Tensor, Tensor]]], share: float) -> None:
-        """Fit axes, means and deviations to examples.
+        """Fit means, patterns, axes and deviations to examples.
 
         read: called twice, returns the same batches each time: canvases float32 [b, L, H, W, C] in the network's units,
         and labels int64 [b]. share: how much of the variance around the means is kept. A class's mean is drawn towards
         the mean of all classes by the share of its variance that chance explains (empirical Bayes), so a class without
         examples has the mean of all.
         """
-        lowest = self.steps.shape[2]
-        counts = torch.zeros(len(self.steps), dtype=torch.float64)
-        sums = torch.zeros(self.steps.shape, dtype=torch.float64)
-        products = torch.zeros(self.axes.shape, dtype=torch.float64)
-        for canvases, label in read():
-            found = self._steps_of(canvases)
-            counts.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
-            sums.index_add_(0, label, found[:, :, :lowest, :lowest].double())
-            flat = found.transpose(0, 1).flatten(1, 3)
-            products += (flat.mT @ flat).double()
-        self.axes.copy_(torch.linalg.eigh(products).eigenvectors)
-        total, squares = (torch.zeros(self.deviation.shape, dtype=torch.float64) for _ in range(2))
+        count = 0
+        total, squares = (torch.zeros(self.mean.shape, dtype=torch.float64) for _ in range(2))
+        of_places, of_channels = (
+            torch.zeros(matrix.shape, dtype=torch.float64) for matrix in (self.places, self.axes)
+        )
         for canvases, _ in read():
-            along = (self._steps_of(canvases) @ self.axes[:, None]).double()
-            total += along.sum(dim=0)
+            found = _steps_between(canvases)
+            count += len(found)
+            total += found.double().sum(dim=0)
+            of_places += torch.einsum("blpc,blqc->lpq", found, found).double()
+            of_channels += torch.einsum("blpc,blpd->lcd", found, found).double()
+        mean = total / count
+        self.mean.copy_(mean)
+        self.places.copy_(torch.linalg.eigh(of_places / count - mean @ mean.mT).eigenvectors.flip(-1))
+        self.axes.copy_(torch.linalg.eigh(of_channels / count - mean.mT @ mean).eigenvectors)
+        numbers = torch.zeros(len(self.steps), dtype=torch.float64)
+        sums = torch.zeros(self.steps.shape, dtype=torch.float64)
+        known = self.steps.shape[2]
+        for canvases, label in read():
+            away = _steps_between(canvases) - self.mean
+            along = torch.einsum("lpq,blpc,lcd->blqd", self.places, away, self.axes).double()
             squares += along.square().sum(dim=0)
-        count = counts.sum()
-        variance = squares / count - (total / count).square()
-        axes = self.axes[:, None].double()
-        overall, of_class = sums.sum(dim=0) / count, sums / counts.clamp(min=1)[:, None, None, None, None]
-        seen = counts > 0
-        n, classes = counts[seen][:, None, None, None, None], int(seen.sum())
-        away = (of_class[seen] - overall) @ axes
+            numbers.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
+            sums.index_add_(0, label, along[:, :, :known])
+        variance = squares / count
+        seen = numbers > 0
+        n, classes = numbers[seen][:, None, None, None], int(seen.sum())
+        away = sums[seen] / n
         between = (away.square() * n).sum(dim=0) / count
-        low = variance[:, :lowest, :lowest]
-        low -= between
-        low *= count / (count - classes).clamp(min=1)
-        spread = (between - low * (classes - 1) / count).clamp(min=0)
-        kept = spread / (spread + low / n).clamp(min=1e-12)
-        self.steps.copy_(overall.expand_as(self.steps))
-        self.steps[seen] += ((kept * away) @ axes.mT).to(self.steps.dtype)
+        within = variance[:, :known]
+        within -= between
+        within *= count / max(1, count - classes)
+        spread = (between - within * (classes - 1) / count).clamp(min=0)
+        kept = spread / (spread + within / n).clamp(min=1e-12)
+        self.steps.zero_()
+        self.steps[seen] = ((kept * away) @ self.axes.mT.double()).to(self.steps.dtype)
         self.deviation.copy_((share * variance).clamp(min=LEAST_DEVIATION**2).sqrt())
 
-    def _steps_of(self, canvases: Tensor) -> Tensor:
-        """Coefficients [b, L, H, W, C] of what each level adds to the one before; of level 0 the canvas itself."""
-        added = torch.cat([canvases[:, :1], canvases.diff(dim=1)], dim=1)
-        return self._frequencies(added.flatten(0, 1)).unflatten(0, added.shape[:2])
 
-    def _frequencies(self, canvas: Tensor) -> Tensor:
-        return torch.einsum("fh,bhwc,gw->bfgc", self.rows, canvas, self.columns)
+def upgraded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with this start as it is now; the first version took spatial frequencies for patterns.
 
-    def _canvas(self, coefficients: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return torch.einsum("fh,bfgc,gw->bhwc", rows, coefficients, columns)
+    That version had, in the place of `mean` and `places`, the cosine transform: `deviation` [L, H, W, C] by frequency
+    and `steps` [K + 1, L, F, F, C] of the F×F lowest frequencies, the mean of all classes included.
+    """
+    deviation, steps = weights.get("start.deviation"), weights.get("start.steps")
+    if deviation is None or steps is None or (deviation.ndim, steps.ndim) != (4, 5):
+        return weights
+    levels, height, width, channels = deviation.shape
+    lowest = steps.shape[2]
+    is_low = torch.zeros(height, width, dtype=torch.bool)
+    is_low[:lowest, :lowest] = True
+    order = torch.cat([is_low.flatten().nonzero(), (~is_low).flatten().nonzero()]).flatten()
+    patterns = torch.kron(_cosines(height), _cosines(width))[order].T.contiguous()
+    more = min(CLASS_PLACES, height * width) - lowest**2
+    return weights | {
+        "start.mean": torch.zeros(levels, height * width, channels),
+        "start.places": patterns.repeat(levels, 1, 1),
+        "start.deviation": deviation.flatten(1, 2)[:, order],
+        "start.steps": nn.functional.pad(steps.flatten(2, 3), (0, 0, 0, more)),
+    }
 
 
 def _cosines(n: int) -> Tensor:
@@ -133,3 +149,12 @@ def _cosines(n: int) -> Tensor:
     scale = torch.full((n, 1), math.sqrt(2 / n))
     scale[0] = math.sqrt(1 / n)
     return scale * angle.cos()
+
+
+def _fitted(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _steps_between(canvases: Tensor) -> Tensor:
+    """Return what each level adds to the one before, [b, L, P, C]; of level 0 the canvas itself."""
+    return torch.cat([canvases[:, :1], canvases.diff(dim=1)], dim=1).flatten(2, 3)

@@ -39,6 +39,7 @@ from hierarchy_builder.fields import MOST, brief
 from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.tensor_files import read_tensors
+from trainer.networks.gaussian_start import upgraded
 
 STATE = "state.json"
 MODEL = "model.safetensors"
@@ -314,13 +315,13 @@ def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
     Raises UsageError with the available half-lives for an unknown one.
     """
     if ema is None:
-        return load_tensors(folder / MODEL)
+        return upgraded(load_tensors(folder / MODEL))
     if ema not in averages_of(folder):
         known = ", ".join(averages_of(folder)) or "none"
         raise UsageError(
             f"{folder}: no weight average of half-life {ema} kimg, there are {known}; or use raw"
         )
-    return load_tensors(folder / f"ema-{ema}.safetensors")
+    return upgraded(load_tensors(folder / f"ema-{ema}.safetensors"))
 
 
 def load_normaliser(folder: Path) -> Normaliser:

@@ -10,12 +10,12 @@ from trainer.methods.trajectory_forcing import objective
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.networks.config import ModelConfig
-from trainer.networks.gaussian_start import GaussianStart
+from trainer.networks.gaussian_start import LEAST_DEVIATION, GaussianStart, upgraded
 
 GRID, CHANNELS, CLASSES, LEVELS = (4, 6), 3, 2, 3
 B = 5
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
-"""The cosine transform is stored in float32."""
+"""The tensors of a start are stored in float32."""
 
 
 @pytest.fixture
@@ -23,7 +23,11 @@ def start() -> GaussianStart:
     """A start with means and deviations between 0.1 and 3, float64."""
     generator = torch.Generator().manual_seed(0)
     start = GaussianStart(GRID, CHANNELS, CLASSES, LEVELS).double()
-    start.axes.data = torch.linalg.qr(torch.randn(LEVELS, CHANNELS, CHANNELS, generator=generator)).Q.double()
+    places = GRID[0] * GRID[1]
+    start.axes.data, start.places.data = (
+        torch.linalg.qr(torch.randn(LEVELS, n, n, generator=generator, dtype=torch.float64)).Q
+        for n in (CHANNELS, places)
+    )
     start.deviation.data.uniform_(0.1, 3.0, generator=generator)
     start.steps.data.normal_(generator=generator)
     return start
@@ -122,9 +126,9 @@ def test_class_without_examples_gets_the_mean_of_all() -> None:
     start = GaussianStart(GRID, CHANNELS, 3, LEVELS)
     examples = [correlated(200, torch.Generator().manual_seed(4))]
     start.fit(lambda: examples, 1.0)
-    torch.testing.assert_close(start.steps[2], start.steps[3])
-    centre = start.steps[:, 0, 0, 0, 0] / (GRID[0] * GRID[1]) ** 0.5
-    torch.testing.assert_close(centre[:2], torch.tensor([0.0, 3.0]), atol=0.3, rtol=0)
+    torch.testing.assert_close(start.steps[2:], torch.zeros_like(start.steps[2:]))
+    means = start.mean[0] + start.places[0, :, : start.steps.shape[2]] @ start.steps[:, 0]
+    torch.testing.assert_close(means.mean(dim=(1, 2)), torch.tensor([0.0, 3.0, 1.5, 1.5]), atol=0.3, rtol=0)
 
 
 def test_classes_that_differ_by_chance_share_a_mean() -> None:
@@ -133,7 +137,51 @@ def test_classes_that_differ_by_chance_share_a_mean() -> None:
     start = GaussianStart(GRID, CHANNELS, 100, LEVELS)
     start.fit(lambda: [(canvases, torch.arange(400) % 100)], 1.0)
     # A class of 4 examples has means of deviation 1/2 by chance; little of that is kept.
-    assert (start.steps[:100] - start.steps[100]).std() < 0.2
+    assert start.steps[:100].std() < 0.2
+
+
+def test_places_that_never_vary_are_drawn_without_noise() -> None:
+    generator = torch.Generator().manual_seed(8)
+    canvases = torch.zeros(500, LEVELS, *GRID, CHANNELS)
+    canvases[..., 1:3, 2:4, :] = torch.randn(500, 1, 2, 2, CHANNELS, generator=generator)
+    model = network()
+    assert model.start is not None
+    model.start.fit(lambda: [(canvases, torch.zeros(500, dtype=torch.int64))], 1.0)
+    noise = torch.randn(LEVELS, 500, *GRID, CHANNELS, generator=generator)
+    deviation = sample_levels(model, torch.zeros(500, dtype=torch.int64), noise)[:, 0].std(dim=(0, -1))
+    assert deviation[1:3, 2:4].min() > 0.9
+    deviation[1:3, 2:4] = 0
+    assert deviation.max() <= 1.1 * LEAST_DEVIATION
+
+
+def test_weights_of_the_first_version_lead_to_the_same_velocity(inputs: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(10)
+    old = {
+        "start.axes": torch.linalg.qr(torch.randn(LEVELS, CHANNELS, CHANNELS, generator=generator)).Q,
+        "start.deviation": torch.rand(LEVELS, *GRID, CHANNELS, generator=generator) + 0.1,
+        "start.steps": torch.randn(CLASSES + 1, LEVELS, 4, 4, CHANNELS, generator=generator),
+    }
+    start = GaussianStart(GRID, CHANNELS, CLASSES, LEVELS)
+    start.load_state_dict({name.removeprefix("start."): tensor for name, tensor in upgraded(old).items()})
+    rows, columns = (cosines(n) for n in GRID)
+    label, level, prev = (inputs[name] for name in ("label", "level", "prev"))
+    low = old["start.steps"].double()[label, level]
+    mean = prev + torch.einsum("fh,bfgc,gw->bhwc", rows[:4], low, columns[:4])
+    z, axes = noise(B, *GRID, CHANNELS), old["start.axes"].double()[level]
+    # At t = 1 and r = 0 the flow scales each coefficient of the noise by its deviation.
+    along = (
+        torch.einsum("fh,bhwc,gw,bcd->bfgd", rows, z, columns, axes) * old["start.deviation"].double()[level]
+    )
+    drawn = mean + torch.einsum("fh,bfgd,gw,bcd->bhwc", rows, along, columns, axes)
+    found = z - start.double()(z, t=times(1.0), r=times(0.0), **inputs)
+    torch.testing.assert_close(found, drawn, **ROUNDING)
+
+
+def cosines(n: int) -> Tensor:
+    """The orthonormal cosine transform of n places, [frequency, place], from its definition."""
+    places = torch.arange(n, dtype=torch.float64)
+    waves = torch.cos(torch.pi / n * places[:, None] * (places + 0.5))
+    return waves / waves.norm(dim=1, keepdim=True)
 
 
 def test_loss_is_that_of_the_network_plus_the_start() -> None:
