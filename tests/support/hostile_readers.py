@@ -30,7 +30,7 @@ from fixture_shards import npy, write_shards
 from mutations import read_mutated
 from tiny_pipeline import tiny_pipeline, tiny_run
 
-from hierarchy_builder.errors import UserError
+from hierarchy_builder.errors import UserError, VerificationError
 from hierarchy_builder.files import parse_json, sealed_text
 from hierarchy_builder.parsing import parse_npy, parse_npz, parse_yaml
 from hierarchy_builder.store import arrays as stores
@@ -169,9 +169,15 @@ def of_trainer(root: Path) -> dict[str, Reader]:
         "state": Reader(
             [old.encode()], on_disk(root / saved.STATE, lambda path: saved.load_state(path.parent))
         ),
-        "metrics": Reader([row], parse_metrics_line),
+        "metrics": Reader([row], lambda line: told(parse_metrics_line(line) is None)),
         "pickles of torch": Reader([pt.getvalue(), legacy.getvalue()], on_disk(root / "a.pt", of_pt)),
     }
+
+
+def told(damage: object) -> None:
+    """Refuse what a reader that does not raise tells of as damage."""
+    if damage:
+        raise VerificationError(str(damage))
 
 
 def of_build(path: Path, read: Callable[[], object]) -> Reader:
@@ -188,7 +194,7 @@ def of_builder(root: Path) -> dict[str, Reader]:
     copies = {path: path.read_bytes() for path in (described, chunk)}
 
     def layout_of_array() -> object:
-        return stores.damaged_layout(features, {name: layout[name]})
+        return told(stores.damaged_layout(features, {name: layout[name]}))
 
     def rows() -> object:
         described.write_bytes(copies[described])  # another reader changes it
