@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
-PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "reliability.md", ROOT / "README.md")
 BLOCK = re.compile(r"(<!-- record: ([a-z0-9_]+) -->\n).*?(<!-- end of record -->)", re.DOTALL)
 
 FIGURE = re.compile(r"[^\s|(]+(<!-- ([a-z0-9_]+):(\d+):(\d+) -->)")

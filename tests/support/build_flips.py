@@ -1,6 +1,6 @@
 """Single bits of the files of a build are flipped: verify must find each, or what is read must be what was written.
 
-    python tests/support/build_flips.py [--flips 20000] [--seed 0]
+    python tests/support/build_flips.py [--flips 20000] [--seed 0] [--record]
 
 prints, for every kind of file, how many flips verify found and how many change nothing that is read. A flip that verify
 does not find and that is not one of the kinds of `is_harmless` ends the run.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index
 from hierarchy_builder.verify.checks import find_damage
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import records
 
 PAGES = (".lock", "report.html", "quality.html", "quality.json", "vocabulary.html")
 """Files that no step reads."""
@@ -128,25 +132,34 @@ def flip_all(root: Path, count: int, seed: int, per_class: int = 2) -> dict[str,
     return counts
 
 
-def main() -> None:
-    """Flip, and print the counts."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the drill."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--flips", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    records.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    """Flip, and print the counts."""
+    asked = make_parser().parse_args()
     root = Path(tempfile.mkdtemp(prefix="flips-"))
     try:
         counts = flip_all(root, asked.flips, asked.seed)
     finally:
         shutil.rmtree(root)
-    for kind, outcomes in sorted(counts.items()):
-        print(f"{kind:<24} {outcomes['found']:6} found, {outcomes['harmless']:4} harmless")
     total = sum(counts.values(), Counter[str]())
-    print(
-        f"{'all':<24} {total['found']:6} found, {total['harmless']:4} harmless, 0 missed (seed {asked.seed})"
-    )
+    rows = [
+        [kind, f"{outcomes['found']:,}", f"{outcomes['harmless']:,}", "0"]
+        for kind, outcomes in [*sorted(counts.items()), ("all", total)]
+    ]
+    for kind, *numbers in rows:
+        print(f"{kind:<24} {numbers[0]:>7} found, {numbers[1]:>6} harmless, 0 missed")
+    columns = ["kind of file", "found", "harmless", "missed"]
+    records.write(asked.record, columns=columns, rows=rows, seeds=[asked.seed])
 
 
 if __name__ == "__main__":
