@@ -36,7 +36,9 @@ def a_place(text: str) -> str:
 
 
 def a_path(text: str) -> Path:
-    """A local path with `~` expanded; raises what `a_place` raises."""
+    """A local path with `~` expanded; raises what `a_place` raises, and UsageError for a URL."""
+    if "://" in text:
+        raise UsageError(f"{text} is a URL, and only a path on this machine is understood here")
     return Path(a_place(text))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hierarchy_builder.places import a_path
 from hierarchy_builder.terminal import stderr
 from trainer.methods import registry
 from trainer.methods.registry import TRAJECTORY_FORCING, config_of, method_named, method_of, preset_of
@@ -46,7 +47,7 @@ def train(
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     asked = {**(settings or {}), **fields}
-    base = base_config(preset, method, shards, Path(out), resume, False, quiet)
+    base = base_config(preset, method, shards, a_path(str(out)), resume, False, quiet)
     config = registry.fit_to_shards(with_settings(base, asked), open_index(shards), asked)
     registry.train(config, shards, str(out), resume, quiet)
     return TrajectoryPipeline.from_pretrained(out)

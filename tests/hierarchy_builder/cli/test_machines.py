@@ -58,6 +58,16 @@ def test_place_is_a_url_or_a_path_that_can_be_written_down(monkeypatch: pytest.M
         a_place("~no-such-user/x")
 
 
+def test_a_url_where_only_a_path_works_is_refused_and_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = cli("trainer", "train", shards, "--out", "s3://bucket/run")
+    assert found.code == 2
+    assert "s3://bucket/run is a URL" in found.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_colons_in_a_path_are_no_chain(tmp_path: Path, shards: str) -> None:
     photos = write_tree(tmp_path / "a::b", per_class=1)
     assert len(open_source(str(photos)).records) == 3
