@@ -18,7 +18,7 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, nearest
-from hierarchy_builder.places import a_path
+from hierarchy_builder.places import a_folder
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 
@@ -60,7 +60,7 @@ def build_shards(
         shard=from_mapping(ShardConfig, configs[ShardConfig], "shard"),
     )
     session = Session(workers=Workers(count=workers), reporter=Reporter(quiet=quiet), fresh=fresh)
-    folder = BuildFolder(a_path(str(out)))
+    folder = BuildFolder(a_folder(str(out)))
     with folder.locked():
         pipeline.build(folder, str(photos), plan, session)
     return folder.shards

@@ -1,4 +1,7 @@
-"""Files that are whole or absent: they are written under a temporary name, synchronised, then renamed."""
+"""Files that are whole or absent: on a disk they are written under a temporary name, synchronised, then renamed.
+
+At a URL (see `remote.py`) an object is sent in one piece or in parts, and appears when it is whole.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hierarchy_builder import remote
 from hierarchy_builder.errors import UserError, VerificationError
+from hierarchy_builder.remote import is_remote, store_error
 
 SEAL = "document_sha256"
 """Field of a sealed JSON object: the checksum of the whole document, see `sealed_text`."""
@@ -27,7 +33,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The folder of `path` is made. On any exception nothing new is left, and `path` stays as it was. A link stays a
     link: the file it leads to is written. Raises UserError where `path` is a folder, a device or a pipe.
+    For a URL the name is one in the temporary folder.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (partial := Path(folder, path.name))
+            remote.send(partial, path)
+        return
     path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
@@ -45,7 +57,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """What `whole_file` does, as a file that is open for writing bytes."""
+    """What `whole_file` does, as a file that is open for writing bytes; at a URL it is sent as it is written."""
+    if is_remote(path):
+        with remote.upload(path) as file:
+            yield file
+        return
     with whole_file(path) as partial, open(partial, "wb") as file:
         yield file
 
@@ -55,6 +71,8 @@ def target_of(path: Path) -> Path:
 
     Raises UserError where that is something a file may not replace.
     """
+    if is_remote(path):
+        return path
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
         raise UserError(f"{path} is {what}, expected the name of a file to write; choose another")
@@ -67,7 +85,9 @@ def partial_name(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Wait until the bytes of a file, or the entries of a folder, are on disk."""
+    """Wait until the bytes of a file, or the entries of a folder, are on disk; an object is when it was sent."""
+    if is_remote(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,8 +95,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, with one request for those of an object."""
+    return remote.get(path) if is_remote(path) else path.read_bytes()
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` under its final name, whole or not at all; an equal file is left untouched."""
+    if is_remote(path):
+        remote.put(path, data)
+        return
     if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return
     with atomic_file(path) as file:
@@ -158,13 +186,17 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     A seal is checked wherever there is one. sealed: whether a missing seal is damage too.
     """
     try:
-        return parse_json(path.read_bytes(), sealed)
+        return parse_json(read_bytes(path), sealed)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise MissingFileError(f"{path} is missing") from None
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}): run `hierarchy-builder repair`, or remove it and run the same command again"
         ) from None
+
+
+class MissingFileError(UserError):
+    """A file that was to be read is not there."""
 
 
 def readable_json(path: Path) -> dict[str, Any]:
@@ -203,7 +235,7 @@ def decoding(
     place: the file, or the beginning of a sentence about what is read, such as `FILE: rows are`.
     A missing file counts as damaged; other errors of the operating system tell nothing of the bytes and pass.
     """
-    what = f"{place} is" if isinstance(place, Path) else place
+    what = place if isinstance(place, str) else f"{place} is"
     try:
         yield
     except UserError:
@@ -211,6 +243,8 @@ def decoding(
     except OSError as error:
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise VerificationError(f"{what} missing: {advice}") from None
+        if told := store_error(error):
+            raise told from error
         if error.errno not in (
             None,
             errno.EINVAL,
@@ -220,18 +254,46 @@ def decoding(
     except (
         Exception
     ) as error:  # decoders of zarr, parquet, npz and tar each raise what their bytes lead them to
+        if told := store_error(error):
+            raise told from error
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise VerificationError(f"{what} damaged ({reason}): {advice}") from None
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; 0 when it does not exist."""
+    if is_remote(path):
+        return sum(remote.files_below(path).values())
     if path.is_file():
         return path.stat().st_size
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, also a link that leads nowhere."""
+    return path.exists() if is_remote(path) else os.path.lexists(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name. At a URL all is there under both names until the last is removed.
+
+    Objects are copied in the order of their names and removed in the other, so the last one tells whether all is there.
+    """
+    if is_remote(source):
+        remote.move(source, target)
+    else:
+        os.replace(source, target)
+
+
+def length_of(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None

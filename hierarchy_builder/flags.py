@@ -16,7 +16,7 @@ from typer.models import OptionInfo
 from hierarchy_builder import __version__
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import MEANINGS, by_meaning, nearest, sentences
-from hierarchy_builder.places import a_path, a_place
+from hierarchy_builder.places import a_folder, a_path, a_place
 
 REQUIRED = inspect.Parameter.empty
 
@@ -186,6 +186,8 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 PATH: dict[str, Any] = {"kind": Path, "parser": checked(a_path), "metavar": "PATH"}
 """Settings of every argument and option that is a local path."""
+FOLDER: dict[str, Any] = {"kind": Path, "parser": checked(a_folder), "metavar": "PATH|URL"}
+"""Settings of those that are a folder to write to or to read from, here or at a URL."""
 PLACE: dict[str, Any] = {"kind": str, "parser": checked(a_place), "metavar": "PATH|URL"}
 """Settings of every argument and option that is a local path or a URL."""
 FILES = ("weights", "masks")

@@ -10,6 +10,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.remote import remote_place
 
 
 def a_place(text: str) -> str:
@@ -40,6 +41,12 @@ def a_path(text: str) -> Path:
     if "://" in text:
         raise UsageError(f"{text} is a URL, and only a path on this machine is understood here")
     return Path(a_place(text))
+
+
+def a_folder(text: str) -> Path:
+    """A local path with `~` expanded, or the place at a URL, which has the methods of a path; see `remote_place`."""
+    place = a_place(text)
+    return remote_place(place) if "://" in place else Path(place)
 
 
 def home_folder() -> Path | None:

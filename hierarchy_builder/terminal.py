@@ -20,6 +20,7 @@ from rich.table import Table
 from hierarchy_builder.errors import InterruptedRunError, UserError, explained
 from hierarchy_builder.fields import flattened
 from hierarchy_builder.files import without_nan
+from hierarchy_builder.remote import store_error
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """Settings of every console: text is printed as it is, also a name such as `[red]` or `:b:`."""
@@ -42,7 +43,12 @@ def run(command: Callable[[], Any], *, continues: bool = False) -> NoReturn:
         command()
     except (UserError, InterruptedRunError) as error:
         _end(str(error), error.exit_code)
-    except OSError as error:
+    except Exception as error:
+        if (told := store_error(error)) is not None:
+            urls = ", ".join(word.partition("=")[2] or word for word in sys.argv[1:] if "://" in word)
+            _end(f"{urls}: {told}" if urls else str(told), told.exit_code)
+        if not isinstance(error, OSError):
+            raise
         _end(explained(error), UserError.exit_code)
     except SystemExit as end:
         if continues and end.code == signal.SIGTERM:  # while Ray starts, the handler is its own

@@ -7,7 +7,6 @@ new ones and `settle_recut` finishes the replacement.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from hierarchy_builder.build.vocabulary import fit_vocabulary
 from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
-from hierarchy_builder.files import sha256_file, size_on_disk
+from hierarchy_builder.files import move, sha256_file, size_on_disk
 from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.records import Block, Status, blocks_of
@@ -196,13 +195,13 @@ def settle_recut(folder: BuildFolder) -> None:
     done, units = Ledger(folder.ledger("recut"), stage_hash), stage_units(folder, "cluster")
     if not all(done.is_done(unit.number) for unit in units):
         return
-    if (folder.recut / "regions").exists():
+    if (folder.recut / "regions" / "zarr.json").exists():
         folder.remove(folder.regions / "regions")
         if (folder.regions / "regions").exists():
             raise BuilderError(
                 f"{folder.regions / 'regions'} holds files that no build wrote: move them away and repeat the command"
             )
-        os.replace(folder.recut / "regions", folder.regions / "regions")
+        move(folder.recut / "regions", folder.regions / "regions")
     clustered = Ledger(folder.ledger("cluster"), stage_hash)
     for unit, result in zip(units, done.results([unit.number for unit in units]), strict=True):
         before = read_marker(clustered.marker(unit.number))

@@ -8,14 +8,14 @@ from it, a part is compared with the SHA-256 in its marker, since it may have wa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hierarchy_builder.errors import BuilderError, VerificationError
-from hierarchy_builder.files import atomic_file, sha256_file, write_json
+from hierarchy_builder.files import atomic_file, move, sha256_file, write_json
 from hierarchy_builder.records import Block
+from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.store.shards import TarWriter, shard_name, sidecar
@@ -97,11 +97,12 @@ class Assembly:
         tar = self.folder.shards / shard_name(self.split, self._next_shard)
         marker = self.parts.result(spans[0].part)
         facts = {name: marker[name] for name in ("count", "bytes", "sha256")}
-        tar.parent.mkdir(parents=True, exist_ok=True)
+        if not is_remote(tar):
+            tar.parent.mkdir(parents=True, exist_ok=True)
         for part in range(spans[0].part, spans[-1].part + 1):
             self._require(part)
         if marker["count"] == len(spans) and spans[0].part == spans[-1].part:
-            os.replace(self.folder.part(spans[0].part), tar)
+            move(self.folder.part(spans[0].part), tar)
         else:
             with atomic_file(tar) as file:
                 writer = TarWriter(file)
@@ -115,7 +116,7 @@ class Assembly:
     def _copy(self, writer: TarWriter, spans: Sequence[_Span]) -> None:
         if not spans:
             return
-        with open(self.folder.part(spans[0].part), "rb") as file:
+        with self.folder.part(spans[0].part).open("rb") as file:
             file.seek(spans[0].offset)
             for span in spans:
                 writer.copy(file.read(span.size), [span.size])

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyCon
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.records import MAX_REGIONS
+from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import sample_bytes
 
@@ -68,12 +71,16 @@ def fitting_bytes(config: VocabularyConfig, num_tokens: int, width: int) -> int:
 
 
 def free_bytes(root: Path) -> int:
-    """Free bytes on the disk of the folder `root`, which may not exist yet."""
+    """Free bytes on the disk of the folder `root`, which may not exist yet; at a URL there is no end."""
+    if is_remote(root):
+        return sys.maxsize
     return shutil.disk_usage(nearest_folder(root)).free
 
 
 def nearest_folder(path: Path) -> Path:
-    """`path`, or its nearest parent that exists."""
+    """`path`, or its nearest parent that exists; for a URL the temporary folder."""
+    if is_remote(path):
+        return Path(tempfile.gettempdir())
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 

@@ -112,7 +112,8 @@ class TokenSource:
         path = self.file(block)
         with (
             decoding(path, "remove it and run the same command again"),
-            np.load(path, allow_pickle=False) as content,
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as content,
         ):
             return content["tokens"]
 
@@ -204,7 +205,11 @@ def _read_state(path: Path, reporter: Reporter) -> tuple[np.ndarray, list[float]
     if not path.exists():
         return None
     try:
-        with decoding(path, "it is not used"), np.load(path, allow_pickle=False) as content:
+        with (
+            decoding(path, "it is not used"),
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as content,
+        ):
             return content["centroids"], content["inertia"].tolist()
     except VerificationError as error:
         reporter.say(f"warning: {error}; the fit starts over, with the same result")

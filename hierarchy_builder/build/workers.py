@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ import torch
 
 from hierarchy_builder.build.stages import Stage, count_failed, one_thread, perform
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.exclusion import fence
 from hierarchy_builder.process import num_cpus, other_socket_folder, private_folder
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.ledger import Ledger
@@ -171,7 +172,7 @@ def map_units(
     """
     if units:
         with open_pool(load, workers, units, uses_gpu=uses_gpu) as pool:
-            yield from pool.map(perform, units, ledger)
+            yield from pool.map(perform, units, replace(ledger, lease=fence(ledger.folder)))
 
 
 def has_gpu(workers: Workers) -> bool:

@@ -250,7 +250,7 @@ def render(page: Page) -> str:
 
 def write_page(page: Page, path: str | Path) -> None:
     """Render the page to `path` (UTF-8), whole or not at all."""
-    write_bytes(Path(path), render(page).encode())
+    write_bytes(Path(path) if isinstance(path, str) else path, render(page).encode())
 
 
 def is_page(path: Path) -> bool:

@@ -20,8 +20,8 @@ from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.flags import (
+    FOLDER,
     OUTPUT,
-    PATH,
     PLACE,
     argument,
     flags,
@@ -31,6 +31,7 @@ from hierarchy_builder.flags import (
     switch,
     takes,
 )
+from hierarchy_builder.places import a_folder
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     counted,
@@ -53,7 +54,7 @@ WHOLE, STAGES, CHECKS = "From photos to shards", "One stage at a time", "Look, c
 @app.command(rich_help_panel=STAGES)
 @takes(
     images=argument("The images, or DIR of a build to continue.", **PLACE | {"metavar": "IMAGES"}),
-    out=option("Folder of the build.", **PATH),
+    out=option("Folder or URL of the build.", **FOLDER),
     **(opt.ENCODING | opt.RUN | opt.ONCE | opt.TRUST | OUTPUT),
 )
 def extract(images: str, out: Path | None, class_map: str | None, **given: Any) -> None:
@@ -61,7 +62,7 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
     from hierarchy_builder.build import pipeline as steps
     from hierarchy_builder.encoders import check_stored_encoder
 
-    folder, source = (BuildFolder(out), images) if out else (BuildFolder(Path(images)).require(), None)
+    folder, source = (BuildFolder(out), images) if out else (BuildFolder(a_folder(images)).require(), None)
     stored = _stored(folder, "extract") if source is None else None
     resolved = opt.resolve(
         ExtractConfig, "extract", opt.of_config(ExtractConfig, given), given["config"], stored
@@ -70,7 +71,7 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
         check_stored_encoder(resolved.encoder, folder.root, trusted=given["trust_encoder"])
     show_config({"extract": to_mapping(resolved)}, given["quiet"])
     once = {name: given[name] for name in ("retry_failed", "accept_new_files")}
-    with folder.locked():
+    with folder.locked(_say):
         _confirm_fresh(folder, "extract", given)
         summary = steps.extract(folder, source, resolved, _session(**given), class_map=class_map, **once)
         print_stages([summary], given["as_json"])
@@ -103,7 +104,7 @@ def cluster(folder: Path, recut: str | None, **given: Any) -> None:
     sections = {"hierarchy": recipe} | ({"vocabulary": vocabulary} if vocabulary else {})
     show_config({name: to_mapping(section) for name, section in sections.items()}, given["quiet"])
     session = _session(**given)
-    with build_folder.locked():
+    with build_folder.locked(_say):
         _confirm_fresh(build_folder, "vocabulary" if vocabulary else "cluster", given)
         summaries = [steps.vocabulary(build_folder, vocabulary, session)] if vocabulary else []
         summaries.append(steps.cluster(build_folder, recipe, session))
@@ -128,7 +129,7 @@ def shard(folder: Path, publish: str | None, **given: Any) -> None:
     resolved = opt.resolve_shard(chosen, given["config"], _stored(build_folder, "shard", given["fresh"]))
     show_config({"shard": to_mapping(resolved)}, given["quiet"])
     session = _session(**given)
-    with build_folder.locked():
+    with build_folder.locked(_say):
         _confirm_fresh(build_folder, "shard", given)
         summaries = [steps.shard(build_folder, resolved, session)]
         print_stages(summaries + _publish(build_folder, publish, session), given["as_json"])
@@ -172,7 +173,7 @@ def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
     folder, plan = BuildFolder(out), _build_plan(images, given)
     show_config(plan.as_mapping(), given["quiet"])
     session = _session(**given)
-    with folder.locked():
+    with folder.locked(_say):
         _confirm_fresh(folder, "extract", given)
         once = {name: given[name] for name in ("class_map", "retry_failed", "accept_new_files", "fused")}
         summaries = steps.build(folder, images, plan, session, **once)
@@ -219,7 +220,7 @@ def plan(images: str, out: Path, **given: Any) -> None:
 def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
     """Upload finished shards to another file system; the same command uploads what is missing."""
     build_folder = BuildFolder(folder).require()
-    with build_folder.locked():
+    with build_folder.locked(_say):
         print_stages(_publish(build_folder, url, _session(workers=0, quiet=quiet)), as_json)
     say_next(f"shards lie in {url}", [("trainer", "train", url, "--out", "RUN")], quiet)
 
@@ -231,7 +232,7 @@ def repair(folder: Path, as_json: bool, **given: Any) -> None:
     from hierarchy_builder.verify.repair import repair as run_repair
 
     build_folder = BuildFolder(folder).require(damaged=True)
-    with build_folder.locked():
+    with build_folder.locked(_say):
         repaired = run_repair(build_folder, _session(**given))
     if as_json:
         print_json({"repaired": [dataclasses.asdict(damage) for damage in repaired]})
@@ -276,6 +277,11 @@ def _build_plan(images: str, given: Mapping[str, Any]) -> Any:
         vocabulary=opt.resolve_vocabulary(given, config),
         shard=opt.resolve_shard(shard_flags, config),
     )
+
+
+def _say(text: str) -> None:
+    """One line on stderr while a command waits."""
+    stderr.print(text, soft_wrap=True)
 
 
 def _session(
@@ -365,7 +371,7 @@ def _recut(folder: BuildFolder, heights: str, given: Mapping[str, Any]) -> None:
             "cluster with --fresh for another recipe"
         )
     cuts, session = opt.numbers(heights, "--recut") or [], _session(**{**given, "fresh": False})
-    with folder.locked():
+    with folder.locked(_say):
         summaries = [steps.recut(folder, cuts, session)]
         if folder.vocabulary.exists():
             summaries.append(steps.link(folder, session))

@@ -11,7 +11,7 @@ from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.files import readable_json, target_of
-from hierarchy_builder.flags import OUTPUT, PATH, argument, flags, option, switch, takes
+from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, argument, flags, option, switch, takes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
 
@@ -151,8 +151,8 @@ def report(
 
 
 @takes(
-    a=argument("Folder of a build.", **PATH | {"metavar": "A"}),
-    b=argument("Folder of another build of the same images.", **PATH | {"metavar": "B"}),
+    a=argument("Folder or URL of a build.", **FOLDER | {"metavar": "A"}),
+    b=argument("Folder or URL of another build of the same images.", **FOLDER | {"metavar": "B"}),
     out=option("Also write a page of the images that changed most.", **PATH),
     **OUTPUT,
 )

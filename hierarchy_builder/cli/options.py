@@ -28,19 +28,22 @@ from hierarchy_builder.flags import (
     option,
     switch,
 )
+from hierarchy_builder.flags import FOLDER as PLACE_OF_BUILD
 from hierarchy_builder.places import a_place
 
-FOLDER = argument("Folder of the build.", **PATH | {"metavar": "DIR"})
+FOLDER = argument("Folder or URL of the build.", **PLACE_OF_BUILD | {"metavar": "DIR"})
 FOLDERS = argument(
-    "Folder of the build; several at once, such as those of all partitions.",
-    **PATH | {"kind": list[Path], "metavar": "DIR"},
+    "Folder or URL of the build; several at once, such as those of all partitions.",
+    **PLACE_OF_BUILD | {"kind": list[Path], "metavar": "DIR"},
 )
 BUILD: dict[str, Parameter] = {
     "images": argument(
         "Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one.",
         **PLACE | {"metavar": "IMAGES"},
     ),
-    "out": option("Folder of the build; the same command resumes there.", default=REQUIRED, **PATH),
+    "out": option(
+        "Folder or URL of the build; the same command resumes there.", default=REQUIRED, **PLACE_OF_BUILD
+    ),
 }
 ENCODING = grouped(
     "Images and encoder",

@@ -10,6 +10,7 @@ or missing file would otherwise be read as zeros. `stored.py` compares the two.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
+from zarr.storage import MemoryStore, StorePath
 
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.files import decoding, sync
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
+from hierarchy_builder.remote import is_remote, store_error
+from hierarchy_builder.store.fetched import Fetched
 from hierarchy_builder.store.statistics import Moments
 
 NOT_STORED = 2**64 - 1
@@ -113,8 +116,10 @@ def create(path: Path, layout: Layout) -> None:
     Raises BuilderError when one of them has another shape or the store is damaged.
     """
     try:  # writes too, and what stops a write is no damage
-        group = zarr.open_group(path, mode="a", zarr_format=3)
+        group = zarr.open_group(_place(path), mode="a", zarr_format=3)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if told := store_error(error):
+            raise told from error
         raise VerificationError(f"{path} is damaged ({error}): run `hierarchy-builder repair`") from None
     if group.attrs.get("format_version") != FORMAT_VERSION:
         group.attrs["format_version"] = FORMAT_VERSION
@@ -132,14 +137,20 @@ def create(path: Path, layout: Layout) -> None:
         sync(path / name)
 
 
-def damaged_layout(path: Path, layout: Layout) -> list[str]:
-    """Return the names of arrays whose `zarr.json` is not as `create` writes it, and "." for that of the store."""
+def damaged_layout(path: Path, layout: Layout, group: zarr.Group | None = None) -> list[str]:
+    """Return the names of arrays whose `zarr.json` is not as `create` writes it, and "." for that of the store.
+
+    group: the store, where it is open already.
+    """
     expected = zarr.create_group(MemoryStore(), zarr_format=3)
-    damaged = [] if is_store(path) else ["."]
+    damaged = [] if group is not None or is_store(path) else ["."]
+    place: Path | StorePath = path if group is None or not is_remote(path) else group.store_path
+    if is_remote(path) and group is None:
+        place = StorePath(Fetched.of(path))
     for name, array in layout.items():
         try:
             with decoding(path / name):
-                found = zarr.open_array(path / name, mode="r").metadata.to_dict()
+                found = zarr.open_array(place / name, mode="r").metadata.to_dict()
         except VerificationError:
             damaged.append(name)
             continue
@@ -151,9 +162,9 @@ def damaged_layout(path: Path, layout: Layout) -> list[str]:
     return damaged
 
 
-def require_layout(path: Path, layout: Layout) -> None:
+def require_layout(path: Path, layout: Layout, group: zarr.Group | None = None) -> None:
     """Raise VerificationError unless the arrays of a store are described as `create` writes them."""
-    if damaged := damaged_layout(path, layout):
+    if damaged := damaged_layout(path, layout, group):
         raise VerificationError(
             f"{path / damaged[0] / 'zarr.json'} is missing or not as it was written: run `hierarchy-builder repair`"
         )
@@ -195,12 +206,14 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> W
             )
         # zarr reads the last shard, which is short, before it writes it, and fails if the shard is damaged.
         file = _shard_file(path, name, target, block.number)
+        if is_remote(path):
+            Fetched.in_group(group).forget(file)
         file.unlink(missing_ok=True)
         target[rows] = values
-        if file.exists():
+        if not is_remote(path) and file.exists():
             files.append(file)
         written["digests"][name] = _digest(values, target.dtype)
-        written["files"][name] = _file_digest(file, target)
+        written["files"][name] = _file_digest(_content(group, file), target)
     _sync_below(path, files)
     return written
 
@@ -227,20 +240,29 @@ def _shard_file(path: Path, name: str, array: zarr.Array, number: int) -> Path:
     return path.joinpath(name, "c", str(number), *"0" * (len(array.shape) - 1))
 
 
-def file_digest(path: Path, name: str, number: int) -> str:
+def file_digest(path: Path, name: str, number: int, group: zarr.Group | None = None) -> str:
     """Return the SHA-256 over the length, the index and the crc32c of every chunk of the file of a block.
 
     Since zarr checks a chunk and the index with their crc32c when it reads them, this stands for every byte of the file
     and costs a few small reads. A file that is not there gives the digest of an empty one.
     """
-    array = array_of(open_store(path), name)
-    return _file_digest(_shard_file(path, name, array, number), array)
+    group = group or open_store(path)
+    array = array_of(group, name)
+    return _file_digest(_content(group, _shard_file(path, name, array, number)), array)
 
 
-def _file_digest(file: Path, array: zarr.Array) -> str:
+def _content(group: zarr.Group, file: Path) -> BinaryIO | None:
+    """The content of the file of a block, open for reading; None where there is none. An object is fetched whole."""
+    if is_remote(file):
+        data = Fetched.in_group(group).content(file)
+        return None if data is None else io.BytesIO(data)
+    return file.open("rb") if file.is_file() else None
+
+
+def _file_digest(content: BinaryIO | None, array: zarr.Array) -> str:
     digest = hashlib.sha256()
-    if file.is_file():
-        with file.open("rb") as content:
+    if content is not None:
+        with content:
             length, (index, places) = content.seek(0, os.SEEK_END), _shard_index(content, array)
             digest.update(length.to_bytes(8, "little") + index)
             for offset, size in places[places[:, 1] != NOT_STORED].tolist():
@@ -297,14 +319,15 @@ def chunk_bytes(path: Path, name: str) -> np.ndarray:
 
     The file of a shard ends with an index: offset and length of each of its chunks, and a checksum.
     """
-    array = array_of(open_store(path), name)
+    group = open_store(path)
+    array = array_of(group, name)
     assert array.shards is not None
     per_shard = array.shards[0] // array.chunks[0]
     sizes = np.zeros((-(-array.shape[0] // array.shards[0]), per_shard), np.int64)
     for number, row in enumerate(sizes):
-        file = shard_file(path, name, number)
-        if file.is_file():
-            with file.open("rb") as content:
+        content = _content(group, _shard_file(path, name, array, number))
+        if content is not None:
+            with content:
                 found = _shard_index(content, array)[1][:, 1]
             row[:] = np.where(found == NOT_STORED, 0, found)
     return sizes.ravel()[: -(-array.shape[0] // array.chunks[0])]
@@ -318,11 +341,16 @@ def shard_index_bytes(num_chunks: int) -> int:
 def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """Open a store. Raises BuilderError when it is missing, damaged or of another format version."""
     with decoding(path):
-        group = zarr.open_group(path, mode=mode)
+        group = zarr.open_group(_place(path), mode=mode, zarr_format=3)
     version = group.attrs.get("format_version")
     if version != FORMAT_VERSION:
         raise BuilderError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
     return group
+
+
+def _place(path: Path) -> Path | Fetched:
+    """What zarr opens: a local path, or the store of a URL."""
+    return Fetched.of(path) if is_remote(path) else path
 
 
 def is_store(path: Path) -> bool:
@@ -337,12 +365,13 @@ def is_store(path: Path) -> bool:
 def array_of(group: zarr.Group, name: str) -> zarr.Array:
     """Return one array of a store. Raises BuilderError naming the arrays that exist if it is missing."""
     with decoding(f"{group.store_path}/{name} is"):
-        if name not in group:
+        try:
+            array = group[name]
+        except KeyError:
             raise VerificationError(
                 f"{group.store_path} has no array {name!r}, found {sorted(group.keys())}: "
                 "run `hierarchy-builder repair`"
-            )
-        array = group[name]
+            ) from None
         if not isinstance(array, zarr.Array):
             raise TypeError("it is no array")
     return array

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.files import readable_json, target_of
+from hierarchy_builder import remote
+from hierarchy_builder.errors import UsageError
+from hierarchy_builder.exclusion import LOCK, BusyError, exclusive, is_taken
+from hierarchy_builder.files import is_there, readable_json
+from hierarchy_builder.remote import is_remote
 
 OWN_FILES = r"""
     (?:manifest|class_map|quality|\.progress)\.json | (?:index\.parquet|vocabulary\.npz)
@@ -111,6 +113,9 @@ class BuildFolder:
 
     def remove(self, place: Path, split: str | None = None) -> None:
         """Remove the files that `own_files` returns, then the folders of a build that are empty; nothing else."""
+        if is_remote(place):  # an object store has no folders
+            remote.remove(self.own_files(place, split))
+            return
         for path in self.own_files(place, split):
             path.unlink(missing_ok=True)
         own = re.compile(OWN_FOLDERS, re.VERBOSE | re.ASCII)
@@ -120,7 +125,9 @@ class BuildFolder:
                     os.rmdir(parent)
 
     def remove_leftovers(self, place: Path | None = None) -> None:
-        """Remove the temporary files of killed runs, below `place` or in the whole build."""
+        """Remove the temporary files of killed runs, below `place` or in the whole build; at a URL there are none."""
+        if is_remote(self.root):
+            return
         own = _own_pattern()
         places = [self.root / name for name in self._own_names()] if place is None else [place]
         files = [*_files_of(self.root, is_deep=False)] if place is None else []
@@ -132,7 +139,7 @@ class BuildFolder:
 
     def refuse_foreign(self, places: Iterable[Path]) -> None:
         """Raise UsageError naming those of `places` that exist; the caller knows that no build made them."""
-        if foreign := [self._name(place) for place in places if os.path.lexists(place)]:
+        if foreign := [self._name(place) for place in places if is_there(place)]:
             raise UsageError(
                 f"{self.root} holds {', '.join(foreign)}, which no build has made and a build would overwrite: "
                 "choose an empty or new folder with --out, or move the files away"
@@ -159,54 +166,50 @@ class BuildFolder:
         return self
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the build for one writer; a second one raises BuilderError at once. The kernel unlocks it on exit.
+    def locked(self, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+        """Be the one writer of the build, see `exclusion`; BusyError if there is another.
 
         Raises UsageError where no build can be: at a file, or in a folder with files of these names that no build
         made. A new folder in which no stage started is removed again.
         """
-        is_new = not self.root.exists()
+        is_new = not is_remote(self.root) and not self.root.exists()
         if not self.is_build():
             self.refuse_foreign(self.root / name for name in self._own_names())
-        lock = target_of(self.root / ".lock")
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "a")  # noqa: SIM115 (closed below)
-        except OSError as error:
-            raise UsageError(f"--out {self.root}: {error.strerror}, expected a folder to write to") from None
-        with file:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.fstat(file.fileno()).st_nlink:
-                    raise BlockingIOError  # its owner has just removed the folder
-            except BlockingIOError:
-                raise BuilderError(
-                    f"{self.root} is being written by another process: wait for it, or choose another --out"
+                if not is_remote(self.root):
+                    self.root.mkdir(parents=True, exist_ok=True)
+                held.enter_context(exclusive(self.root, say))
+            except BusyError as error:
+                raise BusyError(f"{error}: wait for it, or choose another --out") from None
+            except OSError as error:
+                if is_remote(self.root):
+                    raise
+                raise UsageError(
+                    f"--out {self.root}: {error.strerror}, expected a folder to write to"
                 ) from None
             try:
                 yield
             finally:
-                if is_new and os.listdir(self.root) == [lock.name]:
-                    lock.unlink()
+                if is_new and os.listdir(self.root) == [LOCK]:
+                    (self.root / LOCK).unlink()
                     self.root.rmdir()
 
     def is_locked(self) -> bool:
-        """Whether a writer has locked the build now."""
-        try:
-            with open(self.root / ".lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        """Whether a writer works on the build now."""
+        return is_taken(self.root)
 
     def check_apart(self, images: str) -> None:
-        """Raise UsageError if the build lies in the local folder `images`, where it would be listed as a class."""
-        root, place = self.root.resolve(), Path(images).resolve()
-        if not place.is_dir() or not root.is_relative_to(place):
-            return
-        inside = root.relative_to(place).parts
+        """Raise UsageError if the build lies in the folder `images`, where it would be listed as a class."""
+        if is_remote(self.root):
+            inside = str(self.root).removeprefix(f"{images.rstrip('/')}/").split("/")
+            if "/".join(inside) == str(self.root):
+                return
+        else:
+            root, place = self.root.resolve(), Path(images).resolve()
+            if not place.is_dir() or not root.is_relative_to(place):
+                return
+            inside = list(root.relative_to(place).parts)
         if not inside or not inside[0].startswith("."):
             raise UsageError(
                 f"--out {self.root} lies inside the images {images}, where its folders would be taken for "
@@ -222,6 +225,9 @@ def _own_pattern(split: str | None = None) -> re.Pattern[str]:
 
 def _files_of(place: Path, *, is_deep: bool = True) -> Iterator[Path]:
     """Yield `place` if it is a file, or else the files below it, without following links."""
+    if is_remote(place):
+        yield from remote.files_below(place)
+        return
     if not place.is_dir():
         yield from [place] if os.path.lexists(place) else []
         return

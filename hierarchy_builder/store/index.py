@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hierarchy_builder.errors import VerificationError
-from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.files import decoding, read_bytes, write_bytes
 from hierarchy_builder.images.table import COLUMNS, ImageTable
 from hierarchy_builder.records import ImageRecord, Status
+from hierarchy_builder.remote import is_remote
 
 INDEX_VERSION = 2
 """Version of index.parquet and of the listing. Those of version 1 have no `file_hash` and no checksum."""
@@ -78,7 +79,7 @@ def write_index(
 def read_index(path: Path) -> pa.Table:
     """Read an index. Raises VerificationError when it is missing or its rows are not those that were written."""
     with decoding(path):
-        table = pq.read_table(path)
+        table = pq.read_table(io.BytesIO(read_bytes(path)) if is_remote(path) else path)
         table.validate(full=True)
         described = table.schema.metadata or {}
         version = described.get(b"format_version", b"").decode()

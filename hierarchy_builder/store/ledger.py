@@ -16,8 +16,16 @@ from typing import Any
 from hierarchy_builder import __version__
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError
+from hierarchy_builder.exclusion import Fence, still_ours
 from hierarchy_builder.fields import config_hash, difference, from_mapping, to_mapping
-from hierarchy_builder.files import RECORD_VERSION, decoding, read_record, write_json, write_record
+from hierarchy_builder.files import (
+    RECORD_VERSION,
+    MissingFileError,
+    decoding,
+    read_record,
+    write_json,
+    write_record,
+)
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder
 
@@ -45,6 +53,8 @@ class Ledger:
 
     folder: Path
     stage_hash: str
+    lease: Fence | None = None
+    """That of the driver, which a worker has to ask for; None where this process is the writer."""
 
     def marker(self, unit: int) -> Path:
         return self.folder / f"{unit:06d}.json"
@@ -58,7 +68,14 @@ class Ledger:
         return True
 
     def finish(self, unit: int, result: Mapping[str, Any]) -> None:
-        """Write the marker of `unit`; call this only after everything the unit wrote is on disk."""
+        """Write the marker of `unit`; call this only after everything the unit wrote is on disk.
+
+        Raises LeaseLostError if another process has taken the build over.
+        """
+        if self.lease is not None:
+            self.lease.check()
+        else:
+            still_ours(self.folder)
         write_record(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
 
     def result(self, unit: int) -> Marker:
@@ -107,9 +124,10 @@ def read_marker(path: Path) -> Marker:
 
 def read_manifest(folder: BuildFolder) -> dict[str, Any]:
     """Return the manifest of a build, or an empty one. Raises BuilderError for another format version."""
-    if not folder.manifest.exists():
+    try:
+        return check_manifest(folder.manifest)
+    except MissingFileError:
         return {"format_version": RECORD_VERSION, "stages": {}}
-    return check_manifest(folder.manifest)
 
 
 def check_manifest(path: Path) -> dict[str, Any]:
@@ -133,7 +151,8 @@ def check_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: BuildFolder, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest and its copy."""
+    """Write the manifest and its copy. Raises LeaseLostError if another process has taken the build over."""
+    still_ours(folder.root)
     write_record(folder.manifest, manifest)
     write_record(folder.manifest_copy, manifest)
 

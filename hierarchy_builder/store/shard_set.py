@@ -11,6 +11,7 @@ import yaml
 
 from hierarchy_builder import __version__
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
+from hierarchy_builder.exclusion import still_ours
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import (
     read_json,
@@ -89,6 +90,7 @@ def write_success(shards: Path, count: int) -> None:
     digests = {name: sha256_file(shards / name) for name in ABOUT if (shards / name).is_file()}
     earlier = {"count": count, "index_sha256": digests["index.json"]}
     if readable_json(shards / SUCCESS) != earlier:
+        still_ours(shards)
         write_sealed_json(shards / SUCCESS, {**earlier, "files": digests})
 
 

@@ -31,6 +31,7 @@ from hierarchy_builder.records import (
     SCALE_MEMBER,
     Sample,
 )
+from hierarchy_builder.remote import store_error
 
 TAR_BLOCK = 512
 JPEG_BYTES_PER_PIXEL = 0.55
@@ -117,7 +118,7 @@ def read_shard(tar: Path) -> Iterator[Sample]:
     Raises BuilderError naming the tar, and the key when it is known.
     """
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             key, members = "", dict[str, bytes]()
             for info in archive:
                 found, _, member = info.name.partition(".")  # keys hold no dot
@@ -132,6 +133,8 @@ def read_shard(tar: Path) -> Iterator[Sample]:
             if members:
                 yield decode_sample(key, members)
     except (tarfile.TarError, EOFError, OSError) as error:
+        if told := store_error(error):
+            raise told from error
         raise BuilderError(f"{tar}: not a whole tar ({error})") from None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.files import decoding, read_bytes, write_bytes
 from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.store.folder import BuildFolder
 
@@ -176,7 +176,7 @@ def _read_arrays(
 ) -> dict[str, np.ndarray]:
     path = folder.part_moments(part)
     with decoding(path):
-        content = path.read_bytes()
+        content = read_bytes(path)
         expected = marker.get("moments_sha256")  # absent in builds of earlier releases
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise ValueError("it is not the file that was written")

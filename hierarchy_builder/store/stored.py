@@ -46,7 +46,7 @@ class Stored:
     def block(self, name: str, block: Block) -> np.ndarray:
         """Return the rows of a block of one array, one of a `block_` array."""
         self._compare(name, [block.number])
-        return stores.read_block(self._path(name), name, block)
+        return stores.read_rows(self._group(name), name, stores.rows_of(name, block))
 
     def rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
         """Return rows of one array; an index array must rise."""
@@ -54,16 +54,12 @@ class Stored:
         numbers = np.arange(*rows.indices(num_rows)) if isinstance(rows, slice) else rows
         touched = np.unique(numbers // block_rows)
         self._compare(name, touched.tolist())
-        path = self._path(name)
-        if path not in self._groups:
-            self._groups[path] = stores.open_store(path)
-        return stores.read_rows(self._groups[path], name, rows)
+        return stores.read_rows(self._group(name), name, rows)
 
     def moments(self, block: Block) -> Moments:
         """Return the moments of the usable rows of a block."""
-        for name in stores.MOMENTS:
-            self._compare(name, [block.number])
-        return stores.read_block_moments(self.folder.features, block)
+        count, mean, m2 = (self.block(name, block)[0] for name in stores.MOMENTS)
+        return Moments(int(count), mean, m2)
 
     def region_arrays(self) -> list[str]:
         """Return the arrays of regions.zarr that a sample is made from."""
@@ -80,11 +76,17 @@ class Stored:
     def _path(self, name: str) -> Path:
         return self.folder.features if WRITTEN_BY[name] in ("extract", "covariance") else self.folder.regions
 
+    def _group(self, name: str) -> zarr.Group:
+        path = self._path(name)
+        if path not in self._groups:
+            self._groups[path] = stores.open_store(path)
+        return self._groups[path]
+
     def _compare(self, name: str, numbers: Iterable[int]) -> None:
         stage, (num_rows, block_rows, _) = WRITTEN_BY[name], self._layout
         if name not in self._described:
             path, layout = layout_of(self.folder, stage)
-            stores.require_layout(path, {name: layout[name]})
+            stores.require_layout(path, {name: layout[name]}, self._group(name))
             self._described.add(name)
         if stage not in self._ledgers:
             entry = self._entries["extract" if stage == "covariance" else stage]
@@ -92,7 +94,8 @@ class Stored:
         for number in (number for number in numbers if (name, number) not in self._compared):
             start = number * block_rows
             block = Block(number=number, start=start, stop=min(start + block_rows, num_rows))
-            if not is_as_written(self._path(name), name, block, self._ledgers[stage].result(number)):
+            marker = self._ledgers[stage].result(number)
+            if not is_as_written(self._path(name), name, block, marker, self._group(name)):
                 raise VerificationError(
                     f"{stores.shard_file(self._path(name), name, number)} is missing or not the file that {stage} "
                     f"wrote: run `hierarchy-builder repair {self.folder.root}`"
@@ -100,13 +103,15 @@ class Stored:
             self._compared.add((name, number))
 
 
-def is_as_written(path: Path, name: str, block: Block, marker: Mapping[str, Any]) -> bool:
-    """Whether the file of a block of one array is the one its marker tells of.
+def is_as_written(
+    path: Path, name: str, block: Block, marker: Mapping[str, Any], group: zarr.Group | None = None
+) -> bool:
+    """Whether the file of a block of one array is the one its marker tells of. group: the store, if it is open.
 
     A marker of an earlier release tells only the SHA-256 of the values, so the block is read as a whole.
     """
     if "files" in marker:
-        return bool(marker["files"].get(name) == stores.file_digest(path, name, block.number))
+        return bool(marker["files"].get(name) == stores.file_digest(path, name, block.number, group))
     return bool(marker["digests"].get(name) == stores.read_written(path, block, name)[1])
 
 

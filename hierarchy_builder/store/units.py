@@ -15,6 +15,7 @@ from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import decoding, readable_json, size_on_disk
 from hierarchy_builder.records import Block, Status, blocks_of
+from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import status_name
@@ -113,11 +114,16 @@ def state_of(folder: BuildFolder, stage: str, num_missing: int) -> str:
 def stored_source(folder: BuildFolder) -> str:
     """Return the folder or URL of the images; the manifest holds local paths relative to the build folder."""
     source = stage_entry(folder, "extract")["source"]
-    return source if "://" in source else os.path.normpath(folder.root / source)
+    return source if "://" in source or is_remote(folder.root) else os.path.normpath(folder.root / source)
 
 
 def relative_source(folder: BuildFolder, source: str) -> str:
-    """Return `source` as the manifest holds it: a URL unchanged, a local path relative to the build folder."""
+    """Return `source` as the manifest holds it: a URL unchanged, a local path relative to the build folder.
+
+    A build at a URL holds a local path as it is on this machine.
+    """
+    if is_remote(folder.root) and "://" not in source:
+        return str(Path(source).resolve())
     return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
 
 

@@ -473,7 +473,11 @@ def _sidecar_problems(path: Path, marker: Mapping[str, Any]) -> Iterator[str]:
 
 def _header_problems(tar: Path) -> Iterator[str]:
     """Check that headers are as `write_shard` makes them: plain files without time, owner or parent folders."""
-    with decoding(f"{tar}: not a whole tar, it is"), tarfile.open(tar, "r:") as archive:
+    with (
+        decoding(f"{tar}: not a whole tar, it is"),
+        tar.open("rb") as file,
+        tarfile.open(fileobj=file, mode="r:") as archive,
+    ):
         for info in archive:
             owner = (info.mtime, info.uid, info.gid)
             if not info.isfile() or owner != (0, 0, 0) or info.name.startswith("/") or ".." in info.name:

@@ -155,7 +155,7 @@ def save_vocabulary(
     }
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    write_bytes(Path(path), buffer.getvalue())
+    write_bytes(Path(path) if isinstance(path, str) else path, buffer.getvalue())
 
 
 def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str]:
@@ -163,8 +163,9 @@ def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str
 
     Raises BuilderError if the file is missing, damaged or of another format version.
     """
-    with decoding(Path(path), "fit the vocabulary again, or run `hierarchy-builder repair` on its build"):
-        with open(path, "rb") as file:
+    path = Path(path) if isinstance(path, str) else path
+    with decoding(path, "fit the vocabulary again, or run `hierarchy-builder repair` on its build"):
+        with path.open("rb") as file:
             content = parse_npz(file)
             description = json.loads(str(content["description"]))
             version = description["format_version"]

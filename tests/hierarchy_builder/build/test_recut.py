@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,6 @@ from pictures import write_tree
 from PIL import Image
 from typer.testing import CliRunner
 
-from hierarchy_builder.build import clustering as recutting
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.session import Session
@@ -96,7 +96,7 @@ def test_a_recut_that_was_stopped_anywhere_is_finished_by_the_next(
             return wrapped
 
         with monkeypatch.context() as patch:
-            patch.setattr("os.replace", stopping(recutting.os.replace))
+            patch.setattr("os.replace", stopping(os.replace))
             patch.setattr(BuildFolder, "remove", stopping(BuildFolder.remove))
             try:
                 recut(folder, CUTS, SESSION)

@@ -1,0 +1,308 @@
+"""One writer for a folder: a lock of the kernel where there is one, and a lease at URLs and on other file systems.
+
+The lock (`flock` on `.lock`) ends with its process. A lease is a file in `.lease/` whose name is a number. Who creates
+the next number, in one request that fails where it exists, is the writer; the highest number is never removed, so
+an earlier holder always sees a later one. The holder writes its file again every few seconds. One that did not for
+LEASE_S has died or is cut off: the next command waits until then, and takes over. Ages are differences of times of the
+store alone, so the clocks of machines do not matter.
+
+Before it writes a marker, a process looks whether its number is still the highest (`still_ours`), and stops if it is
+not. What remains is a holder that is suspended between that look and the write of one marker for longer than LEASE_S.
+Units are functions of their inputs and a marker names its configuration, so the marker it then writes is equal to that
+of the other writer, or is ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hierarchy_builder import remote
+from hierarchy_builder.errors import InterruptedRunError, UserError
+from hierarchy_builder.files import json_text, read_bytes, target_of, write_bytes
+from hierarchy_builder.remote import is_remote, store_error
+
+LOCK, LEASES = ".lock", ".lease"
+NUMBERED = re.compile(r"\d{8}\.json")
+LEASE_S = 60.0
+"""Seconds after which a lease that was not renewed counts as left."""
+RENEWALS = 6
+"""How often a lease is renewed in that time."""
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""What file systems without locks answer: Lustre without -o flock, NFS without lockd, some in user space."""
+
+
+class BusyError(UserError):
+    """Another process writes there."""
+
+
+class LeaseLostError(InterruptedRunError):
+    """Another process has taken over what this one was writing. Exit code 75."""
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Be the one writer of a folder, which exists unless it is at a URL. Raises BusyError if there is another.
+
+    say: is told when a lease has to be waited for.
+    """
+    if is_remote(folder):
+        with _leased(folder, say):
+            yield
+        return
+    with open(target_of(folder / LOCK), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError  # its owner has just removed the folder
+        except BlockingIOError:
+            raise BusyError(f"{folder} is being written by another process") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            with _leased(folder, say):
+                yield
+            return
+        yield
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a writer works in a folder now."""
+    if not is_remote(folder):
+        try:
+            with open(folder / LOCK) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                return False
+    found = _highest(folder)
+    if found is None:
+        return False
+    lease = _Lease(folder, found)
+    content = lease.read()
+    return bool(content.get("holder")) and time.time() - lease.modified() < LEASE_S
+
+
+def fence(place: Path) -> Fence | None:
+    """What tells another process whether this one still holds the lease of the folder that `place` lies in."""
+    held = [lease for lease in _HELD if place == lease.folder or place.is_relative_to(lease.folder)]
+    return Fence(held[0].folder, held[0].number, held[0].token) if held else None
+
+
+def still_ours(place: Path) -> None:
+    """Raise LeaseLostError if the folder that `place` lies in was taken over from this process."""
+    if found := fence(place):
+        found.check()
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The lease that a piece of work belongs to; it can be sent to workers."""
+
+    folder: Path
+    number: int
+    token: str
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another process has taken over since."""
+        if _highest(self.folder) != self.number or _Lease(self.folder, self.number).read().get(
+            "token"
+        ) not in (self.token, None):
+            raise LeaseLostError(
+                f"{self.folder} was taken over by another process, since this one gave no sign of life for "
+                f"{LEASE_S:.0f} s: it stops, and whatever it finished stays"
+            )
+
+
+@dataclass
+class _Lease:
+    """The file of one number."""
+
+    folder: Path
+    number: int
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def path(self) -> Path:
+        return self.folder / LEASES / f"{self.number:08d}.json"
+
+    def content(self) -> bytes:
+        about = {"host": socket.gethostname(), "process": os.getpid(), "started": _process_start()}
+        return json_text({"holder": about, "token": self.token, "time": time.time()})
+
+    def create(self) -> bool:
+        """Write the file if there is none; whether it was this process that did."""
+        if is_remote(self.path):
+            return remote.create(self.path, self.content()) and self.read().get("token") == self.token
+        self.path.parent.mkdir(exist_ok=True)
+        try:
+            with open(self.path, "xb") as file:
+                file.write(self.content())
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            return False
+        return True
+
+    def renew(self) -> None:
+        write_bytes(self.path, self.content())
+
+    def release(self) -> None:
+        """Say that nobody holds it; earlier numbers go."""
+        write_bytes(self.path, json_text({"holder": None, "token": self.token}))
+        for number in _numbers(self.folder):
+            if number < self.number:
+                _Lease(self.folder, number).path.unlink(missing_ok=True)
+
+    def read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(read_bytes(self.path))
+        except FileNotFoundError:
+            return {}
+        except ValueError:  # being written, on a disk
+            return {"holder": {}}
+        return content if isinstance(content, dict) else {}
+
+    def modified(self) -> float:
+        """When it was written, in seconds, by the clock of the store."""
+        return _modified(self.path)
+
+    def age(self) -> float:
+        """Seconds since it was written, by the clock of the store, which a second file tells."""
+        probe = self.path.with_name(f"now-{self.token}")
+        write_bytes(probe, self.token.encode())
+        try:
+            return _modified(probe) - self.modified()
+        except FileNotFoundError:
+            return 0.0
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def owner(self, content: dict[str, Any]) -> str:
+        about = content.get("holder") or {}
+        return f"process {about.get('process', '?')} of {about.get('host', '?')}"
+
+
+_HELD: list[_Lease] = []
+"""Leases of this process."""
+
+
+@contextlib.contextmanager
+def _leased(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    lease = _taken(folder, say)
+    _HELD.append(lease)
+    stop = threading.Event()
+    beats = threading.Thread(target=_keep, args=(lease, stop), name=f"lease of {folder}", daemon=True)
+    beats.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beats.join()
+        _HELD.remove(lease)
+        if _highest(folder) == lease.number:
+            lease.release()
+
+
+def _taken(folder: Path, say: Callable[[str], None], pause: Callable[[float], None] = time.sleep) -> _Lease:
+    """A new lease of a folder, when the last one was released or left. Raises BusyError if it is renewed meanwhile."""
+    while True:
+        number = _highest(folder)
+        if number is not None and (busy := _Lease(folder, number)) is not None:
+            content = busy.read()
+            if content.get("holder") is not None and not _is_dead(content["holder"]):
+                _wait_until_left(busy, content, say, pause)
+        lease = _Lease(folder, (number or 0) + 1)
+        if lease.create():
+            return lease
+
+
+def _wait_until_left(
+    lease: _Lease, content: dict[str, Any], say: Callable[[str], None], pause: Callable[[float], None]
+) -> None:
+    """Return when a lease was not renewed for LEASE_S. Raises BusyError as soon as it is renewed."""
+    seen, waited = content.get("time"), 0.0
+    while (age := lease.age()) < LEASE_S:
+        if not waited:
+            say(
+                f"{lease.folder} was being written by {lease.owner(content)} {max(age, 0):.0f} s ago: "
+                f"waiting for at most {LEASE_S - age:.0f} s whether it still is"
+            )
+        step = LEASE_S / RENEWALS / 2
+        pause(step)
+        waited += step
+        now = lease.read()
+        if now.get("holder") is None:
+            return
+        if now.get("time") != seen:
+            raise BusyError(f"{lease.folder} is being written by {lease.owner(now)}")
+
+
+def _keep(lease: _Lease, stop: threading.Event) -> None:
+    """Renew a lease until it is released or lost; what fails is tried again, since `still_ours` tells what is lost."""
+    while not stop.wait(LEASE_S / RENEWALS):
+        try:
+            Fence(lease.folder, lease.number, lease.token).check()
+            lease.renew()
+        except LeaseLostError:
+            return
+        except Exception as error:  # every store has its own
+            if not isinstance(error, OSError) and store_error(error) is None:
+                raise
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that has ended; another machine cannot tell."""
+    if holder.get("host") != socket.gethostname() or not holder.get("started"):
+        return False
+    boot, _, start = str(holder["started"]).rpartition("/")
+    own_boot, _, _ = _process_start().rpartition("/")
+    return boot == own_boot and start != _process_start(holder.get("process")).rpartition("/")[2]
+
+
+def _process_start(process: Any = None) -> str:
+    """What tells a process of this machine from all others with its number: boot, process space, time of its start."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    try:
+        stat = Path(f"/proc/{process or os.getpid()}/stat").read_text()
+    except OSError:
+        return f"{boot}{space}/"
+    return f"{boot}{space}/{stat.rpartition(')')[2].split()[19]}"
+
+
+def _numbers(folder: Path) -> list[int]:
+    place = folder / LEASES
+    if is_remote(place):
+        names = [path.name for path in remote.files_below(place)]
+    else:
+        names = os.listdir(place) if place.is_dir() else []
+    return sorted(int(name[:8]) for name in names if NUMBERED.fullmatch(name))
+
+
+def _highest(folder: Path) -> int | None:
+    return max(_numbers(folder), default=None)
+
+
+def _modified(path: Path) -> float:
+    if not is_remote(path):
+        return path.stat().st_mtime
+    return float(remote.modified(path))
