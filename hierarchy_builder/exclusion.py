@@ -283,10 +283,10 @@ def _process_start(process: Any = None) -> str:
     except OSError:
         return ""
     try:
-        stat = Path(f"/proc/{process or os.getpid()}/stat").read_text()
+        stat = Path(f"/proc/{process or os.getpid()}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return f"{boot}{space}/"
-    return f"{boot}{space}/{stat.rpartition(')')[2].split()[19]}"
+    return f"{boot}{space}/{'' if stat[0] == 'Z' else stat[19]}"
 
 
 def _numbers(folder: Path) -> list[int]:

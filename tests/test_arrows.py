@@ -13,6 +13,7 @@ RAY_FILES = {"hierarchy_builder/build/workers.py"}
 GROUND_FLOOR = (
     "config",
     "errors",
+    "exclusion",
     "fields",
     "files",
     "parsing",
@@ -24,6 +25,7 @@ GROUND_FLOOR = (
     "doctor",
     "progress",
     "records",
+    "remote",
     "terminal",
     "vision_libraries",
 )

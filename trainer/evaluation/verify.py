@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hierarchy_builder.errors import TrainerError
+from hierarchy_builder.exclusion import LOCK
 from hierarchy_builder.files import SEAL, parse_json
 from hierarchy_builder.pictures import PNG_START, png_chunks
 from trainer.data.tensor_files import check_tensor_seal, read_tensors
 from trainer.training import checkpoint as saved
 from trainer.training.log import METRICS, SAMPLES, TENSORBOARD, parse_metrics_line
-from trainer.training.run_folder import CONFIG, LOCK, read_config
+from trainer.training.run_folder import CONFIG, read_config
 from trainer.trajectories.file import read_trajectory
 
 EARLIER = "an earlier release wrote it without a checksum"

@@ -8,11 +8,9 @@ metrics.jsonl   see `trainer.training.log`
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +19,7 @@ import torch
 import yaml
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.exclusion import BusyError, exclusive
 from hierarchy_builder.fields import difference, identity, to_mapping
 from hierarchy_builder.files import parse_json, write_bytes
 from hierarchy_builder.parsing import parse_yaml
@@ -33,24 +32,20 @@ from trainer.training.log import truncate_metrics
 RunT = TypeVar("RunT", bound=RunConfig)
 
 CONFIG = "config.yaml"
-LOCK = ".lock"
 COMMENT = b"SHA-256 of the lines below"
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Lock a run folder for one writer; a second one gets TrainerError at once. The kernel unlocks it on exit."""
+    """Be the one writer of a run folder, see `exclusion`; TrainerError if there is another."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "a") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(exclusive(run))
+        except BusyError:
             raise TrainerError(
                 f"{run} is locked by another process that trains in it: wait for it, or choose another --out"
             ) from None
-        except OSError as error:  # some network file systems have no locks
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
         yield
 
 

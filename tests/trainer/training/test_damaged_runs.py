@@ -20,6 +20,7 @@ from fixture_shards import write_shards
 from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
 
+from hierarchy_builder.exclusion import LOCK
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import sealed_text
 from trainer.cli import app as cli
@@ -27,7 +28,7 @@ from trainer.decode.config import DecoderConfig
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.trajectory_forcing.train import train
 from trainer.training import checkpoint as saved
-from trainer.training.run_folder import LOCK, read_kept
+from trainer.training.run_folder import read_kept
 
 TINY = dataclasses.replace(
     FLOW, preset="tiny-cpu", total_images=16, checkpoint_images=8, sample_images=None, tensorboard=False

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
+from hierarchy_builder.exclusion import LOCK
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import target_of, write_bytes
 from hierarchy_builder.vision_libraries import import_vision
@@ -35,7 +36,7 @@ from trainer.training import checkpoint as saved
 from trainer.training.config import checked
 from trainer.training.optim import NEWTON_SCHULZ, MuonAdam
 from trainer.training.release_files import check_weights, read_fields
-from trainer.training.run_folder import CONFIG, LOCK, locked, write_config
+from trainer.training.run_folder import CONFIG, locked, write_config
 
 CONFIG_FILE = "config.json"
 BATCH_SIZE = "batch_size"

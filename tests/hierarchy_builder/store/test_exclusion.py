@@ -1,0 +1,143 @@
+"""One writer for a folder, with and without locks of the file system: who is alive, who died, and who was replaced."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from object_store import Store, served
+
+from hierarchy_builder import exclusion
+from hierarchy_builder.errors import InterruptedRunError
+from hierarchy_builder.exclusion import BusyError, Fence, LeaseLostError, exclusive, fence, is_taken
+from hierarchy_builder.files import write_bytes
+from hierarchy_builder.places import a_folder
+from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.ledger import Ledger
+
+forks = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with served() as found:
+        yield found
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on a file system that refuses locks, and one of an object store; leases run out in a second."""
+    monkeypatch.setattr(exclusion, "LEASE_S", 1.0)
+    if request.param == "s3":
+        return a_folder(f"{request.getfixturevalue('store').bucket(f'bucket-{os.urandom(4).hex()}')}/folder")
+
+    def refused(file: Any, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    return tmp_path
+
+
+def lease_of(place: Path, number: int, **holder: Any) -> None:
+    """The lease of another process."""
+    content = {"holder": holder, "token": f"of {number}", "time": 0}
+    if not exclusion.is_remote(place):
+        (place / ".lease").mkdir(exist_ok=True)
+    write_bytes(place / ".lease" / f"{number:08d}.json", json.dumps(content).encode())
+
+
+def numbers(place: Path) -> list[int]:
+    return exclusion._numbers(place)
+
+
+def test_a_lease_is_taken_and_released(place: Path) -> None:
+    assert not is_taken(place)
+    with exclusive(place):
+        assert is_taken(place)
+        assert fence(place / "ledger" / "extract") is not None
+    assert not is_taken(place)
+    assert fence(place) is None
+    with exclusive(place):
+        assert numbers(place) == [1, 2]
+    assert numbers(place) == [2]  # a number is never given twice
+
+
+def test_a_live_holder_is_named(place: Path) -> None:
+    heard = list[str]()
+    named = pytest.raises(BusyError, match=f"process {os.getpid()} of {socket.gethostname()}")
+    with exclusive(place), named, exclusive(place, heard.append):
+        pytest.fail("two writers")
+    assert "waiting for at most" in heard[0]
+
+
+def _hold(place: str, ready: Connection) -> None:
+    with exclusive(Path(place)):
+        ready.send(None)
+        signal.pause()
+
+
+def test_a_killed_holder_of_this_machine_is_followed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    here, there = forks.Pipe()
+    holder = forks.Process(target=_hold, args=(str(tmp_path), there))
+    holder.start()
+    here.recv()
+    assert is_taken(tmp_path)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with exclusive(tmp_path, pytest.fail):  # without waiting for LEASE_S, which is a minute here
+        assert numbers(tmp_path) == [1, 2]
+
+
+def test_a_silent_holder_of_another_machine_is_replaced_and_stops(place: Path) -> None:
+    lease_of(place, 7, host="elsewhere", process=1, started="")
+    heard = list[str]()
+    with exclusive(place, heard.append):
+        assert "by process 1 of elsewhere" in heard[0]
+        with pytest.raises(LeaseLostError, match="was taken over"):
+            Fence(place, 7, "of 7").check()
+        assert numbers(place) == [7, 8]
+
+
+def test_a_writer_that_was_replaced_writes_no_marker(place: Path) -> None:
+    ledger = Ledger(BuildFolder(place).ledger("extract"), "hash")
+    with exclusive(place):
+        ledger.finish(0, {"images": 1})
+        work = Ledger(ledger.folder, "hash", fence(ledger.folder))  # as a worker gets it
+        lease_of(place, 2, host="elsewhere")
+        for each in (ledger, work):
+            with pytest.raises(InterruptedRunError):
+                each.finish(1, {"images": 1})
+    assert [ledger.is_done(unit) for unit in (0, 1)] == [True, False]
+    assert numbers(place) == [1, 2]  # the lease of the other stays
+
+
+def test_of_two_that_take_over_one_wins(place: Path) -> None:
+    first, second = exclusion._Lease(place, 1), exclusion._Lease(place, 1)
+    assert first.create()
+    assert not second.create()
+    assert first.read()["token"] == first.token
+
+
+def test_locks_are_used_where_there_are_some(tmp_path: Path) -> None:
+    with exclusive(tmp_path):
+        assert is_taken(tmp_path)
+        with pytest.raises(BusyError, match="is being written by another process"), exclusive(tmp_path):
+            pytest.fail("two writers")
+    assert os.listdir(tmp_path) == [".lock"]
