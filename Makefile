@@ -54,6 +54,7 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --warn-unused-ignores tests/support/typed_client.py examples/*.py
 	$(BIN)/python benchmarks/records.py --check
 	$(BIN)/python docs/write_commands.py --check
 	$(BIN)/python docs/write_configuration.py --check

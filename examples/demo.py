@@ -117,7 +117,7 @@ def main(
         decoder, seconds = timed(*decoder_words(shards, run, facts, decoder_images))
         rows.append(stage("train-decoder", decoder["images_seen"], seconds, run / "decoder"))
         pages["photographs above, decoded from their features below"] = run / "decoder" / "samples"
-    words = () if total_images is None else ("--total-images", total_images)
+    words: tuple[object, ...] = () if total_images is None else ("--total-images", total_images)
     if shards != build:
         words += tuple(word for setting in DIGIT_SETTINGS for word in ("--set", setting))
     training, seconds = timed(

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hierarchy_builder.calls import build_shards as build  # noqa: F401 (what calling the package of that name does)
     from hierarchy_builder.calls import build_shards as build_shards
     from hierarchy_builder.canvases import level_canvases as level_canvases
     from hierarchy_builder.config import HierarchyRecipe as HierarchyRecipe
