@@ -41,7 +41,9 @@ SHARD_FILE = re.compile(r"\w+-\d{6}\.(?:tar|json)", re.ASCII)
 """A tar or its sidecar."""
 
 TRANSFERS = 8
-"""Tars on their way at once."""
+"""Tars on their way at once; to the Hugging Face hub one, where each file is a commit on the one before."""
+
+HUB = "hf://datasets/"
 
 
 def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummary:
@@ -62,6 +64,12 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
     except UserError:
         raise
     except Exception as error:  # every file system has its own exceptions
+        if url.startswith(HUB) and isinstance(error, FileNotFoundError):
+            name = url.removeprefix(HUB).partition("@")[0]
+            raise BuilderError(
+                f"{url}: the hub shows no such data set to you; create it with `hf repos create "
+                f"{'/'.join(name.split('/')[:2])} --type dataset` (--private hides it), or log in with `hf auth login`"
+            ) from None
         raise BuilderError(
             f"{url}: {_first_line(error)}; the same command goes on from here, once URL, network and permissions "
             "allow it"
@@ -105,7 +113,7 @@ def _send(
     done = sum(counts[tar] for tar in tars if tar not in waiting)
     with (
         reporter.stage("publish", sum(counts.values()), done) as meter,
-        ThreadPoolExecutor(TRANSFERS) as pool,
+        ThreadPoolExecutor(1 if "hf" in place.fs.protocol else TRANSFERS) as pool,
     ):
         for tar in pool.map(place.send_tar, waiting):
             meter.advance(counts[tar])

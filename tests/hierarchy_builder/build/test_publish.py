@@ -1,10 +1,14 @@
 """Shards on other file systems: the same bytes, markers last, and again only what is missing."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from loopback_hub import Hub, hub_environment, running_hub
 from pictures import write_tree
 from typer.testing import CliRunner
 
@@ -154,3 +158,41 @@ def test_images_come_from_an_object_store_and_shards_go_to_one(photos, folder, t
         assert tars == {name: data for name, data in content(folder).items() if name.endswith(".tar")}
     finally:
         MemoryFileSystem.store.clear()
+
+
+TO_THE_HUB = """
+from pathlib import Path
+import sys
+from hierarchy_builder.build.publish import publish_to
+from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.store.folder import BuildFolder
+from trainer.data.reader import ShardReader
+from trainer.data.shards import open_index
+folder, url = BuildFolder(Path(sys.argv[1])), "hf://datasets/someone/set/photos"
+print(*[publish_to(folder, url, Reporter(quiet=True)).notes["sent"] for _ in range(2)])
+reader = ShardReader(open_index(url))
+print(len({reader.read(number).key for number in range(len(reader))}))
+try:
+    publish_to(folder, "hf://datasets/someone/none", Reporter(quiet=True))
+except BuilderError as error:
+    print(error)
+"""
+
+
+def test_shards_go_to_the_hub_and_are_read_from_it(folder, tmp_path) -> None:
+    with running_hub("datasets/someone/set") as address:
+        done = subprocess.run(
+            [sys.executable, "-c", TO_THE_HUB, folder.root],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **hub_environment(address, tmp_path)},
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    sent, read, refused = done.stdout.splitlines()
+    assert sent == f"{len(content(folder))} 0"
+    assert read == "12"
+    assert "hf repos create someone/none --type dataset" in refused
+    assert Hub.repositories["datasets/someone/set"] == {
+        f"photos/{name}": data for name, data in content(folder).items()
+    }

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from loopback_hub import Hub, hub_environment, running_hub
 from tiny_pipeline import tiny_run
 
 from hierarchy_builder.errors import TrainerError, UsageError
@@ -22,77 +18,10 @@ from trainer import TrajectoryPipeline
 from trainer.trajectories.hub import folder_of
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The few answers of the hub that sending and fetching a repository need; files are kept in memory."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[str, bytes]
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def answer(self, body: object, headers: dict[str, str] | None = None, status: int = 200) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def do_POST(self) -> None:
-        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/api/repos/create":
-            self.answer({"url": f"http://{self.headers['Host']}/someone/digits"})
-        elif self.path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for f in json.loads(sent)["files"]
-            ]
-            self.answer({"files": files})
-        elif self.path.endswith("/commit/main"):
-            for line in map(json.loads, sent.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            here = f"http://{self.headers['Host']}/someone/digits/commit/{'0' * 40}"
-            self.answer({"commitUrl": here, "commitOid": "0" * 40})
-        else:
-            self.answer({}, status=404)
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/api/models/someone/digits/tree/"):
-            self.answer(
-                [
-                    {"type": "file", "path": name, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)}
-                    for name, data in self.files.items()
-                ]
-            )
-        elif self.path.startswith("/api/models/someone/digits"):
-            siblings = [{"rfilename": name} for name in self.files]
-            self.answer({"id": "someone/digits", "sha": "0" * 40, "siblings": siblings, "private": False})
-        elif "/resolve/" in self.path and (data := self.files.get(self.path.split("/", 5)[5])) is not None:
-            etag = f'"{hashlib.sha1(data).hexdigest()}"'
-            self.answer(data, {"ETag": etag, "X-Repo-Commit": "0" * 40})
-        else:
-            self.answer({"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}, status=404)
-
-    do_HEAD = do_GET  # noqa: N815 (the name that http.server calls)
-
-
 @pytest.fixture
 def hub() -> Iterator[str]:
-    Hub.files = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with running_hub("models/someone/digits") as address:
+        yield address
 
 
 def test_a_saved_network_draws_the_same(tmp_path: Path) -> None:
@@ -135,19 +64,13 @@ def test_a_network_goes_to_the_hub_and_back(tmp_path: Path, hub: str) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={
-            **os.environ,
-            "HF_ENDPOINT": hub,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        },
+        env={**os.environ, **hub_environment(hub, tmp_path / "home")},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     address, refused = done.stdout.strip().splitlines()
     assert address.endswith("/someone/digits")
     assert refused.startswith("UserError hf://someone/else: 404")
-    assert {"README.md", "samples.png", "state.json"} <= Hub.files.keys()
+    assert {"README.md", "samples.png", "state.json"} <= Hub.repositories["models/someone/digits"].keys()
 
 
 def test_local_folders_are_never_looked_for_on_the_hub(tmp_path: Path, monkeypatch) -> None:
