@@ -2,8 +2,9 @@
 
     python benchmarks/ray_start.py
 
-`RAY_START_S` of `hierarchy_builder/build/workers.py` stands for this: a small build leaves its process for Ray only where
-that pays. The 16 images are noise, in units of 4, so that nearly all the difference is starting. Medians over repeats.
+`RAY_START_S` of `hierarchy_builder/build/workers.py` stands for this: a small build leaves its process for Ray only
+where that pays. The 16 images are noise, in units of 4, so that nearly all the difference is starting. The medians over
+repeats are printed.
 """
 
 from __future__ import annotations
