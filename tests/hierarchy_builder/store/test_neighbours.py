@@ -1,6 +1,6 @@
 """Other libraries read the shards: the same bytes through each, and metadata that catalogues accept.
 
-Libraries that no extra installs are skipped where they are absent; docs/formats.md says which versions were tried.
+docs/formats.md says which versions of which libraries were tried.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_damage
 
-ABSENT = "no extra installs it"
+ABSENT = "the extra dev installs it"
 
 
 @pytest.fixture(scope="module")
