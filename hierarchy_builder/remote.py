@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from hierarchy_builder.errors import InterruptedRunError, UsageError
+from hierarchy_builder.installing import install_extras
 
 CLIENTS = {
     "s3": ("s3fs", "remote"),
@@ -103,7 +104,7 @@ def remote_place(url: str) -> Path:
         from upath import UPath
     except ImportError as error:
         raise UsageError(
-            f"{url}: {error.name or package} is not installed: pip install 'trajectory-hierarchies[{extra}]'"
+            f"{url}: {error.name or package} is not installed: {install_extras(extra)}"
         ) from None
     return cast(Path, UPath(url.rstrip("/"), **options()))
 
