@@ -111,12 +111,12 @@ OF_SAMPLES: dict[str, Parameter] = {
                 **reads("an npz of mu and sigma"),
             ),
             "space": option(
-                "Fréchet distance of pictures in the space of an encoder: module:function[:ARGUMENT], for example "
-                "hierarchy_builder.encoders:load_encoder:dinov2-reg-base; needs shards with pictures."
+                "Fréchet distance of pictures in the space of an encoder: its name, for example "
+                "dinov2-reg-base, or module:function[:ARGUMENT]; needs shards with pictures."
             ),
-            "edits": switch("Measure also how local edits are, over seeds and up to 12 classes.", "--edits"),
+            "edits": switch("Also measure how local edits are, over seeds and up to 12 classes.", "--edits"),
             "alignment": switch(
-                "Measure also at which step the boundaries of regions appear, for the classes and seeds of --edits.",
+                "Also measure at which step the boundaries of regions appear, for the classes and seeds of --edits.",
                 "--alignment",
             ),
         },
@@ -151,7 +151,7 @@ OF_SAMPLES: dict[str, Parameter] = {
 def evaluate(
     run: Path, shards: list[str], split: str | None, max_real: int, steps: int, **given: Any
 ) -> None:
-    """Measure samples, next to real images, noise and chance; RUN keeps the result for the report."""
+    """Measure samples and compare them with real images, noise and guessing; RUN keeps the result for the report."""
     from trainer.data.reader import classes_with_images
     from trainer.evaluation import studies
     from trainer.evaluation.evaluate import evaluate as measure

@@ -27,8 +27,8 @@ TRAJECTORY = argument(
     sample=option("With --shards: key of the photograph, or its number in the shards.", default="0"),
     photo=option("Picture file of the photograph, instead of --shards.", **reads("a picture")),
     encoder=option(
-        "With --photo: the encoder of the model, as module:function[:ARGUMENT].",
-        default="hierarchy_builder.encoders.dct:DctEncoder",
+        "With --photo: the encoder of the model, by its name or as module:function[:ARGUMENT]. Default: the name that "
+        "RUN holds."
     ),
     weights=option("With --photo: weight file of the encoder; without it those of the hub.", **PLACE),
     label=option("With --photo: class of the photograph."),
@@ -50,7 +50,7 @@ def encode(run: Path, out: Path, shards: str | None, photo: Path | None, **given
     elif label is None:
         raise UsageError("--photo needs --label, the class that levels drawn later get")
     else:
-        own = photos.load_own_encoder(given["encoder"], given["weights"])
+        own = photos.load_own_encoder(given["encoder"] or photos.encoder_name(pipe), given["weights"])
         start = photos.start_from_photo(pipe, photo, own, label=label, seed=seed)  # type: ignore[arg-type]
     start.save(out)
     facts = {"file": str(out), "class": start.class_name, "origin": start.origin}

@@ -99,7 +99,8 @@ VOCABULARY = option(
 
 TOKENS = option('Tokens as "ROW,COLUMN ROW,COLUMN …".')
 MASK = option(
-    "Picture laid over the grid; tokens that are mostly not black are selected.", **reads("a picture")
+    "Picture laid over the grid; selects tokens of which at least half is neither black nor transparent.",
+    **reads("a picture"),
 )
 SELECTION = grouped(
     "Which tokens",
@@ -138,9 +139,17 @@ SHAPE = grouped(
         "to_neighbours": switch(
             "Change of shape: each token joins the region next to it.", "--to-neighbours"
         ),
-        "grow": option("Change of shape: the region grows by this many tokens.", kind=int, default=0, min=0),
+        "grow": option(
+            "Change of shape: the region of the selection grows by this many tokens.",
+            kind=int,
+            default=0,
+            min=0,
+        ),
         "shrink": option(
-            "Change of shape: the region shrinks by this many tokens.", kind=int, default=0, min=0
+            "Change of shape: the region of the selection shrinks by this many tokens.",
+            kind=int,
+            default=0,
+            min=0,
         ),
     },
 )

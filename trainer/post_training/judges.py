@@ -33,7 +33,7 @@ from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
 from trainer.metrics.frechet import Gaussian, Moments
 from trainer.post_training.bundle import read_statistics
-from trainer.trajectories.photos import BY_NAME, load_own_encoder
+from trainer.trajectories.photos import load_own_encoder
 
 SIM = ("siglip", "mae", "inception")
 READ_TOGETHER = 32
@@ -218,8 +218,7 @@ def _network(
         return Inception(file).to(device)
     if name in KNOWN:
         return TimmJudge(name, KNOWN[name], file).to(device)
-    module = name if ":" in name and not name.startswith(("timm:", "onnx:")) else f"{BY_NAME}:{name}"
-    return _own(name, module, file, device, differentiable)
+    return _own(name, file, device, differentiable)
 
 
 class TimmJudge(nn.Module):
@@ -331,10 +330,10 @@ def resized_as_tensorflow(pictures: Tensor, side_px: int) -> Tensor:
 
 
 def _own(
-    name: str, module: str, file: str | None, device: torch.device | str, differentiable: bool
+    name: str, file: str | None, device: torch.device | str, differentiable: bool
 ) -> Callable[[Tensor], Tensor]:
     """An encoder by the mean of its tokens."""
-    encoder: Any = load_own_encoder(module, file)
+    encoder: Any = load_own_encoder(name, file)
     side = (encoder.image_size_px, encoder.image_size_px)
     if not hasattr(encoder, "tokens"):
         if differentiable:

@@ -25,6 +25,7 @@ from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory
 
 BY_NAME = "hierarchy_builder.encoders:load_encoder"
+"""Loads encoders that the builder knows by a name, without an import of the builder here."""
 
 
 class Encoder(Protocol):
@@ -100,19 +101,29 @@ def read_square(photo: str | Path, side_px: int) -> np.ndarray:
     return np.array(square)
 
 
-def load_own_encoder(name: str, weights: str | None = None) -> Encoder:
-    """Call the function or class that `module:function` or `module:function:ARGUMENT` names, and return its encoder.
+def encoder_name(pipe: TrajectoryPipeline) -> str:
+    """The name of the encoder whose features the model was trained on.
 
-    `BY_NAME:NAME` loads any encoder that hierarchy_builder knows. weights: passed to it as `weights=…`.
-    Raises UsageError if the name cannot be imported or the result has no `encode`.
+    Raises UsageError where it is code or a file, which a run can name but may not choose.
     """
-    module, _, rest = name.partition(":")
+    name = str(pipe.encoder.get("name", ""))
+    if not name or (":" in name and not name.startswith("timm:")):
+        raise UsageError(
+            f"the model was trained on features of {name or 'an unknown encoder'!r}: name it by --encoder"
+        )
+    return name
+
+
+def load_own_encoder(name: str, weights: str | None = None) -> Encoder:
+    """Load an encoder of the builder by its name there, or call `module:function` or `module:function:ARGUMENT`.
+
+    weights: passed on as `weights=…`. Raises UsageError for what cannot be loaded or has no `encode`.
+    """
+    is_own = ":" in name and not name.startswith(("timm:", "onnx:"))
+    module, _, rest = (name if is_own else f"{BY_NAME}:{name}").partition(":")
     function, *argument = rest.split(":", 1)
     if not function:
-        raise UsageError(
-            f"encoder {name!r}, expected module:function, a function that returns an encoder; one that the builder "
-            f"knows by its name is {BY_NAME}:{name or 'dct'}"
-        )
+        raise UsageError(f"encoder {name!r}, expected module:function, a function that returns an encoder")
     options = {} if weights is None else {"weights": weights}
     try:
         encoder: Any = getattr(importlib.import_module(module), function)(*argument, **options)

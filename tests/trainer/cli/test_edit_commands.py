@@ -29,7 +29,7 @@ from trainer.evaluation.sweep import (
     sweep,
 )
 from trainer.trajectories.compare import compare, edited_tokens, encoder_of, heat_map
-from trainer.trajectories.photos import load_own_encoder, read_square, start_from_photo
+from trainer.trajectories.photos import encoder_name, load_own_encoder, read_square, start_from_photo
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
@@ -291,6 +291,14 @@ def test_photograph_from_a_file(run: Path, tmp_path: Path) -> None:
     for name in ("json", "json:nothing", "nowhere:at_all", "collections:OrderedDict"):
         with pytest.raises(UsageError, match="encoder"):
             load_own_encoder(name)
+
+
+def test_the_run_names_the_encoder_of_a_photograph_and_may_not_choose_code() -> None:
+    pipe = tiny_pipeline()
+    assert load_own_encoder(encoder_name(pipe)).name == "dct"
+    pipe.encoder["name"] = "os:getcwd"
+    with pytest.raises(UsageError, match="name it by --encoder"):
+        encoder_name(pipe)
 
 
 def test_a_photograph_is_refused_with_weights_that_the_model_was_not_trained_on(tmp_path: Path) -> None:

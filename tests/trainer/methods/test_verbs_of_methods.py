@@ -49,7 +49,7 @@ def test_a_space_needs_pictures_before_samples_are_drawn(
     runs: dict[str, Path], shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrajectoryPipeline, "stream", lambda *_: pytest.fail("samples were drawn"))
-    space = ("--space", "hierarchy_builder.encoders:load_encoder:dct")
+    space = ("--space", "dct")
     refused = trainer("evaluate", runs["trajectory-forcing"], "--shards", shards, *space, code=1)
     assert "holds no picture" in refused.err
 

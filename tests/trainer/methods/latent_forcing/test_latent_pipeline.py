@@ -150,7 +150,7 @@ def test_one_run_of_all_pairs_of_times_is_sampled_in_any_order(
     ]
     assert (last[0] - last[1]).abs().max() > 1e-4
     words = ["evaluate", tmp_path, "--shards", shards, "--samples-per-class", 2, "--steps", 2, "--shift", 0.2]
-    space = "hierarchy_builder.encoders:load_encoder:dct"
+    space = "dct"
     assert call(*words, "--space", space, "--json") == 0
     found = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
     assert found["frechet_pictures"] > found["frechet_pictures_real"] >= 0
