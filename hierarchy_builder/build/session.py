@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hierarchy_builder.build.stages import Stage, count_failed
+from hierarchy_builder.build.stages import Stage
 from hierarchy_builder.build.workers import Workers, map_units
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
@@ -70,6 +70,6 @@ def do_units(
         )
     with session.reporter.stage(stage, total, total - waiting, live) as meter:
         for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu):
-            meter.advance(result["images"], count_failed(result))
+            meter.advance(result["images"], result["failed"])
             after_unit()
         return meter.done, meter.seconds

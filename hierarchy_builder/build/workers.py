@@ -10,7 +10,6 @@ restarts.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import logging
 import math
 import os
@@ -21,15 +20,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from hierarchy_builder.build.stages import Stage, count_failed, one_thread, perform
+from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule, WorkerQueue
+from hierarchy_builder.build.stages import Stage, one_thread, perform
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.exclusion import fence
 from hierarchy_builder.process import num_cpus, other_socket_folder, private_folder
@@ -51,11 +50,9 @@ IDLE_WARNING_S = 300
 MAX_IDLE_INTERVALS = 6
 """Intervals of that length after which a run without any worker stops."""
 
-UNIT_RETRIES = 5
-"""Times a unit is tried again after its worker or node died."""
-
-UNITS_AHEAD = 4
-"""Units per worker that may be running or finished ahead of the next result; the driver holds them in memory."""
+BRIEF_AHEAD = 64
+"""The same of stages, whose results are markers on disk: the driver holds a few numbers of each, and a slow unit does
+not keep the others waiting."""
 
 CONNECT_TIMEOUT_S = 20
 """Timeout of the connection to a Ray cluster, in seconds."""
@@ -166,7 +163,7 @@ def map_units(
     *,
     uses_gpu: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Run all `units` and mark each as done; yields the contents of the markers, in order.
+    """Run all `units` and mark each as done; yields what `perform` returns of each, in order.
 
     Raises what a unit raises; finished units stay marked.
     """
@@ -345,14 +342,6 @@ def saves_time(seconds: float, num_units: int) -> bool:
     return seconds > RAY_START_S + seconds / max(1, min(num_cpus(), num_units))
 
 
-@dataclass(eq=False, slots=True)
-class _WorkerQueue:
-    """An actor that has loaded, and its queue of units: the first one runs, the next one waits."""
-
-    actor: Any
-    units: list[int] = field(default_factory=list)
-
-
 class _RayPool:
     """A pool of Ray actors. A lost actor is replaced if the cluster has capacity; others take over its units.
 
@@ -362,7 +351,7 @@ class _RayPool:
 
     def __init__(self, load: Callable[[], Any], start: Callable[[], Any], count: int) -> None:
         self.load, self.start, self.count = load, start, count
-        self.queues: list[_WorkerQueue] = []
+        self.queues: list[WorkerQueue] = []
         self.loading: dict[Any, Any] = {}
         self.failed_loads = 0
         for _ in range(count):
@@ -375,34 +364,28 @@ class _RayPool:
         import ray
 
         stored = [ray.put(value) for value in shared]
-        waiting, running = list(range(len(units))), dict[Any, tuple[int, _WorkerQueue]]()  # waiting: a heap
-        done, losses = dict[int, ResultT](), Counter[int]()
-        taken = 0
-        while taken < len(units):
-            limit = taken + UNITS_AHEAD * self.count
-            while waiting and waiting[0] < limit and (queue := self._least_loaded()):
-                number = heapq.heappop(waiting)
-                queue.units.append(number)
-                running[queue.actor.call.remote(function, units[number], *stored)] = (number, queue)
+        ahead = BRIEF_AHEAD if function is perform else UNITS_AHEAD
+        plan = Schedule(len(units), ahead * self.count, self.queues)
+        running = dict[Any, tuple[int, WorkerQueue]]()
+        while not plan.is_over:
+            while (call := plan.next_call()) is not None:
+                number, queue = call
+                running[queue.actor.call.remote(function, units[number], *stored)] = call
             for reference in self._wait([*running, *self.loading]):
                 if reference in self.loading:
-                    self._add_loaded(reference)
+                    if (loaded := self._add_loaded(reference)) is not None:
+                        plan.join(loaded)
                     continue
                 number, queue = running.pop(reference)
                 try:
-                    done[number] = _result(reference)
+                    result = _result(reference)
                 except _WorkerLostError as error:
-                    self._replace(queue, losses)
-                    if losses[number] > UNIT_RETRIES:
-                        raise BuilderError(
-                            f"unit {units[number].number} was running on {losses[number]} workers that were "
-                            f"lost: {error}"
-                        ) from None
-                    heapq.heappush(waiting, number)
-                queue.units.remove(number)
-            while taken in done:
-                yield done.pop(taken)
-                taken += 1
+                    plan.leave(queue)
+                    is_first, name = self._replace(queue), units[number].number
+                    plan.lose(number, queue, error, is_first=is_first, name=name)
+                else:
+                    plan.finish(number, queue, result)
+            yield from plan.results()
 
     def close(self) -> None:
         """Stop all workers."""
@@ -415,8 +398,8 @@ class _RayPool:
         actor = self.start()
         self.loading[actor.load.remote(self.load)] = actor
 
-    def _add_loaded(self, reference: Any) -> None:
-        """Add a worker that has finished loading. Raises what loading raised."""
+    def _add_loaded(self, reference: Any) -> WorkerQueue | None:
+        """Add a worker that has finished loading, and return it. Raises what loading raised."""
         actor = self.loading.pop(reference)
         try:
             _result(reference)
@@ -427,24 +410,22 @@ class _RayPool:
                     f"{self.failed_loads} workers were lost while they loaded: {error}"
                 ) from None
             self._start_worker()
-            return
+            return None
         self.failed_loads = 0
-        self.queues.append(_WorkerQueue(actor))
+        self.queues.append(WorkerQueue(actor))
+        return self.queues[-1]
 
-    def _replace(self, queue: _WorkerQueue, losses: Counter[int]) -> None:
-        """Replace a worker when its loss is first seen, and count the loss against the unit that it was running."""
+    def _replace(self, queue: WorkerQueue) -> bool:
+        """Replace a worker when its loss is first seen; returns whether it was."""
         import ray
 
-        if queue in self.queues:
-            self.queues.remove(queue)
-            losses[queue.units[0]] += 1
-            ray.kill(queue.actor)  # its node may only be unreachable
-            logging.getLogger(__name__).warning("a worker was lost, %d are left", len(self.queues))
-            self._start_worker()
-
-    def _least_loaded(self) -> _WorkerQueue | None:
-        queue = min(self.queues, key=lambda queue: len(queue.units), default=None)
-        return queue if queue is not None and len(queue.units) < 2 else None
+        if queue not in self.queues:
+            return False
+        self.queues.remove(queue)
+        ray.kill(queue.actor)  # its node may only be unreachable
+        logging.getLogger(__name__).warning("a worker was lost, %d are left", len(self.queues))
+        self._start_worker()
+        return True
 
     def _wait(self, references: list[Any]) -> list[Any]:
         """Return the calls that have ended; log while none does, and raise BuilderError if no worker can start."""
@@ -452,8 +433,8 @@ class _RayPool:
 
         for _ in range(MAX_IDLE_INTERVALS):
             ended, _ = ray.wait(references, timeout=IDLE_WARNING_S)
-            if ended:
-                return ended
+            if ended:  # and all others that have, since a call with thousands of references takes a while
+                return ray.wait(references, num_returns=len(references), timeout=0)[0]
             logging.getLogger(__name__).warning(
                 "no unit finished in %d s; %d workers run, %d more are starting, free resources: %s",
                 IDLE_WARNING_S,
@@ -520,8 +501,8 @@ class _Metrics:
         )
 
     def count(self, stage: str, result: Mapping[str, Any]) -> None:
-        """Count a finished unit by the contents of its marker."""
-        tags, failed = {"stage": stage}, count_failed(result)
+        """Count a finished unit by what `perform` returned."""
+        tags, failed = {"stage": stage}, result["failed"]
         if result["images"]:
             self.images.inc(result["images"], tags)
         if failed:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hierarchy_builder.build.pipeline import BuildPlan, build
 from hierarchy_builder.build.session import Session
-from hierarchy_builder.build.stages import ExtractStage
+from hierarchy_builder.build.stages import ExtractStage, count_failed
 from hierarchy_builder.build.workers import Workers, _Metrics
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
@@ -119,8 +119,9 @@ def test_workers_count_what_they_do(monkeypatch) -> None:
     monkeypatch.setattr("ray.util.metrics.Counter", Metric)
     monkeypatch.setattr("ray.util.metrics.Histogram", Metric)
     outcomes = [{"status": "ok"}, {"status": "skipped"}, {"status": "nonfinite"}]
-    _Metrics().count("ExtractStage", {"images": 3, "seconds": 1.5, "outcomes": outcomes})
-    _Metrics().count("ClusterStage", {"images": 1, "seconds": 0.5})
+    failed = count_failed({"outcomes": outcomes})
+    _Metrics().count("ExtractStage", {"images": 3, "seconds": 1.5, "failed": failed})
+    _Metrics().count("ClusterStage", {"images": 1, "seconds": 0.5, "failed": 0})
     assert counted == [
         ("images", 3, "ExtractStage"),
         ("failed_images", 2, "ExtractStage"),

@@ -14,8 +14,9 @@ from pictures import write_tree
 
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build import vocabulary as vocabulary_fit
+from hierarchy_builder.build.schedule import UNITS_AHEAD
 from hierarchy_builder.build.vocabulary import TokenSource
-from hierarchy_builder.build.workers import UNITS_AHEAD, Workers, _RayPool, shutdown
+from hierarchy_builder.build.workers import Workers, _RayPool, shutdown
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.progress import Reporter
