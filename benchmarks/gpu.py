@@ -563,7 +563,7 @@ def draw_photos(folder: Path, count: int) -> None:
 def hierarchy(bench: Bench) -> None:
     """The recipe `paper` on the cores, and its Gram matrices on the device."""
     features = torch.randn(bench.size(512, 4), 16, 16, 768 if not bench.tiny else 32).half()
-    for threads in sorted({1, os.cpu_count() or 1}):
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
         seconds = bench.seconds(lambda threads=threads: build_hierarchy(features, threads=threads), repeats=3)
         bench.note(f"hierarchy: {threads} cores", len(features) / seconds, "images/s")
     tokens = features.to(bench.device).flatten(1, 2)

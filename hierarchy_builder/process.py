@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import getpass
+import math
 import os
 import shutil
 import sys
@@ -78,8 +79,47 @@ def place_numba_cache(sources: Path) -> None:
 
 
 def num_cpus() -> int:
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """CPUs that this process may use: those of its affinity, or fewer if its control groups grant less time."""
+    allowed, granted = len(os.sched_getaffinity(0)), granted_cpus(CONTROL_GROUPS, OWN_GROUPS)
+    return max(1, math.ceil(min(allowed, granted)))
+
+
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def granted_cpus(root: Path, own: Path) -> float:
+    """CPU seconds per second that the control groups of this process grant; infinite without a limit.
+
+    root: where the groups are mounted. own: names of the groups that the process is in. A container sees its own group
+    as the root, and a group gets no more than those above it.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    groups = {Path()}
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "" or "cpu" in controllers.split(","):
+            place = Path(name.lstrip("/"))
+            groups |= {place, *place.parents}
+    found = [math.inf]
+    for group in groups:
+        for folder in (root / group, root / "cpu" / group):
+            quota = _first_words(folder / "cpu.max")  # version 2: quota and period
+            if len(quota) < 2:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota = [word for name in names for word in _first_words(folder / name)]
+            if len(quota) == 2 and all(word.isdecimal() for word in quota) and int(quota[1]):
+                found.append(int(quota[0]) / int(quota[1]))
+    return min(found)
+
+
+def _first_words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
 
 
 def private_folder(parent: str | None = None, prefix: str = "trajectory-hierarchies-") -> str:

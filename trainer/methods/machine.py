@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hierarchy_builder.process import num_cpus
 from trainer.data.folders import Places
 from trainer.data.shards import ShardIndex
 from trainer.methods import registry
@@ -41,7 +41,7 @@ def device_at_hand() -> Device:
         found = torch.cuda.get_device_properties(0)
         count = environment_number("WORLD_SIZE", 1, least=1)
         return Device(name=found.name, count=count, memory_bytes=found.total_memory)
-    return Device(name="CPU", count=len(os.sched_getaffinity(0)))
+    return Device(name="CPU", count=num_cpus())
 
 
 def suggestion_for(method: Method, index: ShardIndex, device: Device) -> Suggestion:

@@ -131,6 +131,38 @@ def test_compiled_code_gets_a_private_folder_where_nothing_can_be_written(
     assert os.environ["NUMBA_CACHE_DIR"] == str(chosen), "what is set is kept"
 
 
+@pytest.mark.parametrize(
+    ("files", "own", "granted"),
+    [
+        ({}, "0::/job", float("inf")),
+        ({"cpu.max": "max 100000"}, "0::/", float("inf")),
+        ({"cpu.max": "150000 100000"}, "0::/job", 1.5),  # a container, whose own group is the root
+        ({"job/cpu.max": "400000 100000", "job/step/cpu.max": "max 100000"}, "0::/job/step", 4.0),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/x", 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/", float("inf")),
+    ],
+)
+def test_limits_of_control_groups_are_read(
+    files: dict[str, str], own: str, granted: float, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    assert process.granted_cpus(tmp_path / "groups", tmp_path / "own") == granted
+    assert process.granted_cpus(tmp_path / "groups", tmp_path / "none") in (granted, float("inf"))
+
+
+def test_a_process_on_one_cpu_starts_no_second_worker() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert process.num_cpus() == 1
+        assert not workers.saves_time(1000.0, 100)  # Ray would have one CPU, and so gain nothing
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def test_cpus_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda number: {3})
     assert process.num_cpus() == 1
