@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.stages import ClusterStage, LinkStage, count_regions, scatter_rows
 from hierarchy_builder.build.vocabulary import fit_vocabulary
@@ -57,7 +59,7 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     settle_index(folder.index, folder.listing, outcomes_so_far(folder))
     if not len(usable_rows(folder)):
         raise BuilderError(f"{folder.root}: no image could be used; {folder.index.name} says why")
-    paths = read_index(folder.index).column("path").to_pylist()
+    paths = read_index(folder.index).column("path")
     inputs = cluster_inputs(recipe, extracted["hash"], paths)
     ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
     settle_recut(folder)
@@ -69,12 +71,12 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     return _regions_summary(folder, ledger, blocks, done, seconds)
 
 
-def cluster_inputs(recipe: HierarchyRecipe, extract_hash: str, paths: Sequence[str]) -> dict[str, Any]:
+def cluster_inputs(recipe: HierarchyRecipe, extract_hash: str, paths: pa.ChunkedArray) -> dict[str, Any]:
     """Everything that decides the regions. Raises UsageError where the label maps do not fit the images `paths`."""
     inputs: dict[str, Any] = {"config": identity(recipe), "extract": extract_hash}
     if recipe.masks is not None:
         masks = open_masks(Path(recipe.masks))
-        masks.check_photos(paths)
+        masks.check_photos(paths.to_pylist())
         inputs["masks"] = masks.digest()
     return inputs
 

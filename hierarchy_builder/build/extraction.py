@@ -31,7 +31,7 @@ from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import write_index
 from hierarchy_builder.store.ledger import begin_stage
-from hierarchy_builder.store.units import layout_of, relative_source
+from hierarchy_builder.store.units import gathered, layout_of, relative_source
 from hierarchy_builder.terminal import counted
 
 
@@ -96,8 +96,7 @@ def extract(
     del encoder
     load = partial(ExtractStage.load, folder, images.location, config)
     done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True)
-    results = ledger.results(range(len(blocks)))
-    outcomes = [row for result in results for row in result["outcomes"]]
+    outcomes, results = gathered(ledger, blocks)
     write_index(folder.index, records, outcomes)
     check_skipped(folder, outcomes, config.max_bad_fraction, session)
     return StageSummary(

@@ -53,7 +53,7 @@ from hierarchy_builder.store.samples import make_sample, picture_of
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import TarWriter, encode_sample
 from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of, write_part_moments
-from hierarchy_builder.store.units import relative_source, samples_per_shard
+from hierarchy_builder.store.units import gathered, relative_source, samples_per_shard
 
 
 @dataclass(slots=True)
@@ -211,8 +211,7 @@ def fuse(
         load, ledger, blocks, session, "fuse", uses_gpu=True, after_unit=assembly.advance
     )
     assembly.advance()
-    results = ledger.results(range(len(blocks)))
-    outcomes = [row for result in results for row in result["outcomes"]]
+    outcomes, results = gathered(ledger, blocks)
     write_index(folder.index, records, outcomes)
     check_skipped(folder, outcomes, extract.max_bad_fraction, session)
     publish_shards(folder, config, assembly.results())
@@ -267,7 +266,7 @@ def fused_inputs(
     extracted: Mapping[str, Any], recipe: HierarchyRecipe, config: ShardConfig, images: ImageSource
 ) -> dict[str, Any]:
     """The inputs of each stage, as a staged build would record them."""
-    paths = list(images.records.values("path"))
+    paths = images.records.column("path")
     clustered = cluster_inputs(recipe, hash_of("extract", extracted), paths)
     sharded = {"config": identity(config), "cluster": hash_of("cluster", clustered), "link": None}
     return {"extract": dict(extracted), "cluster": clustered, "shard": sharded}

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+
 from hierarchy_builder.build.changes import in_row_order, same_blocks
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.workers import has_gpu
@@ -20,9 +23,10 @@ from hierarchy_builder.errors import BuilderError, TooManySkippedError
 from hierarchy_builder.fields import identity
 from hierarchy_builder.images.originals import changed_images, refuse_changed
 from hierarchy_builder.images.sources import ImageSource, open_source
+from hierarchy_builder.images.table import AT_ONCE
 from hierarchy_builder.records import Status
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name
+from hierarchy_builder.store.index import Outcomes, in_build_order, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import recorded_stages
 from hierarchy_builder.store.units import outcomes_so_far, stored_source
 
@@ -101,13 +105,16 @@ def refuse_changed_images(folder: BuildFolder, images: ImageSource) -> None:
         return
     outcomes = outcomes_so_far(folder)
     before = records_of(read_index(folder.listing))[: len(outcomes)]
-    sizes = {record.path: record.num_bytes for record in images.records}
-    known = [  # the listing tells of images that have another size or are gone
-        (old, outcome)
-        for old, outcome in zip(before, outcomes, strict=False)
-        if "modified" in outcome and sizes.get(old.path) == old.num_bytes
-    ]
-    changed = changed_images([old for old, _ in known], [outcome for _, outcome in known], images.reader)
+    now = images.records
+    place = pc.index_in(before.column("path"), value_set=now.column("path"))
+    # the listing tells of images that have another size or are gone
+    same = pc.equal(now.column("bytes").take(place), before.column("bytes")).fill_null(False)
+    known, changed = np.flatnonzero(same.to_numpy()), list[str]()
+    for start in range(0, len(known), AT_ONCE):
+        rows = known[start : start + AT_ONCE]
+        told = zip(before.take(rows), Outcomes(outcomes.table.take(rows).to_batches()), strict=True)
+        pairs = [(record, outcome) for record, outcome in told if "modified" in outcome]
+        changed += changed_images([old for old, _ in pairs], [outcome for _, outcome in pairs], images.reader)
     refuse_changed(images.location, changed)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from hierarchy_builder.build.changes import Growth, growth_of, parts_of
 from hierarchy_builder.build.clustering import cluster_inputs
@@ -37,12 +39,13 @@ from hierarchy_builder.fields import difference, identity
 from hierarchy_builder.files import json_text, read_json, sealed_text, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.process import num_cpus
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, status_name, write_index
+from hierarchy_builder.store.index import Outcomes, read_index, status_name, write_index
 from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest, read_marker
 from hierarchy_builder.store.samples import PART_LEVEL
 from hierarchy_builder.store.shards import TAR_BLOCK, shard_name, sidecar
@@ -225,11 +228,11 @@ def make_plan(
         scratch = fitting_bytes(plan.vocabulary, tokens, encoder["width"])
     elif "fuse" in todo:
         scratch = math.ceil(min(usable, per_shard + config.block_rows) * trial.samples.mean())
-    counts = Counter(record.class_name for record in records)
+    counts = Counter(records.values("class_name"))
     return Plan(
         source=images.location,
         num_images=len(records),
-        input_bytes=sum(record.num_bytes for record in records),
+        input_bytes=sum(records.values("bytes")),
         classes={name: counts[name] for name in images.class_map},
         warnings=(*images.warnings, *few_tars(len(tars), usable, plan.shard.shard_bytes)),
         tried=len(trial.outcomes),
@@ -368,21 +371,23 @@ def _sizes(
     return sizes
 
 
-def _index_bytes(trial: _Trial, records: Sequence[ImageRecord], *, is_done: bool) -> int:
+def _index_bytes(trial: _Trial, images: ImageTable, *, is_done: bool) -> int:
     """Write the index of all images; those that were not tried get the outcome of a random one that was."""
     outcomes = None
     if is_done:
-        known = list(trial.outcomes.values())
-        drawn = np.random.default_rng(0).integers(0, len(known), len(records)).tolist()
-        hashes = (
-            np.random.default_rng(1).bytes(16 * len(records)).hex()
-        )  # no two are alike, so none compresses
-        outcomes = [
-            trial.outcomes.get(record.path, {**known[number], "file_hash": hashes[32 * row : 32 * row + 32]})
-            for row, (record, number) in enumerate(zip(records, drawn, strict=True))
-        ]
+        tried, generator = list(trial.outcomes), np.random.default_rng(0)
+        own = pc.index_in(images.column("path"), value_set=pa.array(tried))
+        drawn = pa.array(generator.integers(0, len(tried), len(images)), pa.int32())
+        known = Outcomes([Outcomes.of(list(trial.outcomes.values()), len(tried))]).table
+        found = known.take(pc.coalesce(own, drawn))
+        # no two hashes are alike, so none compresses
+        text = np.random.default_rng(1).bytes(16 * len(images)).hex()
+        hashes = pa.array((text[32 * row : 32 * row + 32] for row in range(len(images))), pa.string())
+        hashes = pc.if_else(pc.is_valid(own), found.column("file_hash"), hashes)
+        place = found.schema.get_field_index("file_hash")
+        outcomes = Outcomes(found.set_column(place, "file_hash", hashes).combine_chunks().to_batches())
     path = trial.folder.root / "whole.parquet"
-    write_index(path, records, outcomes)
+    write_index(path, images, outcomes)
     return path.stat().st_size
 
 
@@ -537,7 +542,7 @@ def _inputs_of_stages(
     plan: BuildPlan, images: ImageSource, extracted: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """What each stage would be made with, in order, as the manifest would hold it."""
-    extract_hash, paths = hash_of("extract", extracted), list(images.records.values("path"))
+    extract_hash, paths = hash_of("extract", extracted), images.records.column("path")
     clustered = cluster_inputs(plan.hierarchy, extract_hash, paths)
     cluster_hash, link_hash = hash_of("cluster", clustered), stored.get("link", {}).get("hash")
     found = {"extract": dict(extracted)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +40,51 @@ SCHEMA = pa.schema(
     ]
 )
 OUTCOME_COLUMNS = tuple(SCHEMA.names[SCHEMA.get_field_index("status") :])
+OUTCOMES = pa.schema(
+    [*(SCHEMA.field(name).with_nullable(True) for name in OUTCOME_COLUMNS), pa.field("modified", pa.int64())]
+)
 CAME_LATER = ("file_hash",)
 """Columns that files of version 1 lack; they are read as null."""
+
+
+class Outcomes(Sequence[Mapping[str, Any]]):
+    """What became of every row, as columns: a mapping of what is told for each, empty for a row that is not done."""
+
+    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
+        self.table = pa.Table.from_batches(batches, OUTCOMES)
+
+    @staticmethod
+    def of(rows: Sequence[Mapping[str, Any]], count: int) -> pa.RecordBatch:
+        """The columns of a unit of `count` rows, of which the first ones are told."""
+        empty = [None] * (count - len(rows))
+        columns = [
+            pa.array([*(row.get(field.name) for row in rows), *empty], field.type) for field in OUTCOMES
+        ]
+        return pa.record_batch(columns, schema=OUTCOMES)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Mapping[str, Any]]: ...
+
+    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        if isinstance(place, slice):
+            start, stop, step = place.indices(len(self))
+            assert step == 1
+            return _told(self.table.slice(start, max(0, stop - start)))
+        return _told(self.table.slice(place % len(self), 1))[0]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self.table.to_batches():
+            yield from _told(batch)
+
+
+def _told(rows: pa.Table | pa.RecordBatch) -> list[Mapping[str, Any]]:
+    return [{name: value for name, value in row.items() if value is not None} for row in rows.to_pylist()]
 
 
 def in_build_order(records: Sequence[ImageRecord], order: str) -> ImageTable:
@@ -62,7 +105,9 @@ def write_index(
     """
     images = ImageTable.of(records)
     columns: dict[str, Any] = {name: images.column(name) for name in COLUMNS}
-    if outcomes is None:
+    if isinstance(outcomes, Outcomes):
+        columns |= {name: outcomes.table.column(name) for name in OUTCOME_COLUMNS}
+    elif outcomes is None:
         empty = {name: pa.nulls(len(images), SCHEMA.field(name).type) for name in OUTCOME_COLUMNS}
         pending = pa.repeat(pa.scalar(status_name(Status.PENDING)), len(images))
         columns |= {**empty, "status": pending}
@@ -121,10 +166,10 @@ def rows_digest(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def settle_index(path: Path, listing: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
+def settle_index(path: Path, listing: Path, outcomes: Outcomes) -> None:
     """Write the index from the listing and these outcomes where it holds others: a run ended before it wrote it."""
-    found = read_index(path).select(OUTCOME_COLUMNS).to_pylist() if path.exists() else []
-    if found != [{name: row.get(name) for name in OUTCOME_COLUMNS} for row in outcomes]:
+    wanted = outcomes.table.select(OUTCOME_COLUMNS)
+    if not path.exists() or read_index(path).select(OUTCOME_COLUMNS).cast(wanted.schema) != wanted:
         write_index(path, records_of(read_index(listing)), outcomes)
 
 

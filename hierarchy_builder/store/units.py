@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import status_name
+from hierarchy_builder.store.index import Outcomes, status_name
 from hierarchy_builder.store.ledger import (
     REOPENED,
     STAGES,
@@ -82,17 +82,16 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
     rows = []
     for stage in (name for name in STAGES if name in read_manifest(folder)["stages"]):
         ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-        done = [unit.number for unit in units if ledger.is_done(unit.number)]
-        results = ledger.results(done)
+        results = [result for unit in units if (result := ledger.glance(unit.number)) is not None]
         rows.append(
             {
                 "stage": stage,
                 "units": len(units),
-                "units_done": len(done),
-                "images": sum(result["images"] for result in results),
+                "units_done": len(results),
+                "images": sum(int(result["images"]) for result in results),
                 "seconds": round(sum(result["seconds"] for result in results), 3),
                 "bytes": size_on_disk(outputs[stage]),
-                "state": state_of(folder, stage, len(units) - len(done)),
+                "state": state_of(folder, stage, len(units) - len(results)),
             }
         )
     return rows
@@ -127,20 +126,31 @@ def relative_source(folder: BuildFolder, source: str) -> str:
     return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
 
 
-def outcomes_so_far(folder: BuildFolder) -> list[Mapping[str, Any]]:
+def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[Outcomes, list[dict[str, Any]]]:
+    """Return the outcomes of all rows of finished units, and what else is in their markers, one marker at a time."""
+    batches, facts = [], []
+    for unit in units:
+        marker = ledger.result(unit.number)
+        with decoding(ledger.marker(unit.number)):
+            batches.append(Outcomes.of(marker["outcomes"], len(unit)))
+        facts.append({name: value for name, value in marker.items() if name not in ("outcomes", "sizes")})
+    return Outcomes(batches), facts
+
+
+def outcomes_so_far(folder: BuildFolder) -> Outcomes:
     """Return the outcome of every row as the markers tell it, empty for rows that are not done.
 
     Rows of units that were reopened (`ledger.REOPENED`) are among those that are told.
     """
     stage = "fuse" if is_fused(folder) else "extract"
-    ledger, found = open_ledger(folder, stage), list[Mapping[str, Any]]()
+    ledger, batches = open_ledger(folder, stage), []
     for block in stage_units(folder, stage):
-        known = list[Mapping[str, Any]]()
+        known = Outcomes.of([], len(block))
         for each in (ledger, Ledger(ledger.folder, REOPENED)):
-            with contextlib.suppress(BuilderError):
-                known = each.result(block.number)["outcomes"]
-        found += [*known, *[{}] * (len(block) - len(known))]
-    return found
+            with contextlib.suppress(BuilderError), decoding(ledger.marker(block.number)):
+                known = Outcomes.of(each.result(block.number)["outcomes"], len(block))
+        batches.append(known)
+    return Outcomes(batches)
 
 
 def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
@@ -149,7 +159,7 @@ def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
     unfinished: leave out blocks without a whole marker; otherwise they raise BuilderError.
     """
     stage, ok = "fuse" if is_fused(folder) else "extract", status_name(Status.OK)
-    ledger, usable = open_ledger(folder, stage), list[int]()
+    ledger, usable = open_ledger(folder, stage), [np.empty(0, np.int64)]
     for block in stage_units(folder, stage):
         try:
             outcomes = ledger.result(block.number)["outcomes"]
@@ -158,8 +168,9 @@ def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
                 raise
             continue
         with decoding(ledger.marker(block.number)):
-            usable += [row for row, outcome in enumerate(outcomes, block.start) if outcome["status"] == ok]
-    return np.array(usable, np.int64)
+            rows = [row for row, outcome in enumerate(outcomes, block.start) if outcome["status"] == ok]
+            usable.append(np.array(rows, np.int64))
+    return np.concatenate(usable)
 
 
 def store_layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:

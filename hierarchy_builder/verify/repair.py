@@ -33,7 +33,7 @@ from hierarchy_builder.store.ledger import (
     read_marker,
     stage_entry,
 )
-from hierarchy_builder.store.units import layout_of, stage_units
+from hierarchy_builder.store.units import gathered, layout_of, stage_units
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.verify.checks import MANIFEST, Damage, find_damage, is_listing
 
@@ -158,10 +158,10 @@ def _restore_listing(folder: BuildFolder) -> None:
 def _rewrite_index(folder: BuildFolder) -> bool:
     """Write the index from the listing and the markers; returns whether all of them exist."""
     ledger = Ledger(folder.ledger("extract"), stage_entry(folder, "extract")["hash"])
-    units = [unit.number for unit in stage_units(folder, "extract")]
-    if not folder.listing.exists() or not all(ledger.is_done(unit) for unit in units):
+    units = stage_units(folder, "extract")
+    if not folder.listing.exists() or not all(ledger.is_done(unit.number) for unit in units):
         return False
-    outcomes = [row for result in ledger.results(units) for row in result["outcomes"]]
+    outcomes, _ = gathered(ledger, units)
     write_index(folder.index, records_of(read_index(folder.listing)), outcomes)
     return True
 

@@ -42,6 +42,11 @@ from hierarchy_builder.records import (
 from trainer.data.shards import INDEX, ShardIndex
 from trainer.data.tars import Members, OpenTar, check_sha256, check_size, local_path
 
+MOST_OPENED = 32
+"""Shards that are opened for a sample of the set; all headers of a tar are read when it is opened."""
+SETTLED = 16
+"""Shards that are read for further classes after the last one that brought a new class."""
+
 
 def default_cache() -> str:
     """Folder for copies of remote shards: `TRAINER_CACHE`, by default a folder in the user's cache folder."""
@@ -271,11 +276,38 @@ class ShardReader:
 
 
 def classes_with_images(index: ShardIndex, most: int = 10_000, max_damaged: int = 0) -> list[int]:
-    """The classes that at most `most` images have, spread evenly over the shards; the class map may hold more."""
+    """The classes that images have; the class map may hold more.
+
+    Of more than `most` images, whole shards are read, spread over the set, until every class was met or SETTLED of them
+    in a row brought no new one: to open a shard takes longer than to read its labels.
+    """
     reader = ShardReader(index, verifies=lambda shard: False, max_damaged=max_damaged)
-    found = {reader.label(number) for number in spread_evenly(index.num_samples, most)}
+    found, last_new = set[int](), 0
+    starts = np.cumsum([0, *(shard.num_samples for shard in index.shards)]).tolist()
+    for turn, shard in enumerate(spread_order(len(index.shards))):
+        if index.num_samples > most and (len(found) == index.num_classes or turn - last_new > SETTLED):
+            break
+        labels = {reader.label(number) for number in range(starts[shard], starts[shard + 1])}
+        last_new = turn if labels - found else last_new
+        found |= labels
     reader.close()
     return sorted(found)
+
+
+def spread_samples(index: ShardIndex, most: int) -> list[int]:
+    """At most `most` samples by number, spread evenly over the set, of at most MOST_OPENED shards."""
+    if len(index.shards) <= MOST_OPENED:
+        return spread_evenly(index.num_samples, most)
+    starts = np.cumsum([0, *(shard.num_samples for shard in index.shards)]).tolist()
+    chosen = spread_evenly(len(index.shards), MOST_OPENED)
+    numbers = [number for shard in chosen for number in range(starts[shard], starts[shard + 1])]
+    return [numbers[place] for place in spread_evenly(len(numbers), most)]
+
+
+def spread_order(count: int) -> list[int]:
+    """The numbers below `count` in an order whose every beginning is spread evenly: by their bits, last bit first."""
+    bits = max(1, (count - 1).bit_length())
+    return sorted(range(count), key=lambda number: f"{number:0{bits}b}"[::-1])
 
 
 @contextmanager

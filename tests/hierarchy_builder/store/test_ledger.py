@@ -1,5 +1,7 @@
 """Resume, or refuse: what a stage was made with decides, and the refusal shows the difference."""
 
+from pathlib import Path
+
 import pytest
 
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
@@ -141,3 +143,18 @@ def test_build_inside_its_images_is_refused(tmp_path) -> None:
             BuildFolder(tmp_path / inside).check_apart(str(tmp_path / "photos"))
     for apart in ("build", "photos/.build", "photos-build"):
         BuildFolder(tmp_path / apart).check_apart(str(tmp_path / "photos"))
+
+
+def test_a_glance_at_a_marker_reads_what_the_whole_one_holds(tmp_path: Path) -> None:
+    ledger, outcome = Ledger(tmp_path, "ab" * 32), {"images": 9, "seconds": 9.5, "status": "ok", "unit": 9}
+    facts = {"images": 700, "seconds": 1.25}
+    for unit, (rows, samples) in enumerate(
+        ((0, 0), (300, 0), (700, 700), (700, 9_000))
+    ):  # the last is read whole
+        sizes = {"sizes": [123_456] * samples} if samples else {}
+        ledger.finish(unit, {**facts, "outcomes": [outcome] * rows, **sizes})
+        assert ledger.glance(unit) == facts
+        assert Ledger(tmp_path, "cd" * 32).glance(unit) is None
+    assert ledger.glance(7) is None
+    ledger.marker(8).write_bytes(ledger.marker(0).read_bytes())
+    assert ledger.glance(8) is None  # the marker of another unit

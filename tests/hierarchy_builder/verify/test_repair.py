@@ -106,7 +106,7 @@ def overwrite(store: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
 def relabel(folder: BuildFolder) -> None:
     """Another label, with a checksum that fits it."""
     table = read_index(folder.index)
-    records = records_of(table)
+    records = list(records_of(table))
     records[3] = replace(records[3], label=(records[3].label + 1) % 3)
     write_index(folder.index, records, table.select(OUTCOME_COLUMNS).to_pylist())
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hierarchy_builder.errors import DamagedShardError, TrainerError
-from trainer.data.reader import ShardReader
+from trainer.data.reader import ShardReader, classes_with_images, spread_order, spread_samples
 from trainer.data.shards import open_index
 from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
 from trainer.data.tars import OpenTar, ShardEntry
@@ -164,3 +164,14 @@ def test_members_lie_where_tarfile_says(
         key, members = opened.samples[number]
         assert key == f"{folder}/{number}"
         assert opened.read(*members["features.npy"]) == bytes([number]) * size
+
+
+def test_classes_and_examples_of_a_large_set_open_few_shards(tmp_path: Path) -> None:
+    index = open_index(str(write_shards(tmp_path, 240, per_shard=2)))
+    assert spread_order(6) == [0, 4, 2, 1, 5, 3]
+    opened = sorted({number // 2 for number in spread_samples(index, 50)})
+    assert (len(opened), opened[0], opened[-1]) == (32, 0, 119)
+    assert len(spread_samples(index, 50)) == 50
+    for shard in set(range(120)) - {*spread_order(120)[:3]}:  # 0, 64 and 32, which hold the three classes
+        (tmp_path / f"train-{shard:06d}.tar").unlink()
+    assert classes_with_images(index, most=10) == [0, 1, 2]

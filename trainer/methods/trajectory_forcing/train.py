@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
-from hierarchy_builder.records import spread_evenly
 from trainer.data.folders import Places
+from trainer.data.reader import spread_samples
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -88,7 +88,7 @@ class TrajectoryForcingRun(MethodRun):
     def _examples(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Canvases in the network's units and labels of some samples, spread evenly over the shards."""
         normaliser = self.normaliser.to("cpu")
-        for features, regions, label in self._samples(spread_evenly(self.index.num_samples, START_SAMPLES)):
+        for features, regions, label in self._samples(spread_samples(self.index, START_SAMPLES)):
             yield level_canvases(normaliser.apply(features), regions), label
 
     def _begin(self, origin: Path | None) -> None:
