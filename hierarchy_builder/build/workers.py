@@ -65,7 +65,7 @@ FEW_IMAGES = 2048
 """Up to so many images, work begins in this process if the user does not say where."""
 
 RAY_START_S = 12.0
-"""Seconds that a stage takes longer for starting Ray and its workers, measured on 2 CPUs; see `_Beginning`."""
+"""Seconds that a stage takes longer for starting Ray and its workers: benchmarks/ray_start.py; see `_Beginning`."""
 
 MAX_WORKERS_PER_CPU = 16
 """Workers of a local Ray for each CPU; it starts a process for each, and with far more it never answers."""

@@ -184,7 +184,16 @@ def _print_suggestion(shards: list[str], method: Method, as_json: bool, quiet: b
     if as_json:
         print_result({**facts, "config": to_mapping(config)}, as_json)
         return
-    print_result(facts, as_json)
+    share = "" if config.micro_batch_size is None else f", {config.micro_batch_size} at a time"
+    shown = {
+        "preset": f"{config.preset} ({method.name}), {found.parameters:,} parameters",
+        "why": found.reason,
+        "batch": f"{config.batch_size} images{share}",
+        "length": f"{config.total_images:,} images, {found.epochs:.3g} epochs",
+        "memory": f"{facts['memory_gib']:.3g} GiB, {facts['memory_is']}",
+        "time": f"{facts['hours']:g} hours, {how}",
+    }
+    print_result(shown, as_json)
     flags = () if method is TRAJECTORY_FORCING else ("--method", method.name)
     is_one_folder = len(shards) == 1 and Path(shards[0]).is_dir()
     out = f"{shards[0].rstrip('/')}-run" if is_one_folder else "RUN"

@@ -73,7 +73,7 @@ def hours_of(suggestion: Suggestion, device: Device, shards: Places) -> tuple[fl
         how = f"unmeasured: assumes {UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s on each of {device.count}"
         return seconds / 3600, how
     each = _seconds_per_image(suggestion.config, shards)
-    how = f"measured: {each:.3g} s an image, in {TIMED_STEPS - 1} of {TIMED_STEPS} steps on this machine"
+    how = f"measured: {each:.3g} s an image over {TIMED_STEPS - 1} steps on this machine"
     return each * suggestion.config.total_images / 3600, how
 
 

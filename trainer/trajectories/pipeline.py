@@ -271,7 +271,7 @@ class TrajectoryPipeline(ABC):
         try:
             number = int(label)
         except ValueError:
-            close = difflib.get_close_matches(str(label), self.class_names, n=3, cutoff=0.4)
+            close = difflib.get_close_matches(str(label), self.class_names, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             few = len(self.class_names) <= FEW_CLASSES
             known = f"classes are {', '.join(self.class_names)}" if few and self.class_names else ""
