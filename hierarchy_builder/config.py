@@ -8,13 +8,14 @@ import math
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pydantic
-import yaml
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, brief, nearest, require
+from hierarchy_builder.parsing import parse_yaml, read_document
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""
@@ -306,9 +307,8 @@ class ShardConfig:
 def load_yaml(path: str) -> dict[str, Any]:
     """Read a config file of sections `extract`, `hierarchy`, `vocabulary`, `shard`."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = parse_yaml(read_document(Path(path))) or {}
+    except (OSError, ValueError) as error:
         raise UsageError(f"config file {path}: {error}") from None
     if not isinstance(content, dict):
         raise UsageError(f"config file {path}: found {type(content).__name__}, expected sections of fields")

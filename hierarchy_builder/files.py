@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hierarchy_builder import remote
+from hierarchy_builder import parsing, remote
 from hierarchy_builder.errors import UserError, VerificationError
 from hierarchy_builder.remote import is_remote, store_error
 
@@ -157,10 +157,7 @@ def parse_json(data: bytes, sealed: bool = False) -> dict[str, Any]:
 
     sealed: whether a missing seal is damage too. Raises ValueError, and nothing else, for whatever is wrong.
     """
-    try:
-        content = json.loads(data.decode())
-    except RecursionError:
-        raise ValueError("its lists or objects are nested too deeply") from None
+    content = parsing.parse_json(data)
     if not isinstance(content, dict):
         raise ValueError(f"found {type(content).__name__}, expected an object")
     digits = content.pop(SEAL, None)
@@ -186,7 +183,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     A seal is checked wherever there is one. sealed: whether a missing seal is damage too.
     """
     try:
-        return parse_json(read_bytes(path), sealed)
+        return parse_json(parsing.read_document(path), sealed)
     except FileNotFoundError:
         raise MissingFileError(f"{path} is missing") from None
     except ValueError as error:

@@ -1,12 +1,13 @@
 """Bytes that anybody may have written → plain data and arrays. Whatever is wrong with them is a ValueError.
 
 Memory and time stay near the size of the bytes: a header that promises more than follows is refused before anything is
-allocated. JSON is read in `hierarchy_builder.files`.
+allocated. No other module of the packages calls `json.loads`, `yaml.safe_load`, `numpy.load` or the like.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import pickletools
 import re
@@ -18,12 +19,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import yaml
 
+from hierarchy_builder import remote
+from hierarchy_builder.remote import is_remote
+
+DOCUMENT_BYTES = 2**28
+"""Longest JSON that is parsed, and longest file that is read for it; an index of a million tars takes 2**27."""
 YAML_BYTES = 4 * 2**20
 """Longest YAML that is parsed."""
 YAML_VALUES = 1_000_000
 """Most values that its aliases may expand to."""
 MEMBER_BYTES = 2**30
-"""Largest array that is read out of an npz file."""
+"""Largest array that is read out of an npz file where it is compressed; a plain one takes no more than the file."""
 HEADER_BYTES = 10_000
 """Longest header of an array, as in numpy."""
 PICKLE_BYTES = 256 * 2**20
@@ -45,6 +51,31 @@ LEGACY_PICKLES = 5
 """A file of torch before 1.6: magic number, version, machine, tensors and keys as pickles, then the numbers."""
 KINDS = "biufcSU"
 """Kinds of dtypes that hold plain values; objects, which only pickle could read, are none."""
+
+
+def read_document(path: Path) -> bytes:
+    """Read a file of text that anybody may have put there. Raises ValueError for a device, a pipe, or what is too long.
+
+    A missing file raises FileNotFoundError, as any other reader does.
+    """
+    if is_remote(path):
+        return remote.get(path)
+    if not path.is_file():
+        path.stat()
+        raise ValueError("it is no regular file")
+    if (size := path.stat().st_size) > DOCUMENT_BYTES:
+        raise ValueError(f"it has {size:,} bytes, expected at most {DOCUMENT_BYTES:,}")
+    return path.read_bytes()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON. Raises ValueError, also for what is too long or nested too deeply."""
+    if len(data) > DOCUMENT_BYTES:
+        raise ValueError(f"{len(data):,} bytes of JSON, expected at most {DOCUMENT_BYTES:,}")
+    try:
+        return json.loads(data if isinstance(data, str) else data.decode())
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None
 
 
 def parse_yaml(data: bytes | str) -> Any:
@@ -87,7 +118,7 @@ def parse_npy(data: bytes) -> np.ndarray:
         raise ValueError(f"not the header of an array ({str(error)[:200] or type(error).__name__})") from None
     if dtype.kind not in KINDS or dtype.hasobject or dtype.itemsize == 0:
         raise ValueError(f"an array of {dtype}, expected plain numbers or text")
-    content, expected = data[stream.tell() :], math.prod(shape) * dtype.itemsize
+    content, expected = memoryview(data)[stream.tell() :], math.prod(shape) * dtype.itemsize
     if any(side < 0 for side in shape) or len(content) != expected:
         raise ValueError(f"{len(content)} bytes follow the header of {dtype} {shape}, expected {expected}")
     flat = np.frombuffer(bytearray(content), dtype=dtype) if content else np.empty(0, dtype)
@@ -102,7 +133,7 @@ def parse_npz(file: BinaryIO | bytes, names: Collection[str] | None = None) -> d
             members = {name: info for name, info in found.items() if names is None or name in names}
             arrays = {}
             for name, info in members.items():
-                if info.file_size > MEMBER_BYTES:
+                if info.file_size > MEMBER_BYTES and info.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(
                         f"{name} has {info.file_size:,} bytes, expected at most {MEMBER_BYTES:,}"
                     )

@@ -1,8 +1,10 @@
 """Imports point one way: which folders may import which, and what a fresh process must not load."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,37 @@ def test_no_import_cycles() -> None:
 def test_no_dumping_grounds() -> None:
     names = {path.stem for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert not names & {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+READERS = re.compile(
+    r"(json|yaml|np|numpy|torch|pickle|marshal|tomllib|dill|joblib)\.(\w*load\w*|Unpickler)"
+    r"|(np|numpy)\.(fromfile|genfromtxt|loadtxt)|np\.lib\.format\.read_\w+|.*\.read_(json|pickle)|eval|exec"
+)
+"""Functions that take more memory or time than the bytes, raise errors of many kinds, or run what the bytes name."""
+OWN_GUARD = {
+    "trainer/training/release_files.py": "torch.load",  # after `check_pickle`
+    "trainer/post_training/bundle.py": "pickle.Unpickler",  # a subclass that resolves arrays only
+}
+"""Modules besides parsing.py that may call one; each turns whatever is wrong with the bytes into one error."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_bytes_of_others_are_read_by_the_bounded_parsers(package: str) -> None:
+    found = {
+        (path.relative_to(ROOT).as_posix(), call)
+        for path in (ROOT / package).rglob("*.py")
+        for call in called(ast.parse(path.read_text()))
+        if READERS.fullmatch(call) and path.name != "parsing.py"
+    }
+    assert found == {(name, call) for name, call in OWN_GUARD.items() if name.startswith(package)}
+
+
+def called(tree: ast.AST) -> Iterator[str]:
+    """Names of the functions that are called, and of base classes, except json.loads of what json.dumps returned."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from map(ast.unparse, node.bases)
+        if isinstance(node, ast.Call):
+            plain = [ast.unparse(each.func) for each in node.args if isinstance(each, ast.Call)]
+            if plain != ["json.dumps"]:
+                yield ast.unparse(node.func)

@@ -10,7 +10,6 @@ of a transfer; a finished set has its index.json. Anything else of the names to 
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ from fsspec import AbstractFileSystem
 
 from hierarchy_builder.build.session import StageSummary
 from hierarchy_builder.errors import BuilderError, UsageError, UserError, VerificationError
-from hierarchy_builder.files import json_text, read_json, sha256_file
+from hierarchy_builder.files import json_text, parse_json, read_json, sha256_file
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import shard_set
@@ -250,10 +249,9 @@ class _Place:
         if self.kinds.get(name) != "file":
             return {}
         try:
-            content = json.loads(self._read(name))
+            return parse_json(self._read(name))
         except ValueError:
             return {}
-        return content if isinstance(content, dict) else {}
 
     def _name(self, name: str) -> str:
         return f"{self.root}/{name}"

@@ -21,6 +21,7 @@ from hierarchy_builder.build.workers import Pool, Workers, open_pool
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
@@ -110,12 +111,8 @@ class TokenSource:
     def drawn_tokens(self, block: Block) -> np.ndarray:
         """Read the file that `draw` wrote, float16 [m, C]. Raises BuilderError if it is missing or damaged."""
         path = self.file(block)
-        with (
-            decoding(path, "remove it and run the same command again"),
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as content,
-        ):
-            return content["tokens"]
+        with decoding(path, "remove it and run the same command again"), path.open("rb") as file:
+            return parse_npz(file)["tokens"]
 
     def tokens(self, run: Block) -> np.ndarray:
         """Read all tokens of a run that are used in the fit, float16 [m, C]."""
@@ -205,11 +202,8 @@ def _read_state(path: Path, reporter: Reporter) -> tuple[np.ndarray, list[float]
     if not path.exists():
         return None
     try:
-        with (
-            decoding(path, "it is not used"),
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as content,
-        ):
+        with decoding(path, "it is not used"), path.open("rb") as file:
+            content = parse_npz(file)
             return content["centroids"], content["inertia"].tolist()
     except VerificationError as error:
         reporter.say(f"warning: {error}; the fit starts over, with the same result")

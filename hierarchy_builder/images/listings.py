@@ -27,7 +27,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.config import Partition
-from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.errors import BuilderError, UsageError, UserError
 from hierarchy_builder.images.table import AT_ONCE, Collected
 from hierarchy_builder.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
 from hierarchy_builder.places import printable
@@ -624,8 +624,12 @@ def _lines_of(file: BinaryIO, place: str) -> Iterator[list[str]]:
 def _reading(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{source} cannot be read as a listing: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises errors of many kinds for damaged bytes
+        raise UsageError(
+            f"{source} cannot be read as a listing: {str(error) or type(error).__name__}"
+        ) from None
 
 
 def _is_scalar(kind: pa.DataType) -> bool:

@@ -23,11 +23,11 @@ from fsspec.implementations.local import LocalFileSystem
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import nearest
-from hierarchy_builder.files import read_bytes
 from hierarchy_builder.images.keys import unique_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.images.reading import read_file
 from hierarchy_builder.images.table import AT_ONCE, Collected, ImageTable
+from hierarchy_builder.parsing import parse_json, read_document
 from hierarchy_builder.places import a_folder, filesystem_of
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.remote import store_error
@@ -229,7 +229,7 @@ def _read_class_map(class_map: str | Mapping[str, int]) -> dict[str, int]:
     if isinstance(class_map, str):
         where = f"class map {class_map}"
         try:
-            content = json.loads(read_bytes(a_folder(class_map)).decode())
+            content = parse_json(read_document(a_folder(class_map)))
         except (OSError, ValueError) as error:
             if told := store_error(error):
                 raise told from error

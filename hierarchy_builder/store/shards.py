@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import atomic_file, decoding, readable_json, write_json
+from hierarchy_builder.files import atomic_file, decoding, parse_json, readable_json, write_json
 from hierarchy_builder.images.keys import check_key
 from hierarchy_builder.parsing import parse_npy
 from hierarchy_builder.records import (
@@ -76,9 +76,7 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
             raise BuilderError(f"sample {key} has no {name}, found {', '.join(sorted(members)) or 'nothing'}")
     with decoding(f"sample {key} is"):
         arrays = {name: parse_npy(members[name]) for name in ARRAY_MEMBERS if name in members}
-        label, metadata = int(members[LABEL_MEMBER]), json.loads(members[METADATA_MEMBER])
-        if not isinstance(metadata, dict):
-            raise TypeError(f"{METADATA_MEMBER} is no object")
+        label, metadata = int(members[LABEL_MEMBER]), parse_json(members[METADATA_MEMBER])
     if (arrays[FEATURES_MEMBER].dtype == np.int8) != (SCALE_MEMBER in arrays):
         raise BuilderError(
             f"sample {key} has {FEATURES_MEMBER} of {arrays[FEATURES_MEMBER].dtype} "

@@ -22,7 +22,7 @@ from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import brief, from_mapping, to_mapping
 from hierarchy_builder.files import decoding, write_bytes
-from hierarchy_builder.parsing import parse_npz
+from hierarchy_builder.parsing import parse_json, parse_npz
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
@@ -167,7 +167,7 @@ def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str
     with decoding(path, "fit the vocabulary again, or run `hierarchy-builder repair` on its build"):
         with path.open("rb") as file:
             content = parse_npz(file)
-            description = json.loads(str(content["description"]))
+            description = parse_json(str(content["description"]))
             version = description["format_version"]
             if version != FORMAT_VERSION:
                 raise BuilderError(

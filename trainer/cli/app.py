@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +25,7 @@ from hierarchy_builder.flags import (
     takes,
 )
 from hierarchy_builder.installing import install_extras
+from hierarchy_builder.parsing import parse_json, read_document
 from hierarchy_builder.terminal import counted, print_json, print_result, say, say_next, stdout
 from hierarchy_builder.terminal import run as run_command
 from trainer.cli import editing as edit_commands
@@ -436,8 +436,8 @@ def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 def _load_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        rows = parse_json(read_document(path))
+    except (OSError, ValueError) as error:
         raise UsageError(f"--stages {path}: {error}") from None
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise UsageError(f"--stages {path}: expected a list of rows, column to value")

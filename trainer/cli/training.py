@@ -15,7 +15,7 @@ import yaml
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
 from hierarchy_builder.flags import OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
-from hierarchy_builder.parsing import parse_yaml
+from hierarchy_builder.parsing import parse_yaml, read_document
 from hierarchy_builder.terminal import print_cells, print_result, say_next, stderr
 from trainer.calls import base_config
 from trainer.cli.options import FIELDS, TRAINING, reads
@@ -261,7 +261,7 @@ def asked_fields(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, An
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = parse_yaml(path.read_bytes()) or {}
+        content = parse_yaml(read_document(path)) or {}
     except (OSError, ValueError) as error:
         raise UsageError(f"config file {path}: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

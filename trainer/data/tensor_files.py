@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.files import BLANK, SEAL, check_seal, seal
+from hierarchy_builder.parsing import parse_json
 
 COLON = b":"
 """What stands between a name and its value in the header."""
@@ -42,7 +43,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> byte
     """The bytes of a file of tensors and text by name, sealed: SEAL is their SHA-256 with zeros in its place."""
     plain = save(dict(tensors))
     length = int.from_bytes(plain[:LENGTH_BYTES], "little")
-    places = json.loads(plain[LENGTH_BYTES : LENGTH_BYTES + length])
+    places = parse_json(plain[LENGTH_BYTES : LENGTH_BYTES + length])
     header = {"__metadata__": dict(sorted({**text, SEAL: BLANK}.items())), **places}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % LENGTH_BYTES)

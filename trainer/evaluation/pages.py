@@ -39,6 +39,7 @@ from hierarchy_builder.canvases.views import (
 )
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.files import parse_json, without_nan
+from hierarchy_builder.parsing import read_document
 from hierarchy_builder.pictures import open_picture
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
@@ -380,7 +381,7 @@ def _edit_card(before: Trajectory, after: Trajectory, change: np.ndarray, most: 
 def read_sweep(path: Path) -> list[dict[str, Any]]:
     """The summary in a file that `trainer sweep --out` wrote. Raises TrainerError for any other file."""
     try:
-        summary = parse_json(path.read_bytes())["summary"]
+        summary = parse_json(read_document(path))["summary"]
         if not summary or any(name not in row for row in summary for name in SETTING):
             raise KeyError("summary")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.exclusion import LOCK
 from hierarchy_builder.files import SEAL, parse_json
+from hierarchy_builder.parsing import read_document
 from hierarchy_builder.pictures import PNG_START, png_chunks
 from trainer.data.tensor_files import check_tensor_seal, read_tensors
 from trainer.training import checkpoint as saved
@@ -133,7 +134,7 @@ def _check_config(path: Path) -> str | None:
 
 
 def _check_json(path: Path) -> str | None:
-    content = parse_json(data := path.read_bytes())
+    content = parse_json(data := read_document(path))
     if SEAL.encode() in data:
         return None
     if any(isinstance(value, str) and UNSEALED.fullmatch(value) for value in content.values()):

@@ -37,6 +37,7 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, brief
 from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
+from hierarchy_builder.parsing import read_document
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.tensor_files import read_tensors
 from trainer.networks.gaussian_start import upgraded
@@ -526,7 +527,7 @@ def _listed_checksum(path: Path) -> str | None:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     """Read state.json, which is sealed since version 2. Raises ValueError if it is damaged."""
-    data = (folder / STATE).read_bytes()
+    data = read_document(folder / STATE)
     content = parse_json(data)
     return parse_json(data, sealed=True) if content.get("format_version") == FORMAT_VERSION else content
 

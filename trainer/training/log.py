@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hierarchy_builder.errors import UsageError
+from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.files import parse_json, whole_file, write_bytes
 from hierarchy_builder.installing import install_extras
+from hierarchy_builder.parsing import read_document
 from hierarchy_builder.progress import as_duration
 
 METRICS = "metrics.jsonl"
@@ -50,7 +51,10 @@ def _check_field(text: str) -> str:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Read the rows of metrics.jsonl in order; a line that is incomplete, damaged or not a row is left out."""
-    lines = (run / METRICS).read_bytes().split(b"\n")
+    try:
+        lines = read_document(run / METRICS).split(b"\n")
+    except ValueError as error:
+        raise TrainerError(f"{run / METRICS}: {error}; move it away") from None
     return [row for row in map(parse_metrics_line, lines) if row is not None]
 
 

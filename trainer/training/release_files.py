@@ -12,14 +12,14 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.parsing import check_pickle
+from hierarchy_builder.parsing import check_pickle, read_document
 from trainer.data.tensor_files import read_sealed
 
 
 def read_fields(path: Path) -> dict[str, Any]:
     """Read the fields of a release's configuration file. Raises UsageError if it is not a JSON object."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_document(path))
     except (OSError, ValueError) as error:
         raise UsageError(f"configuration {path}: {error}; expected fields by name") from None
 

@@ -22,7 +22,7 @@ from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.exclusion import BusyError, exclusive
 from hierarchy_builder.fields import difference, identity, to_mapping
 from hierarchy_builder.files import parse_json, write_bytes
-from hierarchy_builder.parsing import parse_yaml
+from hierarchy_builder.parsing import parse_yaml, read_document
 from hierarchy_builder.terminal import counted
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
@@ -141,7 +141,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     path = run / CONFIG
     try:
-        content = parse_yaml(_without_checksum(path.read_bytes()))
+        content = parse_yaml(_without_checksum(read_document(path)))
     except FileNotFoundError:
         raise TrainerError(f"{run} is not a run folder of `trainer train`: found no {CONFIG}") from None
     except ValueError:
@@ -185,7 +185,7 @@ def read_kept(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"metrics": []}
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_document(path))
         for row in content["metrics"]:
             row["name"], row["value"]
     except (OSError, ValueError, KeyError, TypeError) as error:

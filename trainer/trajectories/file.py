@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.files import SEAL, write_bytes
+from hierarchy_builder.parsing import parse_json
 from trainer.data.tensor_files import check_tensor_seal, read_tensors, tensor_bytes
 
 FORMAT_VERSION = "2"
@@ -76,7 +77,7 @@ def read_trajectory(path: Path) -> dict[str, Any]:
             )
         if seal is not None or found == FORMAT_VERSION:
             check_tensor_seal(path, seal)
-        entries = _checked({name: json.loads(value) for name, value in metadata.items()})
+        entries = _checked({name: parse_json(value) for name, value in metadata.items()})
         replaced = [tensors[f"replaced.{number}"] for number in range(len(tensors) - 2)]
         levels, seeds = tensors["levels"], tensors["seeds"]
         _check_tensors(levels, seeds, replaced, entries.history)
