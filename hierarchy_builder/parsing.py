@@ -22,9 +22,6 @@ import yaml
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from hierarchy_builder import remote
-from hierarchy_builder.remote import is_remote
-
 DOCUMENT_BYTES = 2**28
 """Longest JSON that is parsed, and longest file that is read for it; an index of a million tars takes 2**27."""
 YAML_BYTES = 4 * 2**20
@@ -61,12 +58,11 @@ def read_document(path: Path, most: int = DOCUMENT_BYTES) -> bytes:
 
     A missing file raises FileNotFoundError, as from any other reader.
     """
-    if is_remote(path):  # there are neither devices nor pipes
-        return remote.get(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
-    _check_length(status.st_size, most)
+    if isinstance(path, Path):  # a place at a URL is none, and holds neither devices nor pipes
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        _check_length(status.st_size, most)
     return path.read_bytes()
 
 
