@@ -117,7 +117,7 @@ class TrajectoryPipeline(ABC):
         ema: half-life in thousands of images, `auto` for the first one trained, None or `raw` for the raw weights.
         decoder: a function, or a folder with the weights and config.json of an RAE decoder; without it the encoder's
         own, where it has one. weak: a run or checkpoint folder for autoguidance, see `__call__`. pixel_stage: a run of
-        Latent Forcing that draws the pixels in place of a decoder. options: what the pipelines of one method take,
+        Latent Forcing that draws the pixels instead of a decoder. options: what the pipelines of one method take,
         see `trainer.methods.registry`: `shift` of Latent Forcing, `ending` of Normalizing Trajectory Models.
         Raises TrainerError or UsageError where a part is missing or the method does not take an option, MismatchError
         for weights that do not fit.
