@@ -134,7 +134,7 @@ def run_page(
     title = method.name.replace("-", " ").title()
     facts = {
         "preset": state.config["preset"],
-        "parameters": f"{sum(p.numel() for p in pipe.model.parameters()):,}",
+        "parameters": f"{pipe.num_parameters:,}",
         "images seen": f"{state.images_seen:,}",
         "steps": f"{state.step:,}",
         "training time": f"{state.seconds / 60:.1f} min",

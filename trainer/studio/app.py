@@ -103,7 +103,7 @@ def about(pipe: TrajectoryPipeline) -> str:
         if config.get("preset"):
             parts.append(f"preset {quoted(config['preset'])}")
     parts.append(f"encoder {quoted(pipe.encoder.get('name', 'unknown'))}")
-    parts.append(counted(sum(each.numel() for each in pipe.model.parameters()), "parameter"))
+    parts.append(counted(pipe.num_parameters, "parameter"))
     return " · ".join(parts)
 
 

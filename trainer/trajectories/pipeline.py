@@ -32,6 +32,7 @@ from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.decode.rae import RUN_DECODER, ConditionalDecoder, decoder_for
 from trainer.methods import registry
+from trainer.networks.gaussian_start import GaussianStart
 from trainer.seeds import check_seed, level_noise
 from trainer.training import checkpoint as saved
 from trainer.training.weights import average_of, best_device, check_weak, fill, weights_note
@@ -407,13 +408,18 @@ class TrajectoryPipeline(ABC):
             noise[own] = whole[seeds[number]][own]
         return self._after(trajectory, level, seeds, noise.to(self.device), how)[0].cpu()
 
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers of the network were trained; those that a Gaussian start was fitted to are not among them."""
+        layers = (part for part in self.model.modules() if not isinstance(part, GaussianStart))
+        return sum(each.numel() for part in layers for each in part.parameters(recurse=False))
+
     def __repr__(self) -> str:
         config = self.model.config
         shape = "×".join(map(str, (*config.grid, config.in_channels)))
-        size = sum(parameter.numel() for parameter in self.model.parameters())
         return (
             f"<{type(self).__name__}: {counted(len(self.classes), 'class', 'classes')}, {config.num_levels} levels of "
-            f"{shape}, {size:,} parameters on {self.device}, from {_weights_text(self.weights)}>"
+            f"{shape}, {self.num_parameters:,} parameters on {self.device}, from {_weights_text(self.weights)}>"
         )
 
     @property
@@ -453,7 +459,7 @@ class TrajectoryPipeline(ABC):
             "license": license,
             "method": registry.method_in(state.config, self.source).name,
             "preset": state.config.get("preset", "none"),
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "parameters": self.num_parameters,
             "images_seen": state.images_seen,
             "weights": "as trained"
             if name == "raw"
