@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
-from fsspec.callbacks import Callback
 
 from hierarchy_builder.errors import DamagedShardError
 from hierarchy_builder.files import sha256_file, whole_file
@@ -88,25 +87,9 @@ def local_path(entry: ShardEntry, cache: str) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait
             if not local.exists():
                 with whole_file(local) as partial:
-                    filesystem.get_file(path, str(partial), callback=_AtMost(entry))
+                    filesystem.get_file(path, str(partial))
                     check_sha256(str(partial), entry)
     return str(local)
-
-
-class _AtMost(Callback):
-    """Ends a download that brings more bytes than the index lists, before it fills the disk."""
-
-    def __init__(self, entry: ShardEntry) -> None:
-        super().__init__()
-        self.entry = entry
-
-    def relative_update(self, inc: int = 1) -> None:
-        super().relative_update(inc)
-        if self.value > self.entry.num_bytes:
-            raise DamagedShardError(
-                f"{self.entry.name}: more than the {self.entry.num_bytes:,} bytes that index.json lists were sent; "
-                "the shard was changed, copy or build it again"
-            )
 
 
 def check_size(path: str, entry: ShardEntry) -> None:

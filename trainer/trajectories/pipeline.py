@@ -410,7 +410,7 @@ class TrajectoryPipeline(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers of the network were trained; those that a Gaussian start was fitted to are not among them."""
+        """How many numbers of the network are trained; those that a Gaussian start is fitted to are not among them."""
         layers = (part for part in self.model.modules() if not isinstance(part, GaussianStart))
         return sum(each.numel() for part in layers for each in part.parameters(recurse=False))
 
