@@ -26,7 +26,7 @@ from hierarchy_builder.files import json_text, parse_json, read_json, sha256_fil
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import shard_set
-from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.shard_set import SUCCESS
 from hierarchy_builder.store.shards import sidecar
 
@@ -73,7 +73,12 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
             f"{url}: {_first_line(error)}; the same command goes on from here, once URL, network and permissions "
             "allow it"
         ) from error
-    names = {*(path.name for path in counts), *(sidecar(path).name for path in counts), *ABOUT}
+    names = {
+        *(path.name for path in counts),
+        *(sidecar(path).name for path in counts),
+        *_about(folder.shards),
+        SUCCESS,
+    }
     files = [path for path in folder.shards.iterdir() if path.name in names]
     return StageSummary(
         stage="publish",
@@ -91,7 +96,7 @@ def _send(
     """Send what is not there yet, markers last; yields the files sent. counts: samples of each tar."""
     shards, tars = folder.shards, list(counts)
     markers = [sidecar(tar) for tar in tars]
-    about = sorted(shards / name for name in ABOUT if name != SUCCESS and (shards / name).is_file())
+    about = sorted(shards / name for name in _about(shards))
     changed = [path for path in [*markers, *about, shards / SUCCESS] if not place.holds(path)]
     own = place.own_names()
     if not changed:
@@ -128,6 +133,11 @@ def _send(
     place.send(shards / SUCCESS)
     yield shards / SUCCESS
     place.remove(PUBLISHING)
+
+
+def _about(shards: Path) -> list[str]:
+    """Names of the files beside the tars that belong to the set, but for `_SUCCESS`."""
+    return [name for name in shard_set.ABOUT if (shards / name).is_file() and is_own_about(shards / name)]
 
 
 def require_digest(path: Path, expected: str | None) -> None:
@@ -190,6 +200,8 @@ class _Place:
         if {"format_version", "config_hash", "shardlist"} <= index.keys():
             tars = [Path(str(entry.get("url"))) for entry in index["shardlist"]]
             own |= {*(tar.name for tar in tars), *(sidecar(tar).name for tar in tars), *ABOUT}
+            there = [name for name in MARKS if self.kinds.get(name) == "file"]
+            own -= {name for name in there if MARKS[name] not in self._read(name)}
         told = (name for name in self.kinds if name not in own and SHARD_FILE.fullmatch(name))
         for name in told:  # of a transfer that was stopped before there was an index
             if name.endswith(".json") and {"sha256", "config_hash"} <= self._told(name).keys():

@@ -41,6 +41,12 @@ LEFTOVER = re.compile(
 )
 """Pattern of the temporary files of killed runs: names of `whole_file`, and inside a store those of zarr."""
 
+MARKS = {
+    "preview.png": b"Software\0trajectory-hierarchies",
+    "croissant.json": b'"name": "teacher-hierarchies-',
+}
+"""What files beside the tars hold that earlier releases did not write: without it they are somebody else's."""
+
 MARKERS = "[0-9]" * 6 + ".json"
 """Pattern of the names of unit markers in the folder of a ledger."""
 
@@ -109,7 +115,7 @@ class BuildFolder:
     def own_files(self, place: Path, split: str | None = None) -> list[Path]:
         """Return the file `place`, or files below it, if a build writes them; only the tars of `split`, if given."""
         own = _own_pattern(split)
-        return [path for path in _files_of(place) if own.fullmatch(self._name(path))]
+        return [path for path in _files_of(place) if own.fullmatch(self._name(path)) and is_own_about(path)]
 
     def remove(self, place: Path, split: str | None = None) -> None:
         """Remove the files that `own_files` returns, then the folders of a build that are empty; nothing else."""
@@ -215,6 +221,12 @@ class BuildFolder:
                 f"--out {self.root} lies inside the images {images}, where its folders would be taken for "
                 "classes: choose a folder outside"
             )
+
+
+def is_own_about(path: Path) -> bool:
+    """Whether a build wrote this file beside the tars, or may: not if it has the name of one, and not its mark."""
+    mark = MARKS.get(path.name)
+    return mark is None or not path.is_file() or mark in path.read_bytes()
 
 
 @functools.cache

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.records import Sample
+from hierarchy_builder.store.folder import MARKS
 
 PREVIEW = "preview.png"
 SHOWN_SAMPLES, CELL_PX, GAP_PX = 4, 128, 8
@@ -32,6 +34,8 @@ def preview_of(samples: Iterable[Sample]) -> bytes:
     for y, cells in enumerate(rows):
         for x, cell in enumerate(cells):
             sheet.paste(cell, (GAP_PX + x * step, GAP_PX + y * step))
-    data = io.BytesIO()
-    sheet.save(data, "PNG", optimize=True)
+    data, text = io.BytesIO(), PngInfo()
+    name, _, program = MARKS[PREVIEW].decode().partition("\0")
+    text.add_text(name, program)
+    sheet.save(data, "PNG", optimize=True, pnginfo=text)
     return data.getvalue()

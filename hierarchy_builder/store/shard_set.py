@@ -34,7 +34,7 @@ from hierarchy_builder.records import (
     Block,
 )
 from hierarchy_builder.store.croissant import CROISSANT, croissant_of
-from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.folder import BuildFolder, is_own_about
 from hierarchy_builder.store.ledger import is_fused, open_ledger, read_manifest, stage_entry
 from hierarchy_builder.store.preview import PREVIEW, preview_of
 from hierarchy_builder.store.quantisation import measure_quantisation
@@ -77,8 +77,10 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
         folder.remove(shards / folder.vocabulary.name)
     if not has_earlier_card(shards, index):
         write_bytes(shards / "README.md", card_of(index, ids).encode())
-        write_json(shards / CROISSANT, croissant_of(index, ids))
-        write_bytes(shards / PREVIEW, preview_of(read_shard(shards / shard_name(config.split, 0))))
+        if is_own_about(shards / CROISSANT):
+            write_json(shards / CROISSANT, croissant_of(index, ids))
+        if is_own_about(shards / PREVIEW):
+            write_bytes(shards / PREVIEW, preview_of(read_shard(shards / shard_name(config.split, 0))))
     write_success(shards, index["num_samples"])
 
 
@@ -87,7 +89,8 @@ def write_success(shards: Path, count: int) -> None:
 
     What an earlier release wrote (count and index_sha256, without a seal) stays as it is where it is true.
     """
-    digests = {name: sha256_file(shards / name) for name in ABOUT if (shards / name).is_file()}
+    files = (shards / name for name in ABOUT)
+    digests = {path.name: sha256_file(path) for path in files if path.is_file() and is_own_about(path)}
     earlier = {"count": count, "index_sha256": digests["index.json"]}
     if readable_json(shards / SUCCESS) != earlier:
         still_ours(shards)

@@ -13,9 +13,12 @@ import yaml
 from tiny_builds import PLAN, session
 
 from hierarchy_builder.build.pipeline import shard
+from hierarchy_builder.build.publish import publish_to
 from hierarchy_builder.config import ShardConfig
+from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import read_json
-from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.store.folder import MARKS, BuildFolder
 from hierarchy_builder.store.shard_set import card_of
 from hierarchy_builder.verify.checks import find_problems
 
@@ -60,3 +63,26 @@ def test_a_licence_can_be_given_to_finished_shards(tiny_build, tmp_path: Path) -
     assert "license: unknown" in (folder.shards / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="expected a name on one line"):
         ShardConfig(licence="two\nlines")
+
+
+def test_files_of_others_beside_the_tars_stay_and_are_not_published(tiny_build, tmp_path: Path) -> None:
+    shutil.copytree(tiny_build.root, tmp_path / "build")
+    folder = BuildFolder(tmp_path / "build")
+    own = {folder.shards / name for name in MARKS}
+    assert own <= {*folder.own_files(folder.shards)}
+    theirs = {folder.shards / "preview.png": b"mine", folder.shards / "croissant.json": b'{"name": "mine"}'}
+    for path, content in theirs.items():
+        path.write_bytes(content)
+    shard(folder, dataclasses.replace(PLAN.shard, licence="cc-by-4.0"), session())
+    assert list(find_problems(folder)) == []
+    publish_to(folder, str(tmp_path / "there"), Reporter(quiet=True))
+    assert not {path.name for path in (tmp_path / "there").iterdir()} & MARKS.keys()
+    shard(folder, dataclasses.replace(PLAN.shard, samples_per_shard=2), session(fresh=True))
+    assert {path: path.read_bytes() for path in theirs} == theirs
+
+    for path in theirs:
+        path.unlink()
+    shard(folder, PLAN.shard, session(fresh=True))
+    (tmp_path / "there" / "preview.png").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"holds preview\.png, which no build published"):
+        publish_to(folder, str(tmp_path / "there"), Reporter(quiet=True))
