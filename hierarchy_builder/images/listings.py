@@ -10,6 +10,7 @@ import io
 import os
 import posixpath
 import re
+import sys
 import tarfile
 from array import array
 from collections import Counter
@@ -352,6 +353,7 @@ def _from_tree(
         raise BuilderError(
             f"no images under {source}{'/' + split if split else ''} ({count} other files{others.shown()}): expected "
             f"one folder per class, or images ending in {', '.join(sorted(picture_suffixes()))}"
+            + (f"; {_not_utf8(unnamable)}" if unnamable else "")
         )
     if not nested.total:
         found = Listing(plain, [UNLABELLED])
@@ -418,15 +420,21 @@ class _LeftOut:
         return f": {', '.join(kinds[:NAMED])}{more}, such as {printable(self.first[1])}"
 
 
+def _not_utf8(names: Sequence[str]) -> str:
+    encoding = sys.getfilesystemencoding()
+    advice = f"; Python takes names for {encoding} here: set PYTHONUTF8=1" if encoding != "utf-8" else ""
+    return (
+        f"{counted(len(names), 'file or folder', 'files and folders')} with a name that is not UTF-8: "
+        f"{_some(names)}{advice}"
+    )
+
+
 def _with_left_out(found: Listing, others: _LeftOut, unnamable: Sequence[str]) -> Listing:
     """Add messages about files that are no images by their extension, and about names that are not UTF-8."""
     if others.counts:
         found.warnings.append(f"left out{others.shown()}")
     if unnamable:
-        found.warnings.append(
-            f"left out: {counted(len(unnamable), 'file or folder', 'files and folders')} with a name that is not "
-            f"UTF-8: {_some(unnamable)}"
-        )
+        found.warnings.append(f"left out: {_not_utf8(unnamable)}")
     return found
 
 

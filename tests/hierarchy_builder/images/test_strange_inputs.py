@@ -47,6 +47,9 @@ def test_names_that_are_not_utf8_are_left_out_and_named(tmp_path: Path) -> None:
     assert source.class_map == {"a": 0, "c": 1}
     assert r"c/3\xe9.png" in said(source)
     assert r"b\xff/" in said(source)
+    tree(tmp_path / "other", b"b\xff/2.png")
+    with pytest.raises(BuilderError, match=r"not UTF-8: .*b\\xff/"):
+        open_source(str(tmp_path / "other"))
 
 
 def test_files_that_are_no_pictures_by_their_names_are_counted_and_named(tmp_path: Path) -> None:
