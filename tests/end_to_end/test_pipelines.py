@@ -23,6 +23,7 @@ from hierarchy_builder.store.folder import BuildFolder
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 CLUSTER = Path(__file__).resolve().parents[2] / "pipelines" / "cluster"
+RAY_JOBS = pytest.mark.parametrize("name", sorted(path.name for path in CLUSTER.glob("*-rayjob.yaml")))
 
 
 def test_no_cluster_at_the_address_is_said(tmp_path) -> None:
@@ -126,8 +127,9 @@ def test_job_on_two_nodes_makes_the_bytes_of_one_process(two_nodes, tmp_path) ->
         assert (tmp_path / "job" / "shards" / name).read_bytes() == (alone.shards / name).read_bytes()
 
 
-def test_cluster_files_name_the_job() -> None:
-    job = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())
+@RAY_JOBS
+def test_cluster_files_name_the_job(name: str) -> None:
+    job = yaml.safe_load((CLUSTER / name).read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert "pipelines.build" in job["spec"]["entrypoint"]
     for group in (
@@ -135,16 +137,20 @@ def test_cluster_files_name_the_job() -> None:
         *job["spec"]["rayClusterSpec"]["workerGroupSpecs"],
     ):
         (container,) = group["template"]["spec"]["containers"]
-        assert {mount["name"] for mount in container["volumeMounts"]} == {
-            volume["name"] for volume in group["template"]["spec"]["volumes"]
+        assert {mount["name"] for mount in container.get("volumeMounts", [])} == {
+            volume["name"] for volume in group["template"]["spec"].get("volumes", [])
         }
+        assert ("volumeMounts" in container) != (
+            "envFrom" in container
+        )  # a volume, or credentials of a store
     cluster = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
     assert cluster["provider"]["type"] == "local"
     assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
 
 
-def test_cluster_files_turn_tokens_on() -> None:
-    job = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+@RAY_JOBS
+def test_cluster_files_turn_tokens_on(name: str) -> None:
+    job = yaml.safe_load((CLUSTER / name).read_text())["spec"]["rayClusterSpec"]
     assert job["authOptions"] == {"mode": "token"}
     assert [int(part) for part in job["rayVersion"].split(".")] >= [2, 52, 0]  # older ones have no tokens
     cluster = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
@@ -268,9 +274,10 @@ def test_job_is_submitted_to_a_job_server(job_server, tmp_path) -> None:
     ).read_bytes()
 
 
-def test_ray_job_has_the_fields_of_its_kind() -> None:
+@RAY_JOBS
+def test_ray_job_has_the_fields_of_its_kind(name: str) -> None:
     """Names KubeRay's v1 schema knows, at the levels it knows them; a misspelt one would be dropped in silence."""
-    job = yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())
+    job = yaml.safe_load((CLUSTER / name).read_text())
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     lifetime = {
         "shutdownAfterJobFinishes",

@@ -31,13 +31,17 @@ if TYPE_CHECKING:
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
-def reads(what: str, metavar: str = "PATH") -> dict[str, Any]:
+def reads(what: str, metavar: str = "PATH", is_run: bool = False) -> dict[str, Any]:
     """Settings of arguments and options whose value is a path to be read: a missing file ends with exit code 2.
 
-    what: what is expected there, for the message.
+    what: what is expected there, for the message. is_run: whether it is a run, which may also lie at a URL.
     """
 
     def existing(text: str) -> Path:
+        if "://" in text and is_run:
+            from trainer.training.mirror import a_run  # loads torch
+
+            return checked(a_run)(text)
         path = checked(a_path)(text)
         if not path.exists():
             raise typer.BadParameter(f"{text} does not exist, expected {what}")
@@ -49,7 +53,9 @@ def reads(what: str, metavar: str = "PATH") -> dict[str, Any]:
 A_RUN = "a run folder of `trainer train`, or one of its checkpoints"
 A_TRAJECTORY = "a file that `trainer sample` or `trainer edit` wrote"
 
-RUN = argument("Run folder of `trainer train`, or one of its checkpoints.", **reads(A_RUN, "RUN"))
+RUN = argument(
+    "Run folder or URL of `trainer train`, or one of its checkpoints.", **reads(A_RUN, "RUN", is_run=True)
+)
 SEEDS = option("Seeds such as 0-7 or 0,3,9; each is used for every label.", default="0-3")
 STEPS = option(
     "Network evaluations per level. For Latent Forcing: steps per stage, and 1 stands for its default of 25.",

@@ -14,8 +14,9 @@ import yaml
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
-from hierarchy_builder.flags import OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
+from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.parsing import parse_yaml, read_document
+from hierarchy_builder.remote import is_remote
 from hierarchy_builder.terminal import print_cells, print_result, say_next, stderr
 from trainer.calls import base_config
 from trainer.cli.options import FIELDS, TRAINING, reads
@@ -40,7 +41,7 @@ SETS = "several are read as one set: DIR DIR …, 'DIR-*', or a .txt file of one
 
 @takes(
     shards=argument(f"Finished shard folder, its build folder, or an fsspec URL; {SETS}", **SHARDS),
-    out=option("Run folder; the same command resumes there.", default=REQUIRED, **PATH),
+    out=option("Run folder or URL; the same command resumes there.", default=REQUIRED, **FOLDER),
     preset_name=option(
         "Preset to start from; `trainer presets` lists them. Default: the configuration in RUN, or else what "
         "`trainer presets --suggest SHARDS` prints.",
@@ -55,8 +56,10 @@ def train(
 ) -> None:
     """Train a network on shards and write checkpoints; under torchrun every process is a rank."""
     from trainer.data.shards import open_index
+    from trainer.training.mirror import run_folder
 
     resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
+    asked_out, out = out, run_folder(out, is_new=True)
     base = base_config(preset_name, method, shards, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
@@ -75,6 +78,8 @@ def train(
     draws_pixels = index.encoder.get("decoder") or method_of(resolved) is LATENT_FORCING
     if not draws_pixels and not (out / "decoder").exists():
         draw.insert(0, ("trainer", "train-decoder", *shards, "--out", out / "decoder"))
+    if is_remote(asked_out):
+        draw = [("trainer", "sample", asked_out, "--labels", "0", "--out", "drawn")]
     run_and_print(
         lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet, draw
     )

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -39,8 +40,12 @@ from hierarchy_builder.records import (
     Sample,
     spread_evenly,
 )
+from hierarchy_builder.remote import store_error
+from trainer.data.distant import SAMPLES_KEPT, DistantTar, found_tar
 from trainer.data.shards import INDEX, ShardIndex
-from trainer.data.tars import Members, OpenTar, check_sha256, check_size, local_path
+from trainer.data.tars import Members, OpenTar, check_sha256, check_size
+
+Tar = OpenTar | DistantTar
 
 MOST_OPENED = 32
 """Shards that are opened for a sample of the set; all headers of a tar are read when it is opened."""
@@ -118,7 +123,7 @@ class ShardReader:
         self._max_open = max_open
         self._cache = cache
         self._max_damaged = max_damaged
-        self._open: OrderedDict[int, OpenTar] = OrderedDict()
+        self._open: OrderedDict[int, Tar] = OrderedDict()
         self._verified: set[int] = set()
         self._damaged: set[int] = set()
         self._order = Lock()
@@ -160,6 +165,8 @@ class ShardReader:
         headers = {name: _npy_header(array[0]) for name, array in arrays}
         labels = []
         for row, (shard, tar, (key, members)) in enumerate(found):
+            if row % SAMPLES_KEPT == 0:
+                _fetch(found[row : row + SAMPLES_KEPT])
             with _named(shard, key):
                 if (SCALE_MEMBER in members) != is_int8:
                     raise ValueError("features are int8 in some samples and float16 in others")
@@ -195,7 +202,7 @@ class ShardReader:
         """Close all tars."""
         self._open.clear()
 
-    def _find(self, number: int) -> tuple[str, OpenTar, tuple[str, Members]]:
+    def _find(self, number: int) -> tuple[str, Tar, tuple[str, Members]]:
         """Name and tar of the shard that provides sample `number`, and the sample's key and members."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         row = number - int(self._starts[shard])
@@ -210,7 +217,7 @@ class ShardReader:
         entry = self.index.shards[shard]
         return entry.place if self.index.sets else entry.name
 
-    def _opened(self, shard: int) -> OpenTar | None:
+    def _opened(self, shard: int) -> Tar | None:
         """The tar, opened by the first thread that asks; None if it is damaged and may be skipped."""
         with self._opening[shard]:
             if shard in self._open or shard in self._damaged:
@@ -227,9 +234,13 @@ class ShardReader:
                 self._open[shard] = tar
             return tar
 
-    def _checked(self, shard: int) -> OpenTar:
+    def _checked(self, shard: int) -> Tar:
         entry = self.index.shards[shard]
-        path = local_path(entry, self._cache or default_cache())
+        path = found_tar(
+            entry, self._cache or default_cache(), sum(shard.num_bytes for shard in self.index.shards)
+        )
+        if isinstance(path, DistantTar):
+            return path
         check_size(path, entry)
         if self._verifies(shard) and shard not in self._verified:
             check_sha256(path, entry)
@@ -257,7 +268,7 @@ class ShardReader:
             keys=[],
         )
 
-    def _label(self, tar: OpenTar, members: Members) -> int:
+    def _label(self, tar: Tar, members: Members) -> int:
         text = tar.read(*_span(members, LABEL_MEMBER)).strip()
         label = int(text) if text.isdigit() and len(text) < 10 else -1
         if not 0 <= label < self.index.num_classes:
@@ -266,7 +277,7 @@ class ShardReader:
             )
         return label
 
-    def _add_extras(self, sample: Sample, tar: OpenTar, members: Members) -> None:
+    def _add_extras(self, sample: Sample, tar: Tar, members: Members) -> None:
         if METADATA_MEMBER in members:
             sample.metadata = parse_json(tar.read(*members[METADATA_MEMBER]))
         if CANVASES_MEMBER in members:
@@ -316,10 +327,21 @@ def _named(shard: str, key: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
+        if told := store_error(error):
+            raise told from error
         raise TrainerError(f"{shard}, sample {key}: {error}") from None
 
 
-def _read_array(tar: OpenTar, members: Members, name: str, header: np.ndarray, row: np.ndarray) -> None:
+def _fetch(found: Sequence[tuple[str, Tar, tuple[str, Members]]]) -> None:
+    """Fetch samples from tars at URLs at once; an error of one is raised again when it is read, with its name."""
+    distant = [(tar, members) for _, tar, (_, members) in found if isinstance(tar, DistantTar)]
+    if len(distant) > 1:
+        with ThreadPoolExecutor(len(distant)) as pool:
+            for tar, members in distant:
+                pool.submit(tar.read, min(members.values())[0], 1)
+
+
+def _read_array(tar: Tar, members: Members, name: str, header: np.ndarray, row: np.ndarray) -> None:
     """Read one .npy member into `row`, with a single system call if its header is the expected one."""
     offset, size = _span(members, name)
     found, data = np.empty_like(header), row.reshape(-1).view(np.uint8)

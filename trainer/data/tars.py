@@ -1,23 +1,20 @@
-"""Random access to one tar of a shard folder: download, check, list members, and read them by position.
+"""Random access to one tar of a shard folder: check it, list members, and read them by position.
 
 Tars are uncompressed, so one pass over the headers finds every member, and a sample needs only a few positioned reads.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from hierarchy_builder.errors import DamagedShardError
-from hierarchy_builder.files import sha256_file, whole_file
-from hierarchy_builder.places import filesystem_of
+from hierarchy_builder.files import sha256_file
 
 HEADER_BYTES = 512
 PLAIN_FILE = (b"0", b"\0")
@@ -69,27 +66,6 @@ class OpenTar:
     def read_into(self, buffers: list[np.ndarray], offset: int) -> int:
         """Read from `offset` into one uint8 buffer after the other; returns the number of bytes read."""
         return os.preadv(self._file.fileno(), [buffer.data for buffer in buffers], offset)
-
-
-def local_path(entry: ShardEntry, cache: str) -> str:
-    """Local path of the tar; a remote tar is first downloaded to `cache`, once, and checked.
-
-    Raises DamagedShardError if the download is not what the index lists.
-    """
-    filesystem, path = filesystem_of(entry.place)
-    if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
-        return path
-    folder = Path(cache) / hashlib.sha256(entry.folder.encode()).hexdigest()[:16]
-    local = folder / f"{entry.sha256[:16]}-{PurePosixPath(entry.name).name}"  # both checked in `shards`
-    if not local.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(f"{local}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait
-            if not local.exists():
-                with whole_file(local) as partial:
-                    filesystem.get_file(path, str(partial))
-                    check_sha256(str(partial), entry)
-    return str(local)
 
 
 def check_size(path: str, entry: ShardEntry) -> None:

@@ -31,6 +31,7 @@ from trainer.data.stream import StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
 from trainer.training.distributed import World, check_equal
 from trainer.training.log import RunLog, open_trackers
+from trainer.training.mirror import send
 from trainer.training.run_folder import locked, prepare_folder
 from trainer.training.speed import explained, peak_of
 from trainer.training.weights import WeightAverages, fill
@@ -362,6 +363,7 @@ class Loop(ABC):
                 folder, state, self.model, averages, self.optimizer, self.normaliser, self._kept()
             )
             saved.prune_checkpoints(self.out, self.config.keep_checkpoints)
+            send(self.out)
         self.world.barrier()
         return folder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
 from trainer.training.config import RunConfig, checked
 from trainer.training.log import truncate_metrics
+from trainer.training.mirror import home_of, send
 
 RunT = TypeVar("RunT", bound=RunConfig)
 
@@ -37,16 +39,23 @@ COMMENT = b"SHA-256 of the lines below"
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Be the one writer of a run folder, see `exclusion`; TrainerError if there is another."""
+    """Be the one writer of a run folder, see `exclusion`; TrainerError if there is another.
+
+    A run that is kept at a URL is sent there at the end.
+    """
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:
-            held.enter_context(exclusive(run))
+            for place in (run, home_of(run)):
+                if place is not None:
+                    held.enter_context(exclusive(place, lambda text: print(text, file=sys.stderr)))
         except BusyError:
             raise TrainerError(
-                f"{run} is locked by another process that trains in it: wait for it, or choose another --out"
+                f"{home_of(run) or run} is locked by another process that trains in it: wait for it, or choose "
+                "another --out"
             ) from None
         yield
+        send(run)
 
 
 def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:

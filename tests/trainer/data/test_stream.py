@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import tarfile
 import threading
 from pathlib import Path
@@ -112,6 +113,50 @@ def test_remote_shards_are_downloaded_once(tmp_path: Path, folder: Path) -> None
     memory.rm("/stream-test", recursive=True)
     again = ShardReader(index, cache=str(tmp_path)).read(0)
     np.testing.assert_array_equal(first.features, again.features)
+
+
+def test_a_set_that_does_not_fit_into_the_cache_is_read_where_it_lies(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/distant-test", recursive=True)
+    monkeypatch.setenv("TRAINER_CACHE_BYTES", "100")
+    near, far = open_index(str(folder)), open_index("memory://distant-test")
+    expected = ShardReader(near).read_rows(range(near.num_samples))
+    reader = ShardReader(far, cache=str(tmp_path))
+    found = reader.read_rows(range(far.num_samples))
+    assert torch.equal(found.features, expected.features)
+    assert torch.equal(found.regions, expected.regions)
+    assert (found.keys, found.label.tolist()) == (expected.keys, expected.label.tolist())
+    assert reader.read(3, extras=True).metadata == ShardReader(near).read(3, extras=True).metadata
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".lock"}
+    monkeypatch.setattr(memory, "get_file", pytest.fail)  # where its members lie is known now
+    assert ShardReader(far, cache=str(tmp_path)).read_rows([5]).keys == expected.keys[5:6]
+    memory.rm("/distant-test", recursive=True)
+
+
+def test_copies_of_other_sets_make_room(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    index = open_index(str(folder))
+    size = sum(shard.num_bytes for shard in index.shards)
+    monkeypatch.setenv("TRAINER_CACHE_BYTES", str(2 * size))
+    for name in ("first", "second", "first", "third"):
+        memory.put(str(folder), f"/{name}-set", recursive=True)
+        reader = ShardReader(open_index(f"memory://{name}-set"), cache=str(tmp_path))
+        reader.read_rows(range(index.num_samples))
+        for number, tar in enumerate(
+            sorted(tmp_path.glob("*/*.tar"), key=lambda tar: tar.stat().st_mtime_ns)
+        ):
+            os.utime(tar, (number, number))  # a clock that is finer than that of the disk
+    assert sum(tar.stat().st_size for tar in tmp_path.glob("*/*.tar")) == 2 * size
+    kept = {hashlib.sha256(f"memory://{name}-set".encode()).hexdigest()[:16] for name in ("first", "third")}
+    assert {
+        tar.parent.name for tar in tmp_path.glob("*/*.tar")
+    } == kept  # the second was used before the first
+    for name in ("first", "second", "third"):
+        memory.rm(f"/{name}-set", recursive=True)
 
 
 def test_a_corrupt_download_leaves_nothing_behind(tmp_path: Path, folder: Path) -> None:

@@ -1,0 +1,143 @@
+"""Tars at a URL: copied to a cache folder if all of them fit into its limit, otherwise read where they lie.
+
+In the cache, copies of other sets that were not used for longest make room. A tar that is read where it lies passes
+through the cache once, to be checked and to find its members; only their positions stay, and then each sample takes one
+request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files import whole_file, write_bytes
+from hierarchy_builder.places import filesystem_of
+from trainer.data.tars import Members, OpenTar, ShardEntry, check_sha256
+
+CACHE_BYTES = "TRAINER_CACHE_BYTES"
+"""Environment variable with the most bytes that copies of tars may take; without it FREE_SHARE of the free space."""
+FREE_SHARE = 0.8
+SAMPLES_KEPT = 16
+"""Samples of a distant tar that are kept in memory after they were fetched."""
+
+
+class DistantTar:
+    """A tar that is read where it lies: what is read of a sample comes with all of its members in one request."""
+
+    def __init__(self, place: str, positions: Path) -> None:
+        self._place = place
+        self.samples: list[tuple[str, Members]] = [
+            (key, {name: (offset, size) for name, (offset, size) in members.items()})
+            for key, members in json.loads(positions.read_bytes())
+        ]
+        self._starts = [min(offset for offset, _ in members.values()) for _, members in self.samples]
+        self._fetched, self._order = OrderedDict[int, bytes](), threading.Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read bytes at `offset`, all of one sample; threads may do so at once."""
+        number = bisect_right(self._starts, offset) - 1
+        start = offset - self._starts[number]
+        return self._sample(number)[start : start + size]
+
+    def read_into(self, buffers: list[np.ndarray], offset: int) -> int:
+        """Read from `offset` into one uint8 buffer after the other; returns the number of bytes read."""
+        data = self.read(offset, sum(map(len, buffers)))
+        done = 0
+        for buffer in buffers:
+            part = np.frombuffer(data[done : done + len(buffer)], np.uint8)
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
+
+    def _sample(self, number: int) -> bytes:
+        with self._order:
+            if number in self._fetched:
+                self._fetched.move_to_end(number)
+                return self._fetched[number]
+        end = max(offset + size for offset, size in self.samples[number][1].values())
+        filesystem, path = filesystem_of(self._place)  # its own in every process that was forked
+        data: bytes = filesystem.cat_file(path, start=self._starts[number], end=end)
+        with self._order:
+            self._fetched[number] = data
+            while len(self._fetched) > SAMPLES_KEPT:
+                self._fetched.popitem(last=False)
+        return data
+
+
+def found_tar(entry: ShardEntry, cache: str, all_bytes: int) -> str | DistantTar:
+    """The path of a tar on this machine, for one at a URL after it was copied and checked; or the tar where it lies.
+
+    all_bytes: all tars that are read with it. Raises DamagedShardError if the copy is not what the index lists.
+    """
+    filesystem, path = filesystem_of(entry.place)
+    if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
+        return path
+    folder = Path(cache) / hashlib.sha256(entry.folder.encode()).hexdigest()[:16]
+    local = folder / f"{entry.sha256[:16]}-{PurePosixPath(entry.name).name}"  # both checked in `shards`
+    positions, fits = local.with_suffix(".json"), all_bytes <= cache_limit(Path(cache))
+    wanted = local if fits else positions
+    if not wanted.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{local}.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait
+            if not wanted.exists():
+                if fits:
+                    _make_room(Path(cache), folder, entry.num_bytes)
+                with whole_file(local) if fits else _passing(local) as partial:
+                    filesystem.get_file(path, str(partial))
+                    check_sha256(str(partial), entry)
+                    if not fits:
+                        samples = OpenTar(str(partial), entry).samples
+                        write_bytes(positions, json.dumps(samples, separators=(",", ":")).encode())
+    if not fits:
+        return DistantTar(entry.place, positions)
+    with contextlib.suppress(OSError):  # a cache of another user
+        os.utime(local)  # the last use, by which `_make_room` chooses
+    return str(local)
+
+
+def cache_limit(cache: Path) -> int:
+    """Bytes that copies of tars may take. Raises UsageError if the environment says no number."""
+    if text := os.environ.get(CACHE_BYTES):
+        if not text.isdecimal():
+            raise UsageError(f"{CACHE_BYTES} is {text!r}, expected a number of bytes")
+        return int(text)
+    cache.mkdir(parents=True, exist_ok=True)
+    return int(FREE_SHARE * (shutil.disk_usage(cache).free + _cached_bytes(cache)))
+
+
+def _make_room(cache: Path, folder: Path, needed: int) -> None:
+    """Remove copies of other sets than that in `folder`, the least recently used first, until `needed` bytes fit."""
+    room = cache_limit(cache) - _cached_bytes(cache) - needed
+    others = [path for path in cache.glob("*/*.tar") if path.parent != folder]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime):
+        if room >= 0:
+            return
+        room += path.stat().st_size
+        path.unlink(missing_ok=True)
+
+
+def _cached_bytes(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.glob("*/*.tar"))
+
+
+@contextlib.contextmanager
+def _passing(local: Path) -> Iterator[Path]:
+    """A name for a copy that does not stay."""
+    partial = local.with_name(f"{local.name}.passing-{os.getpid()}")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)

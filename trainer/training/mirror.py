@@ -1,0 +1,116 @@
+"""Runs at URLs: they are trained and read in a folder of this machine, and kept where their URL leads.
+
+What lies at the URL counts. `fetched` makes the folder equal to it (of the checkpoints, the newest), and `send` copies
+there what is new after every checkpoint: the files of a checkpoint first, its state.json last, then those that
+training has removed go there too, their state.json first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from pathlib import Path
+
+from hierarchy_builder import remote
+from hierarchy_builder.errors import UsageError
+from hierarchy_builder.exclusion import LOCK, still_ours
+from hierarchy_builder.files import whole_file
+from hierarchy_builder.places import a_folder
+from hierarchy_builder.remote import is_remote
+from trainer.data.reader import default_cache
+from trainer.training.checkpoint import STATE, STEP_FOLDER
+
+CHECKPOINTS = "checkpoints"
+_HOMES: dict[Path, Path] = {}
+"""URLs of the folders of this process that stand for a run."""
+_SEEN: dict[Path, set[str]] = {}
+"""Checkpoints that were in such a folder; those that are gone since were removed by training, others never came."""
+
+
+def home_of(run: Path) -> Path | None:
+    """Where a run is kept, if its folder only stands for it."""
+    return _HOMES.get(run)
+
+
+def run_folder(place: Path, is_new: bool = False) -> Path:
+    """The folder of a run or of one of its checkpoints; for one at a URL the folder that stands for it, up to date.
+
+    is_new: whether there may be nothing yet. Raises UsageError where there is nothing.
+    """
+    if not is_remote(place):
+        return place
+    if STEP_FOLDER.fullmatch(place.name) and place.parent.name == CHECKPOINTS:
+        return run_folder(place.parents[1]) / CHECKPOINTS / place.name
+    name = hashlib.sha256(str(place).encode()).hexdigest()[:16]
+    folder = Path(default_cache()) / "runs" / f"{name}-{place.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one machine share the folder
+        if not _fetch(place, folder) and not is_new:
+            raise UsageError(f"{place} holds nothing, expected a run folder of `trainer train`")
+    _HOMES[folder] = place
+    return folder
+
+
+def _fetch(place: Path, folder: Path) -> bool:
+    """Make a folder equal to what lies at a URL; returns whether anything does."""
+    sizes = _sizes(place)
+    steps = {name.split("/")[1] for name in sizes if name.startswith(f"{CHECKPOINTS}/")}
+    whole = sorted(step for step in steps if f"{CHECKPOINTS}/{step}/{STATE}" in sizes)
+    unwanted = {f"{CHECKPOINTS}/{step}" for step in steps if step not in whole[-1:]}
+    _SEEN[folder] = set(whole[-1:])
+    for path in [path for path in (folder / CHECKPOINTS).glob("*") if path.name not in whole[-1:]]:
+        shutil.rmtree(path)
+    for name, size in sizes.items():
+        if name.rpartition("/")[0] in unwanted:
+            continue
+        local = folder / name
+        is_same = local.is_file() and local.stat().st_size == size
+        if is_same and name.startswith(f"{CHECKPOINTS}/") and not name.endswith(STATE):
+            continue
+        with whole_file(local) as partial, partial.open("wb") as file, (place / name).open("rb") as source:
+            shutil.copyfileobj(source, file, remote.PART_BYTES)
+    return bool(sizes)
+
+
+def send(folder: Path) -> None:
+    """Copy to the URL of a run what is new in its folder, and remove there the checkpoints that are gone here."""
+    place = _HOMES.get(folder)
+    if place is None:
+        return
+    there = _sizes(place)
+    here = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".tmp-" not in str(path.relative_to(folder)) and path.name != LOCK
+    }
+    of_steps = {name for name in here if name.startswith(f"{CHECKPOINTS}/")}
+    markers = {name for name in of_steps if name.endswith(f"/{STATE}")}
+    for name in sorted(of_steps - markers):
+        if f"{name.rpartition('/')[0]}/{STATE}" not in there:
+            remote.send(here[name], place / name)
+    still_ours(place)
+    for name in sorted(markers):
+        if name not in there:
+            remote.send(here[name], place / name)
+    for name in sorted(here.keys() - of_steps):
+        if there.get(name) != here[name].stat().st_size or name.endswith((".yaml", ".jsonl", ".json")):
+            remote.send(here[name], place / name)
+    steps = {name.split("/")[1] for name in markers}
+    removed = _SEEN[folder] - steps
+    gone = [name for name in there if name.startswith(f"{CHECKPOINTS}/") and name.split("/")[1] in removed]
+    remote.remove([place / name for name in gone if name.endswith(f"/{STATE}")])
+    remote.remove([place / name for name in gone if not name.endswith(f"/{STATE}")])
+    _SEEN[folder] = steps
+
+
+def _sizes(place: Path) -> dict[str, int]:
+    found = remote.files_below(place)
+    names = {path.relative_to(place).as_posix(): size for path, size in found.items()}
+    return {name: size for name, size in names.items() if not name.startswith(".")}
+
+
+def a_run(text: str, is_new: bool = False) -> Path:
+    """The folder of a run as a user names it: a path, or a URL."""
+    return run_folder(a_folder(text), is_new)
