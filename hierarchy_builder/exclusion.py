@@ -21,6 +21,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -94,13 +95,36 @@ def is_taken(folder: Path) -> bool:
     if found is None:
         return False
     lease = _Lease(folder, found)
-    content = lease.read()
-    return bool(content.get("holder")) and time.time() - lease.modified() < LEASE_S
+    holder = lease.read().get("holder")
+    if not holder or _is_dead(holder):
+        return False
+    try:
+        age = lease.age()
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
+        age = time.time() - lease.modified()  # who may only read asks the clock of this machine
+    return age < LEASE_S
+
+
+def of_exclusion(name: str) -> bool:
+    """Whether a file or folder of this name belongs to the lock or the lease of the folder that it is in."""
+    return name in (LOCK, LEASES)
+
+
+def discard(folder: Path) -> None:
+    """Remove lock and lease of a folder that is about to be removed, by the process that holds them."""
+    (folder / LOCK).unlink(missing_ok=True)
+    shutil.rmtree(folder / LEASES, ignore_errors=True)
 
 
 def fence(place: Path) -> Fence | None:
     """What tells another process whether this one still holds the lease of the folder that `place` lies in."""
-    held = [lease for lease in _HELD if place == lease.folder or place.is_relative_to(lease.folder)]
+    held = [
+        lease
+        for lease in _HELD
+        if is_remote(place) == is_remote(lease.folder) and place.is_relative_to(lease.folder)
+    ]
     return Fence(held[0].folder, held[0].number, held[0].token) if held else None
 
 
@@ -148,7 +172,8 @@ class _Lease:
     def create(self) -> bool:
         """Write the file if there is none; whether it was this process that did."""
         if is_remote(self.path):
-            return remote.create(self.path, self.content()) and self.read().get("token") == self.token
+            remote.create(self.path, self.content())  # its answer may be that of a second try
+            return bool(self.read().get("token") == self.token)
         self.path.parent.mkdir(exist_ok=True)
         try:
             with open(self.path, "xb") as file:
@@ -215,8 +240,13 @@ def _leased(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         stop.set()
         beats.join()
         _HELD.remove(lease)
-        if _highest(folder) == lease.number:
-            lease.release()
+        try:
+            if _highest(folder) == lease.number:
+                lease.release()
+        except Exception as error:  # the outcome of the work stays what it is; the lease runs out by itself
+            if not _is_of_files(error):
+                raise
+            say(f"{folder} stays marked as being written for up to {LEASE_S:.0f} s: {error}")
 
 
 def _taken(folder: Path, say: Callable[[str], None], pause: Callable[[float], None] = time.sleep) -> _Lease:
@@ -229,7 +259,9 @@ def _taken(folder: Path, say: Callable[[str], None], pause: Callable[[float], No
                 _wait_until_left(busy, content, say, pause)
         lease = _Lease(folder, (number or 0) + 1)
         if lease.create():
-            return lease
+            if _highest(folder) == lease.number:
+                return lease
+            lease.path.unlink(missing_ok=True)  # others came and went while this process looked
 
 
 def _wait_until_left(
@@ -261,9 +293,14 @@ def _keep(lease: _Lease, stop: threading.Event) -> None:
             lease.renew()
         except LeaseLostError:
             return
-        except Exception as error:  # every store has its own
-            if not isinstance(error, OSError) and store_error(error) is None:
+        except Exception as error:
+            if not _is_of_files(error):
                 raise
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether an exception tells of a file system or a store; every store has its own."""
+    return isinstance(error, OSError) or store_error(error) is not None
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
@@ -272,7 +309,18 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         return False
     boot, _, start = str(holder["started"]).rpartition("/")
     own_boot, _, _ = _process_start().rpartition("/")
-    return boot == own_boot and start != _process_start(holder.get("process")).rpartition("/")[2]
+    process = holder.get("process")
+    if boot != own_boot or not isinstance(process, int) or process < 1:
+        return False
+    if now := _process_start(process).rpartition("/")[2]:
+        return start != now
+    try:  # where processes of other users are hidden, none of them has an entry in /proc
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _process_start(process: Any = None) -> str:
@@ -286,7 +334,7 @@ def _process_start(process: Any = None) -> str:
         stat = Path(f"/proc/{process or os.getpid()}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return f"{boot}{space}/"
-    return f"{boot}{space}/{'' if stat[0] == 'Z' else stat[19]}"
+    return f"{boot}{space}/{'ended' if stat[0] == 'Z' else stat[19]}"
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,13 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The folder of `path` is made. On any exception nothing new is left, and `path` stays as it was. A link stays a
     link: the file it leads to is written. Raises UserError where `path` is a folder, a device or a pipe.
-    For a URL the name is one in the temporary folder.
     """
-    if is_remote(path):
-        with tempfile.TemporaryDirectory() as folder:
-            yield (partial := Path(folder, path.name))
-            remote.send(partial, path)
-        return
     path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
@@ -200,7 +195,11 @@ def readable_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or return an empty one when the file is missing, damaged or not readable."""
     try:
         return read_json(path)
-    except (UserError, OSError):
+    except UserError:
+        return {}
+    except OSError:
+        if is_remote(path):  # the store did not answer, which tells nothing of the file
+            raise
         return {}
 
 
@@ -263,6 +262,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def fetched(path: Path) -> Iterator[BinaryIO]:
+    """A file open for reading it more than once; an object is first copied to the temporary folder, in one go."""
+    with path.open("rb") as source:
+        if not is_remote(path):
+            yield source
+            return
+        with tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(source, file, remote.PART_BYTES)
+            file.seek(0)
+            yield file
+
+
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; 0 when it does not exist."""
     if is_remote(path):
@@ -286,11 +298,3 @@ def move(source: Path, target: Path) -> None:
         remote.move(source, target)
     else:
         os.replace(source, target)
-
-
-def length_of(path: Path) -> int | None:
-    """Bytes of a file; None where there is none."""
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return None

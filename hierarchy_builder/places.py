@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from typing import cast
+from urllib.parse import urlsplit, urlunsplit
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.remote import remote_place
+from hierarchy_builder.installing import install_extras
+from hierarchy_builder.remote import CLIENTS, options
 
 
 def a_place(text: str) -> str:
@@ -47,6 +51,39 @@ def a_folder(text: str) -> Path:
     """A local path with `~` expanded, or the place at a URL, which has the methods of a path; see `remote_place`."""
     place = a_place(text)
     return remote_place(place) if "://" in place else Path(place)
+
+
+def remote_place(url: str) -> Path:
+    """The place at a URL. Raises UsageError for an unknown scheme and where the package of a known one is missing."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise UsageError(f"{url} is no file of this machine, expected file:///absolute/path, or a path")
+        return Path(slash + path)
+    if scheme not in CLIENTS:
+        raise UsageError(
+            f"{url}: {scheme}:// is not understood here, expected a path or a URL that begins with "
+            f"{', '.join(f'{name}://' for name in ('s3', 'gs', 'az', 'memory', 'file'))}"
+        )
+    if not rest.strip("/"):
+        raise UsageError(f"{url} names no folder, expected for example {scheme}://bucket/folder")
+    package, extra = CLIENTS[scheme]
+    try:
+        importlib.import_module(package)
+        from hierarchy_builder.remote_paths import RemotePath
+    except ImportError as error:
+        raise UsageError(
+            f"{url}: {error.name or package} is not installed: {install_extras(extra)}"
+        ) from None
+    return cast(Path, RemotePath(url.rstrip("/"), **options()))
+
+
+def shown(url: str) -> str:
+    """A URL as it may be printed: without user, password and the query, which may be a signature."""
+    parts = urlsplit(url)
+    query = parts.query if parts.scheme in CLIENTS else ""  # of an object store it is part of a name
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
 def home_folder() -> Path | None:

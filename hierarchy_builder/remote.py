@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
+import io
+import traceback
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from hierarchy_builder.errors import InterruptedRunError, UsageError
-from hierarchy_builder.installing import install_extras
+from hierarchy_builder.errors import InterruptedRunError, UserError
 
 CLIENTS = {
     "s3": ("s3fs", "remote"),
@@ -32,17 +33,22 @@ PART_BYTES = 16 * 2**20
 """Bytes of a part of a multipart upload; object stores take 10,000 parts, so a file may have 160 GB."""
 
 LIBRARIES = (
-    "botocore",
-    "aiobotocore",
-    "aiohttp",
-    "fsspec",
-    "gcsfs",
-    "google",
-    "azure",
-    "requests",
-    "urllib3",
+    *("botocore", "aiobotocore", "aiohttp", "fsspec", "gcsfs", "google.auth", "google.api_core", "azure"),
+    *("requests", "urllib3"),
 )
 """Packages whose errors tell of an object store or of the way to it."""
+
+RAISES_PLAIN = ("s3fs", "gcsfs", "adlfs")
+"""Packages that also raise an OSError without a number for what a store answered."""
+
+ON_THE_WAY = (
+    *("Connect", "Timeout", "Transport", "Payload", "Streaming", "IncompleteRead", "Disconnected"),
+    *("ServiceRequest", "ServiceResponse"),
+)
+"""Parts of the names of errors that tell of the way to a store, which may be there again later."""
+
+REMOVALS = 16
+"""Objects that are removed at once where a store takes them one by one."""
 
 PASSING = {errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.EAGAIN}
 PASSING |= {errno.ENETUNREACH, errno.EHOSTUNREACH, getattr(errno, "EREMOTEIO", errno.EIO)}
@@ -52,21 +58,35 @@ WORDS = {
     "ExpiredToken": ("the credentials have expired: renew them", True),
     "TokenRefreshRequired": ("the credentials have expired: renew them", True),
     "RequestTimeTooSkewed": ("the clock of this machine differs from that of the store: set it", False),
+    "RequestTimeout": ("the store waited too long for this machine", True),
     "NoCredentials": ("this machine has no credentials: set them in the environment or a profile", False),
+    "InvalidToken": ("the store does not know these credentials: check them", False),
     "InvalidAccessKeyId": ("the store does not know these credentials: check them", False),
     "SignatureDoesNotMatch": ("the store does not accept these credentials: check them", False),
     "NoSuchBucket": ("there is no such bucket: create it, or correct the URL", False),
-    "PermanentRedirect": ("the bucket lies in another region: set AWS_DEFAULT_REGION to it", False),
-    "AuthorizationHeaderMalformed": (
-        "the bucket lies in another region: set AWS_DEFAULT_REGION to it",
-        False,
+    **dict.fromkeys(
+        (
+            *("PermanentRedirect", "301", "AuthorizationHeaderMalformed"),
+            *("IllegalLocationConstraint", "IllegalLocationConstraintException"),
+        ),
+        ("the bucket lies in another region: set AWS_DEFAULT_REGION to it", False),
     ),
-    "IllegalLocationConstraint": ("the bucket lies in another region: set AWS_DEFAULT_REGION to it", False),
     "AccessDenied": ("these credentials have no permission for that: grant it", False),
     "Forbidden": ("these credentials have no permission for that: grant it", False),
     "403": ("these credentials have no permission for that, or have expired: grant it or renew them", False),
+    "400": (
+        "the store refused the request, as it does when credentials have expired or the bucket lies in another "
+        "region: renew them, or set AWS_DEFAULT_REGION",
+        True,
+    ),
 }
-"""What a store means by the code of an error, with the next step, and whether the same command then continues."""
+"""What a store means by the code of an error, with the next step, and whether the same command then continues.
+
+The answer to a question for an object without its content has no other code than the number of its status.
+"""
+
+PASSING_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "ServerBusy", "OperationTimedOut"}
+"""Codes of a store that is overloaded."""
 
 
 class StoreError(OSError):
@@ -84,29 +104,6 @@ class StoreRetryError(StoreError):
 def is_remote(path: Path) -> bool:
     """Whether a place is at a URL."""
     return not isinstance(path, Path)
-
-
-def remote_place(url: str) -> Path:
-    """The place at a URL. Raises UsageError for an unknown scheme and where the package of a known one is missing."""
-    scheme, _, rest = url.partition("://")
-    if scheme == "file":
-        return Path(rest)
-    if scheme not in CLIENTS:
-        raise UsageError(
-            f"{url}: nothing can be written at {scheme}://, expected a path or a URL that begins with "
-            f"{', '.join(f'{name}://' for name in ('s3', 'gs', 'az', 'memory', 'file'))}"
-        )
-    if not rest.strip("/"):
-        raise UsageError(f"{url} names no folder, expected for example {scheme}://bucket/folder")
-    package, extra = CLIENTS[scheme]
-    try:
-        importlib.import_module(package)
-        from upath import UPath
-    except ImportError as error:
-        raise UsageError(
-            f"{url}: {error.name or package} is not installed: {install_extras(extra)}"
-        ) from None
-    return cast(Path, UPath(url.rstrip("/"), **options()))
 
 
 def options() -> dict[str, Any]:
@@ -128,18 +125,36 @@ def get(path: Path) -> bytes:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Write an object if there is none, in one conditional request; returns whether it was written."""
+    """Write an object if there is none, in one conditional request; returns whether the store said it was written.
+
+    The answer to a request that wrote it may have been lost, and the repeated one is then refused: read what is there.
+    """
     try:
         _fs(path).pipe_file(_key(path), data, mode="create")
     except FileExistsError:
         return False
+    except OSError as error:
+        if store_error(error) is not None and any(_status(one) == 409 for one in _chain(error)):
+            return False  # another request for the same object came in between
+        raise
     return True
 
 
 @contextlib.contextmanager
 def upload(path: Path) -> Iterator[BinaryIO]:
     """A file open for writing, sent part by part; the object appears when the block ends without an exception."""
-    file = _fs(path).open(_key(path), "wb", block_size=PART_BYTES, autocommit=False)
+    with upload_to(_fs(path), _key(path)) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def upload_to(fs: Any, key: str) -> Iterator[BinaryIO]:
+    """What `upload` does, for any file system of fsspec."""
+    if "memory" in fs.protocol:  # it would show the object from its first byte on
+        yield (collected := io.BytesIO())
+        fs.pipe_file(key, collected.getvalue())
+        return
+    file = fs.open(key, "wb", block_size=PART_BYTES, autocommit=False)
     try:
         yield cast(BinaryIO, file)
         file.close()
@@ -151,31 +166,58 @@ def upload(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def info(path: Path) -> dict[str, Any] | None:
+    """What the store tells of an object or of a name that objects lie below; None where there is neither."""
+    try:
+        return cast(dict[str, Any], _fs(path).info(_key(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def files_below(path: Path) -> dict[Path, int]:
     """All objects below a place and their sizes, or the object itself, in the order of names."""
-    root = _key(path).rstrip("/")
-    found = _fs(path).find(root, detail=True)
-    names = {name: int(entry["size"] or 0) for name, entry in sorted(found.items())}
-    return {path / name[len(root) + 1 :] if name != root else path: size for name, size in names.items()}
+    root, fs = _key(path).rstrip("/"), _fs(path)
+    found = fs.find(root, detail=True)
+    if not isinstance(found, dict):  # adlfs gives a list where the place is an object
+        found = {name: fs.info(name) for name in found}
+    sizes = {
+        name: int(entry["size"] or 0) for name, entry in sorted(found.items()) if entry["type"] == "file"
+    }
+    return {path / name[len(root) + 1 :] if name != root else path: size for name, size in sizes.items()}
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove objects; those that are not there count as removed."""
+    """Remove objects of one bucket; those that are not there count as removed. Names are taken literally.
+
+    Raises StoreError if the store keeps one of them.
+    """
     paths = list(paths)
-    for start in range(0, len(paths), 1000):
-        some = paths[start : start + 1000]
-        try:
-            _fs(some[0]).rm([_key(path) for path in some])
-        except FileNotFoundError:
-            for path in some:
-                path.unlink(missing_ok=True)
+    if not paths:
+        return
+    fs = _fs(paths[0])
+    if "s3" not in fs.protocol:
+        with ThreadPoolExecutor(min(REMOVALS, len(paths))) as pool:
+            list(pool.map(_remove, paths))
+        return
+    keys = [fs.split_path(_key(path))[:2] for path in paths]
+    for start in range(0, len(keys), 1000):
+        some = [{"Key": key} for _, key in keys[start : start + 1000]]
+        answer = fs.call_s3("delete_objects", Bucket=keys[0][0], Delete={"Objects": some, "Quiet": True})
+        for refused in answer.get("Errors", [])[:1]:  # the answer as a whole is a success
+            text = f"s3://{keys[0][0]}/{refused.get('Key', '')} was not removed: {refused.get('Message', '')}"
+            raise _told(text, str(refused.get("Code", "")), passes=refused.get("Code") in PASSING_CODES)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _fs(path).rm_file(_key(path))
 
 
 def move(source: Path, target: Path) -> None:
     """Copy an object, or all below a place, inside its store; then remove the originals, the last name first."""
     files = list(files_below(source))
     for path in files:
-        _fs(path).copy(_key(path), _key(target / path.relative_to(source) if path != source else target))
+        _fs(path).cp_file(_key(path), _key(target / path.relative_to(source) if path != source else target))
     remove(files[-1:])
     remove(files[:-1])
 
@@ -197,35 +239,81 @@ def store_error(error: BaseException) -> StoreError | None:
     """
     if isinstance(error, StoreError):
         return error
+    if isinstance(error, UserError):  # it says itself what is to be done
+        return None
+    chain = _chain(error)
+    told = [one for one in chain if _is_of_store(one)]
+    if not told:
+        return None
+    text = next((str(one) for one in chain if str(one)), type(error).__name__).partition("\n")[0]
+    code, status = _code(told[-1]), _status(told[-1])
+    if code not in WORDS and str(status) in WORDS and code not in PASSING_CODES:
+        code = str(status)
+    numbers = {getattr(one, "errno", None) for one in chain}
+    passes = bool(numbers & PASSING) or code in PASSING_CODES or (status or 0) >= 500 or status == 429
+    return _told(text, code, passes=passes or (status is None and any(map(_is_on_the_way, chain))))
+
+
+def _told(text: str, code: str, *, passes: bool) -> StoreError:
+    """The error of a store with the next step."""
+    if code in WORDS:
+        advice, passes = WORDS[code]
+        advice = f": {advice}{'; then the same command continues' if passes else ''}"
+    else:
+        advice = f"; {'the same command continues' if passes else 'check URL, network and permissions'}"
+    kind = StoreRetryError if passes else StoreError
+    return kind(f"{text}{f' ({code})' if code and (code in WORDS or code not in text) else ''}{advice}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception and what caused it."""
     chain = list[BaseException]()
     each: BaseException | None = error
     while each is not None and each not in chain:
         chain.append(each)
         each = each.__cause__ or each.__context__
-    told = [one for one in chain if type(one).__module__.partition(".")[0] in LIBRARIES]
-    if not told:
-        return None
-    code = _code(told[-1])
-    text = next((str(one) for one in chain if str(one)), type(error).__name__).partition("\n")[0]
-    if code in WORDS:
-        advice, passes = WORDS[code]
-        kind = StoreRetryError if passes else StoreError
-        more = "; then the same command continues" if passes else ""
-        return kind(f"{text} ({code}): {advice}{more}")
-    numbers = {getattr(one, "errno", None) for one in chain}
-    status = getattr(told[-1], "response", None)
-    status = status.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(status, dict) else None
-    passes = bool(numbers & PASSING) or status is None or status >= 500 or status == 429
-    kind = StoreRetryError if passes else StoreError
-    advice = "the same command continues" if passes else "check URL, network and permissions"
-    return kind(f"{text}{f' ({code})' if code and code not in text else ''}; {advice}")
+    return chain
+
+
+def _is_of_store(error: BaseException) -> bool:
+    """Whether a library of stores made an exception, or raised an OSError of Python that has no number."""
+    kind = f"{type(error).__module__}."
+    if any(kind.startswith(f"{library}.") for library in LIBRARIES):
+        return True
+    if not isinstance(error, OSError) or error.errno is not None:
+        return False
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].partition(".")[0] in RAISES_PLAIN
+
+
+def _is_on_the_way(error: BaseException) -> bool:
+    """Whether an exception tells of the connection, and not of what was asked."""
+    names = (each.__name__ for each in type(error).__mro__)
+    return any(part in name for name in names for part in ON_THE_WAY)
 
 
 def _code(error: BaseException) -> str:
+    """What the store calls an error; the name of the exception where it calls it nothing."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code", ""))
-    return type(error).__name__.removesuffix("Error")
+    told = getattr(error, "error_code", None) or getattr(error, "code", None)
+    if isinstance(told, str | int):
+        return str(getattr(told, "value", told))
+    head, colon, _ = str(error).partition(":")  # gcsfs writes `Forbidden: what`
+    return head if type(error) is OSError and colon else type(error).__name__.removesuffix("Error")
+
+
+def _status(error: BaseException) -> int | None:
+    """The number of the status of an answer over HTTP, if the exception tells of one."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return cast(int | None, response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    for name in ("status_code", "status", "code"):
+        number = str(getattr(error, name, None))
+        if number.isdecimal():
+            return int(number)
+    return None
 
 
 def _fs(path: Path) -> Any:

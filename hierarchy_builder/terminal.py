@@ -20,6 +20,7 @@ from rich.table import Table
 from hierarchy_builder.errors import InterruptedRunError, UserError, explained
 from hierarchy_builder.fields import flattened
 from hierarchy_builder.files import without_nan
+from hierarchy_builder.places import shown
 from hierarchy_builder.remote import store_error
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -45,7 +46,8 @@ def run(command: Callable[[], Any], *, continues: bool = False) -> NoReturn:
         _end(str(error), error.exit_code)
     except Exception as error:
         if (told := store_error(error)) is not None:
-            urls = ", ".join(word.partition("=")[2] or word for word in sys.argv[1:] if "://" in word)
+            words = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
+            urls = ", ".join(shown(word) for word in words if "://" in word)
             _end(f"{urls}: {told}" if urls else str(told), told.exit_code)
         if not isinstance(error, OSError):
             raise

@@ -28,6 +28,7 @@ GROUND_FLOOR = (
     "progress",
     "records",
     "remote",
+    "remote_paths",
     "terminal",
     "vision_libraries",
 )

@@ -47,7 +47,8 @@ def train(
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     asked = {**(settings or {}), **fields}
-    base = base_config(preset, method, shards, a_path(str(out)), resume, False, quiet)
+    out = a_path(str(out))
+    base = base_config(preset, method, shards, out, resume, False, quiet)
     config = registry.fit_to_shards(with_settings(base, asked), open_index(shards), asked)
     registry.train(config, shards, str(out), resume, quiet)
     return TrajectoryPipeline.from_pretrained(out)

@@ -11,6 +11,7 @@ of a transfer; a finished set has its index.json. Anything else of the names to 
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from hierarchy_builder.errors import BuilderError, UsageError, UserError, Verifi
 from hierarchy_builder.files import json_text, parse_json, read_json, sha256_file
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.remote import PART_BYTES, is_remote, upload_to
 from hierarchy_builder.store import shard_set
 from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.shard_set import SUCCESS
@@ -237,7 +239,11 @@ class _Place:
 
     def send(self, path: Path) -> None:
         name = self._name(path.name)
-        self.fs.put_file(str(path), name)
+        if is_remote(path):
+            with path.open("rb") as source, upload_to(self.fs, name) as target:
+                shutil.copyfileobj(source, target, PART_BYTES)
+        else:
+            self.fs.put_file(str(path), name)
         self.fs.invalidate_cache()
         found, expected = int(self.fs.info(name)["size"]), path.stat().st_size
         if found != expected:

@@ -68,7 +68,9 @@ def perform(stage: Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str
     """Run one unit and mark it as done when everything it wrote is on disk; returns what a progress bar shows.
 
     The rest is in the marker: the driver of a thousand workers cannot hold thousands of them.
+    Raises LeaseLostError if another process has taken the build over.
     """
+    ledger.check()
     started = time.perf_counter()
     result = stage.run(unit, threads)
     result["seconds"] = round(time.perf_counter() - started, 3)

@@ -140,6 +140,7 @@ def fit_vocabulary(
     load = partial(TokenSource.load, folder, config)
     source, is_spread = load(), config.backend == "torch"
     check_tokens(source.num_tokens, config)
+    workers = workers.that_see(folder.root)
     with open_pool(load, workers, source.blocks, uses_gpu=is_spread) as pool, one_thread():
         _draw(source, pool, reporter)
         if is_spread:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,9 +31,10 @@ import torch
 from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule, WorkerQueue
 from hierarchy_builder.build.stages import Stage, one_thread, perform
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.exclusion import fence
+from hierarchy_builder.exclusion import LeaseLostError, fence
 from hierarchy_builder.process import num_cpus, other_socket_folder, private_folder
 from hierarchy_builder.records import Block
+from hierarchy_builder.remote import store_error
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.terminal import counted
 
@@ -104,6 +106,16 @@ class Workers:
         """Address of the Ray cluster to join, also where only the environment names it."""
         return self.address or os.environ.get("RAY_ADDRESS")
 
+    def that_see(self, place: Path) -> Workers:
+        """Workers that can write to a place; memory:// is that of one process, so UsageError if others are asked."""
+        if not str(place).startswith("memory://") or self.count == 0:
+            return self
+        if self.count is not None or self.cluster is not None:
+            raise UsageError(
+                f"{place} is seen by this process alone: add --workers 0, or choose another place"
+            )
+        return replace(self, count=0)
+
     def begins_here(self, num_images: int) -> bool:
         """Whether a stage over so many images begins in this process, because nobody asked for workers."""
         return self.count is None and self.cluster is None and num_images <= FEW_IMAGES
@@ -168,6 +180,7 @@ def map_units(
     Raises what a unit raises; finished units stay marked.
     """
     if units:
+        workers = workers.that_see(ledger.folder)
         with open_pool(load, workers, units, uses_gpu=uses_gpu) as pool:
             yield from pool.map(perform, units, replace(ledger, lease=fence(ledger.folder)))
 
@@ -457,11 +470,12 @@ class _Worker:
         self.loaded, self.threads, self.metrics = None, threads, _Metrics()
 
     def load(self, load: Callable[[], Any]) -> None:
-        self.loaded = load()
+        with _told_to_the_driver():
+            self.loaded = load()
 
     def call(self, function: Callable[..., Any], unit: Block, *shared: Any) -> Any:
         try:
-            with one_thread():
+            with _told_to_the_driver(), one_thread():
                 result = function(self.loaded, unit, self.threads, *shared)
         except Exception as error:
             if not is_broken_device(error):
@@ -471,6 +485,23 @@ class _Worker:
         if function is perform:
             self.metrics.count(type(self.loaded).__name__, result)
         return result
+
+
+class _StoppedError(Exception):
+    """LeaseLostError on its way to the driver; Ray carries only an Exception."""
+
+
+@contextlib.contextmanager
+def _told_to_the_driver() -> Iterator[None]:
+    """Raise what means the same in the driver: errors of a store lose their cause there, or cannot be pickled."""
+    try:
+        yield
+    except LeaseLostError as error:
+        raise _StoppedError(str(error)) from None
+    except Exception as error:
+        if told := store_error(error):
+            raise told from None
+        raise
 
 
 def is_broken_device(error: BaseException | None) -> bool:
@@ -540,6 +571,8 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, _StoppedError):
+            raise LeaseLostError(str(error.cause)) from None
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise _WorkerLostError(str(error)) from None

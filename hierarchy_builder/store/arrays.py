@@ -206,9 +206,10 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> W
             )
         # zarr reads the last shard, which is short, before it writes it, and fails if the shard is damaged.
         file = _shard_file(path, name, target, block.number)
-        if is_remote(path):
+        if is_remote(path):  # and an object is replaced by one request, or removed where all values are 0
             Fetched.in_group(group).forget(file)
-        file.unlink(missing_ok=True)
+        else:
+            file.unlink(missing_ok=True)
         target[rows] = values
         if not is_remote(path) and file.exists():
             files.append(file)
@@ -290,15 +291,11 @@ def write_block_moments(path: Path, block: Block, moments: Moments) -> Written:
     return write_block(path, block, {name: np.asarray(value)[None] for name, value in values})
 
 
-def read_block_moments(path: Path, block: Block) -> Moments:
-    """Read what `write_block_moments` wrote."""
-    count, mean, m2 = (read_block(path, name, block)[0] for name in MOMENTS)
-    return Moments(int(count), mean, m2)
-
-
-def read_written(path: Path, block: Block, name: str) -> tuple[np.ndarray, str]:
-    """Return what `read_block` reads, and its SHA-256."""
-    values = read_block(path, name, block)
+def read_written(
+    path: Path, block: Block, name: str, group: zarr.Group | None = None
+) -> tuple[np.ndarray, str]:
+    """Return what `read_block` reads, and its SHA-256. group: the store, if it is open."""
+    values = read_rows(group or open_store(path), name, rows_of(name, block))
     return values, _digest(values, values.dtype)
 
 

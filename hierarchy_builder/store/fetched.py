@@ -84,7 +84,8 @@ class Fetched(WrapperStore[FsspecStore]):
 
     async def delete(self, key: str) -> None:
         """Remove an object."""
-        await self._store.delete(key)
+        # that of zarr takes the key for a pattern
+        await asyncio.to_thread(remote.remove, [self.place / key])
         self._keep(key, None)
 
     def _keep(self, key: str, value: Any) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from hierarchy_builder import remote
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.exclusion import LOCK, BusyError, exclusive, is_taken
+from hierarchy_builder.exclusion import BusyError, discard, exclusive, is_taken, of_exclusion, still_ours
 from hierarchy_builder.files import is_there, readable_json
+from hierarchy_builder.places import remote_place
 from hierarchy_builder.remote import is_remote
 
 OWN_FILES = r"""
@@ -119,6 +120,7 @@ class BuildFolder:
 
     def remove(self, place: Path, split: str | None = None) -> None:
         """Remove the files that `own_files` returns, then the folders of a build that are empty; nothing else."""
+        still_ours(self.root)
         if is_remote(place):  # an object store has no folders
             remote.remove(self.own_files(place, split))
             return
@@ -197,8 +199,8 @@ class BuildFolder:
             try:
                 yield
             finally:
-                if is_new and os.listdir(self.root) == [LOCK]:
-                    (self.root / LOCK).unlink()
+                if is_new and all(map(of_exclusion, os.listdir(self.root))):
+                    discard(self.root)
                     self.root.rmdir()
 
     def is_locked(self) -> bool:
@@ -208,14 +210,15 @@ class BuildFolder:
     def check_apart(self, images: str) -> None:
         """Raise UsageError if the build lies in the folder `images`, where it would be listed as a class."""
         if is_remote(self.root):
-            inside = str(self.root).removeprefix(f"{images.rstrip('/')}/").split("/")
-            if "/".join(inside) == str(self.root):
+            place = _place_of(images)
+            if place is None or not (self.root == place or self.root.is_relative_to(place)):
                 return
+            inside = list(self.root.relative_to(place).parts) if self.root != place else []
         else:
-            root, place = self.root.resolve(), Path(images).resolve()
-            if not place.is_dir() or not root.is_relative_to(place):
+            root, local = self.root.resolve(), Path(images).resolve()
+            if not local.is_dir() or not root.is_relative_to(local):
                 return
-            inside = list(root.relative_to(place).parts)
+            inside = list(root.relative_to(local).parts)
         if not inside or not inside[0].startswith("."):
             raise UsageError(
                 f"--out {self.root} lies inside the images {images}, where its folders would be taken for "
@@ -227,6 +230,12 @@ def is_own_about(path: Path) -> bool:
     """Whether a build wrote this file beside the tars, or may: not if it has the name of one, and not its mark."""
     mark = MARKS.get(path.name)
     return mark is None or not path.is_file() or mark in path.read_bytes()
+
+
+def _place_of(images: str) -> Path | None:
+    """The place of images that lie at a URL that a build may have too."""
+    scheme, separator, _ = images.partition("://")
+    return remote_place(images) if separator and scheme in remote.CLIENTS else None
 
 
 @functools.cache

@@ -80,11 +80,15 @@ class Ledger:
 
         Raises LeaseLostError if another process has taken the build over.
         """
+        self.check()
+        write_record(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another process has taken the build over."""
         if self.lease is not None:
             self.lease.check()
         else:
             still_ours(self.folder)
-        write_record(self.marker(unit), {"unit": unit, "stage_hash": self.stage_hash, **result})
 
     def result(self, unit: int) -> Marker:
         """Return a marker. Raises BuilderError when it is missing, damaged or of another configuration."""

@@ -62,6 +62,7 @@ UNFOLDED_CLASSES = 20
 def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]) -> None:
     """Write the files of the whole set when all tars are finished. results: the markers of the tars, in order."""
     shards = folder.shards
+    still_ours(folder.root)
     remove_surplus(folder, config.split, len(results))
     index = index_of(folder, config, results)
     if config.feature_dtype == "int8":

@@ -6,6 +6,7 @@ and members are sorted, so equal samples give equal bytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -110,13 +111,16 @@ def write_shard(tar: Path, samples: Iterable[Sample], *, config_hash: str) -> di
     return facts
 
 
-def read_shard(tar: Path) -> Iterator[Sample]:
+def read_shard(tar: Path, opened: BinaryIO | None = None) -> Iterator[Sample]:
     """Yield the samples of a tar in order, without unpacking files or following links.
 
-    Raises BuilderError naming the tar, and the key when it is known.
+    opened: its content, read from its position on. Raises BuilderError naming the tar, and the key when it is known.
     """
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with (
+            contextlib.nullcontext(opened) if opened else tar.open("rb") as file,
+            tarfile.open(fileobj=file, mode="r:") as archive,
+        ):
             key, members = "", dict[str, bytes]()
             for info in archive:
                 found, _, member = info.name.partition(".")  # keys hold no dot

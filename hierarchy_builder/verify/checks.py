@@ -6,19 +6,21 @@ flipped bit. What can be computed from other files of the build is compared with
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import decoding, read_json, readable_json, sha256_file
+from hierarchy_builder.files import decoding, fetched, read_json, readable_json, sha256_file
 from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
 from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
@@ -194,13 +196,15 @@ def _block_problems(
     path: Path, layout: stores.Layout, block: Block, marker: Mapping[str, Any], check: BlockCheck
 ) -> Iterator[str]:
     arrays: dict[str, np.ndarray] = {}
+    group = None
     for name in layout:
         try:
-            arrays[name], digest = stores.read_written(path, block, name)
+            group = group or stores.open_store(path)
+            arrays[name], digest = stores.read_written(path, block, name, group)
         except BuilderError as error:
             yield str(error)
             continue
-        if marker["digests"].get(name) != digest or not is_as_written(path, name, block, marker):
+        if marker["digests"].get(name) != digest or not is_as_written(path, name, block, marker, group):
             yield f"{name} are not those that were written"
     if len(arrays) == len(layout):
         yield from _then_error(check(block, arrays, marker))
@@ -442,17 +446,27 @@ def _tar_problems(
     tar: Path, marker: Mapping[str, Any], expected: _ExpectedTar, seen: set[str]
 ) -> Iterator[str]:
     """Check one tar. seen: keys of the tars before it; those of this tar are added."""
-    if not tar.is_file():
-        yield f"{tar} is missing"
-        return
-    digest = sha256_file(tar)
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(fetched(tar))
+        except FileNotFoundError:
+            yield f"{tar} is missing"
+            return
+        yield from _open_tar_problems(tar, file, marker, expected, seen)
+
+
+def _open_tar_problems(
+    tar: Path, file: BinaryIO, marker: Mapping[str, Any], expected: _ExpectedTar, seen: set[str]
+) -> Iterator[str]:
+    digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     if digest != marker["sha256"]:
         yield f"{tar}: sha256 {digest[:12]}…, expected {marker['sha256'][:12]}…"
     yield from _sidecar_problems(sidecar(tar), marker)
     keys = list[str]()
     try:
-        yield from _header_problems(tar)
-        for number, sample in enumerate(read_shard(tar)):
+        yield from _header_problems(tar, file)
+        file.seek(0)
+        for number, sample in enumerate(read_shard(tar, file)):
             keys.append(sample.key)
             if sample.key in seen:
                 yield f"{tar}: key {sample.key} occurs twice in the set"
@@ -471,13 +485,10 @@ def _sidecar_problems(path: Path, marker: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path} is missing or belongs to another tar"
 
 
-def _header_problems(tar: Path) -> Iterator[str]:
+def _header_problems(tar: Path, file: BinaryIO) -> Iterator[str]:
     """Check that headers are as `write_shard` makes them: plain files without time, owner or parent folders."""
-    with (
-        decoding(f"{tar}: not a whole tar, it is"),
-        tar.open("rb") as file,
-        tarfile.open(fileobj=file, mode="r:") as archive,
-    ):
+    file.seek(0)
+    with decoding(f"{tar}: not a whole tar, it is"), tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
             owner = (info.mtime, info.uid, info.gid)
             if not info.isfile() or owner != (0, 0, 0) or info.name.startswith("/") or ".." in info.name:

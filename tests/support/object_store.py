@@ -22,7 +22,7 @@ ERROR = (
     "<RequestId>0</RequestId></Error>"
 )
 Fault = Callable[[dict[str, Any]], tuple[str, str] | None]
-"""From the WSGI environment of a request to status and error code of an answer; None lets it through."""
+"""From the WSGI environment of a request to status and error code, or text, of an answer; None lets it through."""
 
 
 class Door:
@@ -40,9 +40,10 @@ class Door:
             return self.store(environ, start)
         status, code = found
         if length := int(environ.get("CONTENT_LENGTH") or 0):  # half of an upload, then an error: it is torn
-            environ["wsgi.input"].read(length)
-        start(status, [("Content-Type", "application/xml")])
-        return [ERROR.format(code=code).encode()]
+            environ["wsgi.input"].read(length // 2)
+        start(status, [("Content-Type", "application/xml"), ("Connection", "close")])
+        text = code if code.startswith("<") else ERROR.format(code=code)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [text.encode()]
 
 
 def no_fault(environ: dict[str, Any]) -> None:

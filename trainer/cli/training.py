@@ -56,10 +56,13 @@ def train(
 ) -> None:
     """Train a network on shards and write checkpoints; under torchrun every process is a rank."""
     from trainer.data.shards import open_index
-    from trainer.training.mirror import run_folder
 
     resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
-    asked_out, out = out, run_folder(out, is_new=True)
+    asked_out = out
+    if is_remote(out):
+        from trainer.training.mirror import run_folder  # loads torch
+
+        out = run_folder(out, is_new=True)
     base = base_config(preset_name, method, shards, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.exclusion import LOCK
+from hierarchy_builder.exclusion import LOCK, of_exclusion
 from hierarchy_builder.files import SEAL, parse_json
 from hierarchy_builder.parsing import read_document
 from hierarchy_builder.pictures import PNG_START, png_chunks
@@ -101,6 +101,8 @@ def _tensor_problem(path: Path) -> str | None:
 
 def _problem(path: Path, place: Path) -> tuple[bool, str] | None:
     """Whether a file is damaged, and what is to be said about it; None for a whole one."""
+    if of_exclusion(place.parts[0]) and place.name != LOCK:
+        return None
     if place.name == LOCK:
         return None if path.stat().st_size == 0 else (True, "expected an empty file")
     if place.parts[0] == TENSORBOARD:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
+from hierarchy_builder.exclusion import still_ours
 from hierarchy_builder.fields import to_mapping
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import classes_with_images
@@ -301,6 +302,7 @@ class Loop(ABC):
             means = {name: total / steps for name, total in self.sums.items()}
             self.loss, self.sums = means["loss"], {}
             if log:
+                still_ours(self.out)
                 rate = steps * self.config.batch_size / seconds
                 speed = {"images_per_second": rate, **self._utilisation(rate), "time": self.seconds}
                 log.write({**self._position(), **means, **speed})
@@ -349,6 +351,7 @@ class Loop(ABC):
         self._assert_equal_weights()
         folder = saved.checkpoint_folder(self.out, self.step)
         if self.world.is_main:
+            still_ours(self.out)
             state = saved.RunState(
                 step=self.step,
                 images_seen=self.images_seen,

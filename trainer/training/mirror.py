@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hierarchy_builder import remote
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.exclusion import LOCK, still_ours
+from hierarchy_builder.exclusion import of_exclusion, still_ours
 from hierarchy_builder.files import whole_file
 from hierarchy_builder.places import a_folder
 from hierarchy_builder.remote import is_remote
@@ -79,11 +79,14 @@ def send(folder: Path) -> None:
     place = _HOMES.get(folder)
     if place is None:
         return
+    still_ours(place)
     there = _sizes(place)
     here = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".tmp-" not in str(path.relative_to(folder)) and path.name != LOCK
+        if path.is_file()
+        and ".tmp-" not in str(path.relative_to(folder))
+        and not of_exclusion(path.relative_to(folder).parts[0])
     }
     of_steps = {name for name in here if name.startswith(f"{CHECKPOINTS}/")}
     markers = {name for name in of_steps if name.endswith(f"/{STATE}")}

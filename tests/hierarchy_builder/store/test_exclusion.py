@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import json
@@ -36,8 +37,8 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture(params=["disk", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on a file system that refuses locks, and one of an object store; leases run out in a second."""
-    monkeypatch.setattr(exclusion, "LEASE_S", 1.0)
+    """A folder on a file system that refuses locks, and one of an object store; leases run out in three seconds."""
+    monkeypatch.setattr(exclusion, "LEASE_S", 3.0)  # the store counts whole seconds
     if request.param == "s3":
         return a_folder(f"{request.getfixturevalue('store').bucket(f'bucket-{os.urandom(4).hex()}')}/folder")
 
@@ -53,7 +54,24 @@ def lease_of(place: Path, number: int, **holder: Any) -> None:
     content = {"holder": holder, "token": f"of {number}", "time": 0}
     if not exclusion.is_remote(place):
         (place / ".lease").mkdir(exist_ok=True)
+        (place / ".lock").touch()
     write_bytes(place / ".lease" / f"{number:08d}.json", json.dumps(content).encode())
+
+
+def grow_old(place: Path, number: int, seconds: float) -> None:
+    """Let a lease have been written so long ago, by the clock of its store."""
+    path = place / ".lease" / f"{number:08d}.json"
+    if not exclusion.is_remote(place):
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
+        return
+    from moto.s3.models import s3_backends
+
+    bucket, _, key = str(path).removeprefix("s3://").partition("/")
+    for backends in s3_backends.values():
+        if bucket in backends["aws"].buckets:
+            found = backends["aws"].buckets[bucket].keys[key]
+            found.last_modified -= datetime.timedelta(seconds=seconds)
 
 
 def numbers(place: Path) -> list[int]:
@@ -107,6 +125,8 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(
 
 def test_a_silent_holder_of_another_machine_is_replaced_and_stops(place: Path) -> None:
     lease_of(place, 7, host="elsewhere", process=1, started="")
+    grow_old(place, 7, 1)
+    assert is_taken(place)
     heard = list[str]()
     with exclusive(place, heard.append):
         assert "by process 1 of elsewhere" in heard[0]
@@ -133,6 +153,59 @@ def test_of_two_that_take_over_one_wins(place: Path) -> None:
     assert first.create()
     assert not second.create()
     assert first.read()["token"] == first.token
+
+
+def test_a_lease_that_ran_out_holds_nobody_up(place: Path) -> None:
+    lease_of(place, 3, host="elsewhere", process=1, started="")
+    grow_old(place, 3, 9)
+    assert not is_taken(place)
+    with exclusive(place, pytest.fail):
+        assert numbers(place) == [3, 4]
+
+
+def test_who_looked_too_early_does_not_write_beside_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter([1, 5, 5])  # between the first two looks, others took the leases up to 5 and left
+    lease_of(tmp_path, 5)
+    (tmp_path / ".lease" / "00000005.json").write_text('{"holder": null}')
+    monkeypatch.setattr(exclusion, "_highest", lambda folder: next(seen, None) or max(numbers(folder)))
+    lease = exclusion._taken(tmp_path, pytest.fail)
+    assert (lease.number, numbers(tmp_path)) == (6, [5, 6])
+
+
+def test_a_lost_answer_is_no_other_writer(store: Store) -> None:
+    lease = exclusion._Lease(a_folder(f"{store.bucket('lost')}/folder"), 1)
+    write_bytes(lease.path, lease.content())  # the request that was answered by silence
+    assert lease.create()
+
+
+def test_a_store_that_is_away_at_the_end_changes_no_outcome(store: Store) -> None:
+    place, heard = a_folder(f"{store.bucket('away')}/folder"), list[str]()
+    with store.failing(lambda environ: None):
+        with pytest.raises(ZeroDivisionError), exclusive(place, heard.append):  # noqa: PT012 (the end matters)
+            store.door.fault = lambda environ: ("403 Forbidden", "AccessDenied")
+            raise ZeroDivisionError
+        assert "stays marked as being written" in heard[0]
+
+
+@pytest.mark.parametrize(
+    ("process", "start", "is_dead"),
+    [(os.getpid(), None, False), (os.getpid(), "1", True), (2**22 + 7, "1", True)],
+)
+def test_a_process_is_dead_if_its_number_is_free_or_anothers(
+    process: int, start: str | None, is_dead: bool
+) -> None:
+    boot, _, own = exclusion._process_start().rpartition("/")
+    holder = {"host": socket.gethostname(), "process": process, "started": f"{boot}/{start or own}"}
+    assert exclusion._is_dead(holder) is is_dead
+
+
+def test_a_process_that_cannot_be_seen_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = exclusion._process_start()
+    hidden = f"{started.rpartition('/')[0]}/"  # as under hidepid
+    monkeypatch.setattr(exclusion, "_process_start", lambda process=None: hidden if process else started)
+    assert not exclusion._is_dead({"host": socket.gethostname(), "process": os.getpid(), "started": started})
 
 
 def test_locks_are_used_where_there_are_some(tmp_path: Path) -> None:

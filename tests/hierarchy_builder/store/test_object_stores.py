@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import cli
 from object_store import Store, served
@@ -15,9 +17,17 @@ from tiny_builds import session
 
 from hierarchy_builder import remote
 from hierarchy_builder.build import pipeline as steps
+from hierarchy_builder.build import workers
+from hierarchy_builder.build.publish import publish_to
+from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
+from hierarchy_builder.errors import UsageError, UserError
 from hierarchy_builder.files import atomic_file
-from hierarchy_builder.places import a_folder
+from hierarchy_builder.places import a_folder, shown
+from hierarchy_builder.progress import Reporter
+from hierarchy_builder.records import Block
+from hierarchy_builder.remote import StoreError
+from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 
 PLAN = steps.BuildPlan(
@@ -162,7 +172,7 @@ def test_a_store_that_fails_now_and_then_loses_no_sample(
     url, seen = f"{store.bucket('shaky')}/build", dict[str, int]()
 
     def fault(environ: dict[str, Any]) -> tuple[str, str] | None:
-        """Every 40th request fails: once it is refused, once it is torn, once the store is overloaded."""
+        """Every 40th request fails, uploads in the middle: the store has an error, or is overloaded."""
         seen["all"] = number = seen.get("all", 0) + 1
         kinds = [("500 Internal Server Error", "InternalError"), ("503 Slow Down", "SlowDown")]
         return kinds[number // 40 % 2] if number % 40 == 0 else None
@@ -177,15 +187,170 @@ def test_a_store_that_fails_now_and_then_loses_no_sample(
     assert seen["all"] > 200
 
 
+@pytest.mark.drill
+def test_a_build_goes_on_after_its_store_was_away(store: Store, photos: Path, on_disk: BuildFolder) -> None:
+    url, seen = f"{store.bucket('away-for-long')}/build", list[str]()
+
+    def fault(environ: dict[str, Any]) -> tuple[str, str] | None:
+        seen.append(environ["REQUEST_METHOD"])
+        return ("503 Slow Down", "SlowDown") if len(seen) > 100 else None
+
+    with store.failing(fault):
+        stopped = cli("hierarchy-builder", "build", photos, "--out", url, *WORDS)
+    assert stopped.code == 75, stopped.err
+    assert "the same command continues" in stopped.err
+    built = cli("hierarchy-builder", "build", photos, "--out", url, *WORDS)
+    assert built.code == 0, built.err
+    assert contents(a_folder(url)) == contents(on_disk.root)
+
+
+def test_names_are_taken_literally() -> None:
+    mine, other = a_folder("memory://literal[1]/set?"), a_folder("memory://literal1/sets")
+    for place in (mine, other):
+        for name in ("a/000000.json", "a/b*.json", "c"):
+            remote.put(place / name, b"")
+    (mine / "c").unlink()
+    remote.move(mine / "a", mine / "b")
+    assert [path.name for path in (mine / "b").glob("[0-9]*.json")] == ["000000.json"]
+    BuildFolder(mine).remove(mine)  # no file of a build
+    remote.remove(list(remote.files_below(mine)))
+    assert not mine.exists()
+    assert len(remote.files_below(other)) == 3
+
+
+def test_an_upload_to_memory_that_fails_leaves_what_was_there() -> None:
+    place = a_folder("memory://uploads/file")
+    remote.put(place, b"before")
+    with pytest.raises(ZeroDivisionError), atomic_file(place) as file:  # noqa: PT012 (what is inside matters)
+        file.write(b"after")
+        raise ZeroDivisionError
+    assert remote.get(place) == b"before"
+    with pytest.raises(UsageError, match="--workers 0"):
+        Workers(count=2).that_see(place)
+    assert Workers().that_see(place).count == 0
+
+
+def test_a_block_is_replaced_without_being_removed(store: Store) -> None:
+    place, block = a_folder(f"{store.bucket('blocks')}/set[1].zarr"), Block(number=0, start=0, stop=8)
+    layout = stores.features_layout(num_rows=8, block_rows=8, grid=(2, 2), width=3)
+    stores.create(place, layout)
+    ones = np.ones((8, 2, 2, 3), np.float16)
+    stores.write_block(place, block, {"features": ones})
+    store.door.requests.clear()
+    stores.write_block(place, block, {"features": 2 * ones})
+    assert {method for method, _ in store.door.requests} == {"GET", "PUT"}
+    assert (stores.read_block(place, "features", block) == 2).all()
+    stores.write_block(place, block, {"features": 0 * ones})
+    assert (stores.read_block(place, "features", block) == 0).all()
+    assert not stores.shard_file(place, "features", 0).exists()
+
+
+def test_a_deletion_that_the_store_refuses_is_noticed(store: Store) -> None:
+    place = a_folder(f"{store.bucket('kept')}/file")
+    remote.put(place, b"")
+    answer = "<DeleteResult><Error><Key>file</Key><Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>"
+    with (
+        store.failing(lambda environ: ("200 OK", answer)),
+        pytest.raises(
+            StoreError, match=r"file was not removed: no \(AccessDenied\): these credentials have no"
+        ),
+    ):
+        remote.remove([place])
+
+
+def test_a_build_at_a_url_is_published(at_url: str) -> None:
+    publish_to(BuildFolder(a_folder(at_url)), "memory://published/set", Reporter(quiet=True))
+    sent, shards = a_folder("memory://published/set"), a_folder(at_url) / "shards"
+    files = {path.name: remote.get(path) for path in remote.files_below(shards)}
+    assert files
+    assert {path.name: remote.get(path) for path in remote.files_below(sent)} == files
+
+
+# What errors of a store mean
+
+
+def _raised_in(module: str, error: Exception) -> Exception:
+    """An exception as a module of that name raises it."""
+    scope: dict[str, Any] = {"__name__": module}
+    exec("def fail(error): raise error", scope)
+    with pytest.raises(type(error)) as caught:
+        scope["fail"](error)
+    return caught.value
+
+
+def _answer(code: str, status: int) -> Exception:
+    from botocore.exceptions import ClientError
+
+    told: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(told, "HeadObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "words"),
+    [
+        (lambda: _answer("301", 301), 1, "in another region"),
+        (lambda: _answer("400", 400), 75, "renew them, or set AWS_DEFAULT_REGION; then the same command"),
+        (lambda: _answer("RequestTimeout", 400), 75, "waited too long"),
+        (lambda: _answer("InvalidToken", 400), 1, "does not know these credentials"),
+        (lambda: _answer("Whatever", 503), 75, "the same command continues"),
+        (lambda: _answer("Whatever", 418), 1, "check URL, network and permissions"),
+        (lambda: botocore().ParamValidationError(report="x"), 1, "check URL, network and permissions"),
+        (lambda: botocore().ProfileNotFound(profile="x"), 1, "check URL, network and permissions"),
+        (lambda: botocore().EndpointConnectionError(endpoint_url="x"), 75, "the same command continues"),
+        (lambda: _raised_in("gcsfs.retry", OSError("Forbidden: b/x")), 1, "have no permission"),
+    ],
+)
+def test_what_an_error_of_a_store_means(
+    store: Store, error: Callable[[], Exception], exit_code: int, words: str
+) -> None:
+    told = remote.store_error(error())
+    assert told is not None
+    assert (told.exit_code, words in str(told)) == (exit_code, True), told
+    with pytest.raises(type(told)) as caught, workers._told_to_the_driver():  # as Ray carries it
+        raise error()
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(told)  # noqa: S301 (what it has just written)
+
+
+def botocore() -> Any:
+    import botocore.exceptions
+
+    return botocore.exceptions
+
+
+def test_an_error_of_this_machine_is_none_of_a_store() -> None:
+    assert remote.store_error(_raised_in("pyarrow.lib", OSError("Corrupt snappy data"))) is None
+    assert remote.store_error(UserError("x is missing")) is None
+
+
 # What a user can do wrong
+
+
+def test_a_build_among_its_images_at_a_url_is_refused() -> None:
+    for inside in ("photos", "photos/build"):
+        with pytest.raises(UsageError, match="lies inside the images"):
+            BuildFolder(a_folder(f"memory://{inside}")).check_apart("memory://photos/")
+    BuildFolder(a_folder("memory://photos/.build")).check_apart("memory://photos")
+    BuildFolder(a_folder("memory://photos2")).check_apart("memory://photos")
+
+
+def test_urls_of_files_are_of_this_machine(tmp_path: Path) -> None:
+    assert a_folder(f"file://{tmp_path}") == a_folder(f"file://localhost{tmp_path}") == tmp_path
+    for url in ("file://host/x", "file://x"):
+        with pytest.raises(UsageError, match="is no file of this machine"):
+            a_folder(url)
+
+
+def test_no_password_is_printed() -> None:
+    assert shown("https://me:secret@host/a?X-Amz-Signature=secret") == "https://host/a"
+    assert shown("s3://bucket/a=b?c") == "s3://bucket/a=b?c"
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("sftp://host/build", "nothing can be written at sftp://"),
+        ("sftp://host/build", "sftp:// is not understood here"),
         ("s3://", "names no folder"),
-        ("hf://datasets/x/y", "nothing can be written at hf://"),
+        ("hf://datasets/x/y", "hf:// is not understood here"),
     ],
 )
 def test_a_url_that_nothing_can_be_written_to(url: str, message: str, photos: Path) -> None:
@@ -202,17 +367,19 @@ def test_a_missing_bucket_is_named_and_not_made(store: Store, photos: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "exit_code", "message"),
+    ("method", "status", "code", "exit_code", "message"),
     [
-        ("403 Forbidden", "AccessDenied", 1, "have no permission"),
-        ("400 Bad Request", "ExpiredToken", 75, "renew them; then the same command continues"),
-        ("403 Forbidden", "RequestTimeTooSkewed", 1, "the clock of this machine"),
+        ("GET", "403 Forbidden", "AccessDenied", 1, "have no permission"),
+        ("GET", "400 Bad Request", "ExpiredToken", 75, "renew them; then the same command continues"),
+        ("GET", "403 Forbidden", "RequestTimeTooSkewed", 1, "the clock of this machine"),
+        ("HEAD", "403 Forbidden", "", 1, "have no permission for that, or have expired"),
+        ("HEAD", "400 Bad Request", "", 75, "as it does when credentials have expired"),
     ],
 )
 def test_a_store_that_refuses(
-    store: Store, photos: Path, at_url: str, status: str, code: str, exit_code: int, message: str
+    store: Store, photos: Path, at_url: str, method: str, status: str, code: str, exit_code: int, message: str
 ) -> None:
-    with store.failing(lambda environ: (status, code) if environ["REQUEST_METHOD"] == "GET" else None):
+    with store.failing(lambda environ: (status, code) if environ["REQUEST_METHOD"] == method else None):
         for words in (("build", photos, "--out", at_url, *WORDS), ("verify", at_url)):
             found = cli("hierarchy-builder", *words)
             assert (found.code, message in found.err) == (exit_code, True), found.err

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.exclusion import LOCK
+from hierarchy_builder.exclusion import of_exclusion
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import target_of, write_bytes
 from hierarchy_builder.vision_libraries import import_vision
@@ -152,7 +152,7 @@ def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapp
     """Write the run folder of one checkpoint; if that fails, a folder that did not exist before is removed."""
     is_new = not out.exists()
     with locked(out):
-        is_new = is_new and os.listdir(out) == [LOCK]  # else another import came first
+        is_new = is_new and all(map(of_exclusion, os.listdir(out)))  # else another import came first
         try:
             saved.write_folder(saved.checkpoint_folder(out, state.step), state, files)
             content = {
@@ -162,7 +162,9 @@ def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapp
             }
             write_config(out, content)
         except BaseException:
-            if is_new and {LOCK, CONFIG, "checkpoints"}.issuperset(os.listdir(out)):
+            if is_new and all(
+                of_exclusion(name) or name in (CONFIG, "checkpoints") for name in os.listdir(out)
+            ):
                 shutil.rmtree(out)
             raise
 
