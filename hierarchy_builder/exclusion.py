@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -33,6 +32,7 @@ from typing import Any
 from hierarchy_builder import remote
 from hierarchy_builder.errors import InterruptedRunError, UserError
 from hierarchy_builder.files import json_text, read_bytes, target_of, write_bytes
+from hierarchy_builder.parsing import parse_json
 from hierarchy_builder.remote import is_remote, store_error
 
 LOCK, LEASES = ".lock", ".lease"
@@ -196,7 +196,7 @@ class _Lease:
 
     def read(self) -> dict[str, Any]:
         try:
-            content = json.loads(read_bytes(self.path))
+            content = parse_json(read_bytes(self.path))
         except FileNotFoundError:
             return {}
         except ValueError:  # being written, on a disk

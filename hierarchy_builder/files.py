@@ -178,7 +178,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     A seal is checked wherever there is one. sealed: whether a missing seal is damage too.
     """
     try:
-        return parse_json(parsing.read_document(path), sealed)
+        return parse_json(remote.get(path) if is_remote(path) else parsing.read_document(path), sealed)
     except FileNotFoundError:
         raise MissingFileError(f"{path} is missing") from None
     except ValueError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shlex
 import shutil
 import sys
 from pathlib import Path
+
+from hierarchy_builder.parsing import parse_json
 
 DISTRIBUTION = "trajectory-hierarchies"
 SOURCES = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ def _origin() -> str:
         text = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         text = None
-    told = json.loads(text) if text else {}
+    told = parse_json(text) if text else {}
     if "url" not in told:
         return ""
     system = told.get("vcs_info")

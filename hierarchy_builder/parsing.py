@@ -11,6 +11,7 @@ import json
 import math
 import pickletools
 import re
+import stat
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -18,9 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
-
-from hierarchy_builder import remote
-from hierarchy_builder.remote import is_remote
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 DOCUMENT_BYTES = 2**28
 """Longest JSON that is parsed, and longest file that is read for it; an index of a million tars takes 2**27."""
@@ -53,19 +53,37 @@ KINDS = "biufcSU"
 """Kinds of dtypes that hold plain values; objects, which only pickle could read, are none."""
 
 
-def read_document(path: Path) -> bytes:
-    """Read a file of text that anybody may have put there. Raises ValueError for a device, a pipe, or what is too long.
+def read_document(path: Path, most: int = DOCUMENT_BYTES) -> bytes:
+    """Read a file that anybody may have put there. Raises ValueError for a device, a pipe, and more than `most` bytes.
 
-    A missing file raises FileNotFoundError, as any other reader does.
+    A missing file raises FileNotFoundError, as from any other reader.
     """
-    if is_remote(path):
-        return remote.get(path)
-    if not path.is_file():
-        path.stat()
-        raise ValueError("it is no regular file")
-    if (size := path.stat().st_size) > DOCUMENT_BYTES:
-        raise ValueError(f"it has {size:,} bytes, expected at most {DOCUMENT_BYTES:,}")
+    if isinstance(path, Path):  # a place at a URL is none, and holds neither devices nor pipes
+        status = path.stat()
+        if not (
+            stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        ):  # reading a folder fails by itself
+            raise ValueError("it is no regular file")
+        _check_length(status.st_size, most)
     return path.read_bytes()
+
+
+def read_object(filesystem: AbstractFileSystem, path: str, most: int = DOCUMENT_BYTES) -> bytes:
+    """Read a file of any file system. Raises ValueError for more than `most` bytes, which are not fetched."""
+    if isinstance(filesystem, LocalFileSystem):
+        return read_document(Path(path), most)
+    if "http" in filesystem.protocol:  # a web server may send without end, whatever it was asked for
+        with filesystem.open(path, "rb", block_size=0, size=1) as file:
+            data = file.read(most + 1)
+    else:
+        data = filesystem.cat_file(path, end=most + 1)
+    _check_length(len(data), most)
+    return data
+
+
+def _check_length(found: int, most: int) -> None:
+    if found > most:
+        raise ValueError(f"it has more than {most:,} bytes")
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -26,8 +26,8 @@ def prepare() -> None:
     give_home()
 
 
-MAX_SOCKET_FOLDER = 38
-"""Bytes in the path of the temporary folder; Ray adds up to 69, and a socket has at most 107."""
+MAX_SOCKET_FOLDER = 29
+"""Bytes in the path of the temporary folder: `/r-abcdefgh/t` is added, Ray adds up to 65, and a socket has 107."""
 SHORT_FOLDER = "/tmp"
 """Used instead of a longer one."""
 

@@ -19,16 +19,17 @@ from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.onnx import OnnxEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
-from hierarchy_builder.errors import BuilderError, TooManySkippedError
+from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError
 from hierarchy_builder.fields import identity
-from hierarchy_builder.images.originals import changed_images, refuse_changed
-from hierarchy_builder.images.sources import ImageSource, open_source
-from hierarchy_builder.images.table import AT_ONCE
+from hierarchy_builder.images.originals import changed_images, modified_ns, refuse_changed
+from hierarchy_builder.images.sources import ImageSource, open_reader, open_source
+from hierarchy_builder.images.table import AT_ONCE, ImageTable
 from hierarchy_builder.records import Status
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import Outcomes, in_build_order, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import recorded_stages
 from hierarchy_builder.store.units import outcomes_so_far, stored_source
+from hierarchy_builder.terminal import counted
 
 
 def list_images(
@@ -40,6 +41,11 @@ def list_images(
     """
     if source is None:
         source, class_map = stored_source(folder), str(folder.class_map)
+        if "://" not in source and not os.path.exists(source):
+            raise UsageError(
+                f"{source}, the images of {folder.root}, is not there: put it back, or repeat the `build` command "
+                "with the place where they are now"
+            )
     folder.check_apart(os.path.join(source, config.split or ""))
     return open_source(source, split=config.split, class_map=class_map, partition=config.partition)
 
@@ -104,7 +110,7 @@ def refuse_changed_images(folder: BuildFolder, images: ImageSource) -> None:
     if not folder.listing.exists() or not recorded_stages(folder):
         return
     outcomes = outcomes_so_far(folder)
-    before = records_of(read_index(folder.listing))[: len(outcomes)]
+    before = _listed(folder)[: len(outcomes)]
     now = images.records
     place = pc.index_in(before.column("path"), value_set=now.column("path"))
     # the listing tells of images that have another size or are gone
@@ -116,6 +122,27 @@ def refuse_changed_images(folder: BuildFolder, images: ImageSource) -> None:
         pairs = [(record, outcome) for record, outcome in told if "modified" in outcome]
         changed += changed_images([old for old, _ in pairs], [outcome for _, outcome in pairs], images.reader)
     refuse_changed(images.location, changed)
+
+
+def refuse_lost_images(folder: BuildFolder) -> None:
+    """Raise an error if an image of which a picture shall be stored is gone, or another file than the one encoded.
+
+    Images on a remote file system are left out, as in `refuse_changed_images`.
+    """
+    place = stored_source(folder)
+    reader, pairs = open_reader(place), zip(_listed(folder), outcomes_so_far(folder), strict=False)
+    known = [(record, outcome) for record, outcome in pairs if outcome.get("modified") is not None]
+    records, outcomes = [record for record, _ in known], [outcome for _, outcome in known]
+    refuse_changed(place, changed_images(records, outcomes, reader))
+    if gone := [record.path for record in records if modified_ns(reader, record.path) is None]:
+        raise BuilderError(
+            f"{place}: {counted(len(gone), 'image')} missing: {', '.join(gone[:5])}{' …' if gone[5:] else ''}; "
+            "restore what was encoded, or make shards with --no-images"
+        )
+
+
+def _listed(folder: BuildFolder) -> ImageTable:
+    return records_of(read_index(folder.listing))
 
 
 def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -140,14 +167,16 @@ def check_skipped(
             f"{folder.index}: no image could be used, the first failed with: {outcomes[0]['reason']}"
         )
     reasons = Counter(outcomes[row]["reason"].partition(":")[0] for row in bad)
-    counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    by_reason = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     advice = f"see {folder.index}, repair them and repeat with --retry-failed"
     if len(bad) <= allowed * len(outcomes):
-        session.reporter.say(f"{len(bad)} of {len(outcomes)} images could not be used ({counted}): {advice}")
+        session.reporter.say(
+            f"{len(bad)} of {len(outcomes)} images could not be used ({by_reason}): {advice}"
+        )
         return
     paths = read_index(folder.index).column("path")
     named = [f"{paths[row]} ({outcomes[row]['reason']})" for row in bad[:5]]
     raise TooManySkippedError(
-        f"{len(bad)} of {len(outcomes)} images could not be used, allowed is {allowed:.2%} ({counted}): "
+        f"{len(bad)} of {len(outcomes)} images could not be used, allowed is {allowed:.2%} ({by_reason}): "
         f"{'; '.join(named)}{' …' if len(bad) > 5 else ''}; {advice}, or raise --max-bad-fraction"
     )

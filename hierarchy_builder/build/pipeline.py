@@ -11,6 +11,7 @@ from typing import Any
 from hierarchy_builder.build.clustering import cluster, link, vocabulary
 from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.fused import fuse
+from hierarchy_builder.build.inputs import refuse_lost_images
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import later_bytes
 from hierarchy_builder.build.stages import CovarianceStage, ShardStage
@@ -122,6 +123,8 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
         "cluster": clustered["hash"],
         "link": finished_stage(folder, "link")["hash"] if is_linked else None,
     }
+    if config.images and session.fresh:  # said before anything is removed
+        refuse_lost_images(folder)
     ledger = begin_stage(folder, "shard", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
     units = blocks_of(len(usable_rows(folder)), samples_per_shard(config, extracted, clustered))
     _forget_lost_tars(folder, config, ledger, units)

@@ -604,7 +604,8 @@ def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session)
     alone = images * sum(units) / len(trial.outcomes)
     together = alone / min(workers, len(todo))
     if session.workers.begins_here(images):
-        return start_up + (RAY_START_S + together if saves_time(alone, len(todo)) else alone)
+        each = alone / len(todo)  # how many threads it uses is not measured here
+        return start_up + (RAY_START_S + together if saves_time(each, each, len(todo)) else alone)
     return start_up + together
 
 

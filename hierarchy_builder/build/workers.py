@@ -200,13 +200,13 @@ def start_local(**options: Any) -> None:
 
     It listens on the loopback interface and accepts only calls that carry a token. The token is a new random one,
     and only the environment of the Ray processes holds it, unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names one.
-    Raises BuilderError if the named token cannot be read.
+    Raises BuilderError if the named token cannot be read, or Ray does not start.
     """
     import ray
     from ray._private import ray_constants
 
     values = {"RAY_AUTH_MODE": "token"}
-    options = {**_short_folder(), **options}
+    options = {"_temp_dir": _private_session(), **options}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         values["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Ray replaces 127.0.0.1 by the address of the network interface unless this constant is false. Ray reads the
@@ -216,14 +216,24 @@ def start_local(**options: Any) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = before and ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR in os.environ
         try:
             ray.init(address="local", include_dashboard=False, **options)
+        except ray.exceptions.AuthenticationError:
+            raise
+        except Exception as error:  # Ray raises a plain Exception, or what the operating system said
+            raise BuilderError(
+                f"Ray did not start: {' '.join(str(error).split())}; look for room on the disk of "
+                f"{options['_temp_dir']} and for memory (`hierarchy-builder doctor`), or use --workers 0"
+            ) from None
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _short_folder() -> dict[str, str]:
-    """Where Ray keeps its sockets, if the temporary folder has too long a path for them; otherwise nothing."""
-    parent = other_socket_folder()
-    return {} if parent is None else {"_temp_dir": private_folder(parent, "ray-")}
+def _private_session() -> str:
+    """A new folder for the sockets and logs of a local Ray, which this process removes when it ends.
+
+    Ray gives all users of the machine the right to write into its folders, this one too: they could put a socket of
+    their own in place of one of Ray's. So it lies in a folder that nobody else can enter.
+    """
+    return private_folder(other_socket_folder() or os.environ.get("RAY_TMPDIR") or None, "r-") + "/t"
 
 
 def join(address: str, **options: Any) -> None:
@@ -322,26 +332,32 @@ class _InProcess:
 class _Beginning:
     """Begins in this process and goes on with Ray as soon as that is expected to end sooner.
 
-    The last unit says how long each of the others takes: with n workers they take 1/n of the time, after RAY_START_S.
-    The first unit does not count, since libraries compile and warm up in it. Few images have units of at most 128
-    rows, so that no single unit keeps the other CPUs waiting for long. Where the work happens changes no result.
+    The last unit says how long each of the others takes here, and how many seconds of CPUs, since it may use several
+    threads: n workers share these seconds, after RAY_START_S. The first unit does not count, since libraries compile
+    and warm up in it. Few images have units of at most 128 rows, so that no single unit keeps the other CPUs waiting
+    for long. Where the work happens changes no result.
     """
 
     def __init__(
-        self, here: Pool, start: Callable[[], Pool], clock: Callable[[], float] = time.perf_counter
+        self,
+        here: Pool,
+        start: Callable[[], Pool],
+        clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.process_time,
     ) -> None:
         self.here: Pool | None = here
-        self.start, self.clock = start, clock
+        self.start, self.clock, self.cpu_clock = start, clock, cpu_clock
         self.pool: Pool | None = None
 
     def map(
         self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
     ) -> Iterator[ResultT]:
-        done, since = 0, self.clock()
+        done, since = 0, (self.clock(), self.cpu_clock())
         while self.here is not None and done < len(units):
             yield from self.here.map(function, units[done : done + 1], *shared)
-            done, spent, since = done + 1, self.clock() - since, self.clock()
-            if done > 1 and saves_time(spent * (len(units) - done), len(units) - done):
+            now = self.clock(), self.cpu_clock()
+            done, spent, since = done + 1, (now[0] - since[0], now[1] - since[1]), now
+            if done > 1 and saves_time(*spent, len(units) - done):
                 self.here = None  # and with it what it loaded
                 if torch.cuda.is_initialized():
                     torch.cuda.empty_cache()  # for the workers that share the GPU
@@ -350,9 +366,13 @@ class _Beginning:
             yield from self.pool.map(function, units[done:], *shared)
 
 
-def saves_time(seconds: float, num_units: int) -> bool:
-    """Whether units that take so many seconds in this process end sooner on workers that have to be started."""
-    return seconds > RAY_START_S + seconds / max(1, min(num_cpus(), num_units))
+def saves_time(seconds: float, cpu_seconds: float, num_units: int) -> bool:
+    """Whether units end sooner on workers that have to be started.
+
+    seconds, cpu_seconds: of one unit in this process, on the clock and of all its threads together.
+    """
+    shared = max(seconds, cpu_seconds) / max(1, min(num_cpus(), num_units))
+    return num_units * (seconds - shared) > RAY_START_S
 
 
 class _RayPool:
@@ -470,18 +490,12 @@ class _Worker:
         self.loaded, self.threads, self.metrics = None, threads, _Metrics()
 
     def load(self, load: Callable[[], Any]) -> None:
-        with _told_to_the_driver():
+        with _told_to_the_driver(), _ending_with_its_device():
             self.loaded = load()
 
     def call(self, function: Callable[..., Any], unit: Block, *shared: Any) -> Any:
-        try:
-            with _told_to_the_driver(), one_thread():
-                result = function(self.loaded, unit, self.threads, *shared)
-        except Exception as error:
-            if not is_broken_device(error):
-                raise
-            logging.getLogger(__name__).error("this worker ends, since its GPU failed: %s", error)
-            os._exit(1)  # every later call of this process would fail; another worker repeats the unit
+        with _told_to_the_driver(), _ending_with_its_device(), one_thread():
+            result = function(self.loaded, unit, self.threads, *shared)
         if function is perform:
             self.metrics.count(type(self.loaded).__name__, result)
         return result
@@ -502,6 +516,18 @@ def _told_to_the_driver() -> Iterator[None]:
         if told := store_error(error):
             raise told from None
         raise
+
+
+@contextlib.contextmanager
+def _ending_with_its_device() -> Iterator[None]:
+    """End this process if its GPU has failed: every later call would fail, and another worker repeats the unit."""
+    try:
+        yield
+    except Exception as error:
+        if not is_broken_device(error):
+            raise
+        logging.getLogger(__name__).error("this worker ends, since its GPU failed: %s", error)
+        os._exit(1)
 
 
 def is_broken_device(error: BaseException | None) -> bool:

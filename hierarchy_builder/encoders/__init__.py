@@ -115,9 +115,19 @@ def load_encoder(
     weights: local file, or `random:SEED` for untrained weights; only some encoders accept it.
     precision: precision of the arithmetic; `auto` is bfloat16 on CUDA and float32 on a CPU.
     device: by default CUDA if available, else the CPU.
-    Raises UsageError for an unknown name, and BuilderError if a file or package is missing.
+    Raises UsageError for an unknown name, and BuilderError if a file or package is missing, or the device fails.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return _load(name, weights, precision, device)
+    except RuntimeError as error:  # of torch or its device, such as no memory
+        raise BuilderError(
+            f"encoder {name} could not be loaded for {device}: {str(error).partition(chr(10))[0]}; "
+            "`hierarchy-builder doctor` looks at the device, and CUDA_VISIBLE_DEVICES= before the command leaves it out"
+        ) from error
+
+
+def _load(name: str, weights: str | None, precision: Precision, device: torch.device) -> Encoder:
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     if name.startswith(("dinov2-", "timm:")):

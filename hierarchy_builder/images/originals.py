@@ -78,6 +78,6 @@ def describe_changed(place: str, changed: Sequence[str]) -> str:
     """Return the message about changed images: how many, the first five of them, and what to do."""
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     return (
-        f"{place}: {counted(len(changed), 'image')} changed after being encoded: "
-        f"{', '.join(changed[:5])}{more}; restore what was encoded, or start over with --fresh"
+        f"{place}: {counted(len(changed), 'image')} changed after being encoded: {', '.join(changed[:5])}{more}; "
+        "restore what was encoded, or repeat the `build` command with --fresh, which starts over"
     )

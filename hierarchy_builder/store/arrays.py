@@ -23,11 +23,14 @@ from zarr.storage import MemoryStore, StorePath
 
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.files import decoding, sync
+from hierarchy_builder.parsing import parse_json, read_document
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
 from hierarchy_builder.remote import is_remote, store_error
 from hierarchy_builder.store.fetched import Fetched
 from hierarchy_builder.store.statistics import Moments
 
+GROUP = {"attributes": {"format_version": FORMAT_VERSION}, "node_type": "group", "zarr_format": 3}
+"""Content of the `zarr.json` of a store."""
 NOT_STORED = 2**64 - 1
 """Length that the index of a shard holds for a chunk of zeros, which is not stored."""
 CHECKSUM_BYTES = 4
@@ -159,6 +162,8 @@ def damaged_layout(path: Path, layout: Layout, group: zarr.Group | None = None) 
             found["dimension_names"] = wanted["dimension_names"]
         if found != wanted:
             damaged.append(name)
+    if "." not in damaged and parse_json(read_document(path / "zarr.json")) != GROUP:
+        damaged.insert(0, ".")  # zarr overlooks other fields and values that are of no use here
     return damaged
 
 

@@ -165,6 +165,8 @@ def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
             outcomes = ledger.result(block.number)["outcomes"]
         except BuilderError:
             if not unfinished:
+                if stage == "extract":
+                    finished_stage(folder, stage)  # says how to finish it
                 raise
             continue
         with decoding(ledger.marker(block.number)):

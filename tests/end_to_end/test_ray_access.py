@@ -102,6 +102,7 @@ def test_another_process_cannot_use_the_ray_of_a_build(
             for process in processes:
                 assert worker["token"].encode() not in Path(f"/proc/{process}/cmdline").read_bytes()
             session = Path(ray._private.worker._global_node.get_session_dir_path())
+            assert session.parent.parent.stat().st_mode & 0o077 == 0, "other users could replace its sockets"
             for path in session.rglob("*"):
                 assert not path.is_file() or worker["token"].encode() not in path.read_bytes(), path
     finally:

@@ -174,10 +174,11 @@ def of_trainer(root: Path) -> dict[str, Reader]:
     }
 
 
-def told(damage: object) -> None:
-    """Refuse what a reader that does not raise tells of as damage."""
+def told(damage: object) -> bool:
+    """Refuse what a reader that does not raise tells of as damage; True for none."""
     if damage:
         raise VerificationError(str(damage))
+    return True
 
 
 def of_build(path: Path, read: Callable[[], object]) -> Reader:

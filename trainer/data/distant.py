@@ -23,8 +23,9 @@ import numpy as np
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import whole_file, write_bytes
+from hierarchy_builder.parsing import parse_json
 from hierarchy_builder.places import filesystem_of
-from trainer.data.tars import Members, OpenTar, ShardEntry, check_sha256
+from trainer.data.tars import AtMost, Members, OpenTar, ShardEntry, check_sha256
 
 CACHE_BYTES = "TRAINER_CACHE_BYTES"
 """Environment variable with the most bytes that copies of tars may take; without it FREE_SHARE of the free space."""
@@ -40,7 +41,7 @@ class DistantTar:
         self._place = place
         self.samples: list[tuple[str, Members]] = [
             (key, {name: (offset, size) for name, (offset, size) in members.items()})
-            for key, members in json.loads(positions.read_bytes())
+            for key, members in parse_json(positions.read_bytes())
         ]
         self._starts = [min(offset for offset, _ in members.values()) for _, members in self.samples]
         self._fetched, self._order = OrderedDict[int, bytes](), threading.Lock()
@@ -96,7 +97,7 @@ def found_tar(entry: ShardEntry, cache: str, all_bytes: int) -> str | DistantTar
                 if fits:
                     _make_room(Path(cache), folder, entry.num_bytes)
                 with whole_file(local) if fits else _passing(local) as partial:
-                    filesystem.get_file(path, str(partial))
+                    filesystem.get_file(path, str(partial), callback=AtMost(entry))
                     check_sha256(str(partial), entry)
                     if not fits:
                         samples = OpenTar(str(partial), entry).samples

@@ -24,7 +24,7 @@ import numpy as np
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, difference
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.parsing import parse_npz
+from hierarchy_builder.parsing import parse_npz, read_object
 from hierarchy_builder.pictures import SUFFIXES
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.records import FORMAT_VERSION
@@ -38,6 +38,8 @@ CLASS_MAP = "class_map.json"
 EARLIER_MARKER = {"count", "index_sha256"}
 """Fields of the marker in sets of earlier releases, which had no seal and vouched for the index alone."""
 AGAIN = "copy or build the shards again"
+MOST_BYTES = 2**32
+"""Largest file beside the tars that is read: statistics with a covariance of 16,384 channels take 2**31."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 TAR_NAME = re.compile(r"(?:\w[\w.+=@-]*/)*\w[\w.+=@-]*")
 """A path inside the folder: no `..`, no root, no protocol."""
@@ -320,7 +322,7 @@ def _vouched_for(folder: str) -> dict[str, str]:
 def _read(folder: str, name: str, digests: Mapping[str, str]) -> bytes:
     """Read a file beside the tars. Raises TrainerError unless it has the SHA-256 in `digests`, if there is one."""
     filesystem, path = filesystem_of(f"{folder}/{name}")
-    data: bytes = filesystem.cat_file(path)
+    data = read_object(filesystem, path, MOST_BYTES)
     if name in digests and hashlib.sha256(data).hexdigest() != digests[name]:
         raise TrainerError(
             f"{path} is not the file that {MARKER} vouches for: it was changed or damaged; {AGAIN}"

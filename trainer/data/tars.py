@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from fsspec.callbacks import Callback
 
 from hierarchy_builder.errors import DamagedShardError
 from hierarchy_builder.files import sha256_file
@@ -66,6 +67,22 @@ class OpenTar:
     def read_into(self, buffers: list[np.ndarray], offset: int) -> int:
         """Read from `offset` into one uint8 buffer after the other; returns the number of bytes read."""
         return os.preadv(self._file.fileno(), [buffer.data for buffer in buffers], offset)
+
+
+class AtMost(Callback):
+    """Ends a download that brings more bytes than the index lists, before it fills the disk."""
+
+    def __init__(self, entry: ShardEntry) -> None:
+        super().__init__()
+        self.entry = entry
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self.value > self.entry.num_bytes:
+            raise DamagedShardError(
+                f"{self.entry.name}: more than the {self.entry.num_bytes:,} bytes that index.json lists were sent; "
+                "the shard was changed, copy or build it again"
+            )
 
 
 def check_size(path: str, entry: ShardEntry) -> None:

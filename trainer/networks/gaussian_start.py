@@ -120,14 +120,22 @@ class GaussianStart(nn.Module):
 
 
 def upgraded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with this start as it is now; the first version took spatial frequencies for patterns.
+    """Return weights of a network with its starts as they are now; the first version took frequencies for patterns.
 
     That version had, in the place of `mean` and `places`, the cosine transform: `deviation` [L, H, W, C] by frequency
     and `steps` [K + 1, L, F, F, C] of the F×F lowest frequencies, the mean of all classes included.
     """
-    deviation, steps = weights.get("start.deviation"), weights.get("start.steps")
-    if deviation is None or steps is None or (deviation.ndim, steps.ndim) != (4, 5):
-        return weights
+    starts = [name.removesuffix("deviation") for name in weights if name.endswith("start.deviation")]
+    for start in starts:
+        deviation, steps = weights[f"{start}deviation"], weights.get(f"{start}steps")
+        if steps is not None and (deviation.ndim, steps.ndim) == (4, 5):
+            weights = weights | {
+                start + name: tensor for name, tensor in _from_frequencies(deviation, steps).items()
+            }
+    return weights
+
+
+def _from_frequencies(deviation: Tensor, steps: Tensor) -> dict[str, Tensor]:
     levels, height, width, channels = deviation.shape
     lowest = steps.shape[2]
     is_low = torch.zeros(height, width, dtype=torch.bool)
@@ -135,11 +143,11 @@ def upgraded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     order = torch.cat([is_low.flatten().nonzero(), (~is_low).flatten().nonzero()]).flatten()
     patterns = torch.kron(_cosines(height), _cosines(width))[order].T.contiguous()
     more = min(CLASS_PLACES, height * width) - lowest**2
-    return weights | {
-        "start.mean": torch.zeros(levels, height * width, channels),
-        "start.places": patterns.repeat(levels, 1, 1),
-        "start.deviation": deviation.flatten(1, 2)[:, order],
-        "start.steps": nn.functional.pad(steps.flatten(2, 3), (0, 0, 0, more)),
+    return {
+        "mean": torch.zeros(levels, height * width, channels),
+        "places": patterns.repeat(levels, 1, 1),
+        "deviation": deviation.flatten(1, 2)[:, order],
+        "steps": nn.functional.pad(steps.flatten(2, 3), (0, 0, 0, more)),
     }
 
 

@@ -141,6 +141,7 @@ def write_folder(target: Path, state: RunState, files: Iterable[tuple[str, Mappi
             del content, data  # frees memory before the next file's tensors are loaded
         (partial / STATE).write_bytes(sealed_text(asdict(state), sort_keys=False))
         sync(partial / STATE)
+        sync(partial)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

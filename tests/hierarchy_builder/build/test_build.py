@@ -334,16 +334,17 @@ def test_only_few_images_begin_here_and_what_is_asked_for_wins(asked, few, many,
     assert Workers(**asked).begins_here(2049) is many
 
 
-@pytest.mark.parametrize(("seconds", "moved"), [(1.0, 9), (7.0, 2)])
-def test_slow_units_move_to_workers_and_keep_their_order(seconds, moved, monkeypatch) -> None:
+@pytest.mark.parametrize(("seconds", "threads", "moved"), [(1.0, 1, 9), (7.0, 1, 2), (7.0, 2, 9)])
+def test_slow_units_move_to_workers_and_keep_their_order(seconds, threads, moved, monkeypatch) -> None:
     monkeypatch.setattr(workers, "num_cpus", lambda: 2)
-    now, there = iter(range(100)), []
+    now, used, there = iter(range(100)), iter(range(100)), []
 
     def start() -> workers._InProcess:
         there.append("started")
         return workers._InProcess("there")
 
-    pool = workers._Beginning(workers._InProcess("here"), start, lambda: next(now) * seconds)
+    clocks = (lambda: next(now) * seconds), (lambda: next(used) * seconds * threads)
+    pool = workers._Beginning(workers._InProcess("here"), start, *clocks)
     units = [Block(number=n, start=n, stop=n + 1) for n in range(9)]
     found = list(pool.map(lambda loaded, unit, threads: (loaded, unit.number), units))
     assert [number for _, number in found] == list(range(9))

@@ -272,13 +272,13 @@ def test_verify_compares_the_vocabulary(folder: BuildFolder) -> None:
     content["counts_0"] = content["counts_0"] + 1
     np.savez(folder.vocabulary, allow_pickle=False, **content)
     problems = "\n".join(find_problems(folder))
-    assert "vocabulary.npz: prototypes do not have the tokens of those below them" in problems
+    assert "vocabulary.npz: token counts of prototypes differ from the sums over their children" in problems
     assert "shards/vocabulary.npz is not the vocabulary of the build" in problems
     content["description"] = np.array(
         str(content["description"]).replace('"config_hash": "', '"config_hash": "x')
     )
     np.savez(folder.vocabulary, allow_pickle=False, **content)
-    assert "is not the manifest's" in "\n".join(find_problems(folder))
+    assert "differs from that in the manifest" in "\n".join(find_problems(folder))
 
 
 def test_parts_nearest_to_a_prototype_are_of_different_images(folder: BuildFolder) -> None:

@@ -176,13 +176,14 @@ def test_cpus_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) ->
 def test_ray_gets_a_short_folder_for_its_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 20)))
-    chosen = workers._short_folder()["_temp_dir"]
+    chosen = workers._private_session()
     assert len(chosen) <= process.MAX_SOCKET_FOLDER
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
-    assert workers._short_folder() == {}
+    assert (own := Path(workers._private_session()).parent).parent == Path("/tmp")
+    assert own.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
     with pytest.raises(BuilderError, match="set RAY_TMPDIR to a folder with a shorter path"):
-        workers._short_folder()
+        workers._private_session()
 
 
 # The network

@@ -79,6 +79,16 @@ def test_store_with_foreign_description_is_damaged(tmp_path) -> None:
         stores.open_store(tmp_path / "a.zarr")
 
 
+def test_every_field_of_the_description_of_a_store_is_compared(path) -> None:
+    layout = stores.features_layout(num_rows=21, block_rows=8, grid=(2, 3), width=4)
+    described = path / "zarr.json"
+    whole = described.read_bytes()
+    described.write_bytes(whole.replace(b'"zarr_format"', b'"zarr_fosmat"'))
+    assert stores.damaged_layout(path, layout) == ["."]
+    stores.repair_layout(path, layout)
+    assert described.read_bytes() == whole
+
+
 def test_arrays_name_their_dimensions_and_earlier_stores_without_names_are_whole(tmp_path) -> None:
     layout = stores.regions_layout(num_rows=4, block_rows=4, num_levels=4, grid=(3, 2))
     stores.create(tmp_path / "regions.zarr", layout)

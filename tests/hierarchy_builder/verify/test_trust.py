@@ -206,6 +206,7 @@ def test_a_photograph_that_changed_at_equal_size_is_named_by_every_step(place: P
         *IN_PROCESS,
     ]
     assert "circle/000.png" in call(*again, code=5)
+    assert (place / "staged" / "shards" / "_SUCCESS").is_file()  # said before --fresh removed anything
     added = encoded(draw_picture("square", 30))
     (place / "photos" / "square" / "030.png").write_bytes(added)
     accept = ["build", place / "photos", "--out", place / "staged", *SMALL, "--accept-new-files"]
@@ -226,6 +227,19 @@ def test_the_advice_after_a_recut_can_be_followed(place: Path) -> None:
     call(*shlex.split(command), *IN_PROCESS)
     call("verify", root)
     assert read_json(root / "shards" / "index.json")["members"].count("jpg") == 1
+
+
+def test_an_unfinished_build_names_the_next_step_of_every_command(place: Path) -> None:
+    root = place / "staged"
+    marker = root / "ledger" / "extract" / "000000.json"
+    marker.unlink()
+    for words in (["report", root], ["compare", root, root], ["shard", root], ["cluster", root]):
+        assert f"run `hierarchy-builder extract {root}` again" in call(*words, code=1)
+    (place / "photos").rename(place / "moved")
+    assert "repeat the `build` command with the place" in call("repair", root, *IN_PROCESS, code=2)
+    (place / "moved").rename(place / "photos")
+    call("extract", root, *IN_PROCESS)
+    assert marker.is_file()
 
 
 def test_the_advice_for_pages_of_a_fused_build_can_be_followed(place: Path) -> None:

@@ -274,7 +274,7 @@ def test_nonfinite_tokens_are_refused() -> None:
 @pytest.mark.parametrize(("backend", "extra"), [("faiss", "faiss"), ("cuml", "gpu")])
 def test_a_missing_library_names_the_extra(backend: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, backend, None)  # import fails
-    with pytest.raises(BuilderError, match=rf"{backend}.*trajectory-hierarchies\[{extra}\]"):
+    with pytest.raises(BuilderError, match=rf"{backend}.*pip install .*\[{extra}\]"):
         fit_prototypes(blobs(50), VocabularyConfig(sizes=(3,), backend=backend))
 
 

@@ -159,13 +159,34 @@ def test_copies_of_other_sets_make_room(
         memory.rm(f"/{name}-set", recursive=True)
 
 
-def test_a_corrupt_download_leaves_nothing_behind(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["_SUCCESS", "index.json", "class_map.json", "statistics.npz"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse"])
+def test_only_files_of_bounded_size_are_read_beside_the_tars(tmp_path: Path, name: str, kind: str) -> None:
+    (place := write_shards(tmp_path) / name).unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(place)
+        case "device":
+            place.symlink_to("/dev/zero")
+        case _:
+            place.touch()
+            os.truncate(place, 2**40)
+    with pytest.raises(TrainerError, match=f"{name}.* damaged .*(no regular file|more than)"):
+        read_statistics(open_index(str(tmp_path)), ["channel_mean"])
+
+
+@pytest.mark.parametrize(
+    ("end", "message"), [(b"x", "the shard is corrupt"), (bytes(2**24), "more than the .* bytes")]
+)
+def test_a_corrupt_download_leaves_nothing_behind(
+    tmp_path: Path, folder: Path, end: bytes, message: str
+) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/corrupt-test", recursive=True)
     index = open_index("memory://corrupt-test")
     tar = f"/corrupt-test/{index.shards[0].name}"
-    memory.pipe_file(tar, memory.cat_file(tar)[:-1] + b"x")
-    with pytest.raises(TrainerError, match="the shard is corrupt"):
+    memory.pipe_file(tar, memory.cat_file(tar)[:-1] + end)
+    with pytest.raises(TrainerError, match=message):
         ShardReader(index, cache=str(tmp_path)).read(0)
     memory.rm("/corrupt-test", recursive=True)
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]

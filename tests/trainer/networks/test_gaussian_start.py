@@ -154,23 +154,27 @@ def test_places_that_never_vary_are_drawn_without_noise() -> None:
     assert deviation.max() <= 1.1 * LEAST_DEVIATION
 
 
-def test_weights_of_the_first_version_lead_to_the_same_velocity(inputs: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("prefix", ["start.", "predictor.backbone.start."])
+def test_weights_of_the_first_version_lead_to_the_same_velocity(
+    inputs: dict[str, Tensor], prefix: str
+) -> None:
     generator = torch.Generator().manual_seed(10)
     old = {
-        "start.axes": torch.linalg.qr(torch.randn(LEVELS, CHANNELS, CHANNELS, generator=generator)).Q,
-        "start.deviation": torch.rand(LEVELS, *GRID, CHANNELS, generator=generator) + 0.1,
-        "start.steps": torch.randn(CLASSES + 1, LEVELS, 4, 4, CHANNELS, generator=generator),
+        prefix + "axes": torch.linalg.qr(torch.randn(LEVELS, CHANNELS, CHANNELS, generator=generator)).Q,
+        prefix + "deviation": torch.rand(LEVELS, *GRID, CHANNELS, generator=generator) + 0.1,
+        prefix + "steps": torch.randn(CLASSES + 1, LEVELS, 4, 4, CHANNELS, generator=generator),
     }
     start = GaussianStart(GRID, CHANNELS, CLASSES, LEVELS)
-    start.load_state_dict({name.removeprefix("start."): tensor for name, tensor in upgraded(old).items()})
+    start.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in upgraded(old).items()})
     rows, columns = (cosines(n) for n in GRID)
     label, level, prev = (inputs[name] for name in ("label", "level", "prev"))
-    low = old["start.steps"].double()[label, level]
+    low = old[prefix + "steps"].double()[label, level]
     mean = prev + torch.einsum("fh,bfgc,gw->bhwc", rows[:4], low, columns[:4])
-    z, axes = noise(B, *GRID, CHANNELS), old["start.axes"].double()[level]
+    z, axes = noise(B, *GRID, CHANNELS), old[prefix + "axes"].double()[level]
     # At t = 1 and r = 0 the flow scales each coefficient of the noise by its deviation.
     along = (
-        torch.einsum("fh,bhwc,gw,bcd->bfgd", rows, z, columns, axes) * old["start.deviation"].double()[level]
+        torch.einsum("fh,bhwc,gw,bcd->bfgd", rows, z, columns, axes)
+        * old[prefix + "deviation"].double()[level]
     )
     drawn = mean + torch.einsum("fh,bfgd,gw,bcd->bhwc", rows, along, columns, axes)
     found = z - start.double()(z, t=times(1.0), r=times(0.0), **inputs)

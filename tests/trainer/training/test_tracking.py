@@ -98,5 +98,5 @@ def test_weights_and_biases_that_is_asked_for_and_missing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match=r"wandb_project is 'levels'.*trajectory-hierarchies\[wandb\]"):
+    with pytest.raises(UsageError, match=r"wandb_project is 'levels'.*pip install .*\[wandb\]"):
         open_trackers(tmp_path, 0, tensorboard=False, wandb_project="levels", config={})
