@@ -376,7 +376,7 @@ def _index_bytes(trial: _Trial, images: ImageTable, *, is_done: bool) -> int:
     outcomes = None
     if is_done:
         tried, generator = list(trial.outcomes), np.random.default_rng(0)
-        own = pc.index_in(images.column("path"), value_set=pa.array(tried))
+        own = pc.index_in(images.column("path"), value_set=pa.array(tried, pa.large_string()))
         drawn = pa.array(generator.integers(0, len(tried), len(images)), pa.int32())
         known = Outcomes([Outcomes.of(list(trial.outcomes.values()), len(tried))]).table
         found = known.take(pc.coalesce(own, drawn))

@@ -259,7 +259,7 @@ class ShardStage:
             span = slice(int(some[0]), int(some[-1]) + 1)
             table = self.index.slice(span.start, span.stop - span.start)
             arrays = {name: self._stored.rows(name, span) for name in names}
-            records = records_of(table)
+            records = list(records_of(table))
             outcomes, hashes = table.select(FACTS).to_pylist(), table.column("file_hash").to_pylist()
             for offset in (some - span.start).tolist():
                 row = {name: values[offset] for name, values in arrays.items()}

@@ -20,6 +20,8 @@ SAFE_KEY = re.compile(r"[^./\\\x00-\x1f]+(/[^./\\\x00-\x1f]+)*")
 
 Such a key cannot lead outside its folder when a tar is unpacked, and webdataset takes the first dot as its end.
 """
+HASHED = re.compile(r"-[0-9a-f]{8,64}$")
+"""How a key ends that got the hash of a path; other keys may end so too."""
 UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -30,8 +32,8 @@ def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
     makes several keys equal, each of them gets a hash of its path, so that no key depends on the order of the listing.
     """
     pairs = list(images)
-    plain = pa.chunked_array([pa.array([plain_key(path, name) for path, name in pairs], pa.string())])
-    paths = pa.chunked_array([pa.array([path for path, _ in pairs], pa.string())])
+    plain = pa.chunked_array([pa.array([plain_key(path, name) for path, name in pairs], pa.large_string())])
+    paths = pa.chunked_array([pa.array([path for path, _ in pairs], pa.large_string())])
     keys: list[str] = unique_keys(plain, paths).to_pylist()
     return keys
 
@@ -41,15 +43,21 @@ def plain_key(path: str, class_name: str) -> str:
     return f"{_safe_class(class_name)}/{_safe(_stem(path, class_name), NAME_CHARS)}"
 
 
-def unique_keys(plain: pa.ChunkedArray, paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Tell images of equal plain keys apart by hashes of their paths, see `assign_keys`."""
+def unique_keys(
+    plain: pa.ChunkedArray, paths: pa.ChunkedArray, elsewhere: Iterable[str] = ()
+) -> pa.ChunkedArray:
+    """Tell images of equal plain keys apart by hashes of their paths, see `assign_keys`.
+
+    elsewhere: keys of images that are not among these and that no other image may get.
+    """
     counts = plain.value_counts()
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if not len(repeated):
         return plain
     # Only keys that look like a key with a hash can be equal to one.
     taken = {
-        *pc.filter(plain, pc.match_substring_regex(plain, "-[0-9a-f]{8,64}$")).to_pylist(),
+        *pc.filter(plain, pc.match_substring_regex(plain, HASHED.pattern)).to_pylist(),
+        *elsewhere,
     } - {*repeated.to_pylist()}
     shared = pc.is_in(plain, value_set=repeated)
     named = []
@@ -58,7 +66,7 @@ def unique_keys(plain: pa.ChunkedArray, paths: pa.ChunkedArray) -> pa.ChunkedArr
         taken.add(key)
         named.append(key)
     mask = shared.combine_chunks()
-    filled = pc.replace_with_mask(plain.combine_chunks(), mask, pa.array(named, pa.string()))
+    filled = pc.replace_with_mask(plain.combine_chunks(), mask, pa.array(named, plain.type))
     return pa.chunked_array([filled])
 
 

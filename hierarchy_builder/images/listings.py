@@ -1,6 +1,7 @@
 """Lists the images and classes of a data set: a folder tree, a tar, or a CSV, TSV or parquet table.
 
-A listing is read as a stream. Of the images that belong to other partitions, only counts and classes are kept.
+A listing is read as a stream. Of the images that belong to other partitions, their number and classes are kept, and the
+few keys that one of this partition must not get; of a tar, the places of all members as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -29,7 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import BuilderError, UsageError, UserError
-from hierarchy_builder.images.table import AT_ONCE, Collected
+from hierarchy_builder.images.table import AT_ONCE, Collected, Size
 from hierarchy_builder.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
 from hierarchy_builder.places import printable
 from hierarchy_builder.terminal import counted
@@ -73,16 +75,29 @@ class Listing:
 
     @property
     def table(self) -> pa.Table:
-        """The images in the order of their paths. Raises BuilderError if the partition has none."""
+        """The images, by path. Raises BuilderError if there are none, or for a path that comes twice."""
         if self.settled is not None:
             return self.settled
+        table, again = self.in_order()
+        if again.any():
+            path = table.column("path")[int(again.argmax())]
+            raise BuilderError(
+                f"{printable(str(path))} comes twice in the listing of its folder, perhaps as a link of the folder to "
+                "itself: copy the images to another folder, or name them in a table"
+            )
+        return table
+
+    def in_order(self) -> tuple[pa.Table, np.ndarray]:
+        """The collected images in the order of their paths, and which of them have the path of the one before."""
         table = self.images.table().sort_by("path")
         if not len(table):
             raise BuilderError(
                 f"partition {self.images.partition} holds none of the {self.images.total:,} images: build in fewer "
                 "partitions"
             )
-        return table
+        paths, again = table.column("path"), np.zeros(len(table), bool)
+        again[1:] = pc.equal(paths[1:], paths[:-1]).to_numpy()
+        return table, again
 
 
 def list_folder(
@@ -101,6 +116,10 @@ def list_folder(
 def _found(fs: AbstractFileSystem, base: str) -> Iterator[tuple[str, int]]:
     """Yield the files below a folder of another file system as (relative path, size), one of its folders at a time."""
     for entry in fs.ls(base, detail=True):
+        if (
+            entry["name"].rstrip("/") == base
+        ):  # a link of an index page, or the placeholder of an object store
+            continue
         found = {entry["name"]: entry}
         if entry["type"] == "directory":
             found = fs.find(entry["name"], detail=True)
@@ -111,8 +130,8 @@ def _found(fs: AbstractFileSystem, base: str) -> Iterator[tuple[str, int]]:
 
 def _walk(
     folder: str, prefix: str, above: tuple[tuple[int, int], ...], folders: set[str]
-) -> Iterator[tuple[str, int]]:
-    """Yield the files below `folder` as (relative path, size in bytes).
+) -> Iterator[tuple[str, Size]]:
+    """Yield the files below `folder` as (relative path, size in bytes), which is asked for where it is used.
 
     Links are followed, except those that lead back to a parent folder. A dangling link is listed with size 0, so that
     it is counted as skipped when reading it fails.
@@ -136,7 +155,7 @@ def _walk(
                 folders.add(entry.name)
             yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, here), folders)
         else:
-            yield f"{prefix}{entry.name}", _size(entry) if _is_image(entry.name) else 0
+            yield f"{prefix}{entry.name}", partial(_size, entry)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -315,7 +334,7 @@ def _from_samples(
 
 
 def _from_tree(
-    files: Iterable[tuple[str, int]],
+    files: Iterable[tuple[str, Size]],
     folders: set[str],
     prefix: str,
     source: str,
@@ -458,7 +477,7 @@ def list_table(
 ) -> Listing:
     """List the rows of a CSV, TSV or parquet file with a column `path`; `size_of` returns None for a missing file.
 
-    The file is read twice: first the classes must be known.
+    The file is read twice: first the classes must be known. Raises UsageError if it changed meanwhile.
     """
     columns = _column_names(fs, place, source)
     wanted = ["path", "split"] if split else ["path"]
@@ -472,10 +491,14 @@ def list_table(
         )
     read = [name for name in (named, "class", "label", "split") if name in columns]
 
+    count = 0
+
     def rows() -> Iterator[tuple[str, str, str]]:
+        nonlocal count
         for values in _rows_of(fs, place, source, read):
             row = dict(zip(read, values, strict=True))
             if split is None or row["split"] == split:
+                count += 1
                 yield row[named], row.get("class", ""), row.get("label", "")
 
     found = Listing(Collected(partition))
@@ -484,12 +507,16 @@ def list_table(
     classes = _classes_of_rows(rows(), found, source)
     if not classes:
         raise BuilderError(f"no images in {source}" + (f" with split {split!r}" if split else ""))
+    first_time, first = count, ""
     for path, name, label in rows():
-        found.images.add(path, classes[name, label], 0)
-    table = found.table
+        if path and (name, label) in classes and found.images.add(path, classes[name, label], 0):
+            first = first or path
+    if not count - first_time == first_time == found.images.total:
+        raise UsageError(
+            f"{source} changed while it was read: repeat the command when nothing writes the table any more"
+        )
+    table, again = found.in_order()
     paths, names = (table.column(name) for name in ("path", "class_name"))
-    again = np.zeros(len(table), bool)
-    again[1:] = pc.equal(paths[1:], paths[:-1]).to_numpy()
     for row in np.flatnonzero(again).tolist():
         before, now = sorted(names[each].as_py() for each in (row - 1, row))
         if before != now:
@@ -505,8 +532,9 @@ def list_table(
                 gone += size is None
     if gone == len(table):
         raise BuilderError(
-            f"none of the {len(table)} paths in {source} exists, the first is {next(rows())[0]!r}: "
-            "paths are relative to the folder of the listing"
+            f"none of the {len(table)} paths in {source} exists"
+            + ("" if partition is None else f" that belong to partition {partition}")
+            + f", the first is {first!r}: paths are relative to the folder of the listing"
         )
     if gone:
         found.warnings.append(f"{gone} listed images do not exist")

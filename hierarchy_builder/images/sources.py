@@ -176,7 +176,7 @@ def open_source(
         spelled = _as_spelled(names, ids)
         _check_classes(sorted(set(spelled.values())), ids, class_map)
         table = _renamed(table, spelled)
-    records = _records(table, ids)
+    records = _records(table, ids, found.images.elsewhere)
     return ImageSource(
         records=records,
         class_map=ids,
@@ -255,9 +255,9 @@ def _check_classes(classes: list[str], ids: Mapping[str, int], class_map: str | 
         )
 
 
-def _records(table: pa.Table, ids: Mapping[str, int]) -> ImageTable:
+def _records(table: pa.Table, ids: Mapping[str, int], elsewhere: Iterable[str]) -> ImageTable:
     """Images as they were collected, in the order of their paths, with unique keys and the ids of their classes."""
-    keys = unique_keys(table.column("key"), table.column("path"))
+    keys = unique_keys(table.column("key"), table.column("path"), elsewhere)
     labels = pa.array(np.zeros(len(table), np.int32))
     return ImageTable(table.set_column(0, "key", keys).append_column("label", labels)).relabelled(ids)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 
 from hierarchy_builder.config import Partition
-from hierarchy_builder.images.keys import plain_key
+from hierarchy_builder.images.keys import HASHED, plain_key
 from hierarchy_builder.records import ImageRecord
 
 AT_ONCE = 65_536
 """Images that are held as objects of Python at a time."""
 COLUMNS = ("key", "path", "label", "class_name", "bytes")
 """Columns of the table, those of index.parquet, in the order of the fields of `ImageRecord`."""
+TEXT = pa.large_string()
+"""Kind of columns of text: those of another kind hold 2 GiB at most when they are sorted."""
+Size = int | Callable[[], int]
+"""Size of a file in bytes, or a call that asks for it."""
 
 
 class ImageTable(Sequence[ImageRecord]):
@@ -24,6 +28,10 @@ class ImageTable(Sequence[ImageRecord]):
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.select(COLUMNS)
+        for place, kind in enumerate(self.table.schema.types):
+            if pa.types.is_string(kind):
+                column = self.table.column(place).cast(TEXT)
+                self.table = self.table.set_column(place, COLUMNS[place], column)
 
     @classmethod
     def of(cls, records: Iterable[ImageRecord]) -> ImageTable:
@@ -34,7 +42,7 @@ class ImageTable(Sequence[ImageRecord]):
         values = (
             [getattr(row, name if name != "bytes" else "num_bytes") for row in rows] for name in COLUMNS
         )
-        kinds = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.int64())
+        kinds = (TEXT, TEXT, pa.int32(), TEXT, pa.int64())
         arrays = [pa.array(column, kind) for column, kind in zip(values, kinds, strict=True)]
         return cls(pa.table(arrays, names=COLUMNS))
 
@@ -80,7 +88,7 @@ class ImageTable(Sequence[ImageRecord]):
     def column(self, name: str) -> pa.ChunkedArray:
         """A column; names of classes as plain strings."""
         column = self.table.column(name)
-        return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
+        return column.cast(TEXT) if pa.types.is_dictionary(column.type) else column
 
     def values(self, name: str) -> Iterator[Any]:
         """The values of a column, one after the other."""
@@ -105,13 +113,18 @@ class ImageTable(Sequence[ImageRecord]):
 
 
 class Collected:
-    """Images as they are found: path, class, size and plain key; those of other partitions are only counted."""
+    """Images as they are found: path, class, size and plain key; those of other partitions are only counted.
+
+    Of these, the keys are kept that an image of this partition could get when it is told apart by a hash.
+    """
 
     def __init__(self, partition: Partition | None) -> None:
         self.partition = partition
         self.total = 0
         """Images that were found, in all partitions."""
         self._classes: dict[str, int] = {}
+        self._elsewhere: dict[str, str | None] = {}
+        """Such a key → the path of its one image, None if several images share the key."""
         self._batches: list[pa.RecordBatch] = []
         self._begin()
 
@@ -120,24 +133,32 @@ class Collected:
         self._paths: list[str] = []
         self._numbers, self._sizes = array("i"), array("q")
 
-    def add(self, path: str, class_name: str, size: int) -> None:
-        """Add an image unless it belongs to another partition."""
+    def add(self, path: str, class_name: str, size: Size) -> bool:
+        """Add an image unless it belongs to another partition, and return whether it was added."""
         self.total += 1
         number = self._classes.setdefault(class_name, len(self._classes))
         key = plain_key(path, class_name)
         if self.partition is not None and not self.partition.takes(key):
-            return
+            if (hashed := HASHED.search(key)) and self.partition.takes(key[: hashed.start()]):
+                self._elsewhere[key] = path if self._elsewhere.get(key, path) == path else None
+            return False
         self._keys.append(key)
         self._paths.append(path)
         self._numbers.append(number)
-        self._sizes.append(size)
+        self._sizes.append(size if isinstance(size, int) else size())
         if len(self._keys) == AT_ONCE:
             self._flush()
+        return True
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes of all images that were found, in the order in which they were."""
         return list(self._classes)
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Keys of other partitions that no image of this one may get, see `keys.unique_keys`."""
+        return [key for key, path in self._elsewhere.items() if path is not None]
 
     def table(self) -> pa.Table:
         """The images of the partition: columns `key`, `path`, `class_name` (a dictionary) and `bytes`."""
@@ -151,8 +172,8 @@ class Collected:
 
     def _flush(self) -> None:
         columns = [
-            pa.array(self._keys, pa.string()),
-            pa.array(self._paths, pa.string()),
+            pa.array(self._keys, TEXT),
+            pa.array(self._paths, TEXT),
             pa.array(np.frombuffer(self._numbers, np.int32) if self._numbers else [], pa.int32()),
             pa.array(np.frombuffer(self._sizes, np.int64) if self._sizes else [], pa.int64()),
         ]

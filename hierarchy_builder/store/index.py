@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import decoding, read_bytes, write_bytes
-from hierarchy_builder.images.table import COLUMNS, ImageTable
+from hierarchy_builder.images.table import AT_ONCE, COLUMNS, ImageTable
 from hierarchy_builder.records import ImageRecord, Status
 from hierarchy_builder.remote import is_remote
 
@@ -104,7 +104,11 @@ def write_index(
     outcomes: one mapping per row with `OUTCOME_COLUMNS`.
     """
     images = ImageTable.of(records)
-    columns: dict[str, Any] = {name: images.column(name) for name in COLUMNS}
+    columns: dict[str, Any] = {
+        field.name: _in_pieces(images.column(field.name), field.type)
+        for field in SCHEMA
+        if field.name in COLUMNS
+    }
     if isinstance(outcomes, Outcomes):
         columns |= {name: outcomes.table.column(name) for name in OUTCOME_COLUMNS}
     elif outcomes is None:
@@ -119,6 +123,14 @@ def write_index(
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(described), buffer, compression="zstd")
     write_bytes(path, buffer.getvalue())
+
+
+def _in_pieces(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column as another kind, in pieces that are small enough for each to hold its text."""
+    pieces = (
+        chunk.slice(start, AT_ONCE) for chunk in column.chunks for start in range(0, len(chunk), AT_ONCE)
+    )
+    return pa.chunked_array([piece.cast(kind) for piece in pieces], kind)
 
 
 def read_index(path: Path) -> pa.Table:

@@ -25,7 +25,7 @@ from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_
 from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
 from hierarchy_builder.parsing import parse_npz
-from hierarchy_builder.records import REGION_DTYPE, Block, ImageRecord, Sample, Status, spread_evenly
+from hierarchy_builder.records import REGION_DTYPE, Block, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
@@ -420,7 +420,7 @@ class _ExpectedTar:
         intact: np.ndarray,
     ) -> None:
         self.config, self.rows = config, rows
-        self.records: Sequence[ImageRecord] = records_of(table)
+        self.records = list(records_of(table))
         self.facts = table.select(FACTS).to_pylist()
         extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
         self.num_classes: int = extracted["num_classes"]

@@ -1,24 +1,31 @@
 """Listing: every kind of source, and keys that are safe and unique."""
 
 import gzip
+import io
 import json
 import os
 import re
 import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import NOISE, encoded
 
 from hierarchy_builder.errors import BuilderError, ImageError, UsageError
 from hierarchy_builder.images.keys import assign_keys
+from hierarchy_builder.images.listings import list_table
 from hierarchy_builder.images.sources import open_reader, open_source
+from hierarchy_builder.store.index import read_index, records_of, write_index
 
 
 def tree(root: Path, *paths: str) -> Path:
@@ -250,6 +257,56 @@ def test_fsspec_urls_are_listed_and_read() -> None:
     table = open_source("memory://photos/list.csv")
     assert [r.path for r in table.records] == ["cat/1.png", "memory://photos/dog/2.png"]
     assert table.read("memory://photos/dog/2.png") == open_reader(table.location).read("cat/1.png") == picture
+
+
+def test_a_folder_that_lists_itself_is_not_listed_twice(tmp_path: Path) -> None:
+    """Index pages link to themselves, and object stores have placeholders of folders."""
+    tree(tmp_path, "photos/cat/1.png")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(IndexPages, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever).start()
+        source = open_source(f"http://127.0.0.1:{server.server_port}/photos")
+        server.shutdown()
+    assert [(record.path, record.class_name) for record in source.records] == [("cat/1.png", "cat")]
+
+
+class IndexPages(SimpleHTTPRequestHandler):
+    """Serves a folder; the index page of each folder links to the page itself."""
+
+    def list_directory(self, path: str | os.PathLike[str]) -> io.BytesIO:
+        names = [f"{name}/" if os.path.isdir(os.path.join(path, name)) else name for name in os.listdir(path)]
+        links = [self.path.rstrip("/") + "/", *names]
+        page = "".join(f'<a href="{link}">{link}</a>' for link in links).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        return io.BytesIO(page)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the output of tests short."""
+
+
+def test_text_of_a_listing_is_not_limited_to_two_gibibytes(tmp_path: Path) -> None:
+    """Arrow counts the text of one piece of a column in 32 bits, unless the kind of the column is `large_string`."""
+    records = open_source(str(tree(tmp_path / "photos", "cat/1.png", "cat/1.jpg", "cat/2.png"))).records
+    write_index(tmp_path / "index.parquet", records)
+    table = read_index(tmp_path / "index.parquet")
+    assert table.schema.field("path").type == pa.string()  # on disk as before
+    for images in (records, records_of(table), records_of(table).take(np.array([2, 0]))):
+        kinds = [images.column(name).type for name in ("key", "path", "class_name")]
+        assert kinds == [pa.large_string()] * 3
+
+
+def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    contents = [b"path,class\n1.png,a\n", b"path,class\n1.png,a\n", b"path,class\n1.png,b\n"]
+
+    class Changing(MemoryFileSystem):
+        """A file system whose file is another one at every reading."""
+
+        def open(self, path: str, *args: object, **named: object) -> io.BytesIO:
+            return io.BytesIO(contents.pop(0))
+
+    with pytest.raises(UsageError, match="changed while it was read: repeat the command"):
+        list_table(Changing(), "/list.csv", lambda path: 1, "list.csv", None)
 
 
 # Keys
