@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
-from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
+from hierarchy_builder.errors import BuilderError, UsageError, UserError, VerificationError
 from hierarchy_builder.files import readable_json, target_of
 from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, argument, flags, option, switch, takes
 from hierarchy_builder.store.folder import BuildFolder
@@ -30,7 +30,9 @@ def status(folders: list[Path], as_json: bool, quiet: bool) -> None:
         of_stage = running["stage"] if running else None
         named = {"build": str(folder)} if len(folders) > 1 else {}
         for row in rows:
-            found.append({**named, **row, "running": running if row["stage"] == of_stage else None})
+            found.append(
+                {"build": str(folder), **row, "running": running if row["stage"] == of_stage else None}
+            )
             if row["stage"] in ("extract", "fuse"):
                 found[-1]["left_out"] = left_out
             units, images = f"{row['units_done']}/{row['units']}", f"{row['images']:,}"
@@ -62,31 +64,44 @@ def _of_running(running: Mapping[str, Any]) -> str:
 @takes(folders=opt.FOLDERS, **OUTPUT)
 def verify(folders: list[Path], as_json: bool, quiet: bool) -> None:
     """Read every file and compare it with what was written; exit code 4 if something is damaged."""
+    looked = [_verified(folder) for folder in folders]
+    errors = [error for _, error in looked if error is not None]
+    if len(folders) == 1 and errors and not looked[0][0]:
+        raise errors[0]  # the build cannot be verified
+    if as_json:
+        unread = ({"error": str(error)} if error and not problems else {} for problems, error in looked)
+        _print_of_builds(
+            folders,
+            [{"problems": problems, **more} for (problems, _), more in zip(looked, unread, strict=True)],
+            len(folders) == 1,
+        )
+    for folder, (problems, error) in zip(folders, looked, strict=True) if not as_json else ():
+        for line in problems if error else [f"{folder}: everything is in order"]:
+            stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    if errors:
+        worst = max(errors, key=lambda error: error.exit_code)
+        raise type(worst)("\n".join(map(str, errors)))
+
+
+def _verified(folder: Path) -> tuple[list[str], UserError | None]:
+    """What is damaged in a build, and the error about that, or about what keeps the build from being verified."""
     from hierarchy_builder.verify.checks import find_damage
 
-    problems, ends = list[str](), list[str]()
-    for folder in folders:
-        build_folder = BuildFolder(folder)
+    build_folder = BuildFolder(folder)
+    try:
         _refuse_running(build_folder)
         found = list(find_damage(build_folder))
-        if not found:
-            continue
-        _refuse_running(build_folder)  # one that began meanwhile
-        problems += [damage.text for damage in found]
-        advice = f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
-        if all(damage.is_stale for damage in found):
-            advice = "nothing is damaged; do what is said above"
-        ends.append(f"{folder}: found {counted(len(found), 'problem')}, expected none; {advice}")
-    if as_json:
-        print_json({"problems": problems})
-    else:
-        for problem in problems:
-            stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
-    if ends:
-        raise VerificationError("\n".join(ends))
-    if not as_json:
-        for folder in folders:
-            stdout.print(f"{folder}: everything is in order", soft_wrap=True)
+        if found:
+            _refuse_running(build_folder)  # one that began meanwhile
+    except UserError as error:
+        return [], error
+    if not found:
+        return [], None
+    advice = f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
+    if all(damage.is_stale for damage in found):
+        advice = "nothing is damaged; do what is said above"
+    text = f"{folder}: found {counted(len(found), 'problem')}, expected none; {advice}"
+    return [damage.text for damage in found], VerificationError(text)
 
 
 @takes(
@@ -118,7 +133,7 @@ def report(
     quiet: bool,
 ) -> None:
     """Write a self-contained page: photographs, region maps, colours of features, decoded levels, a slider."""
-    builds, chosen = [BuildFolder(folder).require() for folder in folders], keys.split(",") if keys else None
+    builds = [BuildFolder(folder).require() for folder in folders]
     if quality and vocabulary:
         raise UsageError("--quality and --vocabulary are two pages: ask for one at a time")
     if masks is not None and not quality:
@@ -129,11 +144,13 @@ def report(
         target_of(out)  # refused before anything is read
     for folder in builds:
         _refuse_foreign_pages(folder, out, quality=quality, vocabulary=vocabulary)
+    chosen = _keys_by_build(builds, keys.split(",") if keys else None)
+    is_one = len(builds) == 1
     if quality:
-        _report_quality(builds, out, samples or 200, chosen, masks, trust_encoder, as_json, quiet)
+        _report_quality(chosen, out, samples or 200, masks, trust_encoder, as_json, quiet, is_one)
         return
     pages = []
-    for folder in builds:
+    for folder, some in chosen.items():
         if vocabulary:
             from hierarchy_builder.quality.vocabulary_page import write_vocabulary_page
 
@@ -141,10 +158,9 @@ def report(
         else:
             from hierarchy_builder.quality.report import write_report
 
-            pages.append(write_report(folder, out or folder.report, limit=samples or 48, keys=chosen))
+            pages.append(write_report(folder, out or folder.report, limit=samples or 48, keys=some))
     if as_json:
-        rows = [{"page": str(page)} for page in pages]
-        print_json(rows if len(rows) > 1 else rows[0])
+        _print_of_builds((folder.root for folder in chosen), [{"page": str(page)} for page in pages], is_one)
         return
     for page in pages:
         stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
@@ -197,6 +213,30 @@ def encoders(probe: str | None, weights: str | None, as_json: bool, quiet: bool)
     print_cells(rows[0], [["" if value is None else str(value) for value in row.values()] for row in rows])
 
 
+def _print_of_builds(folders: Iterable[Path], rows: Sequence[Mapping[str, Any]], is_one: bool) -> None:
+    """Print JSON: where one build was named, what is told of it, and else a list in which `build` names each."""
+    named = [{"build": str(folder), **row} for folder, row in zip(folders, rows, strict=True)]
+    print_json(rows[0] if is_one else named)
+
+
+def _keys_by_build(
+    builds: Sequence[BuildFolder], keys: Sequence[str] | None
+) -> dict[BuildFolder, Sequence[str] | None]:
+    """The builds that have any of the keys, each with those it has. Raises UsageError for a key that none has."""
+    if keys is None or len(builds) == 1:
+        return dict.fromkeys(builds, keys)
+    from hierarchy_builder.quality.report import usable_keys
+
+    known = {folder: set(usable_keys(folder)) for folder in builds}
+    if missing := [key for key in keys if not any(key in each for each in known.values())]:
+        raise UsageError(
+            f"none of the {len(builds)} builds has a usable image {', '.join(missing)}; {builds[0].index.name} of each "
+            "lists its keys"
+        )
+    some = {folder: [key for key in keys if key in each] for folder, each in known.items()}
+    return {folder: found for folder, found in some.items() if found}
+
+
 def _refuse_running(folder: BuildFolder) -> None:
     """Raise BuilderError while another process writes the build: what is not there yet is no damage."""
     if folder.is_locked():
@@ -222,21 +262,21 @@ def _refuse_foreign_pages(folder: BuildFolder, out: Path | None, *, quality: boo
 
 
 def _report_quality(
-    folders: Sequence[BuildFolder],
+    chosen: Mapping[BuildFolder, Sequence[str] | None],
     out: Path | None,
     samples: int,
-    keys: Sequence[str] | None,
     masks: Path | None,
     trust_encoder: bool,
     as_json: bool,
     quiet: bool,
+    is_one: bool,
 ) -> None:
     from hierarchy_builder.progress import Reporter
     from hierarchy_builder.quality.assessment import assess_build
     from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
 
     reporter, rows = Reporter(quiet=quiet, console=stderr), []
-    for folder in folders:
+    for folder, keys in chosen.items():
         found = assess_build(
             folder, limit=samples, keys=keys, masks=masks, reporter=reporter, trust_encoder=trust_encoder
         )
@@ -246,11 +286,7 @@ def _report_quality(
             continue
         summed = [{"name": name, "value": value} for name, value in summary(found).items()]
         for title, table in {"Summary": summed, **score_tables(found)}.items():
-            print_table(title + (named if len(folders) > 1 else ""), table)
+            print_table(title + ("" if is_one else named), table)
         stdout.print(f"{folder.quality}\n{page}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        print_json(
-            rows[0]
-            if len(rows) == 1
-            else [{"build": str(folder.root), **row} for folder, row in zip(folders, rows, strict=True)]
-        )
+        _print_of_builds((folder.root for folder in chosen), rows, is_one)

@@ -18,6 +18,7 @@ from hierarchy_builder.canvases.views import HierarchyView, hierarchy_viewers, s
 from hierarchy_builder.errors import BuilderError, ImageError, UsageError
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.sources import Reader, open_reader
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.quality.scores import flag_names
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.store.folder import BuildFolder
@@ -119,8 +120,14 @@ def hierarchy_views(
     return views
 
 
+def usable_keys(folder: BuildFolder) -> list[str]:
+    """The keys of the images that a page can show."""
+    keys: list[str] = read_index(folder.index).column("key").take(usable_rows(folder)).to_pylist()
+    return keys
+
+
 def choose_rows(
-    folder: BuildFolder, records: Sequence[ImageRecord], limit: int, keys: Sequence[str] | None = None
+    folder: BuildFolder, records: ImageTable, limit: int, keys: Sequence[str] | None = None
 ) -> list[int]:
     """Return the usable rows of `keys`; without keys the first of every class, the second of every class, … to `limit`.
 
@@ -128,15 +135,16 @@ def choose_rows(
     """
     usable = usable_rows(folder).tolist()
     if keys:
-        by_key = {records[row].key: row for row in usable}
+        by_key = dict(zip(records.take(np.array(usable, int)).values("key"), usable, strict=True))
         if missing := [key for key in keys if key not in by_key]:
             raise UsageError(
                 f"{folder.root} has no usable image {', '.join(missing)}; {folder.index.name} lists the keys"
             )
         return [by_key[key] for key in keys]
     by_class: dict[str, list[int]] = {}
+    names = records.column("class_name").to_pylist()
     for row in usable:
-        by_class.setdefault(records[row].class_name, []).append(row)
+        by_class.setdefault(names[row], []).append(row)
     turns = zip_longest(*(by_class[name] for name in sorted(by_class)))
     return [row for row in chain.from_iterable(turns) if row is not None][:limit]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from command_line import cli
 from tiny_builds import PLAN, session
 
 from hierarchy_builder.build import pipeline as steps
-from hierarchy_builder.config import ExtractConfig
+from hierarchy_builder.config import ExtractConfig, Partition
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.images.sources import open_source
+from hierarchy_builder.images.table import Collected
+from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard
 
@@ -79,13 +82,68 @@ def test_a_union_of_partitions_holds_the_samples_of_the_whole_build(
     assert manifest["stages"]["extract"]["inputs"]["config"]["partition"] == "1/3"
     looked = cli("hierarchy-builder", "status", *(folder.root for folder in parts[:2]), "--json").json
     assert {(row["build"], row["state"]) for row in looked} == {(str(f.root), "done") for f in parts[:2]}
-    assert cli("hierarchy-builder", "verify", parts[0].root, parts[2].root, "--json").json == {"problems": []}
+    assert cli("hierarchy-builder", "verify", parts[0].root, parts[2].root, "--json").json == [
+        {"build": str(parts[number].root), "problems": []} for number in (0, 2)
+    ]
     (parts[2].shards / "README.md").write_text("another card")
     ended = cli("hierarchy-builder", "verify", parts[0].root, parts[2].root)
     assert ended.code == 4
     assert f"{parts[2].root}: found 2 problems" in ended.err
+    # what is found in one build is told although another cannot be verified
+    ended = cli("hierarchy-builder", "verify", parts[2].root, tmp_path / "nothing", parts[0].root, "--json")
+    assert ended.code == 4
+    assert [sorted(row) for row in ended.json] == [
+        ["build", "problems"],
+        ["build", "error", "problems"],
+        ["build", "problems"],
+    ]
+    assert [len(row["problems"]) for row in ended.json] == [2, 0, 0]
+    keys = [next(iter(samples_of(folder))) for folder in parts[:2]]
+    shown = cli("hierarchy-builder", "report", *(f.root for f in parts), "--keys", ",".join(keys), "--json")
+    assert shown.json == [{"build": str(f.root), "page": str(f.report)} for f in parts[:2]], shown.err
+    ended = cli("hierarchy-builder", "report", *(f.root for f in parts), "--keys", f"{keys[0]},no/such")
+    assert (ended.code, "none of the 3 builds has a usable image no/such" in ended.err) == (2, True)
     with pytest.raises(ConfigMismatchError, match=r"config\.partition: '1/3' there, '2/3' now"):
         steps.build(parts[0], str(tiny_photos), part_plan("2/3"), session())
+
+
+def test_a_part_gives_no_key_of_another_part(tmp_path: Path) -> None:
+    """Images that share a key get hashes; an image of another part can have a name that ends with that hash."""
+    names = [f"cat/{n}.{suffix}" for n in range(12) for suffix in ("jpg", "png")]
+    hashed = {record.key for record in parts_of(tmp_path, names, (None,))}
+    clashing = [f"{key}.jpg" for key in sorted(hashed)[::2]]
+    whole = parts_of(tmp_path, [*names, *clashing], (None,))
+    assert len({record.key for record in whole}) == len(whole) == 36
+    assert parts_of(tmp_path, [*names, *clashing], PARTS) == whole
+
+
+def parts_of(folder: Path, names: Sequence[str], partitions: Sequence[str | None]) -> list[ImageRecord]:
+    """The records of these partitions of a folder of empty files, in the order of their paths."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    parts = [open_source(str(folder), partition=text) for text in partitions]
+    return sorted((record for part in parts for record in part.records), key=lambda each: each.path)
+
+
+def test_a_part_keeps_its_own_images_and_asks_for_their_sizes_only() -> None:
+    part, asked = Partition.parse("2/3"), list[str]()
+    images = Collected(part)
+    for number in range(300):
+        key = f"cat/{number}"
+        images.add(f"{key}.png", "cat", lambda key=key: len(asked.append(key) or key))
+    assert asked == [f"cat/{number}" for number in range(300) if part.takes(f"cat/{number}")]
+    assert images.table().column("key").to_pylist() == asked
+    assert (images.total, images.elsewhere) == (300, [])
+
+
+def test_a_part_without_a_file_names_one_of_its_own(tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text("path\n" + "".join(f"{n}.png\n" for n in range(20)))
+    own = parts_of(tmp_path / "there", [f"{n}.png" for n in range(20)], ("2/3",))
+    with pytest.raises(BuilderError, match="that belong to partition 2/3, the first is") as caught:
+        open_source(str(table), partition="2/3")
+    assert f"none of the {len(own)} paths" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/x", "01/3", "1/9999999", ""])
