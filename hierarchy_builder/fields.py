@@ -193,25 +193,25 @@ BEFORE_DIFFERENCE = 20
 """Characters of two long texts that are shown before the first that differs."""
 
 
-def difference(name: str, before: Any, now: Any) -> str:
+def difference(name: str, before: Any, now: Any, places: tuple[str, str] = ("there", "now")) -> str:
     """One line about a field that differs: both values, or of long ones the first place where they differ."""
     texts = [each if len(each) <= SHOWN_CHARACTERS else "" for each in (repr(before), repr(now))]
     if all(texts):
-        return f"{name}: {texts[0]} there, {texts[1]} now"
+        return f"{name}: {texts[0]} {places[0]}, {texts[1]} {places[1]}"
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         first = next(key for key in [*before, *now] if key not in before or before[key] != now.get(key, ...))
-        return difference(f"{name}.{first}", before.get(first), now.get(first))
+        return difference(f"{name}.{first}", before.get(first), now.get(first), places)
     if isinstance(before, list | tuple) and isinstance(now, list | tuple):
         if len(before) != len(now):
-            return f"{name}: {len(before):,} values there, {len(now):,} values now"
+            return f"{name}: {len(before):,} values {places[0]}, {len(now):,} values {places[1]}"
         for place, (a, b) in enumerate(zip(before, now, strict=True)):
             if a != b:
-                return difference(f"{name}[{place}]", a, b)
+                return difference(f"{name}[{place}]", a, b, places)
     if isinstance(before, str) and isinstance(now, str):  # paths, of which the ends differ
         same = len(os.path.commonprefix([before, now])[:-BEFORE_DIFFERENCE])  # noqa: RUF071 (of any text)
         before, now = (f"…{each[same : same + SHOWN_CHARACTERS]}" if same else each for each in (before, now))
     shown = [text or _shortly(value) for text, value in zip(texts, (before, now), strict=True)]
-    return f"{name}: {shown[0]} there, {shown[1]} now"
+    return f"{name}: {shown[0]} {places[0]}, {shown[1]} {places[1]}"
 
 
 def _shortly(value: Any) -> str:

@@ -21,6 +21,7 @@ from trainer.training.config import with_settings
 
 if TYPE_CHECKING:
     from trainer.data.folders import Places
+    from trainer.data.shards import ShardIndex
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
 
@@ -47,17 +48,17 @@ def train(
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     asked = {**(settings or {}), **fields}
-    out = a_path(str(out))
-    base = base_config(preset, method, shards, out, resume, False, quiet)
-    config = registry.fit_to_shards(with_settings(base, asked), open_index(shards), asked)
-    registry.train(config, shards, str(out), resume, quiet)
+    out, index = a_path(str(out)), open_index(shards)
+    base = base_config(preset, method, index, out, resume, False, quiet)
+    config = registry.fit_to_shards(with_settings(base, asked), index, asked)
+    registry.train(config, index, str(out), resume, quiet)
     return TrajectoryPipeline.from_pretrained(out)
 
 
 def base_config(
     preset: str | None,
     method: str | None,
-    shards: Places,
+    shards: Places | ShardIndex,
     out: Path,
     resume: str,
     has_file: bool,

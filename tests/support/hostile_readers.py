@@ -77,7 +77,7 @@ def on_disk(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], obj
 
 def of_tar(path: Path) -> object:
     """All members of a tar."""
-    tar = OpenTar(str(path), ShardEntry(name="a", num_samples=2, num_bytes=0, sha256=""))
+    tar = OpenTar(str(path), ShardEntry(name="a", num_samples=2, num_bytes=0, sha256="", folder=""))
     return [tar.read(*place) for _, members in tar.samples for place in members.values()]
 
 

@@ -63,11 +63,11 @@ def train(
         from trainer.training.mirror import run_folder  # loads torch
 
         out = run_folder(out, is_new=True)
-    base = base_config(preset_name, method, shards, out, resume, given["config"] is not None, quiet)
+    index = open_index(shards)
+    base = base_config(preset_name, method, index, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
         raise UsageError("--pixel-stage trains a network of Latent Forcing: add --method latent-forcing")
     asked = asked_fields(given, FIELDS) | ({"pixel_stage": True} if pixel_stage else {})
-    index = open_index(shards)
     resolved = registry.fit_to_shards(with_settings(base, asked), index, asked)
     if given["dry_run"]:
         from trainer.training.run_folder import check_same_run, find_origin, settled
@@ -84,7 +84,7 @@ def train(
     if is_remote(asked_out):
         draw = [("trainer", "sample", asked_out, "--labels", "0", "--out", "drawn")]
     run_and_print(
-        lambda: registry.train(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet, draw
+        lambda: registry.train(resolved, index, str(out), resume, quiet), resolved, as_json, quiet, draw
     )
 
 
@@ -171,8 +171,9 @@ def _print_suggestion(shards: list[str], method: Method, as_json: bool, quiet: b
     from trainer.methods.machine import device_at_hand, hours_of, suggestion_for  # loads torch
 
     device = device_at_hand()
-    found = suggestion_for(method, open_index(shards), device)
-    hours, how = hours_of(found, device, shards)
+    index = open_index(shards)
+    found = suggestion_for(method, index, device)
+    hours, how = hours_of(found, device, index)
     config = found.config
     facts = {
         "preset": config.preset,

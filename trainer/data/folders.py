@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -26,8 +27,9 @@ def folders_at(places: Places) -> list[str]:
     """The folders that these places name, as paths and URLs; whether they hold shards is not asked.
 
     places: one or several. A name with `*`, `?` or `[…]` stands for the folders that it matches. A file `.txt` names
-    a folder in each line, relative to its own folder; empty lines and those that begin with `#` are left out.
-    Raises UsageError for a pattern that matches nothing, for a file without folders, and where nothing is named.
+    a folder or a pattern in each line, relative to its own folder; empty lines and those that begin with `#` are left
+    out. Raises UsageError for a pattern that matches nothing, for a file without folders or a remote one of local
+    paths, and where nothing is named.
     """
     if not isinstance(places, str | Path) and not places:
         raise UsageError("no shards are named, expected a folder, several, a pattern or a file of folders")
@@ -37,24 +39,36 @@ def folders_at(places: Places) -> list[str]:
 
 def _folders_at(place: str) -> Iterator[str]:
     filesystem, path = _filesystem_of(place)
-    if PATTERN.search(place) and not filesystem.exists(path):
-        yield from _matches(filesystem, path, place)
-    elif path.endswith(LISTS) and filesystem.isfile(path):
+    if path.endswith(LISTS) and filesystem.isfile(path):
         lines = _lines(filesystem, path, place)
         base = place.rpartition("/")[0] if "://" in place else os.path.dirname(os.path.abspath(place))
         for line in lines:
-            yield line if "://" in line or line.startswith("/") else f"{base}/{line}"
+            if line.startswith("/") and "://" in place:
+                raise UsageError(
+                    f"{place} names {line}, which is no place there: write the whole URL, or a path relative to the "
+                    "folder of the list"
+                )
+            yield from _matches(line if "://" in line or line.startswith("/") else f"{base}/{line}")
     else:
-        yield place
+        yield from _matches(place)
 
 
-def _matches(filesystem: AbstractFileSystem, path: str, pattern: str) -> list[str]:
+def _matches(pattern: str) -> list[str]:
+    """The folders that a name with `*`, `?` or `[…]` matches, or the one folder of that name."""
+    filesystem, path = _filesystem_of(pattern)
+    if not PATTERN.search(pattern) or filesystem.exists(path):
+        return [pattern]
     entries = filesystem.glob(path, detail=True)
-    folders = sorted(each for each, entry in entries.items() if entry["type"] == "directory")
+    folders = sorted(each for each, entry in entries.items() if _is_folder(filesystem, each, entry))
     if not folders:
         raise UsageError(f"{pattern} matches no folder, expected folders of shards: check the pattern")
     is_local = isinstance(filesystem, LocalFileSystem)
     return folders if is_local else [str(filesystem.unstrip_protocol(folder)) for folder in folders]
+
+
+def _is_folder(filesystem: AbstractFileSystem, place: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a match is a folder or a link to one, which file systems list as a kind of its own."""
+    return entry["type"] == "directory" or (entry["type"] != "file" and filesystem.isdir(place))
 
 
 def _lines(filesystem: AbstractFileSystem, path: str, place: str) -> list[str]:

@@ -61,7 +61,12 @@ class PictureDataset(RankShare):
     def samples(self, numbers: Sequence[int]) -> PictureBatch:
         """Read samples by number, counted through all shards."""
         samples = [self._reader.read(number, extras=True) for number in numbers]
-        pictures = np.stack([picture_of(sample, self._size) for sample in samples])
+        pictures = np.stack(
+            [
+                picture_of(sample, self._size, self._reader.shard_of(number))
+                for sample, number in zip(samples, numbers, strict=True)
+            ]
+        )
         return PictureBatch(
             features=torch.from_numpy(np.stack([sample.features for sample in samples])),
             pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
@@ -77,25 +82,27 @@ class PictureDataset(RankShare):
         return self._share * (2 * tokens * self._index.width + 3 * self._size[0] * self._size[1])
 
 
-def picture_of(sample: Sample, size_px: tuple[int, int]) -> np.ndarray:
+def picture_of(sample: Sample, size_px: tuple[int, int], shard: str = "") -> np.ndarray:
     """The picture that a sample was made from, resized to (h, w): RGB uint8 [h, w, 3].
 
-    Raises TrainerError if there is none or it cannot be decoded, MismatchError if it has another aspect ratio.
+    shard: where the sample is from, for messages. Raises TrainerError if there is no picture or it cannot be decoded,
+    MismatchError if it has another aspect ratio.
     """
+    named = f"{shard}, sample {sample.key}" if shard else f"sample {sample.key}"
     if sample.image is None:
         raise TrainerError(
-            f"sample {sample.key} holds no picture: rebuild the shards with "
+            f"{named} holds no picture: rebuild the shards with "
             "`hierarchy-builder shard DIR --images --fresh`"
         )
     try:
         with open_picture(sample.image) as picture:
             rgb = picture.convert("RGB")
     except UNREADABLE as error:
-        raise TrainerError(f"sample {sample.key}: its picture cannot be decoded: {error}") from None
+        raise TrainerError(f"{named}: its picture cannot be decoded: {error}") from None
     height, width = size_px
     if rgb.width * height != rgb.height * width:
         raise MismatchError(
-            f"sample {sample.key}: its picture has {rgb.width}×{rgb.height} pixels, but the grid of tokens "
+            f"{named}: its picture has {rgb.width}×{rgb.height} pixels, but the grid of tokens "
             f"has the aspect ratio of {width}×{height}; build the shards again"
         )
     if rgb.size != (width, height):

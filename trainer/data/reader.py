@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -185,6 +186,10 @@ class ShardReader:
         with _named(shard, key):
             return self._label(tar, members)
 
+    def shard_of(self, number: int) -> str:
+        """The shard that provides sample `number`, for messages."""
+        return self._find(number)[0]
+
     def number_of(self, key: str) -> int:
         """The number of the sample with this key, found by reading the tars. Raises UsageError if there is none."""
         for shard in range(len(self.index.shards)):
@@ -206,7 +211,7 @@ class ShardReader:
         """Name and tar of the shard that provides sample `number`, and the sample's key and members."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         row = number - int(self._starts[shard])
-        for candidate in (*range(shard, len(self.index.shards)), *range(shard)):
+        for candidate in chain(range(shard, len(self.index.shards)), range(shard)):
             tar = self._open.get(candidate) or self._opened(candidate)
             if tar is not None:
                 return self._name(candidate), tar, tar.samples[row % len(tar.samples)]
@@ -313,6 +318,16 @@ def spread_samples(index: ShardIndex, most: int) -> list[int]:
     chosen = spread_evenly(len(index.shards), MOST_OPENED)
     numbers = [number for shard in chosen for number in range(starts[shard], starts[shard + 1])]
     return [numbers[place] for place in spread_evenly(len(numbers), most)]
+
+
+def looked_at(index: ShardIndex) -> list[tuple[ShardIndex, int]]:
+    """The sets that are looked at before training, each with the number of its first sample.
+
+    These are all of them, but of remote ones at most MOST_OPENED, spread evenly: to look at one downloads a shard.
+    """
+    firsts = np.cumsum([0, *(part.num_samples for part in index.parts)]).tolist()
+    most = MOST_OPENED if index.is_remote else len(index.parts)
+    return [(index.parts[place], firsts[place]) for place in spread_evenly(len(index.parts), most)]
 
 
 def spread_order(count: int) -> list[int]:

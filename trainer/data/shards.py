@@ -13,11 +13,12 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -45,7 +46,10 @@ TAR_NAME = re.compile(r"(?:\w[\w.+=@-]*/)*\w[\w.+=@-]*")
 """A path inside the folder: no `..`, no root, no protocol."""
 SAME = ("encoder", "recipe", "num_levels", "grid", "width", "feature_dtype", "class_names")
 """What sets have in common that are read as one."""
+IN_EACH = ("in the first", "in the second")
 OPENING_THREADS = 16
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -74,6 +78,10 @@ class ShardIndex:
     """How features are stored."""
     sets: tuple[ShardIndex, ...] = ()
     """The sets that are read as one; empty for a single set."""
+    statistics: dict[tuple[str, ...], list[np.ndarray]] = field(
+        default_factory=dict, init=False, compare=False
+    )
+    """What `read_statistics` has read, by the names of the arrays."""
 
     def __repr__(self) -> str:
         grid = "×".join(map(str, (*self.grid, self.width)))
@@ -112,12 +120,12 @@ class ShardIndex:
         return {
             "sets": [
                 {
-                    "folder": Path(part.url.removesuffix("/shards")).name,
+                    "folder": name,
                     "num_samples": part.num_samples,
                     "config_hash": part.config_hash,
                     "sha256": part.digest,
                 }
-                for part in self.parts
+                for part, name in zip(self.parts, _names_of(self.parts), strict=True)
             ],
             "name": self.name,
             "split": self.split,
@@ -131,18 +139,29 @@ class ShardIndex:
         }
 
 
-def open_index(places: Places) -> ShardIndex:
+def _names_of(parts: Sequence[ShardIndex]) -> list[str]:
+    """The names of the folders of sets, which hold `shards` or are it; where names are equal, with the folder above."""
+    places = [part.url if "://" in part.url else str(Path(part.url).resolve()) for part in parts]
+    paths = [place.rstrip("/").removesuffix("/shards").split("/") for place in places]
+    counts = Counter(path[-1] for path in paths)
+    return ["/".join(path[-1:] if counts[path[-1]] == 1 else path[-2:]) for path in paths]
+
+
+def open_index(places: Places | ShardIndex) -> ShardIndex:
     """Read the index of finished shards, or of several sets as one.
 
-    places: see `folders_at`; each is a folder of shards, or of a build that holds one under `shards`.
+    places: see `folders_at`; each is a folder of shards, or of a build that holds one under `shards`. An index that was
+    opened before is returned as it is.
     Raises UsageError if one does not exist, TrainerError if a folder is not finished or has another format, and
     MismatchError if several sets do not fit together.
     """
-    folders = folders_at(places)
-    if len(folders) == 1:
-        return _open_set(folders[0])
+    return places if isinstance(places, ShardIndex) else joined(pooled(_open_set, folders_at(places)))
+
+
+def pooled(call: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> list[ResultT]:
+    """What `call` returns for each item, several at a time, since most of the time passes waiting for files."""
     with ThreadPoolExecutor(OPENING_THREADS) as pool:
-        return joined(list(pool.map(_open_set, folders)))
+        return list(pool.map(call, items))
 
 
 def joined(sets: Sequence[ShardIndex]) -> ShardIndex:
@@ -152,12 +171,12 @@ def joined(sets: Sequence[ShardIndex]) -> ShardIndex:
         return first
     for other in others:
         for name in SAME:
-            there, now = getattr(first, name), getattr(other, name)
-            if there != now:
+            values = getattr(first, name), getattr(other, name)
+            if values[0] != values[1]:
                 raise MismatchError(
                     f"{first.url} and {other.url} cannot be read as one, they differ in "
-                    f"{difference(name, there, now)}: give sets of the same encoder, recipe and classes (partitions "
-                    "of one listing, or builds with the same --class-map)"
+                    f"{difference(name, *values, places=IN_EACH)}: give sets of the same encoder, recipe and classes "
+                    "(partitions of one listing, or builds with the same --class-map)"
                 )
     found = dict[str, str]()
     for each in sets:
@@ -269,10 +288,16 @@ def read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]
     Those of several sets are merged: they are the statistics of one set of all samples, to the rounding of float64.
     Raises TrainerError if the file is missing or damaged, or if an array is missing, not finite or of another shape.
     """
+    if (found := index.statistics.get(tuple(names))) is None:
+        found = index.statistics[tuple(names)] = _merged_statistics(index, names)
+    return found
+
+
+def _merged_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray]:
     if not index.sets:
         return _read_statistics(index, names)
     weights = [part.num_samples / index.num_samples for part in index.sets]
-    means, variances = zip(*(_read_statistics(part, names) for part in index.sets), strict=True)
+    means, variances = zip(*pooled(lambda part: read_statistics(part, names), index.sets), strict=True)
     mean = sum(weight * each for weight, each in zip(weights, means, strict=True))
     # The law of total variance: the mean of the variances and the variance of the means.
     within = sum(weight * each for weight, each in zip(weights, variances, strict=True))

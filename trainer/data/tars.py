@@ -33,7 +33,7 @@ class ShardEntry:
     num_samples: int
     num_bytes: int
     sha256: str
-    folder: str = ""
+    folder: str
     """Path or URL of the shard set that the tar belongs to."""
 
     @property

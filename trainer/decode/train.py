@@ -28,6 +28,7 @@ from hierarchy_builder.files import write_bytes, write_sealed_json
 from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
+from trainer.data.reader import looked_at
 from trainer.data.shards import ShardIndex, open_index, read_statistics
 from trainer.data.tensor_files import tensor_bytes
 from trainer.decode.adversary import (
@@ -123,9 +124,8 @@ class DecoderRun(Loop):
         first, last = (self.plan.num_samples if self.is_held_out else 0), index.num_samples - 1
         count = min(MEASURED, last + 1 - first)
         self.measured_numbers = np.linspace(first, last, count).round().astype(int).tolist()
-        self.dataset.samples(
-            self.measured_numbers[:1]
-        )  # refuses shards without pictures before training starts
+        # Refuses shards without pictures before training starts.
+        self.dataset.samples([*self.measured_numbers[:1], *(first for _, first in looked_at(index))])
         origin = find_origin(out, resume, world.is_main)
         self.config = config = settled(config, out, origin, world.device)
         check_same_run(out, origin, config, index)

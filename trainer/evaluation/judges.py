@@ -9,7 +9,7 @@ from hierarchy_builder.errors import UsageError
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.terminal import counted
 from trainer.data.folders import Places, folders_at
-from trainer.data.shards import ShardIndex, finished_folder, joined, open_index
+from trainer.data.shards import ShardIndex, finished_folder, joined, open_index, pooled
 
 HELD_OUT = ("val", "test")
 """How the names of splits that no run trains on begin, the first choice first."""
@@ -25,7 +25,7 @@ def open_judges(places: Places, split: str | None = None) -> ShardIndex:
     or else with `test`, or else the shards at the place themselves.
     Raises UsageError if that split is not there, and errors of `open_index`.
     """
-    return joined([_open_judge(url, split) for url in folders_at(places)])
+    return joined(pooled(lambda url: _open_judge(url, split), folders_at(places)))
 
 
 def _open_judge(url: str, split: str | None) -> ShardIndex:
@@ -52,15 +52,18 @@ def judged_on(trained: Mapping[str, Any], index: ShardIndex, num_real: int) -> s
     """
     images = f"{counted(num_real, 'image')} of split {index.split}"
     known = {each["sha256"] for each in trained.get("sets") or []}
-    shared = sum(part.num_samples for part in index.parts if part.digest in known)
+    shared = sum(
+        part.num_samples
+        for part in index.parts
+        if part.digest in known or all(trained.get(name) == getattr(part, name) for name in SAME_SHARDS)
+    )
     if 0 < shared < index.num_samples:
-        return (
-            f"Judged on {images}, of which {shared / index.num_samples:.0%} trained this run: a network that only "
-            "remembers them scores well."
-        )
-    if any(trained.get(name) is None for name in SAME_SHARDS):
+        share = shared / index.num_samples
+        shown = "less than 1%" if share < 0.01 else "more than 99%" if share > 0.99 else f"{share:.0%}"
+        return f"Judged on {images}, of which {shown} trained this run: a network that only remembers them scores well."
+    if not shared and any(trained.get(name) is None for name in SAME_SHARDS):
         return f"Judged on {images}; the run does not say which shards trained it."
-    if shared or all(trained[name] == index.describe()[name] for name in SAME_SHARDS):
+    if shared or all(trained[name] == getattr(index, name) for name in SAME_SHARDS):
         return (
             f"Judged on the training images ({images}): a network that only remembers them scores well. Shards of "
             "other images, built with --split val, tell more."

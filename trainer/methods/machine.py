@@ -65,7 +65,7 @@ def sizes_of(method: Method, index: ShardIndex) -> list[Size]:
     return sizes
 
 
-def hours_of(suggestion: Suggestion, device: Device, shards: Places) -> tuple[float, str]:
+def hours_of(suggestion: Suggestion, device: Device, shards: Places | ShardIndex) -> tuple[float, str]:
     """Hours of a suggested run, and how they were found: timed on CPU cores, assumed on GPUs."""
     if device.is_gpu:
         peak = next((peak for part, peak in PEAK.items() if part in device.name), UNKNOWN_PEAK)
@@ -77,7 +77,7 @@ def hours_of(suggestion: Suggestion, device: Device, shards: Places) -> tuple[fl
     return each * suggestion.config.total_images / 3600, how
 
 
-def _seconds_per_image(config: Any, shards: Places) -> float:
+def _seconds_per_image(config: Any, shards: Places | ShardIndex) -> float:
     """Train a few steps in a folder that is removed, and leave out the first, which warms up."""
     batch = config.batch_size
     short = dataclasses.replace(

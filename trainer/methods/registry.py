@@ -167,7 +167,9 @@ def fit_to_shards(config: Any, index: ShardIndex, asked: Collection[str] = ()) -
     return method_of(config).load("training").fit_to_shards(config, index, asked)
 
 
-def train(config: Any, shards: Places, out: str, resume: str = "auto", quiet: bool = False) -> RunSummary:
+def train(
+    config: Any, shards: Places | ShardIndex, out: str, resume: str = "auto", quiet: bool = False
+) -> RunSummary:
     """Train a run of the method of `config`; see `trainer.methods.trajectory_forcing.train.train`."""
     summary: RunSummary = method_of(config).load("training").train(config, shards, out, resume, quiet)
     return summary

@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
+from hierarchy_builder.errors import InterruptedRunError, MismatchError, NonFiniteLossError, UsageError
 from hierarchy_builder.exclusion import still_ours
 from hierarchy_builder.fields import to_mapping
+from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import classes_with_images
 from trainer.data.shards import ShardIndex
@@ -104,6 +105,24 @@ def float32_products(device: torch.device, precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def check_sets(index: ShardIndex, world: World) -> None:
+    """Raise UsageError for sets of several splits, and MismatchError unless every process reads the same shards."""
+    first, *others = index.parts
+    for other in others:
+        if other.split != first.split:
+            raise UsageError(
+                f"{first.url} is of split {first.split!r} and {other.url} of {other.split!r}: train on sets of one "
+                "split, and let the others judge the run (`trainer report RUN`, `trainer evaluate`)"
+            )
+    digests = world.gather(torch.tensor(list(bytes.fromhex(index.digest)), device=world.device))
+    if differing := (digests != digests[0]).any(dim=1).nonzero().flatten().tolist():
+        raise MismatchError(
+            f"rank {world.rank} reads {index.url} ({counted(index.num_samples, 'sample')}), and the shards of rank "
+            f"{differing[0]} are not those of rank 0: name the same sets in every process, and let patterns match the "
+            "same folders on every machine"
+        )
+
+
 class Loop(ABC):
     """One run in one process: the state that checkpoints store, and the loop over steps.
 
@@ -129,6 +148,7 @@ class Loop(ABC):
     def __init__(
         self, config: Any, index: ShardIndex, out: Path, world: World, stop: StopRequest, quiet: bool
     ) -> None:
+        check_sets(index, world)
         self.config, self.index, self.out, self.world, self.stop = config, index, out, world, stop
         self.quiet = quiet
         self.step = 0

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import Normaliser, check_describes, chosen_normalisation, normaliser_of
-from trainer.data.reader import ShardReader
+from trainer.data.reader import ShardReader, looked_at
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import BatchDataset, StreamPlan
 from trainer.training import checkpoint as saved
@@ -100,14 +100,22 @@ class NetworkRun(Loop):
         """
         if origin:
             return saved.load_normaliser(origin)
-        normaliser = normaliser_of(self.config.normalise, self.index)
-        if self.config.normalise != "none":
-            check_describes(normaliser, self._first_samples()[0], self.index)
-        return normaliser
+        self._check_statistics()
+        return normaliser_of(self.config.normalise, self.index)
 
-    def _first_samples(self) -> tuple[Tensor, Tensor]:
-        """Read a few samples of the first shard: raw features float32 [b, H, W, C], region ids uint8 [b, L−1, H, W]."""
-        return next(self._samples(range(min(LOOKED_AT, self.index.shards[0].num_samples))))[:2]
+    def _check_statistics(self) -> None:
+        """Raise MismatchError if the statistics of a set do not describe its samples."""
+        kind = self.config.normalise
+        for part, first in looked_at(self.index) if kind != "none" else ():
+            check_describes(normaliser_of(kind, part), self._first_samples(part, first)[0], part)
+
+    def _first_samples(self, part: ShardIndex | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Read a few samples of the first shard: raw features float32 [b, H, W, C], region ids uint8 [b, L−1, H, W].
+
+        part, first: the set whose first shard it is, and the number of its first sample; None for the first set.
+        """
+        count = min(LOOKED_AT, (part or self.index).shards[0].num_samples)
+        return next(self._samples(range(first, first + count)))[:2]
 
     def _samples(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Read samples by number, some at a time: features and regions as in `_first_samples`, labels int64 [b]."""

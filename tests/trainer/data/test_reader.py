@@ -158,7 +158,7 @@ def test_members_lie_where_tarfile_says(
     with tarfile.open(path, "w", format=format) as tar:
         for number, size in enumerate(sizes):
             add_member(tar, f"{folder}/{number}.features.npy", bytes([number]) * size)
-    entry = ShardEntry(name=path.name, num_samples=len(sizes), num_bytes=0, sha256="")
+    entry = ShardEntry(name=path.name, num_samples=len(sizes), num_bytes=0, sha256="", folder="")
     opened = OpenTar(str(path), entry)
     for number, size in enumerate(sizes):
         key, members = opened.samples[number]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixture_shards import write_shards
 
 from hierarchy_builder.errors import TrainerError
 from trainer.training import distributed
@@ -35,6 +36,8 @@ from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training import distributed
 from trainer.training.distributed import check_equal, joined_world
+from trainer.data.shards import open_index
+from trainer.training.loop import check_sets
 
 distributed.BUCKET_ELEMENTS = 4  # several buckets
 with joined_world(timeout_s=60) as world:
@@ -63,6 +66,12 @@ with joined_world(timeout_s=60) as world:
         check_equal(norms, "the norm of the summed gradients")
     except distributed.TrainerError as error:
         open(f"{sys.argv[1]}/rank{world.rank}", "w").write(str(error))
+    sets = [open_index(sys.argv[2]), open_index(sys.argv[2 + world.rank])]
+    check_sets(sets[0], world)
+    try:
+        check_sets(sets[1], world)
+    except distributed.TrainerError as error:
+        open(f"{sys.argv[1]}/sets{world.rank}", "w").write(str(error))
     if world.rank == 1:
         os._exit(0)
     try:
@@ -75,10 +84,11 @@ with joined_world(timeout_s=60) as world:
 
 def test_gradients_are_sums_and_a_rank_apart_is_noticed_by_all(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
+    sets = [write_shards(tmp_path / f"set-{seed}", 3, seed=seed) for seed in (0, 1)]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(tmp_path / "ranks.py"), str(tmp_path)),
+            *(str(tmp_path / "ranks.py"), str(tmp_path), *map(str, sets)),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -88,6 +98,10 @@ def test_gradients_are_sums_and_a_rank_apart_is_noticed_by_all(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     for rank in (0, 1):
         assert "summed gradients differs between processes" in (tmp_path / f"rank{rank}").read_text()
+        told = (tmp_path / f"sets{rank}").read_text()
+        assert told.startswith(
+            f"rank {rank} reads {sets[rank]} (3 samples), and the shards of rank 1 are not"
+        )
     assert "another process of this run has ended" in (tmp_path / "alone").read_text()
 
 

@@ -7,30 +7,32 @@ because a change of scale acts like a shift in time.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainer.data.folders import Places
-from trainer.data.normalisation import Normaliser, check_describes, normaliser_of
+from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
+from trainer.data.reader import looked_at
 from trainer.data.shards import ShardIndex, open_index
 from trainer.methods.latent_forcing import objective as latent_forcing
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
 from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of
-from trainer.training import checkpoint as saved
 from trainer.training.loop import RunSummary
 from trainer.training.method_run import MethodRun, run_method, with_model
 from trainer.training.schedules import learning_rate
 
-CHECKED = 16
-"""Number of samples, spread evenly over the shards, whose features are compared with the statistics."""
-
 
 def train(
-    config: LatentTrainConfig, shards: Places, out: str, resume: str = "auto", quiet: bool = False
+    config: LatentTrainConfig,
+    shards: Places | ShardIndex,
+    out: str,
+    resume: str = "auto",
+    quiet: bool = False,
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 
@@ -45,18 +47,6 @@ def fit_to_shards(
 ) -> LatentTrainConfig:
     """Set the model's grid, channels, classes and number of canvases from the shards and `pixel_stage`."""
     return with_model(config, index, asked, num_canvases=index.num_levels if config.pixel_stage else 1)
-
-
-def latent_normaliser(config: LatentTrainConfig, index: ShardIndex, features: Tensor) -> Normaliser:
-    """Return the map from raw features to latents of standard deviation `latent_scale`.
-
-    features: float [b, H, W, C], a few from the shards. Raises the errors of `check_describes` and
-    `shards.read_statistics`.
-    """
-    plain = normaliser_of(config.normalise, index)
-    if config.normalise != "none":
-        check_describes(plain, features, index)
-    return Normaliser(mean=plain.mean, std=plain.std / config.method.latent_scale)
 
 
 class LatentForcingRun(MethodRun):
@@ -76,15 +66,14 @@ class LatentForcingRun(MethodRun):
         config, world, size_px = self.config, self.world, self.config.model.image_px
         limits = (config.verify_shards, config.max_damaged_shards)
         dataset = PictureDataset(self.index, self.plan, size_px, world.rank, world.size, *limits)
-        count = self.index.num_samples
         # Read before the run folder is changed, so that shards without pictures are refused in time.
-        self.some = dataset.samples(range(0, count, -(-count // CHECKED)))
+        dataset.samples([first for _, first in looked_at(self.index)])
         return dataset
 
     def _first_normaliser(self, origin: Path | None) -> Normaliser:
-        if origin:
-            return saved.load_normaliser(origin)
-        return latent_normaliser(self.config, self.index, self.some.features)
+        """The map from raw features to latents of standard deviation `latent_scale`."""
+        plain = super()._first_normaliser(origin)
+        return plain if origin else replace(plain, std=plain.std / self.config.method.latent_scale)
 
     def _rate(self) -> float:
         config, optim = self.config, self.config.optim

@@ -38,7 +38,11 @@ from trainer.training.weights import average_of
 
 
 def train(
-    config: NormalizingTrainConfig, shards: Places, out: str, resume: str = "auto", quiet: bool = False
+    config: NormalizingTrainConfig,
+    shards: Places | ShardIndex,
+    out: str,
+    resume: str = "auto",
+    quiet: bool = False,
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 

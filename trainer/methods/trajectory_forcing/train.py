@@ -30,7 +30,7 @@ from trainer.training.schedules import learning_rate
 
 
 def train(
-    config: TrainConfig, shards: Places, out: str, resume: str = "auto", quiet: bool = False
+    config: TrainConfig, shards: Places | ShardIndex, out: str, resume: str = "auto", quiet: bool = False
 ) -> RunSummary:
     """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
 
