@@ -63,7 +63,7 @@ class Guard:
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
-        if refusal := self.refusal(headers):
+        if refusal := self.refusal(headers, scope.get("method", "GET")):
             await _answer(send, 403, refusal)
             return
         self._sweep()
@@ -98,8 +98,8 @@ class Guard:
             if not began:
                 await _answer(send, 413, f"a request has at most {BODY_BYTES:,} bytes")
 
-    def refusal(self, headers: MutableMapping[str, str]) -> str | None:
-        """Why a request with these headers is refused, or None."""
+    def refusal(self, headers: MutableMapping[str, str], method: str = "GET") -> str | None:
+        """Why a request with these headers is refused, or None. A form of another site is no visit, a link is."""
         host = headers.get("host", "")
         if not self._is_own(_hostname(host)):
             return (
@@ -109,7 +109,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return "this request comes from a page of another site"
-        is_visit = headers.get("sec-fetch-mode") == "navigate"
+        is_visit = headers.get("sec-fetch-mode") == "navigate" and method in ("GET", "HEAD")
         if headers.get("sec-fetch-site") == "cross-site" and not is_visit:
             return "this request comes from a page of another site"
         return None
