@@ -20,10 +20,10 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.encoders import check_stored_encoder
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import write_bytes, write_json
+from hierarchy_builder.files import readable_json, write_bytes, write_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.index import read_index, records_of, write_index
 from hierarchy_builder.store.ledger import (
     Ledger,
@@ -33,6 +33,7 @@ from hierarchy_builder.store.ledger import (
     read_marker,
     stage_entry,
 )
+from hierarchy_builder.store.shard_set import SUCCESS
 from hierarchy_builder.store.units import gathered, layout_of, stage_units
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.verify.checks import MANIFEST, Damage, find_damage, is_listing
@@ -90,6 +91,7 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
         stored = stage_entry(folder, "extract")["request"]["encoder"]
         check_stored_encoder(stored, folder.root, trusted=session.trust_encoder)
     if is_fused(folder):
+        _set_aside(folder)
         _restore_listing(folder)
         for stage, numbers in by_stage.items():
             _remove_markers(folder, stage, (number for number in numbers if number is not None))
@@ -105,6 +107,8 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
         units = [unit for unit in stage_units(folder, _recorded_as(stage)) if unit.number in damaged]
         before = {unit.number: _written(folder, stage, unit) for unit in units}
         _remove_markers(folder, stage, damaged)
+        if stage == "shard":
+            _set_aside(folder)
         try:
             if stage != "extract" or damaged or not _rewrite_index(folder):
                 _run_again(folder, stage, session)
@@ -199,6 +203,18 @@ def _remove_later(folder: BuildFolder, stage: str, changed: Iterable[int]) -> No
         folder.remove(folder.ledger(name))
     if "vocabulary" in whole:
         folder.remove(folder.vocabulary_work)
+
+
+def _set_aside(folder: BuildFolder) -> None:
+    """Keep under another name what took the place of a file of the finished set, which is then written again.
+
+    Without its mark nobody can tell damage from a file that somebody put there.
+    """
+    digests = readable_json(folder.shards / SUCCESS).get("files", {})
+    for path in (folder.shards / name for name in MARKS if name in digests):
+        if not is_own_about(path):
+            write_bytes(path.with_name(f"found-{path.name}"), path.read_bytes())
+            write_bytes(path, MARKS[path.name])
 
 
 def _run_again(folder: BuildFolder, stage: str, session: Session) -> None:

@@ -21,6 +21,7 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import MARKS, BuildFolder
 from hierarchy_builder.store.shard_set import card_of
 from hierarchy_builder.verify.checks import find_problems
+from hierarchy_builder.verify.repair import repair
 
 
 def test_the_card_tells_licence_classes_and_members(tiny_build) -> None:
@@ -86,3 +87,16 @@ def test_files_of_others_beside_the_tars_stay_and_are_not_published(tiny_build, 
     (tmp_path / "there" / "preview.png").write_bytes(b"mine")
     with pytest.raises(UsageError, match=r"holds preview\.png, which no build published"):
         publish_to(folder, str(tmp_path / "there"), Reporter(quiet=True))
+
+
+def test_files_that_lost_their_mark_are_written_again(tiny_build, tmp_path: Path) -> None:
+    shutil.copytree(tiny_build.root, tmp_path / "build")
+    folder = BuildFolder(tmp_path / "build")
+    whole = {name: (folder.shards / name).read_bytes() for name in MARKS}
+    damaged = {name: whole[name].replace(mark, mark[:-2] + b"?" + mark[-1:]) for name, mark in MARKS.items()}
+    for name, content in damaged.items():
+        (folder.shards / name).write_bytes(content)
+    assert len(repair(folder, session())) == len(MARKS)
+    assert {name: (folder.shards / name).read_bytes() for name in MARKS} == whole
+    assert {name: (folder.shards / f"found-{name}").read_bytes() for name in MARKS} == damaged
+    assert list(find_problems(folder)) == []
