@@ -24,6 +24,11 @@ from hierarchy_builder.remote import is_remote, store_error
 SEAL = "document_sha256"
 """Field of a sealed JSON object: the checksum of the whole document, see `sealed_text`."""
 BLANK = "0" * 64
+
+OF_BUILDS = frozenset({"ledger", "features.zarr", "regions.zarr", "manifest.json", "index.parquet"})
+"""Names that only the folder of a build has in it."""
+REPAIR_UNNAMED = "run `hierarchy-builder repair` on its build"
+
 RECORD_VERSION = 2
 """Version of manifests and markers; those of version 1 have no seal."""
 
@@ -183,7 +188,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
         raise MissingFileError(f"{path} is missing") from None
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}): run `hierarchy-builder repair`, or remove it and run the same command again"
+            f"{path} is damaged ({error}): {repair_of(path)}, or remove it and run the same command again"
         ) from None
 
 
@@ -222,16 +227,22 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
     write_sealed_json(path, {**content, "format_version": RECORD_VERSION})
 
 
+def repair_of(place: Path | str) -> str:
+    """Advise the command that repairs the build which a file belongs to, as far as its path tells the build."""
+    paths = [place, *place.parents] if isinstance(place, Path) else []
+    builds = [path.parent for path in paths if path.name in OF_BUILDS]
+    return f"run `hierarchy-builder repair {builds[-1]}`" if builds else REPAIR_UNNAMED
+
+
 @contextmanager
-def decoding(
-    place: Path | str, advice: str = "run `hierarchy-builder repair` on its build"
-) -> Iterator[None]:
+def decoding(place: Path | str, advice: str | None = None) -> Iterator[None]:
     """Turn whatever a decoder says of damaged bytes into one VerificationError that names the file.
 
     place: the file, or the beginning of a sentence about what is read, such as `FILE: rows are`.
     A missing file counts as damaged; other errors of the operating system tell nothing of the bytes and pass.
     """
     what = place if isinstance(place, str) else f"{place} is"
+    advice = advice or repair_of(place)
     try:
         yield
     except UserError:

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 MOST_NUMBERS = 10_000_000
 """Largest number of seeds in one command; more than any data set has images."""
 
+MOST_DIGITS = 100
+"""Longest number or range that is read; Python refuses to read numbers of thousands of digits."""
+
 
 def parse_seeds(text: str, what: str = "seeds") -> list[int]:
     """Parse a list of numbers and ranges such as `0-7` or `0,3,9-11`. Raises UsageError."""
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        is_number = first.isdecimal() and (last.isdecimal() or not dash)
+        if not is_number or len(part) > MOST_DIGITS:
             raise UsageError(f"{what} {text!r}, expected numbers and ranges such as 0-7 or 0,3,9")
         named = range(int(first), int(last or first) + 1)
         if len(numbers) + len(named) > MOST_NUMBERS:

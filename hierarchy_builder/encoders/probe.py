@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
-from hierarchy_builder.errors import ConfigMismatchError
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.images.decoding import crop_square
 
 SIGNIFICANT_DIGITS = 5
@@ -62,8 +62,14 @@ def check_probe(
 
     recorded: probe value of the first run of the build, None for a new build.
     Returns `reference` if the weights are in REFERENCES, otherwise `recorded` or `new`.
-    Raises ConfigMismatchError with both values if they differ by more than the tolerance of `precision`.
+    Raises ConfigMismatchError with both values if they differ by more than the tolerance of `precision`, and
+    BuilderError if the value is no number.
     """
+    if not np.isfinite(value).all():
+        raise BuilderError(
+            f"encoder {encoder.name} (weights {encoder.weights_hash[:12]}…, {precision}) gives features of the probe "
+            "images that are no numbers (NaN or infinite): check its weights and its code"
+        )
     reference = reference_of(encoder.describe())
     for expected, source in (
         (reference, "the reference of these weights"),

@@ -22,7 +22,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore, StorePath
 
 from hierarchy_builder.errors import BuilderError, VerificationError
-from hierarchy_builder.files import decoding, sync
+from hierarchy_builder.files import decoding, repair_of, sync
 from hierarchy_builder.parsing import parse_json, read_document
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
 from hierarchy_builder.remote import is_remote, store_error
@@ -123,7 +123,7 @@ def create(path: Path, layout: Layout) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if told := store_error(error):
             raise told from error
-        raise VerificationError(f"{path} is damaged ({error}): run `hierarchy-builder repair`") from None
+        raise VerificationError(f"{path} is damaged ({error}): {repair_of(path)}") from None
     if group.attrs.get("format_version") != FORMAT_VERSION:
         group.attrs["format_version"] = FORMAT_VERSION
     for name, array in layout.items():
@@ -171,7 +171,7 @@ def require_layout(path: Path, layout: Layout, group: zarr.Group | None = None) 
     """Raise VerificationError unless the arrays of a store are described as `create` writes them."""
     if damaged := damaged_layout(path, layout, group):
         raise VerificationError(
-            f"{path / damaged[0] / 'zarr.json'} is missing or not as it was written: run `hierarchy-builder repair`"
+            f"{path / damaged[0] / 'zarr.json'} is missing or not as it was written: {repair_of(path)}"
         )
 
 
@@ -372,7 +372,7 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array:
         except KeyError:
             raise VerificationError(
                 f"{group.store_path} has no array {name!r}, found {sorted(group.keys())}: "
-                "run `hierarchy-builder repair`"
+                "run `hierarchy-builder repair` on its build"
             ) from None
         if not isinstance(array, zarr.Array):
             raise TypeError("it is no array")

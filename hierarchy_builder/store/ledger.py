@@ -26,6 +26,7 @@ from hierarchy_builder.files import (
     MissingFileError,
     decoding,
     read_record,
+    repair_of,
     write_json,
     write_record,
 )
@@ -136,8 +137,8 @@ class Marker(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise VerificationError(
-            f"{self.path} has no {name}, so it is damaged: run `hierarchy-builder repair`, or remove it and run its "
-            "stage again"
+            f"{self.path} has no {name}, so it is damaged: {repair_of(self.path)}, or remove it and run its stage "
+            "again"
         )
 
 
@@ -178,13 +179,13 @@ def check_manifest(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this release reads 1 to {RECORD_VERSION}: "
             "use the release that wrote it, or build again into another folder"
         )
-    with decoding(path, "run `hierarchy-builder repair`, or remove it and run the same command again"):
+    with decoding(path, f"{repair_of(path)}, or remove it and run the same command again"):
         entries = manifest["stages"].items()
         changed = [stage for stage, entry in entries if entry["hash"] != hash_of(stage, entry["inputs"])]
     if changed:
         raise VerificationError(
             f"{path} is damaged: the inputs of {', '.join(changed)} do not have the hash that is stored with them: "
-            "run `hierarchy-builder repair`"
+            f"{repair_of(path)}"
         )
     return manifest
 

@@ -16,7 +16,13 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.cli.options import resolve_recipe
 from hierarchy_builder.config import ExtractConfig
-from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError, VerificationError
+from hierarchy_builder.errors import (
+    BuilderError,
+    ConfigMismatchError,
+    UsageError,
+    UserError,
+    VerificationError,
+)
 from hierarchy_builder.files import read_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
@@ -187,5 +193,8 @@ def test_verify_leaves_a_running_build_alone(tmp_path: Path) -> None:
     assert "being written by another process: verify it when that has ended" in str(caught.value)
     assert f"`hierarchy-builder status {folder.root}` shows" in str(caught.value)
     assert caught.value.exit_code == 1
+    (folder.ledger("extract") / "000000.json").write_text("[")
+    with pytest.raises(UserError, match=f"hierarchy-builder repair {folder.root}[`,]"):
+        read_json(folder.ledger("extract") / "000000.json")
     with pytest.raises(VerificationError, match="hierarchy-builder repair"):
         CliRunner().invoke(app, ["verify", str(folder.root)], catch_exceptions=False)

@@ -30,7 +30,7 @@ from hierarchy_builder.encoders.probe import (
     probe_value,
 )
 from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
-from hierarchy_builder.errors import ConfigMismatchError
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
@@ -79,6 +79,8 @@ def other_norm(model: Any) -> None:
 def test_probe_detects_a_changed_encoder(change: Callable[[Any], None]) -> None:
     right, wrong = probe_value(tiny_vit()), tiny_vit(change)
     assert check_probe(tiny_vit(), probe_value(tiny_vit()), "float32", right) == "recorded"
+    with pytest.raises(BuilderError, match="no numbers"):
+        check_probe(tiny_vit(), [float("nan"), *right[1:]], "float32", None)
     with pytest.raises(ConfigMismatchError, match=r"the first run of this build(.|\n)*expected(.|\n)*found"):
         check_probe(wrong, probe_value(wrong), "float32", right)
 

@@ -332,6 +332,7 @@ def test_a_weak_model_guides_samples_and_scores(
         (["--labels", "207"], "label 207, expected 0 to 2"),
         (["--labels", "cta"], "did you mean 'cat'?"),
         (["--labels", "ant", "--seeds", "a-b"], "seeds 'a-b', expected numbers and ranges"),
+        (["--labels", "ant", "--seeds", "9" * 5000], "expected numbers and ranges"),
         (["--labels", "ant", "--seeds", "5-2"], "found no number"),
         (["--labels", "ant", "--ema", "7"], "no weight average of half-life 7 kimg, there are 0.05"),
     ],
