@@ -191,13 +191,17 @@ def test_a_store_that_is_away_at_the_end_changes_no_outcome(store: Store) -> Non
 
 @pytest.mark.parametrize(
     ("process", "start", "is_dead"),
-    [(os.getpid(), None, False), (os.getpid(), "1", True), (2**22 + 7, "1", True)],
+    [(None, None, False), (None, "1", True), (2**22 + 7, "1", True)],
 )
 def test_a_process_is_dead_if_its_number_is_free_or_anothers(
-    process: int, start: str | None, is_dead: bool
+    process: int | None, start: str | None, is_dead: bool
 ) -> None:
     boot, _, own = exclusion._process_start().rpartition("/")
-    holder = {"host": socket.gethostname(), "process": process, "started": f"{boot}/{start or own}"}
+    holder = {
+        "host": socket.gethostname(),
+        "process": process or os.getpid(),
+        "started": f"{boot}/{start or own}",
+    }
     assert exclusion._is_dead(holder) is is_dead
 
 
