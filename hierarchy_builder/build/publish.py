@@ -22,7 +22,14 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from hierarchy_builder.build.session import StageSummary
-from hierarchy_builder.errors import BuilderError, UsageError, UserError, VerificationError
+from hierarchy_builder.errors import (
+    ADVICE,
+    FULL,
+    BuilderError,
+    UsageError,
+    UserError,
+    VerificationError,
+)
 from hierarchy_builder.files import json_text, parse_json, read_json, sha256_file
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.progress import Reporter
@@ -71,6 +78,8 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
                 f"{url}: the hub shows no such data set to you; create it with `hf repos create "
                 f"{'/'.join(name.split('/')[:2])} --type dataset` (--private hides it), or log in with `hf auth login`"
             ) from None
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise BuilderError(f"{url}: {error.strerror}; {ADVICE[error.errno]}") from None
         raise BuilderError(
             f"{url}: {_first_line(error)}; the same command goes on from here, once URL, network and permissions "
             "allow it"

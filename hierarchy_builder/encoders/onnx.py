@@ -43,6 +43,8 @@ class OnnxEncoder:
         self.std = self._three_numbers("std")
         probe = np.full((1, self.image_size_px, self.image_size_px, 3), 128, np.uint8)
         self.output = self._choose_output(output or self.metadata.get("output"))
+        if output == self.output == LAST:
+            self.name += f":{LAST}"
         _, *grid, self.width = self.encode(probe).shape
         self.grid: tuple[int, int] = (grid[0], grid[1])
 

@@ -217,6 +217,11 @@ def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[
         if path.suffix != ".safetensors":
             check_pickle(path)
         state = timm.models.load_state_dict(str(path))  # weights_only, or safetensors
+        for key, value in state.items():
+            if not isinstance(
+                value, Tensor
+            ):  # timm would write it out in a message: lists of lists have no end
+                raise ValueError(f"{key!r} is a {type(value).__name__}, no tensor")
         state = {key: value for key, value in state.items() if not key.startswith(heads)}
         if name.startswith(ORIGINAL):
             state["pos_embed"] = _resized_as_by_authors(state["pos_embed"])

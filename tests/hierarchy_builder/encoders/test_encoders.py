@@ -99,7 +99,12 @@ def test_unusable_weights_are_refused_in_one_line(tmp_path: Path) -> None:
     junk.write_bytes(b"junk")
     other = timm.create_model("test_vit", num_classes=0)
     safetensors.torch.save_file(other.state_dict(), tmp_path / "other.safetensors")
+    endless: list[Any] = ["a"] * 10
+    for _ in range(9):  # a small file, since it holds each list once
+        endless = [endless] * 10
+    torch.save({"a": endless}, tmp_path / "endless.pth")
     for weights, message in (
+        (str(tmp_path / "endless.pth"), "'a' is a list, no tensor"),
         (str(junk), "does not hold the weights of test_vit2"),
         (str(tmp_path / "other.safetensors"), "does not hold the weights of test_vit2"),
         (str(tmp_path / "nowhere.pth"), "not found"),
@@ -243,6 +248,8 @@ def test_onnx_asks_where_several_outputs_fit(tmp_path: Path) -> None:
         load_encoder(f"onnx:{path}")
     named = load_encoder(f"onnx:{path}:late")
     assert (named.name, named.describe()["output"]) == ("onnx:m.onnx:late", "late")
+    really = load_encoder(f"onnx:{save_onnx(tmp_path / 'l.onnx', {'last': 64, 'late': 64})}:last")
+    assert (really.name, really.describe()["output"]) == ("onnx:l.onnx:last", "last")
     assert "takes output late (the name)" in named.choices()
     earlier = load_encoder(f"onnx:{path}:last")  # as a build from before the question
     assert (earlier.name, earlier.describe()["output"]) == ("onnx:m.onnx", "late")
