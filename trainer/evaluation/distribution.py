@@ -26,7 +26,7 @@ from trainer.metrics.frechet import (
     precision_recall,
 )
 from trainer.metrics.variety import WithinClasses, variety
-from trainer.trajectories.photos import Encoder
+from trainer.trajectories.photos import Encoder, encoded_by
 
 Inception = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 """uint8 [B, h, w, 3] → (features [B, F], logits [B, K])."""
@@ -80,7 +80,7 @@ def seen_by(encoder: Encoder, pictures: np.ndarray) -> Tensor:
     """The mean token of pictures, float [n, C]: uint8 [n, h, w, 3], resized to the encoder's size (bicubic)."""
     side = (encoder.image_size_px, encoder.image_size_px)
     resized = [np.asarray(Image.fromarray(one).resize(side, Image.Resampling.BICUBIC)) for one in pictures]
-    return torch.from_numpy(encoder.encode(np.stack(resized))).float().mean(dim=(1, 2))
+    return torch.from_numpy(encoded_by(encoder, np.stack(resized))).mean(dim=(1, 2))
 
 
 class Pictures:

@@ -33,7 +33,7 @@ from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
 from trainer.metrics.frechet import Gaussian, Moments
 from trainer.post_training.bundle import read_statistics
-from trainer.trajectories.photos import load_own_encoder
+from trainer.trajectories.photos import encoded_by, load_own_encoder
 
 SIM = ("siglip", "mae", "inception")
 READ_TOGETHER = 32
@@ -345,7 +345,7 @@ def _own(
         def encoded(pictures: Tensor) -> Tensor:
             resized = F.interpolate(pictures, side, mode="bicubic", antialias=True).clamp(0, 1)
             pixels = (resized * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            return torch.from_numpy(encoder.encode(pixels)).float().mean(dim=(1, 2)).to(pictures.device)
+            return torch.from_numpy(encoded_by(encoder, pixels)).mean(dim=(1, 2)).to(pictures.device)
 
         return encoded
 

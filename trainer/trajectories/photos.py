@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.errors import MismatchError, TrainerError, UsageError, UserError
 from hierarchy_builder.pictures import UNREADABLE, open_picture
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
@@ -71,7 +71,28 @@ def start_from_photo(
     _require_encoder(pipe, given, "the photograph would be encoded by")
     picture = read_square(photo, encoder.image_size_px)
     origin = {"source": "photo", "name": Path(photo).name, "encoder": encoder.name}
-    return pipe.from_features(encoder.encode(picture[None])[0], label=label, seed=seed, origin=origin)
+    return pipe.from_features(encoded_by(encoder, picture[None])[0], label=label, seed=seed, origin=origin)
+
+
+def encoded_by(encoder: Encoder, pictures: np.ndarray) -> np.ndarray:
+    """Features of pictures, uint8 [B, S, S, 3] → float32 [B, H, W, C].
+
+    Raises TrainerError, since encoders may be anybody's code, where one fails or returns anything else.
+    """
+    try:
+        features = np.asarray(encoder.encode(pictures), np.float32)
+    except UserError:
+        raise
+    except Exception as error:
+        raise TrainerError(
+            f"encoder {encoder.name!r} failed on a batch of {len(pictures)} images: {type(error).__name__}: {error}"
+        ) from error
+    if features.ndim != 4 or len(features) != len(pictures):
+        raise TrainerError(
+            f"encoder {encoder.name!r} returned features of shape {features.shape} for {len(pictures)} images, "
+            "expected [images, rows, columns, channels]"
+        )
+    return features
 
 
 def _require_encoder(pipe: TrajectoryPipeline, given: Mapping[str, Any], what: str) -> None:

@@ -29,7 +29,13 @@ from trainer.evaluation.sweep import (
     sweep,
 )
 from trainer.trajectories.compare import compare, edited_tokens, encoder_of, heat_map
-from trainer.trajectories.photos import encoder_name, load_own_encoder, read_square, start_from_photo
+from trainer.trajectories.photos import (
+    encoded_by,
+    encoder_name,
+    load_own_encoder,
+    read_square,
+    start_from_photo,
+)
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
@@ -311,3 +317,12 @@ def test_a_photograph_is_refused_with_weights_that_the_model_was_not_trained_on(
     ) as refusal:
         start_from_photo(pipe, tmp_path / "photo.png", TinyEncoder("2"), label="bee")
     assert refusal.value.exit_code == 5
+    with pytest.raises(TrainerError, match=r"encoder '.*' failed on a batch of 1 images: .*Error: "):
+        encoded_by(TinyEncoder("1"), np.zeros((1, 7, 7), np.uint8))
+    with pytest.raises(TrainerError, match=r"returned features of shape \(\) for 1 images"):
+        encoded_by(Speechless(), np.zeros((1, 7, 7, 3), np.uint8))
+
+
+class Speechless(TinyEncoder):
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        return np.float32(0)
