@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hierarchy_builder.files import size_on_disk
-
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 BODY_BYTES = 16 * 2**20
 """Largest request."""
 SERVED_BYTES = 256 * 2**20
 """Uploads are refused while the pictures and uploads that are kept take more than this."""
+FILE_BYTES = 4096
+"""Each file and folder counts as at least this, as it does on disk."""
 KEPT_SECONDS = 3600.0
 """Pictures and uploads are removed after this time."""
 SWEEP_SECONDS = 60.0
@@ -68,7 +68,7 @@ class Guard:
             return
         self._sweep()
         is_upload = str(scope.get("path", "")).rstrip("/").endswith("/upload")
-        if is_upload and self.served is not None and size_on_disk(self.served) > SERVED_BYTES:
+        if is_upload and self.served is not None and kept_bytes(self.served) > SERVED_BYTES:
             await _answer(send, 507, f"uploads take more than {SERVED_BYTES:,} bytes: try again in an hour")
             return
         if (
@@ -129,6 +129,11 @@ class Guard:
         if self.served is not None and now - self._swept > SWEEP_SECONDS:
             self._swept = now
             clear_served(self.served, now - KEPT_SECONDS)
+
+
+def kept_bytes(folder: Path) -> int:
+    """Bytes that the temporary pictures and uploads take; a million of empty files is not nothing."""
+    return sum(max(path.lstat().st_size, FILE_BYTES) for path in folder.rglob("*"))
 
 
 def clear_served(folder: Path, before: float) -> None:

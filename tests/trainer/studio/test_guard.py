@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trainer.studio import guard
-from trainer.studio.guard import Guard, clear_served
+from trainer.studio.guard import Guard, clear_served, kept_bytes
 
 
 def asked(
@@ -91,6 +91,8 @@ def test_uploads_are_bounded_and_old_ones_removed(tmp_path: Path, monkeypatch: p
     status, text = asked(middleware, {"host": "localhost"}, path="/gradio_api/upload")
     assert (status, "uploads take more than 100 bytes" in text) == (507, True)
     assert asked(middleware, {"host": "localhost"}, path="/gradio_api/queue/join")[0] == 200
+    (tmp_path / "mine" / "empty").touch()
+    assert kept_bytes(tmp_path) == 7 * guard.FILE_BYTES
     for name in ("0" * 64, "mine"):
         os.utime(tmp_path / name, (1, 1))
     clear_served(tmp_path, 100.0)
