@@ -101,7 +101,7 @@ def parse_yaml(data: bytes | str) -> Any:
     if len(data) > YAML_BYTES:
         raise ValueError(f"{len(data):,} bytes of YAML, expected at most {YAML_BYTES:,}")
     try:
-        content = yaml.safe_load(data)
+        content = yaml.safe_load(data if isinstance(data, str) else data.decode("utf-8-sig"))
         count = _count_values(content, {})
     except RecursionError:
         raise ValueError("it is nested too deeply, or contains itself") from None

@@ -158,7 +158,7 @@ def test_a_process_on_one_cpu_starts_no_second_worker() -> None:
     try:
         os.sched_setaffinity(0, {min(before)})
         assert process.num_cpus() == 1
-        assert not workers.saves_time(1000.0, 100)  # Ray would have one CPU, and so gain nothing
+        assert not workers.saves_time(1000.0, 1000.0, 100)  # Ray would have one CPU, and so gain nothing
     finally:
         os.sched_setaffinity(0, before)
 
