@@ -55,7 +55,7 @@ HELD_OUT = 10
 DEMO_IMAGES = 16_000
 """Photographs seen in the training of the network."""
 DIGIT_IMAGES = 28_000
-"""Digits seen instead: about 4.5 minutes on 2 cores."""
+"""Digits seen instead: about 3 minutes on 2 cores."""
 DIGIT_SETTINGS = ("model.patch_size=4", "model.start_share=0.6", "batch_size=32")
 """A pixel of a digit covers about 2×2 tokens, so the network can join 4×4 of them, which is faster."""
 DECODER_IMAGES = 6_400
