@@ -47,47 +47,37 @@ BUILD: dict[str, Parameter] = {
 }
 ENCODING = grouped(
     "Images and encoder",
-    **{
-        **flags(ExtractConfig, "encoder", "weights", "split", "partition"),
-        "class_map": option(
-            "JSON file of class name → id; without it ids follow the sorted names of the classes.",
-            **PLACE | {"metavar": "PATH"},
-        ),
-        **flags(ExtractConfig, "precision", "batch_size", "block_rows", "order", "max_bad_fraction"),
-    },
+    **flags(ExtractConfig, "encoder", "weights", "split", "partition"),
+    class_map=option(
+        "JSON file of class name → id; without it ids follow the sorted names of the classes.",
+        **PLACE | {"metavar": "PATH"},
+    ),
+    **flags(ExtractConfig, "precision", "batch_size", "block_rows", "order", "max_bad_fraction"),
 )
 RECIPE = grouped(
     "Regions",
-    **{
-        "recipe": option(
-            "Recipe to start from; further options change its fields. Default: paper.", metavar="paper|stable"
-        ),
-        **flags(HierarchyRecipe, "cuts", "spatial_weight", "start", "seed", "object_choice"),
-        **flags(
-            HierarchyRecipe,
-            connected="--connected/--scattered",
-            divide_background="--divide-background/--whole-background",
-        ),
-        **flags(HierarchyRecipe, "min_spread", "masks", "masks_level"),
-    },
+    recipe=option(
+        "Recipe to start from; further options change its fields. Default: paper.", metavar="paper|stable"
+    ),
+    **flags(HierarchyRecipe, "cuts", "spatial_weight", "start", "seed", "object_choice"),
+    **flags(
+        HierarchyRecipe,
+        connected="--connected/--scattered",
+        divide_background="--divide-background/--whole-background",
+    ),
+    **flags(HierarchyRecipe, "min_spread", "masks", "masks_level"),
 )
 VOCABULARY = grouped(
     "Prototypes",
-    **{
-        "vocabulary": option(
-            "Also fit prototypes of the whole data set and link every part to one: 256, or nested 64,512,4096."
-        ),
-        **flags(VocabularyConfig, "backend"),
-    },
+    vocabulary=option(
+        "Also fit prototypes of the whole data set and link every part to one: 256, or nested 64,512,4096."
+    ),
+    **flags(VocabularyConfig, "backend"),
 )
 SHARDS = grouped(
     "Shards",
-    **{
-        **flags(
-            ShardConfig, "samples_per_shard", "shard_bytes", "feature_dtype", images="--images/--no-images"
-        ),
-        **flags(ShardConfig, "image_px", "canvases", "covariance", "licence"),
-    },
+    **flags(ShardConfig, "samples_per_shard", "shard_bytes", "feature_dtype", images="--images/--no-images"),
+    **flags(ShardConfig, "image_px", "canvases", "covariance", "licence"),
 )
 PUBLISH = grouped(
     "Shards",
@@ -95,26 +85,22 @@ PUBLISH = grouped(
 )
 WORKERS = grouped(
     "Workers",
-    **{
-        "workers": option(
-            "Worker processes; 0 works in this process. Default: one for each CPU, started by Ray; a set of at most "
-            "2,048 images begins in this process, and Ray starts where that saves time.",
-            kind=int,
-            envvar="HIERARCHY_BUILDER_WORKERS",
-        ),
-        "address": option(
-            "Ray cluster to join, HOST:PORT or auto; without it a local Ray starts.", envvar="RAY_ADDRESS"
-        ),
-    },
+    workers=option(
+        "Worker processes; 0 works in this process. Default: one for each CPU, started by Ray; a set of at most "
+        "2,048 images begins in this process, and Ray starts where that saves time.",
+        kind=int,
+        envvar="HIERARCHY_BUILDER_WORKERS",
+    ),
+    address=option(
+        "Ray cluster to join, HOST:PORT or auto; without it a local Ray starts.", envvar="RAY_ADDRESS"
+    ),
 )
 TRUST = grouped(
     "Images and encoder",
-    **{
-        "trust_encoder": switch(
-            "Load the encoder that the build names even if it is a function (module:function), which runs its code.",
-            "--trust-encoder",
-        )
-    },
+    trust_encoder=switch(
+        "Load the encoder that the build names even if it is a function (module:function), which runs its code.",
+        "--trust-encoder",
+    ),
 )
 RUN = {
     **WORKERS,
@@ -135,15 +121,13 @@ RUN = {
 }
 ONCE = grouped(
     "Going on and starting over",
-    **{
-        "retry_failed": switch(
-            "Try images again that could not be used, and add those that can be used now.", "--retry-failed"
-        ),
-        "accept_new_files": switch(
-            "Append images that were added to the source since the build began.", "--accept-new-files"
-        ),
-        "force": switch("Start even if the disk seems to have too little space.", "--force"),
-    },
+    retry_failed=switch(
+        "Try images again that could not be used, and add those that can be used now.", "--retry-failed"
+    ),
+    accept_new_files=switch(
+        "Append images that were added to the source since the build began.", "--accept-new-files"
+    ),
+    force=switch("Start even if the disk seems to have too little space.", "--force"),
 )
 
 

@@ -102,24 +102,22 @@ OF_SAMPLES: dict[str, Parameter] = {
     "pixel_stage": opt.PIXEL_STAGE,
     **grouped(
         "What is measured",
-        **{
-            "inception": option(
-                "Inception Score and FID by torch-fidelity: file of Inception weights, or hub.", **PLACE
-            ),
-            "reference": option(
-                "With --inception: npz of mu and sigma of real images, for FID.",
-                **reads("an npz of mu and sigma"),
-            ),
-            "space": option(
-                "Fréchet distance of pictures in the space of an encoder: its name, for example "
-                "dinov2-reg-base, or module:function[:ARGUMENT]; needs shards with pictures."
-            ),
-            "edits": switch("Also measure how local edits are, over seeds and up to 12 classes.", "--edits"),
-            "alignment": switch(
-                "Also measure at which step the boundaries of regions appear, for the classes and seeds of --edits.",
-                "--alignment",
-            ),
-        },
+        inception=option(
+            "Inception Score and FID by torch-fidelity: file of Inception weights, or hub.", **PLACE
+        ),
+        reference=option(
+            "With --inception: npz of mu and sigma of real images, for FID.",
+            **reads("an npz of mu and sigma"),
+        ),
+        space=option(
+            "Fréchet distance of pictures in the space of an encoder: its name, for example "
+            "dinov2-reg-base, or module:function[:ARGUMENT]; needs shards with pictures."
+        ),
+        edits=switch("Also measure how local edits are, over seeds and up to 12 classes.", "--edits"),
+        alignment=switch(
+            "Also measure at which step the boundaries of regions appear, for the classes and seeds of --edits.",
+            "--alignment",
+        ),
     ),
     **judging.FDR,
 }

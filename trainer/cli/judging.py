@@ -17,30 +17,24 @@ if TYPE_CHECKING:
 NAMED_FILE = "NAME=FILE"
 FILES = grouped(
     "Judges",
-    **{
-        "judge_file": option(
-            "Weights of a judge. Default: those of the hub.", kind=list[str], metavar=NAMED_FILE
-        ),
-        "judge_reference": option(
-            "Statistics of real images for a judge: npz of mu and sigma, or the .pkl of the release of FD-loss. "
-            "Default: computed from the pictures in the shards.",
-            kind=list[str],
-            metavar=NAMED_FILE,
-        ),
-    },
+    judge_file=option("Weights of a judge. Default: those of the hub.", kind=list[str], metavar=NAMED_FILE),
+    judge_reference=option(
+        "Statistics of real images for a judge: npz of mu and sigma, or the .pkl of the release of FD-loss. "
+        "Default: computed from the pictures in the shards.",
+        kind=list[str],
+        metavar=NAMED_FILE,
+    ),
 )
 FDR = grouped(
     "Judges",
-    **{
-        "fdr": option(
-            "Measure instead how far decoded samples are from real pictures for a judge, as a ratio to validation "
-            "images: six (siglip, mae, inception, convnext, dinov2, clip), one of these, an encoder of the builder, or "
-            "module:function; may be given several times.",
-            kind=list[str],
-            metavar="NAME",
-        ),
-        **FILES,
-    },
+    fdr=option(
+        "Measure instead how far decoded samples are from real pictures for a judge, as a ratio to validation "
+        "images: six (siglip, mae, inception, convnext, dinov2, clip), one of these, an encoder of the builder, or "
+        "module:function; may be given several times.",
+        kind=list[str],
+        metavar="NAME",
+    ),
+    **FILES,
 )
 
 

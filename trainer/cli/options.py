@@ -76,27 +76,21 @@ PIXEL_STAGE = option("Run of Latent Forcing that draws the pixels instead of a d
 grouped("How it is drawn", steps=STEPS, ema=EMA, decoder=DECODER, pixel_stage=PIXEL_STAGE)
 GUIDED = grouped(
     "Guidance",
-    **{
-        "guidance": option("Guidance scale, for models that were trained with guidance.", kind=float),
-        "weak": option(
-            "Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN)
-        ),
-        "weak_scale": option("Strength of autoguidance. Default: 1 with --weak, else 0.", kind=float),
-    },
+    guidance=option("Guidance scale, for models that were trained with guidance.", kind=float),
+    weak=option("Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN)),
+    weak_scale=option("Strength of autoguidance. Default: 1 with --weak, else 0.", kind=float),
 )
 OF_METHODS = grouped(
     "Options of single methods",
-    **{
-        "ending": option(
-            "Normalizing Trajectory Models: how final states become canvases.",
-            metavar="|".join(get_args(Ending)),
-        ),
-        "shift": option(
-            "Latent Forcing, schedules `shifted` and `independent`: how far latents are ahead of pixels; 1 draws both "
-            "together, below 1 the pixels come first. Default: as trained.",
-            kind=float,
-        ),
-    },
+    ending=option(
+        "Normalizing Trajectory Models: how final states become canvases.",
+        metavar="|".join(get_args(Ending)),
+    ),
+    shift=option(
+        "Latent Forcing, schedules `shifted` and `independent`: how far latents are ahead of pixels; 1 draws both "
+        "together, below 1 the pixels come first. Default: as trained.",
+        kind=float,
+    ),
 )
 VOCABULARY = option(
     "vocabulary.npz of a build, whose prototypes can then be sources of edits.",
@@ -110,54 +104,44 @@ MASK = option(
 )
 SELECTION = grouped(
     "Which tokens",
-    **{
-        "region": option(
-            "Region to edit; a second --region is that of the source. --list prints the regions.",
-            kind=list[int],
-        ),
-        "tokens": TOKENS,
-        "near": option("ROW,COLUMN: select that token and those whose features resemble its features."),
-        "cosine": option(
-            "With --near: smallest cosine similarity of a selected token.", kind=float, default=0.9
-        ),
-        "connected": switch("With --near: select only tokens connected to that token.", "--connected"),
-        "mask": MASK,
-        "invert": switch("Select all other tokens instead.", "--invert"),
-    },
+    region=option(
+        "Region to edit; a second --region is that of the source. --list prints the regions.",
+        kind=list[int],
+    ),
+    tokens=TOKENS,
+    near=option("ROW,COLUMN: select that token and those whose features resemble its features."),
+    cosine=option("With --near: smallest cosine similarity of a selected token.", kind=float, default=0.9),
+    connected=switch("With --near: select only tokens connected to that token.", "--connected"),
+    mask=MASK,
+    invert=switch("Select all other tokens instead.", "--invert"),
 )
 SOURCE = grouped(
     "Which features they take",
-    **{
-        "donor": option(
-            "Trajectory that the features come from. Default: the edited one.",
-            "--from",
-            **reads(A_TRAJECTORY),
-        ),
-        "from_level": option("Level of the source. Default: --level.", kind=int),
-        "from_region": option("Region of the source. Default: the tokens at the same places.", kind=int),
-        "prototype": option("Prototype of --vocabulary to take as the source.", kind=int),
-    },
+    donor=option(
+        "Trajectory that the features come from. Default: the edited one.",
+        "--from",
+        **reads(A_TRAJECTORY),
+    ),
+    from_level=option("Level of the source. Default: --level.", kind=int),
+    from_region=option("Region of the source. Default: the tokens at the same places.", kind=int),
+    prototype=option("Prototype of --vocabulary to take as the source.", kind=int),
 )
 SHAPE = grouped(
     "Or which region they join",
-    **{
-        "to_region": option("Change of shape: the tokens join this region.", kind=int),
-        "to_neighbours": switch(
-            "Change of shape: each token joins the region next to it.", "--to-neighbours"
-        ),
-        "grow": option(
-            "Change of shape: the region of the selection grows by this many tokens.",
-            kind=int,
-            default=0,
-            min=0,
-        ),
-        "shrink": option(
-            "Change of shape: the region of the selection shrinks by this many tokens.",
-            kind=int,
-            default=0,
-            min=0,
-        ),
-    },
+    to_region=option("Change of shape: the tokens join this region.", kind=int),
+    to_neighbours=switch("Change of shape: each token joins the region next to it.", "--to-neighbours"),
+    grow=option(
+        "Change of shape: the region of the selection grows by this many tokens.",
+        kind=int,
+        default=0,
+        min=0,
+    ),
+    shrink=option(
+        "Change of shape: the region of the selection shrinks by this many tokens.",
+        kind=int,
+        default=0,
+        min=0,
+    ),
 )
 
 FIELDS = {
@@ -168,32 +152,28 @@ FIELDS = {
 TRAINING = {
     **grouped(
         "Configuration",
-        **{
-            "config": option(
-                "YAML file of fields, which docs/configuration.md lists; it overrides the preset, options override it.",
-                **PATH,
-                envvar="TRAINER_CONFIG",
-            ),
-            "settings": option(
-                "Set one field by its dotted name, for example optim.lr=0.005; docs/configuration.md lists all. "
-                "May be given several times.",
-                "--set",
-                kind=list[str],
-            ),
-            **FIELDS,
-        },
+        config=option(
+            "YAML file of fields, which docs/configuration.md lists; it overrides the preset, options override it.",
+            **PATH,
+            envvar="TRAINER_CONFIG",
+        ),
+        settings=option(
+            "Set one field by its dotted name, for example optim.lr=0.005; docs/configuration.md lists all. "
+            "May be given several times.",
+            "--set",
+            kind=list[str],
+        ),
+        **FIELDS,
     ),
     **grouped(
         "Going on and starting over",
-        **{
-            "resume": option(
-                "`auto` resumes the run in the folder if there is one, `never` starts a new one; or a run or "
-                "checkpoint folder to start from.",
-                default="auto",
-                **PLACE | {"metavar": "TEXT"},
-            ),
-            "dry_run": switch("Check the command, print the resolved configuration and stop.", "--dry-run"),
-        },
+        resume=option(
+            "`auto` resumes the run in the folder if there is one, `never` starts a new one; or a run or "
+            "checkpoint folder to start from.",
+            default="auto",
+            **PLACE | {"metavar": "TEXT"},
+        ),
+        dry_run=switch("Check the command, print the resolved configuration and stop.", "--dry-run"),
     ),
     **OUTPUT,
 }
