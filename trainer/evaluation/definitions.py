@@ -25,10 +25,11 @@ class Definition:
     text: str
     better: str = ""
     """HIGHER, LOWER, or "" where neither is better in itself."""
-    where: str = ""
+    where: str = "level {}"
     """What the groups say, after the words."""
 
 
+OF_PICTURES = "Of pictures: the same of decoded samples, in the features of another encoder."
 DEFINITIONS = (
     Definition(
         "class_mean_accuracy",
@@ -43,29 +44,21 @@ DEFINITIONS = (
         "1 divided by the number of classes: the share that guessing reaches.",
     ),
     Definition(
-        "flatness(?:_(noise))?",
+        "flatness(_noise|_real_tokens)?",
         "flatness of the coarsest level",
-        "Share of the variance of the tokens on level 0 that two regions explain; a teacher has 1.",
+        "Share of the variance of the tokens on level 0 that two regions explain; a teacher has 1. "
+        "Noise and the tokens of real images themselves ignore the hierarchy.",
         HIGHER,
-        "of noise",
+        "of {}",
     ),
     Definition(
-        "flatness_real_tokens",
-        "flatness of real tokens",
-        "Flatness of a canvas that ignores the hierarchy: the tokens of real images themselves.",
-    ),
-    Definition(
-        "roughness(?:_(noise))?",
+        "roughness(_noise|_real_tokens)?",
         "roughness of the coarsest level",
         "How much tokens differ within the two "
-        "regions of level 0, divided by the spread of real tokens; a teacher has 0.",
+        "regions of level 0, divided by the spread of real tokens; a teacher has 0. "
+        "Noise and the tokens of real images themselves ignore the hierarchy.",
         LOWER,
-        "of noise",
-    ),
-    Definition(
-        "roughness_real_tokens",
-        "roughness of real tokens",
-        "Roughness of a canvas that ignores the hierarchy: the tokens of real images themselves.",
+        "of {}",
     ),
     Definition(
         r"variety_(\d+)",
@@ -73,33 +66,28 @@ DEFINITIONS = (
         "Variance of the samples of one class, divided by that of "
         "its real images. 1: as varied as real images; 0: all samples of a class are equal.",
         HIGHER,
-        "level {}",
     ),
-    Definition("precision", "precision", "Share of samples that lie near a real image.", HIGHER),
-    Definition("recall", "recall", "Share of real images that lie near a sample.", HIGHER),
     Definition(
+        "precision(_pictures)?",
+        "precision",
+        f"Share of samples that lie near a real image. {OF_PICTURES}",
+        HIGHER,
+        "of {}",
+    ),
+    Definition(
+        "recall(_pictures)?",
+        "recall",
+        f"Share of real images that lie near a sample. {OF_PICTURES}",
+        HIGHER,
+        "of {}",
+    ),
+    Definition(
+        "coverage(_pictures)?",
         "coverage",
-        "coverage",
-        "Share of real images that have a sample nearer than their fifth nearest real neighbour.",
+        "Share of real images that have a sample nearer than their fifth nearest real neighbour. "
+        + OF_PICTURES,
         HIGHER,
-    ),
-    Definition(
-        "precision_pictures",
-        "precision of pictures",
-        "Precision of decoded samples, in the features of another encoder.",
-        HIGHER,
-    ),
-    Definition(
-        "recall_pictures",
-        "recall of pictures",
-        "Recall of decoded samples, in the features of another encoder.",
-        HIGHER,
-    ),
-    Definition(
-        "coverage_pictures",
-        "coverage of pictures",
-        "Coverage of decoded samples, in the features of another encoder.",
-        HIGHER,
+        "of {}",
     ),
     Definition(
         r"pmr_spatial_(\d+)_(\d+)",
@@ -123,14 +111,12 @@ DEFINITIONS = (
         "Mean 1 − cosine between the mean of a "
         "region and the mean of the same tokens one level finer; a teacher has 0.",
         LOWER,
-        "level {}",
     ),
     Definition(
         r"decoded_consistency_(\d+)",
         "disagreement of colours with the next level",
         "Mean absolute difference of the mean colours of a region, decoded from one level and from the next.",
         LOWER,
-        "level {}",
     ),
     Definition(
         "frechet_pooled",
@@ -144,7 +130,6 @@ DEFINITIONS = (
         "Fréchet distance of tokens",
         "Distance of the Gaussians of single tokens of samples and of real images.",
         LOWER,
-        "level {}",
     ),
     Definition(
         "frechet_pictures",
@@ -169,22 +154,20 @@ DEFINITIONS = (
     Definition("num_real", "number of real images", "Real images that they were compared with."),
     Definition("num_classes", "number of classes", "Classes with real images."),
     Definition(
-        r"lis_(\d+)_(\d+)",
+        r"lis(?:_(\d+)_(\d+))?",
         "change of tokens not edited",
         "Mean 1 − cosine of the tokens that were not edited (LIS); 0 is perfectly local.",
         LOWER,
         "level {} edited, level {} measured",
     ),
-    Definition("lis", "change of tokens not edited", "", LOWER),
     Definition(
-        r"gain_(\d+)_(\d+)",
+        r"gain(?:_(\d+)_(\d+))?",
         "approach to what was put in",
         "By how much edited tokens moved towards the features "
         "that the edit put in, as a difference of cosines.",
         HIGHER,
         "level {} edited, level {} measured",
     ),
-    Definition("gain", "approach to what was put in", "", HIGHER),
     Definition(
         "reached",
         "share of the way",
@@ -244,7 +227,7 @@ DEFINITIONS = (
         "Standard deviation of the noise on the features, in units of normalised features.",
     ),
     Definition(
-        "bits_per_dim",
+        r"bits_per_dim(?:_level_(\d+))?",
         "bits per number",
         "−log₂ of the density of a chain of states given its class, divided by the count of numbers.",
         LOWER,
@@ -256,7 +239,7 @@ DEFINITIONS = (
         LOWER,
     ),
     Definition(
-        "bits_per_dim_gaussian",
+        r"bits_per_dim_gaussian(?:_level_(\d+))?",
         "bits per number without a network",
         "Bits of the same chains under independent Gaussians, one for each channel.",
     ),
@@ -266,24 +249,10 @@ DEFINITIONS = (
         "Bits of the cleanest state under the same Gaussians.",
     ),
     Definition(
-        "added_bits_per_dim", "added bits per number", "Bits above what the noise alone costs.", LOWER
-    ),
-    Definition(
-        r"bits_per_dim_level_(\d+)", "bits per number by level", "The same for one level.", LOWER, "level {}"
-    ),
-    Definition(
-        r"bits_per_dim_gaussian_level_(\d+)",
-        "bits without a network by level",
-        "The same Gaussians, for one level.",
-        "",
-        "level {}",
-    ),
-    Definition(
-        r"added_bits_per_dim_level_(\d+)",
-        "added bits by level",
-        "Added bits of one level.",
+        r"added_bits_per_dim(?:_level_(\d+))?",
+        "added bits per number",
+        "Bits above what the noise alone costs.",
         LOWER,
-        "level {}",
     ),
     Definition(
         r"added_bits_per_dim_step_(\d+)",
@@ -299,7 +268,7 @@ def find(name: str) -> tuple[Definition, str] | None:
     """The definition of a short name, and the level it is of in words; None for names of other programs."""
     for definition in DEFINITIONS:
         if match := re.fullmatch(definition.names, name):
-            found = [group for group in match.groups() if group is not None]
+            found = [group.strip("_").replace("_", " ") for group in match.groups() if group is not None]
             return definition, definition.where.format(*found) if found else ""
     return None
 
@@ -325,16 +294,17 @@ def in_words(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def definitions_section(terms: Iterable[Any]) -> list[Section]:
     """What these terms of a page mean, in the order in which they first occur; none if nothing is a term."""
     used = dict.fromkeys(each.of for each in terms if isinstance(each, Term))
-    entries: dict[str, str] = {}
-    for words in used:
-        own = [definition for definition in DEFINITIONS if definition.words == words]
-        short = own[0].names.replace(r"(\d+)", "N").replace("(?:_(noise))?", "")
-        text = next(each.text for each in own if each.text)
-        entries[words] = f"{text} In files: {short}."
+    by_words = {definition.words: definition for definition in DEFINITIONS}
+    entries = {words: f"{by_words[words].text} In files: {_spelled(by_words[words])}." for words in used}
     if not entries:
         return []
     text = f"{HIGHER} higher is better, {LOWER} lower is better; the other figures describe."
     return [Section(title="What the figures mean", text=text, blocks=[Definitions(entries=entries)])]
+
+
+def _spelled(definition: Definition) -> str:
+    """Its short names, with N for a number and brackets around what may be absent: `lis[_N_N]`."""
+    return re.sub(r"\((?:\?:)?([^()]*)\)\?", r"[\1]", definition.names.replace(r"(\d+)", "N"))
 
 
 def terms_of(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
