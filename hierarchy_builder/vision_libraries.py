@@ -12,10 +12,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+
+from hierarchy_builder.parsing import check_pickle
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -33,6 +37,38 @@ def import_vision(module: str) -> ModuleType:
             library.define(schema)
         _declared.append(library)
     return importlib.import_module(module)
+
+
+def timm_model(
+    name: str, file: Path, change: Callable[[dict[str, Any]], object] | None = None, **arguments: Any
+) -> Any:
+    """A model of timm without its classifier, with the weights of a file, which must hold all of them.
+
+    If timm omits the classifier, it no longer checks for missing weights and leaves them random. Therefore the
+    classifier is removed from the file's tensors here, and timm is configured for a model without one.
+    change: called with the tensors by name. Raises whatever the format of the file, or timm, raises.
+    """
+    timm = import_vision("timm")
+    config = timm.models.get_pretrained_cfg(name)
+    classifier = (config and config.classifier) or ()
+    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+    if file.suffix != ".safetensors":
+        check_pickle(file)
+    state = timm.models.load_state_dict(str(file))  # weights_only, or safetensors
+    for key, value in state.items():
+        if not isinstance(
+            value, torch.Tensor
+        ):  # timm would write it out in a message: lists of lists have no end
+            raise ValueError(f"{key!r} is a {type(value).__name__}, no tensor")
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    if change is not None:
+        change(state)
+    overlay = {"state_dict": state, "classifier": None, "custom_load": False}
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments
+    )
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
 
 
 def _compiled_library_loads() -> bool:

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.fields import nearest
 from hierarchy_builder.files import sha256_file
-from hierarchy_builder.parsing import check_pickle
-from hierarchy_builder.vision_libraries import import_vision
+from hierarchy_builder.vision_libraries import import_vision, timm_model
 
 timm = import_vision("timm")
 
@@ -203,37 +202,15 @@ def _random_model(name: str, model_name: str, seed: str, arguments: dict[str, An
 
 
 def _model_with_weights(name: str, model_name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
-    """Build a model with weights from `path`, which must hold every weight of the model.
-
-    If timm omits the classifier, it no longer checks for missing weights and leaves them random. Therefore the
-    classifier is removed from the file's tensors here, and timm is configured for a model without one.
-    """
+    """Build a model with weights from `path`, which must hold every weight of the model."""
     if not path.is_file():
         raise UsageError(f"encoder {name}: weight file {path} not found; check --weights")
+
+    def resize(state: dict[str, Tensor]) -> None:
+        state["pos_embed"] = _resized_as_by_authors(state["pos_embed"])
+
     try:
-        config = timm.models.get_pretrained_cfg(model_name)
-        classifier = (config and config.classifier) or ()
-        heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
-        if path.suffix != ".safetensors":
-            check_pickle(path)
-        state = timm.models.load_state_dict(str(path))  # weights_only, or safetensors
-        for key, value in state.items():
-            if not isinstance(
-                value, Tensor
-            ):  # timm would write it out in a message: lists of lists have no end
-                raise ValueError(f"{key!r} is a {type(value).__name__}, no tensor")
-        state = {key: value for key, value in state.items() if not key.startswith(heads)}
-        if name.startswith(ORIGINAL):
-            state["pos_embed"] = _resized_as_by_authors(state["pos_embed"])
-        model = timm.create_model(
-            model_name,
-            pretrained=True,
-            pretrained_cfg_overlay={"state_dict": state, "classifier": None, "custom_load": False},
-            num_classes=0,
-            **arguments,
-        )
-        model.pretrained_cfg.pop("state_dict", None)
-        return model
+        return timm_model(model_name, path, resize if name.startswith(ORIGINAL) else None, **arguments)
     except Exception as error:  # each file format raises its own exceptions
         reason = " ".join(str(error).partition(". ")[0].split())[:300]
         raise BuilderError(

@@ -164,21 +164,10 @@ def inception_features(
 
     weights: torch-fidelity's file; None downloads it once. Raises TrainerError if the package or the file is missing.
     """
-    try:
-        fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except ImportError:
-        raise TrainerError(
-            f"FID and IS need the package torch-fidelity: {install_extras('fid')}; without it the "
-            "Fréchet distance in the encoder's own space is printed"
-        ) from None
     path = None if weights is None else str(weights)
-    try:
-        if path is not None:
-            check_pickle(Path(path))
-        network = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], path)
-    except (OSError, RuntimeError, ValueError) as error:
-        where = path or "the hub"
-        raise TrainerError(f"Inception weights from {where}: {error}; give a local file") from None
+    network = load_inception(
+        ["2048", "logits_unbiased"], path, "Inception Score and FID", "give a local file"
+    )
     network = network.to(device)
 
     @torch.no_grad()
@@ -188,6 +177,26 @@ def inception_features(
         return found.cpu(), logits.cpu()
 
     return features
+
+
+def load_inception(outputs: list[str], file: str | None, user: str, advice: str) -> Any:
+    """torch-fidelity's Inception-v3, which returns these outputs, with the weights of a file or of the hub.
+
+    user, advice: what needs it, and what to do without its weights, for messages. Raises TrainerError if the package or
+    the file is missing.
+    """
+    try:
+        fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except ImportError:
+        raise TrainerError(
+            f"{user}: found no package torch-fidelity, which has the network: {install_extras('fid')}, or leave it out"
+        ) from None
+    try:
+        if file is not None:
+            check_pickle(Path(file))
+        return fidelity.FeatureExtractorInceptionV3("inception", outputs, file)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TrainerError(f"{user}: Inception weights from {file or 'the hub'}: {error}; {advice}") from None
 
 
 def _radii(centres: Tensor, neighbours: int) -> Tensor:

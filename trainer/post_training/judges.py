@@ -13,7 +13,6 @@ Source: "Representation Fréchet Loss for Visual Generation", arXiv 2604.28190, 
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.installing import install_extras
-from hierarchy_builder.parsing import check_pickle
-from hierarchy_builder.vision_libraries import import_vision
+from hierarchy_builder.vision_libraries import import_vision, timm_model
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
-from trainer.metrics.frechet import Gaussian, Moments
+from trainer.metrics.frechet import Gaussian, Moments, load_inception
 from trainer.post_training.bundle import read_statistics
 from trainer.trajectories.photos import encoded_by, load_own_encoder
 
@@ -39,73 +36,36 @@ SIM = ("siglip", "mae", "inception")
 READ_TOGETHER = 32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Known:
     """A judge of the paper: its network, and what is published with it."""
 
     network: str
     """Name in timm; of Inception, the file of its weights."""
-    size_px: int
-    """Side to which pictures are resized."""
-    width: int
-    """D"""
-    pool: str
-    """How tokens become one vector: `cls`, the class token or else the attention pool; `mean` over space."""
-    file: str
-    """Name of its statistics of ImageNet at 256 px in the release."""
     of_validation: float
-    """Distance of ImageNet's validation images from these statistics, as published."""
+    """Distance of ImageNet's validation images from its statistics, as published."""
+    size_px: int = 224
+    """Side to which pictures are resized."""
+    pool: str = "cls"
+    """How tokens become one vector: `cls`, the class token or else the attention pool; `mean` over space."""
+    file: str = ""
+    """Name of its statistics of ImageNet at 256 px in the release, where it does not follow from the network's."""
+
+    @property
+    def statistics(self) -> str:
+        """Name of its statistics of ImageNet at 256 px in the release."""
+        return self.file or f"{self.network.replace('.', '_')}_in256_t{self.size_px}_stats.npz"
 
 
 KNOWN = {
-    "siglip": Known(
-        network="vit_so400m_patch16_siglip_256.v2_webli",
-        size_px=224,
-        width=1152,
-        pool="cls",
-        file="vit_so400m_patch16_siglip_256_v2_webli_in256_t224_stats.npz",
-        of_validation=0.60,
-    ),
-    "mae": Known(
-        network="vit_large_patch16_224.mae",
-        size_px=224,
-        width=1024,
-        pool="cls",
-        file="vit_large_patch16_224_mae_in256_t224_stats.npz",
-        of_validation=0.04,
-    ),
-    "inception": Known(
-        network="weights-inception-2015-12-05",
-        size_px=299,
-        width=2048,
-        pool="mean",
-        file="guided_diffusion_stats.npz",
-        of_validation=1.68,
-    ),
+    "siglip": Known("vit_so400m_patch16_siglip_256.v2_webli", 0.60),
+    "mae": Known("vit_large_patch16_224.mae", 0.04),
+    "inception": Known("weights-inception-2015-12-05", 1.68, 299, "mean", "guided_diffusion_stats.npz"),
     "convnext": Known(
-        network="convnextv2_base.fcmae_ft_in22k_in1k",
-        size_px=224,
-        width=1024,
-        pool="mean",
-        file="convnext_in256_t224_stats.npz",
-        of_validation=56.87,
+        "convnextv2_base.fcmae_ft_in22k_in1k", 56.87, pool="mean", file="convnext_in256_t224_stats.npz"
     ),
-    "dinov2": Known(
-        network="vit_large_patch14_dinov2.lvd142m",
-        size_px=256,
-        width=1024,
-        pool="cls",
-        file="vit_large_patch14_dinov2_lvd142m_in256_t256_stats.npz",
-        of_validation=14.19,
-    ),
-    "clip": Known(
-        network="vit_large_patch14_clip_224.openai",
-        size_px=256,
-        width=1024,
-        pool="cls",
-        file="vit_large_patch14_clip_224_openai_in256_t256_stats.npz",
-        of_validation=5.60,
-    ),
+    "dinov2": Known("vit_large_patch14_dinov2.lvd142m", 14.19, size_px=256),
+    "clip": Known("vit_large_patch14_clip_224.openai", 5.60, size_px=256),
 }
 
 
@@ -169,7 +129,7 @@ def load_judges(
             name=name, describe=describe, weight=weight, of_validation=known.of_validation if known else None
         )
         if name in references:
-            judge.reference = read_statistics(references[name], known.file if known else None)
+            judge.reference = read_statistics(references[name], known.statistics if known else None)
             _check_reference(judge, references[name], device)
         judges.append(judge)
     return judges
@@ -255,23 +215,13 @@ def pooled(model: Any, tokens: Tensor, pool: str) -> Tensor:
 
 
 def _timm_model(name: str, network: str, file: str | None) -> Any:
-    """A network with all its weights; without a classifier timm itself would leave missing ones random."""
-    timm = import_vision("timm")
-    sizes = {"dynamic_img_size": True, "dynamic_img_pad": True} if network.startswith("vit_") else {}
+    """A network with all its weights, from a file or the hub."""
+    is_vit = network.startswith("vit_")
+    sizes: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True} if is_vit else {}
     try:
         if file is None:
-            return timm.create_model(network, pretrained=True, num_classes=0, **sizes)
-        config = timm.models.get_pretrained_cfg(network)
-        heads = config.classifier or ()
-        heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-        state = timm.models.load_state_dict(file)  # weights_only, or safetensors
-        state = {key: value for key, value in state.items() if not key.startswith(heads or ("\0",))}
-        overlay = {"state_dict": state, "classifier": None, "custom_load": False}
-        model = timm.create_model(
-            network, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sizes
-        )
-        model.pretrained_cfg.pop("state_dict", None)
-        return model
+            return import_vision("timm").create_model(network, pretrained=True, num_classes=0, **sizes)
+        return timm_model(network, Path(file), **sizes)
     except Exception as error:  # each file format, and the hub, raises its own exceptions
         reason = " ".join(str(error).partition(". ")[0].split())[:300]
         raise TrainerError(
@@ -291,20 +241,7 @@ class Inception(nn.Module):
 
     def __init__(self, file: str | None) -> None:
         super().__init__()
-        try:
-            fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-        except ImportError:
-            raise TrainerError(
-                f"judge inception needs the package torch-fidelity: {install_extras('fid')}"
-            ) from None
-        try:
-            if file is not None:
-                check_pickle(Path(file))
-            self.model = fidelity.FeatureExtractorInceptionV3("inception", ["2048"], file)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise TrainerError(
-                f"judge inception: weights from {file or 'the hub'}: {error}; give --judge-file inception=FILE"
-            ) from None
+        self.model = load_inception(["2048"], file, "judge inception", "give --judge-file inception=FILE")
         self.model.eval().requires_grad_(False)
 
     def forward(self, pictures: Tensor) -> Tensor:

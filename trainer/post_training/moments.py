@@ -19,14 +19,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
-
-Statistics = Literal["average", "snapshot", "online"]
 
 
 class Sums(NamedTuple):

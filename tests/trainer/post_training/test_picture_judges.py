@@ -45,9 +45,7 @@ def test_a_network_of_timm_sees_what_the_paper_describes(tmp_path: Path) -> None
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).eval()
     save_file(dict(model.state_dict()), tmp_path / "whole.safetensors")
-    known = Known(
-        network="vit_tiny_patch16_224", size_px=64, width=192, pool="cls", file="tiny.npz", of_validation=1.0
-    )
+    known = Known("vit_tiny_patch16_224", of_validation=1.0, size_px=64)
     with pytest.raises(TrainerError, match=r"no weights of vit_tiny_patch16_224 from .*whole"):
         TimmJudge("tiny", known, str(tmp_path / "whole.safetensors"))  # it lacks eleven of twelve blocks
     full = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
@@ -86,7 +84,7 @@ def test_inception_resizes_from_the_corner_as_tensorflow_does() -> None:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     content = {
-        "data/" + KNOWN["mae"].file: {"mu": np.arange(2.0), "sigma": np.eye(2, dtype=np.float32)},
+        "data/" + KNOWN["mae"].statistics: {"mu": np.arange(2.0), "sigma": np.eye(2, dtype=np.float32)},
         "other.npz": {"mu": np.zeros(2)},
     }
     path = tmp_path / "refs.pkl"
@@ -95,7 +93,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def test_the_bundle_of_the_release_yields_arrays(bundle: Path) -> None:
-    found = read_statistics(bundle, KNOWN["mae"].file)
+    found = read_statistics(bundle, KNOWN["mae"].statistics)
     assert found.mean.tolist() == [0.0, 1.0]
     assert found.covariance.dtype == np.float64
     with pytest.raises(TrainerError, match=r"expected absent\.npz"):
