@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +204,7 @@ def sweep(run: Path, labels: str | None, levels: str | None, out: Path | None, *
         labels=tuple(pipe.label_ids(labels) if labels else shown_labels(classes)),
         seeds=tuple(parse_seeds(given["seeds"])),
         levels=None if levels is None else tuple(parse_seeds(levels, "levels")),
-        strengths=_numbers(given["strengths"]),
+        strengths=sweeping.parse_strengths(given["strengths"]),
         kind=given["kind"],  # checked where it is used
         num_steps=given["steps"],
         classes=tuple(classes),
@@ -241,13 +240,3 @@ def _split_regions(
             "source's as --from-region"
         )
     return {"region": region[:1], "from_region": region[1]}
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = (math.nan,)
-    if not all(map(math.isfinite, numbers)):
-        raise UsageError(f"strengths {text!r}, expected numbers separated by commas such as 0.5,1")
-    return numbers

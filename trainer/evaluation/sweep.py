@@ -96,6 +96,17 @@ def sweep(
                 yield {**unit, **row}
 
 
+def parse_strengths(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas. Raises UsageError for anything else."""
+    try:
+        strengths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        strengths = (math.nan,)
+    if not all(map(math.isfinite, strengths)):
+        raise UsageError(f"strengths {text!r}, expected numbers separated by commas such as 0.5,1")
+    return strengths
+
+
 def main_region(trajectory: Trajectory, level: int) -> Selection:
     """The largest region of a level except the background; of equally large ones, that with the lowest id."""
     ids = trajectory.regions()[level].long()

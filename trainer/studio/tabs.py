@@ -14,7 +14,7 @@ from gradio.processing_utils import save_file_to_cache
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import without_nan, write_bytes
 from trainer.evaluation.definitions import term
-from trainer.evaluation.sweep import Kind, SweepConfig, summarise, sweep, table_in_words
+from trainer.evaluation.sweep import Kind, SweepConfig, parse_strengths, summarise, sweep, table_in_words
 from trainer.seeds import parse_seeds
 from trainer.studio.board import draw_board
 from trainer.studio.desk import UNSAVED, Desk, Seat
@@ -215,7 +215,7 @@ def sweep_tab(desk: Desk) -> None:
                     labels=(desk.pipe.label_id(desk.chosen(label)),),
                     seeds=tuple(parse_seeds(seeds)),
                     levels=tuple(levels),
-                    strengths=_numbers(strengths),
+                    strengths=parse_strengths(strengths),
                     kind=kind,
                 )
                 edits = len(config.seeds) * len(levels) * len(config.strengths)
@@ -326,13 +326,6 @@ def _resume(bench: Workbench, level: str | int, seeds: str) -> Workbench:
     given = parse_seeds(seeds) if seeds.strip() else None
     kept = None if level == EDITED_LEVEL else int(level)
     return bench.resume(kept, given[0] if given and len(given) == 1 else given)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UsageError(f"strengths are {text!r}, expected numbers such as 0.5,1") from None
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
