@@ -30,6 +30,7 @@ from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.reader import looked_at
 from trainer.data.shards import ShardIndex, open_index, read_statistics
+from trainer.data.stream import StreamPlan
 from trainer.data.tensor_files import tensor_bytes
 from trainer.decode.adversary import (
     Discriminator,
@@ -50,9 +51,9 @@ from trainer.decode.rae import (
 )
 from trainer.metrics.reconstruction import reconstruction
 from trainer.seeds import mixed_seed
-from trainer.training.distributed import World, joined_world
-from trainer.training.loop import Loop, RunSummary, StopRequest, stop_signals
-from trainer.training.run_folder import check_same_run, find_origin, settled
+from trainer.training.distributed import joined_world
+from trainer.training.loop import RunSummary, stop_signals
+from trainer.training.method_run import NetworkRun
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import WeightAverages
 
@@ -96,7 +97,7 @@ class _Parts(nn.Module):
         self.decoder, self.discriminator = decoder, discriminator
 
 
-class DecoderRun(Loop):
+class DecoderRun(NetworkRun):
     """One training of a decoder in one process."""
 
     shown = ("l1",)
@@ -104,43 +105,47 @@ class DecoderRun(Loop):
     model: _Parts
     dataset: PictureDataset
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        index: ShardIndex,
-        out: Path,
-        resume: str,
-        world: World,
-        stop: StopRequest,
-        quiet: bool,
-    ) -> None:
-        super().__init__(config, index, out, world, stop, quiet)
-        self.shape = _decoder_shape(config, index)
-        self.plan = self._stream_plan(_trained_sizes(config, index))
+    def _plan(self) -> StreamPlan:
+        self.shape = _decoder_shape(self.config, self.index)
+        return self._stream_plan(_trained_sizes(self.config, self.index))
+
+    def _dataset(self) -> PictureDataset:
+        config, index, world = self.config, self.index, self.world
         size = (self.shape.image_size, self.shape.image_size)
-        verify, max_damaged = config.verify_shards, config.max_damaged_shards
-        self.dataset = PictureDataset(index, self.plan, size, world.rank, world.size, verify, max_damaged)
+        checks = (config.verify_shards, config.max_damaged_shards)
+        dataset = PictureDataset(index, self.plan, size, world.rank, world.size, *checks)
         self.is_held_out = self.plan.num_samples < index.num_samples
         first, last = (self.plan.num_samples if self.is_held_out else 0), index.num_samples - 1
         count = min(MEASURED, last + 1 - first)
         self.measured_numbers = np.linspace(first, last, count).round().astype(int).tolist()
         # Refuses shards without pictures before training starts.
-        self.dataset.samples([*self.measured_numbers[:1], *(first for _, first in looked_at(index))])
-        origin = find_origin(out, resume, world.is_main)
-        self.config = config = settled(config, out, origin, world.device)
-        check_same_run(out, origin, config, index)
-        mean, variance = read_statistics(index, ("channel_mean", "channel_variance"))
-        self.normaliser = _centred(mean, variance).to(world.device)
-        self.sigma = config.noise * float(np.sqrt((variance + mean**2).mean()))
-        self.model = _fresh_parts(config, self.shape).to(world.device)
-        self.lpips = load_lpips(config.lpips_weights).to(world.device) if config.lpips_weights else None
+        dataset.samples([*self.measured_numbers[:1], *(first for _, first in looked_at(index))])
+        return dataset
+
+    def _first_normaliser(self, origin: Path | None) -> Normaliser:
+        mean, variance = read_statistics(self.index, ("channel_mean", "channel_variance"))
+        self.sigma = self.config.noise * float(np.sqrt((variance + mean**2).mean()))
+        return _centred(mean, variance)
+
+    def _network(self) -> _Parts:
+        weights = self.config.gan_weights
+        discriminator = load_discriminator(weights) if weights else None
+        return _Parts(RaeDecoder(self.shape), discriminator)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=config.lr, betas=config.adam_betas)
-        self.averages = WeightAverages(self.model, (config.ema_halflife_kimg,))
+        return torch.optim.Adam(trained, lr=self.config.lr, betas=self.config.adam_betas)
+
+    def _averages(self) -> WeightAverages:
+        return WeightAverages(self.model, (self.config.ema_halflife_kimg,))
+
+    def _begin(self, origin: Path | None) -> None:
+        weights = self.config.lpips_weights
+        self.lpips = load_lpips(weights).to(self.world.device) if weights else None
         self.terms = ("loss", "l1")
         self.terms += ("lpips",) if self.lpips else ()
         self.terms += ("adversarial", "discriminator") if self.model.discriminator else ()
-        self._begin(origin)
+        super()._begin(origin)
 
     def _rate(self) -> float:
         config, seen = self.config, self.images_seen + self.config.batch_size
@@ -154,7 +159,7 @@ class DecoderRun(Loop):
         first = self.world.rank * len(batch) + start
         pictures = part.pictures.float() / 255
         tokens = self.normaliser.apply(self._noisy(part.features.float(), first))
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with self._autocast():
             decoded = self.model.decoder(tokens).float()
         terms = {"l1": (decoded - pictures).abs().mean()}
         loss = terms["l1"]
@@ -275,10 +280,3 @@ def _trained_sizes(config: DecoderConfig, index: ShardIndex) -> tuple[int, ...]:
             f"held_out_shards is {config.held_out_shards}, {index.url} has {len(sizes)}: expected fewer"
         )
     return sizes[: len(sizes) - config.held_out_shards]
-
-
-def _fresh_parts(config: DecoderConfig, shape: RaeDecoderConfig) -> _Parts:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        discriminator = load_discriminator(config.gan_weights) if config.gan_weights else None
-        return _Parts(RaeDecoder(shape), discriminator)

@@ -75,7 +75,7 @@ class NetworkRun(Loop):
             if hasattr(module, "recompute"):
                 module.recompute = config.activation_checkpointing
         self.optimizer = self._optimizer()
-        self.averages = WeightAverages(self.model, config.optim.ema_halflives_kimg, config.optim.ema_ramp)
+        self.averages = self._averages()
         self._begin(origin)
 
     @abstractmethod
@@ -130,6 +130,10 @@ class NetworkRun(Loop):
     def _optimizer(self) -> torch.optim.Optimizer:
         is_short = self.world.device.type == "cuda" and self.config.precision == "bfloat16"
         return optimizer_of(self.model, self.config.optim, self.world, is_short)
+
+    def _averages(self) -> WeightAverages:
+        optim = self.config.optim
+        return WeightAverages(self.model, optim.ema_halflives_kimg, optim.ema_ramp)
 
     def _sheet(self) -> Image.Image:
         with self._averaged():
