@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import subprocess
-import sys
 
 import pytest
 
@@ -48,12 +46,3 @@ def test_a_promised_name_takes_the_promised_arguments(path: str) -> None:
     assert list(parameters)[: len(positional)] == positional
     assert set(named) <= set(parameters)
     assert all(parameters[each].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for each in positional)
-
-
-def test_the_registry_lists_presets_without_torch() -> None:
-    code = (
-        "import sys; from trainer.methods import registry; registry.all_presets(); "
-        "print([name for name in ('torch', 'ray', 'zarr') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

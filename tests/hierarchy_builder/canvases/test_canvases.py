@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -109,13 +106,3 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         region_means(features, regions)
     with pytest.raises(BuilderError, match=r"expected \[N, H, W, C\]"):
         level_canvases(features[0], regions)
-
-
-def test_importing_canvases_stays_light() -> None:
-    """The trainer imports this room: it must load neither the builder's stores nor its compiler."""
-    code = (
-        "import sys, hierarchy_builder.canvases; "
-        "print([name for name in ('numba', 'zarr', 'ray', 'sklearn', 'faiss') if name in sys.modules])"
-    )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert loaded.stdout.strip() == "[]"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_two
 from tiny_runs import FLOW, LATENT, NORMALIZING, assert_same_state, signal_at, tensors_of
 
 from hierarchy_builder.errors import InterruptedRunError, MismatchError, NonFiniteLossError, UsageError
@@ -134,15 +132,7 @@ STATISTICS: list[dict[str, Any]] = [{}, {"statistics": "snapshot"}]
 def test_two_processes_take_the_steps_of_one(run: Path, shards: str, tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
     settings = json.dumps([{**SETTINGS, **more} for more in STATISTICS])
-    command = [str(tmp_path / "ranks.py"), str(run), shards, str(tmp_path / "two"), settings]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_two(tmp_path / "ranks.py", run, shards, tmp_path / "two", settings)
     for number, more in enumerate(STATISTICS):
         go_on(run, shards, tmp_path / f"one{number}", **more)
         one, two = (tensors_of(tmp_path / f"{name}{number}", 4) for name in ("one", "two"))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fixture_shards import write_shards
+from ranks import run_two
 
 from hierarchy_builder.errors import TrainerError
 from trainer.training import distributed
@@ -85,17 +83,7 @@ with joined_world(timeout_s=60) as world:
 def test_gradients_are_sums_and_a_rank_apart_is_noticed_by_all(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
     sets = [write_shards(tmp_path / f"set-{seed}", 3, seed=seed) for seed in (0, 1)]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(tmp_path / "ranks.py"), str(tmp_path), *map(str, sets)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_two(tmp_path / "ranks.py", tmp_path, *sets)
     for rank in (0, 1):
         assert "summed gradients differs between processes" in (tmp_path / f"rank{rank}").read_text()
         told = (tmp_path / f"sets{rank}").read_text()

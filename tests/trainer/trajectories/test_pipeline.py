@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
 
-import trainer
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import to_mapping
@@ -67,16 +64,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(run: Path) -> TrajectoryPipeline:
     return TrajectoryPipeline.from_pretrained(run, device="cpu")
-
-
-def test_import_is_light() -> None:
-    code = (
-        "import sys, trainer; assert 'torch' not in sys.modules; trainer.TrajectoryPipeline; "
-        "loaded = {'ray', 'zarr'} & set(sys.modules); assert not loaded, loaded"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert trainer.TrajectoryPipeline is TrajectoryPipeline
 
 
 def test_one_label_gives_one_trajectory(pipe: TrajectoryPipeline) -> None:
