@@ -33,6 +33,8 @@ from trainer.training.run_folder import read_kept
 TINY = dataclasses.replace(
     FLOW, preset="tiny-cpu", total_images=16, checkpoint_images=8, sample_images=None, tensorboard=False
 )
+Call = Callable[..., tuple[int, str]]
+"""Exit code and standard error of `trainer` with some words."""
 SAMPLE = ("--labels", "0", "--seeds", "0", "--format", "npz", "--out", "OUT")
 
 
@@ -56,9 +58,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str]]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
     """Exit code and standard error of `trainer` with these words; OUT is a folder of the test."""
 
     def call(*words: object) -> tuple[int, str]:
@@ -103,7 +103,7 @@ def change_state(folder: Path, **fields: Any) -> None:
 
 @pytest.mark.parametrize("place", [-5, 12, 3])
 def test_a_flipped_bit_is_found_by_whatever_reads_the_file(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]], place: int
+    run: Path, shards: str, call: Call, place: int
 ) -> None:
     flip(newest(run) / saved.MODEL, place)
     for words in (
@@ -160,7 +160,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "message"), [(damage, message) for damage, _, message in DAMAGES])
 def test_verbs_that_only_read_name_a_damaged_step_and_pass_over_it(
-    run: Path, call: Callable[..., tuple[int, str]], damage: Callable[[Path], object], message: str
+    run: Path, call: Call, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(newest(run))
     before = content(run)
@@ -211,7 +211,7 @@ def renamed(folder: Path) -> None:
 def test_training_stops_at_a_step_that_it_cannot_read_and_goes_on_once_it_is_moved_away(
     run: Path,
     shards: str,
-    call: Callable[..., tuple[int, str]],
+    call: Call,
     damage: Callable[[Path], object],
     code: int,
     message: str,
@@ -245,7 +245,7 @@ def test_training_stops_at_a_step_that_it_cannot_read_and_goes_on_once_it_is_mov
 
 
 def test_training_goes_on_by_itself_once_an_error_of_the_disk_has_passed(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    run: Path, shards: str, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(run)
     read = Path.read_bytes
@@ -271,7 +271,7 @@ def test_training_goes_on_by_itself_once_an_error_of_the_disk_has_passed(
 
 
 def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_taken_for_an_empty_one(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    run: Path, shards: str, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(run)
     listdir = os.listdir
@@ -290,7 +290,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_taken_for_an_empty
 
 
 def test_a_run_without_a_whole_step_starts_anew_only_after_all_are_moved_away(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]]
+    run: Path, shards: str, call: Call
 ) -> None:
     for folder in (run / "checkpoints").iterdir():
         (folder / saved.MODEL).write_bytes(b"")
@@ -306,9 +306,7 @@ def test_a_run_without_a_whole_step_starts_anew_only_after_all_are_moved_away(
     assert len(list((run / "checkpoints").glob("*.aside"))) == 2
 
 
-def test_resume_never_reads_and_removes_nothing(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_resume_never_reads_and_removes_nothing(run: Path, shards: str, call: Call) -> None:
     foreign(newest(run))
     before = content(run)
     code, error = call("train", shards, "--out", run, "--quiet", "--resume", "never")
@@ -316,9 +314,7 @@ def test_resume_never_reads_and_removes_nothing(
     assert content(run) == before
 
 
-def test_a_course_that_is_given_up_takes_nothing_else_with_it(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_a_course_that_is_given_up_takes_nothing_else_with_it(run: Path, shards: str, call: Call) -> None:
     (newest(run) / "notes.txt").write_text("the best one so far")
     before = content(run)
     earlier = run / "checkpoints" / "step-00000001"
@@ -331,17 +327,13 @@ def test_a_course_that_is_given_up_takes_nothing_else_with_it(
     assert (run / "checkpoints" / "step-00000002.aside" / "notes.txt").exists()
 
 
-def test_what_interrupted_writes_left_does_not_stop_a_training(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_what_interrupted_writes_left_does_not_stop_a_training(run: Path, shards: str, call: Call) -> None:
     newest(run).rename(newest(run).with_name("step-00000002.tmp-7"))
     assert call("train", shards, "--out", run, "--quiet")[0] == 0
     assert {folder.name for folder in (run / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
 
 
-def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(
-    run: Path, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(run: Path, call: Call) -> None:
     for folder in (run / "checkpoints").iterdir():
         (folder / saved.MODEL).write_bytes(b"")
     code, error = call("sample", run, *SAMPLE)
@@ -349,9 +341,7 @@ def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(
     assert "step-00000002/model.safetensors: 0 bytes" in error
 
 
-def test_the_optimiser_of_another_network_is_refused(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_the_optimiser_of_another_network_is_refused(run: Path, shards: str, call: Call) -> None:
     change_state(newest(run), optimizer=[{}], files={}, checksums={}, format_version=1)
     code, error = call("train", shards, "--out", run, "--quiet")
     assert code == 5
@@ -363,7 +353,7 @@ def test_the_optimiser_of_another_network_is_refused(
     [(LatentTrainConfig(), "latent-forcing"), (DecoderConfig(), "train-decoder")],
 )
 def test_a_run_of_another_method_is_told_from_a_wrong_field(
-    run: Path, tmp_path: Path, call: Callable[..., tuple[int, str]], config: Any, method: str
+    run: Path, tmp_path: Path, call: Call, config: Any, method: str
 ) -> None:
     other = tiny_run(tmp_path / "other")
     change_state(newest(other), config=to_mapping(config))
@@ -375,7 +365,7 @@ def test_a_run_of_another_method_is_told_from_a_wrong_field(
     assert f"found a run of {method}" in error
 
 
-def test_a_method_that_nobody_knows(run: Path, call: Callable[..., tuple[int, str]]) -> None:
+def test_a_method_that_nobody_knows(run: Path, call: Call) -> None:
     change_state(newest(run), config={"method_name": "alchemy"})
     code, error = call("sample", newest(run), *SAMPLE)
     assert code == 5
@@ -395,9 +385,7 @@ def test_a_method_that_nobody_knows(run: Path, call: Callable[..., tuple[int, st
         b"a: !!python/name:os.system ''\n",
     ],
 )
-def test_a_config_yaml_that_is_none(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]], content: bytes
-) -> None:
+def test_a_config_yaml_that_is_none(run: Path, shards: str, call: Call, content: bytes) -> None:
     (run / "config.yaml").write_bytes(content)
     for words in (("train", shards, "--out", run), ("report", run), ("train-decoder", shards, "--out", run)):
         code, error = call(*words)
@@ -406,7 +394,7 @@ def test_a_config_yaml_that_is_none(
     assert not (run / "report.html").exists()
 
 
-def test_numbers_kept_with_a_run_that_are_damaged(run: Path, call: Callable[..., tuple[int, str]]) -> None:
+def test_numbers_kept_with_a_run_that_are_damaged(run: Path, call: Call) -> None:
     assert read_kept(run / "evaluation.json") == {"metrics": []}
     for content in ("{", '{"metrics": 3}', "[]", '{"metrics": [{"name": "x"}]}'):
         (run / "evaluation.json").write_text(content)
@@ -416,9 +404,7 @@ def test_numbers_kept_with_a_run_that_are_damaged(run: Path, call: Callable[...,
         assert "remove it, `trainer evaluate` writes it again" in error
 
 
-def test_lines_of_metrics_that_are_none_end_the_log(
-    run: Path, shards: str, call: Callable[..., tuple[int, str]]
-) -> None:
+def test_lines_of_metrics_that_are_none_end_the_log(run: Path, shards: str, call: Call) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "images": 8}\n{"step": "two"}\n{"st')
     assert call("report", run)[0] == 0
     assert call("train", shards, "--out", run, "--quiet")[0] == 0
