@@ -2,7 +2,9 @@
 
     N trajectories, L levels, H×W grid of tokens, C channels, h×w pixels
 
-A file gets its name when it is complete. Many trajectories are spread over several sheets, pages or tars.
+The writer of a format is a context: it takes one trajectory after the other, finishes its last file where all came,
+and removes what is unfinished where the context ends by an error. Many trajectories are spread over several sheets,
+pages or tars.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ import os
 import shutil
 import tempfile
 import zipfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from PIL import Image
 from hierarchy_builder.canvases.colours import Palette
 from hierarchy_builder.canvases.gallery import write_page
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import partial_name, sync, target_of, whole_file
+from hierarchy_builder.files import target_of, whole_file
 from hierarchy_builder.records import CANVASES_MEMBER, LABEL_MEMBER, METADATA_MEMBER
 from trainer.trajectories.trajectory import Trajectory
 from trainer.trajectories.view import TrajectoryView, page_palette, trajectories_page, trajectory_grid_png
@@ -59,127 +60,132 @@ class Drawn:
             return None if decoded is None else decoded[-1]
         return self.trajectory.decode(level=len(self.trajectory.levels) - 1)
 
+    def file(self, out: Path) -> Path:
+        """Where the whole trajectory is written, with the format `safetensors`."""
+        return out / "trajectories" / f"{self.name}.safetensors"
+
     def row(self) -> dict[str, Any]:
         """Return label, class and seed as plain data."""
         return {"label": self.label, "class": self.trajectory.class_name, "seed": self.seed}
 
 
-class SampleFiles(ABC):
-    """Files of one format in a folder: `add` takes each trajectory, `end` finishes the last file."""
-
-    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
-        """count: number of trajectories to come. facts: name → value, shown on pages."""
-        self.out, self.count, self.facts = out, count, facts
-        self.files: list[Path] = []
-
-    @abstractmethod
-    def add(self, drawn: Drawn) -> None:
-        """Take one trajectory."""
-
-    @abstractmethod
-    def end(self, is_whole: bool) -> None:
-        """Finish the open file, or remove it if not all trajectories came."""
+Add = Callable[[Drawn], None]
+"""Takes one trajectory."""
+Views = Sequence[TrajectoryView]
+Facts = Mapping[str, Any]
 
 
-class TrajectoryFiles(SampleFiles):
-    """`trajectories/label0207-seed000003.safetensors`: a whole trajectory, which can be edited and resumed."""
-
-    def add(self, drawn: Drawn) -> None:
-        path = self.out / "trajectories" / f"{drawn.name}.safetensors"
-        drawn.trajectory.save(path)
-        self.files.append(path)
-
-    def end(self, is_whole: bool) -> None:
-        """Do nothing: each file holds one trajectory."""
+@contextmanager
+def _trajectories(out: Path, count: int, facts: Facts) -> Iterator[Add]:
+    """`trajectories/label0207-seed000003.safetensors`: whole trajectories, which can be edited and resumed."""
+    yield lambda drawn: drawn.trajectory.save(drawn.file(out))
 
 
-class Sheets(SampleFiles, ABC):
+@contextmanager
+def _sheets(
+    stem: str,
+    suffix: str,
+    write: Callable[[Path, Views, Palette | None, Facts], None],
+    out: Path,
+    count: int,
+    facts: Facts,
+) -> Iterator[Add]:
     """Files of up to PER_SHEET trajectories each; all share one palette."""
+    views: list[TrajectoryView] = []
+    palette: Palette | None = None
+    written = 0
 
-    stem: str
-    suffix: str
+    def end() -> None:
+        nonlocal palette, written
+        number = f"-{written:04d}" if count > PER_SHEET else ""
+        palette = palette or page_palette(views)
+        write(out / f"{stem}{number}{suffix}", views, palette, facts)
+        written += 1
+        views.clear()
 
-    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
-        super().__init__(out, count, facts)
-        self._views: list[TrajectoryView] = []
-        self._palette: Palette | None = None
+    def add(drawn: Drawn) -> None:
+        views.append(drawn.view)
+        if len(views) == PER_SHEET:
+            end()
 
-    def add(self, drawn: Drawn) -> None:
-        self._views.append(drawn.view)
-        if len(self._views) == PER_SHEET:
-            self.end(is_whole=True)
-
-    def end(self, is_whole: bool) -> None:
-        if not (self._views and is_whole):
-            return
-        number = f"-{len(self.files):04d}" if self.count > PER_SHEET else ""
-        path = self.out / f"{self.stem}{number}{self.suffix}"
-        self._palette = self._palette or page_palette(self._views)
-        self._write(path, self._views, self._palette)
-        self.files.append(path)
-        self._views = []
-
-    @abstractmethod
-    def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None: ...
+    yield add
+    if views:
+        end()
 
 
-class PngSheets(Sheets):
-    """`grid.png`: rows are trajectories, columns are levels."""
-
-    stem, suffix = "grid", ".png"
-
-    def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None:
-        with whole_file(path) as partial:
-            trajectory_grid_png(views, palette).save(partial, "PNG")
+def _write_png(path: Path, views: Views, palette: Palette | None, facts: Facts) -> None:
+    """Rows are trajectories, columns are levels."""
+    with whole_file(path) as partial_file:
+        trajectory_grid_png(views, palette).save(partial_file, "PNG")
 
 
-class HtmlPages(Sheets):
-    """`index.html`: a self-contained page."""
-
-    stem, suffix = "index", ".html"
-
-    def _write(self, path: Path, views: Sequence[TrajectoryView], palette: Palette | None) -> None:
-        write_page(
-            trajectories_page(title=TITLE, facts=self.facts, trajectories=views, palette=palette),
-            target_of(path),
-        )
+def _write_html(path: Path, views: Views, palette: Palette | None, facts: Facts) -> None:
+    """A self-contained page."""
+    page = trajectories_page(title=TITLE, facts=facts, trajectories=views, palette=palette)
+    write_page(page, target_of(path))
 
 
-class Tars(SampleFiles):
+@contextmanager
+def _tars(out: Path, count: int, facts: Facts) -> Iterator[Add]:
     """`samples-000000.tar` for webdataset: `canvases.npy` float16 [L, H, W, C], `cls`, `json`; `png` of level L−1."""
+    written = 0
+    writer: Any = None
+    with ExitStack() as opened:
 
-    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
-        super().__init__(out, count, facts)
-        self._writer: webdataset.TarWriter | None = None
-        self._written = 0
+        def add(drawn: Drawn) -> None:
+            nonlocal written, writer
+            if written % PER_TAR == 0:
+                opened.close()
+                place = whole_file(out / f"samples-{written // PER_TAR:06d}.tar")
+                options = {"encoder": False, "mtime": 0, "user": "", "group": "", "mode": 0o444}
+                writer = opened.enter_context(
+                    webdataset.TarWriter(str(opened.enter_context(place)), **options)
+                )
+            writer.write({"__key__": drawn.name, **_members(drawn)})
+            written += 1
 
-    def add(self, drawn: Drawn) -> None:
-        if self._writer is None:
-            partial = str(partial_name(self._path()))
-            self._writer = webdataset.TarWriter(
-                partial, encoder=False, mtime=0, user="", group="", mode=0o444
-            )
-        self._writer.write({"__key__": drawn.name, **_members(drawn)})
-        self._written += 1
-        if self._written % PER_TAR == 0:
-            self.end(is_whole=True)
+        yield add
 
-    def end(self, is_whole: bool) -> None:
-        if self._writer is None:
-            return
-        writer, self._writer, path = self._writer, None, self._path()
-        partial = partial_name(path)
-        try:
-            writer.close()
-            if is_whole:
-                sync(partial)
-                partial.replace(path)
-                self.files.append(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
-    def _path(self) -> Path:
-        return target_of(self.out / f"samples-{len(self.files):06d}.tar")
+@contextmanager
+def _arrays(out: Path, count: int, facts: Facts) -> Iterator[Add]:
+    """`samples.npz`: `levels` float32 [N, L, H, W, C], `label` and `seed` int64 [N], `pictures` uint8 [N, h, w, 3]."""
+    arrays: dict[str, np.memmap] = {}
+    written = 0
+    with tempfile.TemporaryDirectory(prefix="samples.tmp-", dir=out, ignore_cleanup_errors=True) as folder:
+
+        def add(drawn: Drawn) -> None:
+            nonlocal written
+            values = {
+                "levels": drawn.trajectory.levels.numpy(),
+                "label": np.asarray(drawn.label),
+                "seed": np.asarray(drawn.seed),
+            }
+            if drawn.picture is not None:
+                values["pictures"] = drawn.picture
+            for name, value in values.items():
+                if name not in arrays:
+                    path = Path(folder) / f"{name}.npy"
+                    array = np.lib.format.open_memmap(path, "w+", value.dtype, (count, *value.shape))
+                    reserve(path)
+                    arrays[name] = array
+                arrays[name][written] = value
+            written += 1
+
+        yield add
+        _pack(arrays, out / "samples.npz")
+
+
+def _pack(arrays: Mapping[str, np.memmap], path: Path) -> None:
+    with whole_file(path) as partial_file, zipfile.ZipFile(partial_file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in sorted(arrays.items()):
+            array.flush()
+            # A member without the time of its file, so that equal samples are equal bytes.
+            with (
+                open(str(array.filename), "rb") as source,
+                archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member,
+            ):
+                shutil.copyfileobj(source, member)
 
 
 def reserve(path: Path) -> None:
@@ -194,67 +200,14 @@ def reserve(path: Path) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-class Arrays(SampleFiles):
-    """`samples.npz`: `levels` float32 [N, L, H, W, C], `label` and `seed` int64 [N], `pictures` uint8 [N, h, w, 3]."""
-
-    def __init__(self, out: Path, count: int, facts: Mapping[str, Any]) -> None:
-        super().__init__(out, count, facts)
-        self._folder: Path | None = None
-        self._arrays: dict[str, np.memmap] = {}
-        self._filled = 0
-
-    def add(self, drawn: Drawn) -> None:
-        values = {
-            "levels": drawn.trajectory.levels.numpy(),
-            "label": np.asarray(drawn.label),
-            "seed": np.asarray(drawn.seed),
-        }
-        if drawn.picture is not None:
-            values["pictures"] = drawn.picture
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="samples.tmp-", dir=self.out))
-            for name, value in values.items():
-                path = self._folder / f"{name}.npy"
-                array = np.lib.format.open_memmap(path, "w+", value.dtype, (self.count, *value.shape))
-                reserve(path)
-                self._arrays[name] = array
-        for name, value in values.items():
-            self._arrays[name][self._filled] = value
-        self._filled += 1
-
-    def end(self, is_whole: bool) -> None:
-        try:
-            if is_whole:
-                self._pack()
-        finally:
-            self._arrays = {}
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _pack(self) -> None:
-        path = self.out / "samples.npz"
-        with (
-            whole_file(path) as partial,
-            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
-        ):
-            for name, array in sorted(self._arrays.items()):
-                array.flush()
-                # A member without the time of its file, so that equal samples are equal bytes.
-                with (
-                    open(str(array.filename), "rb") as source,
-                    archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member,
-                ):
-                    shutil.copyfileobj(source, member)
-        self.files.append(path)
-
-
-FORMATS: dict[str, Callable[[Path, int, Mapping[str, Any]], SampleFiles]] = {
-    "png": PngSheets,
-    "html": HtmlPages,
-    "safetensors": TrajectoryFiles,
-    "webdataset": Tars,
-    "npz": Arrays,
+FORMATS: dict[str, Callable[[Path, int, Facts], AbstractContextManager[Add]]] = {
+    "png": partial(_sheets, "grid", ".png", _write_png),
+    "html": partial(_sheets, "index", ".html", _write_html),
+    "safetensors": _trajectories,
+    "webdataset": _tars,
+    "npz": _arrays,
 }
+"""(folder, number of trajectories to come, facts for pages) → the context of a writer."""
 
 
 def parse_formats(text: str) -> list[str]:
@@ -266,36 +219,34 @@ def parse_formats(text: str) -> list[str]:
 
 
 def write_samples(
-    trajectories: Iterable[Trajectory],
-    out: Path,
-    formats: Sequence[str],
-    count: int,
-    facts: Mapping[str, Any],
+    trajectories: Iterable[Trajectory], out: Path, formats: Sequence[str], count: int, facts: Facts
 ) -> Iterator[dict[str, Any]]:
     """Write trajectories to `out` in every format as they come, and yield a row about each.
 
     count: number of trajectories to come. facts: name → value, shown on pages. A row has label, class, seed and, with
     the format `safetensors`, the file. After a failure, unfinished files are removed.
     """
-    sinks: list[SampleFiles] = []
+    adds: list[Add] = []
     is_whole = False
 
-    def end(sink: SampleFiles) -> None:
-        sink.end(is_whole)
+    def end(writer: AbstractContextManager[Add], *failure: Any) -> None:
+        """End a writer, which finishes its files also where another one failed to finish its own."""
+        writer.__exit__(*((None,) * 3 if is_whole else failure))
 
-    with ExitStack() as ends:  # every writer is ended, even if ending another one fails
+    with ExitStack() as ends:
         for trajectory in trajectories:
-            if not sinks:  # no folder is made before the first trajectory is drawn
+            if not adds:  # no folder is made before the first trajectory is drawn
                 out.mkdir(parents=True, exist_ok=True)
-                sinks = [FORMATS[name](out, count, facts) for name in formats]
-                for sink in sinks:
-                    ends.callback(end, sink)
+                for name in formats:
+                    writer = FORMATS[name](out, count, facts)
+                    adds.append(writer.__enter__())
+                    ends.push(partial(end, writer))
             drawn = Drawn(trajectory)
             row = drawn.row()
-            for sink in sinks:
-                sink.add(drawn)
-                if isinstance(sink, TrajectoryFiles):
-                    row["file"] = str(sink.files[-1])
+            for add in adds:
+                add(drawn)
+            if "safetensors" in formats:
+                row["file"] = str(drawn.file(out))
             yield row
         is_whole = True
 
