@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hierarchy_builder.errors import TrainerError, UsageError
+from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import parse_json, whole_file, write_bytes
 from hierarchy_builder.installing import install_extras
 from hierarchy_builder.parsing import read_document
 from hierarchy_builder.progress import as_duration
+from trainer.training.config import RunConfig
 
 METRICS = "metrics.jsonl"
 CHECK = "crc32"
@@ -94,24 +96,21 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=images_seen + 1)
 
     def scalars(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Record numbers by name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, images_seen)
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        """Record a picture."""
         pixels = np.asarray(picture.convert("RGB"))
         self._writer.add_image(name, pixels, images_seen, dataformats="HWC")
 
     def close(self) -> None:
-        """Write all pending data and close."""
         self._writer.close()
 
 
 class WeightsAndBiases:
     """A run in a Weights & Biases project, identified by the name of the run folder, so that it can be resumed."""
 
-    def __init__(self, run: Path, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
         try:
             import wandb
         except ImportError:
@@ -122,39 +121,28 @@ class WeightsAndBiases:
         self._module = wandb
         name = run.resolve().name
         self._run = wandb.init(
-            project=project, id=name, name=name, dir=str(run), config=dict(config), resume="allow"
+            project=project, id=name, name=name, dir=str(run), config=config, resume="allow"
         )
 
     def scalars(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Record numbers by name."""
         self._run.log({**values, "images": images_seen})
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        """Record a picture."""
         self._run.log({name: self._module.Image(picture), "images": images_seen})
 
     def close(self) -> None:
-        """Write all pending data and close."""
         self._run.finish()
 
 
-def open_trackers(
-    run: Path,
-    images_seen: int,
-    *,
-    tensorboard: bool,
-    wandb_project: str | None,
-    config: Mapping[str, Any],
-    quiet: bool = False,
-) -> list[Tracker]:
-    """Open the configured trackers. Raises UsageError if wandb is configured but not installed.
+def open_trackers(run: Path, images_seen: int, config: RunConfig, quiet: bool = False) -> list[Tracker]:
+    """Open the trackers of a configuration. Raises UsageError if wandb is configured but not installed.
 
     If TensorBoard is not installed the run continues with a notice on stderr, because metrics.jsonl has the same data.
     """
     trackers: list[Tracker] = []
-    if wandb_project is not None:
-        trackers.append(WeightsAndBiases(run, wandb_project, config))
-    if tensorboard:
+    if config.wandb_project is not None:
+        trackers.append(WeightsAndBiases(run, config.wandb_project, to_mapping(config)))
+    if config.tensorboard:
         try:
             trackers.append(TensorBoard(run, images_seen))
         except ImportError:
@@ -228,10 +216,7 @@ class RunLog:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
             self._bar.stop()

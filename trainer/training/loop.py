@@ -273,16 +273,9 @@ class Loop(ABC):
     def _opened_log(self) -> AbstractContextManager[RunLog | None]:
         if not self.world.is_main:
             return nullcontext()
-        config = self.config
-        trackers = open_trackers(
-            self.out,
-            self.images_seen,
-            tensorboard=config.tensorboard,
-            wandb_project=config.wandb_project,
-            config=to_mapping(config),
-            quiet=self.quiet,
-        )
-        return RunLog(self.out, config.total_images, self.images_seen, self.quiet, trackers, self.shown)
+        out, seen, quiet = self.out, self.images_seen, self.quiet
+        trackers = open_trackers(out, seen, self.config, quiet)
+        return RunLog(out, self.config.total_images, seen, quiet, trackers, self.shown)
 
     def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
         """Take one optimiser step. Returns its terms and, if any rank wants to stop, the reason, else ""."""

@@ -41,7 +41,7 @@ def test_event_files_hold_the_numbers_and_sheets(tmp_path: Path, monkeypatch: py
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (tracker,) = open_trackers(tmp_path, 0, tensorboard=True, wandb_project=None, config={})
+    (tracker,) = open_trackers(tmp_path, 0, TINY)
     tracker.scalars({"loss": 2.5}, 8)
     tracker.scalars({"loss": 1.5}, 16)
     tracker.picture("samples", Image.new("RGB", (6, 4), "red"), 16)
@@ -64,7 +64,7 @@ def test_run_without_tensorboard_goes_on_and_says_so(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    assert open_trackers(tmp_path, 0, tensorboard=True, wandb_project=None, config={}) == []
+    assert open_trackers(tmp_path, 0, TINY) == []
     assert "tensorboard is not installed: numbers go to metrics.jsonl only" in capsys.readouterr().err
 
 
@@ -80,13 +80,13 @@ def test_weights_and_biases_gets_the_same_run_again(tmp_path: Path, monkeypatch:
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda picture: picture.size))
     out = tmp_path / "first-run"
-    (tracker,) = open_trackers(out, 0, tensorboard=False, wandb_project="levels", config={"seed": 3})
+    (tracker,) = open_trackers(out, 0, shown(wandb_project="levels", seed=3))
     tracker.scalars({"loss": 2.0}, 8)
     tracker.picture("samples", Image.new("RGB", (6, 4)), 8)
     tracker.close()
     named = calls[0][1]
     assert (named["project"], named["id"], named["resume"]) == ("levels", "first-run", "allow")
-    assert named["config"] == {"seed": 3}
+    assert (named["config"]["seed"], named["config"]["model"]["width"]) == (3, 16)
     assert [row for _, row in calls[1:]] == [
         {"loss": 2.0, "images": 8},
         {"samples": (6, 4), "images": 8},
@@ -99,4 +99,4 @@ def test_weights_and_biases_that_is_asked_for_and_missing_is_an_error(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=r"wandb_project is 'levels'.*pip install .*\[wandb\]"):
-        open_trackers(tmp_path, 0, tensorboard=False, wandb_project="levels", config={})
+        open_trackers(tmp_path, 0, shown(wandb_project="levels"))
