@@ -82,6 +82,11 @@ class Weighed(NamedTuple):
     by_covariance: Tensor
     """c […]"""
 
+    def at(self, chosen: Tensor | int) -> Weighed:
+        """Those of some classes, or of one, where there are several."""
+        moments = Moments(*(each[chosen] for each in self.moments))
+        return Weighed(moments, self.by_mean[chosen], self.by_covariance[chosen])
+
     def row_gradient(self, rows: Tensor, by_mean: Tensor, by_covariance: Tensor) -> Tensor:
         """a·∂μ + 2c·∂Σ·(x − μ) of rows of the newest batch, float64 [n, D].
 

@@ -33,13 +33,7 @@ from trainer.decode.rae import decoder_for
 from trainer.methods import registry
 from trainer.post_training.distance import Target
 from trainer.post_training.judges import Judge, load_judges, parse_judges, statistics_of_shards
-from trainer.post_training.levels import (
-    LevelMoments,
-    Space,
-    check_widths,
-    moments_of_shards,
-    spaces_of,
-)
+from trainer.post_training.levels import LevelMoments, Space, check_widths, moments_of_shards, spaces_of
 from trainer.post_training.moments import Average, OnlineQueue, Queue, RunningMoments
 from trainer.post_training.terms import ClassTerm, Describe, Found, Term, WholeTerm
 from trainer.seeds import mixed_seed, row_noise
@@ -114,7 +108,7 @@ def resolved(start: Start, index: ShardIndex, settings: Mapping[str, Any]) -> An
             raise UsageError(f"{name} comes from the run that is post-trained: leave it out")
     start.check_fits(index)
     base = start.config
-    pace = _release_pace() if base.preset != registry.method_of(base).small_preset else _small_pace()
+    pace = RELEASE_PACE if base.preset != registry.method_of(base).small_preset else SMALL_PACE
     given = {name: value for name, value in asked.items() if name not in own}
     config = with_settings(dataclasses.replace(base, post_training=None), {**pace, **given})
     post = checked(PostTrainingConfig, {n: v for n, v in asked.items() if n in own}, "post-training")
@@ -132,29 +126,25 @@ PACE = ("optim.lr", "optim.ema_halflives_kimg", "optim.ema_ramp")
 """Fields of the optimiser that post-training has too; its rule is always AdamW."""
 
 
-def _release_pace() -> dict[str, Any]:
-    """100,000 steps of 512 images, as the release post-trains its smallest network."""
-    return {
-        "total_images": 51_200_000,
-        "batch_size": 512,
-        "checkpoint_images": 3_200_000,
-        "sample_images": 3_200_000,
-        "optim.lr": 1e-6,
-        "optim.ema_halflives_kimg": (500.0,),
-    }
-
-
-def _small_pace() -> dict[str, Any]:
-    """A few minutes of two CPU cores for a network of the smallest preset."""
-    return {
-        "total_images": 6_400,
-        "batch_size": 32,
-        "checkpoint_images": 6_400,
-        "sample_images": 6_400,
-        "log_images": 640,
-        "optim.lr": 1e-4,
-        "optim.ema_halflives_kimg": (0.5,),
-    }
+RELEASE_PACE: dict[str, Any] = {
+    "total_images": 51_200_000,
+    "batch_size": 512,
+    "checkpoint_images": 3_200_000,
+    "sample_images": 3_200_000,
+    "optim.lr": 1e-6,
+    "optim.ema_halflives_kimg": (500.0,),
+}
+"""100,000 steps of 512 images, as the release post-trains its smallest network."""
+SMALL_PACE: dict[str, Any] = {
+    "total_images": 6_400,
+    "batch_size": 32,
+    "checkpoint_images": 6_400,
+    "sample_images": 6_400,
+    "log_images": 640,
+    "optim.lr": 1e-4,
+    "optim.ema_halflives_kimg": (0.5,),
+}
+"""A few minutes of two CPU cores for a network of the smallest preset."""
 
 
 def post_train(
@@ -177,25 +167,6 @@ def post_train(
         ).train()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Labels:
-    """The labels of some samples that a step draws."""
-
-    label: Tensor
-    """int64 [b]"""
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def rows(self, start: int, stop: int) -> Labels:
-        """Samples `start` ≤ i < `stop`."""
-        return Labels(label=self.label[start:stop])
-
-    def to(self, device: torch.device) -> Labels:
-        """The same on `device`."""
-        return Labels(label=self.label.to(device))
-
-
 class LabelDataset:
     """Item n is this rank's share of the labels of batch n, a function of (seed, n) alone."""
 
@@ -210,9 +181,9 @@ class LabelDataset:
         each = batch_size // world_size
         self._own = slice(rank * each, (rank + 1) * each)
 
-    def read(self, number: int, pin_memory: bool = False) -> Labels:
-        """Item `number`."""
-        return Labels(label=self.draw(number, self._batch_size)[self._own])
+    def read(self, number: int, pin_memory: bool = False) -> Tensor:
+        """Item `number`, int64 [b]."""
+        return self.draw(number, self._batch_size)[self._own]
 
     def draw(self, number: int, count: int, stream: int = 0) -> Tensor:
         """`count` labels, int64; numbers of another stream are independent of these."""
@@ -407,7 +378,7 @@ class PostTrainingRun(NetworkRun):
         for number, (term, own) in enumerate(zip(self.terms_of_loss, rows, strict=True)):
             found[number] = term.found(own, label, found[number])
 
-    def _compare(self, batch: Labels) -> list[Tensor] | None:
+    def _compare(self, batch: Tensor) -> list[Tensor] | None:
         """Compare the whole batch of all ranks with the targets.
 
         Returns the rows of the batch with their graph if it is a single part; otherwise each part is drawn again.
@@ -425,10 +396,10 @@ class PostTrainingRun(NetworkRun):
             term.compare(each, self.world, self.post.floor)
         return rows if size >= len(batch) else None
 
-    def _part(self, batch: Labels, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _part(self, batch: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         first = self.world.rank * len(batch)
         noise = self._noise(range(first + start, first + stop), self.config.seed, self.step)
-        return batch.label[start:stop].to(self.world.device), noise
+        return batch[start:stop].to(self.world.device), noise
 
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
         drawn = self._compare(batch) if start == 0 else None

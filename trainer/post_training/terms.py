@@ -36,7 +36,7 @@ class Found:
 
 
 class Term(ABC):
-    """One distance. For a batch: `empty`, `add` for each part, `compare` once, then `surrogate` for each part."""
+    """One distance. For a batch: `found` for each part, `compare` once, then `surrogate` for each part."""
 
     def __init__(
         self, name: str, describe: Describe, target: Target, moments: RunningMoments, weight: float
@@ -141,7 +141,7 @@ class ClassTerm(Term):
         for number in label.unique().tolist():
             flat = rows[label == number].flatten(0, 1)
             place = self._places[number]
-            gradient = Weighed(*self._of(place)).row_gradient(flat, *(s[place] for s in self._slopes))
+            gradient = self._taken.at(place).row_gradient(flat, *(s[place] for s in self._slopes))
             scale = self._scale * float(self._shares[number])
             total = total + (flat * (gradient * scale).to(flat.dtype)).sum()
         return total
@@ -161,21 +161,11 @@ class ClassTerm(Term):
         n = rows.shape[1]
         return Sums.by_class(rows.flatten(0, 1), label.repeat_interleave(n), len(self._shares))
 
-    def _of(self, place: int) -> tuple:  # type: ignore[type-arg]
-        moments, by_mean, by_covariance = self._taken
-        return (
-            type(moments)(moments.mean[place], moments.covariance[place]),
-            by_mean[place],
-            by_covariance[place],
-        )
-
     def _compare(self, sums: Sums, weighed: Weighed, floor: float) -> None:
         has_value = self._values.isfinite() | (self._shares == 0)
         chosen = torch.nonzero((sums.number > 0) | ~has_value)[:, 0]
-        moments, by_mean, by_covariance = weighed
-        own = type(moments)(moments.mean[chosen], moments.covariance[chosen])
-        self._taken = Weighed(own, by_mean[chosen], by_covariance[chosen])
-        found = self.target.rows(chosen).distance(*own)
+        self._taken = weighed.at(chosen)
+        found = self.target.rows(chosen).distance(*self._taken.moments)
         self._values[chosen] = found.value
         self._slopes = (found.by_mean, found.by_covariance)
         self._places = {int(number): place for place, number in enumerate(chosen)}
