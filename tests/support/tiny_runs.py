@@ -24,8 +24,19 @@ from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
 from trainer.training.loop import Loop
 
+RUN: dict[str, Any] = {
+    "preset": "test",
+    "total_images": 64,
+    "batch_size": 8,
+    "loader_workers": 0,
+    "checkpoint_images": 32,
+    "keep_checkpoints": 9,
+    "log_images": 8,
+}
+"""Fields of every run."""
+QUIET: dict[str, Any] = {**RUN, "sample_images": None, "tensorboard": False}
+
 FLOW = TrainConfig(
-    preset="test",
     model=ModelConfig(
         width=16,
         depth=2,
@@ -36,16 +47,10 @@ FLOW = TrainConfig(
         num_level_tokens=1,
     ),
     optim=OptimConfig(ema_halflives_kimg=(0.05, 1.0)),
-    total_images=64,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=32,
-    keep_checkpoints=9,
-    log_images=8,
+    **RUN,
 )
 
 LATENT = LatentTrainConfig(
-    preset="test",
     model=LatentModelConfig(
         patch_px=2,
         width=16,
@@ -59,30 +64,15 @@ LATENT = LatentTrainConfig(
         expert_width=16,
     ),
     optim=LatentOptimConfig(lr=3e-3, warmup_images=16, ema_halflives_kimg=(0.05,)),
-    total_images=64,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=32,
-    sample_images=None,
-    keep_checkpoints=9,
-    log_images=8,
-    tensorboard=False,
+    **QUIET,
 )
 
 NORMALIZING = NormalizingTrainConfig(
-    preset="test",
     model=NormalizingModelConfig(
         width=16, depth=1, num_heads=2, num_class_tokens=1, flow_width=16, flow_depth=1, flow_heads=2
     ),
     optim=NormalizingOptimConfig(lr=2e-3, ema_halflives_kimg=(0.05,)),
-    total_images=32,
-    batch_size=8,
-    loader_workers=0,
-    checkpoint_images=16,
-    keep_checkpoints=9,
-    log_images=8,
-    sample_images=None,
-    tensorboard=False,
+    **QUIET | {"total_images": 32, "checkpoint_images": 16},
 )
 
 DECODER = DecoderConfig(

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -244,12 +243,19 @@ def test_command(built, masks, tmp_path) -> None:
     assert "belongs to --quality" in str(alone.exception)
 
 
-def test_benchmark_of_recipes_runs(photos, masks) -> None:
-    script = Path(__file__).resolve().parents[3] / "benchmarks" / "recipes.py"
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script benchmarks/recipes.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+    return importlib.import_module("recipes")
+
+
+def test_benchmark_of_recipes_runs(photos, masks, benchmark, monkeypatch, capsys) -> None:
     arguments = [str(photos), "--masks", str(masks), "--recipes", "paper", "--slice", ":3"]
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", ["recipes.py", *arguments])
+    benchmark.main()
+    done = capsys.readouterr()
+    *table, last = done.out.splitlines()
     assert [line.split("|")[1].strip() for line in table[2::3]] == [
         "paper",
         "grid as paper",
@@ -257,17 +263,15 @@ def test_benchmark_of_recipes_runs(photos, masks) -> None:
     ]
     scores = json.loads(last)
     assert scores["grid as paper"][2]["regions"] == scores["paper"][2]["regions"]
-    assert "left out: wrong_size: 001.png" in done.stderr
+    assert "left out: wrong_size: 001.png" in done.err
 
 
-def test_benchmark_of_recipes_cuts_to_equal_counts(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
-    with_as_many = importlib.import_module("recipes").with_as_many
+def test_benchmark_of_recipes_cuts_to_equal_counts(benchmark) -> None:
     features = np.random.default_rng(0).normal(size=(4, 8, 8, 16)).astype(np.float32)
     names = [field.name for field in dataclasses.fields(Views)]
     views = Views(**dict.fromkeys(names, features))
     counts = np.array([[2, 3, 9], [2, 2, 5], [2, 7, 12], [2, 4, 4]])
-    regions = with_as_many(views, HierarchyRecipe.paper(), counts)
+    regions = benchmark.with_as_many(views, HierarchyRecipe.paper(), counts)
     np.testing.assert_array_equal(regions.max(axis=(2, 3)) + 1, counts)
     assert not check_nesting(regions).any()
 

@@ -241,7 +241,7 @@ def test_a_normalizing_model_that_draws_levels_by_a_denoiser_goes_on(shards: str
     model = dataclasses.replace(model, denoiser_depth=1)
     config = dataclasses.replace(config, model=model, distil_from=str(tmp_path / "flow"))
     registry.train(config, shards, str(tmp_path / "run"), quiet=True)
-    rows = go_on(tmp_path / "run", shards, tmp_path / "out", total_images=160)
+    rows = go_on(tmp_path / "run", shards, tmp_path / "out", total_images=80)
     assert rows[-1]["distance"] < rows[0]["distance"]
     assert TrajectoryPipeline.from_pretrained(tmp_path / "out")(label="bee").levels.shape == (4, 4, 4, 3)
 
