@@ -119,16 +119,16 @@ class HierarchyRecipe:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     cuts: tuple[float, ...] = (0.65, 0.35)
-    """Where trees are cut into parts, coarse → fine; each cut adds one level. Relative merge heights from 0 to 1,
-    falling; or about how many regions a photo gets, whole numbers from 2, rising (`8,16`): it is then cut at the mean
-    height of twice as many of its highest merges, which means the same with any encoder."""
+    """Where trees are cut into parts, coarse → fine; each cut adds one level. Either relative merge heights from 0 to
+    1, falling; or, which suits any encoder, about how many regions a photo gets, whole numbers from 2, rising (`8,16`):
+    for n regions its tree is cut at the mean height of its 2n highest merges."""
     spatial_weight: float = 0.2
     """Weight of the distance of two tokens on the unit square, added to their cosine distance."""
     start: Literal["single", "several", "cut", "centred"] = "single"
-    """How tokens are split into object and background: 2-means from one k-means++ start of scikit-learn with `seed`
-    (`single`), the best of 8 such starts by inertia (`several`), or, without a random start, the normalised cut of the
-    similarity graph of the tokens: of a fixed sharpness (`cut`), or of three in units of the variance of the photo's
-    tokens the one that best separates the centre of the photo (`centred`)."""
+    """How tokens are split into object and background. `single`: 2-means from one k-means++ start of scikit-learn
+    with `seed`. `several`: the best of 8 such starts by inertia. `cut`: the normalised cut of the similarity graph of
+    the tokens, which has no random start. `centred`: of three such graphs, whose sharpness is in units of the variance
+    of the photo's tokens, the cut that best separates the centre of the photo."""
     seed: int = 0
     """Seed of the k-means++ draws."""
     object_choice: Literal["centre", "border"] = "centre"
@@ -142,8 +142,8 @@ class HierarchyRecipe:
     """Treat an image as one single region on every level if its L2-normalised tokens vary no more than this (mean
     squared distance to their mean)."""
     masks: str | None = field(default=None, metadata=EXECUTION)
-    """Folder of label maps `<stem>.png` (0 is background) that give one level; images without a map are split by
-    `start`."""
+    """Folder of label maps `<stem>.png` (0 is background), from which the level `masks_level` is taken; images
+    without a map are split by `start`."""
     masks_level: int = 0
     """Level that the label maps give: at 0 they say only what is object, at a finer level they give its regions; the
     other levels follow from the features."""

@@ -51,9 +51,7 @@ class Finding(NamedTuple):
 
 
 @takes(
-    folder=argument(
-        "Folder that you want to work in. Default: this one.", default=".", **PATH | {"metavar": "DIR"}
-    ),
+    folder=argument("Folder that you want to work in.", default=".", **PATH | {"metavar": "DIR"}),
     **OUTPUT,
 )
 def doctor(folder: Path, as_json: bool, quiet: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo
 
 from hierarchy_builder import __version__
@@ -90,13 +91,34 @@ def grouped(panel: str, **parameters: Parameter) -> dict[str, Parameter]:
     return parameters
 
 
-class Verbs(TyperGroup):
-    """A command line whose help has groups, and whose errors are plain lines: no frame breaks a path in them."""
+NAME_COLUMNS = 24
+"""Width of the names in a help; the text of a longer name begins on the next line."""
 
-    def main(self, *words: Any, **settings: Any) -> Any:
-        """Run a verb."""
-        self.rich_markup_mode = None
-        return super().main(*words, **settings)
+
+class Verb(TyperCommand):
+    """A verb, whose help has its options in groups, with as much room for their texts as a narrow terminal has."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words of the usage line, without the braces that Typer puts around what is required."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Print arguments and options."""
+        _print_groups(formatter, [(_group(param), _about(param, ctx)) for param in self.get_params(ctx)])
+
+
+class Verbs(TyperGroup):
+    """A command line whose verbs are in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Print the options before a verb, and the verbs."""
+        options = [(_group(param), _about(param, ctx)) for param in self.get_params(ctx)]
+        verbs = [
+            (getattr(verb, "rich_help_panel", "Verbs"), (name, (verb.help or "").split("\n\n")[0]))
+            for name, verb in self.commands.items()
+            if not verb.hidden
+        ]
+        _print_groups(formatter, verbs + options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb; an unknown option is refused with the one that means it, or with how fields are set."""
@@ -107,10 +129,50 @@ class Verbs(TyperGroup):
                 raise
             raise UsageError(_about_option(error)) from None
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help."""
-        self.rich_markup_mode = "rich"
-        super().format_help(ctx, formatter)
+
+class Program(typer.Typer):
+    """A Typer whose commands are verbs."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        """Declare a verb."""
+        return super().command(name, cls=Verb, **settings)
+
+
+def _group(param: Any) -> str:
+    kind = "Arguments" if param.param_type_name == "argument" else "Options"
+    return getattr(param, "rich_help_panel", None) or kind
+
+
+def _about(param: Any, ctx: Any) -> tuple[str, str] | None:
+    """Name and text of a parameter; an argument goes by its name alone, without the type that Typer adds."""
+    record = param.get_help_record(ctx)
+    if record is None or param.param_type_name != "argument":
+        return record
+    return record[0].split(" <")[0], record[1]
+
+
+def _print_groups(formatter: Any, rows: Sequence[tuple[str, tuple[str, str] | None]]) -> None:
+    """Write names and texts under the headings of their groups, all texts from the same column on.
+
+    The formatter's own lists break at hyphens, which no option survives that is copied.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for group, row in rows:
+        if row is not None:
+            groups.setdefault(group, []).append(row)
+    column = min(NAME_COLUMNS, max(len(name) for found in groups.values() for name, _ in found))
+    room = max(formatter.width - column - 4, 10)
+    for group, found in groups.items():
+        formatter.write_paragraph()
+        formatter.write_heading(group)
+        for name, text in found:
+            lines = textwrap.wrap(text, room, break_on_hyphens=False)
+            if len(name) > column:
+                formatter.write(f"  {name}\n")
+                name = ""
+            for line in lines or [""]:
+                formatter.write(f"  {name:<{column}}  {line}".rstrip() + "\n")
+                name = ""
 
 
 def _about_option(error: Any) -> str:
@@ -132,13 +194,13 @@ def _about_option(error: Any) -> str:
 
 def new_app(name: str, text: str) -> typer.Typer:
     """A command line with the options that both programs have. text: its help."""
-    app = typer.Typer(
+    app = Program(
         name=name,
         cls=Verbs,
         help=text,
         no_args_is_help=True,
         pretty_exceptions_show_locals=False,
-        rich_markup_mode="rich",
+        rich_markup_mode=None,
     )
 
     def shown(asked: bool) -> None:

@@ -408,7 +408,7 @@ def import_official(
     **OUTPUT,
 )
 def export_official(run: Path, out: Path, as_json: bool, quiet: bool) -> None:
-    """Turn a run folder into a checkpoint of the release; what was imported comes out equal."""
+    """Turn a run folder into a checkpoint of the release; an imported one comes out with equal content."""
     from trainer.methods.trajectory_forcing.exchange import export_official as convert
 
     print_result(convert(run, out), as_json)

@@ -110,7 +110,7 @@ LOSSES = {
     **(LOSSES | TRAINING),
 )
 def train_decoder(shards: list[str], out: Path, size: str | None, **given: Any) -> None:
-    """Train a decoder from features to pixels on shards with pictures, for --decoder."""
+    """Train a decoder from features to pixels on shards with pictures, for `--decoder` of other verbs."""
     resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
     given |= {name: given[name] and str(given[name]) for name in LOSSES}
     resolved = with_settings(_decoder_base(size, out, quiet), asked_fields(given, LOSSES | FIELDS))
@@ -136,7 +136,7 @@ def train_decoder(shards: list[str], out: Path, size: str | None, **given: Any) 
     **OUTPUT,
 )
 def presets(suggest: list[str] | None, method: str | None, as_json: bool, quiet: bool) -> None:
-    """List named configurations; with --json every field of each."""
+    """List named configurations, with --json every field of each; or suggest one for your shards."""
     if suggest:
         row = TRAJECTORY_FORCING if method is None else method_named(method)
         _print_suggestion(suggest, row, as_json, quiet)

@@ -48,6 +48,15 @@ def test_the_help_cuts_no_sentence(columns: int) -> None:
     assert "optimiser" in help_text  # the last word of the longest line
 
 
+def test_the_help_of_a_verb_keeps_options_whole_and_names_no_types_of_python() -> None:
+    text = cli("trainer", "presets", "--help", columns=60).out
+    assert "--method trajectory-forcing|latent-forcing|normalizing-trajectory\n" in text
+    text = cli("hierarchy-builder", "shard", "--help", columns=60).out
+    assert "[OPTIONS] DIR\n" in text
+    assert not any(kind in text for kind in ("<bool>", "<Path>", "…", "{DIR}"))
+    assert "cc-by-4.0" in text  # options and names are not broken at their hyphens
+
+
 @pytest.mark.parametrize(
     ("program", "words", "hint"),
     [
