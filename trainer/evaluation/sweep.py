@@ -136,10 +136,10 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A summary for people: a row for each edited level, strength, arm and measure, a column for each measured level.
+    """A summary for people: a row for each edited level, measure, arm and strength, a column for each measured level.
 
-    Cells hold the mean and half the width of its interval. Controls that are equal at every strength get one row, with
-    strength "any".
+    Cells hold the mean and half the width of its interval. The controls of a measure stand below its edits; those that
+    are equal at every strength get one row, with strength "any".
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     columns = sorted({line["measured"] for line in summary})
@@ -148,10 +148,17 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             mean, high = line.get(f"{name}_mean", math.nan), line.get(f"{name}_high", math.nan)
             if math.isnan(mean):
                 continue
-            place = {part: line[part] for part in ("level", "strength", "arm")} | {"measure": name}
+            place = {
+                "level": line["level"],
+                "measure": name,
+                "arm": line["arm"],
+                "strength": line["strength"],
+            }
             row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(map(_column, columns), ""))
             row[_column(line["measured"])] = f"{mean:.2g}±{high - mean:.1g}"
-    return _without_repeats(list(rows.values()))
+    arms = EDIT, NO_EDIT, OTHER_NOISE
+    shown = _without_repeats(list(rows.values()))
+    return sorted(shown, key=lambda row: (row["level"], SHOWN.index(row["measure"]), arms.index(row["arm"])))
 
 
 def table_in_words(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -66,7 +66,9 @@ def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 _generate_row(desk)
-                gr.Markdown("Levels from coarse to fine: regions, features as colours, and decoded picture.")
+                gr.Markdown(
+                    "Columns: levels, coarse to fine. Rows: regions, features as colours, decoded pictures."
+                )
                 desk.board.render()
                 _selection_row(desk)
             with gr.Column(scale=2, min_width=320), gr.Tabs():

@@ -19,7 +19,7 @@ from hierarchy_builder.canvases.views import latent_views, level_names, shared_p
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
 
-CELL_PX, GAP_PX, HEADER_PX = 232, 10, 26
+CELL_PX, GAP_PX, HEADER_PX = 232, 10, 32
 PAPER, INK = (252, 252, 250), (26, 27, 31)
 DIMMED = 0.4
 """Weight of a token's own colour outside the selection; the rest is the background colour."""
@@ -81,7 +81,7 @@ def _cells(trajectory: Trajectory, like: Trajectory) -> tuple[tuple[np.ndarray, 
 def _assembled(cells: list[list[np.ndarray]], names: tuple[str, ...], grid: tuple[int, int]) -> Board:
     step, levels = CELL_PX + GAP_PX, len(cells[0])
     sheet = Image.new("RGB", (levels * step - GAP_PX, HEADER_PX + len(cells) * step - GAP_PX), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
     for level, name in enumerate(names):
         draw.text((level * step, 2), f"{level}  {name}", INK, font=font)
         for row, pictures in enumerate(cells):

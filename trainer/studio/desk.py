@@ -21,6 +21,7 @@ from trainer.trajectories.edit import prototype
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 WELCOME = "Choose a class and a seed, then press **Generate**."
+NO_STEPS = "No edits yet."
 DRAWING = "Drawing… **Stop** ends it."
 UNSAVED = "● not saved"
 """Shown while the trajectory has edits that are in no file; the page then asks before it is left."""
@@ -29,9 +30,9 @@ Done = str | Callable[[Workbench, Workbench], str]
 WARNING = "⚠ "
 """Marks a message that says what could not be done and what to do instead."""
 JOINS = [
-    ("select only that", "replace"),
-    ("add", "add"),
-    ("remove", "remove"),
+    ("replace it", "replace"),
+    ("add to it", "add"),
+    ("remove from it", "remove"),
     ("keep the overlap", "intersect"),
 ]
 
@@ -70,7 +71,7 @@ class Desk:
         self.seat = gr.State(Seat())
         self.unsaved = gr.Markdown("", elem_id="unsaved", render=False)
         self.status = gr.Markdown(WELCOME, elem_id="status", render=False)
-        self.history = gr.Markdown("no steps yet", render=False)
+        self.history = gr.Markdown(NO_STEPS, render=False)
         self.label = gr.Dropdown(
             names,
             value=names[0],
@@ -83,7 +84,7 @@ class Desk:
         self.join = gr.Radio(
             JOINS,
             value="replace",
-            label="and then",
+            label="The selection so far",
             scale=3,
             render=False,
             **self.tip("join", "How a new selection is combined with the one before."),
@@ -197,10 +198,10 @@ class Desk:
     def shown(self, bench: Workbench, message: str = "") -> tuple[Any, ...]:
         """Values for `shows`."""
         if bench.trajectory is None:
-            return None, message or WELCOME, "no steps yet", ""
+            return None, message or WELCOME, NO_STEPS, ""
         picture = draw_board(bench.trajectory, bench.selection, bench.reference).picture
-        lines = history_lines(bench.trajectory) or ["not edited"]
-        steps = "\n".join(f"{number}. {quoted(line)}" for number, line in enumerate(lines, start=1))
+        lines = enumerate(history_lines(bench.trajectory), start=1)
+        steps = "\n".join(f"{number}. {quoted(line)}" for number, line in lines) or NO_STEPS
         said = f"{message}  \n{_state_line(bench)}" if message else _state_line(bench)
         return picture, said, steps, UNSAVED if bench.is_unsaved else ""
 
@@ -214,7 +215,7 @@ def what_was_undone(before: Workbench, after: Workbench) -> str:
 
 def _state_line(bench: Workbench) -> str:
     trajectory = bench.current()
-    parts = [f"**{quoted(trajectory.class_name)}**, seed {trajectory.seeds[0]}"]
+    parts = [f"class **{quoted(trajectory.class_name)}**, seed {trajectory.seeds[0]}"]
     if bench.selection is not None:
         parts.append(f"{counted(bench.selection.count, 'token')} of level {bench.selection.level} selected")
     if bench.taken_from:

@@ -65,32 +65,37 @@ CSS = """
 #board img {cursor: crosshair}
 #board, #comparison, #slider {min-width: 0}
 .gradio-container {padding-bottom: 120px !important}
+@media (max-width: 480px) {.tab-container > button {padding-inline: 9px}}
 .gradio-container input[type=range] {min-width: 0; max-width: 100%}
 .gradio-container input[type=number] {min-width: 3.5rem}
 #header h1 {margin: 0; font-size: 1.5rem; letter-spacing: -0.015em}
 #header p {margin: 0.15rem 0 0; overflow-wrap: anywhere}
-#unsaved {color: #b45309; font-weight: 600}
+#unsaved {position: absolute; top: 2px; right: 12px; width: max-content; color: #b45309; font-weight: 600}
 .dark #unsaved {color: #fbbf24}
 #unsaved * {color: inherit !important}
-#status {position: fixed; left: 50%; bottom: 14px; translate: -50% 0; z-index: 60; width: max-content;
-  max-width: min(94vw, 760px); padding: 10px 18px; border-radius: 10px; background: #1d1f25; color: #f5f5f2;
-  box-shadow: 0 4px 18px rgb(0 0 0 / 0.35); pointer-events: none; overflow-wrap: anywhere}
+#status {position: fixed; inset: auto 0 0 0; z-index: 1000; padding: 8px 24px; background: #1d1f25; color: #f5f5f2;
+  text-align: center; pointer-events: none; overflow-wrap: anywhere}
 #status.warning {background: #7c2412}
 #status * {color: inherit !important; background: none !important}
 #drawing, #typed {align-items: flex-end}
 .narrow {align-items: stretch}
-.narrow > button {min-width: 100px !important; padding-inline: 6px}
+.narrow > button {min-width: 100px !important; padding-inline: 6px; font-size: 14px}
 #comparison .icon-button-wrapper {inset: auto 0 0 auto}
-#scores, #swept {overflow-x: auto; font-size: 12.5px}
+#scores, #swept {overflow-x: auto; font-size: 12.5px; background: linear-gradient(to right, var(--background-fill-primary)
+  30%, transparent) 0 / 40px 100% no-repeat local, linear-gradient(to left, var(--background-fill-primary) 30%,
+  transparent) 100% / 40px 100% no-repeat local, linear-gradient(to right, rgb(0 0 0 / 0.28), transparent) 0 / 14px 100%
+  no-repeat scroll, linear-gradient(to left, rgb(0 0 0 / 0.28), transparent) 100% / 14px 100% no-repeat scroll}
 #scores :is(th, td), #swept :is(th, td) {padding: 3px 6px; text-align: left; overflow-wrap: normal; word-break: normal;
   border: 0; border-bottom: 1px solid var(--border-color-primary); font-variant-numeric: tabular-nums}
-#scores table, #swept table {border: 0}
-#swept :is(th, td):nth-child(4) {min-width: 130px}
+:is(#scores, #swept) :is(table, tr) {border: 0 !important}
+#swept :is(th, td):nth-child(2) {min-width: 130px}
 #swept td:nth-child(n + 5) {white-space: nowrap}
 #status p {margin: 0}
 :focus-visible {outline: 2px solid #4f6bed !important; outline-offset: 2px}
 """
-"""Messages are a bar that is fixed to the lower edge of the window, so they are in view wherever one has scrolled."""
+"""Messages are a bar along the lower edge of the window, so they are in view wherever one has scrolled; the page ends
+with as much room. On a phone all tabs fit without Gradio's menu of further tabs. The shadows at the sides of a table
+say that it goes on there."""
 
 
 def script(tips: Mapping[str, str]) -> str:

@@ -152,8 +152,8 @@ class Workbench:
         return replace(
             self,
             source=take(trajectory.levels[selection.level], selection),
-            taken_from=f"{how} of {counted(selection.count, 'token')} of level {selection.level}, "
-            f"{trajectory.class_name}, seed {trajectory.seeds[selection.level]}",
+            taken_from=f"{how} of {counted(selection.count, 'token')} of level {selection.level} "
+            f"(class {trajectory.class_name}, seed {trajectory.seeds[selection.level]})",
         )
 
     def use(self, source: Source, what: str) -> Workbench:

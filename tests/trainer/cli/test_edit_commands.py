@@ -264,7 +264,8 @@ def test_sweep_of_shapes_and_wrong_requests() -> None:
     inside = main_region(pipe(0, 0), 1)
     assert rows[0]["tokens"] == (inside.grow() - inside).count
     table = summary_table(summarise(rows))
-    assert [row["arm"] for row in table] == [EDIT] * 3 + [NO_EDIT] * 3 + [OTHER_NOISE] * 3
+    assert [row["arm"] for row in table] == [EDIT, NO_EDIT, OTHER_NOISE] * 3
+    assert [row["measure"] for row in table[::3]] == ["lis", "gain", "pixel_outside"]
     assert all(math.isnan(line["lis_std"]) for line in summarise(rows))
     with pytest.raises(UsageError, match="level 4, expected 0 to 3"):
         list(sweep(pipe, SweepConfig(labels=(0,), levels=(4,))))

@@ -157,6 +157,8 @@ def test_a_drawing_is_cancelled_while_another_user_works(page: Any, browser: Any
     other = browser.new_page(viewport={"width": 390, "height": 844})
     other.goto(studio[0])
     says(other, "This is a first trajectory")
+    for tab in ("Edit", "Paint", "Compare", "Sweep", "Files"):  # none is behind a menu of further tabs
+        other.get_by_role("tab", name=tab).wait_for(timeout=5_000)
     assert other.evaluate("document.documentElement.scrollWidth") <= 390
     steps = page.get_by_label("Steps per level")
     steps.fill("1000")
@@ -232,7 +234,7 @@ def test_what_has_no_bound_is_refused_and_work_can_be_stopped(tmp_path: Path) ->
 
     def drawn(bench: Workbench) -> Workbench:
         desk.stop(mine)  # as the button does, from another thread
-        assert desk.take(other, lambda bench: bench.open(pipe(1, 0)))[1].startswith("**bee**")
+        assert desk.take(other, lambda bench: bench.open(pipe(1, 0)))[1].startswith("class **bee**")
         return bench.open(pipe(0, 0, num_steps=5))
 
     _, said, _, _ = desk.take(mine, drawn)

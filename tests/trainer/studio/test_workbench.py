@@ -92,7 +92,7 @@ def test_painting_selects(bench: Workbench) -> None:
 def test_edit_resume_undo_redo_compare(bench: Workbench, pipe: TrajectoryPipeline) -> None:
     taken = bench.open(pipe(label="emu", seed=1)).click(1, 0, 0).take()
     ready = taken.open(bench.current()).click(1, 3, 2)  # what was taken goes along
-    assert "level 1, emu, seed 1" in ready.taken_from
+    assert "level 1 (class emu, seed 1)" in ready.taken_from
     edited = ready.apply_features(0.5)
     drawn = edited.resume()
     before, after = bench.current().levels, drawn.current().levels
