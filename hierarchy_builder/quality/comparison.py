@@ -37,36 +37,53 @@ from hierarchy_builder.store.units import finished_stage, usable_rows
 ROWS_AT_ONCE = 1024
 IMAGES_SHOWN = 24
 SCORES = {
-    "adjusted_rand": "adjusted Rand index",
-    "variation_of_information": "variation of information, nats",
-    "identical": "share of images with equal regions",
-    "regions_a": "number of regions in A",
-    "regions_b": "number of regions in B",
-    "count_shift": "number in B minus number in A",
-    "count_changed": "share of images whose number differs",
-}
-DEFINITIONS = {
-    "adjusted Rand index": "Agreement of two partitions of the tokens: 1 if they are equal, 0 on average if unrelated.",
-    "variation of information, nats": "What one partition does not say about the other; 0 if they are equal.",
-    "share of images with equal regions": "Images whose regions of this level are the same in A and B.",
-    "number of regions in A": "Mean over images; the background counts as a region.",
-    "number of regions in B": "Mean over images; the background counts as a region.",
-    "number in B minus number in A": "Mean over images.",
-    "share of images whose number differs": "Images with another number of regions in B than in A.",
-}
-"""Label of a score → what it means."""
-TOWARDS_EQUAL = {"adjusted Rand index": "↑", "variation of information, nats": "↓"}
-"""Label of a score → the direction in which the builds are more alike."""
-TEXTS = {
-    "Summary": "Images are matched by key, and levels by number, starting with the coarsest.",
-    "Levels in both": (
-        "Means over the images in both builds. The adjusted Rand index is 1 where regions are equal and 0 on average "
-        "where they are unrelated; the variation of information, in nats, is 0 where they are equal. The background "
-        "counts as a region."
+    "adjusted_rand": (
+        "adjusted Rand index",
+        "↑",
+        "Agreement of two partitions of the tokens: 1 if they are equal, 0 on average if unrelated.",
     ),
-    "Most changed": (
+    "variation_of_information": (
+        "variation of information, nats",
+        "↓",
+        "What one partition does not say about the other; 0 if they are equal.",
+    ),
+    "identical": (
+        "share of images with equal regions",
+        "↑",
+        "Images whose regions of this level are the same in both builds.",
+    ),
+    "regions_a": (
+        "number of regions in {0}",
+        "",
+        "Mean over the images of the first build; the background counts as a region.",
+    ),
+    "regions_b": (
+        "number of regions in {1}",
+        "",
+        "Mean over the images of the second build; the background counts as a region.",
+    ),
+    "count_shift": (
+        "regions more in {1} than in {0}",
+        "",
+        "Mean over images of the number in the second build minus that in the first.",
+    ),
+    "count_changed": (
+        "share of images whose number of regions differs",
+        "↓",
+        "Images with another number of regions in the second build than in the first.",
+    ),
+}
+"""Score → its label, in which {0} and {1} are the builds, the direction in which they are more alike, its meaning."""
+MOST_CHANGED = "Most changed images (adjusted Rand index)"
+TEXTS = {
+    "Summary": (
+        "Images are matched by key, and levels by number, starting with the coarsest. Settings of the recipe are shown "
+        "where they differ."
+    ),
+    "Levels in both": "Means over the images in both builds.",
+    MOST_CHANGED: (
         "The image with the smallest mean adjusted Rand index comes first; the number next to a level is the index "
-        "of that level. Region colours of A and B are chosen separately."
+        "of that level. Each build has its own colours, so equal colours do not mean equal regions."
     ),
 }
 
@@ -142,7 +159,8 @@ def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
     if not keys:
         raise UsageError(
             f"{a.root} and {b.root} have no image in common: {len(rows_a)} keys such as {next(iter(rows_a), None)!r} "
-            f"in A, {len(rows_b)} such as {next(iter(rows_b), None)!r} in B; expected builds of the same images"
+            f"in the first, {len(rows_b)} such as {next(iter(rows_b), None)!r} in the second; expected builds of the "
+            "same images"
         )
     in_a, in_b = np.array([rows_a[key] for key in keys]), np.array([rows_b[key] for key in keys])
     stored = Stored(a), Stored(b)
@@ -167,26 +185,43 @@ def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
     )
 
 
+def names_of(a: BuildFolder, b: BuildFolder) -> tuple[str, str]:
+    """What two builds are called: the ends of their paths, as long as it takes to tell them apart."""
+    paths = [str(folder.root).rstrip("/").split("/") for folder in (a, b)]
+    for length in range(1, 1 + max(map(len, paths))):
+        first, second = ("/".join(parts[-length:]) for parts in paths)
+        if first != second:
+            return first, second
+    return f"{first} (first)", f"{second} (second)"
+
+
 def comparison_tables(a: BuildFolder, b: BuildFolder, found: Comparison) -> dict[str, list[dict[str, Any]]]:
     """Return the tables of the terminal and the page: title → rows."""
+    builds = names_of(a, b)
+    both = len(found.keys)
     facts = {
-        "A": str(a.root),
-        "B": str(b.root),
-        "levels of A, of B": list(found.num_levels),
-        "images in both": len(found.keys),
-        "only in A, only in B": [found.only_a, found.only_b],
-        "images that differ": len(found.most_changed()),
+        "folder": (str(a.root), str(b.root)),
+        **_differing_settings(a, b),
+        "levels": found.num_levels,
+        "images in both builds": (both, both),
+        "images in this build alone": (found.only_a, found.only_b),
+        "images whose regions differ": (len(found.most_changed()),) * 2,
     }
     levels = found.by_level()
     names = level_names(len(levels) + 1)
     worst = found.most_changed()[:IMAGES_SHOWN]
     tables = {
-        "Summary": [{"name": name, "value": value} for name, value in facts.items()],
-        "Levels in both": [
-            {"score": label, **dict(zip(names, (round(level[score], 3) for level in levels), strict=False))}
-            for score, label in SCORES.items()
+        "Summary": [
+            {"of each build": name, **dict(zip(builds, row, strict=True))} for name, row in facts.items()
         ],
-        "Most changed": [
+        "Levels in both": [
+            {
+                "score": label.format(*builds),
+                **dict(zip(names, (round(level[score], 3) for level in levels), strict=False)),
+            }
+            for score, (label, _, _) in SCORES.items()
+        ],
+        MOST_CHANGED: [
             {"key": found.keys[n], **dict(zip(names, found.adjusted_rand[n].round(3).tolist(), strict=False))}
             for n in worst
         ],
@@ -200,28 +235,35 @@ def write_comparison(a: BuildFolder, b: BuildFolder, found: Comparison, path: Pa
     sections = [
         Section(title=title, text=TEXTS[title], blocks=[Table(rows=rows)]) for title, rows in tables.items()
     ]
-    if "Most changed" in tables:
+    if MOST_CHANGED in tables:
         shown = found.most_changed()[:IMAGES_SHOWN]
         sections[-1] = Section(
-            title="Most changed",
-            text=TEXTS["Most changed"],
+            title=MOST_CHANGED,
+            text=TEXTS[MOST_CHANGED],
             blocks=[Gallery(viewers=_viewers(a, b, found, shown), start=-1)],
         )
-    levels = next(section for section in sections if section.title == "Levels in both")
+    labels = [row["score"] for row in tables["Levels in both"]]
+    scores = list(zip(labels, SCORES.values(), tables["Levels in both"], strict=True))
     linked = [
-        {
-            **row,
-            "score": Term(f"{row['score']} {TOWARDS_EQUAL.get(row['score'], '')}".strip(), of=row["score"]),
-        }
-        for row in tables["Levels in both"]
+        {**row, "score": Term(f"{label} {arrow}".strip(), of=label)} for label, (_, arrow, _), row in scores
     ]
-    sections[sections.index(levels)] = replace(levels, blocks=[Table(rows=linked)])
+    place = list(tables).index("Levels in both")
+    sections[place] = replace(sections[place], blocks=[Table(rows=linked)])
     text = "The arrow points to where the two builds are more alike: ↑ higher, ↓ lower."
-    sections.append(
-        Section(title="What the scores mean", text=text, blocks=[Definitions(entries=DEFINITIONS)])
-    )
+    entries = {label: meaning for label, (_, _, meaning), _ in scores}
+    sections.append(Section(title="What the scores mean", text=text, blocks=[Definitions(entries=entries)]))
     write_page(Page(title="Two builds of the same images", sections=sections), path)
     return path
+
+
+def _differing_settings(a: BuildFolder, b: BuildFolder) -> dict[str, tuple[Any, Any]]:
+    """Return the fields of the recipe that differ, and the encoders if they do: name → values of both."""
+    recipes = [stage_entry(folder, "cluster")["inputs"]["config"] for folder in (a, b)]
+    encoders = [stage_entry(folder, "extract")["inputs"]["encoder"]["name"] for folder in (a, b)]
+    settings = [{"encoder": name, **recipe} for name, recipe in zip(encoders, recipes, strict=True)]
+    fields = dict.fromkeys(name for each in settings for name in each)
+    pairs = {name: (settings[0].get(name), settings[1].get(name)) for name in fields}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _rows_by_key(folder: BuildFolder) -> dict[str, int]:
@@ -260,11 +302,14 @@ def _viewers(a: BuildFolder, b: BuildFolder, found: Comparison, shown: np.ndarra
     views = hierarchy_views(a, records_of(read_index(a.index)), found.rows_a[shown].tolist(), encoder)
     others = _read(Stored(b), found.rows_b[shown])
     return [
-        _viewer(view, other, found, n) for view, other, n in zip(views, others, shown.tolist(), strict=True)
+        _viewer(view, other, found, n, names_of(a, b))
+        for view, other, n in zip(views, others, shown.tolist(), strict=True)
     ]
 
 
-def _viewer(view: HierarchyView, other: np.ndarray, found: Comparison, n: int) -> LevelViewer:
+def _viewer(
+    view: HierarchyView, other: np.ndarray, found: Comparison, n: int, names: tuple[str, str]
+) -> LevelViewer:
     num_levels = found.adjusted_rand.shape[1]
     levels = zip(found.adjusted_rand[n], found.counts_a[n], found.counts_b[n], strict=True)
     return LevelViewer(
@@ -274,7 +319,7 @@ def _viewer(view: HierarchyView, other: np.ndarray, found: Comparison, n: int) -
         captions=[f"{index:.2f}: {first} and {second} regions" for index, first, second in levels],
         views=[
             View(name=name, layers=hierarchy_colours(regions[:num_levels])[:-1])
-            for name, regions in (("A", view.regions), ("B", other))
+            for name, regions in zip(names, (view.regions, other), strict=True)
         ],
         reveal=view.photo,
     )

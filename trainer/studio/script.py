@@ -81,10 +81,12 @@ CSS = """
 .narrow {align-items: stretch}
 .narrow > button {min-width: 100px !important; padding-inline: 6px; font-size: 14px}
 #comparison .icon-button-wrapper {inset: auto 0 0 auto}
-#scores, #swept {overflow-x: auto; font-size: 12.5px; background: linear-gradient(to right, var(--background-fill-primary)
-  30%, transparent) 0 / 40px 100% no-repeat local, linear-gradient(to left, var(--background-fill-primary) 30%,
-  transparent) 100% / 40px 100% no-repeat local, linear-gradient(to right, rgb(0 0 0 / 0.28), transparent) 0 / 14px 100%
-  no-repeat scroll, linear-gradient(to left, rgb(0 0 0 / 0.28), transparent) 100% / 14px 100% no-repeat scroll}
+#scores, #swept {--paper: var(--background-fill-primary) 30%, transparent; --dark: rgb(0 0 0 / 0.28), transparent;
+  overflow-x: auto; font-size: 12.5px;
+  background: linear-gradient(to right, var(--paper)) 0 / 40px 100% no-repeat local,
+  linear-gradient(to left, var(--paper)) 100% / 40px 100% no-repeat local,
+  linear-gradient(to right, var(--dark)) 0 / 14px 100% no-repeat scroll,
+  linear-gradient(to left, var(--dark)) 100% / 14px 100% no-repeat scroll}
 #scores :is(th, td), #swept :is(th, td) {padding: 3px 6px; text-align: left; overflow-wrap: normal; word-break: normal;
   border: 0; border-bottom: 1px solid var(--border-color-primary); font-variant-numeric: tabular-nums}
 :is(#scores, #swept) :is(table, tr) {border: 0 !important}

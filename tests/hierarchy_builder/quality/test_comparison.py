@@ -37,14 +37,14 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(photos, tmp_path_factory) -> BuildFolder:
-    return built(photos, tmp_path_factory.mktemp("first") / "build")
+    return built(photos, tmp_path_factory.mktemp("builds") / "first")
 
 
 @pytest.fixture(scope="module")
 def second(photos, tmp_path_factory) -> BuildFolder:
     """Other cuts, one level fewer, and rows in another order."""
     return built(
-        photos, tmp_path_factory.mktemp("second") / "build", "listed", cuts=(0.4,), spatial_weight=0.5
+        photos, tmp_path_factory.mktemp("builds") / "second", "listed", cuts=(0.4,), spatial_weight=0.5
     )
 
 
@@ -120,6 +120,9 @@ def test_page_and_command(first, second, tmp_path) -> None:
     page = write_comparison(first, second, compare_builds(first, second), tmp_path / "page.html").read_text()
     assert page.count('<article class="card') == len(compare_builds(first, second).most_changed())
     assert "Most changed" in page
+    assert all(
+        text in page for text in ("number of regions in first", "regions more in second", "spatial_weight")
+    )
     runner = CliRunner()
     arguments = ["compare", str(first.root), str(second.root)]
     result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "compare.html")])
