@@ -167,9 +167,9 @@ def _linked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 FLAGS = {
-    "degenerate": "of all images: one region alone",
-    "nonfinite": "of all images: features with NaN",
-    "no_mask": "of all images: no label map",
+    "degenerate": "images that are one single region",
+    "nonfinite": "images whose features have NaN",
+    "no_mask": "images without a label map",
 }
 """What each flag of an image means."""
 

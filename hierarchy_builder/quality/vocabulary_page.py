@@ -230,9 +230,9 @@ def _sections(vocabulary: Vocabulary, uses: np.ndarray, strips: dict[int, list[S
     for group, rows in strips.items():
         mine = uses[ancestors == group]
         text = (
-            f"{counted(int(mine.sum()), 'part')} with one of {counted(int((mine > 0).sum()), 'prototype')} below "
-            f"prototype {group} of the coarsest level; {len(rows)} shown, named by the ids of their ancestors, "
-            "coarse → fine."
+            f"{counted(int(mine.sum()), 'part')} of images belong to the {counted(int((mine > 0).sum()), 'prototype')} "
+            f"below prototype {group} of the coarsest level. {len(rows)} of these prototypes are shown; the number "
+            "after the last › is the prototype's own, those before it are the prototypes that it belongs to."
         )
         yield Section(title=f"Group {group}", text=text, blocks=[Strips(strips=rows)])
 
@@ -241,4 +241,12 @@ def _inertia_plot(inertia: Sequence[float], num_tokens: int) -> Plots:
     points = Series(
         name="inertia", x=list(range(len(inertia))), y=[value / max(num_tokens, 1) for value in inertia]
     )
-    return Plots(plots=[Plot(title="Mean squared distance of a token", x_label="iteration", series=[points])])
+    return Plots(
+        plots=[
+            Plot(
+                title="Mean squared distance of a token to its prototype",
+                x_label="iteration",
+                series=[points],
+            )
+        ]
+    )

@@ -192,6 +192,7 @@ def test_other_configuration_is_exit_code_5(run: Path, shards: str) -> None:
     [
         ("notes.txt", "is not a finished shard folder"),
         ("manifest.json", "is a build whose shards are not finished: run `hierarchy-builder shard {}`"),
+        ("val/manifest.json", "is no build but holds builds (val): give one, such as {}/val"),
         (
             "cat/1.JPG",
             "is a folder of photos, and training reads shards that are made from photos: run "
