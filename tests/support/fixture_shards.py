@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -15,6 +17,7 @@ GRID = (4, 4)
 WIDTH = 3
 NUM_LEVELS = 4
 CLASS_NAMES = ("ant", "bee", "cat")
+CLASS_MAP = {name: label for label, name in enumerate(CLASS_NAMES)}
 
 
 def make_sample(number: int, generator: np.random.Generator) -> tuple[str, int, np.ndarray, np.ndarray]:
@@ -39,10 +42,11 @@ def write_shards(
     offset: float = 0.0,
     factor: float = 1.0,
     pictures: bool = False,
+    class_map: Mapping[str, int] = MappingProxyType(CLASS_MAP),
 ) -> Path:
     """Write a finished shard folder of `num_samples` samples, features times `factor` plus `offset`, and return it.
 
-    pictures: with the JPEG that `picture_of` draws for each.
+    pictures: with the JPEG that `picture_of` draws for each. class_map: ids of the classes, and maybe of others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
@@ -55,7 +59,7 @@ def write_shards(
     for shard, first in enumerate(range(0, num_samples, per_shard)):
         rows = samples[first : first + per_shard]
         name = f"train-{shard:06d}.tar"
-        (folder / name).write_bytes(_tar(rows, int8, pictures))
+        (folder / name).write_bytes(_tar(rows, int8, pictures, class_map))
         entries.append(_entry(folder / name, len(rows)))
     index = {
         "__kind__": "wids-shard-index-v1",
@@ -68,7 +72,7 @@ def write_shards(
         "num_levels": NUM_LEVELS,
         "grid": list(GRID),
         "width": WIDTH,
-        "num_classes": len(CLASS_NAMES),
+        "num_classes": len(class_map),
         "members": ["features.npy", "regions.npy", "cls", "json"],
         "encoder": {
             "name": "drawn",
@@ -83,7 +87,7 @@ def write_shards(
         "config_hash": hashlib.sha256(f"{num_samples} {seed} {int8}".encode()).hexdigest(),
     }
     (folder / "index.json").write_text(json.dumps(index))
-    (folder / "class_map.json").write_text(json.dumps({name: i for i, name in enumerate(CLASS_NAMES)}))
+    (folder / "class_map.json").write_text(json.dumps(dict(class_map)))
     features = np.stack([sample[2] for sample in samples]).astype(np.float64)
     np.savez(
         folder / "statistics.npz",
@@ -138,11 +142,16 @@ def picture_of(features: np.ndarray) -> Image.Image:
     return Image.fromarray(colours.repeat(8, axis=0).repeat(8, axis=1))
 
 
-def _tar(rows: list[tuple[str, int, np.ndarray, np.ndarray]], int8: bool, pictures: bool) -> bytes:
+def _tar(
+    rows: list[tuple[str, int, np.ndarray, np.ndarray]],
+    int8: bool,
+    pictures: bool,
+    class_map: Mapping[str, int],
+) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, label, features, regions in rows:
-            members = {"regions.npy": npy(regions), "cls": str(label).encode()}
+            members = {"regions.npy": npy(regions), "cls": str(class_map[CLASS_NAMES[label]]).encode()}
             members["json"] = json.dumps({"path": f"{key}.png", "class_name": CLASS_NAMES[label]}).encode()
             if pictures:
                 jpeg = io.BytesIO()

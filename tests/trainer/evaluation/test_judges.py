@@ -7,18 +7,21 @@ import json
 from pathlib import Path
 
 import pytest
-from fixture_shards import change_index, write_shards
+from fixture_shards import CLASS_MAP, change_index, write_shards
 from tiny_runs import FLOW, LATENT, NORMALIZING
 from typer.testing import CliRunner, Result
 
 from hierarchy_builder.errors import UsageError
 from trainer.cli.app import app
 from trainer.data.shards import open_index
+from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.judges import judged_on, open_judges
 from trainer.evaluation.pages import known_classes
 from trainer.evaluation.sweep import SweepConfig, sweep
 from trainer.evaluation.tables import VARIETY, metric_tables, variety_verdict
 from trainer.methods import registry
+from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
+from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.trajectories.pipeline import TrajectoryPipeline
 
 METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}
@@ -29,9 +32,8 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three splits; its class map holds a class `yak` that no image has."""
     root = tmp_path_factory.mktemp("splits")
     for seed, (split, count) in enumerate({"train": 24, "val": 18, "test": 12}.items()):
-        folder = write_shards(root / split, count, seed=seed, pictures=True)
-        classes = json.loads((folder / "class_map.json").read_text())
-        (folder / "class_map.json").write_text(json.dumps(classes | {"yak": len(classes)}))
+        classes = {**CLASS_MAP, "yak": len(CLASS_MAP)}
+        folder = write_shards(root / split, count, seed=seed, pictures=True, class_map=classes)
         change_index(folder, split=split)
     return root
 
@@ -101,6 +103,30 @@ def test_every_method_is_judged_by_its_variety(method: str, runs: dict[str, Path
     assert "Judged on 18 images of split val" in page
     assert "ant" in page
     assert "yak" not in page.partition("Configuration")[0].partition("Variety")[0]
+
+
+def test_ids_without_images_change_no_score(tmp_path: Path) -> None:
+    """One network and one set of images, in which the last class has id 2, or 19 and nothing between."""
+    near = write_shards(tmp_path / "near")
+    far = write_shards(tmp_path / "far", class_map={**CLASS_MAP, "cat": 19})
+    config = dataclasses.replace(FLOW, total_images=64, log_images=8, sample_images=None)
+    registry.train(config, str(near), str(tmp_path / "run"), quiet=True)
+    pipe = TrajectoryPipeline.from_pretrained(str(tmp_path / "run"))
+    weights = pipe.model.state_dict()
+    table = weights["class_table"][:, [0, 1, *[0] * 17, 2, 3]]  # 3 is the null class, and 20 of the wider one
+    wider = TrajectoryTransformer(dataclasses.replace(pipe.model.config, num_classes=20))
+    wider.load_state_dict({**weights, "class_table": table})
+    names = open_index(str(far)).class_names
+    scores = [
+        dict(evaluate(judged, open_index(str(folder)), samples_per_class=4))
+        for folder, judged in (
+            (near, pipe),
+            (far, TrajectoryForcingPipeline(wider, names, pipe.encoder, normaliser=pipe.normaliser)),
+        )
+    ]
+    assert scores[0]["num_samples"] == 12
+    assert {"class_mean_accuracy", "frechet_pooled", "precision", "recall"} <= scores[0].keys()
+    assert scores[0] == scores[1]
 
 
 def test_training_images_are_named_as_such(runs: dict[str, Path], splits: Path) -> None:
