@@ -113,7 +113,10 @@ def of_exclusion(name: str) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove lock and lease of a folder that is about to be removed, by the process that holds them."""
+    """Remove lock and lease of a folder that shall not keep them, by the process that holds them."""
+    if is_remote(folder):
+        remote.remove(remote.files_below(folder / LEASES))
+        return
     (folder / LOCK).unlink(missing_ok=True)
     shutil.rmtree(folder / LEASES, ignore_errors=True)
 

@@ -6,10 +6,14 @@ The same call goes on where one was stopped: a tar whose sidecar is there is not
 
 What lies there already is changed only where it is ours: `_PUBLISHING`, written first and removed last, names the files
 of a transfer; a finished set has its index.json. Anything else of the names to be written is refused.
+
+One process at a time publishes to a place (see `exclusion.py`). Where a store can neither lock nor create a file only
+if there is none, as the hub, `_PUBLISHING` of another set is refused until it is finished or removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -30,10 +34,11 @@ from hierarchy_builder.errors import (
     UserError,
     VerificationError,
 )
+from hierarchy_builder.exclusion import BusyError, discard, exclusive
 from hierarchy_builder.files import json_text, parse_json, read_json, sha256_file
-from hierarchy_builder.places import filesystem_of
+from hierarchy_builder.places import a_folder, filesystem_of
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.remote import PART_BYTES, is_remote, upload_to
+from hierarchy_builder.remote import CLIENTS, PART_BYTES, is_remote, upload_to
 from hierarchy_builder.store import shard_set
 from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.shard_set import SUCCESS
@@ -59,31 +64,16 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
 
     Tars, sidecars and `_SUCCESS` of a longer or other set of builds there are removed; nothing else is.
     Raises UsageError for a URL that is not understood and where files there that no build published have the names of
-    those to be written, BuilderError where the shards are not finished, where the
-    store refuses, and where an object has another size than its file.
+    those to be written, BuilderError where the shards are not finished, where another process publishes to the same
+    place, where the store refuses, and where an object has another size than its file.
     """
     if not (folder.shards / SUCCESS).is_file():
         raise BuilderError(f"{folder.shards} has no {SUCCESS}: finish the shards before they are published")
     started = time.perf_counter()
     index = read_json(folder.shards / "index.json")
     counts = {folder.shards / entry["url"]: entry["nsamples"] for entry in index["shardlist"]}
-    try:
-        sent = list(_send(folder, counts, _Place.of(url), reporter))
-    except UserError:
-        raise
-    except Exception as error:  # every file system has its own exceptions
-        if url.startswith(HUB) and isinstance(error, FileNotFoundError):
-            name = url.removeprefix(HUB).partition("@")[0]
-            raise BuilderError(
-                f"{url}: the hub shows no such data set to you; create it with `hf repos create "
-                f"{'/'.join(name.split('/')[:2])} --type dataset` (--private hides it), or log in with `hf auth login`"
-            ) from None
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise BuilderError(f"{url}: {error.strerror}; {ADVICE[error.errno]}") from None
-        raise BuilderError(
-            f"{url}: {_first_line(error)}; the same command goes on from here, once URL, network and permissions "
-            "allow it"
-        ) from error
+    with answers_of(url), _one_writer(url, reporter) as is_alone:
+        sent = list(_send(folder, counts, _Place.of(url), reporter, is_alone=is_alone))
     names = {
         *(path.name for path in counts),
         *(sidecar(path).name for path in counts),
@@ -101,10 +91,57 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
     )
 
 
+@contextlib.contextmanager
+def answers_of(url: str) -> Iterator[None]:
+    """Turn what the file system of a URL raises, which has its own exceptions, into one error with the next step."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if url.startswith(HUB) and isinstance(error, FileNotFoundError):
+            name = url.removeprefix(HUB).partition("@")[0]
+            raise BuilderError(
+                f"{url}: the hub shows no such data set to you; create it with `hf repos create "
+                f"{'/'.join(name.split('/')[:2])} --type dataset` (--private hides it), or log in with `hf auth login`"
+            ) from None
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise BuilderError(f"{url}: {error.strerror}; {ADVICE[error.errno]}") from None
+        raise BuilderError(
+            f"{url}: {_first_line(error)}; the same command goes on from here, once URL, network and permissions "
+            "allow it"
+        ) from error
+
+
+@contextlib.contextmanager
+def _one_writer(url: str, reporter: Reporter) -> Iterator[bool]:
+    """Be the only process that publishes to a URL; yields whether its store can tell. Raises BusyError if it is not."""
+    scheme, separator, _ = url.partition("://")
+    open_url(url)  # says what is wrong with one that is not understood
+    if separator and scheme not in (*CLIENTS, "file"):
+        yield False
+        return
+    place = a_folder(url)
+    if not is_remote(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(exclusive(place, reporter.say))
+        except BusyError as error:
+            raise BusyError(f"{error}: wait until it has ended, or publish to another place") from None
+        try:
+            yield True
+        finally:
+            discard(place)  # a published set holds the files of the set alone
+
+
 def _send(
-    folder: BuildFolder, counts: Mapping[Path, int], place: _Place, reporter: Reporter
+    folder: BuildFolder, counts: Mapping[Path, int], place: _Place, reporter: Reporter, *, is_alone: bool
 ) -> Iterator[Path]:
-    """Send what is not there yet, markers last; yields the files sent. counts: samples of each tar."""
+    """Send what is not there yet, markers last; yields the files sent. counts: samples of each tar.
+
+    is_alone: whether it is certain that no other process sends to this place now.
+    """
     shards, tars = folder.shards, list(counts)
     markers = [sidecar(tar) for tar in tars]
     about = sorted(shards / name for name in _about(shards))
@@ -122,7 +159,14 @@ def _send(
     strays = place.tars_of(split) - names
     theirs = [*files, shards / PUBLISHING, *(shards / name for name in sorted(strays))]
     place.refuse_foreign([path for path in theirs if path.name not in own])
-    place.write(PUBLISHING, json_text({"publishes": "hierarchy-builder", "files": sorted(names | own)}))
+    digest, begun = sha256_file(shards / SUCCESS), place.begun()
+    if not is_alone and begun.get("set", digest) != digest:
+        raise BuilderError(
+            f"{place.root} holds {PUBLISHING} of another set, whose transfer is going on or was stopped: wait until it "
+            f"has ended, or remove {PUBLISHING} there if it is given up"
+        )
+    told = {"publishes": "hierarchy-builder", "set": digest, "files": sorted(names | own)}
+    place.write(PUBLISHING, json_text(told))
     place.remove(SUCCESS)
     waiting = [tar for tar in tars if sidecar(tar) in changed]
     done = sum(counts[tar] for tar in tars if tar not in waiting)
@@ -139,6 +183,10 @@ def _send(
             require_digest(path, digests.get(path.name))
             place.send(path)
             yield path
+    if place.begun() != told:
+        raise BuilderError(
+            f"{place.root}: another process publishes to it: wait until that has ended, then repeat this"
+        )
     for name in sorted(strays):
         place.remove(name)
     place.send(shards / SUCCESS)
@@ -204,9 +252,9 @@ class _Place:
 
     def own_names(self) -> set[str]:
         """Names of the files there that a build published, or began to."""
-        begun, index = self._told(PUBLISHING), self._told("index.json")
+        index = self._told("index.json")
         own = set[str]()
-        if begun.get("publishes") == "hierarchy-builder":
+        if begun := self.begun():
             own |= {PUBLISHING, *map(str, begun.get("files", []))}
         if {"format_version", "config_hash", "shardlist"} <= index.keys():
             tars = [Path(str(entry.get("url"))) for entry in index["shardlist"]]
@@ -218,6 +266,14 @@ class _Place:
             if name.endswith(".json") and {"sha256", "config_hash"} <= self._told(name).keys():
                 own |= {name, Path(name).with_suffix(".tar").name}
         return own & self.kinds.keys()
+
+    def begun(self) -> dict[str, Any]:
+        """What a transfer wrote that has not ended; nothing where there is none."""
+        try:
+            told = parse_json(self._read(PUBLISHING))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return told if told.get("publishes") == "hierarchy-builder" else {}
 
     def tars_of(self, split: str) -> set[str]:
         """Names there of tars of a split, and of their sidecars."""

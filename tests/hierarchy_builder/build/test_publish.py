@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from loopback_hub import Hub, hub_environment, running_hub
 from pictures import write_tree
@@ -19,6 +20,7 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.exclusion import BusyError
 from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
@@ -118,6 +120,49 @@ def test_another_set_takes_the_place_of_a_longer_one(folder, photos, url, tmp_pa
     other = make(tmp_path / "other", photos, samples_per_shard=6)
     publish_to(other, url, QUIET)
     assert found_at(url) == {**content(other), "notes.txt": b"mine"}
+
+
+def test_two_builds_do_not_mix_at_one_place(folder, photos, tmp_path, monkeypatch) -> None:
+    other = make(tmp_path / "other", photos, samples_per_shard=6)
+    place, refused = tmp_path / "set", []
+    original = LocalFileSystem.put_file
+
+    def with_another(self, local, remote, **options):
+        if not refused:
+            with pytest.raises(
+                BusyError, match="by another process: wait until it has ended, or publish to"
+            ) as error:
+                publish_to(other, str(place), QUIET)
+            refused.append(error)
+        return original(self, local, remote, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", with_another)
+    publish_to(folder, str(place), QUIET)
+    assert len(refused) == 1
+    assert found_at(str(place)) == content(folder)
+    publish_to(other, str(place), QUIET)
+    assert found_at(str(place)) == content(other)
+
+
+def test_a_store_without_locks_keeps_to_the_transfer_that_began(
+    folder, photos, tmp_path, monkeypatch
+) -> None:
+    other = make(tmp_path / "other", photos, samples_per_shard=6)
+    monkeypatch.setattr("hierarchy_builder.build.publish.CLIENTS", {})
+    url, original, refused = f"memory://{tmp_path.name}/set", MemoryFileSystem.put_file, []
+
+    def with_another(self, local, remote, **options):
+        if not refused:
+            with pytest.raises(BuilderError, match="holds _PUBLISHING of another set") as error:
+                publish_to(other, url, QUIET)
+            refused.append(error)
+        return original(self, local, remote, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", with_another)
+    publish_to(folder, url, QUIET)
+    assert len(refused) == 1
+    assert found_at(url) == content(folder)
+    MemoryFileSystem.store.clear()
 
 
 def test_an_object_cut_short_is_noticed(folder, url, monkeypatch) -> None:
