@@ -237,9 +237,9 @@ def _sync_below(path: Path, files: Sequence[Path]) -> None:
         sync(folder)
 
 
-def shard_file(path: Path, name: str, number: int) -> Path:
+def shard_file(path: Path, name: str, number: int, group: zarr.Group | None = None) -> Path:
     """Return the file that holds the rows of block `number` of one array; there is none where all values are 0."""
-    return _shard_file(path, name, array_of(open_store(path), name), number)
+    return _shard_file(path, name, array_of(group or open_store(path), name), number)
 
 
 def _shard_file(path: Path, name: str, array: zarr.Array, number: int) -> Path:

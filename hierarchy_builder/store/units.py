@@ -45,13 +45,17 @@ def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
         )
     ledger = open_ledger(folder, stage)
     units = stage_units(folder, stage)
-    missing = [unit.number for unit in units if not ledger.is_done(unit.number)]
-    if missing:
+    require_all(folder, stage, sum(ledger.is_done(unit.number) for unit in units), len(units))
+    return entry
+
+
+def require_all(folder: BuildFolder, stage: str, num_done: int, num_units: int) -> None:
+    """Raise BuilderError naming the next step if units of a stage are missing."""
+    if num_done < num_units:
         raise BuilderError(
-            f"{folder.root}: {stage} has done {len(units) - len(missing)} of {len(units)} units: "
+            f"{folder.root}: {stage} has done {num_done} of {num_units} units: "
             f"run `hierarchy-builder {VERBS['fuse' if is_fused(folder) else stage]} {folder.root}` again to finish it"
         )
-    return entry
 
 
 def stage_units(folder: BuildFolder, stage: str) -> list[Block]:

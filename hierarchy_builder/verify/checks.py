@@ -1,4 +1,4 @@
-"""Check that a build holds what its manifest promises. Every file is read whole; nothing is changed.
+"""Check that a build holds what its manifest promises. Every file is read whole, or see `quick.py`; nothing is changed.
 
 The marker of a unit holds the SHA-256 of what the unit wrote, so verify finds a block of another build as well as a
 flipped bit. What can be computed from other files of the build is compared with them too.
@@ -40,7 +40,6 @@ from hierarchy_builder.store.ledger import (
 )
 from hierarchy_builder.store.samples import FACTS, make_sample
 from hierarchy_builder.store.shard_set import (
-    SUCCESS,
     card_of,
     dataset_joint_moments,
     dataset_moments,
@@ -51,15 +50,16 @@ from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name
 from hierarchy_builder.store.statistics import read_part_moments, statistics_arrays
 from hierarchy_builder.store.stored import Stored, is_as_written
 from hierarchy_builder.store.units import (
-    finished_stage,
     layout_of,
     outcomes_so_far,
+    require_all,
     stage_units,
     state_of,
     stored_source,
     usable_rows,
 )
 from hierarchy_builder.terminal import counted
+from hierarchy_builder.verify.quick import missing_files, set_problems, success_problems
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 
 MANIFEST = "manifest"
@@ -95,11 +95,16 @@ def find_problems(folder: BuildFolder) -> Iterator[str]:
     return (damage.text for damage in find_damage(folder))
 
 
-def find_damage(folder: BuildFolder) -> Iterator[Damage]:
+def find_damage(folder: BuildFolder, *, quick: bool = False) -> Iterator[Damage]:
     """Do the same, and yield each problem with its stage and unit.
 
+    quick: read no payload, see `quick.py`; a set of shards without its build can be looked at too.
     Raises UsageError when `folder` is not a build.
     """
+    if quick and not folder.manifest.is_file() and (folder.root / "index.json").is_file():
+        for text in _then_error(set_problems(folder.root)):
+            yield Damage(stage="shard", text=text)
+        return
     folder.require(damaged=True)
     try:
         stages = check_manifest(folder.manifest)["stages"]
@@ -120,6 +125,8 @@ def find_damage(folder: BuildFolder) -> Iterator[Damage]:
         "shard": partial(_check_shards, damaged_blocks=damaged_blocks),
         "fuse": _check_fused,
     }
+    if quick:
+        checks = {stage: partial(_check_quickly, stage) for stage in checks}
     for stage in (name for name in checks if name in stages):
         if state_of(folder, stage, 0) == "out of date":
             text = f"{stage} is out of date, since an earlier stage has changed: run `{again_command(folder, stage)}`"
@@ -131,6 +138,11 @@ def find_damage(folder: BuildFolder) -> Iterator[Damage]:
             if stage != "shard" and not damage.is_stale:
                 damaged_blocks.add(damage.unit)
             yield damage
+
+
+def _check_quickly(stage: str, folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
+    for unit, text in missing_files(folder, stage, stages):
+        yield Damage(stage=stage, unit=unit, text=text)
 
 
 def _rows_are_known(folder: BuildFolder) -> bool:
@@ -169,12 +181,15 @@ def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
         if path not in markers:
             text = f"{path} is the marker of a unit that {stage} does not have"
             yield Damage(stage=stage, unit=int(path.stem), text=text)
+    num_done = 0
     for path, number in markers.items():
-        if path.exists() and not ledger.is_done(number):
+        if ledger.is_done(number):
+            num_done += 1
+        elif path.exists():
             text = f"{path} is damaged or belongs to another configuration"
             yield Damage(stage=stage, unit=number, text=text)
     try:
-        finished_stage(folder, stage)
+        require_all(folder, stage, num_done, len(units))
     except BuilderError as error:
         yield Damage(stage=stage, text=str(error))
 
@@ -542,7 +557,7 @@ def _set_problems(
         if not (copy.is_file() and made.is_file() and sha256_file(copy) == sha256_file(made)):
             yield f"{copy} is not the vocabulary of the build"
     yield from _then_error(_statistics_problems(folder, shards / "statistics.npz", config))
-    yield from _then_error(_success_problems(shards, index))
+    yield from _then_error(success_problems(shards, index))
 
 
 def _index_problems(path: Path, expected: Mapping[str, Any], class_map: Mapping[str, int]) -> Iterator[str]:
@@ -573,20 +588,3 @@ def _statistics_problems(folder: BuildFolder, path: Path, config: ShardConfig) -
         ]
     if different:
         yield f"{path}: {', '.join(different)} differ from those of the features"
-
-
-def _success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
-    path, index_path = shards / SUCCESS, shards / "index.json"
-    if not path.is_file():
-        yield f"{path} is missing: the set was not finished"
-        return
-    found = read_json(path)
-    if found.keys() != {"count", "index_sha256"}:  # all that earlier releases wrote
-        found = read_json(path, sealed=True)
-    for name, digest in found.get("files", {}).items():
-        if not (shards / name).is_file() or sha256_file(shards / name) != digest:
-            yield f"{shards / name} was changed after the set was finished"
-    if found.get("index_sha256") != (sha256_file(index_path) if index_path.is_file() else ""):
-        yield f"{index_path} was changed after the set was finished"
-    if found.get("count") != index["num_samples"]:
-        yield f"{path}: {found.get('count')} samples, the markers have {index['num_samples']}"

@@ -1,0 +1,143 @@
+"""What `verify --quick` looks at: whether files are there with their sizes, and records as sealed; it reads no payload.
+
+Of the file of a block, its length and the checksums of its chunks are read, a few bytes each; at a URL, names alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from hierarchy_builder import remote
+from hierarchy_builder.config import ShardConfig
+from hierarchy_builder.errors import VerificationError
+from hierarchy_builder.fields import from_mapping
+from hierarchy_builder.files import decoding, read_json, sha256_file
+from hierarchy_builder.records import Block
+from hierarchy_builder.remote import is_remote
+from hierarchy_builder.store import arrays as stores
+from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.ledger import open_ledger
+from hierarchy_builder.store.shard_set import SUCCESS
+from hierarchy_builder.store.shards import shard_name, sidecar
+from hierarchy_builder.store.stored import is_as_written
+from hierarchy_builder.store.units import layout_of, stage_units
+
+NOTHING = hashlib.sha256().hexdigest()
+"""What a marker tells of the file of a block whose values are all 0: there is none."""
+
+
+def missing_files(
+    folder: BuildFolder, stage: str, stages: Mapping[str, Any]
+) -> Iterator[tuple[int | None, str]]:
+    """Yield the unit and a line for each output of a stage that is missing or has another size."""
+    if stage in ("extract", "fuse"):
+        for path in (folder.listing, folder.index):
+            if text := _listing_problem(path, stages["extract"]["inputs"]["num_images"]):
+                yield None, text
+    if stage in ("extract", "cluster", "link"):
+        yield from _missing_blocks(folder, stage)
+    if stage == "vocabulary" and not folder.vocabulary.is_file():
+        yield 0, f"{folder.vocabulary} is missing"
+    if stage == "fuse":
+        there = _sizes(folder.parts)
+        for unit in stage_units(folder, "fuse"):
+            if not there.get(folder.part_moments(unit.number).name):
+                yield unit.number, f"{folder.part_moments(unit.number)} is missing or empty"
+    if stage in ("shard", "fuse"):
+        yield from ((None, text) for text in _missing_tars(folder, stages["shard"]["request"]))
+
+
+def set_problems(shards: Path) -> Iterator[str]:
+    """Yield a line for each problem of a finished set of shards, by its index and the sizes of its tars."""
+    index, there = read_json(shards / "index.json"), _sizes(shards)
+    yield from success_problems(shards, index)
+    listed = {entry["url"]: entry["filesize"] for entry in index["shardlist"]}
+    for name, size in listed.items():
+        yield from _size_problems(shards / name, size, there)
+    for name in sorted(there.keys() - listed.keys()):
+        if name.startswith(f"{index['split']}-") and name.endswith(".tar"):
+            yield f"{shards / name} is not in index.json"
+
+
+def success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
+    """Compare the files beside the tars with `_SUCCESS`, which is sealed and holds the SHA-256 of each."""
+    path, index_path = shards / SUCCESS, shards / "index.json"
+    if not path.is_file():
+        yield f"{path} is missing: the set was not finished"
+        return
+    found = read_json(path)
+    if found.keys() != {"count", "index_sha256"}:  # all that earlier releases wrote
+        found = read_json(path, sealed=True)
+    for name, digest in found.get("files", {}).items():
+        if not (shards / name).is_file() or sha256_file(shards / name) != digest:
+            yield f"{shards / name} was changed after the set was finished"
+    if found.get("index_sha256") != (sha256_file(index_path) if index_path.is_file() else ""):
+        yield f"{index_path} was changed after the set was finished"
+    if found.get("count") != index["num_samples"]:
+        yield f"{path}: {found.get('count')} samples, the markers have {index['num_samples']}"
+
+
+def _missing_tars(folder: BuildFolder, request: Mapping[str, Any]) -> Iterator[str]:
+    config, ledger = from_mapping(ShardConfig, request), open_ledger(folder, "shard")
+    units = [unit.number for unit in stage_units(folder, "shard")]
+    done, there = [number for number in units if ledger.is_done(number)], _sizes(folder.shards)
+    if len(done) == len(units):
+        yield from set_problems(folder.shards)
+        return
+    for number in done:
+        tar = folder.shards / shard_name(config.split, number)
+        yield from _size_problems(tar, ledger.result(number)["bytes"], there)
+
+
+def _size_problems(tar: Path, expected: int, there: Mapping[str, int]) -> Iterator[str]:
+    if tar.name not in there:
+        yield f"{tar} is missing"
+    elif there[tar.name] != expected:
+        yield f"{tar} has {there[tar.name]:,} bytes, expected {expected:,}"
+    if not there.get(sidecar(tar).name):
+        yield f"{sidecar(tar)} is missing or empty"
+
+
+def _listing_problem(path: Path, num_images: int) -> str | None:
+    try:
+        with decoding(path), path.open("rb") as file:
+            found = pq.ParquetFile(file).metadata.num_rows
+    except VerificationError as error:
+        return str(error)
+    return None if found == num_images else f"{path} has {found:,} rows, expected {num_images:,}"
+
+
+def _missing_blocks(folder: BuildFolder, stage: str) -> Iterator[tuple[int, str]]:
+    ledger, (path, layout) = open_ledger(folder, stage), layout_of(folder, stage)
+    group = stores.open_store(path)
+    there = remote.files_below(path) if is_remote(path) else None
+    for block in (unit for unit in stage_units(folder, stage) if ledger.is_done(unit.number)):
+        marker = ledger.result(block.number)
+        for name in layout:
+            if not _is_there(path, name, block, marker, group, there):
+                text = f"{path}, block {block.number}: the file of {name} is missing or not the one that was written"
+                yield block.number, text
+
+
+def _is_there(path: Path, name: str, block: Block, marker: Mapping[str, Any], group: Any, there: Any) -> bool:
+    """Whether the file of a block of one array is there. there: the objects of the store, where it is at a URL."""
+    written = marker.get("files", {}).get(name)
+    if written is None:  # by an earlier release, whose markers do not tell
+        return True
+    if there is None:
+        return is_as_written(path, name, block, marker, group)
+    return written == NOTHING or stores.shard_file(path, name, block.number, group) in there
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The files in a folder, by name, with their sizes; none where the folder is missing."""
+    if is_remote(folder):
+        return {path.name: size for path, size in remote.files_below(folder).items() if path.parent == folder}
+    if not folder.is_dir():
+        return {}
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
