@@ -5,7 +5,11 @@
 A small network first learns the mean of what it cannot tell apart, so for a long time its one-step samples are all
 alike. With this start, the untrained network already draws Gaussian canvases with the means of the data's classes and
 levels and with its variances, around the canvas of the previous level, and training changes what a Gaussian gets wrong.
-It extends the preconditioning of EDM (Karras et al. 2022, arXiv 2206.00364) from one scale of the data to one for each
+
+The network looks at the Gaussian canvas that z leads to, which has the data's scale at every t, instead of at z, and
+what it returns is added in units of s/σ_t, where s is the deviation of a place and channel: large where images of that
+level vary, small in the ground around an object. Since that canvas hides how noisy z is, the network is told t. This
+extends the preconditioning of EDM (Karras et al. 2022, arXiv 2206.00364) from one scale of the data to one for each
 level and principal component, and from the instantaneous velocity to the average one.
 
 For x ~ N(m, s²) and z_t = (1−t)·x + t·e, the deviation of z_t is σ_t = sqrt((1−t)²·s² + t²), and the flow scales
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +40,33 @@ CLASS_PLACES = 32
 """M, at most. A class has M·L·C means; those that its images do not determine are drawn towards the mean of all."""
 
 
+class Seen(NamedTuple):
+    """A canvas z taken apart into the components of its level; float32."""
+
+    components: Tensor
+    """z − (1−t)·m along the principal components, [B, P, C]."""
+    mean: Tensor
+    """m, [B, P, C]."""
+    t: Tensor
+    """[B, 1, 1]."""
+    places: Tensor
+    """Patterns of the level as columns, [B, P, P]."""
+    axes: Tensor
+    """Axes of the level as columns, [B, C, C]."""
+    deviation: Tensor
+    """s of the components, [B, P, C]."""
+    unit: Tensor
+    """s/σ_t of the places and channels, [B, P, C]."""
+
+
 class GaussianStart(nn.Module):
     """The average velocity of the flow from noise to Gaussian canvases; see the head of this file.
 
     Its tensors are fitted to shards and stored with the network's weights, but not trained. `mean`: mean step from the
     previous level, float32 [L, P, C]. `places`: principal patterns as columns, those that vary most first, float32
     [L, P, P]. `axes`: principal axes of the channels as columns, float32 [L, C, C]. `deviation`: s along both, float32
-    [L, P, C]. `steps`: coefficients of a class's mean step less the mean of all, float32 [K + 1, L, M, C]; the last row
-    is for no class.
+    [L, P, C]. `spread`: s of the places and channels themselves, float32 [L, P, C]. `steps`: coefficients of a class's
+    mean step less the mean of all, float32 [K + 1, L, M, C]; the last row is for no class.
     """
 
     def __init__(self, grid: tuple[int, int], channels: int, num_classes: int, num_levels: int) -> None:
@@ -52,24 +76,39 @@ class GaussianStart(nn.Module):
         self.mean = _fitted(torch.zeros(shape))
         self.places = _fitted(torch.eye(places).repeat(num_levels, 1, 1))
         self.axes = _fitted(torch.eye(channels).repeat(num_levels, 1, 1))
-        self.deviation = _fitted(torch.ones(shape))
+        self.deviation, self.spread = _fitted(torch.ones(shape)), _fitted(torch.ones(shape))
         self.steps = _fitted(torch.zeros(num_classes + 1, num_levels, min(CLASS_PLACES, places), channels))
 
-    def forward(
-        self, z: Tensor, *, t: Tensor, r: Tensor, label: Tensor, level: Tensor, prev: Tensor
-    ) -> Tensor:
-        """Return u at z, float32 [B, H, W, C].
+    def see(self, z: Tensor, *, t: Tensor, label: Tensor, level: Tensor, prev: Tensor) -> Seen:
+        """Take z apart.
 
-        z, prev: float32 [B, H, W, C]. t, r: float32 [B], r ≤ t. label, level: int64 [B].
+        z, prev: float32 [B, H, W, C]. t: float32 [B]. label, level: int64 [B].
         """
-        t, r = t[:, None, None], r[:, None, None]
-        places, axes, variance = self.places[level], self.axes[level], self.deviation[level].square()
-        step = self.steps[label, level]
+        t = t[:, None, None]
+        places, axes, step = self.places[level], self.axes[level], self.steps[label, level]
         mean = prev.flatten(1, 2) + self.mean[level] + places[..., : step.shape[1]] @ step
-        sigma_t, sigma_r = (((1 - time).square() * variance + time.square()).sqrt() for time in (t, r))
+        components = places.mT @ (z.flatten(1, 2) - (1 - t) * mean) @ axes
+        spread = self.spread[level]
+        unit = spread / _noisy(spread, t)
+        return Seen(components, mean, t, places, axes, self.deviation[level], unit)
+
+    def drawn(self, seen: Seen) -> Tensor:
+        """Return the canvas at t = 0 that the Gaussian flow leads to, float32 [B, H, W, C]."""
+        clean = seen.components * (seen.deviation / _noisy(seen.deviation, seen.t))
+        return self._canvas(seen, clean, seen.mean)
+
+    def velocity(self, seen: Seen, r: Tensor, learned: Tensor) -> Tensor:
+        """Return u at z from t to r, float32 [B, H, W, C].
+
+        r: float32 [B], r ≤ t. learned: what the network adds to the clean canvas, float32 [B, H, W, C].
+        """
+        t, r, variance = seen.t, r[:, None, None], seen.deviation.square()
+        sigma_t, sigma_r = (_noisy(seen.deviation, time) for time in (t, r))
         g = (t + r - variance * (2 - t - r)) / (sigma_t * (sigma_t + sigma_r))
-        scaled = g * (places.mT @ (z.flatten(1, 2) - (1 - t) * mean) @ axes)
-        return (places @ scaled @ axes.mT - mean).unflatten(1, self.grid)
+        return self._canvas(seen, g * seen.components, -seen.mean - seen.unit * learned.flatten(1, 2))
+
+    def _canvas(self, seen: Seen, components: Tensor, besides: Tensor) -> Tensor:
+        return (seen.places @ components @ seen.axes.mT + besides).unflatten(1, self.grid)
 
     @torch.no_grad()
     def fit(self, read: Callable[[], Iterable[tuple[Tensor, Tensor]]], share: float) -> None:
@@ -116,47 +155,15 @@ class GaussianStart(nn.Module):
         kept = spread / (spread + within / n).clamp(min=1e-12)
         self.steps.zero_()
         self.steps[seen] = ((kept * away) @ self.axes.mT.double()).to(self.steps.dtype)
-        self.deviation.copy_((share * variance).clamp(min=LEAST_DEVIATION**2).sqrt())
+        variance = (share * variance).clamp(min=LEAST_DEVIATION**2)
+        self.deviation.copy_(variance.sqrt())
+        squares = self.places.square() @ variance.float() @ self.axes.square().mT
+        self.spread.copy_(squares.sqrt())
 
 
-def upgraded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of a network with its starts as they are now; the first version took frequencies for patterns.
-
-    That version had, in the place of `mean` and `places`, the cosine transform: `deviation` [L, H, W, C] by frequency
-    and `steps` [K + 1, L, F, F, C] of the F×F lowest frequencies, the mean of all classes included.
-    """
-    starts = [name.removesuffix("deviation") for name in weights if name.endswith("start.deviation")]
-    for start in starts:
-        deviation, steps = weights[f"{start}deviation"], weights.get(f"{start}steps")
-        if steps is not None and (deviation.ndim, steps.ndim) == (4, 5):
-            weights = weights | {
-                start + name: tensor for name, tensor in _from_frequencies(deviation, steps).items()
-            }
-    return weights
-
-
-def _from_frequencies(deviation: Tensor, steps: Tensor) -> dict[str, Tensor]:
-    levels, height, width, channels = deviation.shape
-    lowest = steps.shape[2]
-    is_low = torch.zeros(height, width, dtype=torch.bool)
-    is_low[:lowest, :lowest] = True
-    order = torch.cat([is_low.flatten().nonzero(), (~is_low).flatten().nonzero()]).flatten()
-    patterns = torch.kron(_cosines(height), _cosines(width))[order].T.contiguous()
-    more = min(CLASS_PLACES, height * width) - lowest**2
-    return {
-        "mean": torch.zeros(levels, height * width, channels),
-        "places": patterns.repeat(levels, 1, 1),
-        "deviation": deviation.flatten(1, 2)[:, order],
-        "steps": nn.functional.pad(steps.flatten(2, 3), (0, 0, 0, more)),
-    }
-
-
-def _cosines(n: int) -> Tensor:
-    """Return the orthonormal cosine transform of n places as a matrix [frequency, place] (DCT-II)."""
-    angle = math.pi / n * torch.outer(torch.arange(n), torch.arange(n) + 0.5)
-    scale = torch.full((n, 1), math.sqrt(2 / n))
-    scale[0] = math.sqrt(1 / n)
-    return scale * angle.cos()
+def _noisy(s: Tensor, t: Tensor) -> Tensor:
+    """Return σ_t."""
+    return ((1 - t).square() * s.square() + t.square()).sqrt()
 
 
 def _fitted(values: Tensor) -> nn.Parameter:

@@ -4,11 +4,11 @@
 
 The noisy canvas and the canvas of the previous level are either fused into one sequence of N tokens or concatenated
 ("concat": 2N tokens; both tokens of a grid position have the same rotary angle and different learned positions). P
-learned conditioning tokens come first, for class, guidance, time and level; time is given only as h = t − r. A shared
+learned conditioning tokens come first, for class, guidance, time and level; time is given as h = t − r. A shared
 trunk feeds two heads that predict the clean canvas: the u-head for the average velocity over [r, t], the v-head for
 the instantaneous velocity. Drawing noise and computing the loss happen outside. The release has p = 1; with a larger
 p, as in DiT, a square of p×p grid tokens enters and leaves the network as one token of p²·C channels. The release's
-heads start from a canvas of zeros; `gaussian_start` describes the other start.
+heads start from a canvas of zeros; `gaussian_start` describes the other start, with which the network is given t too.
 
 Source: Trajectory Forcing (2026), with the network of pixel MeanFlow (2026), arXiv 2601.22158.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.networks.attention import Block, grid_rotations
 from trainer.networks.config import ModelConfig
-from trainer.networks.gaussian_start import GaussianStart
+from trainer.networks.gaussian_start import GaussianStart, Seen
 from trainer.networks.layers import (
     RMSNorm,
     ScalarEmbedding,
@@ -120,11 +120,10 @@ class TrajectoryTransformer(nn.Module):
         self.u_blocks, self.v_blocks = self._blocks(c.head_depth), self._blocks(c.head_depth)
         self.u_norm, self.v_norm = RMSNorm(D, c.norm_eps), RMSNorm(D, c.norm_eps)
         self.u_out, self.v_out = linear(D, channels, 0.0), linear(D, channels, 0.0)
-        self.start = (
-            GaussianStart(c.grid, c.in_channels, c.num_classes, c.num_levels)
-            if c.start == "gaussian"
-            else None
-        )
+        self.start = None
+        if c.start == "gaussian":
+            self.start = GaussianStart(c.grid, c.in_channels, c.num_classes, c.num_levels)
+            self.noise_embedder = ScalarEmbedding(D)
 
     @property
     def num_conditioning_tokens(self) -> int:
@@ -153,13 +152,12 @@ class TrajectoryTransformer(nn.Module):
         heads: evaluate both heads or only one of them.
         Raises MismatchError if z does not fit the network, UsageError if guidance does not.
         """
-        x, rotations = self._trunk(z, t, r, label, level, prev, guidance)
-        given = {"label": label, "level": level, "prev": prev}
+        x, rotations, seen = self._trunk(z, t, r, label, level, prev, guidance)
         x_u, u, v = None, None, None
         if "u" in heads:
-            x_u, u = self._towards(self._u_head(x, rotations), z, t, r, **given)
+            x_u, u = self._towards(self._u_head(x, rotations), z, t, r, seen)
         if "v" in heads:
-            _, v = self._towards(self._v_head(x, rotations), z, t, t, **given)
+            _, v = self._towards(self._v_head(x, rotations), z, t, t, seen)
         return Prediction(x_u, u, v)  # type: ignore[arg-type]
 
     def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
@@ -167,10 +165,9 @@ class TrajectoryTransformer(nn.Module):
 
         inputs: label, level and prev as for `forward`.
         """
-        x, rotations = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
+        x, rotations, seen = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
         hidden = self.v_norm(self._image(self._pass(self.v_blocks, x, rotations)))
-        given = {name: inputs[name] for name in ("label", "level", "prev")}
-        _, v = self._towards(self.canvas(self.v_out(hidden)), z, t, t, **given)  # type: ignore[arg-type]
+        _, v = self._towards(self.canvas(self.v_out(hidden)), z, t, t, seen)
         return v, hidden
 
     def forward_with_derivative(
@@ -192,31 +189,29 @@ class TrajectoryTransformer(nn.Module):
         with forward_ad.dual_level():
             z_dual = make_dual(z, direction.to(z.dtype))
             t_dual = make_dual(t, torch.ones_like(t))
-            x, rotations = self._trunk(z_dual, t_dual, r, label, level, prev, guidance)
-            given = {"label": label, "level": level, "prev": prev}
-            x_u_dual, u_dual = self._towards(self._u_head(x, rotations), z_dual, t_dual, r, **given)
+            x, rotations, seen = self._trunk(z_dual, t_dual, r, label, level, prev, guidance)
+            x_u_dual, u_dual = self._towards(self._u_head(x, rotations), z_dual, t_dual, r, seen)
             u, du_dt = unpack_dual(u_dual)
             x_u, x = unpack_dual(x_u_dual)[0], unpack_dual(x)[0]
             assert du_dt is not None  # t is dual
             du_dt = du_dt.detach()
-        _, v = self._towards(self._v_head(x, rotations), z, t, t, **given)
+            seen = seen and Seen(*(unpack_dual(part)[0] for part in seen))
+        _, v = self._towards(self._v_head(x, rotations), z, t, t, seen)
         return Prediction(x_u, u, v), du_dt
 
     def _towards(
-        self, predicted: Tensor, z: Tensor, t: Tensor, r: Tensor, **given: Tensor
+        self, predicted: Tensor, z: Tensor, t: Tensor, r: Tensor, seen: Seen | None
     ) -> tuple[Tensor, Tensor]:
         """Return the clean canvas that a head leads to from z, and the velocity there, float32 [B, H, W, C] each.
 
-        predicted: what the head returned, the clean canvas or, with a Gaussian start, its difference from what the
-        start leads to. given: label, level and prev.
+        predicted: what the head returned, the clean canvas or, with a Gaussian start, what it adds to the start's.
         """
         z = at_least_float32(z)
-        if self.start is None:
+        if self.start is None or seen is None:
             return predicted, velocity(z, predicted, t)
         with torch.autocast(z.device.type, enabled=False):
-            guess = self.start(z, t=t, r=r, **given)
-        scale = _clipped(t)
-        return z - scale * guess + predicted, guess - predicted / scale
+            u = self.start.velocity(seen, r, predicted)
+        return z - _clipped(t) * u, u
 
     def _trunk(
         self,
@@ -227,12 +222,17 @@ class TrajectoryTransformer(nn.Module):
         level: Tensor,
         prev: Tensor,
         guidance: Guidance | Mapping[str, object] | Sequence[object] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Seen | None]:
         self._check(z, prev, guidance)
+        seen = None
+        if self.start is not None:
+            with torch.autocast(z.device.type, enabled=False):
+                seen = self.start.see(at_least_float32(z), t=t, label=label, level=level, prev=prev)
+                z = self.start.drawn(seen)
         image = self._fuse(*(_joined(canvas, self.config.patch_size) for canvas in (z, prev)))
         x = torch.cat([*self._conditioning(t, r, label, level, guidance), image], dim=1) + self.positions
         rotations = torch.view_as_complex(at_least_float32(self.rotations))
-        return detach_tangent(self._pass(self.shared_blocks, x, rotations)), rotations
+        return detach_tangent(self._pass(self.shared_blocks, x, rotations)), rotations, seen
 
     def _fuse(self, z_BNC: Tensor, prev_BNC: Tensor) -> Tensor:
         z, prev = self.x_embedder(z_BNC), self.prev_embedder(prev_BNC)
@@ -254,7 +254,10 @@ class TrajectoryTransformer(nn.Module):
             tokens.append(self.omega_tokens + self.omega_embedder(1 - 1 / omega)[:, None])
             tokens.append(self.t_min_tokens + self.t_min_embedder(t_min)[:, None])
             tokens.append(self.t_max_tokens + self.t_max_embedder(t_max)[:, None])
-        tokens.append(self.time_tokens + self.time_embedder(t - r)[:, None])
+        time = self.time_embedder(t - r)
+        if self.start is not None:
+            time = time + self.noise_embedder(t)
+        tokens.append(self.time_tokens + time[:, None])
         tokens.append(self.level_tokens + F.embedding(level, self.level_table[0])[:, None])
         return tokens
 

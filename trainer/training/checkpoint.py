@@ -40,7 +40,6 @@ from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
 from hierarchy_builder.parsing import read_document
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.tensor_files import read_tensors
-from trainer.networks.gaussian_start import upgraded
 
 STATE = "state.json"
 MODEL = "model.safetensors"
@@ -314,16 +313,24 @@ def averages_of(folder: Path) -> list[str]:
 def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
     """Read the weight average of half-life `ema`, or the raw weights if `ema` is None.
 
-    Raises UsageError with the available half-lives for an unknown one.
+    Raises UsageError with the available half-lives for an unknown one, MismatchError for a network of a version before.
     """
-    if ema is None:
-        return upgraded(load_tensors(folder / MODEL))
-    if ema not in averages_of(folder):
+    if ema is not None and ema not in averages_of(folder):
         known = ", ".join(averages_of(folder)) or "none"
         raise UsageError(
             f"{folder}: no weight average of half-life {ema} kimg, there are {known}; or use raw"
         )
-    return upgraded(load_tensors(folder / f"ema-{ema}.safetensors"))
+    weights = load_tensors(folder / (MODEL if ema is None else f"ema-{ema}.safetensors"))
+    if any(
+        f"{name.removesuffix('deviation')}spread" not in weights
+        for name in weights
+        if name.endswith("start.deviation")
+    ):
+        raise MismatchError(
+            f"{folder}: the network has a Gaussian start (model.start) of a version before, with which this version "
+            "cannot compute; train it again"
+        )
+    return weights
 
 
 def load_normaliser(folder: Path) -> Normaliser:

@@ -10,7 +10,7 @@ from trainer.methods.trajectory_forcing import objective
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.networks.config import ModelConfig
-from trainer.networks.gaussian_start import LEAST_DEVIATION, GaussianStart, upgraded
+from trainer.networks.gaussian_start import LEAST_DEVIATION, GaussianStart
 
 GRID, CHANNELS, CLASSES, LEVELS = (4, 6), 3, 2, 3
 B = 5
@@ -48,24 +48,39 @@ def times(value: float) -> Tensor:
     return torch.full((B,), value, dtype=torch.float64)
 
 
+def velocity(start: GaussianStart, z: Tensor, t: Tensor, r: Tensor, **inputs: Tensor) -> Tensor:
+    """u of the start alone."""
+    return start.velocity(start.see(z, t=t, **inputs), r, torch.zeros_like(z))
+
+
 def test_one_step_lands_where_many_small_steps_of_the_instantaneous_velocity_lead(
     start: GaussianStart, inputs: dict[str, Tensor]
 ) -> None:
     z, n = noise(B, *GRID, CHANNELS), 1_000
-    one_step = z - 0.9 * start(z, t=times(1.0), r=times(0.1), **inputs)
+    one_step = z - 0.9 * velocity(start, z, times(1.0), times(0.1), **inputs)
     for i in range(n):
         here, middle = times(1.0 - 0.9 * i / n), times(1.0 - 0.9 * (i + 0.5) / n)
-        half = z - 0.45 / n * start(z, t=here, r=here, **inputs)
-        z = z - 0.9 / n * start(half, t=middle, r=middle, **inputs)
+        half = z - 0.45 / n * velocity(start, z, here, here, **inputs)
+        z = z - 0.9 / n * velocity(start, half, middle, middle, **inputs)
     torch.testing.assert_close(one_step, z, atol=1e-5, rtol=1e-5)
+
+
+def test_the_network_sees_where_one_step_to_clean_canvases_lands(
+    start: GaussianStart, inputs: dict[str, Tensor]
+) -> None:
+    z, t = noise(B, *GRID, CHANNELS), times(0.7)
+    landed = z - 0.7 * velocity(start, z, t, times(0.0), **inputs)
+    torch.testing.assert_close(start.drawn(start.see(z, t=t, **inputs)), landed, **ROUNDING)
 
 
 def test_average_velocity_fulfils_the_identity_of_mean_flow(
     start: GaussianStart, inputs: dict[str, Tensor]
 ) -> None:
     z, t, r = noise(B, *GRID, CHANNELS), times(0.8), times(0.3)
-    v = start(z, t=t, r=t, **inputs)
-    u, derivative = torch.func.jvp(lambda z, t: start(z, t=t, r=r, **inputs), (z, t), (v, torch.ones_like(t)))
+    v = velocity(start, z, t, t, **inputs)
+    u, derivative = torch.func.jvp(
+        lambda z, t: velocity(start, z, t, r, **inputs), (z, t), (v, torch.ones_like(t))
+    )
     torch.testing.assert_close(u, v - 0.5 * derivative, **ROUNDING)
 
 
@@ -75,7 +90,7 @@ def test_velocity_of_no_deviation_leads_to_the_mean(start: GaussianStart, inputs
     z, t = noise(B, *GRID, CHANNELS), times(0.6)
     for r in (0.0, 0.2, 0.6):
         torch.testing.assert_close(
-            start(z, t=t, r=times(r), **inputs), (z - inputs["prev"]) / 0.6, **ROUNDING
+            velocity(start, z, t, times(r), **inputs), (z - inputs["prev"]) / 0.6, **ROUNDING
         )
 
 
@@ -152,40 +167,10 @@ def test_places_that_never_vary_are_drawn_without_noise() -> None:
     assert deviation[1:3, 2:4].min() > 0.9
     deviation[1:3, 2:4] = 0
     assert deviation.max() <= 1.1 * LEAST_DEVIATION
-
-
-@pytest.mark.parametrize("prefix", ["start.", "predictor.backbone.start."])
-def test_weights_of_the_first_version_lead_to_the_same_velocity(
-    inputs: dict[str, Tensor], prefix: str
-) -> None:
-    generator = torch.Generator().manual_seed(10)
-    old = {
-        prefix + "axes": torch.linalg.qr(torch.randn(LEVELS, CHANNELS, CHANNELS, generator=generator)).Q,
-        prefix + "deviation": torch.rand(LEVELS, *GRID, CHANNELS, generator=generator) + 0.1,
-        prefix + "steps": torch.randn(CLASSES + 1, LEVELS, 4, 4, CHANNELS, generator=generator),
-    }
-    start = GaussianStart(GRID, CHANNELS, CLASSES, LEVELS)
-    start.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in upgraded(old).items()})
-    rows, columns = (cosines(n) for n in GRID)
-    label, level, prev = (inputs[name] for name in ("label", "level", "prev"))
-    low = old[prefix + "steps"].double()[label, level]
-    mean = prev + torch.einsum("fh,bfgc,gw->bhwc", rows[:4], low, columns[:4])
-    z, axes = noise(B, *GRID, CHANNELS), old[prefix + "axes"].double()[level]
-    # At t = 1 and r = 0 the flow scales each coefficient of the noise by its deviation.
-    along = (
-        torch.einsum("fh,bhwc,gw,bcd->bfgd", rows, z, columns, axes)
-        * old[prefix + "deviation"].double()[level]
-    )
-    drawn = mean + torch.einsum("fh,bfgd,gw,bcd->bhwc", rows, along, columns, axes)
-    found = z - start.double()(z, t=times(1.0), r=times(0.0), **inputs)
-    torch.testing.assert_close(found, drawn, **ROUNDING)
-
-
-def cosines(n: int) -> Tensor:
-    """The orthonormal cosine transform of n places, [frequency, place], from its definition."""
-    places = torch.arange(n, dtype=torch.float64)
-    waves = torch.cos(torch.pi / n * places[:, None] * (places + 0.5))
-    return waves / waves.norm(dim=1, keepdim=True)
+    # What the network adds there is small as well.
+    spread = model.start.spread[0].unflatten(0, GRID)
+    assert spread[1:3, 2:4].min() > 0.9
+    assert spread[0].max() == pytest.approx(LEAST_DEVIATION)
 
 
 def test_loss_is_that_of_the_network_plus_the_start() -> None:
