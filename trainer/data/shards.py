@@ -218,7 +218,8 @@ def _instead_of_shards(url: str) -> str:
     if (place / INDEX).is_file():
         return "is not a finished shard folder: run `hierarchy-builder shard DIR` of its build again, or copy it whole"
     if inner := sorted(each.parent.name for each in place.glob("*/manifest.json")):
-        return f"is no build but holds builds ({', '.join(inner[:5])}): give one, such as {shlex.quote(str(place / inner[0]))}"
+        one = shlex.quote(str(place / inner[0]))
+        return f"is no build but holds builds ({', '.join(inner[:5])}): give one, such as {one}"
     if (place / "checkpoints").is_dir():
         return "is a run folder, expected the shards that a run is trained on: give their folder"
     if _holds_pictures(place):
