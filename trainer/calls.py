@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hierarchy_builder.places import a_path
-from hierarchy_builder.terminal import stderr
+from hierarchy_builder.terminal import say
 from trainer.methods import registry
 from trainer.methods.registry import TRAJECTORY_FORCING, config_of, method_named, method_of, preset_of
 from trainer.training.config import with_settings
@@ -81,8 +81,7 @@ def base_config(
 
     suggestion = suggestion_for(row, open_index(shards), device_at_hand())
     if not quiet and os.environ.get("RANK", "0") == "0":
-        text = f"{suggestion.reason} --preset NAME trains another network (trainer presets)."
-        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(f"{suggestion.reason} --preset NAME trains another network (trainer presets).")
     return suggestion.config
 
 

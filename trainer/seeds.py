@@ -55,12 +55,7 @@ def level_noise(seeds: Sequence[int], num_levels: int, grid: tuple[int, int], ch
 
 
 def row_noise(
-    shapes: Sequence[Sequence[int]],
-    rows: Sequence[int],
-    *,
-    seed: int,
-    step: int,
-    device: torch.device | str,
+    shapes: Sequence[Sequence[int]], rows: Sequence[int], *, seed: int, step: int, device: torch.device | str
 ) -> list[Tensor]:
     """Draw N(0, 1) for these rows of the global batch of one training step: float32 [rows, *shape] for each shape.
 

@@ -19,6 +19,8 @@ GREYS = (0.18, 0.54)
 GREY_CHROMA_AND_HUE = (0.006, 280.0)
 """Nearly neutral, to differ from all colours of the object."""
 
+PERCENTILES = (1.0, 99.0)
+"""Of the tokens on each axis, which become black and full colour."""
 FIT_TOKENS = 16_384
 """Number of tokens for the PCA; more tokens change no colour visibly."""
 
@@ -58,8 +60,8 @@ class Palette:
         return np.where(finite, _to_bytes(unit), np.uint8(0))
 
 
-def fit_palette(features: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)) -> Palette:
-    """Fit a palette: the first three PCA axes become red, green and blue, and percentiles set their ranges.
+def fit_palette(features: np.ndarray) -> Palette:
+    """Fit a palette: the first three PCA axes become red, green and blue, and PERCENTILES set their ranges.
 
     features: [..., C], any float dtype. At most FIT_TOKENS rows, spread over all, are used, except those that are not
     finite. The largest loading of each axis is made positive, so that equal features give equal colours.
@@ -72,7 +74,7 @@ def fit_palette(features: np.ndarray, percentiles: tuple[float, float] = (1.0, 9
         raise ValueError("no finite token to fit a palette on: pass finite features of at least one image")
     mean = tokens_MC.mean(axis=0, dtype=np.float64).astype(np.float32)
     axes = _principal_axes(tokens_MC - mean)
-    low, high = np.percentile((tokens_MC - mean) @ axes, percentiles, axis=0).astype(np.float32)
+    low, high = np.percentile((tokens_MC - mean) @ axes, PERCENTILES, axis=0).astype(np.float32)
     return Palette(mean=mean, axes=axes, low=low, high=high)
 
 

@@ -68,13 +68,13 @@ def level_names(num_levels: int) -> tuple[str, ...]:
     return ("object/background", *parts, "tokens")
 
 
-def shared_palette(feature_maps: Iterable[np.ndarray | None], max_tokens: int = FIT_TOKENS) -> Palette | None:
+def shared_palette(feature_maps: Iterable[np.ndarray | None]) -> Palette | None:
     """Fit one palette for all images of a page to tokens from all parts of each map [..., C].
 
     Returns None if no map has a finite token.
     """
     maps = [features for features in feature_maps if features is not None]
-    share = -(-max_tokens // max(len(maps), 1))
+    share = -(-FIT_TOKENS // max(len(maps), 1))
     sampled = []
     for number, features in enumerate(maps):
         tokens_MC = np.asarray(features).reshape(-1, np.shape(features)[-1])

@@ -376,7 +376,3 @@ def _recut(folder: BuildFolder, heights: str, given: Mapping[str, Any]) -> None:
         if folder.vocabulary.exists():
             summaries.append(steps.link(folder, session))
         print_stages(summaries, given["as_json"])
-
-
-if __name__ == "__main__":
-    main()

@@ -7,13 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hierarchy_builder.config import (
-    ExtractConfig,
-    HierarchyRecipe,
-    ShardConfig,
-    VocabularyConfig,
-    load_yaml,
-)
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig, load_yaml
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, to_mapping
 from hierarchy_builder.flags import (

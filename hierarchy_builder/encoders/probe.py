@@ -31,7 +31,7 @@ REFERENCES: dict[tuple[str, str], tuple[float, ...]] = {
         *(0.15975, 0.63668, 0.15426, 0.87288),
         *(0.24754, 0.52159, 0.16954, 0.882),
         *(0.13785, 0.98349, 0.97629, 0.83722),
-    ),
+    )
 }
 """Probe values of known encoders by (hash of the weights, output of an ONNX model or ""), in float32 on a CPU.
 

@@ -161,10 +161,7 @@ def given_levels(flags: np.ndarray, recipe: HierarchyRecipe) -> np.ndarray:
 
 
 def cut_levels(
-    object_mask: np.ndarray,
-    merges: np.ndarray,
-    cuts: Sequence[float],
-    given_level: int | np.ndarray = 0,
+    object_mask: np.ndarray, merges: np.ndarray, cuts: Sequence[float], given_level: int | np.ndarray = 0
 ) -> np.ndarray:
     """Cut stored trees at other heights, without the features.
 

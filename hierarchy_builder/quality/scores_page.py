@@ -30,6 +30,7 @@ from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import stage_entry
 
 WORST_IMAGES = 12
+NUM_BINS = 20
 BUILD = "build"
 SIZES = ("regions", "smallest", "median", "largest")
 """Scores that are not shown for baselines, which have the same number of regions by construction."""
@@ -140,11 +141,7 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
             "The mean adjusted Rand index of flip, shift and seed is smallest; each card lists it by level.",
             ("flip", "shift", "seed"),
         ),
-        (
-            "Furthest from people",
-            "The mean covering of the drawn segments is smallest.",
-            ("covering",),
-        ),
+        ("Furthest from people", "The mean covering of the drawn segments is smallest.", ("covering",)),
     ):
         gallery = _worst(folder, found, names)
         if gallery is not None:
@@ -215,13 +212,13 @@ def _plots(scores: Mapping[str, np.ndarray]) -> list[Plot]:
     return plots
 
 
-def _histogram(name: str, values: np.ndarray, span: tuple[float, float] | None, num_bins: int = 20) -> Series:
+def _histogram(name: str, values: np.ndarray, span: tuple[float, float] | None) -> Series:
     """Return the share of images in each bin as the outline of bars; without `span` every whole number has a bin."""
     values = values[np.isfinite(values)]
     if span is None:
         edges = np.arange(0, values.max(initial=0) + 2) + 0.5
     else:
-        edges = np.linspace(*span, num_bins + 1)
+        edges = np.linspace(*span, NUM_BINS + 1)
         values = values.clip(*span)
     shares = np.histogram(values, edges)[0] / max(len(values), 1)
     return Series(name=name, x=edges.repeat(2)[1:-1].tolist(), y=shares.repeat(2).tolist())

@@ -440,7 +440,3 @@ def _load_rows(path: Path) -> list[dict[str, Any]]:
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise UsageError(f"--stages {path}: expected a list of rows, column to value")
     return rows
-
-
-if __name__ == "__main__":
-    main()

@@ -142,12 +142,7 @@ def region_map(trajectory: Trajectory, level: int) -> str:
     return "\n".join(" ".join(signs[each] if each < len(signs) else "+" for each in row) for row in ids)
 
 
-def model_of(
-    trajectory: Trajectory,
-    run: Path | None = None,
-    decoder: Path | None = None,
-    weak: Path | None = None,
-) -> TrajectoryPipeline:
+def model_of(trajectory: Trajectory, run: Path | None = None, weak: Path | None = None) -> TrajectoryPipeline:
     """The pipeline that drew a trajectory. run: where it lies now; None where the file says.
 
     Raises UsageError if nothing says where, MismatchError if other weights drew it.
@@ -161,9 +156,7 @@ def model_of(
         same = run / "checkpoints" / Path(drawn_by).name
         folder = str(same) if same.exists() else folder
     try:
-        return TrajectoryPipeline.from_pretrained(
-            folder, trajectory.model.get("ema", "auto"), decoder, weak=weak
-        )
+        return TrajectoryPipeline.from_pretrained(folder, trajectory.model.get("ema", "auto"), weak=weak)
     except MismatchError:
         raise
     except TrainerError as error:

@@ -83,8 +83,7 @@ GUIDED = grouped(
 OF_METHODS = grouped(
     "Options of single methods",
     ending=option(
-        "Normalizing Trajectory Models: how final states become canvases.",
-        metavar="|".join(get_args(Ending)),
+        "Normalizing Trajectory Models: how final states become canvases.", metavar="|".join(get_args(Ending))
     ),
     shift=option(
         "Latent Forcing, schedules `shifted` and `independent`: how far latents are ahead of pixels; 1 draws both "
@@ -105,8 +104,7 @@ MASK = option(
 SELECTION = grouped(
     "Which tokens",
     region=option(
-        "Region to edit; a second --region is that of the source. --list prints the regions.",
-        kind=list[int],
+        "Region to edit; a second --region is that of the source. --list prints the regions.", kind=list[int]
     ),
     tokens=TOKENS,
     near=option("ROW,COLUMN: select that token and those whose features resemble its features."),
@@ -118,9 +116,7 @@ SELECTION = grouped(
 SOURCE = grouped(
     "Which features they take",
     donor=option(
-        "Trajectory that the features come from. Default: the edited one.",
-        "--from",
-        **reads(A_TRAJECTORY),
+        "Trajectory that the features come from. Default: the edited one.", "--from", **reads(A_TRAJECTORY)
     ),
     from_level=option("Level of the source. Default: --level.", kind=int),
     from_region=option("Region of the source. Default: the tokens at the same places.", kind=int),
@@ -131,10 +127,7 @@ SHAPE = grouped(
     to_region=option("Change of shape: the tokens join this region.", kind=int),
     to_neighbours=switch("Change of shape: each token joins the region next to it.", "--to-neighbours"),
     grow=option(
-        "Change of shape: the region of the selection grows by this many tokens.",
-        kind=int,
-        default=0,
-        min=0,
+        "Change of shape: the region of the selection grows by this many tokens.", kind=int, default=0, min=0
     ),
     shrink=option(
         "Change of shape: the region of the selection shrinks by this many tokens.",

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import typer
-import yaml
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
 from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.parsing import parse_yaml, read_document
 from hierarchy_builder.remote import is_remote
-from hierarchy_builder.terminal import print_cells, print_result, say_next, stderr
+from hierarchy_builder.terminal import print_cells, print_result, say, say_next, show_config, stderr
 from trainer.calls import base_config
 from trainer.cli.options import FIELDS, TRAINING, reads
 from trainer.decode.config import DecoderConfig, DecoderSize
@@ -228,29 +227,20 @@ def _say_without_cuda(default: str, small: str) -> None:
     import torch
 
     if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
-        stderr.print(
-            f"{default}, the default, is made for GPUs, and this machine has no CUDA device: {small} trains on CPU",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+        say(
+            f"{default}, the default, is made for GPUs, and this machine has no CUDA device: {small} trains on CPU"
         )
 
 
 def run_and_print(
-    run: Callable[[], Any],
-    config: Any,
-    as_json: bool,
-    quiet: bool,
-    after: Sequence[Sequence[object]] = (),
+    run: Callable[[], Any], config: Any, as_json: bool, quiet: bool, after: Sequence[Sequence[object]] = ()
 ) -> None:
     """Train with the resolved configuration on stderr and the summary on stdout, both by the main rank.
 
     after: commands that go on from a finished run.
     """
     is_main = os.environ.get("RANK", "0") == "0"
-    if not quiet and is_main:
-        text = yaml.safe_dump(to_mapping(config), sort_keys=False).rstrip()
-        stderr.print(text, markup=False, highlight=False, style="dim")
+    show_config(to_mapping(config), quiet or not is_main)
     try:
         summary = run()
     except KeyboardInterrupt:

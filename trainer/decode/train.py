@@ -41,14 +41,7 @@ from trainer.decode.adversary import (
 )
 from trainer.decode.config import DecoderConfig
 from trainer.decode.perceptual import load_lpips
-from trainer.decode.rae import (
-    CONFIG,
-    WEIGHTS,
-    RaeDecoder,
-    RaeDecoderConfig,
-    rae_state,
-    to_uint8,
-)
+from trainer.decode.rae import CONFIG, WEIGHTS, RaeDecoder, RaeDecoderConfig, rae_state, to_uint8
 from trainer.metrics.reconstruction import reconstruction
 from trainer.seeds import mixed_seed
 from trainer.training.distributed import joined_world

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from trainer.metrics.frechet import Gaussian
 from trainer.metrics.region_consistency import consistency
 from trainer.metrics.variety import FEWEST_IMAGES, measured_classes
 from trainer.trajectories.photos import Encoder
-from trainer.trajectories.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
+from trainer.trajectories.pipeline import SAMPLED_TOGETHER, SamplingArguments, TrajectoryPipeline
 from trainer.trajectories.trajectory import Trajectory, decode_finest
 
 FLATNESS_IMAGES = 256
@@ -41,14 +42,12 @@ def evaluate(
     index: ShardIndex,
     *,
     samples_per_class: int = 8,
-    num_steps: int = 1,
     max_real: int = 10_000,
-    guidance: GuidanceLike = None,
-    weak_scale: float = 0.0,
     inception: Inception | None = None,
     reference: Gaussian | None = None,
     space: Encoder | None = None,
     follow: Follow = unseen,
+    **how: Unpack[SamplingArguments],
 ) -> Iterator[tuple[str, float]]:
     """(name, value) of each metric: see docs/metrics.md.
 
@@ -56,7 +55,7 @@ def evaluate(
     of the spread of real tokens. Both are also measured on real canvases, their raw tokens, and noise.
     Reads at most `max_real` real images, spread evenly over the shards, and draws seeds 0 … samples_per_class − 1 of
     every class that one of them has; the class map may hold more classes, with which no sample could be compared.
-    num_steps, guidance, weak_scale: as for the pipeline. inception, reference: for inception score and FID, see
+    how: as for the pipeline. inception, reference: for inception score and FID, see
     `metrics.frechet`. space: encoder whose mean token describes decoded samples, and the pictures in the shards after
     they are resized to the size of the samples. follow: shows progress.
     Raises MismatchError if the shards do not fit the model, TrainerError if `space` is given but the shards hold no
@@ -80,7 +79,7 @@ def evaluate(
         pipe.drawn_levels * math.prod(index.grid) * index.width,
     )
     sampled = _Sampled(pipe, varied, inception, space)
-    drawn = pipe.stream(labels, seeds, num_steps, guidance, weak_scale)
+    drawn = pipe.stream(labels, seeds, **how)
     sampled.draw(follow(drawn, "sampling", len(labels)))
     real = _Real(pipe, varied, space, sampled.size_px)
     real.read(reader, chosen, follow)

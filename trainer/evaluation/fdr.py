@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 
@@ -20,7 +20,7 @@ from hierarchy_builder.records import spread_evenly
 from trainer.data.shards import ShardIndex
 from trainer.metrics.frechet import Gaussian, Moments, frechet_distance
 from trainer.post_training.judges import Judge, statistics_of_shards
-from trainer.trajectories.pipeline import SAMPLED_TOGETHER, GuidanceLike, TrajectoryPipeline
+from trainer.trajectories.pipeline import SAMPLED_TOGETHER, SamplingArguments, TrajectoryPipeline
 from trainer.trajectories.trajectory import decode_finest
 
 
@@ -47,13 +47,11 @@ def ratios(
     *,
     samples_per_class: int,
     max_real: int,
-    num_steps: int = 1,
-    guidance: GuidanceLike = None,
-    weak_scale: float = 0.0,
     trained_on: Sequence[str] = (),
     follow: Follow = unseen,
+    **how: Unpack[SamplingArguments],
 ) -> Iterator[Ratio]:
-    """One row for each judge, of seeds 0 … samples_per_class − 1 of each class.
+    """One row for each judge, of seeds 0 … samples_per_class − 1 of each class. how: as for the pipeline.
 
     A judge with a reference is compared with that, and divided by the published distance of validation images or, for
     a judge without one, by that of the pictures in the shards. A judge without a reference is compared with every
@@ -65,7 +63,7 @@ def ratios(
     device = next(pipe.model.parameters()).device
     moments: dict[str, Moments] = {}
     size_px = (0, 0)
-    drawn = follow(pipe.stream(labels, seeds, num_steps, guidance, weak_scale), "sampling", len(labels))
+    drawn = follow(pipe.stream(labels, seeds, **how), "sampling", len(labels))
     while part := list(itertools.islice(drawn, SAMPLED_TOGETHER)):
         if not part[0].can_decode:
             raise TrainerError("judges look at pictures, and the run has no decoder: give --decoder FOLDER")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 
-from hierarchy_builder.canvases.colours import Palette, hierarchy_colours
+from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.gallery import (
     Code,
     Gallery,
@@ -183,18 +183,16 @@ def training_page(
     config: Mapping[str, Any] | None = None,
     more: Sequence[Section] = (),
     intro: str = "",
-    palette: Palette | None = None,
     losses_text: str = "",
 ) -> Page:
     """The page of a run; parts that are empty are left out.
 
     facts: name → value. metrics: tables, one below the other, under `metrics_text`. stages: rows of column → value.
     log: the rows of metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config:
-    plain data, shown as YAML. more: sections after the samples. palette: where it is not given, it is fitted on the
-    tokens of the teachers if there are any, since early samples may lie anywhere. losses_text: what the method says
-    about its losses. `canvases.gallery.write_page` writes it.
+    plain data, shown as YAML. more: sections after the samples. losses_text: what the method says about its losses. The
+    palette is fitted on the tokens of the teachers if there are any, since early samples may lie anywhere.
     """
-    palette = palette or page_palette(trajectories, teachers)
+    palette = page_palette(trajectories, teachers)
     teacher_gallery = Gallery(viewers=hierarchy_viewers(teachers, palette), start=1)
     configuration = yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True)
     code = Code(summary="Resolved configuration", text=configuration)
@@ -284,7 +282,6 @@ def teacher_views(
     index: ShardIndex,
     decoder: Decoder | None = None,
     normaliser: Normaliser = RAW,
-    limit: int = SHOWN_TEACHERS,
 ) -> list[HierarchyView]:
     """Samples spread evenly over the shards, with their regions and, where the shards store them, photographs.
 
@@ -292,7 +289,7 @@ def teacher_views(
     """
     reader = ShardReader(index)
     views = []
-    for number in spread_evenly(index.num_samples, limit):
+    for number in spread_evenly(index.num_samples, SHOWN_TEACHERS):
         sample = reader.read(number, extras=True)
         features = torch.from_numpy(sample.features[None]).float()
         canvases = normaliser.teacher_canvases(features, torch.from_numpy(sample.regions[None]))[0]

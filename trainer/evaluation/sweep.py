@@ -22,7 +22,7 @@ from hierarchy_builder.errors import UsageError
 from hierarchy_builder.progress import Follow, unseen
 from trainer.evaluation.definitions import in_words
 from trainer.metrics.spread import spread
-from trainer.trajectories.compare import Encode, encoder_of, locality
+from trainer.trajectories.compare import encoder_of, locality
 from trainer.trajectories.edit import Source
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.selection import Selection
@@ -66,7 +66,6 @@ def sweep(
     pipe: TrajectoryPipeline,
     config: SweepConfig,
     selection: Selection | None = None,
-    encode: Encode | None = None,
     follow: Follow = unseen,
 ) -> Iterator[dict[str, Any]]:
     """Rows of numbers, one for each class, seed, edited level, strength, arm and measured level ≥ the edited one.
@@ -88,11 +87,10 @@ def sweep(
     for label, seed in follow(units, "editing", len(units)):
         following = next((each for each in classes if each > label), classes[0])
         start, donor = (pipe(each, seed, num_steps=config.num_steps) for each in (label, following))
-        judge = encode or encoder_of(start)
         unit = {"label": start.label, "class": start.class_name, "seed": seed}
         for level in levels:
             chosen = main_region(start, level) if selection is None else selection.at(level)
-            for row in _arms(start, donor, chosen, config, judge):
+            for row in _arms(start, donor, chosen, config):
                 yield {**unit, **row}
 
 
@@ -187,7 +185,7 @@ def _column(measured: int) -> str:
 
 
 def _arms(
-    start: Trajectory, donor: Trajectory, chosen: Selection, config: SweepConfig, encode: Encode | None
+    start: Trajectory, donor: Trajectory, chosen: Selection, config: SweepConfig
 ) -> Iterator[dict[str, Any]]:
     """Rows of one class, seed and level."""
     level, seed = chosen.level, start.seeds[-1]
@@ -201,7 +199,7 @@ def _arms(
             edited, touched, source = _edited(start, donor, chosen, config.kind, strength)
         except UsageError:
             continue
-        how = (touched, source, encode)
+        how = (touched, source, encoder_of(start))
         if (place := tuple(touched.tokens)) not in baselines:
             baselines[place] = {
                 NO_EDIT: locality(start, unedited, *how),

@@ -96,11 +96,7 @@ TOPICS = (
         "previous level of a photograph, compared with the regions of its teacher.",
         beside=REAL,
     ),
-    Topic(
-        title="Likelihood",
-        names="noise|bits_per_dim|added_bits_per_dim",
-        note="Bits of real images.",
-    ),
+    Topic(title="Likelihood", names="noise|bits_per_dim|added_bits_per_dim", note="Bits of real images."),
 )
 OTHER = Topic(title="Other", names="")
 

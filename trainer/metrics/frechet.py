@@ -158,7 +158,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def inception_features(
-    weights: str | Path | None = None, device: str | torch.device = "cpu"
+    weights: str | Path | None = None,
 ) -> Callable[[np.ndarray], tuple[Tensor, Tensor]]:
     """torch-fidelity's Inception-v3 for FID: uint8 [B, h, w, 3] → (features [B, 2048], unbiased logits [B, 1008]).
 
@@ -168,11 +168,10 @@ def inception_features(
     network = load_inception(
         ["2048", "logits_unbiased"], path, "Inception Score and FID", "give a local file"
     )
-    network = network.to(device)
 
     @torch.no_grad()
     def features(pictures: np.ndarray) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         found, logits = network(images)
         return found.cpu(), logits.cpu()
 

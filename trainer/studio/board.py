@@ -18,9 +18,9 @@ from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.views import latent_views, level_names, shared_palette
 from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
+from trainer.trajectories.view import INK, PAPER, tile
 
 CELL_PX, GAP_PX, HEADER_PX = 232, 10, 32
-PAPER, INK = (252, 252, 250), (26, 27, 31)
 DIMMED = 0.4
 """Weight of a token's own colour outside the selection; the rest is the background colour."""
 
@@ -75,7 +75,10 @@ def _cells(trajectory: Trajectory, like: Trajectory) -> tuple[tuple[np.ndarray, 
     views = latent_views(trajectory.levels.numpy(), decoded, palette)
     count = trajectory.num_levels
     colours = hierarchy_colours(trajectory.regions()[: max(1, count - 1)].numpy())[-count:]
-    return tuple(tuple(map(_cell, layers)) for layers in (colours, *(view.layers for view in views)))
+    return tuple(
+        tuple(np.array(tile(picture, CELL_PX)) for picture in layers)
+        for layers in (colours, *(view.layers for view in views))
+    )
 
 
 def _assembled(cells: list[list[np.ndarray]], names: tuple[str, ...], grid: tuple[int, int]) -> Board:
@@ -87,12 +90,6 @@ def _assembled(cells: list[list[np.ndarray]], names: tuple[str, ...], grid: tupl
         for row, pictures in enumerate(cells):
             sheet.paste(Image.fromarray(pictures[level]), (level * step, HEADER_PX + row * step))
     return Board(picture=np.asarray(sheet), num_levels=levels, num_rows=len(cells), grid=grid)
-
-
-def _cell(picture: np.ndarray) -> np.ndarray:
-    enlarged = max(picture.shape[:2]) < CELL_PX
-    resampling = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-    return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((CELL_PX, CELL_PX), resampling))
 
 
 def _marked(cell: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -54,14 +54,13 @@ def compare(
     before: Trajectory,
     after: Trajectory,
     selection: Selection | None = None,
-    source: Source | None = None,
     encode: Encode | None = None,
 ) -> list[dict[str, Any]]:
     """Return one row for each level: how far the two trajectories are apart.
 
     selection: the edited tokens, for LIS and for the changes inside and outside them from its level on; None takes
-    them from the history of `after`. source: the features that the edit inserted, for its effect. encode: see
-    `encoder_of`. Missing numbers are NaN. Raises UsageError if levels, grid or channels differ.
+    them from the history of `after`. encode: see `encoder_of`. Missing numbers are NaN. Raises UsageError if levels,
+    grid or channels differ.
     """
     if before.levels.shape != after.levels.shape:
         raise UsageError(
@@ -80,7 +79,7 @@ def compare(
         for level in range(before.num_levels)
     ]
     selection = edited_tokens(after, before) if selection is None else selection
-    found = {} if selection is None else locality(before, after, selection, source, encode)
+    found = {} if selection is None else locality(before, after, selection, encode=encode)
     names = next(iter(found.values()), {})
     nothing = dict.fromkeys(names, math.nan)
     return [{**row, **found.get(level, nothing)} for level, row in enumerate(rows)]

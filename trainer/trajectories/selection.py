@@ -164,19 +164,8 @@ class Selection:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the selection as plain data, which `from_json` reads."""
+        """Return the selection as plain data."""
         return {"level": self.level, "grid": list(self.grid), "tokens": self.tokens}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Selection:
-        """Read what `to_json` returned. Raises UsageError for other data."""
-        try:
-            height, width = content["grid"]
-            mask = torch.zeros(height * width, dtype=torch.bool)
-            mask[torch.tensor(content["tokens"], dtype=torch.int64)] = True
-            return cls(mask=mask.view(height, width), level=int(content["level"]))
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise UsageError(f"not a selection, expected level, grid and tokens: {error!r}") from None
 
     def _fitting(self, other: Selection) -> Tensor:
         if other.level != self.level:

@@ -14,12 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hierarchy_builder.canvases.colours import Palette
 from hierarchy_builder.canvases.gallery import Facts, Gallery, LevelViewer, Page, Section
-from hierarchy_builder.canvases.views import (
-    HierarchyView,
-    latent_views,
-    level_names,
-    shared_palette,
-)
+from hierarchy_builder.canvases.views import HierarchyView, latent_views, level_names, shared_palette
 from hierarchy_builder.fields import brief
 
 TRAJECTORY_TEXT = (
@@ -155,8 +150,8 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width_px: int) -> 
     return lines
 
 
-def tile(picture: np.ndarray) -> Image.Image:
+def tile(picture: np.ndarray, side_px: int = CELL_PX) -> Image.Image:
     """Resize a picture to a cell of a sheet; small ones keep sharp tokens."""
-    enlarged = max(picture.shape[:2]) < CELL_PX
+    enlarged = max(picture.shape[:2]) < side_px
     resampling = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-    return Image.fromarray(np.ascontiguousarray(picture)).resize((CELL_PX, CELL_PX), resampling)
+    return Image.fromarray(np.ascontiguousarray(picture)).resize((side_px, side_px), resampling)
