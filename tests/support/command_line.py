@@ -65,6 +65,12 @@ def call(*words: object) -> int:
     return exit_code("trainer", *words)
 
 
+def code_and_error(*words: object) -> tuple[int, str]:
+    """Exit code of `trainer` with these arguments, and what it wrote to stderr."""
+    ended = cli("trainer", *words)
+    return ended.code, ended.err
+
+
 def trainer(*words: object, code: int = 0) -> Ended:
     """What `trainer` with these arguments wrote; it has to end with `code`."""
     ended = cli("trainer", *words)

@@ -10,12 +10,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import code_and_error as call
 from fixture_shards import write_shards
 from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
@@ -23,7 +23,6 @@ from tiny_runs import FLOW
 from hierarchy_builder.exclusion import LOCK
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import sealed_text
-from trainer.cli import app as cli
 from trainer.decode.config import DecoderConfig
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.trajectory_forcing.train import train
@@ -33,8 +32,6 @@ from trainer.training.run_folder import read_kept
 TINY = dataclasses.replace(
     FLOW, preset="tiny-cpu", total_images=16, checkpoint_images=8, sample_images=None, tensorboard=False
 )
-Call = Callable[..., tuple[int, str]]
-"""Exit code and standard error of `trainer` with some words."""
 SAMPLE = ("--labels", "0", "--seeds", "0", "--format", "npz", "--out", "OUT")
 
 
@@ -57,18 +54,11 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """Exit code and standard error of `trainer` with these words; OUT is a folder of the test."""
-
-    def call(*words: object) -> tuple[int, str]:
-        out = str(tmp_path / "out")
-        monkeypatch.setattr(sys, "argv", ["trainer", *(str(word).replace("OUT", out) for word in words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), capsys.readouterr().err
-
-    return call
+@pytest.fixture(autouse=True)
+def out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder OUT, in the folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "OUT"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -103,7 +93,7 @@ def change_state(folder: Path, **fields: Any) -> None:
 
 @pytest.mark.parametrize("place", [-5, 12, 3])
 def test_a_flipped_bit_is_found_by_whatever_reads_the_file(
-    run: Path, shards: str, call: Call, place: int
+    run: Path, shards: str, out: Path, place: int
 ) -> None:
     flip(newest(run) / saved.MODEL, place)
     for words in (
@@ -118,7 +108,7 @@ def test_a_flipped_bit_is_found_by_whatever_reads_the_file(
         assert code == 1, words
         assert "step-00000002/model.safetensors: its checksum is" in error, words
         assert "move this one away and continue from the one before: mv -- " in error
-    assert not (run.parent / "out").exists() or not [*(run.parent / "out").rglob("*.*")]
+    assert not out.exists() or not [*out.rglob("*.*")]
     follow(error)
     assert call("train", shards, "--out", run, "--quiet")[0] == 0
     assert saved.load_state(saved.find_checkpoint(run)).step == 2
@@ -160,7 +150,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "message"), [(damage, message) for damage, _, message in DAMAGES])
 def test_verbs_that_only_read_name_a_damaged_step_and_pass_over_it(
-    run: Path, call: Call, damage: Callable[[Path], object], message: str
+    run: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(newest(run))
     before = content(run)
@@ -211,7 +201,6 @@ def renamed(folder: Path) -> None:
 def test_training_stops_at_a_step_that_it_cannot_read_and_goes_on_once_it_is_moved_away(
     run: Path,
     shards: str,
-    call: Call,
     damage: Callable[[Path], object],
     code: int,
     message: str,
@@ -245,7 +234,7 @@ def test_training_stops_at_a_step_that_it_cannot_read_and_goes_on_once_it_is_mov
 
 
 def test_training_goes_on_by_itself_once_an_error_of_the_disk_has_passed(
-    run: Path, shards: str, call: Call, monkeypatch: pytest.MonkeyPatch
+    run: Path, shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(run)
     read = Path.read_bytes
@@ -271,7 +260,7 @@ def test_training_goes_on_by_itself_once_an_error_of_the_disk_has_passed(
 
 
 def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_taken_for_an_empty_one(
-    run: Path, shards: str, call: Call, monkeypatch: pytest.MonkeyPatch
+    run: Path, shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(run)
     listdir = os.listdir
@@ -289,9 +278,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_taken_for_an_empty
     assert content(run) == before
 
 
-def test_a_run_without_a_whole_step_starts_anew_only_after_all_are_moved_away(
-    run: Path, shards: str, call: Call
-) -> None:
+def test_a_run_without_a_whole_step_starts_anew_only_after_all_are_moved_away(run: Path, shards: str) -> None:
     for folder in (run / "checkpoints").iterdir():
         (folder / saved.MODEL).write_bytes(b"")
     before = content(run)
@@ -306,7 +293,7 @@ def test_a_run_without_a_whole_step_starts_anew_only_after_all_are_moved_away(
     assert len(list((run / "checkpoints").glob("*.aside"))) == 2
 
 
-def test_resume_never_reads_and_removes_nothing(run: Path, shards: str, call: Call) -> None:
+def test_resume_never_reads_and_removes_nothing(run: Path, shards: str) -> None:
     foreign(newest(run))
     before = content(run)
     code, error = call("train", shards, "--out", run, "--quiet", "--resume", "never")
@@ -314,7 +301,7 @@ def test_resume_never_reads_and_removes_nothing(run: Path, shards: str, call: Ca
     assert content(run) == before
 
 
-def test_a_course_that_is_given_up_takes_nothing_else_with_it(run: Path, shards: str, call: Call) -> None:
+def test_a_course_that_is_given_up_takes_nothing_else_with_it(run: Path, shards: str) -> None:
     (newest(run) / "notes.txt").write_text("the best one so far")
     before = content(run)
     earlier = run / "checkpoints" / "step-00000001"
@@ -327,13 +314,13 @@ def test_a_course_that_is_given_up_takes_nothing_else_with_it(run: Path, shards:
     assert (run / "checkpoints" / "step-00000002.aside" / "notes.txt").exists()
 
 
-def test_what_interrupted_writes_left_does_not_stop_a_training(run: Path, shards: str, call: Call) -> None:
+def test_what_interrupted_writes_left_does_not_stop_a_training(run: Path, shards: str) -> None:
     newest(run).rename(newest(run).with_name("step-00000002.tmp-7"))
     assert call("train", shards, "--out", run, "--quiet")[0] == 0
     assert {folder.name for folder in (run / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
 
 
-def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(run: Path, call: Call) -> None:
+def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(run: Path) -> None:
     for folder in (run / "checkpoints").iterdir():
         (folder / saved.MODEL).write_bytes(b"")
     code, error = call("sample", run, *SAMPLE)
@@ -341,7 +328,7 @@ def test_a_run_without_a_whole_step_says_what_is_wrong_with_the_newest(run: Path
     assert "step-00000002/model.safetensors: 0 bytes" in error
 
 
-def test_the_optimiser_of_another_network_is_refused(run: Path, shards: str, call: Call) -> None:
+def test_the_optimiser_of_another_network_is_refused(run: Path, shards: str) -> None:
     change_state(newest(run), optimizer=[{}], files={}, checksums={}, format_version=1)
     code, error = call("train", shards, "--out", run, "--quiet")
     assert code == 5
@@ -353,7 +340,7 @@ def test_the_optimiser_of_another_network_is_refused(run: Path, shards: str, cal
     [(LatentTrainConfig(), "latent-forcing"), (DecoderConfig(), "train-decoder")],
 )
 def test_a_run_of_another_method_is_told_from_a_wrong_field(
-    run: Path, tmp_path: Path, call: Call, config: Any, method: str
+    run: Path, tmp_path: Path, config: Any, method: str
 ) -> None:
     other = tiny_run(tmp_path / "other")
     change_state(newest(other), config=to_mapping(config))
@@ -365,7 +352,7 @@ def test_a_run_of_another_method_is_told_from_a_wrong_field(
     assert f"found a run of {method}" in error
 
 
-def test_a_method_that_nobody_knows(run: Path, call: Call) -> None:
+def test_a_method_that_nobody_knows(run: Path) -> None:
     change_state(newest(run), config={"method_name": "alchemy"})
     code, error = call("sample", newest(run), *SAMPLE)
     assert code == 5
@@ -385,7 +372,7 @@ def test_a_method_that_nobody_knows(run: Path, call: Call) -> None:
         b"a: !!python/name:os.system ''\n",
     ],
 )
-def test_a_config_yaml_that_is_none(run: Path, shards: str, call: Call, content: bytes) -> None:
+def test_a_config_yaml_that_is_none(run: Path, shards: str, content: bytes) -> None:
     (run / "config.yaml").write_bytes(content)
     for words in (("train", shards, "--out", run), ("report", run), ("train-decoder", shards, "--out", run)):
         code, error = call(*words)
@@ -394,7 +381,7 @@ def test_a_config_yaml_that_is_none(run: Path, shards: str, call: Call, content:
     assert not (run / "report.html").exists()
 
 
-def test_numbers_kept_with_a_run_that_are_damaged(run: Path, call: Call) -> None:
+def test_numbers_kept_with_a_run_that_are_damaged(run: Path) -> None:
     assert read_kept(run / "evaluation.json") == {"metrics": []}
     for content in ("{", '{"metrics": 3}', "[]", '{"metrics": [{"name": "x"}]}'):
         (run / "evaluation.json").write_text(content)
@@ -404,7 +391,7 @@ def test_numbers_kept_with_a_run_that_are_damaged(run: Path, call: Call) -> None
         assert "remove it, `trainer evaluate` writes it again" in error
 
 
-def test_lines_of_metrics_that_are_none_end_the_log(run: Path, shards: str, call: Call) -> None:
+def test_lines_of_metrics_that_are_none_end_the_log(run: Path, shards: str) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "images": 8}\n{"step": "two"}\n{"st')
     assert call("report", run)[0] == 0
     assert call("train", shards, "--out", run, "--quiet")[0] == 0

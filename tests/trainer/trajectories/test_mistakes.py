@@ -5,25 +5,22 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import code_and_error as call
 from fixture_shards import change_index, write_shards
 from PIL import Image
 from tiny_pipeline import tiny_pipeline, tiny_run
 
 from hierarchy_builder.errors import BuilderError, TrainerError, UsageError, explained
-from trainer.cli import app as cli
 from trainer.metrics.frechet import read_reference
 from trainer.trajectories.compare import encoder_of
 from trainer.trajectories.edit import prototype
 from trainer.trajectories.pipeline import TrajectoryPipeline
 from trainer.trajectories.sample_files import FORMATS, write_samples
 
-Call = Callable[..., tuple[int, str]]
 NAMES = ["tench, Tinca tinca", "tench", "<b>Käse</b> & 'Brot'", "日本語 %s", "2", '100 %, "weiß"']
 
 
@@ -37,19 +34,6 @@ def file(run: Path) -> Path:
     """One trajectory of the run."""
     TrajectoryPipeline.from_pretrained(run)("bee", seed=1).save(run / "bee.safetensors")
     return run / "bee.safetensors"
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Exit code and standard error of `trainer` with these words."""
-
-    def call(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), capsys.readouterr().err
-
-    return call
 
 
 def odd_pipeline() -> TrajectoryPipeline:
@@ -82,7 +66,7 @@ def test_pages_escape_names_of_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_output_that_cannot_be_written(run: Path, tmp_path: Path, call: Call, name: str) -> None:
+def test_an_output_that_cannot_be_written(run: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("a file")
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none/x")):
         code, error = call("sample", run, "--labels", "ant", "--seeds", "0", "--format", name, "--out", out)
@@ -103,7 +87,7 @@ def test_an_output_that_cannot_be_written(run: Path, tmp_path: Path, call: Call,
     ],
 )
 def test_a_name_that_a_folder_has_leaves_nothing_half_written(
-    run: Path, tmp_path: Path, call: Call, name: str, taken: str
+    run: Path, tmp_path: Path, name: str, taken: str
 ) -> None:
     (tmp_path / taken).mkdir(parents=True)
     before = set(tmp_path.rglob("*"))
@@ -113,7 +97,7 @@ def test_a_name_that_a_folder_has_leaves_nothing_half_written(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_files_of_edits_at_impossible_places(run: Path, file: Path, tmp_path: Path, call: Call) -> None:
+def test_files_of_edits_at_impossible_places(run: Path, file: Path, tmp_path: Path) -> None:
     edit = ("edit", file, "--level", "1", "--tokens", "1,1", "--from-region", "1", "--out")
     for words in (
         edit,
@@ -126,19 +110,19 @@ def test_files_of_edits_at_impossible_places(run: Path, file: Path, tmp_path: Pa
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_comparison_is_a_png_whatever_its_name(file: Path, tmp_path: Path, call: Call) -> None:
+def test_a_comparison_is_a_png_whatever_its_name(file: Path, tmp_path: Path) -> None:
     assert call("compare", file, file, "--out", tmp_path / "change")[0] == 0
     assert Image.open(tmp_path / "change").format == "PNG"
 
 
 @pytest.mark.parametrize("strengths", ["a,b", "", "nan", "1,inf"])
-def test_strengths_that_are_none(run: Path, call: Call, strengths: str) -> None:
+def test_strengths_that_are_none(run: Path, strengths: str) -> None:
     code, error = call("sweep", run, "--strengths", strengths)
     assert code == 2
     assert f"strengths {strengths!r}, expected numbers" in error
 
 
-def test_samples_that_are_not_finite_are_not_written(run: Path, tmp_path: Path, call: Call) -> None:
+def test_samples_that_are_not_finite_are_not_written(run: Path, tmp_path: Path) -> None:
     words = ("--labels", "bee", "--seeds", "3", "--weak", run, "--ema", "raw", "--weak-scale", "1e39")
     code, error = call("sample", run, *words, "--out", tmp_path / "samples")
     assert code == 1
@@ -175,7 +159,7 @@ def test_pictures_of_another_size_are_judged_by_the_same_encoder() -> None:
     assert encode(square[:, ::2, ::2]).shape == encode(square).shape
 
 
-def test_a_studio_needs_a_vocabulary_of_the_model(run: Path, tmp_path: Path, call: Call) -> None:
+def test_a_studio_needs_a_vocabulary_of_the_model(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="the extra `studio` is not installed")
     np.savez(tmp_path / "other.npz", allow_pickle=False, centroids_0=np.zeros((5, 7)))
     (tmp_path / "text").write_text("no vocabulary")
@@ -188,7 +172,7 @@ def test_a_studio_needs_a_vocabulary_of_the_model(run: Path, tmp_path: Path, cal
         assert message in error
 
 
-def test_few_images_are_no_two_halves(run: Path, tmp_path: Path, call: Call) -> None:
+def test_few_images_are_no_two_halves(run: Path, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", num_samples=3)
     other = tiny_run(tmp_path / "run")
     (state,) = other.rglob("state.json")
@@ -222,7 +206,7 @@ class FullEncoder:
         )
 
 
-def test_an_error_of_the_builder_is_a_message_of_the_trainer(run: Path, tmp_path: Path, call: Call) -> None:
+def test_an_error_of_the_builder_is_a_message_of_the_trainer(run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "p.png")
     words = ("--photo", tmp_path / "p.png", "--encoder", "test_mistakes:FullEncoder", "--label", "0")
     code, error = call("encode", run, *words, "--out", tmp_path / "t.safetensors")
