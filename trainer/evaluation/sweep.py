@@ -101,7 +101,7 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     except ValueError:
         strengths = (math.nan,)
     if not all(map(math.isfinite, strengths)):
-        raise UsageError(f"strengths {text!r}, expected numbers separated by commas such as 0.5,1")
+        raise UsageError(f"strengths are {text!r}, expected numbers separated by commas such as 0.5,1")
     return strengths
 
 

@@ -119,7 +119,7 @@ def test_a_comparison_is_a_png_whatever_its_name(file: Path, tmp_path: Path) -> 
 def test_strengths_that_are_none(run: Path, strengths: str) -> None:
     code, error = call("sweep", run, "--strengths", strengths)
     assert code == 2
-    assert f"strengths {strengths!r}, expected numbers" in error
+    assert f"strengths are {strengths!r}, expected numbers" in error
 
 
 def test_samples_that_are_not_finite_are_not_written(run: Path, tmp_path: Path) -> None:
