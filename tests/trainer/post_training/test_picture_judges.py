@@ -48,6 +48,9 @@ def test_a_network_of_timm_sees_what_the_paper_describes(tmp_path: Path) -> None
     known = Known("vit_tiny_patch16_224", of_validation=1.0, size_px=64)
     with pytest.raises(TrainerError, match=r"no weights of vit_tiny_patch16_224 from .*whole"):
         TimmJudge("tiny", known, str(tmp_path / "whole.safetensors"))  # it lacks eleven of twelve blocks
+    torch.save({"blocks": np.ones(2)}, tmp_path / "other.pth")
+    with pytest.raises(TrainerError, match="no part of a tensor"):
+        TimmJudge("tiny", known, str(tmp_path / "other.pth"))
     full = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
     save_file(dict(full.state_dict()), tmp_path / "full.safetensors")
     judge = TimmJudge("tiny", known, str(tmp_path / "full.safetensors"))
