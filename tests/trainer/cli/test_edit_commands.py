@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import trainer
 from documented import undocumented
 from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline, tiny_run
-from typer.testing import CliRunner
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.files import read_json
-from trainer.cli.app import app
 from trainer.evaluation.sweep import (
     EDIT,
     NO_EDIT,
@@ -72,9 +70,7 @@ def files(run: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def call(*words: Any) -> Any:
-    done = CliRunner().invoke(app, [*map(str, words), "--json"], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+    return trainer(*words, "--json").json
 
 
 def test_edit_takes_a_region_from_another_trajectory(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -157,23 +153,20 @@ def test_list_names_regions(files: tuple[Path, Path]) -> None:
     ],
 )
 def test_edits_that_make_no_sense(files: tuple[Path, Path], words: list[Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        CliRunner().invoke(app, ["edit", str(files[0]), *map(str, words)], catch_exceptions=False)
+    assert message in trainer("edit", files[0], *words, code=2).err
     assert not files[0].with_name("a-edited.safetensors").exists()
 
 
 def test_the_model_is_found_and_checked(files: tuple[Path, Path], run: Path, tmp_path: Path) -> None:
     other = tiny_run(tmp_path / "other", seed=1)
     words = ["edit", str(files[0]), "--level", "1", "--seed", "9"]
-    assert CliRunner().invoke(app, [*words, "--run", str(run)], catch_exceptions=False).exit_code == 0
+    trainer(*words, "--run", run)
     renamed = (other / "checkpoints" / "step-00000005").rename(other / "checkpoints" / "step-00000006")
-    with pytest.raises(MismatchError, match="drawn by step-00000005"):
-        CliRunner().invoke(app, [*words, "--run", str(renamed)], catch_exceptions=False)
+    assert "drawn by step-00000005" in trainer(*words, "--run", renamed, code=5).err
     moved = tmp_path / "elsewhere" / "deep"
     moved.mkdir(parents=True)
     words[1] = str(files[0].rename(moved / "a.safetensors"))
-    with pytest.raises(TrainerError, match="if the run has moved, give --run RUN"):
-        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "if the run has moved, give --run RUN" in trainer(*words, code=1).err
 
 
 def test_compare_writes_numbers_and_a_picture(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -186,16 +179,14 @@ def test_compare_writes_numbers_and_a_picture(files: tuple[Path, Path], tmp_path
     assert rows[0]["lis"] is None
     assert rows[1]["feature_outside"] > 0
     assert undocumented(rows[1]) == []
-    with pytest.raises(UsageError, match="need --level"):
-        CliRunner().invoke(app, ["compare", *map(str, files), "--tokens", "0,0"], catch_exceptions=False)
+    assert "need --level" in trainer("compare", *files, "--tokens", "0,0", code=2).err
 
 
 def test_tables_of_edits_name_what_they_are_measured_against(
     files: tuple[Path, Path], run: Path, tmp_path: Path
 ) -> None:
     def printed(*words: Any) -> str:
-        done = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
-        return " ".join(done.stdout.split())
+        return " ".join(trainer(*words).out.split())
 
     out = tmp_path / "out.safetensors"
     edit = ("edit", files[0], "--level", 1, "--region", 1, "--to-neighbours", "--out", out)
@@ -288,10 +279,8 @@ def test_photograph_from_a_file(run: Path, tmp_path: Path) -> None:
     assert (
         call("edit", out, "--level", 0, "--region", 1, "--to-neighbours", "--resume")["levels"][0]["lis"] == 0
     )
-    with pytest.raises(UsageError, match="--photo needs --label"):
-        CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
-    with pytest.raises(UsageError, match="give one of them"):
-        CliRunner().invoke(app, ["encode", str(run), "--out", str(out)], catch_exceptions=False)
+    assert "--photo needs --label" in trainer(*words, code=2).err
+    assert "give one of them" in trainer("encode", run, "--out", out, code=2).err
     (tmp_path / "photo.png").write_bytes(b"text")
     with pytest.raises(TrainerError, match="is not a picture"):
         read_square(tmp_path / "photo.png", 96)
