@@ -292,6 +292,9 @@ The names of the classes are numbers and got ids in the order of text (1, 10, 2)
     scaled = ' * sample["scale.npy"]' if SCALE_MEMBER in index["members"] else ""
     return f"""![Samples, one a row: the photograph if it is stored, and its regions from coarse to fine]({PREVIEW})
 
+The regions of a level lie within those of the level before. Networks that draw an image level by level are trained on
+such hierarchies; the method is Trajectory Forcing ([arXiv 2606.22527](https://arxiv.org/abs/2606.22527)).
+
 ## Reading it
 
 In the folder of the tars:
@@ -306,7 +309,8 @@ for sample in webdataset.WebDataset("{urls}", shardshuffle=False).decode():
 `{CROISSANT}` describes the files in the format Croissant. From the hub, with the name of the repository in place of
 OWNER/NAME, `datasets.load_dataset("OWNER/NAME", split="{index["split"]}", streaming=True)` reads them too.
 
-A model is trained on it with `trainer train FOLDER --out RUN` of the toolkit that wrote it; FOLDER may be a URL.
+The Python package trajectory-hierarchies wrote the set. Its command `trainer train FOLDER --out RUN` trains a network
+on it, and FOLDER may be a URL.
 
 ## Classes
 {note}

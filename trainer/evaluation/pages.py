@@ -131,7 +131,7 @@ def run_page(
     state = saved.load_state(saved.find_checkpoint(run))
     seen = state.shards.get("num_samples")  # an imported checkpoint does not say
     method = registry.method_in(state.config, run)
-    title = method.name.replace("-", " ").title()
+    title = method.title
     facts = {
         "preset": state.config["preset"],
         "parameters": f"{pipe.num_parameters:,}",

@@ -30,6 +30,8 @@ class Method:
 
     name: str
     """The name that `--method` takes and the configuration of a run holds."""
+    paper: str = ""
+    """The number of its paper at arXiv, for the card of a network."""
     config: str
     """The class of its configurations, with `model`, `method` and `optim`."""
     presets: str
@@ -52,6 +54,11 @@ class Method:
     no_gradient: str = ""
     """Why there is no such module."""
 
+    @property
+    def title(self) -> str:
+        """Its name as a heading."""
+        return self.name.replace("-", " ").title()
+
     def load(self, part: str) -> Any:
         """The object or module that a field of the row names."""
         module, _, name = getattr(self, part).partition(":")
@@ -61,6 +68,7 @@ class Method:
 
 TRAJECTORY_FORCING = Method(
     name="trajectory-forcing",
+    paper="2606.22527",
     config="trainer.methods.trajectory_forcing.config:TrainConfig",
     presets="trainer.methods.trajectory_forcing.presets:PRESETS",
     default_preset="TF-B",
@@ -73,6 +81,7 @@ TRAJECTORY_FORCING = Method(
 )
 LATENT_FORCING = Method(
     name="latent-forcing",
+    paper="2602.11401",
     config="trainer.methods.latent_forcing.config:LatentTrainConfig",
     presets="trainer.methods.latent_forcing.presets:LATENT_PRESETS",
     default_preset="LF-LM",
@@ -87,6 +96,7 @@ LATENT_FORCING = Method(
 )
 NORMALIZING_TRAJECTORY = Method(
     name="normalizing-trajectory",
+    paper="2605.08078",
     config="trainer.methods.normalizing_trajectory.config:NormalizingTrainConfig",
     presets="trainer.methods.normalizing_trajectory.presets:NORMALIZING_PRESETS",
     default_preset="NTM-B",

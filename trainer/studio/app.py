@@ -86,8 +86,7 @@ def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None
 
 def about(pipe: TrajectoryPipeline) -> str:
     """Model, method and preset as Markdown, as far as the pipeline knows them."""
-    names = [row.name for row in METHODS.values() if row.load("pipeline") is type(pipe)]
-    parts = [names[0].replace("-", " ").title()] if names else []
+    parts = [row.title for row in METHODS.values() if row.load("pipeline") is type(pipe)]
     folder = pipe.weights.get("folder")
     if folder:
         where = [name for name in Path(folder).parts[-3:] if name != "checkpoints"]

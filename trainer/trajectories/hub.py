@@ -81,19 +81,21 @@ def card(facts: dict[str, Any]) -> str:
     names = [" ".join(name.split()).replace("|", "\\|") for name in names]
     listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     grid = "×".join(map(str, facts["grid"]))
+    number = facts["paper"]
+    paper = f" ([arXiv {number}](https://arxiv.org/abs/{number}))" if number else ""
     return f"""---
 library_name: trajectory-hierarchies
 pipeline_tag: unconditional-image-generation
-tags: [trajectory-forcing, image-generation, {facts["method"]}]
+tags: [{", ".join(dict.fromkeys(["image-generation", "trajectory-forcing", facts["method"]]))}]
 license: {json.dumps(facts["license"])}
 ---
 
 # {facts["title"]}
 
-This network draws an image as a trajectory of {facts["num_levels"]} canvases of features, from coarse to fine.
-Each canvas can be looked at and edited before the next one is drawn.
-
-![Samples of seed 0, a row for each class, from coarse to fine]({PICTURE})
+This network draws images of {len(names)} classes. It draws a trajectory of {facts["num_levels"]} canvases of features,
+from coarse (object and background) to fine (single tokens); each can be looked at and edited before the next one is
+drawn. The method is {facts["method_title"]}{paper}.
+The Python package trajectory-hierarchies wrote this folder and reads it:
 
 ```python
 from trainer import TrajectoryPipeline
@@ -103,9 +105,10 @@ trajectory = pipe(label={names[0]!r}, seed=0)
 trajectory.to_html("trajectory.html")
 ```
 
+![Samples of seed 0, a row for each class, from coarse to fine]({PICTURE})
+
 | | |
 |---|---|
-| method | {facts["method"]} |
 | preset | {facts["preset"]} |
 | parameters | {facts["parameters"]:,} |
 | images seen in training | {facts["images_seen"]:,} |

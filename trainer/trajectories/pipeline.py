@@ -454,10 +454,13 @@ class TrajectoryPipeline(ABC):
         normaliser = {"mean": self.normaliser.mean, "std": self.normaliser.std}
         written = replace(state, optimizer=[], files={}, checksums={}, format_version=saved.FORMAT_VERSION)
         decoder = saved.run_of(self.source) / RUN_DECODER
+        method = registry.method_in(state.config, self.source)
         facts = {
-            "title": f"{self.encoder.get('name', 'unknown')} trajectories, {state.config.get('preset', 'own preset')}",
+            "title": f"{method.title} on features of {self.encoder.get('name', 'an unknown encoder')}",
             "license": license,
-            "method": registry.method_in(state.config, self.source).name,
+            "method": method.name,
+            "method_title": method.title,
+            "paper": method.paper,
             "preset": state.config.get("preset", "none"),
             "parameters": self.num_parameters,
             "images_seen": state.images_seen,

@@ -19,7 +19,7 @@ from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import read_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import MARKS, BuildFolder
-from hierarchy_builder.store.shard_set import card_of
+from hierarchy_builder.store.shard_set import card_of, write_success
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair
 
@@ -99,4 +99,14 @@ def test_files_that_lost_their_mark_are_written_again(tiny_build, tmp_path: Path
     assert len(repair(folder, session())) == len(MARKS)
     assert {name: (folder.shards / name).read_bytes() for name in MARKS} == whole
     assert {name: (folder.shards / f"found-{name}").read_bytes() for name in MARKS} == damaged
+    assert list(find_problems(folder)) == []
+
+
+def test_a_card_in_the_words_of_another_release_is_not_damage(tiny_build, tmp_path: Path) -> None:
+    shutil.copytree(tiny_build.root, tmp_path / "build")
+    folder = BuildFolder(tmp_path / "build")
+    card = folder.shards / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace("Reading it", "How it is read"), encoding="utf-8")
+    assert any("README.md was changed" in line for line in find_problems(folder))
+    write_success(folder.shards, read_json(folder.shards / "index.json")["num_samples"])
     assert list(find_problems(folder)) == []

@@ -224,7 +224,7 @@ DAMAGE: dict[str, tuple[Callable[[BuildFolder], object], str]] = {
     "class map of the shards": (lambda f: cut(f.shards / "class_map.json"), "class_map.json is damaged"),
     "statistics": (other_mean, "mean differ from those of the features"),
     "statistics torn": (lambda f: cut(f.shards / "statistics.npz"), "statistics.npz is damaged"),
-    "card": (lambda f: (f.shards / "README.md").write_text("# Mine"), "is not the card"),
+    "card": (lambda f: (f.shards / "README.md").write_text("# Mine"), "README.md was changed"),
     "croissant.json gone": (lambda f: (f.shards / "croissant.json").unlink(), "croissant.json was changed"),
     "vocabulary of the shards": (lambda f: flip(f.shards / "vocabulary.npz"), "is not the vocabulary"),
     "last marker gone": (lambda f: (f.shards / "_SUCCESS").unlink(), "_SUCCESS is missing"),

@@ -34,6 +34,7 @@ def test_a_saved_network_draws_the_same(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert 'license: "mit"' in card
     assert "ant, bee, emu" in card
+    assert "[arXiv 2606.22527](https://arxiv.org/abs/2606.22527)" in card
     assert (folder / "samples.png").stat().st_size > 1_000
     raw = TrajectoryPipeline.from_pretrained(run, ema="raw")
     again = TrajectoryPipeline.from_pretrained(raw.save_pretrained(tmp_path / "raw"))
