@@ -103,7 +103,7 @@ def resolved(start: Start, index: ShardIndex, settings: Mapping[str, Any]) -> An
     known = own | set(known_fields(type(start.config)))
     for name in sorted(asked.keys() - own):
         if name not in known:
-            raise UsageError(f"unknown field {name!r}, {nearest(name, sorted(known))}; --dry-run lists all")
+            raise UsageError(f"unknown field {name!r}, {nearest(name, sorted(known))} (--dry-run lists all)")
         if name.partition(".")[0] in FROM_THE_RUN or (name.startswith("optim.") and name not in PACE):
             raise UsageError(f"{name} comes from the run that is post-trained: leave it out")
     start.check_fits(index)

@@ -300,7 +300,7 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     for name, value in settings.items():
         section, _, field_name = name.rpartition(".")
         if name not in (known := fields.known_fields(kind)):
-            raise UsageError(f"unknown field {name!r}, {fields.nearest(name, known)}; --dry-run lists all")
+            raise UsageError(f"unknown field {name!r}, {fields.nearest(name, known)} (--dry-run lists all)")
         (mapping[section] if section else mapping)[field_name] = value
     return checked(kind, mapping, "settings")
 

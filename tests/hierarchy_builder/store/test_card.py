@@ -106,7 +106,9 @@ def test_a_card_in_the_words_of_another_release_is_not_damage(tiny_build, tmp_pa
     shutil.copytree(tiny_build.root, tmp_path / "build")
     folder = BuildFolder(tmp_path / "build")
     card = folder.shards / "README.md"
-    card.write_text(card.read_text(encoding="utf-8").replace("Reading it", "How it is read"), encoding="utf-8")
+    card.write_text(
+        card.read_text(encoding="utf-8").replace("Reading it", "How it is read"), encoding="utf-8"
+    )
     assert any("README.md was changed" in line for line in find_problems(folder))
     write_success(folder.shards, read_json(folder.shards / "index.json")["num_samples"])
     assert list(find_problems(folder)) == []
