@@ -40,6 +40,7 @@ from hierarchy_builder.store.ledger import (
 )
 from hierarchy_builder.store.samples import FACTS, make_sample
 from hierarchy_builder.store.shard_set import (
+    SUCCESS,
     card_of,
     dataset_joint_moments,
     dataset_moments,
@@ -570,7 +571,7 @@ def _index_problems(path: Path, expected: Mapping[str, Any], class_map: Mapping[
         yield f"{path}: {', '.join(names) or 'its fields'} differ from what the manifest and the markers say"
         return
     card = path.with_name("README.md")
-    vouched = readable_json(path.with_name(SUCCESS)) or {}
+    vouched = readable_json(path.with_name(SUCCESS))
     if card.name in vouched.get("files", {}) or has_earlier_card(path.parent, found):
         return  # the mark of the set holds the digest of the card, whose wording is that of the release that wrote it
     if not card.is_file() or card.read_bytes() != card_of(found, class_map).encode():
