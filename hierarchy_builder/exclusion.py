@@ -95,8 +95,9 @@ def is_taken(folder: Path) -> bool:
     if found is None:
         return False
     lease = _Lease(folder, found)
-    holder = lease.read().get("holder")
-    if not holder or _is_dead(holder):
+    content = lease.read()
+    holder = content.get("holder")
+    if not holder or _is_dead(holder) or _is_abandoned(content):
         return False
     try:
         age = lease.age()
@@ -169,8 +170,7 @@ class _Lease:
         return self.folder / LEASES / f"{self.number:08d}.json"
 
     def content(self) -> bytes:
-        about = {"host": socket.gethostname(), "process": os.getpid(), "started": _process_start()}
-        return json_text({"holder": about, "token": self.token, "time": time.time()})
+        return json_text({"holder": _about_us(), "token": self.token, "time": time.time()})
 
     def create(self) -> bool:
         """Write the file if there is none; whether it was this process that did."""
@@ -233,7 +233,6 @@ _HELD: list[_Lease] = []
 @contextlib.contextmanager
 def _leased(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     lease = _taken(folder, say)
-    _HELD.append(lease)
     stop = threading.Event()
     beats = threading.Thread(target=_keep, args=(lease, stop), name=f"lease of {folder}", daemon=True)
     beats.start()
@@ -258,13 +257,20 @@ def _taken(folder: Path, say: Callable[[str], None], pause: Callable[[float], No
         number = _highest(folder)
         if number is not None and (busy := _Lease(folder, number)) is not None:
             content = busy.read()
-            if content.get("holder") is not None and not _is_dead(content["holder"]):
+            holder = content.get("holder")
+            if holder is not None and not _is_dead(holder) and not _is_abandoned(content):
                 _wait_until_left(busy, content, say, pause)
         lease = _Lease(folder, (number or 0) + 1)
-        if lease.create():
-            if _highest(folder) == lease.number:
-                return lease
-            lease.path.unlink(missing_ok=True)  # others came and went while this process looked
+        _HELD.append(lease)
+        try:
+            if lease.create():
+                if _highest(folder) == lease.number:
+                    return lease
+                lease.path.unlink(missing_ok=True)  # others came and went while this process looked
+        except BaseException:
+            _HELD.remove(lease)
+            raise
+        _HELD.remove(lease)
 
 
 def _wait_until_left(
@@ -304,6 +310,15 @@ def _keep(lease: _Lease, stop: threading.Event) -> None:
 def _is_of_files(error: Exception) -> bool:
     """Whether an exception tells of a file system or a store; every store has its own."""
     return isinstance(error, OSError) or store_error(error) is not None
+
+
+def _about_us() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "process": os.getpid(), "started": _process_start()}
+
+
+def _is_abandoned(content: dict[str, Any]) -> bool:
+    """Whether this process wrote the lease and holds it no more: the store was away when it was to be released."""
+    return content.get("holder") == _about_us() and content.get("token") not in {held.token for held in _HELD}
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

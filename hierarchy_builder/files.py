@@ -295,6 +295,16 @@ def size_on_disk(path: Path) -> int:
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
 
 
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Bytes of the files directly in a folder, by name; at a URL from one listing."""
+    if is_remote(folder):
+        found = {path: size for path, size in remote.files_below(folder).items() if path.parent == folder}
+        return {path.name: size for path, size in found.items()}
+    if not folder.is_dir():
+        return {}
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+
+
 def is_there(path: Path) -> bool:
     """Whether anything has this name, also a link that leads nowhere."""
     return path.exists() if is_remote(path) else os.path.lexists(path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from pathlib import Path
-from typing import cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -20,7 +20,8 @@ from hierarchy_builder.remote import CLIENTS, options
 def a_place(text: str) -> str:
     """A path with `~` expanded, or a URL as it is.
 
-    Raises UsageError for an empty text (a variable that is not set), a name that is not UTF-8, and an unknown home.
+    Raises UsageError for an empty text (a variable that is not set), a name that is not UTF-8, an unknown home, and a
+    URL with a password.
     """
     if not text.strip():
         raise UsageError("it is empty, expected a path; `.` is this folder")
@@ -30,7 +31,10 @@ def a_place(text: str) -> str:
         raise UsageError(
             f"the path {printable(text)} is not UTF-8, expected names that are: rename it, or give a link to it"
         ) from None
-    if "://" in text or not text.startswith("~"):
+    if "://" in text:
+        refuse_password(text)
+        return text
+    if not text.startswith("~"):
         return text
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
@@ -79,11 +83,22 @@ def remote_place(url: str) -> Path:
     return cast(Path, RemotePath(url.rstrip("/"), **options()))
 
 
+def refuse_password(url: str) -> None:
+    """Raise UsageError for a URL with a password, which manifests and listings would hold."""
+    if ":" in url.partition("://")[2].partition("/")[0].rpartition("@")[0]:
+        raise UsageError(
+            f"{shown(url)} was given with a password, which files that name it would hold: give it in the environment "
+            "or a profile, or for a web server in ~/.netrc"
+        )
+
+
 def shown(url: str) -> str:
     """A URL as it may be printed: without user, password and the query, which may be a signature."""
-    parts = urlsplit(url)
-    query = parts.query if parts.scheme in CLIENTS else ""  # of an object store it is part of a name
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
+    scheme, _, rest = url.partition("://")
+    if scheme not in CLIENTS:  # of an object store they are part of a name
+        rest = re.split("[?#]", rest)[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def home_folder() -> Path | None:
@@ -97,9 +112,16 @@ def home_folder() -> Path | None:
 def filesystem_of(place: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a path or URL, and the path there. A local path may hold `::`, which fsspec takes for a chain.
 
-    Raises ImportError and ValueError, as fsspec does, for a URL that is not understood.
+    Raises ImportError and ValueError, as fsspec does, for a URL that is not understood; UsageError for a password.
     """
-    return url_to_fs(place) if "://" in place else (LocalFileSystem(), os.path.abspath(place))
+    if "://" not in place:
+        return LocalFileSystem(), os.path.abspath(place)
+    refuse_password(place)
+    scheme = place.partition("://")[0]
+    of_web: dict[str, Any] = (
+        {"client_kwargs": {"trust_env": True}} if scheme in ("http", "https") else {}
+    )  # ~/.netrc
+    return url_to_fs(place, **(options() if scheme in CLIENTS else of_web))
 
 
 def printable(text: str) -> str:

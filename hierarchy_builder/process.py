@@ -1,4 +1,4 @@
-"""Prepares this process for the machine it runs on: encoding of its output, home folder, caches, CPUs."""
+"""Prepares this process for the machine it runs on: encoding of its output, home folder, caches, CPUs, threads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hierarchy_builder.errors import BuilderError, explained
 from hierarchy_builder.places import home_folder
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 def prepare() -> None:
@@ -149,3 +155,20 @@ def _report_thread(failed: Any) -> None:
         print(f"warning: {name}: {explained(failed.exc_value)}", file=sys.stderr)
     else:
         threading.__excepthook__(failed)
+
+
+def ahead(
+    pool: Executor, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], depth: int
+) -> Iterator[ResultT]:
+    """Map `items` in a pool and yield results in order, with at most `depth` further results running or waiting."""
+    waiting: deque[Future[ResultT]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

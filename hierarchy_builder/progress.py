@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
+from hierarchy_builder.exclusion import LeaseLostError, still_ours
 from hierarchy_builder.files import write_json
 from hierarchy_builder.terminal import stderr
 
@@ -158,12 +159,15 @@ def _shared(path: Path, meter: Meter) -> Iterator[Callable[[Meter], None]]:
 
     def show(meter: Meter) -> None:
         if is_due():
+            still_ours(path)
             write_json(path, {**meter.as_row(), "time": time.time()})
 
     try:
         yield show
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(LeaseLostError):  # it is then the file of another process
+            still_ours(path)
+            path.unlink(missing_ok=True)
 
 
 class Follow(Protocol):

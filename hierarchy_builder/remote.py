@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +48,12 @@ ON_THE_WAY = (
 )
 """Parts of the names of errors that tell of the way to a store, which may be there again later."""
 
-REMOVALS = 16
-"""Objects that are removed at once where a store takes them one by one."""
+MOST_KEPT = 64 * 2**20
+"""Bytes of objects that are kept inside `keeping`."""
+_KEPT, _KEEPING = dict[str, bytes](), list[bool]()
+
+AT_ONCE = 16
+"""Requests for objects that are made at once."""
 
 PASSING = {errno.EBUSY, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.EAGAIN}
 PASSING |= {errno.ENETUNREACH, errno.EHOSTUNREACH, getattr(errno, "EREMOTEIO", errno.EIO)}
@@ -85,20 +90,42 @@ WORDS = {
 The answer to a question for an object without its content has no other code than the number of its status.
 """
 
+OF_ALL = {
+    "NoCredentials",
+    "InvalidToken",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "RequestTimeTooSkewed",
+}
+"""Codes of what is wrong with every request of this machine, whatever it asks for."""
+
 PASSING_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "ServerBusy", "OperationTimedOut"}
 """Codes of a store that is overloaded."""
+
+
+SECRETS = re.compile(
+    r"(?<=://)[^\s/@]*@|(?<=[?&])(?:X-Amz-\w+|AWSAccessKeyId|Signature|sig|token)=[^\s&'\"]*&?", re.I
+)
+"""Parts of URLs that let their reader in: user and password, and signatures."""
 
 
 class StoreError(OSError):
     """A store did not do what was asked; the message holds the next step. `exit_code` tells whether to try again."""
 
     exit_code = 1
+    code = ""
+    """What the store calls it, if it is known."""
 
 
 class StoreRetryError(StoreError):
     """The same command continues later. Exit code 75."""
 
     exit_code = InterruptedRunError.exit_code
+
+
+def without_secrets(text: str) -> str:
+    """A text without the passwords and signatures in its URLs."""
+    return SECRETS.sub("", text)
 
 
 def is_remote(path: Path) -> bool:
@@ -118,10 +145,30 @@ def put(path: Path, data: bytes) -> None:
 
 def get(path: Path) -> bytes:
     """Read an object with one request. Raises FileNotFoundError where there is none."""
-    fs = _fs(path)
+    if (kept := _KEPT.get(str(path))) is not None:
+        return kept
+    data = whole(_fs(path), _key(path))
+    if _KEEPING and len(data) + sum(map(len, _KEPT.values())) <= MOST_KEPT:
+        _KEPT[str(path)] = data
+    return data
+
+
+def whole(fs: Any, key: str) -> bytes:
+    """What `get` does, for any file system of fsspec."""
     # s3fs would ask for the size first, to read large objects in parts at once
     at_once = {"max_concurrency": 1} if "s3" in fs.protocol else {}
-    return cast(bytes, fs.cat_file(_key(path), **at_once))
+    return cast(bytes, fs.cat_file(key, **at_once))
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Let `get` fetch an object once inside the block, for a command that changes nothing and reads markers often."""
+    _KEEPING.append(True)
+    try:
+        yield
+    finally:
+        _KEEPING.pop()
+        _KEPT.clear()
 
 
 def create(path: Path, data: bytes) -> bool:
@@ -196,7 +243,7 @@ def remove(paths: Iterable[Path]) -> None:
         return
     fs = _fs(paths[0])
     if "s3" not in fs.protocol:
-        with ThreadPoolExecutor(min(REMOVALS, len(paths))) as pool:
+        with ThreadPoolExecutor(min(AT_ONCE, len(paths))) as pool:
             list(pool.map(_remove, paths))
         return
     keys = [fs.split_path(_key(path))[:2] for path in paths]
@@ -254,6 +301,17 @@ def store_error(error: BaseException) -> StoreError | None:
     return _told(text, code, passes=passes or (status is None and any(map(_is_on_the_way, chain))))
 
 
+def of_all_objects(fs: Any, error: BaseException) -> StoreError | None:
+    """What an exception tells of the store as a whole, and not of the one object that was read; None for others.
+
+    The files of a web server, or of servers, are left out: one that does not answer tells nothing of others.
+    """
+    if not CLIENTS.keys() & set([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        return None
+    told = store_error(error)
+    return told if isinstance(told, StoreRetryError) or (told and told.code in OF_ALL) else None
+
+
 def _told(text: str, code: str, *, passes: bool) -> StoreError:
     """The error of a store with the next step."""
     if code in WORDS:
@@ -262,7 +320,11 @@ def _told(text: str, code: str, *, passes: bool) -> StoreError:
     else:
         advice = f"; {'the same command continues' if passes else 'check URL, network and permissions'}"
     kind = StoreRetryError if passes else StoreError
-    return kind(f"{text}{f' ({code})' if code and (code in WORDS or code not in text) else ''}{advice}")
+    told = kind(
+        f"{without_secrets(text)}{f' ({code})' if code and (code in WORDS or code not in text) else ''}{advice}"
+    )
+    told.code = code
+    return told
 
 
 def _chain(error: BaseException) -> list[BaseException]:

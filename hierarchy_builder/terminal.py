@@ -21,7 +21,7 @@ from hierarchy_builder.errors import InterruptedRunError, UserError, explained
 from hierarchy_builder.fields import flattened
 from hierarchy_builder.files import without_nan
 from hierarchy_builder.places import shown
-from hierarchy_builder.remote import store_error
+from hierarchy_builder.remote import store_error, without_secrets
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """Settings of every console: text is printed as it is, also a name such as `[red]` or `:b:`."""
@@ -62,7 +62,7 @@ def run(command: Callable[[], Any], *, continues: bool = False) -> NoReturn:
 
 
 def _end(message: str, exit_code: int) -> NoReturn:
-    stderr.print(f"error: {message}", soft_wrap=True)
+    stderr.print(f"error: {without_secrets(message)}", soft_wrap=True)
     sys.exit(exit_code)
 
 

@@ -94,7 +94,7 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
     if inputs != clustered["inputs"]:
         ledger = Ledger(folder.ledger("recut"), hash_of("cluster", inputs))
         if not any(
-            ledger.is_done(block.number) for block in blocks
+            ledger.finished(block.number for block in blocks)
         ):  # levels of an unfinished run with other cuts
             folder.remove(folder.recut)
             folder.remove(ledger.folder)
@@ -195,7 +195,7 @@ def settle_recut(folder: BuildFolder) -> None:
     """Replace the old levels by finished new ones, if the manifest asks for them already."""
     stage_hash = stage_entry(folder, "cluster")["hash"]
     done, units = Ledger(folder.ledger("recut"), stage_hash), stage_units(folder, "cluster")
-    if not all(done.is_done(unit.number) for unit in units):
+    if done.missing(unit.number for unit in units):
         return
     if (folder.recut / "regions" / "zarr.json").exists():
         folder.remove(folder.regions / "regions")

@@ -36,7 +36,7 @@ from hierarchy_builder.build.space import check_space, later_bytes
 from hierarchy_builder.build.stages import count_regions, label_maps, set_status
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.encoders import load_encoder
-from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome, ahead
+from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
@@ -45,6 +45,7 @@ from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.hierarchy.similarity import single_threaded_blas
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import ImageSource, open_reader
+from hierarchy_builder.process import ahead
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_index, records_of, write_index

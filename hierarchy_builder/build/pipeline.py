@@ -18,6 +18,7 @@ from hierarchy_builder.build.stages import CovarianceStage, ShardStage
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import brief, identity, to_mapping
+from hierarchy_builder.files import sizes_in
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, blocks_of
@@ -165,10 +166,8 @@ def _forget_lost_tars(
     folder: BuildFolder, config: ShardConfig, ledger: Ledger, units: Sequence[Block]
 ) -> None:
     """Remove the markers of tars that are missing, truncated or without their sidecar."""
-    for unit in units:
-        tar = folder.shards / shard_name(config.split, unit.number)
-        if not ledger.is_done(unit.number):
-            continue
-        size = tar.stat().st_size if tar.is_file() else None
-        if size != ledger.result(unit.number)["bytes"] or not sidecar(tar).is_file():
-            folder.remove(ledger.marker(unit.number))
+    sizes = sizes_in(folder.shards)
+    for marker in ledger.finished(unit.number for unit in units):
+        tar = folder.shards / shard_name(config.split, marker["unit"])
+        if sizes.get(tar.name) != marker["bytes"] or sidecar(tar).name not in sizes:
+            folder.remove(marker.path)

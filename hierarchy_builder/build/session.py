@@ -61,7 +61,8 @@ def do_units(
 
     after_unit: called in this process after each unit, in their order.
     """
-    todo = [unit for unit in units if not ledger.is_done(unit.number)]
+    missing = set(ledger.missing(unit.number for unit in units))
+    todo = [unit for unit in units if unit.number in missing]
     total, waiting = sum(map(len, units)), sum(map(len, todo))
     live = BuildFolder(ledger.folder.parents[1]).live
     if 0 < waiting < total:

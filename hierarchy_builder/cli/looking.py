@@ -12,6 +12,7 @@ from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, UserError, VerificationError
 from hierarchy_builder.files import readable_json, target_of
 from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, argument, flags, option, switch, takes
+from hierarchy_builder.remote import keeping
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
 
@@ -25,7 +26,9 @@ def status(folders: list[Path], as_json: bool, quiet: bool) -> None:
     found, cells, notes = list[dict[str, Any]](), list[list[str]](), list[str]()
     for folder in folders:
         build_folder = BuildFolder(folder).require()
-        rows, running = progress_of(build_folder), running_stage(build_folder)
+        with keeping():
+            rows = progress_of(build_folder)
+        running = running_stage(build_folder)
         left_out = recorded_stages(build_folder).get("extract", {}).get("left_out", [])
         of_stage = running["stage"] if running else None
         named = {"build": str(folder)} if len(folders) > 1 else {}
@@ -97,7 +100,8 @@ def _verified(folder: Path, quick: bool) -> tuple[list[str], UserError | None]:
     build_folder = BuildFolder(folder)
     try:
         _refuse_running(build_folder)
-        found = list(find_damage(build_folder, quick=quick))
+        with keeping():
+            found = list(find_damage(build_folder, quick=quick))
         if found:
             _refuse_running(build_folder)  # one that began meanwhile
     except UserError as error:

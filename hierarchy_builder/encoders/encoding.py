@@ -5,12 +5,11 @@ b images of a batch, S×S pixels, H×W grid, C channels
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +20,9 @@ from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.originals import file_hash, modified_ns
 from hierarchy_builder.images.sources import Reader
+from hierarchy_builder.process import ahead
 from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
+from hierarchy_builder.remote import StoreError
 
 FLOAT16_EXPONENT = np.uint16(0x7C00)
 """Exponent bits of a float16; all of them are set in NaN and infinity."""
@@ -136,27 +134,12 @@ class ImageEncoder:
                 return _Loaded(crop, self.keep(image, crop)), asdict(facts) | known
         except ImageError as error:
             return None, {"reason": str(error)}
+        except StoreError:
+            raise
         except OSError as error:
             return None, {"reason": f"unreadable: {error.strerror or error}"}
         except MemoryError:
             return None, {"reason": "too_large: preparing it needs more memory than there is"}
-
-
-def ahead(
-    pool: Executor, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], depth: int
-) -> Iterator[ResultT]:
-    """Map `items` in a pool and yield results in order, with at most `depth` further results running or waiting."""
-    waiting: deque[Future[ResultT]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def finite_rows(features: np.ndarray) -> np.ndarray:

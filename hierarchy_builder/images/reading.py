@@ -1,6 +1,7 @@
 """Reads the bytes of one image: from regular files only, up to a number of bytes, within a time, with another try.
 
-Whatever goes wrong concerns this one image, so every failure is an ImageError that becomes the outcome of its row.
+What goes wrong with one image is an ImageError, which becomes the outcome of its row. An object store that does not
+answer, or that refuses whatever is asked, is a StoreError, which ends the command.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import ImageError
+from hierarchy_builder.remote import of_all_objects, whole, without_secrets
 
 MAX_BYTES = 2**30
 """Largest file that is read, in bytes."""
@@ -32,7 +34,7 @@ def read_file(fs: AbstractFileSystem, place: str, start: int = 0, size: int | No
     """Return the bytes of a file, or `size` bytes of it from `start` on.
 
     Raises ImageError with reason `missing`, `not_a_file` (a folder, device or pipe), `too_large`, `timeout` or
-    `unreadable`. An error that may pass is tried again.
+    `unreadable`. An error that may pass is tried again. Raises StoreError for an object store that fails as a whole.
     """
     read = _local if isinstance(fs, LocalFileSystem) else _remote
     for pause in (*PAUSES_S, None):
@@ -46,6 +48,8 @@ def read_file(fs: AbstractFileSystem, place: str, start: int = 0, size: int | No
             raise ImageError("too_large", "reading it needs more memory than there is") from None
         except Exception as error:  # every file system has its own exceptions
             if pause is None or not _may_pass(error):
+                if told := of_all_objects(fs, error):
+                    raise told from error
                 tries = "" if pause is not None else f" ({1 + len(PAUSES_S)} tries)"
                 raise ImageError("unreadable", f"{_text_of(error)}{tries}") from None
         time.sleep(pause)
@@ -72,7 +76,7 @@ def _remote(fs: AbstractFileSystem, place: str, start: int, size: int | None) ->
     if "http" in fs.protocol:  # a web server may send without end; its class cannot be named without aiohttp
         with fs.open(place, "rb", block_size=0, size=1) as file:
             return _limited(file.read(MAX_BYTES + 1))
-    return _limited(fs.cat_file(place))
+    return _limited(whole(fs, place))
 
 
 def _limited(data: bytes) -> bytes:
@@ -118,7 +122,7 @@ def _text_of(error: Exception) -> str:
     if isinstance(answer, int):
         return f"the server answers {answer} {getattr(error, 'message', '')}".rstrip()
     strerror = getattr(error, "strerror", None)
-    return str(strerror or error or type(error).__name__)
+    return without_secrets(str(strerror or error or type(error).__name__))
 
 
 def _kind(mode: int) -> str:

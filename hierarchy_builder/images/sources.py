@@ -30,7 +30,7 @@ from hierarchy_builder.images.table import AT_ONCE, Collected, ImageTable
 from hierarchy_builder.parsing import parse_json, read_document
 from hierarchy_builder.places import a_folder, filesystem_of
 from hierarchy_builder.records import ImageRecord
-from hierarchy_builder.remote import store_error
+from hierarchy_builder.remote import store_error, without_secrets
 from hierarchy_builder.terminal import counted
 
 
@@ -82,7 +82,7 @@ class FileReader:
         try:
             fs, place = self.locate(path)
         except (OSError, ValueError, ImportError) as error:
-            raise ImageError("unreadable", str(error)) from None
+            raise ImageError("unreadable", without_secrets(str(error))) from None
         return read_file(fs, place)
 
     def size(self, path: str) -> int | None:

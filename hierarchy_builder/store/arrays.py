@@ -153,7 +153,7 @@ def damaged_layout(path: Path, layout: Layout, group: zarr.Group | None = None) 
     for name, array in layout.items():
         try:
             with decoding(path / name):
-                found = zarr.open_array(place / name, mode="r").metadata.to_dict()
+                found = zarr.open_array(place / name, mode="r", zarr_format=3).metadata.to_dict()
         except VerificationError:
             damaged.append(name)
             continue
@@ -252,7 +252,9 @@ def file_digest(path: Path, name: str, number: int, group: zarr.Group | None = N
     Since zarr checks a chunk and the index with their crc32c when it reads them, this stands for every byte of the file
     and costs a few small reads. A file that is not there gives the digest of an empty one.
     """
-    group = group or open_store(path)
+    group = (
+        open_store(path) if group is None else group
+    )  # asked whether it is true, zarr would count its arrays
     array = array_of(group, name)
     return _file_digest(_content(group, _shard_file(path, name, array, number)), array)
 
@@ -300,7 +302,7 @@ def read_written(
     path: Path, block: Block, name: str, group: zarr.Group | None = None
 ) -> tuple[np.ndarray, str]:
     """Return what `read_block` reads, and its SHA-256. group: the store, if it is open."""
-    values = read_rows(group or open_store(path), name, rows_of(name, block))
+    values = read_rows(open_store(path) if group is None else group, name, rows_of(name, block))
     return values, _digest(values, values.dtype)
 
 

@@ -11,12 +11,13 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hierarchy_builder import __version__
+from hierarchy_builder import __version__, remote
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError
 from hierarchy_builder.exclusion import Fence, still_ours
@@ -33,8 +34,12 @@ from hierarchy_builder.files import (
     write_json,
     write_record,
 )
+from hierarchy_builder.process import ahead
 from hierarchy_builder.records import FORMAT_VERSION
+from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store.folder import BuildFolder
+
+ResultT = TypeVar("ResultT")
 
 STAGES = ("extract", "vocabulary", "cluster", "link", "shard", "fuse")
 """Stages in the order of the data; `--fresh` removes a stage and all stages after it.
@@ -89,11 +94,38 @@ class Ledger:
             check_seal(text, found[SEAL])
             if int(found["format_version"]) == RECORD_VERSION:
                 return (found["stage_hash"], int(found["unit"])) == (self.stage_hash, unit)
+        # no seal was found: a marker of an earlier release, or one that is damaged
+        return self._marker(unit) is not None
+
+    def finished(self, units: Iterable[int]) -> Iterator[Marker]:
+        """Yield the markers of those of `units` that were finished with this configuration, in order.
+
+        At a URL one listing tells which of them exist, and the next ones are under way while one is used.
+        """
+        yield from filter(None, self._of_existing(self._marker, units))
+
+    def glances(self, units: Iterable[int]) -> Iterator[dict[str, float]]:
+        """Yield what `glance` tells of those of `units` that are finished, in order."""
+        yield from filter(None, self._of_existing(self.glance, units))
+
+    def missing(self, units: Iterable[int]) -> list[int]:
+        """Return those of `units` that were not finished with this configuration."""
+        units = list(units)
+        done = set(self._of_existing(lambda unit: unit if self.is_done(unit) else None, units))
+        return [unit for unit in units if unit not in done]
+
+    def _of_existing(self, look: Callable[[int], ResultT], units: Iterable[int]) -> Iterator[ResultT]:
+        if not is_remote(self.folder):
+            yield from map(look, units)
+            return
+        there = {path.name for path in remote.files_below(self.folder)}
+        yield from _at_once(look, (unit for unit in units if self.marker(unit).name in there))
+
+    def _marker(self, unit: int) -> Marker | None:
         try:
-            self.result(unit)  # no seal was found: a marker of an earlier release, or one that is damaged
+            return self.result(unit)
         except BuilderError:
-            return False
-        return True
+            return None
 
     def finish(self, unit: int, result: Mapping[str, Any]) -> None:
         """Write the marker of `unit`; call this only after everything the unit wrote is on disk.
@@ -122,6 +154,8 @@ class Ledger:
 
         The outcomes of its images between them, a hundred times as long, are neither read nor checked.
         """
+        if is_remote(self.folder):  # one request, as for a part of it
+            return self._glance_at_all(unit)
         try:
             with self.marker(unit).open("rb") as file:
                 text = file.read(HEAD_BYTES)
@@ -136,17 +170,27 @@ class Ledger:
             return None
         found = {name.decode(): value for name, value in TOP_LEVEL.findall(text)}
         if not found.keys() >= {"images", "seconds", "stage_hash", "unit"}:
-            marker: Mapping[str, Any] = {}
-            with contextlib.suppress(BuilderError):
-                marker = self.result(unit)
-            return {name: marker[name] for name in ("images", "seconds")} if marker else None
+            return self._glance_at_all(unit)
         if (found["stage_hash"].decode(), int(found["unit"])) != (self.stage_hash, unit):
             return None
         return {"images": int(found["images"]), "seconds": float(found["seconds"])}
 
+    def _glance_at_all(self, unit: int) -> dict[str, float] | None:
+        marker = self._marker(unit)
+        return None if marker is None else {name: marker[name] for name in ("images", "seconds")}
+
+    def each(self, units: Iterable[int]) -> Iterator[Marker]:
+        """Yield the markers of `units`, in that order; see `result`."""
+        yield from (_at_once if is_remote(self.folder) else map)(self.result, units)
+
     def results(self, units: Iterable[int]) -> list[Marker]:
-        """Return the content of the markers of `units`, in that order; see `result`."""
-        return [self.result(unit) for unit in units]
+        """Return the same as a list."""
+        return list(self.each(units))
+
+
+def _at_once(look: Callable[[int], ResultT], units: Iterable[int]) -> Iterator[ResultT]:
+    with ThreadPoolExecutor(remote.AT_ONCE) as pool:
+        yield from ahead(pool, look, units, remote.AT_ONCE)
 
 
 class Marker(dict[str, Any]):

@@ -45,7 +45,8 @@ def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
         )
     ledger = open_ledger(folder, stage)
     units = stage_units(folder, stage)
-    require_all(folder, stage, sum(ledger.is_done(unit.number) for unit in units), len(units))
+    missing = ledger.missing(unit.number for unit in units)
+    require_all(folder, stage, len(units) - len(missing), len(units))
     return entry
 
 
@@ -86,7 +87,7 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
     rows = []
     for stage in (name for name in STAGES if name in read_manifest(folder)["stages"]):
         ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-        results = [result for unit in units if (result := ledger.glance(unit.number)) is not None]
+        results = list(ledger.glances(unit.number for unit in units))
         rows.append(
             {
                 "stage": stage,
@@ -133,9 +134,8 @@ def relative_source(folder: BuildFolder, source: str) -> str:
 def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[Outcomes, list[dict[str, Any]]]:
     """Return the outcomes of all rows of finished units, and what else is in their markers, one marker at a time."""
     batches, facts = [], []
-    for unit in units:
-        marker = ledger.result(unit.number)
-        with decoding(ledger.marker(unit.number)):
+    for unit, marker in zip(units, ledger.each(unit.number for unit in units), strict=True):
+        with decoding(marker.path):
             batches.append(Outcomes.of(marker["outcomes"], len(unit)))
         facts.append({name: value for name, value in marker.items() if name not in ("outcomes", "sizes")})
     return Outcomes(batches), facts
@@ -147,14 +147,14 @@ def outcomes_so_far(folder: BuildFolder) -> Outcomes:
     Rows of units that were reopened (`ledger.REOPENED`) are among those that are told.
     """
     stage = "fuse" if is_fused(folder) else "extract"
-    ledger, batches = open_ledger(folder, stage), []
-    for block in stage_units(folder, stage):
-        known = Outcomes.of([], len(block))
-        for each in (ledger, Ledger(ledger.folder, REOPENED)):
-            with contextlib.suppress(BuilderError), decoding(ledger.marker(block.number)):
-                known = Outcomes.of(each.result(block.number)["outcomes"], len(block))
-        batches.append(known)
-    return Outcomes(batches)
+    ledger, blocks = open_ledger(folder, stage), stage_units(folder, stage)
+    sizes = {block.number: len(block) for block in blocks}
+    batches = {number: Outcomes.of([], size) for number, size in sizes.items()}
+    for each in (ledger, Ledger(ledger.folder, REOPENED)):
+        for marker in each.finished(sizes):
+            with contextlib.suppress(BuilderError), decoding(marker.path):
+                batches[marker["unit"]] = Outcomes.of(marker["outcomes"], sizes[marker["unit"]])
+    return Outcomes([*batches.values()])
 
 
 def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
@@ -164,18 +164,16 @@ def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
     """
     stage, ok = "fuse" if is_fused(folder) else "extract", status_name(Status.OK)
     ledger, usable = open_ledger(folder, stage), [np.empty(0, np.int64)]
-    for block in stage_units(folder, stage):
-        try:
-            outcomes = ledger.result(block.number)["outcomes"]
-        except BuilderError:
-            if not unfinished:
-                if stage == "extract":
-                    finished_stage(folder, stage)  # says how to finish it
-                raise
-            continue
-        with decoding(ledger.marker(block.number)):
-            rows = [row for row, outcome in enumerate(outcomes, block.start) if outcome["status"] == ok]
+    starts = {block.number: block.start for block in stage_units(folder, stage)}
+    for marker in ledger.finished([*starts]):
+        with decoding(marker.path):
+            outcomes = enumerate(marker["outcomes"], starts.pop(marker["unit"]))
+            rows = [row for row, outcome in outcomes if outcome["status"] == ok]
             usable.append(np.array(rows, np.int64))
+    if starts and not unfinished:
+        if stage == "extract":
+            finished_stage(folder, stage)  # says how to finish it
+        ledger.results(starts)
     return np.concatenate(usable)
 
 

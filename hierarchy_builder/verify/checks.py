@@ -177,20 +177,16 @@ def _then_error(texts: Iterator[str]) -> Iterator[str]:
 
 def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-    markers = {ledger.marker(unit.number): unit.number for unit in units}
-    for path in folder.markers(stage):
-        if path not in markers:
-            text = f"{path} is the marker of a unit that {stage} does not have"
-            yield Damage(stage=stage, unit=int(path.stem), text=text)
-    num_done = 0
-    for path, number in markers.items():
-        if ledger.is_done(number):
-            num_done += 1
-        elif path.exists():
-            text = f"{path} is damaged or belongs to another configuration"
-            yield Damage(stage=stage, unit=number, text=text)
+    numbers, found = [unit.number for unit in units], {int(path.stem): path for path in folder.markers(stage)}
+    for number in sorted(found.keys() - set(numbers)):
+        text = f"{found[number]} is the marker of a unit that {stage} does not have"
+        yield Damage(stage=stage, unit=number, text=text)
+    missing = ledger.missing(numbers)
+    for number in (number for number in missing if number in found):
+        text = f"{found[number]} is damaged or belongs to another configuration"
+        yield Damage(stage=stage, unit=number, text=text)
     try:
-        require_all(folder, stage, num_done, len(units))
+        require_all(folder, stage, len(units) - len(missing), len(units))
     except BuilderError as error:
         yield Damage(stage=stage, text=str(error))
 
@@ -201,11 +197,11 @@ def _check_blocks(
     """Compare the arrays of each finished block with their SHA-256, then run `check(block, arrays, marker)`."""
     ledger = ledger or open_ledger(folder, stage)
     path, layout = layout_of(folder, stage)
-    for block in stage_units(folder, "extract"):
-        if ledger.is_done(block.number):
-            marker = ledger.result(block.number)
-            for text in _block_problems(path, layout, block, marker, check):
-                yield Damage(stage=stage, unit=block.number, text=f"{path}, block {block.number}: {text}")
+    blocks = {block.number: block for block in stage_units(folder, "extract")}
+    for marker in ledger.finished(blocks):
+        block = blocks[marker["unit"]]
+        for text in _block_problems(path, layout, block, marker, check):
+            yield Damage(stage=stage, unit=block.number, text=f"{path}, block {block.number}: {text}")
 
 
 def _block_problems(
@@ -215,7 +211,7 @@ def _block_problems(
     group = None
     for name in layout:
         try:
-            group = group or stores.open_store(path)
+            group = stores.open_store(path) if group is None else group
             arrays[name], digest = stores.read_written(path, block, name, group)
         except BuilderError as error:
             yield str(error)
@@ -252,11 +248,11 @@ def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Dam
     yield from _check_listing(folder, "fuse", stages["extract"])
     yield from _check_photos(folder, "fuse")
     lost, ledger = list[Damage](), open_ledger(folder, "fuse")
-    for block in (unit for unit in stage_units(folder, "fuse") if ledger.is_done(unit.number)):
+    for marker in ledger.finished(block.number for block in stage_units(folder, "fuse")):
         try:
-            read_part_moments(folder, block.number, ledger.result(block.number))
+            read_part_moments(folder, marker["unit"], marker)
         except BuilderError as error:
-            lost.append(Damage(stage="fuse", unit=block.number, text=str(error)))
+            lost.append(Damage(stage="fuse", unit=marker["unit"], text=str(error)))
     if lost or not _rows_are_known(folder):
         yield from lost
         return
@@ -300,10 +296,9 @@ def is_listing(path: Path, entry: Mapping[str, Any]) -> bool:
 def _check_outcomes(folder: BuildFolder, stage: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Damage]:
     """Compare the outcomes in the index with those of finished units; in an unfinished build they come later."""
     ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-    if not all(ledger.is_done(unit.number) for unit in units):
+    if ledger.missing(unit.number for unit in units):
         return
-    for unit in units:
-        marker = ledger.result(unit.number)
+    for unit, marker in zip(units, ledger.finished(unit.number for unit in units), strict=True):
         told = [{name: row.get(name) for name in OUTCOME_COLUMNS} for row in marker["outcomes"]]
         if told != rows[unit.start : unit.stop]:
             # Without a seal nothing tells which of the two is right, so the images are looked at again.
@@ -401,12 +396,14 @@ def _check_shards(
     if None in damaged_blocks:
         return
     config = from_mapping(ShardConfig, stages["shard"]["request"])
-    ledger, units = open_ledger(folder, "shard"), stage_units(folder, "shard")
+    ledger = open_ledger(folder, "shard")
+    units = {unit.number: unit for unit in stage_units(folder, "shard")}
     rows, index, seen = usable_rows(folder), read_index(folder.index), set[str]()
     damaged = [block for block in damaged_blocks if block is not None]
     markers = list[Mapping[str, Any]]()
-    for unit in (unit for unit in units if ledger.is_done(unit.number)):
-        tar, marker = folder.shards / shard_name(config.split, unit.number), ledger.results([unit.number])[0]
+    for marker in ledger.finished(units):
+        unit = units[marker["unit"]]
+        tar = folder.shards / shard_name(config.split, unit.number)
         markers.append(marker)
         tar_rows = rows[unit.start : unit.stop]
         blocks = tar_rows // stages["extract"]["inputs"]["config"]["block_rows"]

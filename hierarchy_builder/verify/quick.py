@@ -16,7 +16,7 @@ from hierarchy_builder import remote
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import decoding, read_json, sha256_file
+from hierarchy_builder.files import decoding, read_json, sha256_file, sizes_in
 from hierarchy_builder.records import Block
 from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store import arrays as stores
@@ -44,7 +44,7 @@ def missing_files(
     if stage == "vocabulary" and not folder.vocabulary.is_file():
         yield 0, f"{folder.vocabulary} is missing"
     if stage == "fuse":
-        there = _sizes(folder.parts)
+        there = sizes_in(folder.parts)
         for unit in stage_units(folder, "fuse"):
             if not there.get(folder.part_moments(unit.number).name):
                 yield unit.number, f"{folder.part_moments(unit.number)} is missing or empty"
@@ -54,7 +54,7 @@ def missing_files(
 
 def set_problems(shards: Path) -> Iterator[str]:
     """Yield a line for each problem of a finished set of shards, by its index and the sizes of its tars."""
-    index, there = read_json(shards / "index.json"), _sizes(shards)
+    index, there = read_json(shards / "index.json"), sizes_in(shards)
     yield from success_problems(shards, index)
     listed = {entry["url"]: entry["filesize"] for entry in index["shardlist"]}
     for name, size in listed.items():
@@ -85,13 +85,13 @@ def success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
 def _missing_tars(folder: BuildFolder, request: Mapping[str, Any]) -> Iterator[str]:
     config, ledger = from_mapping(ShardConfig, request), open_ledger(folder, "shard")
     units = [unit.number for unit in stage_units(folder, "shard")]
-    done, there = [number for number in units if ledger.is_done(number)], _sizes(folder.shards)
-    if len(done) == len(units):
+    if not ledger.missing(units):
         yield from set_problems(folder.shards)
         return
-    for number in done:
-        tar = folder.shards / shard_name(config.split, number)
-        yield from _size_problems(tar, ledger.result(number)["bytes"], there)
+    there = sizes_in(folder.shards)
+    for marker in ledger.finished(units):
+        tar = folder.shards / shard_name(config.split, marker["unit"])
+        yield from _size_problems(tar, marker["bytes"], there)
 
 
 def _size_problems(tar: Path, expected: int, there: Mapping[str, int]) -> Iterator[str]:
@@ -116,8 +116,9 @@ def _missing_blocks(folder: BuildFolder, stage: str) -> Iterator[tuple[int, str]
     ledger, (path, layout) = open_ledger(folder, stage), layout_of(folder, stage)
     group = stores.open_store(path)
     there = remote.files_below(path) if is_remote(path) else None
-    for block in (unit for unit in stage_units(folder, stage) if ledger.is_done(unit.number)):
-        marker = ledger.result(block.number)
+    blocks = {block.number: block for block in stage_units(folder, stage)}
+    for marker in ledger.finished(blocks):
+        block = blocks[marker["unit"]]
         for name in layout:
             if not _is_there(path, name, block, marker, group, there):
                 text = f"{path}, block {block.number}: the file of {name} is missing or not the one that was written"
@@ -132,12 +133,3 @@ def _is_there(path: Path, name: str, block: Block, marker: Mapping[str, Any], gr
     if there is None:
         return is_as_written(path, name, block, marker, group)
     return written == NOTHING or stores.shard_file(path, name, block.number, group) in there
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """The files in a folder, by name, with their sizes; none where the folder is missing."""
-    if is_remote(folder):
-        return {path.name: size for path, size in remote.files_below(folder).items() if path.parent == folder}
-    if not folder.is_dir():
-        return {}
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}

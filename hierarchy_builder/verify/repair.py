@@ -163,7 +163,7 @@ def _rewrite_index(folder: BuildFolder) -> bool:
     """Write the index from the listing and the markers; returns whether all of them exist."""
     ledger = Ledger(folder.ledger("extract"), stage_entry(folder, "extract")["hash"])
     units = stage_units(folder, "extract")
-    if not folder.listing.exists() or not all(ledger.is_done(unit.number) for unit in units):
+    if not folder.listing.exists() or ledger.missing(unit.number for unit in units):
         return False
     outcomes, _ = gathered(ledger, units)
     write_index(folder.index, records_of(read_index(folder.listing)), outcomes)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hierarchy_builder import remote
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -30,20 +35,27 @@ class Door:
 
     def __init__(self, store: Any) -> None:
         self.store, self.fault, self.requests = store, no_fault, list[tuple[str, str]]()
+        self.writers = Counter[str]()
+        """Addresses that sent objects."""
         self.lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
         with self.lock:
             self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+            self.writers[environ["REMOTE_ADDR"]] += environ["REQUEST_METHOD"] == "PUT"
             found = self.fault(environ)
         if found is None:
             return self.store(environ, start)
-        status, code = found
-        if length := int(environ.get("CONTENT_LENGTH") or 0):  # half of an upload, then an error: it is torn
-            environ["wsgi.input"].read(length // 2)
-        start(status, [("Content-Type", "application/xml"), ("Connection", "close")])
-        text = code if code.startswith("<") else ERROR.format(code=code)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [text.encode()]
+        return refused(environ, start, *found)
+
+
+def refused(environ: dict[str, Any], start: Callable[..., Any], status: str, code: str) -> Any:
+    """Answer a request by an error of the store, an upload in its middle."""
+    if length := int(environ.get("CONTENT_LENGTH") or 0):  # half of an upload, then an error: it is torn
+        environ["wsgi.input"].read(length // 2)
+    start(status, [("Content-Type", "application/xml"), ("Connection", "close")])
+    text = code if code.startswith("<") else ERROR.format(code=code)
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [text.encode()]
 
 
 def no_fault(environ: dict[str, Any]) -> None:
@@ -55,6 +67,19 @@ class Store:
 
     def __init__(self, door: Door, endpoint: str) -> None:
         self.door, self.endpoint = door, endpoint
+
+    @contextmanager
+    def also_at(self, listening: socket.socket) -> Iterator[str]:
+        """Serve the same objects on another socket, which may be in another network; yields that endpoint."""
+        host, port = listening.getsockname()[:2]
+        with listening, _serving(self.door, host, port, listening.fileno()):
+            yield f"http://{host}:{port}"
+
+    @contextmanager
+    def also_through(self, door: Door) -> Iterator[str]:
+        """Serve the same objects through another door; yields that endpoint."""
+        with _serving(door, "127.0.0.1") as port:
+            yield f"http://127.0.0.1:{port}"
 
     def bucket(self, name: str) -> str:
         """Make a bucket and return its URL."""
@@ -80,20 +105,10 @@ def served() -> Iterator[Store]:
     pytest.importorskip("s3fs", reason="needs the extra remote")
     pytest.importorskip("moto", reason="needs moto[server]")
     from moto.server import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import WSGIRequestHandler, make_server
-
-    class Quiet(WSGIRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log(self, *words: Any, **more: Any) -> None:
-            """Print nothing."""
 
     door = Door(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, door, threaded=True, request_handler=Quiet)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    with pytest.MonkeyPatch.context() as patch:
+    with _serving(door, "127.0.0.1") as port, pytest.MonkeyPatch.context() as patch:
+        endpoint = f"http://127.0.0.1:{port}"
         for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
             patch.setenv(name, value)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
@@ -103,5 +118,43 @@ def served() -> Iterator[Store]:
         s3fs.S3FileSystem.clear_instance_cache()
         yield Store(door, endpoint)
         s3fs.S3FileSystem.clear_instance_cache()
-    server.shutdown()
-    thread.join()
+
+
+@contextmanager
+def _serving(door: Door, host: str, port: int = 0, descriptor: int | None = None) -> Iterator[int]:
+    """Answer requests until the block ends; yields the port."""
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log(self, *words: Any, **more: Any) -> None:
+            """Print nothing."""
+
+    server = make_server(host, port, door, threaded=True, request_handler=Quiet, fd=descriptor)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.port
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+def sent(folder: Path, place: Path) -> Path:
+    """Copy a local folder to a URL; returns it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            remote.put(place / path.relative_to(folder), path.read_bytes())
+    return place
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of a build but those that hold times or paths."""
+    if remote.is_remote(root):
+        files = list(remote.files_below(root))
+    else:
+        files = [path for path in root.rglob("*") if path.is_file()]
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    kept = ("features.zarr/", "regions.zarr/", "shards/", "index.parquet", "class_map.json")
+    return {name: path.read_bytes() for name, path in names.items() if name.startswith(kept)}

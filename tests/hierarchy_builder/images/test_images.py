@@ -1,5 +1,6 @@
 """Listing: every kind of source, and keys that are safe and unique."""
 
+import base64
 import gzip
 import io
 import json
@@ -10,6 +11,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -269,6 +271,18 @@ def test_a_folder_that_lists_itself_is_not_listed_twice(tmp_path: Path) -> None:
     assert [(record.path, record.class_name) for record in source.records] == [("cat/1.png", "cat")]
 
 
+def test_a_password_is_read_from_the_netrc_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "photos/cat/1.png")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(PrivatePages, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever).start()
+        source = open_source(f"http://127.0.0.1:{server.server_port}/photos")
+        server.shutdown()
+    assert [record.path for record in source.records] == ["cat/1.png"]
+
+
 class IndexPages(SimpleHTTPRequestHandler):
     """Serves a folder; the index page of each folder links to the page itself."""
 
@@ -283,6 +297,16 @@ class IndexPages(SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the output of tests short."""
+
+
+class PrivatePages(IndexPages):
+    """The same for who says `me` and `secret`."""
+
+    def send_head(self) -> Any:
+        if self.headers.get("Authorization") == f"Basic {base64.b64encode(b'me:secret').decode()}":
+            return super().send_head()
+        self.send_error(401)
+        return None
 
 
 def test_text_of_a_listing_is_not_limited_to_two_gibibytes(tmp_path: Path) -> None:

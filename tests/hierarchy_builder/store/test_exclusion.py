@@ -187,6 +187,8 @@ def test_a_store_that_is_away_at_the_end_changes_no_outcome(store: Store) -> Non
             store.door.fault = lambda environ: ("403 Forbidden", "AccessDenied")
             raise ZeroDivisionError
         assert "stays marked as being written" in heard[0]
+    with exclusive(place, pytest.fail):  # by the same process, without waiting
+        assert is_taken(place)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import cli
-from object_store import Store, served
+from object_store import Store, contents, sent, served
 from pictures import write_tree
 from tiny_builds import session
 
@@ -21,9 +21,10 @@ from hierarchy_builder.build import workers
 from hierarchy_builder.build.publish import publish_to
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.errors import UsageError, UserError
+from hierarchy_builder.errors import ImageError, UsageError, UserError
 from hierarchy_builder.files import atomic_file
-from hierarchy_builder.places import a_folder, shown
+from hierarchy_builder.images.reading import read_file
+from hierarchy_builder.places import a_folder, filesystem_of, shown
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.remote import StoreError
@@ -64,17 +65,6 @@ def at_url(store: Store, photos: Path) -> str:
     assert built.code == 0, built.err
     assert f"next: trainer train {url} --out" in built.err
     return url
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a build but those that hold times or paths."""
-    if remote.is_remote(root):
-        files = list(remote.files_below(root))
-    else:
-        files = [path for path in root.rglob("*") if path.is_file()]
-    names = {path.relative_to(root).as_posix(): path for path in files}
-    kept = ("features.zarr/", "regions.zarr/", "shards/", "index.parquet", "class_map.json")
-    return {name: path.read_bytes() for name, path in names.items() if name.startswith(kept)}
 
 
 def test_a_build_at_a_url_has_the_bytes_of_one_on_a_disk(at_url: str, on_disk: BuildFolder) -> None:
@@ -340,9 +330,22 @@ def test_urls_of_files_are_of_this_machine(tmp_path: Path) -> None:
             a_folder(url)
 
 
-def test_no_password_is_printed() -> None:
+def test_no_password_is_printed_or_written(photos: Path, tmp_path: Path) -> None:
+    url = "s3://key:secret@bucket/build"
+    for words in ((photos, "--out", url), (url, "--out", tmp_path / "build")):
+        found = cli("hierarchy-builder", "build", *words)
+        assert (found.code, "s3://bucket/build was given with a password" in found.err) == (2, True), (
+            found.err
+        )
+        assert "secret" not in found.err
+    trained = cli("trainer", "train", url, "--out", tmp_path / "run", "--preset", "tiny-cpu")
+    assert (trained.code, "secret" in trained.err) == (2, False), trained.err
+    endpoint = "https://key:secret@host/?X-Amz-Credential=secret&a=b"
+    told = remote.store_error(botocore().EndpointConnectionError(endpoint_url=endpoint))
+    assert "secret" not in str(told)
+    assert '"https://host/?a=b"' in str(told)
     assert shown("https://me:secret@host/a?X-Amz-Signature=secret") == "https://host/a"
-    assert shown("s3://bucket/a=b?c") == "s3://bucket/a=b?c"
+    assert shown("s3://bucket[1]/a=b?c#d") == "s3://bucket[1]/a=b?c#d"
 
 
 @pytest.mark.parametrize(
@@ -374,6 +377,8 @@ def test_a_missing_bucket_is_named_and_not_made(store: Store, photos: Path) -> N
         ("GET", "403 Forbidden", "RequestTimeTooSkewed", 1, "the clock of this machine"),
         ("HEAD", "403 Forbidden", "", 1, "have no permission for that, or have expired"),
         ("HEAD", "400 Bad Request", "", 75, "as it does when credentials have expired"),
+        ("GET", "301 Moved Permanently", "PermanentRedirect", 1, "in another region: set AWS_DEFAULT_REGION"),
+        ("GET", "400 Bad Request", "AuthorizationHeaderMalformed", 1, "in another region"),
     ],
 )
 def test_a_store_that_refuses(
@@ -383,6 +388,56 @@ def test_a_store_that_refuses(
         for words in (("build", photos, "--out", at_url, *WORDS), ("verify", at_url)):
             found = cli("hierarchy-builder", *words)
             assert (found.code, message in found.err) == (exit_code, True), found.err
+
+
+@pytest.fixture(scope="module")
+def photos_at_url(store: Store, photos: Path) -> str:
+    return str(sent(photos, a_folder(f"{store.bucket('photos')}/set")))
+
+
+def test_credentials_that_expire_in_the_middle_cost_no_image(
+    store: Store, photos_at_url: str, tmp_path: Path, on_disk: BuildFolder
+) -> None:
+    read, words = list[str](), ("build", photos_at_url, "--out", tmp_path / "build", *WORDS)
+
+    def fault(environ: dict[str, Any]) -> tuple[str, str] | None:
+        read.extend([environ["PATH_INFO"]] if environ["PATH_INFO"].endswith(".png") else [])
+        return ("400 Bad Request", "ExpiredToken") if len(read) > 5 else None
+
+    with store.failing(fault):
+        stopped = cli("hierarchy-builder", *words)
+    assert (stopped.code, "renew them; then the same command continues" in stopped.err) == (75, True), (
+        stopped.err
+    )
+    assert cli("hierarchy-builder", *words).code == 0
+    assert contents(tmp_path / "build") == contents(on_disk.root)
+
+
+def test_an_image_that_goes_after_it_was_listed_is_left_out(
+    store: Store, photos_at_url: str, tmp_path: Path
+) -> None:
+    def fault(environ: dict[str, Any]) -> tuple[str, str] | None:
+        return ("404 Not Found", "NoSuchKey") if environ["PATH_INFO"].endswith("/circle/001.png") else None
+
+    with store.failing(fault):
+        built = cli(
+            "hierarchy-builder",
+            *("build", photos_at_url, "--out", tmp_path / "build", *WORDS, "--max-bad-fraction", 0.2),
+        )
+    assert built.code == 0, built.err
+    assert "1 of 9 images could not be used (1 missing)" in built.err
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [("AccessDenied", ImageError), ("InvalidAccessKeyId", StoreError), ("ExpiredToken", StoreError)],
+)
+def test_an_object_that_is_refused_is_not_the_store_that_refuses(
+    store: Store, photos_at_url: str, code: str, error: type[Exception]
+) -> None:
+    fs, key = filesystem_of(f"{photos_at_url}/circle/000.png")
+    with store.failing(lambda environ: ("403 Forbidden", code)), pytest.raises(error):
+        read_file(fs, key)
 
 
 def test_the_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
