@@ -5,7 +5,7 @@
         /shared/build --out /shared/run --preset TF-B
 
 Everything behind `--` is what `trainer train` takes. A worker or node that is lost is replaced, and the ranks go on
-from the last checkpoint: the run folder must be one that every node sees under the same path.
+from the last checkpoint: the run must be at a URL, or in a folder that every node sees under the same path.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from hierarchy_builder.build.workers import RAY_ENVIRONMENT, join, start_local
 from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
 from hierarchy_builder.flags import AS_JSON, argument, option, takes
 from hierarchy_builder.installing import install_extras
-from hierarchy_builder.places import a_path
+from hierarchy_builder.places import a_folder
+from hierarchy_builder.remote import is_remote
 from hierarchy_builder.terminal import print_result
 from trainer.cli import app as cli
 from trainer.training import checkpoint as saved
+from trainer.training.mirror import run_folder
 
 try:
     import ray.train
@@ -83,7 +85,7 @@ def train(
         ),
         torch_config=TorchConfig(backend="nccl" if gpus_per_worker else "gloo"),
         run_config=ray.train.RunConfig(
-            storage_path=str(out.resolve() / "ray"),
+            **_storage(out),
             failure_config=ray.train.FailureConfig(max_failures=retries),
         ),
     )
@@ -94,7 +96,7 @@ def train(
     interrupted = (result.metrics or {}).get("interrupted")
     if interrupted:
         raise InterruptedRunError(interrupted)
-    state = saved.load_state(saved.find_checkpoint(out))
+    state = saved.load_state(saved.find_checkpoint(run_folder(out)))
     wanted = ("step", "images_seen", "seconds", "loss")
     print_result(
         {name: value for name, value in dataclasses.asdict(state).items() if name in wanted}, as_json
@@ -113,8 +115,18 @@ def run_rank(config: dict[str, Any]) -> None:
 def _run_folder(arguments: list[str]) -> Path:
     for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if word.startswith("--out"):
-            return a_path(word.removeprefix("--out=") if "=" in word else value)
+            return a_folder(word.removeprefix("--out=") if "=" in word else value)
     raise UsageError("--out RUN is missing behind --")
+
+
+def _storage(out: Path) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes, which all of its workers must see."""
+    if not is_remote(out):
+        return {"storage_path": str(out.resolve() / "ray")}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    place: Any = out / ".ray"  # no file of the run
+    return {"storage_path": place.path, "storage_filesystem": PyFileSystem(FSSpecHandler(place.fs))}
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hierarchy_builder.places import a_path
 from hierarchy_builder.terminal import say
 from trainer.methods import registry
 from trainer.methods.registry import TRAJECTORY_FORCING, config_of, method_named, method_of, preset_of
@@ -38,17 +37,18 @@ def train(
 ) -> TrajectoryPipeline:
     """Train a network on shards as `trainer train` does, and return the pipeline that samples it.
 
-    shards: folder or URL of shards or of their build, or several, which are read as one. out: run folder; the same
-    call resumes it. preset: as in `trainer presets`; None takes what fits the shards and this machine. settings,
+    shards: folder or URL of shards or of their build, or several, which are read as one. out: run folder or URL; the
+    same call resumes it. preset: as in `trainer presets`; None takes what fits the shards and this machine. settings,
     fields: fields of the configuration by name, for example settings={"optim.lr": 0.01} or total_images=10_000. Raises
     UsageError for an unknown field or preset, MismatchError where `out` holds another run, and TrainerError for damaged
     files.
     """
     from trainer.data.shards import open_index
+    from trainer.training.mirror import a_run
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     asked = {**(settings or {}), **fields}
-    out, index = a_path(str(out)), open_index(shards)
+    out, index = a_run(str(out), is_new=True), open_index(shards)
     base = base_config(preset, method, index, out, resume, False, quiet)
     config = registry.fit_to_shards(with_settings(base, asked), index, asked)
     registry.train(config, index, str(out), resume, quiet)
@@ -87,13 +87,14 @@ def base_config(
 
 def _stored_config(out: Path, resume: str) -> Any:
     """The configuration of the run in `out`, or of the checkpoint that `resume` names; None where there is neither."""
+    from trainer.training.mirror import a_run
     from trainer.training.run_folder import CONFIG, read_config  # loads torch
 
     if (stored := out / CONFIG).exists():
         return config_of(read_config(out)["config"], str(stored))
-    if resume not in ("auto", "never") and Path(resume).exists():
+    if resume not in ("auto", "never") and (asked := a_run(resume, is_new=True)).exists():
         from trainer.training.checkpoint import find_checkpoint, load_state
 
-        found = find_checkpoint(resume)
+        found = find_checkpoint(asked)
         return config_of(load_state(found).config, str(found))
     return None

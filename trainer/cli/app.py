@@ -157,6 +157,7 @@ def evaluate(
     from trainer.evaluation.pages import EVALUATION, shown_labels
     from trainer.metrics.frechet import inception_features, read_reference
     from trainer.training.checkpoint import find_checkpoint, load_state
+    from trainer.training.mirror import named
     from trainer.trajectories.photos import load_own_encoder
 
     as_json, ema = given["as_json"], given["ema"]
@@ -223,12 +224,14 @@ def evaluate(
     setup |= {"shards": index.name, "split": index.split, "judged_on": judged, "classes": classes}
     write_sealed_json(run / EVALUATION, {**setup, "metrics": rows}, sort_keys=False)
     _print_metrics(rows, as_json)
-    say_next(f"the figures lie in {run / EVALUATION}", [("trainer", "report", run)], given["quiet"])
+    say_next(
+        f"the figures lie in {named(run / EVALUATION)}", [("trainer", "report", named(run))], given["quiet"]
+    )
 
 
 @app.command(rich_help_panel=MEASURE)
 @takes(
-    run=argument("Run folder of `trainer train`.", **reads("a run folder of `trainer train`", "RUN")),
+    run=opt.RUN,
     out=option("HTML file to write. Default: RUN/report.html.", **PATH),
     shards=option(
         "Shards whose teachers are shown next to samples; may be given several times.",
@@ -260,6 +263,7 @@ def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) 
     from trainer.data.shards import open_index
     from trainer.evaluation import pages
     from trainer.evaluation.evaluate import check_fits
+    from trainer.training.mirror import named
     from trainer.trajectories.trajectory import Trajectory
 
     seeds, out = parse_seeds(given["seeds"]), out or run / "report.html"
@@ -279,9 +283,9 @@ def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) 
         more.append(pages.sweep_section(pages.read_sweep(given["sweep_file"])))
     write_page(pages.run_page(run, pipe, trajectories, index, rows, more), target)
     if given["as_json"]:
-        print_json({"page": str(out)})
+        print_json({"page": str(named(out))})
     else:
-        print(out)
+        print(named(out))
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -289,10 +293,11 @@ def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) 
 def verify(run: Path, as_json: bool, quiet: bool) -> None:
     """Read every file of a run and compare it with its checksum; exit code 4 if something is damaged."""
     from trainer.evaluation.verify import verify_run
+    from trainer.training.mirror import named
 
-    found = list(verify_run(run))
+    found, name = list(verify_run(run)), named(run)
     problems = [
-        each.text if str(run) in each.text else f"{run / each.file}: {each.text}"
+        each.text if str(run) in each.text else f"{name / each.file}: {each.text}"
         for each in found
         if each.is_damaged
     ]
@@ -300,16 +305,16 @@ def verify(run: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"problems": problems, "unchecked": unchecked})
     else:
-        for text in (*problems, *(f"not checked: {run / file}: {why}" for file, why in unchecked.items())):
+        for text in (*problems, *(f"not checked: {name / file}: {why}" for file, why in unchecked.items())):
             stdout.print(text, markup=False, highlight=False, soft_wrap=True)
     if problems:
         raise VerificationError(
-            f"{run}: found {counted(len(problems), 'problem')}, expected none; move a damaged checkpoint away, and "
+            f"{name}: found {counted(len(problems), 'problem')}, expected none; move a damaged checkpoint away, and "
             "the same training command goes on from the one before; remove another damaged file, and the command that "
             "wrote it writes it again"
         )
     if not as_json:
-        stdout.print(f"{run}: everything that was checked is in order", markup=False, highlight=False)
+        stdout.print(f"{name}: everything that was checked is in order", markup=False, highlight=False)
 
 
 @app.command(rich_help_panel=DRAW)
@@ -420,7 +425,15 @@ app.command(rich_help_panel=MEASURE)(doctor)
 
 def main() -> NoReturn:
     """Run `trainer` and leave with the exit code of what happened; an error is printed as `error: …`."""
-    run_command(app)
+
+    def command() -> None:
+        try:
+            app()
+        finally:
+            if mirror := sys.modules.get("trainer.training.mirror"):  # loaded if a run may lie at a URL
+                mirror.send_findings()
+
+    run_command(command)
 
 
 def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:

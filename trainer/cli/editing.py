@@ -89,7 +89,9 @@ def encode(run: Path, out: Path, shards: str | None, photo: Path | None, **given
     ),
     show=switch("Print the regions and stop.", "--list"),
     out=option("File to write. Default: NAME-edited.safetensors next to FILE.", **PATH),
-    run=option("Run or checkpoint that drew FILE. Default: the folder that FILE names.", **reads(A_RUN)),
+    run=option(
+        "Run or checkpoint that drew FILE. Default: the folder that FILE names.", **reads(A_RUN, is_run=True)
+    ),
     weak=opt.GUIDED["weak"],
     **OUTPUT,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -50,6 +51,16 @@ def reads(what: str, metavar: str = "PATH", is_run: bool = False) -> dict[str, A
     return {"kind": Path, "parser": existing, "metavar": metavar}
 
 
+def a_new_run(text: str) -> Path:
+    """Read the path or URL of a run that may be new: the folder where this machine trains it."""
+    if "://" not in text:
+        return checked(a_path)(text)
+    from trainer.training.mirror import a_run  # loads torch
+
+    return checked(partial(a_run, is_new=True))(text)
+
+
+NEW_RUN: dict[str, Any] = {"kind": Path, "parser": a_new_run, "metavar": "PATH|URL"}
 A_RUN = "a run folder of `trainer train`, or one of its checkpoints"
 A_TRAJECTORY = "a file that `trainer sample` or `trainer edit` wrote"
 
@@ -72,12 +83,16 @@ DECODER = option(
     "Folder or file of an RAE decoder, which turns features into pixels.",
     **reads("the folder or file of an RAE decoder"),
 )
-PIXEL_STAGE = option("Run of Latent Forcing that draws the pixels instead of a decoder.", **reads(A_RUN))
+PIXEL_STAGE = option(
+    "Run of Latent Forcing that draws the pixels instead of a decoder.", **reads(A_RUN, is_run=True)
+)
 grouped("How it is drawn", steps=STEPS, ema=EMA, decoder=DECODER, pixel_stage=PIXEL_STAGE)
 GUIDED = grouped(
     "Guidance",
     guidance=option("Guidance scale, for models that were trained with guidance.", kind=float),
-    weak=option("Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN)),
+    weak=option(
+        "Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN, is_run=True)
+    ),
     weak_scale=option("Strength of autoguidance. Default: 1 with --weak, else 0.", kind=float),
 )
 OF_METHODS = grouped(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.flags import PATH, PLACE, REQUIRED, option, switch, takes
+from hierarchy_builder.flags import PLACE, REQUIRED, option, switch, takes
 from hierarchy_builder.terminal import print_result
 from trainer.cli import judging
 from trainer.cli import options as opt
@@ -21,7 +21,7 @@ from trainer.cli.training import asked_fields, run_and_print
         default=REQUIRED,
         **PLACE | {"kind": list[str]},
     ),
-    out=option("Run folder; the same command resumes there.", default=REQUIRED, **PATH),
+    out=option("Run folder or URL; the same command resumes there.", default=REQUIRED, **opt.NEW_RUN),
     per_level=switch("Train each level by its own distances, and not through the cascade.", "--per-level"),
     balanced=switch(
         "Scale the gradients that arrive at each level to equal norms before they are added.", "--balanced"

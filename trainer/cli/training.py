@@ -13,12 +13,11 @@ import typer
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
-from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, PLACE, REQUIRED, argument, option, switch, takes
+from hierarchy_builder.flags import OUTPUT, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.parsing import parse_yaml, read_document
-from hierarchy_builder.remote import is_remote
 from hierarchy_builder.terminal import print_cells, print_result, say, say_next, show_config, stderr
 from trainer.calls import base_config
-from trainer.cli.options import FIELDS, TRAINING, reads
+from trainer.cli.options import FIELDS, NEW_RUN, TRAINING, reads
 from trainer.decode.config import DecoderConfig, DecoderSize
 from trainer.methods import registry
 from trainer.methods.registry import (
@@ -40,7 +39,7 @@ SETS = "several are read as one set: DIR DIR …, 'DIR-*', or a .txt file of one
 
 @takes(
     shards=argument(f"Finished shard folder, its build folder, or an fsspec URL; {SETS}", **SHARDS),
-    out=option("Run folder or URL; the same command resumes there.", default=REQUIRED, **FOLDER),
+    out=option("Run folder or URL; the same command resumes there.", default=REQUIRED, **NEW_RUN),
     preset_name=option(
         "Preset to start from; `trainer presets` lists them. Default: the configuration in RUN, or else what "
         "`trainer presets --suggest SHARDS` prints.",
@@ -57,11 +56,6 @@ def train(
     from trainer.data.shards import open_index
 
     resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
-    asked_out = out
-    if is_remote(out):
-        from trainer.training.mirror import run_folder  # loads torch
-
-        out = run_folder(out, is_new=True)
     index = open_index(shards)
     base = base_config(preset_name, method, index, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
@@ -76,12 +70,14 @@ def train(
         check_same_run(out, origin, resolved, index)
         print_result(to_mapping(settled(resolved, out, origin, best_device(None))), as_json)
         return
-    draw = [("trainer", "sample", out, "--labels", "0", "--out", out / "drawn"), ("trainer", "report", out)]
+    from trainer.training.mirror import named  # loads torch
+
+    run = named(out)
+    drawn = run / "drawn" if run == out else "drawn"
+    draw = [("trainer", "sample", run, "--labels", "0", "--out", drawn), ("trainer", "report", run)]
     draws_pixels = index.encoder.get("decoder") or method_of(resolved) is LATENT_FORCING
     if not draws_pixels and not (out / "decoder").exists():
-        draw.insert(0, ("trainer", "train-decoder", *shards, "--out", out / "decoder"))
-    if is_remote(asked_out):
-        draw = [("trainer", "sample", asked_out, "--labels", "0", "--out", "drawn")]
+        draw.insert(0, ("trainer", "train-decoder", *shards, "--out", run / "decoder"))
     run_and_print(
         lambda: registry.train(resolved, index, str(out), resume, quiet), resolved, as_json, quiet, draw
     )
@@ -98,9 +94,9 @@ LOSSES = {
 @takes(
     shards=argument(f"Shards built with --images, or their build folder or URL; {SETS}", **SHARDS),
     out=option(
-        "Folder of the run and of the decoder; `sample` and `report` find RUN/decoder by themselves.",
+        "Folder or URL of the run and of the decoder; `sample` and `report` find RUN/decoder by themselves.",
         default=REQUIRED,
-        **PATH,
+        **NEW_RUN,
     ),
     size=option(
         "Shape of the decoder. Default: that of the run in the folder, else XL.",

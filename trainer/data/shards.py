@@ -29,6 +29,7 @@ from hierarchy_builder.parsing import parse_npz, read_object
 from hierarchy_builder.pictures import SUFFIXES
 from hierarchy_builder.places import filesystem_of
 from hierarchy_builder.records import FORMAT_VERSION
+from hierarchy_builder.remote import store_error
 from trainer.data.folders import Places, folders_at
 from trainer.data.tars import ShardEntry
 
@@ -319,6 +320,8 @@ def _read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray
             "normalise=none"
         ) from None
     except (OSError, ValueError, KeyError) as error:
+        if told := store_error(error):
+            raise told from error
         raise TrainerError(f"{path} is damaged ({error}); run `hierarchy-builder shard DIR` again") from None
     for name, array in zip(names, found, strict=True):
         expected = (index.width,) if name.startswith("channel_") else (*index.grid, index.width)

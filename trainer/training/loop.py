@@ -33,7 +33,7 @@ from trainer.data.stream import StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
 from trainer.training.distributed import World, check_equal
 from trainer.training.log import RunLog, open_trackers
-from trainer.training.mirror import send
+from trainer.training.mirror import named, send
 from trainer.training.run_folder import locked, prepare_folder
 from trainer.training.speed import explained, peak_of
 from trainer.training.weights import WeightAverages, fill
@@ -165,7 +165,7 @@ class Loop(ABC):
             if self.world.is_main and not self.quiet:
                 seen, total = self.images_seen, self.config.total_images
                 print(
-                    f"goes on from {origin}: step {self.step:,}, {seen:,} of {total:,} images",
+                    f"goes on from {named(origin)}: step {self.step:,}, {seen:,} of {total:,} images",
                     file=sys.stderr,
                 )
         self.world.barrier()  # all ranks must have read the folder before the main rank changes it
@@ -262,12 +262,12 @@ class Loop(ABC):
                 if stopped and not is_last:
                     self._end(stopped)
         return RunSummary(
-            run=str(self.out),
+            run=str(named(self.out)),
             step=self.step,
             images_seen=self.images_seen,
             seconds=round(self.seconds, 3),
             loss=self.loss,
-            checkpoint=str(folder),
+            checkpoint=str(folder and named(folder)),
         )
 
     def _opened_log(self) -> AbstractContextManager[RunLog | None]:

@@ -2,11 +2,13 @@
 
 What lies at the URL counts. `fetched` makes the folder equal to it (of the checkpoints, the newest), and `send` copies
 there what is new after every checkpoint: the files of a checkpoint first, its state.json last, then those that
-training has removed go there too, their state.json first.
+training has removed go there too, their state.json first. A decoder or another run in a folder of the run is sent by
+its own training alone; of it, only what is beside its checkpoints is fetched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import shutil
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from hierarchy_builder import remote
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.exclusion import of_exclusion, still_ours
+from hierarchy_builder.exclusion import is_taken, of_exclusion, still_ours
 from hierarchy_builder.files import whole_file
 from hierarchy_builder.places import a_folder
 from hierarchy_builder.remote import is_remote
@@ -22,8 +24,13 @@ from trainer.data.reader import default_cache
 from trainer.training.checkpoint import STATE, STEP_FOLDER
 
 CHECKPOINTS = "checkpoints"
+OF_TRAINING = (CHECKPOINTS, "config.yaml", "metrics.jsonl", "tensorboard", "wandb")
+"""What training alone writes and sends."""
+TRIES = 3
 _HOMES: dict[Path, Path] = {}
 """URLs of the folders of this process that stand for a run."""
+_FETCHED: dict[Path, dict[str, tuple[int, int]]] = {}
+"""Size and time of what was in such a folder, by name, when this process fetched it to read it."""
 _SEEN: dict[Path, set[str]] = {}
 """Checkpoints that were in such a folder; those that are gone since were removed by training, others never came."""
 
@@ -33,34 +40,58 @@ def home_of(run: Path) -> Path | None:
     return _HOMES.get(run)
 
 
-def run_folder(place: Path, is_new: bool = False) -> Path:
+def run_folder(place: Path, is_new: bool = False, step: str = "") -> Path:
     """The folder of a run or of one of its checkpoints; for one at a URL the folder that stands for it, up to date.
 
-    is_new: whether there may be nothing yet. Raises UsageError where there is nothing.
+    is_new: whether there may be nothing yet. step: a checkpoint that is wanted beside the newest. Raises UsageError
+    where there is nothing.
     """
     if not is_remote(place):
         return place
     if STEP_FOLDER.fullmatch(place.name) and place.parent.name == CHECKPOINTS:
-        return run_folder(place.parents[1]) / CHECKPOINTS / place.name
+        checkpoint = run_folder(place.parents[1], step=place.name) / CHECKPOINTS / place.name
+        if not checkpoint.exists():
+            raise UsageError(f"{place} holds no whole checkpoint, of which a run keeps the newest few")
+        return checkpoint
     name = hashlib.sha256(str(place).encode()).hexdigest()[:16]
     folder = Path(default_cache()) / "runs" / f"{name}-{place.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one machine share the folder
-        if not _fetch(place, folder) and not is_new:
+        # who trains in it now is ahead of what lies at the URL
+        if not is_taken(folder) and not _fetched(place, folder, step) and not is_new:
             raise UsageError(f"{place} holds nothing, expected a run folder of `trainer train`")
     _HOMES[folder] = place
+    if not is_new:
+        _FETCHED[folder] = {name: _state(path) for name, path in _files(folder).items()}
     return folder
 
 
-def _fetch(place: Path, folder: Path) -> bool:
-    """Make a folder equal to what lies at a URL; returns whether anything does."""
-    sizes = _sizes(place)
+def named(path: Path) -> Path:
+    """A path as the user knows it: one in a folder that stands for a run, at the URL of the run."""
+    for folder, place in _HOMES.items():
+        if path.is_relative_to(folder):
+            return place / path.relative_to(folder).as_posix() if path != folder else place
+    return path
+
+
+def _fetched(place: Path, folder: Path, step: str) -> bool:
+    """Do what `_fetch` does, again if what was listed was removed in the meantime: training replaces checkpoints."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return _fetch(place, folder, step)
+    return _fetch(place, folder, step)
+
+
+def _fetch(place: Path, folder: Path, step: str) -> bool:
+    """Make a folder equal to what lies at a URL, of checkpoints the newest and `step`; whether anything does."""
+    sizes = {name: size for name, size in _sizes(place).items() if f"/{CHECKPOINTS}/" not in name}
     steps = {name.split("/")[1] for name in sizes if name.startswith(f"{CHECKPOINTS}/")}
-    whole = sorted(step for step in steps if f"{CHECKPOINTS}/{step}/{STATE}" in sizes)
-    unwanted = {f"{CHECKPOINTS}/{step}" for step in steps if step not in whole[-1:]}
-    _SEEN[folder] = set(whole[-1:])
-    for path in [path for path in (folder / CHECKPOINTS).glob("*") if path.name not in whole[-1:]]:
+    whole = sorted(each for each in steps if f"{CHECKPOINTS}/{each}/{STATE}" in sizes)
+    wanted = {*whole[-1:], *({step} & set(whole))}
+    unwanted = {f"{CHECKPOINTS}/{each}" for each in steps - wanted}
+    _SEEN[folder] = wanted
+    for path in [path for path in (folder / CHECKPOINTS).glob("*") if path.name not in wanted]:
         shutil.rmtree(path)
     for name, size in sizes.items():
         if name.rpartition("/")[0] in unwanted:
@@ -81,13 +112,7 @@ def send(folder: Path) -> None:
         return
     still_ours(place)
     there = _sizes(place)
-    here = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and ".tmp-" not in str(path.relative_to(folder))
-        and not of_exclusion(path.relative_to(folder).parts[0])
-    }
+    here = _files(folder)
     of_steps = {name for name in here if name.startswith(f"{CHECKPOINTS}/")}
     markers = {name for name in of_steps if name.endswith(f"/{STATE}")}
     for name in sorted(of_steps - markers):
@@ -106,6 +131,34 @@ def send(folder: Path) -> None:
     remote.remove([place / name for name in gone if name.endswith(f"/{STATE}")])
     remote.remove([place / name for name in gone if not name.endswith(f"/{STATE}")])
     _SEEN[folder] = steps
+
+
+def send_findings() -> None:
+    """Copy to the URLs of runs what this process has written into their folders beside training, such as scores."""
+    for folder, fetched in _FETCHED.items():
+        for name, path in _files(folder).items():
+            if name.partition("/")[0] not in OF_TRAINING and fetched.get(name) != _state(path):
+                remote.send(path, _HOMES[folder] / name)
+                fetched[name] = _state(path)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a run by name."""
+    nested = tuple(path.parent for path in folder.glob(f"*/{CHECKPOINTS}"))
+    paths = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and not set(nested) & set(path.parents)
+    ]
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {
+        name: path
+        for name, path in names.items()
+        if ".tmp-" not in name and not of_exclusion(name.partition("/")[0])
+    }
+
+
+def _state(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _sizes(place: Path) -> dict[str, int]:

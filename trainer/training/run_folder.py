@@ -29,7 +29,7 @@ from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
 from trainer.training.config import RunConfig, checked
 from trainer.training.log import truncate_metrics
-from trainer.training.mirror import home_of, send
+from trainer.training.mirror import a_run, home_of, send
 
 RunT = TypeVar("RunT", bound=RunConfig)
 
@@ -72,11 +72,12 @@ def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
                 f"{out} holds checkpoints up to {steps[-1].name}; choose another folder or --resume auto"
             )
         return None
-    if not Path(resume).exists():
+    other = a_run(resume, is_new=True)  # nothing is written there
+    if not other.exists():
         raise UsageError(
             f"--resume {resume}: found no such folder, expected auto, never or a run or checkpoint"
         )
-    asked = saved.find_checkpoint(resume)
+    asked = saved.find_checkpoint(other)
     if asked.parent.resolve() == (out / "checkpoints").resolve():
         saved.later_checkpoints(out, saved.load_state(asked).step, asked)
         return asked
@@ -85,7 +86,7 @@ def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
         return (
             own  # a command that started from another run is repeated: it continues from its own checkpoints
         )
-    return saved.find_checkpoint(resume, warn=is_main)
+    return saved.find_checkpoint(other, warn=is_main)
 
 
 def settled(config: RunT, out: Path, origin: Path | None, device: torch.device | str) -> RunT:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command_line import SETTINGS, cli, trainer
-from object_store import Store, served
+import yaml
+from command_line import SETTINGS, TINY, cli, trainer
+from object_store import Store, sent, served
 
 from hierarchy_builder import remote
+from hierarchy_builder.errors import UsageError
 from hierarchy_builder.places import a_folder
+from trainer import train
+from trainer.training.mirror import a_run
 
 RUN = ("--preset", "tiny-cpu", *SETTINGS, "--batch-size", 8, "--total-images", 24)
 
@@ -32,8 +37,7 @@ def test_a_run_at_a_url_goes_on_elsewhere_and_equals_one_on_a_disk(
     store: Store, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = store.bucket("training")
-    for path in Path(shards).iterdir():
-        remote.put(a_folder(f"{bucket}/shards/{path.name}"), path.read_bytes())
+    sent(Path(shards), a_folder(f"{bucket}/shards"))
     monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "first"))
     trainer("train", shards, "--out", tmp_path / "near", *RUN, "--quiet")
     url = f"{bucket}/runs/far"
@@ -42,6 +46,9 @@ def test_a_run_at_a_url_goes_on_elsewhere_and_equals_one_on_a_disk(
     assert f"next: trainer sample {url} " in trained.err
     expected = weights(tmp_path / "near")
     assert weights(a_folder(url)) == expected
+    assert (a_run(f"{url}/checkpoints/step-00000002") / "state.json").exists()  # not the newest
+    with pytest.raises(UsageError, match="step-00000009 holds no whole checkpoint"):
+        a_run(f"{url}/checkpoints/step-00000009")
     last = a_folder(url) / "checkpoints" / "step-00000003"
     remote.remove([last / "state.json"])  # as if the upload of the last one had been cut off
     monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "second"))  # another machine
@@ -55,6 +62,46 @@ def test_a_run_at_a_url_goes_on_elsewhere_and_equals_one_on_a_disk(
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "same").rglob("*.png")}
     assert pictures
     assert {path.name: path.read_bytes() for path in (tmp_path / "drawn").rglob("*.png")} == pictures
+
+
+def test_a_run_whose_credentials_expire_goes_on(
+    store: Store, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = store.bucket("expiring")
+    far = sent(Path(shards), a_folder(f"{bucket}/shards"))
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRAINER_CACHE_BYTES", "1")  # each sample is read where it lies
+    passed = list[str]()
+
+    def fault(environ: dict[str, Any]) -> tuple[str, str] | None:
+        passed.append(environ["PATH_INFO"])
+        is_over = any(path.endswith("step-00000002/state.json") for path in passed[:-1])
+        return ("400 Bad Request", "ExpiredToken") if is_over else None
+
+    words = ("train", far, "--out", f"{bucket}/run", *RUN, "--quiet")
+    with store.failing(fault):
+        stopped = cli("trainer", *words)
+    assert (stopped.code, "renew them; then the same command continues" in stopped.err) == (75, True), (
+        stopped.err
+    )
+    trainer(*words)
+    trainer("train", shards, "--out", tmp_path / "near", *RUN, "--quiet")
+    assert weights(a_folder(f"{bucket}/run")) == weights(tmp_path / "near")
+
+
+def test_what_a_verb_finds_of_a_run_lies_with_the_run(
+    store: Store, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    url = f"{store.bucket('calls')}/run"
+    settings = {name: yaml.safe_load(value) for name, value in (part.split("=") for part in TINY)}
+    pipe = train(shards, url, preset="tiny-cpu", settings=settings, total_images=16)
+    assert pipe(0, seed=0)
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "other"))
+    reported = trainer("report", url, "--shards", shards)
+    assert f"{url}/report.html" in reported.out
+    found = {path.relative_to(a_folder(url)).as_posix() for path in remote.files_below(a_folder(url))}
+    assert {"report.html", "config.yaml", "metrics.jsonl"} <= found
 
 
 def test_a_url_without_a_run_is_refused(store: Store, tmp_path: Path) -> None:
