@@ -47,6 +47,7 @@ test-cuda: .venv/.ready-dev
 drill: .venv/.ready-dev
 	$(BIN)/python -m pytest -m drill
 	$(BIN)/python tests/support/drill.py
+	$(BIN)/python tests/support/store_drill.py
 	$(BIN)/python tests/support/hostile_readers.py
 	$(BIN)/python tests/support/build_flips.py --flips 20000
 

@@ -30,6 +30,7 @@ from processes import processes_below
 
 from hierarchy_builder.build.workers import RAY_ENVIRONMENT
 from hierarchy_builder.files import read_json, sha256_file
+from hierarchy_builder.remote import files_below, is_remote
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard, sidecar
 from hierarchy_builder.verify.checks import find_problems
@@ -74,6 +75,10 @@ def command(words: Sequence[str], log: str, file_bytes: int | None, environment:
 class Drill:
     """Photographs, an undisturbed build of them, and how long each of its stages took."""
 
+    gives_up = frozenset[int]()
+    """Exit codes of a command that nothing hit, after which it is given again."""
+    deadline_s = DEADLINE_S
+
     def __init__(self, root: Path, seed: int, per_class: int = 20) -> None:
         self.root, self.random, self.faults = root, random.Random(seed), Counter[str]()
         self.photos = write_tree(root / "photos", per_class=per_class)
@@ -113,15 +118,18 @@ class Drill:
 
     def start(self, *words: str, file_bytes: int | None = None) -> multiprocessing.process.BaseProcess:
         """Start a command; file_bytes: what the largest file may have."""
-        of_ray = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-        process = forks.Process(target=command, args=(words, str(self.log), file_bytes, of_ray))
+        process = forks.Process(target=command, args=(words, str(self.log), file_bytes, self.environment()))
         process.start()
         return process
+
+    def environment(self) -> dict[str, str]:
+        """Variables of every command."""
+        return {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
 
     def run(self, *words: str, expected: int = 0, file_bytes: int | None = None) -> None:
         """Run a command to its end, which must be `expected`."""
         process = self.start(*words, file_bytes=file_bytes)
-        process.join(DEADLINE_S)
+        process.join(self.deadline_s)
         if process.exitcode is None:
             process.kill()
         self.require(
@@ -161,39 +169,41 @@ class Drill:
     def _one_try(self, folder: BuildFolder, stage: str, number: int, name: str, *, is_last: bool) -> bool:
         """Start a stage and hit it; returns whether it finished before."""
         process = self.start(*self.words(stage, folder))
-        process.join(DEADLINE_S if is_last else self.random.uniform(0, self.seconds[stage]))
+        process.join(self.deadline_s if is_last else self.random.uniform(0, self.seconds[stage]))
         if process.exitcode is None:
             os.kill(process.pid, number)
-            process.join(DEADLINE_S)
+            process.join(self.deadline_s)
             # Before the command has begun, or after its end, a signal finds nothing to stop.
             self.faults[name] += process.exitcode in (-signal.SIGKILL, 75)
-            allowed = (-number,) if number == signal.SIGKILL else (75, 0, -number)
+            allowed = {-number, 0, *self.gives_up, *(() if number == signal.SIGKILL else (75,))}
             self.require(
                 process.exitcode in allowed, f"{stage} hit by {number} ended with {process.exitcode}"
             )
         else:
-            self.require(process.exitcode == 0, f"{stage} ended with {process.exitcode}")
+            self.require(process.exitcode in {0, *self.gives_up}, f"{stage} ended with {process.exitcode}")
         return process.exitcode == 0
 
     def kill_workers(self, kills: int) -> None:
         """Kill Ray workers of a running build, each after another unit was done."""
         goal = self.faults["worker killed"] + kills
         while self.faults["worker killed"] < goal:
-            folder, seen = self.folder(), 0
-            process = self.start(*self.build_words(folder, "--workers", "2"))
-            for done in self._progress(folder, process):
-                if (
-                    done > seen
-                    and self.faults["worker killed"] < goal
-                    and (workers := workers_of(process.pid))
-                ):
-                    process.join(self.random.uniform(0, 0.2))
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(self.random.choice(workers), signal.SIGKILL)
-                        self.faults["worker killed"] += 1
-                        seen = done
-            self.require(process.exitcode == 0, f"build ended with {process.exitcode}")
+            folder = self.folder()
+            while (code := self._kill_workers_of(folder, goal)) in self.gives_up:
+                pass
+            self.require(code == 0, f"build ended with {code}")
             self.compare(folder)
+
+    def _kill_workers_of(self, folder: BuildFolder, goal: int) -> int | None:
+        """Build, and kill workers until `goal` of them were hit; returns the exit code of the build."""
+        seen, process = 0, self.start(*self.build_words(folder, "--workers", "2"))
+        for done in self._progress(folder, process):
+            if done > seen and self.faults["worker killed"] < goal and (workers := workers_of(process.pid)):
+                process.join(self.random.uniform(0, 0.2))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.random.choice(workers), signal.SIGKILL)
+                    self.faults["worker killed"] += 1
+                    seen = done
+        return process.exitcode
 
     def stop_with_workers(self) -> None:
         """SIGTERM to a driver whose units run on Ray."""
@@ -202,7 +212,7 @@ class Drill:
         for done in self._progress(folder, process):
             if done > 1:
                 os.kill(process.pid, signal.SIGTERM)
-                process.join(DEADLINE_S)
+                process.join(self.deadline_s)
                 self.faults["driver stopped"] += 1
         self.require(process.exitcode == 75, f"build ended with {process.exitcode}")
         self.run(*self.build_words(folder, "--workers", "0"))
@@ -233,9 +243,9 @@ class Drill:
 
     def _progress(self, folder: BuildFolder, process: multiprocessing.process.BaseProcess) -> Iterator[int]:
         """Units done, again and again until the command ends; it is killed after the deadline."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + self.deadline_s
         while process.exitcode is None and time.monotonic() < deadline:
-            yield sum(1 for _ in folder.root.glob("ledger/*/[0-9]*.json"))
+            yield len(folder.markers("*"))
             process.join(POLL_S)
         if process.exitcode is None:
             process.kill()
@@ -266,7 +276,7 @@ class Drill:
             folder = self.folder()
             limit = self.random.randrange(4096, largest)
             process = self.start(*self.build_words(folder, "--workers", "0"), file_bytes=limit)
-            process.join(DEADLINE_S)
+            process.join(self.deadline_s)
             self.require(process.exitcode in (1, 75), f"full disk ended with {process.exitcode}")
             check_whole(folder)
             self.faults["disk full"] += 1
@@ -283,8 +293,9 @@ def tars_of(folder: BuildFolder) -> dict[str, str]:
 
 def check_whole(folder: BuildFolder) -> None:
     """Whatever has its final name is whole."""
-    for path in folder.root.rglob("*.json"):
-        json.loads(path.read_bytes())
+    for path in files_below(folder.root) if is_remote(folder.root) else folder.root.rglob("*.json"):
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
     for tar in folder.shards.glob("*.tar"):
         assert not sidecar(tar).is_file() or read_json(sidecar(tar))["sha256"] == sha256_file(tar), tar
 
