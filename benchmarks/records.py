@@ -1,6 +1,6 @@
 """Records of measurements, and the tables of the documentation that are made from them.
 
-    python benchmarks/records.py            writes every table of docs/results.md, docs/scale.md and README.md
+    python benchmarks/records.py            writes every table of the pages in `PAGES`
     python benchmarks/records.py --check    fails where a table differs from its record, or a command no longer parses
 
 A record is one JSON file in `benchmarks/records`: the commands, the commit of the code that was measured, the date,
@@ -28,7 +28,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
-PAGES = (*(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scale")), ROOT / "README.md")
+PAGES = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scale", "clusters")),
+    ROOT / "README.md",
+)
 BLOCK = re.compile(r"(<!-- record: ([a-z0-9_]+) -->\n).*?(<!-- end of record -->)", re.DOTALL)
 
 FIGURE = re.compile(r"[^\s|(]+(<!-- ([a-z0-9_]+):(\d+):(\d+) -->)")
