@@ -7,7 +7,8 @@ tar of 1,000 samples. It must be empty or left by an earlier call. Every command
 has ended, or until it has begun its work: a build until its first unit is done, a training until its run folder is
 prepared. Then it is stopped. Figures are those of this process, the driver; Ray's worker is another one.
 
-`status` looks at the started build with a marker for every unit, copied from the first one.
+`status` looks at the started build with a marker and blocks for every unit, copied and linked from the first one;
+`verify --quick` looks at them when the last unit is done, and at the set of shards.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
         measured("plan", (*builder, "plan", *asked, "--force"), work),
         measured("build, until a unit is done", (*builder, "build", *asked, "--force"), work, marker.exists),
     ]
-    copy_markers(work / "build", marker)
+    copy_units(work / "build", marker)
     rows.append(measured("status", (*builder, "status", build, "--json"), work))
     rows.append(
         measured(
@@ -60,9 +61,12 @@ def main() -> None:
             lambda: unfinished(work / "build").exists(),
         )
     )
+    rows.append(measured("verify --quick, of the build", (*builder, "verify", "--quick", build), work))
+    rows.append(measured("verify --quick, of the shards", (*builder, "verify", "--quick", str(shards)), work))
     started = (sys.executable, "-m", *train)
     rows.append(measured("train, until it begins", started, work, (run / "config.yaml").exists))
-    columns = ["command", "seconds", "CPU seconds", "peak memory, MB"]
+    command = f"{count:,} images, {count // SAMPLES:,} shards"
+    columns = [command, "seconds", "CPU seconds", "peak memory, MB"]
     records.write(
         arguments.record,
         columns=columns,
@@ -108,36 +112,43 @@ def make_shards(work: Path, shards: Path, count: int, photo: Path) -> None:
         shutil.copy(photo, small / f"n{label:08d}" / f"n{label:08d}_0.jpg")
     built = build_shards(small, work / "small-build", encoder="dct", workers=0)
     shards.mkdir(parents=True)
-    for path in built.iterdir():
-        if path.suffix != ".tar" and path.name != "_SUCCESS":
-            shutil.copy(path, shards / path.name)
     index = json.loads((built / "index.json").read_text())
     entry = index["shardlist"][0]
+    for path in built.iterdir():
+        if path.stem != Path(entry["url"]).stem and path.name != "_SUCCESS":
+            shutil.copy(path, shards / path.name)
     index["shardlist"] = [{**entry, "url": f"train-{number:06d}.tar"} for number in range(count)]
     index["num_samples"] = count * entry["nsamples"]
     for number in range(count):
-        os.link(built / entry["url"], shards / f"train-{number:06d}.tar")
+        for suffix in (".tar", ".json"):
+            os.link((built / entry["url"]).with_suffix(suffix), shards / f"train-{number:06d}{suffix}")
     (shards / "index.json").write_text(json.dumps(index, indent=2))
     from hierarchy_builder.store.shard_set import write_success
 
     write_success(shards, index["num_samples"])
 
 
-def copy_markers(build: Path, first: Path) -> None:
-    """Mark every unit of the stage but the last as done, with the outcomes of the first one."""
+def copy_units(build: Path, first: Path) -> None:
+    """Mark every unit of the stage but the last as done, with the outcomes and the blocks of the first one."""
     from hierarchy_builder.store.folder import BuildFolder
     from hierarchy_builder.store.ledger import open_ledger, read_marker
     from hierarchy_builder.store.units import stage_units
 
     folder = BuildFolder(build)
-    ledger, units, content = (
-        open_ledger(folder, "extract"),
-        stage_units(folder, "extract"),
-        read_marker(first),
-    )
-    for unit in units[1:-1]:
-        if not ledger.marker(unit.number).exists():
-            ledger.finish(unit.number, {**content, "unit": unit.number})
+    ledger, content = open_ledger(folder, "extract"), read_marker(first)
+    chunks = [path for path in folder.features.glob("*/c") if path.is_dir()]
+    for unit in stage_units(folder, "extract")[1:-1]:
+        if ledger.marker(unit.number).exists():
+            continue
+        for chunk in chunks:
+            source, target = chunk / "0", chunk / str(unit.number)
+            shutil.rmtree(target, ignore_errors=True)
+            if source.is_dir():
+                shutil.copytree(source, target, copy_function=os.link)
+            else:
+                target.unlink(missing_ok=True)
+                os.link(source, target)
+        ledger.finish(unit.number, {**content, "unit": unit.number})
 
 
 def unfinished(build: Path) -> Path:

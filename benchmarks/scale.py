@@ -191,11 +191,13 @@ CASES = {
     "1,000 actors, spot (24 h) and slow nodes": Cluster(),
     "the same, results at most 4 units ahead": Cluster(ahead=4),
     "the same, units of 1.4 s (4 actors share a GPU)": Cluster(unit_s=1.4),
+    "the same, units of 1.4 s, four times as many": Cluster(unit_s=1.4, units=2_000_000),
     "the same, units of 1.4 s, driver 2 ms a unit": Cluster(unit_s=1.4, driver_s=0.002),
     "the same, units of 22 s (16,384 images), driver 2 ms a unit": Cluster(
         unit_s=22.0, driver_s=0.002, units=250_000
     ),
     "10,000 actors, spot and slow nodes, units of 22 s": Cluster(nodes=1250, unit_s=22.0, units=1_000_000),
+    "the same, three times as many units": Cluster(nodes=1250, unit_s=22.0, units=3_000_000),
 }
 
 

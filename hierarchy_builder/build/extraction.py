@@ -19,9 +19,8 @@ from hierarchy_builder.build.inputs import (
 )
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, extract_bytes
-from hierarchy_builder.build.stages import ExtractStage
+from hierarchy_builder.build.stages import ExtractStage, asked_encoder
 from hierarchy_builder.config import ExtractConfig
-from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import size_on_disk, write_json
@@ -65,10 +64,10 @@ def extract(
         finish_carrying(folder)
     images, config = settle_rows(folder, images, config, session, accept=accepts)
     if not session.fresh:
-        refuse_changed_images(folder, images)
+        refuse_changed_images(folder, images, config)
     records = images.records
     assert config.block_rows is not None
-    encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
+    encoder = asked_encoder(config)
     parts = {} if session.fresh else parts_of(folder, images, accept=accepts)
     inputs = {**extract_inputs(images, config, encoder), **parts}
     needed = extract_bytes(len(records), encoder.describe(), config.block_rows)
@@ -95,7 +94,8 @@ def extract(
     stores.create(*layout_of(folder, "extract"))
     del encoder
     load = partial(ExtractStage.load, folder, images.location, config)
-    done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True)
+    apart = partial(asked_encoder, config)
+    done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True, encoder=apart)
     outcomes, results = gathered(ledger, blocks)
     write_index(folder.index, records, outcomes)
     check_skipped(folder, outcomes, config.max_bad_fraction, session)

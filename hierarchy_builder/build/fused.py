@@ -33,9 +33,9 @@ from hierarchy_builder.build.inputs import (
 from hierarchy_builder.build.parts import Assembly
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, later_bytes
-from hierarchy_builder.build.stages import count_regions, label_maps, set_status
+from hierarchy_builder.build.stages import asked_encoder, count_regions, label_maps, set_status
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import UsageError
@@ -76,13 +76,15 @@ class FuseStage:
         extract: ExtractConfig,
         recipe: HierarchyRecipe,
         config: ShardConfig,
+        encoder: Encoder | None = None,
     ) -> FuseStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the build began with."""
-        encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)
+        encoder = encoder or asked_encoder(extract)
         check_probe(encoder, probe_value(encoder), extract.precision, stage_entry(folder, "fuse")["probe"])
         images = ImageEncoder(encoder, open_reader(source), extract.batch_size, extract.max_pixels)
         if config.images:
-            images.keep = lambda image, crop: picture_of(image, encoder.image_size_px, config, crop)
+            px = encoder.image_size_px
+            images.keep = lambda image, crop: picture_of(image, px, config, crop)
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
         return cls(folder, recipe, config, images, read_index(folder.listing), masks)
 
@@ -178,10 +180,10 @@ def fuse(
     images, extract = settle_fused_rows(folder, images, extract, config, session)
     config = with_licence(folder, config, fresh=session.fresh)
     if not session.fresh:
-        refuse_changed_images(folder, images)
+        refuse_changed_images(folder, images, extract)
     records = images.records
     assert extract.block_rows is not None
-    encoder = load_encoder(extract.encoder, weights=extract.weights, precision=extract.precision)
+    encoder = asked_encoder(extract)
     inputs = fused_inputs(extract_inputs(images, extract, encoder), recipe, config, images)
     needed = later_bytes(recipe, None, config, len(records), encoder.describe())
     check_space(folder, {"shards": needed["shards"]}, force=session.force)
@@ -209,7 +211,14 @@ def fuse(
     del encoder
     load = partial(FuseStage.load, folder, images.location, extract, recipe, config)
     done, seconds = do_units(
-        load, ledger, blocks, session, "fuse", uses_gpu=True, after_unit=assembly.advance
+        load,
+        ledger,
+        blocks,
+        session,
+        "fuse",
+        uses_gpu=True,
+        encoder=partial(asked_encoder, extract),
+        after_unit=assembly.advance,
     )
     assembly.advance()
     outcomes, results = gathered(ledger, blocks)

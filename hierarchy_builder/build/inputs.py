@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,12 @@ from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageErr
 from hierarchy_builder.fields import identity
 from hierarchy_builder.images.originals import changed_images, modified_ns, refuse_changed
 from hierarchy_builder.images.sources import ImageSource, open_reader, open_source
-from hierarchy_builder.images.table import AT_ONCE, ImageTable
-from hierarchy_builder.records import Status
+from hierarchy_builder.images.table import ImageTable
+from hierarchy_builder.records import ImageRecord, Status
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import Outcomes, in_build_order, read_index, records_of, status_name
+from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import recorded_stages
-from hierarchy_builder.store.units import outcomes_so_far, stored_source
+from hierarchy_builder.store.units import stored_source, told_blocks
 from hierarchy_builder.terminal import counted
 
 
@@ -102,25 +102,26 @@ def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, sessi
     return value if recorded is None else recorded
 
 
-def refuse_changed_images(folder: BuildFolder, images: ImageSource) -> None:
+def refuse_changed_images(folder: BuildFolder, images: ImageSource, config: ExtractConfig) -> None:
     """Raise ConfigMismatchError if an image that a build has encoded is another file now, which its size does not tell.
 
     Images on a remote file system have no time of change, and reading all of them again costs too much here.
     """
-    if not folder.listing.exists() or not recorded_stages(folder):
+    entry = recorded_stages(folder).get("extract")
+    if not folder.listing.exists() or entry is None:
         return
-    outcomes = outcomes_so_far(folder)
-    before = _listed(folder)[: len(outcomes)]
-    now = images.records
-    place = pc.index_in(before.column("path"), value_set=now.column("path"))
-    # the listing tells of images that have another size or are gone
-    same = pc.equal(now.column("bytes").take(place), before.column("bytes")).fill_null(False)
-    known, changed = np.flatnonzero(same.to_numpy()), list[str]()
-    for start in range(0, len(known), AT_ONCE):
-        rows = known[start : start + AT_ONCE]
-        told = zip(before.take(rows), Outcomes(outcomes.table.take(rows).to_batches()), strict=True)
-        pairs = [(record, outcome) for record, outcome in told if "modified" in outcome]
-        changed += changed_images([old for old, _ in pairs], [outcome for _, outcome in pairs], images.reader)
+    now, inputs = images.records, entry["inputs"]
+    same = np.ones(len(now), bool)
+    if (inputs["listing_hash"], inputs["config"].get("order")) == (images.listing_hash, config.order):
+        before = now
+    else:
+        before = _listed(folder)[: inputs["num_images"]]
+        place = pc.index_in(before.column("path"), value_set=now.column("path"))
+        # the listing tells of images that have another size or are gone
+        same = pc.equal(now.column("bytes").take(place), before.column("bytes")).fill_null(False).to_numpy()
+    changed = list[str]()
+    for records, outcomes in _encoded(folder, before, same):
+        changed += changed_images(records, outcomes, images.reader)
     refuse_changed(images.location, changed)
 
 
@@ -129,16 +130,30 @@ def refuse_lost_images(folder: BuildFolder) -> None:
 
     Images on a remote file system are left out, as in `refuse_changed_images`.
     """
-    place = stored_source(folder)
-    reader, pairs = open_reader(place), zip(_listed(folder), outcomes_so_far(folder), strict=False)
-    known = [(record, outcome) for record, outcome in pairs if outcome.get("modified") is not None]
-    records, outcomes = [record for record, _ in known], [outcome for _, outcome in known]
-    refuse_changed(place, changed_images(records, outcomes, reader))
-    if gone := [record.path for record in records if modified_ns(reader, record.path) is None]:
+    place, before = stored_source(folder), _listed(folder)
+    reader, changed, gone = open_reader(place), list[str](), list[str]()
+    for records, outcomes in _encoded(folder, before, np.ones(len(before), bool)):
+        changed += changed_images(records, outcomes, reader)
+        gone += [record.path for record in records if modified_ns(reader, record.path) is None]
+    refuse_changed(place, changed)
+    if gone:
         raise BuilderError(
             f"{place}: {counted(len(gone), 'image')} missing: {', '.join(gone[:5])}{' …' if gone[5:] else ''}; "
             "restore what was encoded, or make shards with --no-images"
         )
+
+
+def _encoded(
+    folder: BuildFolder, listed: ImageTable, chosen: np.ndarray
+) -> Iterator[tuple[list[ImageRecord], list[dict[str, Any]]]]:
+    """Yield block by block the chosen images whose time of change is known, and what was told of them."""
+    for block, told in told_blocks(folder):
+        rows = told.select(["status", "file_hash", "modified"]).to_pylist()
+        triples = zip(listed[block.start : block.stop], rows, chosen[block.start : block.stop], strict=False)
+        pairs = [
+            (record, row) for record, row, is_chosen in triples if is_chosen and row["modified"] is not None
+        ]
+        yield [record for record, _ in pairs], [row for _, row in pairs]
 
 
 def _listed(folder: BuildFolder) -> ImageTable:

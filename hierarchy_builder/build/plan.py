@@ -59,6 +59,8 @@ TRIAL_ROWS = 40
 """Rows of a block of the trial; with a power of two the means of a block would have few digits and compress better."""
 TRIAL_PROTOTYPES = 256
 """Prototypes on each level of the vocabulary of the trial, at most."""
+WRITTEN = 2**18
+"""Rows of the index that are written to see how many bytes they take, at most."""
 TIMED_TOKENS = 4_096
 """Tokens that are clustered once to estimate the time of a vocabulary."""
 TAR_RECORD, TAR_END = 10_240, 1_024
@@ -228,11 +230,12 @@ def make_plan(
         scratch = fitting_bytes(plan.vocabulary, tokens, encoder["width"])
     elif "fuse" in todo:
         scratch = math.ceil(min(usable, per_shard + config.block_rows) * trial.samples.mean())
-    counts = Counter(records.values("class_name"))
+    counted_names = records.column("class_name").value_counts()
+    counts = Counter(dict(zip(*(part.to_pylist() for part in counted_names.flatten()), strict=True)))
     return Plan(
         source=images.location,
         num_images=len(records),
-        input_bytes=sum(records.values("bytes")),
+        input_bytes=pc.sum(records.column("bytes")).as_py(),
         classes={name: counts[name] for name in images.class_map},
         warnings=(*images.warnings, *few_tars(len(tars), usable, plan.shard.shard_bytes)),
         tried=len(trial.outcomes),
@@ -372,8 +375,8 @@ def _sizes(
 
 
 def _index_bytes(trial: _Trial, images: ImageTable, *, is_done: bool) -> int:
-    """Write the index of all images; those that were not tried get the outcome of a random one that was."""
-    outcomes = None
+    """Write the index of the first images; those that were not tried get the outcome of a random one that was."""
+    num_images, images, outcomes = len(images), images[:WRITTEN], None
     if is_done:
         tried, generator = list(trial.outcomes), np.random.default_rng(0)
         own = pc.index_in(images.column("path"), value_set=pa.array(tried, pa.large_string()))
@@ -388,7 +391,7 @@ def _index_bytes(trial: _Trial, images: ImageTable, *, is_done: bool) -> int:
         outcomes = Outcomes(found.set_column(place, "file_hash", hashes).combine_chunks().to_batches())
     path = trial.folder.root / "whole.parquet"
     write_index(path, images, outcomes)
-    return path.stat().st_size
+    return round(path.stat().st_size * num_images / len(images))
 
 
 def _vocabulary_bytes(trial: _Trial, config: VocabularyConfig) -> int:
@@ -501,18 +504,21 @@ class _Progress:
             difference(name, before, now) for name, before, now in differences(entry, self.inputs[stage])
         )
 
-    def usable(self, records: Sequence[ImageRecord], blocks: Sequence[Block], trial: _Trial) -> int:
+    def usable(self, records: ImageTable, blocks: Sequence[Block], trial: _Trial) -> int:
         """Usable images, at least one: counted where done or tried, else the share of the trial."""
         ledger, ok = self.ledger("fuse" if "fuse" in self.inputs else "extract"), status_name(Status.OK)
-        share, usable = len(trial.samples) / len(trial.outcomes), 0.0
-        for block in blocks:
-            is_done = not self.fresh and ledger.is_done(block.number)
-            rows = ledger.results([block.number])[0]["outcomes"] if is_done else []
-            usable += sum(row["status"] == ok for row in rows)
-            for record in records[block.start + len(rows) : block.stop]:
-                tried = trial.outcomes.get(record.path)
-                usable += share if tried is None else tried["status"] == ok
-        return max(1, round(usable))
+        usable, unknown = 0, np.ones(len(records), bool)
+        for block in blocks if not self.fresh else ():
+            if ledger.is_done(block.number):
+                rows = ledger.result(block.number)["outcomes"]
+                unknown[block.start : block.start + len(rows)] = False
+                usable += sum(row["status"] == ok for row in rows)
+        tried = pa.array(list(trial.outcomes), pa.large_string())
+        rows_tried = np.flatnonzero(unknown & pc.is_in(records.column("path"), value_set=tried).to_numpy())
+        statuses = [trial.outcomes[path]["status"] for path in records.take(rows_tried).values("path")]
+        share = len(trial.samples) / len(trial.outcomes)
+        others = int(unknown.sum()) - len(rows_tried)
+        return max(1, round(usable + statuses.count(ok) + share * others))
 
 
 def _progress(

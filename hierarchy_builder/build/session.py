@@ -8,6 +8,7 @@ from typing import Any
 
 from hierarchy_builder.build.stages import Stage
 from hierarchy_builder.build.workers import Workers, map_units
+from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.folder import BuildFolder
@@ -48,17 +49,19 @@ class Session:
 
 
 def do_units(
-    load: Callable[[], Stage],
+    load: Callable[..., Stage],
     ledger: Ledger,
     units: Sequence[Block],
     session: Session,
     stage: str,
     *,
     uses_gpu: bool = False,
+    encoder: Callable[[], Encoder] | None = None,
     after_unit: Callable[[], None] = lambda: None,
 ) -> tuple[int, float]:
     """Run the units that are not marked as done; returns (images done in this run, seconds).
 
+    encoder: what other processes may encode with, see `workers.open_pool`.
     after_unit: called in this process after each unit, in their order.
     """
     missing = set(ledger.missing(unit.number for unit in units))
@@ -70,7 +73,7 @@ def do_units(
             f"{stage}: goes on after {total - waiting:,} of {total:,} images, which are done"
         )
     with session.reporter.stage(stage, total, total - waiting, live) as meter:
-        for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu):
+        for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu, encoder=encoder):
             meter.advance(result["images"], result["failed"])
             after_unit()
         return meter.done, meter.seconds

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.encoders import load_encoder
+from hierarchy_builder.encoders import Encoder, load_encoder
 from hierarchy_builder.encoders.encoding import ImageEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, ImageError
@@ -78,6 +78,11 @@ def perform(stage: Stage, unit: Block, threads: int, ledger: Ledger) -> dict[str
     return {"images": result["images"], "failed": count_failed(result), "seconds": result["seconds"]}
 
 
+def asked_encoder(config: ExtractConfig) -> Encoder:
+    """Load the encoder of a configuration."""
+    return load_encoder(config.encoder, weights=config.weights, precision=config.precision)
+
+
 @dataclass(slots=True)
 class ExtractStage:
     """A block of images → features, status and statistics of features.zarr; the marker keeps the outcomes.
@@ -92,9 +97,11 @@ class ExtractStage:
     index: pa.Table
 
     @classmethod
-    def load(cls, folder: BuildFolder, source: str, config: ExtractConfig) -> ExtractStage:
+    def load(
+        cls, folder: BuildFolder, source: str, config: ExtractConfig, encoder: Encoder | None = None
+    ) -> ExtractStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the stage began with."""
-        encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
+        encoder = encoder or asked_encoder(config)
         check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
         images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
         return cls(folder, source, config, images, read_index(folder.listing))

@@ -22,14 +22,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule, WorkerQueue
 from hierarchy_builder.build.stages import Stage, one_thread, perform
+from hierarchy_builder.encoders import Encoder, encode
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.exclusion import LeaseLostError, fence
 from hierarchy_builder.process import num_cpus, other_socket_folder, private_folder
@@ -63,6 +65,12 @@ CPUS_PER_WORKER, WORKERS_PER_GPU = 4, 6
 """Cores that decode and cluster for one worker on a GPU, and most workers on one GPU. One process with threads decodes
 fewer images than a GPU encodes."""
 
+ENCODING_PER_GPU = 2
+"""Processes on one GPU that only encode: one computes while the other takes crops and gives features."""
+
+ADD_A_NODE = "add a node, or stop other jobs; then repeat the same command to continue"
+"""What a user can do where nothing can start."""
+
 FEW_IMAGES = 2048
 """Up to so many images, work begins in this process if the user does not say where."""
 
@@ -90,8 +98,13 @@ class Workers:
     """Address of a Ray cluster (`auto` for the one this machine belongs to); without it a local Ray starts."""
     gpus_per_worker: float | None = None
     """GPUs a worker reserves in a stage that can use them; None lets up to six share one, each with about four CPUs."""
+    encoding: int | None = None
+    """Processes that only encode, fed by the workers, which then need no GPU; with 0 every worker encodes. None takes
+    two for each GPU of a cluster that has more CPUs than those beside its GPUs, and else 0."""
 
     def __post_init__(self) -> None:
+        if self.encoding is not None and self.encoding < 0:
+            raise UsageError(f"--encoding-workers is {self.encoding}, expected 0 or more")
         most = MAX_WORKERS_PER_CPU * num_cpus()
         if self.count is not None and self.count < 0:
             raise UsageError(f"--workers is {self.count}, expected 0 or more")
@@ -135,10 +148,16 @@ class Pool(Protocol):
 
 @contextlib.contextmanager
 def open_pool(
-    load: Callable[[], Any], workers: Workers, units: Sequence[Block], *, uses_gpu: bool = False
+    load: Callable[..., Any],
+    workers: Workers,
+    units: Sequence[Block],
+    *,
+    uses_gpu: bool = False,
+    encoder: Callable[[], Encoder] | None = None,
 ) -> Iterator[Pool]:
     """Start at most one worker for each of `units`, which call `load` once each; they end with the `with` block.
 
+    encoder: loads what `load` may be given as `encoder`, where other processes encode for the workers.
     Raises BuilderError if the cluster cannot place a worker.
     """
     if workers.count == 0:
@@ -147,41 +166,48 @@ def open_pool(
         with contextlib.ExitStack() as started:
             yield _Beginning(
                 _InProcess(load()),
-                lambda: started.enter_context(_ray_pool(load, workers, len(units), uses_gpu)),
+                lambda: started.enter_context(_ray_pool(load, workers, len(units), uses_gpu, encoder)),
             )
     else:
-        with _ray_pool(load, workers, len(units), uses_gpu) as pool:
+        with _ray_pool(load, workers, len(units), uses_gpu, encoder) as pool:
             yield pool
 
 
 @contextlib.contextmanager
 def _ray_pool(
-    load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool
+    load: Callable[..., Any],
+    workers: Workers,
+    num_units: int,
+    uses_gpu: bool,
+    encoder: Callable[[], Encoder] | None,
 ) -> Iterator[_RayPool]:
     # Ray reports lost workers on stdout, which is reserved for results.
-    with contextlib.redirect_stdout(sys.stderr):
-        pool = _start_workers(load, workers, num_units, uses_gpu)
-        try:
-            yield pool
-        finally:
-            pool.close()
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as started:
+        _start_ray(workers)
+        count = 0 if encoder is None else _num_encoding(workers, _cpus_and_gpus())
+        if encoder is not None and count:
+            load = partial(load, encoder=started.enter_context(_encoding_apart(encoder, count)))
+        pool = _start_workers(load, workers, num_units, uses_gpu and not count, count)
+        started.callback(pool.close)
+        yield pool
 
 
 def map_units(
-    load: Callable[[], Stage],
+    load: Callable[..., Stage],
     ledger: Ledger,
     units: Sequence[Block],
     workers: Workers,
     *,
     uses_gpu: bool = False,
+    encoder: Callable[[], Encoder] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Run all `units` and mark each as done; yields what `perform` returns of each, in order.
+    """Run all `units` and mark each as done; yields what `perform` returns of each, in order. encoder: see `open_pool`.
 
     Raises what a unit raises; finished units stay marked.
     """
     if units:
         workers = workers.that_see(ledger.folder)
-        with open_pool(load, workers, units, uses_gpu=uses_gpu) as pool:
+        with open_pool(load, workers, units, uses_gpu=uses_gpu, encoder=encoder) as pool:
             yield from pool.map(perform, units, replace(ledger, lease=fence(ledger.folder)))
 
 
@@ -479,7 +505,7 @@ class _RayPool:
                 return []
         raise BuilderError(
             f"no worker could start for {MAX_IDLE_INTERVALS * IDLE_WARNING_S} s, the cluster has "
-            f"{ray.cluster_resources()}: add a node, or stop other jobs; then repeat the same command to continue"
+            f"{ray.cluster_resources()}: {ADD_A_NODE}"
         )
 
 
@@ -567,12 +593,121 @@ class _Metrics:
         self.seconds.observe(result["seconds"], tags)
 
 
-def _start_workers(load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool) -> _RayPool:
-    _start_ray(workers)
+class _Encoding:
+    """A Ray actor that only encodes; Ray starts it again where it is lost, and its calls can be repeated."""
+
+    def __init__(self, load: Callable[[], Encoder]) -> None:
+        self.load = load
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        with _ending_with_its_device():
+            return self.load()
+
+    def facts(self) -> dict[str, Any]:
+        names = ("name", "image_size_px", "grid", "width", "weights_hash")
+        return {**{name: getattr(self.encoder, name) for name in names}, "described": self.encoder.describe()}
+
+    def encode(self, images: np.ndarray, half: bool) -> np.ndarray:
+        with _ending_with_its_device(), one_thread():
+            try:
+                return encode(self.encoder, images, half=half)
+            except BuilderError as error:
+                if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                    raise
+        torch.cuda.empty_cache()  # the caller halves its batches, see `ImageEncoder`
+        raise torch.OutOfMemoryError(f"{len(images)} images at once")
+
+
+@dataclass(kw_only=True, slots=True)
+class _FarEncoder:
+    """An encoder that other processes evaluate; crops and features go through the object store of Ray.
+
+    A worker makes one call at a time, so no more batches wait for the encoders than there are workers.
+    """
+
+    actors: list[Any]
+    name: str
+    image_size_px: int
+    grid: tuple[int, int]
+    width: int
+    weights_hash: str
+    described: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Encoder`."""
+        return self.described
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """See `Encoder`."""
+        return self._evaluated(images, half=False)
+
+    def encode_half(self, images: np.ndarray) -> np.ndarray:
+        """The same as float16 where the encoder gives it; see `encoders.encode`."""
+        return self._evaluated(images, half=True)
+
+    def _evaluated(self, images: np.ndarray, half: bool) -> np.ndarray:
+        until, lost = time.monotonic() + MAX_IDLE_INTERVALS * IDLE_WARNING_S, 0
+        while True:
+            self.actors.append(self.actors.pop(0))
+            try:
+                features: np.ndarray = _result(self.actors[-1].encode.remote(images, half))
+                return features
+            except _WorkerLostError as error:
+                if time.monotonic() > until:
+                    raise BuilderError(
+                        f"no process that encodes has answered: {error}; {ADD_A_NODE}"
+                    ) from None
+            lost += 1
+            if lost % len(self.actors) == 0:
+                time.sleep(1)  # until Ray has started one again
+
+
+@contextlib.contextmanager
+def _encoding_apart(load: Callable[[], Encoder], count: int) -> Iterator[_FarEncoder]:
+    """Start `count` processes that only encode, on the GPUs where there are any; they end with the `with` block."""
+    import ray
+
+    share = min(1.0, math.floor(10_000 * ray.cluster_resources().get("GPU", 0) / count) / 10_000)
+    start: Any = ray.remote(num_cpus=1, num_gpus=share, max_restarts=-1, max_task_retries=0)(_Encoding)
+    actors = [start.remote(load) for _ in range(count)]
+    try:
+        facts = actors[0].facts.remote()
+        if not ray.wait([facts], timeout=MAX_IDLE_INTERVALS * IDLE_WARNING_S)[0]:
+            raise BuilderError(f"no process that encodes could start; {ADD_A_NODE}")
+        try:
+            encoder = _FarEncoder(actors=actors, **_result(facts))
+        except _WorkerLostError as error:
+            raise BuilderError(f"the process that encodes was lost while it loaded: {error}") from None
+        yield encoder
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _cpus_and_gpus() -> list[tuple[float, float]]:
+    """CPUs and GPUs of each node of the cluster."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
+
+
+def _num_encoding(workers: Workers, nodes: Sequence[tuple[float, float]]) -> int:
+    """Processes that only encode. nodes: CPUs and GPUs of each."""
+    if workers.encoding is not None:
+        return workers.encoding
+    is_fed_by_others = any(cpus and not gpus for cpus, gpus in nodes)
+    return ENCODING_PER_GPU * int(sum(gpus for _, gpus in nodes)) if is_fed_by_others else 0
+
+
+def _start_workers(
+    load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool, num_encoding: int = 0
+) -> _RayPool:
     import ray
 
     resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 0))
+    cpus = int(resources.get("CPU", 0)) - num_encoding
     gpus = _gpus_per_worker(workers, uses_gpu, resources.get("GPU", 0), cpus)
     count = min(
         workers.count or cpus, num_units, cpus, _that_fit(resources.get("GPU", 0), gpus) if gpus else cpus
@@ -617,7 +752,7 @@ def _start_ray(workers: Workers) -> None:
         join(address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         start_local(
-            num_cpus=max(workers.count or 0, num_cpus()),
+            num_cpus=max((workers.count or 1) + (workers.encoding or 0), num_cpus()),
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

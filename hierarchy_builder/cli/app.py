@@ -148,6 +148,11 @@ OF_BUILD: dict[str, Any] = (
         gpus_per_worker=option(
             "GPUs that each worker reserves while it encodes, for example 0.5.", kind=float
         ),
+        encoding_workers=option(
+            "Processes that only encode, fed by the workers; with 0 every worker encodes. Default: two for each GPU "
+            "of a Ray cluster that also has nodes without one, and else 0.",
+            kind=int,
+        ),
     )
     | grouped(
         "Shards",
@@ -290,6 +295,7 @@ def _session(
     quiet: bool,
     address: str | None = None,
     gpus_per_worker: float | None = None,
+    encoding_workers: int | None = None,
     fresh: bool = False,
     force: bool = False,
     trust_encoder: bool = False,
@@ -301,7 +307,9 @@ def _session(
     from hierarchy_builder.progress import Reporter
 
     return Session(
-        workers=Workers(count=workers, address=address, gpus_per_worker=gpus_per_worker),
+        workers=Workers(
+            count=workers, address=address, gpus_per_worker=gpus_per_worker, encoding=encoding_workers
+        ),
         reporter=Reporter(quiet=quiet, console=stderr),
         fresh=fresh,
         force=force,

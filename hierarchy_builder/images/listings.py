@@ -31,7 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import BuilderError, UsageError, UserError
-from hierarchy_builder.images.table import AT_ONCE, Collected, Size
+from hierarchy_builder.images.table import AT_ONCE, Collected, Size, give_back
 from hierarchy_builder.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
 from hierarchy_builder.places import printable
 from hierarchy_builder.terminal import counted
@@ -90,6 +90,7 @@ class Listing:
     def in_order(self) -> tuple[pa.Table, np.ndarray]:
         """The collected images in the order of their paths, and which of them have the path of the one before."""
         table = self.images.table().sort_by("path")
+        give_back()
         if not len(table):
             raise BuilderError(
                 f"partition {self.images.partition} holds none of the {self.images.total:,} images: build in fewer "

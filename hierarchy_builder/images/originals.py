@@ -17,6 +17,8 @@ from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
 
 HASH_DIGITS = 32
+TOGETHER = 64
+"""Images that a thread looks at before it takes the next ones; a call for each costs more than looking."""
 
 
 def file_hash(content: bytes) -> str:
@@ -62,10 +64,12 @@ def changed_images(
         for record, outcome in zip(records, outcomes, strict=True)
         if outcome.get("status") == "ok" and outcome.get("file_hash")
     ]
+    parts = [pairs[start : start + TOGETHER] for start in range(0, len(pairs), TOGETHER)]
     with ThreadPoolExecutor(num_cpus()) as pool:
-        return [
-            pair[0].path for pair, changed in zip(pairs, pool.map(is_changed, pairs), strict=True) if changed
-        ]
+        found = pool.map(
+            lambda part: [record.path for record, told in part if is_changed((record, told))], parts
+        )
+        return [path for paths in found for path in paths]
 
 
 def refuse_changed(place: str, changed: Sequence[str]) -> None:

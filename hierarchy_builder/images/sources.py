@@ -26,7 +26,7 @@ from hierarchy_builder.fields import nearest
 from hierarchy_builder.images.keys import unique_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.images.reading import read_file
-from hierarchy_builder.images.table import AT_ONCE, Collected, ImageTable
+from hierarchy_builder.images.table import AT_ONCE, Collected, ImageTable, give_back
 from hierarchy_builder.parsing import parse_json, read_document
 from hierarchy_builder.places import a_folder, filesystem_of
 from hierarchy_builder.records import ImageRecord
@@ -177,6 +177,8 @@ def open_source(
         _check_classes(sorted(set(spelled.values())), ids, class_map)
         table = _renamed(table, spelled)
     records = _records(table, ids, found.images.elsewhere)
+    del table
+    give_back()
     return ImageSource(
         records=records,
         class_map=ids,
@@ -265,9 +267,9 @@ def _records(table: pa.Table, ids: Mapping[str, int], elsewhere: Iterable[str]) 
 def listing_hash(records: Iterable[ImageRecord]) -> str:
     """SHA-256 over keys, paths, sizes and labels; the order of the records plays no role."""
     digest = hashlib.sha256()
-    table = ImageTable.of(records).table.select(["key", "path", "bytes", "label"])
+    table = ImageTable.of(records).by_path().table.select(["key", "path", "bytes", "label"])
     encode = json.JSONEncoder().encode
-    for batch in table.sort_by("path").to_batches(AT_ONCE):
+    for batch in table.to_batches(AT_ONCE):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
         digest.update("".join(f"{encode(row)}\n" for row in rows).encode())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hierarchy_builder.config import Partition
 from hierarchy_builder.images.keys import HASHED, plain_key
@@ -21,6 +22,14 @@ TEXT = pa.large_string()
 """Kind of columns of text: those of another kind hold 2 GiB at most when they are sorted."""
 Size = int | Callable[[], int]
 """Size of a file in bytes, or a call that asks for it."""
+
+
+pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps far more of what was freed
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system; without it, a peak of a moment lasts until the process ends."""
+    pa.default_memory_pool().release_unused()
 
 
 class ImageTable(Sequence[ImageRecord]):
@@ -95,6 +104,13 @@ class ImageTable(Sequence[ImageRecord]):
         for batch in self.table.select([name]).to_batches(AT_ONCE):
             yield from batch.column(0).to_pylist()
 
+    def by_path(self) -> ImageTable:
+        """The images in the order of their paths."""
+        paths = self.column("path")
+        if pc.all(pc.less(paths[:-1], paths[1:])).as_py() is not False:
+            return self
+        return ImageTable(self.table.sort_by("path"))
+
     def take(self, rows: np.ndarray) -> ImageTable:
         """The images at these places, in their order."""
         return ImageTable(self.table.take(pa.array(rows)))
@@ -161,9 +177,13 @@ class Collected:
         return [key for key, path in self._elsewhere.items() if path is not None]
 
     def table(self) -> pa.Table:
-        """The images of the partition: columns `key`, `path`, `class_name` (a dictionary) and `bytes`."""
+        """The images of the partition: columns `key`, `path`, `class_name` (a dictionary) and `bytes`.
+
+        They are given away: another call has only those that were added since.
+        """
         self._flush()
         table = pa.Table.from_batches(self._batches)
+        self._batches = []
         names = pa.array(list(self._classes), pa.string())
         numbers = table.column("class_name")
         encoded = [pa.DictionaryArray.from_arrays(chunk, names) for chunk in numbers.chunks]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import decoding, read_bytes, write_bytes
-from hierarchy_builder.images.table import AT_ONCE, COLUMNS, ImageTable
+from hierarchy_builder.images.table import COLUMNS, ImageTable, give_back
 from hierarchy_builder.records import ImageRecord, Status
 from hierarchy_builder.remote import is_remote
 
@@ -43,6 +43,8 @@ OUTCOME_COLUMNS = tuple(SCHEMA.names[SCHEMA.get_field_index("status") :])
 OUTCOMES = pa.schema(
     [*(SCHEMA.field(name).with_nullable(True) for name in OUTCOME_COLUMNS), pa.field("modified", pa.int64())]
 )
+ROWS_AT_ONCE = 2**17
+"""Rows of a row group: so many are copied at a time while an index is written."""
 CAME_LATER = ("file_hash",)
 """Columns that files of version 1 lack; they are read as null."""
 
@@ -92,8 +94,14 @@ def in_build_order(records: Sequence[ImageRecord], order: str) -> ImageTable:
     table = ImageTable.of(records)
     if order == "listed":
         return table
-    digests = b"".join(hashlib.sha256(key.encode()).digest() for key in table.values("key"))
-    return table.take(np.argsort(np.frombuffer(digests, "S32"), kind="stable"))
+    digests = (hashlib.sha256(key.encode()).digest() for key in table.values("key"))
+    firsts = np.fromiter((int.from_bytes(each[:8]) for each in digests), np.uint64, len(table))
+    rows = np.argsort(firsts, kind="stable")
+    if (firsts[rows][1:] == firsts[rows][:-1]).any():  # once in 10 million sets of a million keys
+        whole = b"".join(hashlib.sha256(key.encode()).digest() for key in table.values("key"))
+        rows = np.argsort(np.frombuffer(whole, "S32"), kind="stable")
+    give_back()
+    return table.take(rows)
 
 
 def write_index(
@@ -104,11 +112,7 @@ def write_index(
     outcomes: one mapping per row with `OUTCOME_COLUMNS`.
     """
     images = ImageTable.of(records)
-    columns: dict[str, Any] = {
-        field.name: _in_pieces(images.column(field.name), field.type)
-        for field in SCHEMA
-        if field.name in COLUMNS
-    }
+    columns: dict[str, Any] = {name: images.column(name) for name in COLUMNS}
     if isinstance(outcomes, Outcomes):
         columns |= {name: outcomes.table.column(name) for name in OUTCOME_COLUMNS}
     elif outcomes is None:
@@ -118,19 +122,15 @@ def write_index(
     else:
         for name in OUTCOME_COLUMNS:
             columns[name] = pa.array((row.get(name) for row in outcomes), SCHEMA.field(name).type)
-    table = pa.table(columns, schema=SCHEMA)
+    table = pa.table(columns)
     described = {"format_version": str(INDEX_VERSION), "rows_sha256": rows_digest(table)}
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(described), buffer, compression="zstd")
+    with pq.ParquetWriter(buffer, SCHEMA.with_metadata(described), compression="zstd") as writer:
+        for start in range(0, len(table), ROWS_AT_ONCE):
+            writer.write_table(table.slice(start, ROWS_AT_ONCE).cast(writer.schema))
+    del table, columns
     write_bytes(path, buffer.getvalue())
-
-
-def _in_pieces(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column as another kind, in pieces that are small enough for each to hold its text."""
-    pieces = (
-        chunk.slice(start, AT_ONCE) for chunk in column.chunks for start in range(0, len(chunk), AT_ONCE)
-    )
-    return pa.chunked_array([piece.cast(kind) for piece in pieces], kind)
+    give_back()
 
 
 def read_index(path: Path) -> pa.Table:
@@ -168,11 +168,10 @@ def rows_digest(table: pa.Table) -> str:
         column = table.column(name)
         digest.update(name.encode())
         digest.update(column.is_valid().to_numpy().astype(np.uint8).tobytes())
-        if pa.types.is_string(column.type):
-            filled = column.fill_null("")
-            digest.update(pc.binary_length(filled).to_numpy().astype("<i8").tobytes())
-            for chunk in filled.chunks:
-                digest.update(_text_of(chunk))
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            digest.update(pc.binary_length(column).fill_null(0).to_numpy().astype("<i8").tobytes())
+            for chunk in column.chunks:
+                digest.update(_text_of(chunk.fill_null("")))
         else:
             digest.update(column.fill_null(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
@@ -185,12 +184,13 @@ def settle_index(path: Path, listing: Path, outcomes: Outcomes) -> None:
         write_index(path, records_of(read_index(listing)), outcomes)
 
 
-def _text_of(strings: pa.StringArray) -> memoryview:
+def _text_of(strings: pa.StringArray | pa.LargeStringArray) -> memoryview:
     """The bytes of strings without a null, joined."""
     _, offsets, text = strings.buffers()
     if text is None or not len(strings):
         return memoryview(b"")
-    places = np.frombuffer(offsets, np.int32)[strings.offset : strings.offset + len(strings) + 1]
+    kind = np.int64 if pa.types.is_large_string(strings.type) else np.int32
+    places = np.frombuffer(offsets, kind)[strings.offset : strings.offset + len(strings) + 1]
     return memoryview(text)[places[0] : places[-1]]
 
 

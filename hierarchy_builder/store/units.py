@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
@@ -142,19 +143,26 @@ def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[Outcomes, list[dic
 
 
 def outcomes_so_far(folder: BuildFolder) -> Outcomes:
-    """Return the outcome of every row as the markers tell it, empty for rows that are not done.
+    """Return the outcome of every row as the markers tell it, empty for rows that are not done."""
+    units = stage_units(folder, "fuse" if is_fused(folder) else "extract")
+    batches = {unit.number: Outcomes.of([], len(unit)) for unit in units}
+    for block, told in told_blocks(folder):
+        batches[block.number] = told
+    return Outcomes(batches.values())
 
-    Rows of units that were reopened (`ledger.REOPENED`) are among those that are told.
+
+def told_blocks(folder: BuildFolder) -> Iterator[tuple[Block, pa.RecordBatch]]:
+    """Yield the blocks of which a marker tells, with the outcomes of their rows as columns of `Outcomes`.
+
+    Those of units that were reopened (`ledger.REOPENED`) come last.
     """
     stage = "fuse" if is_fused(folder) else "extract"
-    ledger, blocks = open_ledger(folder, stage), stage_units(folder, stage)
-    sizes = {block.number: len(block) for block in blocks}
-    batches = {number: Outcomes.of([], size) for number, size in sizes.items()}
+    ledger, blocks = open_ledger(folder, stage), {unit.number: unit for unit in stage_units(folder, stage)}
     for each in (ledger, Ledger(ledger.folder, REOPENED)):
-        for marker in each.finished(sizes):
+        for marker in each.finished(list(blocks)):
             with contextlib.suppress(BuilderError), decoding(marker.path):
-                batches[marker["unit"]] = Outcomes.of(marker["outcomes"], sizes[marker["unit"]])
-    return Outcomes([*batches.values()])
+                told = Outcomes.of(marker["outcomes"], len(blocks[marker["unit"]]))
+                yield blocks.pop(marker["unit"]), told
 
 
 def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:

@@ -83,12 +83,16 @@ def test_ray_makes_the_same_bytes(tiny_build, tiny_photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     try:
         steps.build(folder, str(tiny_photos), PLAN, session(workers=2))
+        apart = steps.Session(workers=Workers(count=2, encoding=1), reporter=Reporter(quiet=True))
+        steps.extract(BuildFolder(tmp_path / "apart"), str(tiny_photos), PLAN.extract, apart)
     finally:
         shutdown()
     assert list(find_problems(folder)) == []
     assert digests(folder.shards) == digests(tiny_build.shards)
     for name in ("index.parquet", "vocabulary.npz"):
         assert (folder.root / name).read_bytes() == (tiny_build.root / name).read_bytes()
+    stored = digests(tmp_path / "apart" / "features.zarr").items()
+    assert stored <= digests(tiny_build.features).items() | {("zarr.json", dict(stored)["zarr.json"])}
 
 
 class _Interrupted:
