@@ -105,14 +105,19 @@ def tasks(
     }
 
 
-def main() -> None:
-    """Measure both clients and print a table."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
     records.add_option(parser)
-    asked = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure both clients and print a table."""
+    asked = make_parser().parse_args()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(

@@ -60,8 +60,8 @@ def of_one(store: Store, *words: object) -> int:
     return len(store.door.requests)
 
 
-def main() -> None:
-    """Count and print."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +69,12 @@ def main() -> None:
     parser.add_argument("--before", metavar="CHECKOUT")
     parser.add_argument("--json", action="store_true", help="print the counts alone")
     records.add_option(parser)
-    asked = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Count and print."""
+    asked = make_parser().parse_args()
     now = counted(asked.images)
     if asked.json:
         print(json.dumps(now))

@@ -103,8 +103,8 @@ class StoreDrill(Drill):
         self.samples += sum(1 for tar in folder.shards.glob("*.tar") for _ in read_shard(tar))
 
 
-def main() -> None:
-    """Do the drill and print what was injected."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,7 +112,12 @@ def main() -> None:
     parser.add_argument("--driver-kills", type=int, default=18)
     parser.add_argument("--worker-kills", type=int, default=12)
     records.add_option(parser)
-    asked = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Do the drill and print what was injected."""
+    asked = make_parser().parse_args()
     started = time.perf_counter()
     with served() as store, tempfile.TemporaryDirectory(prefix="drill-") as root:
         shaky = Shaky(store.door.store, asked.seed)
