@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -227,14 +228,12 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> W
 def _sync_below(path: Path, files: Sequence[Path]) -> None:
     """Wait until files and the folders between them and `path` are on disk.
 
-    All are written before the first is waited for: a file system then commits its journal once, not once for each.
+    All are waited for at once: a file system then commits its journal a few times, not once for each.
     """
-    for file in files:
-        sync(file)
-    for folder in dict.fromkeys(
-        folder for file in files for folder in file.parents if path in folder.parents
-    ):
-        sync(folder)
+    folders = dict.fromkeys(folder for file in files for folder in file.parents if path in folder.parents)
+    if places := [*files, *folders]:
+        with ThreadPoolExecutor(len(places)) as pool:
+            list(pool.map(sync, places))
 
 
 def shard_file(path: Path, name: str, number: int, group: zarr.Group | None = None) -> Path:
