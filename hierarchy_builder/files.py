@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,6 +77,26 @@ def target_of(path: Path) -> Path:
         what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
         raise UserError(f"{path} is {what}, expected the name of a file to write; choose another")
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def refuse_links(folder: Path, names: Collection[str] | None = None) -> None:
+    """Raise UserError where a file directly in `folder`, of these names or of any, is a link that leads out of it.
+
+    Whoever made the folder may be a stranger, and what is written there would go through the link to any file of the
+    one who writes. Links to folders are followed, as people put large stores on other disks.
+    """
+    if is_remote(folder) or not folder.is_dir():
+        return
+    home = os.path.realpath(folder)
+    with os.scandir(folder) as entries:
+        links = [entry for entry in entries if entry.is_symlink() and (names is None or entry.name in names)]
+        for link in links:
+            target = os.path.realpath(link.path)
+            if not link.is_dir() and os.path.commonpath([home, target]) != home:
+                raise UserError(
+                    f"{link.path} is a link to {target}, which would be overwritten: remove the link, or put the file "
+                    "itself in its place"
+                )
 
 
 def partial_name(path: Path) -> Path:
@@ -275,7 +295,12 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def fetched(path: Path) -> Iterator[BinaryIO]:
-    """A file open for reading it more than once; an object is first copied to the temporary folder, in one go."""
+    """A file open for reading it more than once; an object is first copied to the temporary folder, in one go.
+
+    Raises VerificationError for a pipe or a device, which would never end.
+    """
+    if not is_remote(path) and path.exists() and not path.is_file():
+        raise VerificationError(f"{path} is no regular file: {repair_of(path)}")
     with path.open("rb") as source:
         if not is_remote(path):
             yield source

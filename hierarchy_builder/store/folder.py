@@ -13,7 +13,7 @@ from pathlib import Path
 from hierarchy_builder import remote
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.exclusion import BusyError, discard, exclusive, is_taken, of_exclusion, still_ours
-from hierarchy_builder.files import is_there, readable_json
+from hierarchy_builder.files import is_there, readable_json, refuse_links
 from hierarchy_builder.places import remote_place
 from hierarchy_builder.remote import is_remote
 
@@ -161,12 +161,16 @@ class BuildFolder:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
+    def is_there(self) -> bool:
+        """Whether the folder has a manifest or its copy, maybe damaged."""
+        return self.manifest.is_file() or self.manifest_copy.is_file()
+
     def require(self, *, damaged: bool = False) -> BuildFolder:
         """Return self, or raise UsageError when this is not the folder of a build.
 
         damaged: accept a build that has only the copy of the manifest.
         """
-        if not self.manifest.is_file() and not (damaged and self.manifest_copy.is_file()):
+        if not (self.is_there() if damaged else self.manifest.is_file()):
             raise UsageError(
                 f"{self.root} is not a build: {self.manifest.name} is missing; "
                 f"start one with `hierarchy-builder build IMAGES --out {self.root}`"
@@ -196,12 +200,23 @@ class BuildFolder:
                 raise UsageError(
                     f"--out {self.root}: {error.strerror}, expected a folder to write to"
                 ) from None
+            self._refuse_links()
             try:
                 yield
             finally:
                 if is_new and all(map(of_exclusion, os.listdir(self.root))):
                     discard(self.root)
                     self.root.rmdir()
+
+    def _refuse_links(self) -> None:
+        """Raise UserError where a file that a build would write is a link out of its folder; chunks replace links."""
+        if is_remote(self.root):
+            return
+        refuse_links(self.root, self._own_names())
+        ledger = self.manifest_copy.parent
+        ledgers = [ledger, *ledger.iterdir()] if ledger.is_dir() else []
+        for place in (*ledgers, self.parts, self.shards, self.vocabulary_work):
+            refuse_links(place)
 
     def is_locked(self) -> bool:
         """Whether a writer works on the build now."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from command_line import cli
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_builds import PLAN, digests, session
 from typer.testing import CliRunner
@@ -17,13 +18,14 @@ from hierarchy_builder.build.clustering import vocabulary
 from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.publish import PUBLISHING, publish_to
 from hierarchy_builder.cli.app import app
-from hierarchy_builder.errors import BuilderError, TrainerError, UsageError
+from hierarchy_builder.errors import BuilderError, TrainerError, UsageError, UserError
 from hierarchy_builder.files import atomic_file, read_json, whole_file, write_bytes, write_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import remove_surplus
 from hierarchy_builder.verify.checks import find_problems
 from hierarchy_builder.verify.repair import repair
+from trainer.training.run_folder import locked
 
 QUIET = Reporter(quiet=True)
 PLACES = (
@@ -336,3 +338,34 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
         assert link.is_symlink()
         assert file.read_text() == "again"
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["dangling.json", "there.json"]
+
+
+def test_a_build_or_run_of_a_stranger_leads_to_no_file_outside(
+    tiny_build: BuildFolder, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    shutil.copytree(tiny_build.root, tmp_path / "build")
+    folder = BuildFolder(tmp_path / "build")
+    for place in (folder.shards / "README.md", folder.index, folder.markers("extract")[0]):
+        place.rename(tmp_path / "kept")
+        place.symlink_to(mine)
+        for words in (
+            ("repair", folder.root),
+            ("shard", folder.root),
+            ("publish", folder.root, tmp_path / "set"),
+        ):
+            done = cli("hierarchy-builder", *words)
+            assert done.code == 1, (words, done)
+            assert f"{place} is a link to {mine}, which would be overwritten" in done.err
+        place.unlink()
+        (tmp_path / "kept").rename(place)
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("evaluation.json", "report.html", "metrics.jsonl"):
+        (run / name).symlink_to(mine)
+    for words in (("evaluate", run, "--shards", folder.root), ("report", run)):
+        assert "which would be overwritten" in cli("trainer", *words).err
+    with pytest.raises(UserError, match="which would be overwritten"), locked(run):
+        pass
+    assert mine.read_text() == "mine"

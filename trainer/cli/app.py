@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from hierarchy_builder.doctor import doctor
 from hierarchy_builder.errors import TrainerError, UsageError, VerificationError
-from hierarchy_builder.files import write_sealed_json
+from hierarchy_builder.files import refuse_links, write_sealed_json
 from hierarchy_builder.flags import (
     OUTPUT,
     PATH,
@@ -160,6 +160,7 @@ def evaluate(
     from trainer.training.mirror import named
     from trainer.trajectories.photos import load_own_encoder
 
+    refuse_links(run, [EVALUATION, studies.EDITS, studies.ALIGNMENT, studies.LIKELIHOOD])
     as_json, ema = given["as_json"], given["ema"]
     inception, reference, space = given["inception"], given["reference"], given["space"]
     if given["likelihood"] and (sampling := names_given(OF_SAMPLES, given)):
@@ -267,6 +268,7 @@ def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) 
     from trainer.trajectories.trajectory import Trajectory
 
     seeds, out = parse_seeds(given["seeds"]), out or run / "report.html"
+    refuse_links(run, ["report.html"])
     target = target_of(out)  # refused before anything is drawn
     pipe = opt.open_run(run, given)
     index = open_index(shards) if shards else None

@@ -22,7 +22,7 @@ import yaml
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.exclusion import BusyError, exclusive
 from hierarchy_builder.fields import difference, identity, to_mapping
-from hierarchy_builder.files import parse_json, write_bytes
+from hierarchy_builder.files import parse_json, refuse_links, write_bytes
 from hierarchy_builder.parsing import parse_yaml, read_document
 from hierarchy_builder.terminal import counted
 from trainer.data.shards import ShardIndex
@@ -54,6 +54,7 @@ def locked(run: Path) -> Iterator[None]:
                 f"{home_of(run) or run} is locked by another process that trains in it: wait for it, or choose "
                 "another --out"
             ) from None
+        refuse_links(run)
         yield
         send(run)
 
