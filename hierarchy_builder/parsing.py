@@ -13,7 +13,7 @@ import pickletools
 import re
 import stat
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -198,6 +198,17 @@ def check_pickle(path: Path) -> None:
         raise ValueError(
             f"not plain tensors of torch.save: {str(error)[:200] or type(error).__name__}"
         ) from None
+
+
+def check_sizes(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError if one of the tensors that were read from a file is larger than the file.
+
+    A pickle can repeat one number without end, and whoever copies or converts such a tensor would take its full size.
+    """
+    size = path.stat().st_size
+    for name, tensor in tensors.items():
+        if (found := getattr(tensor, "nbytes", 0)) > size:
+            raise ValueError(f"{name} has {found:,} bytes in a file of {size:,}")
 
 
 def _check_instructions(content: Any) -> None:

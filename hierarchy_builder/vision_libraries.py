@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hierarchy_builder.parsing import check_pickle
+from hierarchy_builder.parsing import check_pickle, check_sizes
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -60,6 +60,7 @@ def timm_model(
             value, torch.Tensor
         ):  # timm would write it out in a message: lists of lists have no end
             raise ValueError(f"{key!r} is a {type(value).__name__}, no tensor")
+    check_sizes(file, state)
     state = {key: value for key, value in state.items() if not key.startswith(heads)}
     if change is not None:
         change(state)

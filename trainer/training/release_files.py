@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.parsing import check_pickle, read_document
+from hierarchy_builder.parsing import check_pickle, check_sizes, read_document
 from trainer.data.tensor_files import read_sealed
 
 
@@ -37,6 +37,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"found {type(content).__name__}, not names of tensors")
+        check_sizes(path, content)
     except FileNotFoundError:
         raise TrainerError(f"weights {path} not found") from None
     except Exception as error:  # each format has its own errors
