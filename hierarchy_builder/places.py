@@ -57,6 +57,12 @@ def a_folder(text: str) -> Path:
     return remote_place(place) if "://" in place else Path(place)
 
 
+def may_hold_builds(place: str) -> bool:
+    """Whether a path or URL is on a file system that builds can be written to; shard sets are read from any."""
+    scheme, separator, _ = place.partition("://")
+    return not separator or scheme in (*CLIENTS, "file")
+
+
 def remote_place(url: str) -> Path:
     """The place at a URL. Raises UsageError for an unknown scheme and where the package of a known one is missing."""
     scheme, _, rest = url.partition("://")

@@ -198,7 +198,7 @@ def fuse(
         "class_map": images.class_map,
         "left_out": images.left_out,
     }
-    ledger = begin_stage(folder, "fuse", inputs, facts, fresh=session.fresh)
+    ledger = begin_stage(folder, "fuse", inputs, facts, fresh=session.fresh, repairs=session.repairs)
     write_json(folder.class_map, images.class_map)
     write_index(folder.listing, records)
     if not folder.index.exists():
@@ -246,7 +246,7 @@ def fuse_again(folder: BuildFolder, session: Session) -> StageSummary:
     return fuse(
         folder,
         None,
-        from_mapping(ExtractConfig, asked["extract"], "extract"),
+        session.asked_to_extract(asked["extract"]),
         from_mapping(HierarchyRecipe, asked["cluster"], "cluster"),
         from_mapping(ShardConfig, asked["shard"], "shard"),
         session,

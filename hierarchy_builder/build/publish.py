@@ -36,9 +36,9 @@ from hierarchy_builder.errors import (
 )
 from hierarchy_builder.exclusion import BusyError, discard, exclusive
 from hierarchy_builder.files import json_text, parse_json, read_json, sha256_file
-from hierarchy_builder.places import a_folder, filesystem_of
+from hierarchy_builder.places import a_folder, filesystem_of, may_hold_builds
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.remote import CLIENTS, PART_BYTES, is_remote, upload_to
+from hierarchy_builder.remote import PART_BYTES, is_remote, store_error, upload_to
 from hierarchy_builder.store import shard_set
 from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.shard_set import SUCCESS
@@ -107,6 +107,8 @@ def answers_of(url: str) -> Iterator[None]:
             ) from None
         if isinstance(error, OSError) and error.errno in FULL:
             raise BuilderError(f"{url}: {error.strerror}; {ADVICE[error.errno]}") from None
+        if (told := store_error(error)) is not None:
+            raise told from error
         raise BuilderError(
             f"{url}: {_first_line(error)}; the same command goes on from here, once URL, network and permissions "
             "allow it"
@@ -116,9 +118,8 @@ def answers_of(url: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _one_writer(url: str, reporter: Reporter) -> Iterator[bool]:
     """Be the only process that publishes to a URL; yields whether its store can tell. Raises BusyError if it is not."""
-    scheme, separator, _ = url.partition("://")
     open_url(url)  # says what is wrong with one that is not understood
-    if separator and scheme not in (*CLIENTS, "file"):
+    if not may_hold_builds(url):
         yield False
         return
     place = a_folder(url)

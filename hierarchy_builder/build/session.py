@@ -8,7 +8,9 @@ from typing import Any
 
 from hierarchy_builder.build.stages import Stage
 from hierarchy_builder.build.workers import Workers, map_units
+from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.encoders import Encoder
+from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.folder import BuildFolder
@@ -46,6 +48,14 @@ class Session:
     """Start even if the result may not fit on the disk."""
     trust_encoder: bool = False
     """Load the encoder that a build names even if it is a function, which runs code."""
+    repairs: bool = False
+    """Whether units of a build are made again, from the same encoder and images as before and no others."""
+    encoder_at: Mapping[str, str] = field(default_factory=dict)
+    """`encoder` and `weights` where they lie now, in place of those that a build names; they have to be the same."""
+
+    def asked_to_extract(self, request: Mapping[str, Any]) -> ExtractConfig:
+        """The configuration of extract that a build was made with, and where its encoder lies now."""
+        return from_mapping(ExtractConfig, {**request, **self.encoder_at}, "extract")
 
 
 def do_units(

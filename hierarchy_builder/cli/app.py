@@ -231,14 +231,16 @@ def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
 
 
 @app.command(rich_help_panel=CHECKS)
-@takes(folder=opt.FOLDER, **(opt.WORKERS | opt.TRUST | OUTPUT))
-def repair(folder: Path, as_json: bool, **given: Any) -> None:
+@takes(folder=opt.FOLDER, **(opt.ENCODER_AT | opt.WORKERS | opt.TRUST | OUTPUT))
+def repair(folder: Path, as_json: bool, encoder: str | None, weights: str | None, **given: Any) -> None:
     """Rebuild what verify finds damaged, and only that; exit code 4 if something could not be repaired."""
     from hierarchy_builder.verify.repair import repair as run_repair
 
     build_folder = BuildFolder(folder).require(damaged=True)
     with build_folder.locked(_say):
-        repaired = run_repair(build_folder, _session(**given))
+        found = {"encoder": encoder, "weights": weights}
+        encoder_at = {name: place for name, place in found.items() if place is not None}
+        repaired = run_repair(build_folder, dataclasses.replace(_session(**given), encoder_at=encoder_at))
     if as_json:
         print_json({"repaired": [dataclasses.asdict(damage) for damage in repaired]})
     else:

@@ -12,6 +12,7 @@ from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, UserError, VerificationError
 from hierarchy_builder.files import readable_json, target_of
 from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, argument, flags, option, switch, takes
+from hierarchy_builder.places import a_folder, may_hold_builds
 from hierarchy_builder.remote import keeping
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
@@ -65,40 +66,41 @@ def _of_running(running: Mapping[str, Any]) -> str:
 
 
 @takes(
-    folders=opt.FOLDERS,
-    quick=switch(
-        "Only see that every file is there with its size, and that records are as sealed; DIR may also be a set of "
-        "shards without its build."
-    ),
+    places=opt.BUILDS_AND_SETS,
+    quick=switch("Only see that every file is there with its size, and that records are as sealed."),
     **OUTPUT,
 )
-def verify(folders: list[Path], quick: bool, as_json: bool, quiet: bool) -> None:
+def verify(places: list[str], quick: bool, as_json: bool, quiet: bool) -> None:
     """Read every file and compare it with what was written; exit code 4 if something is damaged."""
-    looked = [_verified(folder, quick) for folder in folders]
+    looked = [_verified(place, quick) for place in places]
     errors = [error for _, error in looked if error is not None]
-    if len(folders) == 1 and errors and not looked[0][0]:
-        raise errors[0]  # the build cannot be verified
+    if len(places) == 1 and errors and not looked[0][0]:
+        raise errors[0]  # it cannot be verified
     if as_json:
         unread = ({"error": str(error)} if error and not problems else {} for problems, error in looked)
         _print_of_builds(
-            folders,
+            places,
             [{"problems": problems, **more} for (problems, _), more in zip(looked, unread, strict=True)],
-            len(folders) == 1,
+            len(places) == 1,
         )
-    for folder, (problems, error) in zip(folders, looked, strict=True) if not as_json else ():
-        for line in problems if error else [f"{folder}: everything is {'there' if quick else 'in order'}"]:
+    for place, (problems, error) in zip(places, looked, strict=True) if not as_json else ():
+        for line in problems if error else [f"{place}: everything is {'there' if quick else 'in order'}"]:
             stdout.print(line, markup=False, highlight=False, soft_wrap=True)
     if errors:
         worst = max(errors, key=lambda error: error.exit_code)
         raise type(worst)("\n".join(map(str, errors)))
 
 
-def _verified(folder: Path, quick: bool) -> tuple[list[str], UserError | None]:
-    """What is damaged in a build, and the error about that, or about what keeps the build from being verified."""
+def _verified(place: str, quick: bool) -> tuple[list[str], UserError | None]:
+    """What is damaged in a build or shard set, and the error about that, or about what keeps it from being verified."""
     from hierarchy_builder.verify.checks import find_damage
+    from hierarchy_builder.verify.sets import AGAIN, find_set_problems, is_set
 
-    build_folder = BuildFolder(folder)
     try:
+        build_folder = BuildFolder(a_folder(place)) if quick or may_hold_builds(place) else None
+        if build_folder is None or (not quick and not build_folder.is_there() and is_set(place)):
+            problems = list(find_set_problems(place))
+            return problems, VerificationError(_count_of(place, problems)) if problems else None
         _refuse_running(build_folder)
         with keeping():
             found = list(find_damage(build_folder, quick=quick))
@@ -108,11 +110,16 @@ def _verified(folder: Path, quick: bool) -> tuple[list[str], UserError | None]:
         return [], error
     if not found:
         return [], None
-    advice = f"run `hierarchy-builder repair {folder}`, or start what is damaged over with --fresh"
-    if all(damage.is_stale for damage in found):
+    advice = f"run `hierarchy-builder repair {place}`, or start what is damaged over with --fresh"
+    if not build_folder.is_there():
+        advice = AGAIN
+    elif all(damage.is_stale for damage in found):
         advice = "nothing is damaged; do what is said above"
-    text = f"{folder}: found {counted(len(found), 'problem')}, expected none; {advice}"
-    return [damage.text for damage in found], VerificationError(text)
+    return [damage.text for damage in found], VerificationError(f"{_count_of(place, found)}; {advice}")
+
+
+def _count_of(place: str, problems: Sequence[Any]) -> str:
+    return f"{place}: found {counted(len(problems), 'problem')}, expected none"
 
 
 @takes(
@@ -224,7 +231,7 @@ def encoders(probe: str | None, weights: str | None, as_json: bool, quiet: bool)
     print_cells(rows[0], [["" if value is None else str(value) for value in row.values()] for row in rows])
 
 
-def _print_of_builds(folders: Iterable[Path], rows: Sequence[Mapping[str, Any]], is_one: bool) -> None:
+def _print_of_builds(folders: Iterable[Path | str], rows: Sequence[Mapping[str, Any]], is_one: bool) -> None:
     """Print JSON: where one build was named, what is told of it, and else a list in which `build` names each."""
     named = [{"build": str(folder), **row} for folder, row in zip(folders, rows, strict=True)]
     print_json(rows[0] if is_one else named)

@@ -30,6 +30,10 @@ FOLDERS = argument(
     "Folder or URL of the build; several at once, such as those of all partitions.",
     **PLACE_OF_BUILD | {"kind": list[Path], "metavar": "DIR"},
 )
+BUILDS_AND_SETS = argument(
+    "Folder or URL of a build, or of a finished or published shard set; several at once.",
+    **PLACE | {"kind": list[str], "metavar": "DIR"},
+)
 BUILD: dict[str, Parameter] = {
     "images": argument(
         "Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one.",
@@ -47,6 +51,11 @@ ENCODING = grouped(
         **PLACE | {"metavar": "PATH"},
     ),
     **flags(ExtractConfig, "precision", "batch_size", "block_rows", "order", "max_bad_fraction"),
+)
+ENCODER_AT = grouped(
+    "Images and encoder",
+    encoder=option("The encoder of the build, if its file lies elsewhere now: onnx:FILE, onnx:FILE:OUTPUT."),
+    weights=option("Its weight file, if that lies elsewhere now.", **PLACE | {"metavar": "PATH"}),
 )
 RECIPE = grouped(
     "Regions",

@@ -291,13 +291,20 @@ def open_ledger(folder: BuildFolder, stage: str) -> Ledger:
 
 
 def begin_stage(
-    folder: BuildFolder, stage: str, inputs: Mapping[str, Any], facts: Mapping[str, Any], *, fresh: bool
+    folder: BuildFolder,
+    stage: str,
+    inputs: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    fresh: bool,
+    repairs: bool = False,
 ) -> Ledger:
     """Record the inputs of a stage before it starts; if it has started already, check that they are the same.
 
     inputs: everything that decides the result. facts: what is recorded but does not, such as the path of the images.
     fresh: first remove this stage and those after it.
-    If the store of the stage is missing, its units are run again. Other inputs are accepted if no unit is finished.
+    If the store of the stage is missing, its units are run again. Other inputs are accepted if no unit is finished, but
+    not where the build is being repaired: what is left of it was made from the recorded ones.
     Raises ConfigMismatchError listing the keys that differ, UsageError if files that no stage made are where this one
     writes.
     """
@@ -319,7 +326,7 @@ def begin_stage(
         folder.remove(folder.ledger(stage))
     stored = manifest["stages"].get(stage)
     if stored is not None and stored["inputs"] != dict(inputs):
-        if folder.markers(stage):
+        if repairs or folder.markers(stage):
             raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
         _forget(folder, manifest, [stage])
         stored = None

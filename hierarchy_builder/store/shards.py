@@ -128,7 +128,8 @@ def read_shard(tar: Path, opened: BinaryIO | None = None) -> Iterator[Sample]:
                     yield decode_sample(key, members)
                     members = {}
                 key = check_key(found, f"{tar.name}, member {info.name}")
-                content = archive.extractfile(info) if info.isreg() else None
+                is_plain = info.isreg() and not info.issparse()  # a sparse one may claim any size
+                content = archive.extractfile(info) if is_plain else None
                 if content is None:
                     raise BuilderError(f"{tar.name}: member {info.name} is not a file")
                 members[member] = content.read()

@@ -416,7 +416,26 @@ def _check_shards(
             yield Damage(stage="shard", text=text)
 
 
-class _ExpectedTar:
+@dataclass
+class Layout:
+    """What all samples of a set have in common: shape and dtype of the arrays that they may have, and the classes."""
+
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype]]
+    num_classes: int
+
+
+def arrays_of(
+    grid: Sequence[int], width: int, num_levels: int, feature_dtype: str
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of the arrays of a sample."""
+    return {
+        "features": ((*grid, width), np.dtype(feature_dtype)),
+        "regions": ((num_levels - 1, *grid), np.dtype(REGION_DTYPE)),
+        "scale": ((*grid, 1), np.dtype("float32")),
+    }
+
+
+class _ExpectedTar(Layout):
     """What a tar should hold: rows of the index, and samples that are made from the stores again.
 
     table, rows: the rows of the index in this tar and their numbers. intact: positions in `rows` whose blocks are
@@ -436,13 +455,9 @@ class _ExpectedTar:
         self.records = list(records_of(table))
         self.facts = table.select(FACTS).to_pylist()
         extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
-        self.num_classes: int = extracted["num_classes"]
-        grid = tuple(extracted["encoder"]["grid"])
-        self.arrays = {
-            "features": ((*grid, extracted["encoder"]["width"]), np.dtype(config.feature_dtype)),
-            "regions": ((len(recipe["cuts"]) + 1, *grid), REGION_DTYPE),
-            "scale": ((*grid, 1), np.dtype("float32")),
-        }
+        encoder, num_levels = extracted["encoder"], len(recipe["cuts"]) + 2
+        arrays = arrays_of(encoder["grid"], encoder["width"], num_levels, config.feature_dtype)
+        super().__init__(arrays, extracted["num_classes"])
         self.sampled: set[int] = set()
         if not is_fused(folder):  # a fused build has no stores
             self.stored = Stored(folder)
@@ -477,14 +492,14 @@ def _open_tar_problems(
     yield from _sidecar_problems(sidecar(tar), marker)
     keys = list[str]()
     try:
-        yield from _header_problems(tar, file)
+        yield from header_problems(tar, file)
         file.seek(0)
         for number, sample in enumerate(read_shard(tar, file)):
             keys.append(sample.key)
             if sample.key in seen:
                 yield f"{tar}: key {sample.key} occurs twice in the set"
             seen.add(sample.key)
-            if problem := _array_problem(sample, expected) or _content_problem(sample, number, expected):
+            if problem := array_problem(sample, expected) or _content_problem(sample, number, expected):
                 yield f"{tar}: {sample.key}: {problem}"
     except BuilderError as error:
         yield str(error)
@@ -498,7 +513,7 @@ def _sidecar_problems(path: Path, marker: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path} is missing or belongs to another tar"
 
 
-def _header_problems(tar: Path, file: BinaryIO) -> Iterator[str]:
+def header_problems(tar: Path, file: BinaryIO) -> Iterator[str]:
     """Check that headers are as `write_shard` makes them: plain files without time, owner or parent folders."""
     file.seek(0)
     with decoding(f"{tar}: not a whole tar, it is"), tarfile.open(fileobj=file, mode="r:") as archive:
@@ -508,7 +523,8 @@ def _header_problems(tar: Path, file: BinaryIO) -> Iterator[str]:
                 yield f"{tar}: member {info.name} is not as it was written"
 
 
-def _array_problem(sample: Sample, expected: _ExpectedTar) -> str | None:
+def array_problem(sample: Sample, expected: Layout) -> str | None:
+    """Compare shapes, dtypes, label and values of a sample with what its set says."""
     for name, (shape, dtype) in expected.arrays.items():
         array = getattr(sample, name)
         if array is not None and (array.shape != shape or array.dtype != dtype):

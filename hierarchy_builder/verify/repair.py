@@ -7,6 +7,7 @@ can no longer be read, or another machine rounds differently), repair also remov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.fused import fuse_again
 from hierarchy_builder.build.pipeline import shard, sum_covariance
 from hierarchy_builder.build.session import Session
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
+from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.encoders import check_stored_encoder
-from hierarchy_builder.errors import BuilderError, VerificationError
+from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import readable_json, write_bytes, write_json
 from hierarchy_builder.records import Block
@@ -58,6 +59,7 @@ def repair(folder: BuildFolder, session: Session) -> list[Damage]:
 
     Raises VerificationError naming what could not be repaired, and any error of a stage that runs again.
     """
+    session = replace(session, repairs=True)
     folder.remove_leftovers()
     if _whole_manifest(folder.manifest) is not None:
         finish_carrying(folder)
@@ -88,8 +90,7 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
         _restore_manifest(folder)
         return
     if is_fused(folder) or "extract" in by_stage:
-        stored = stage_entry(folder, "extract")["request"]["encoder"]
-        check_stored_encoder(stored, folder.root, trusted=session.trust_encoder)
+        _check_encoder(folder, session)
     if is_fused(folder):
         _set_aside(folder)
         _restore_listing(folder)
@@ -116,6 +117,25 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
             changed = [unit.number for unit in units if before[unit.number] != _written(folder, stage, unit)]
             if changed:
                 _remove_later(folder, stage, changed)
+
+
+def _check_encoder(folder: BuildFolder, session: Session) -> None:
+    """Raise UsageError if the encoder of the build is a function that nobody asked to run, or a file that is gone."""
+    request = stage_entry(folder, "extract")["request"]
+    if "encoder" not in session.encoder_at:
+        check_stored_encoder(request["encoder"], folder.root, trusted=session.trust_encoder)
+    asked = session.asked_to_extract(request)
+    text, weights = asked.encoder.removeprefix("onnx:"), asked.weights or ""
+    if text != asked.encoder and not any(Path(each).is_file() for each in (text, text.rpartition(":")[0])):
+        raise UsageError(
+            f"the encoder of {folder.root} is {asked.encoder}, and that file is not there: give its new place, "
+            "--encoder onnx:FILE, or onnx:FILE:OUTPUT if the name had an output; its SHA-256 is compared"
+        )
+    if weights and not weights.startswith("random:") and not Path(weights).exists():
+        raise UsageError(
+            f"the weights of the encoder of {folder.root} are {weights}, and that file is not there: give its new "
+            "place, --weights FILE; its SHA-256 is compared"
+        )
 
 
 def _restore_manifest(folder: BuildFolder) -> None:
@@ -223,7 +243,7 @@ def _run_again(folder: BuildFolder, stage: str, session: Session) -> None:
     request: Callable[[type[Any]], Any] = lambda cls: from_mapping(cls, entry["request"], stage)  # noqa: E731
     match stage:
         case "extract":
-            extract(folder, None, request(ExtractConfig), session)
+            extract(folder, None, session.asked_to_extract(entry["request"]), session)
         case "covariance":
             sum_covariance(folder, entry["hash"], session)
         case "vocabulary":

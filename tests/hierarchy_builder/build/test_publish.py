@@ -136,6 +136,7 @@ def test_two_builds_do_not_mix_at_one_place(folder, photos, tmp_path, monkeypatc
             refused.append(error)
         return original(self, local, remote, **options)
 
+    monkeypatch.setattr("hierarchy_builder.build.publish.TRANSFERS", 1)
     monkeypatch.setattr(LocalFileSystem, "put_file", with_another)
     publish_to(folder, str(place), QUIET)
     assert len(refused) == 1
@@ -148,7 +149,7 @@ def test_a_store_without_locks_keeps_to_the_transfer_that_began(
     folder, photos, tmp_path, monkeypatch
 ) -> None:
     other = make(tmp_path / "other", photos, samples_per_shard=6)
-    monkeypatch.setattr("hierarchy_builder.build.publish.CLIENTS", {})
+    monkeypatch.setattr("hierarchy_builder.build.publish.may_hold_builds", lambda place: False)
     url, original, refused = f"memory://{tmp_path.name}/set", MemoryFileSystem.put_file, []
 
     def with_another(self, local, remote, **options):
@@ -158,6 +159,7 @@ def test_a_store_without_locks_keeps_to_the_transfer_that_began(
             refused.append(error)
         return original(self, local, remote, **options)
 
+    monkeypatch.setattr("hierarchy_builder.build.publish.TRANSFERS", 1)
     monkeypatch.setattr(MemoryFileSystem, "put_file", with_another)
     publish_to(folder, url, QUIET)
     assert len(refused) == 1

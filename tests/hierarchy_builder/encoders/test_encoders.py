@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import safetensors.torch
 import torch
-from onnx import TensorProto, helper
+from onnx_models import save_onnx
 
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.encoders import Encoder, check_encoder, encode, list_encoders, load_encoder
@@ -102,7 +101,9 @@ def test_unusable_weights_are_refused_in_one_line(tmp_path: Path) -> None:
     for _ in range(9):  # a small file, since it holds each list once
         endless = [endless] * 10
     torch.save({"a": endless}, tmp_path / "endless.pth")
+    torch.save({"pos_embed": torch.zeros(1).expand(1, 10**12)}, tmp_path / "wide.pth")
     for weights, message in (
+        (str(tmp_path / "wide.pth"), "pos_embed has 4,000,000,000,000 bytes in a file of "),
         (str(tmp_path / "endless.pth"), "'a' is a list, no tensor"),
         (str(junk), "does not hold the weights of test_vit2"),
         (str(tmp_path / "other.safetensors"), "does not hold the weights of test_vit2"),
@@ -185,26 +186,6 @@ def test_dct_is_declared_and_decodes_from_its_description() -> None:
 
 
 # onnx
-
-
-def save_onnx(
-    path: Path, outputs: dict[str, int], *, size: Any = "S", batch: Any = "N", **metadata: str
-) -> Path:
-    """A model of 16 px patches whose output channels repeat the patch's first red value."""
-    nodes, weights, infos = [], [], []
-    for name, channels in outputs.items():
-        kernel = np.zeros((channels, 3, 16, 16), np.float32)
-        kernel[:, 0, 0, 0] = 1
-        weights.append(onnx.numpy_helper.from_array(kernel, f"{name}_w"))
-        nodes.append(helper.make_node("Conv", ["image", f"{name}_w"], [name], strides=[16, 16]))
-        infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, channels, None, None]))
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, size, size])
-    graph = helper.make_graph(nodes, "patches", [image], infos, weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    for key, value in metadata.items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.save(model, path)
-    return path
 
 
 def test_onnx_runs_a_real_encoder(shared: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from command_line import cli
+from onnx_models import save_onnx
 from pictures import write_tree
 
 from hierarchy_builder.build import pipeline as steps
@@ -331,3 +333,32 @@ def test_repair_leaves_an_outdated_stage_as_it_is(folder: BuildFolder) -> None:
     assert stale.is_stale
     assert "shard is out of date" in stale.text
     assert repair(folder, SESSION) == []
+
+
+def test_repair_takes_an_encoder_that_lies_elsewhere_now(tmp_path: Path) -> None:
+    photos = write_tree(tmp_path / "photos", per_class=1)
+    (tmp_path / "moved").mkdir()
+    model, other = (
+        save_onnx(tmp_path / folder / "m.onnx", {"late": 64}, size=32, doc=folder)
+        for folder in (".", "moved")
+    )
+    folder = BuildFolder(tmp_path / "build")
+    steps.extract(folder, str(photos), ExtractConfig(encoder=f"onnx:{model}"), SESSION)
+    before = contents(folder)
+    next(path for path in folder.features.rglob("features/c/**/0") if path.is_file()).unlink()
+    new = tmp_path / "new" / "m.onnx"
+    new.parent.mkdir()
+    model.rename(new)
+    words = ("hierarchy-builder", "repair", folder.root, "--workers", "0", "--quiet")
+    refused = cli(*words)
+    assert refused.code == 2
+    assert "that file is not there: give its new place, --encoder onnx:FILE" in refused.err
+    wrong = cli(*words, "--encoder", f"onnx:{other}")
+    assert wrong.code == 5
+    assert "weights_hash" in wrong.err
+    assert cli(*words, "--encoder", f"onnx:{new}").code == 0
+    assert not list(find_problems(folder))
+    assert {name for name, data in contents(folder).items() if data != before[name]} <= {
+        "manifest.json",
+        "ledger/manifest.json",
+    }
