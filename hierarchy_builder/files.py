@@ -116,8 +116,11 @@ def sync(path: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, with one request for those of an object."""
-    return remote.get(path) if is_remote(path) else path.read_bytes()
+    """The bytes of a file, with one request for those of an object. Raises VerificationError for a pipe or a device."""
+    if is_remote(path):
+        return remote.get(path)
+    require_regular(path)
+    return path.read_bytes()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -263,6 +266,8 @@ def decoding(place: Path | str, advice: str | None = None) -> Iterator[None]:
     """
     what = place if isinstance(place, str) else f"{place} is"
     advice = advice or repair_of(place)
+    if isinstance(place, Path) and not is_remote(place):
+        require_regular(place)
     try:
         yield
     except UserError:
@@ -293,14 +298,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_regular(path: Path) -> None:
+    """Raise VerificationError for a pipe or a device, reading which may never end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise VerificationError(f"{path} is no regular file: remove it, then {repair_of(path)}")
+
+
 @contextmanager
 def fetched(path: Path) -> Iterator[BinaryIO]:
     """A file open for reading it more than once; an object is first copied to the temporary folder, in one go.
 
     Raises VerificationError for a pipe or a device, which would never end.
     """
-    if not is_remote(path) and path.exists() and not path.is_file():
-        raise VerificationError(f"{path} is no regular file: {repair_of(path)}")
+    if not is_remote(path):
+        require_regular(path)
     with path.open("rb") as source:
         if not is_remote(path):
             yield source

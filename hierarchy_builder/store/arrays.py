@@ -19,11 +19,13 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer
+from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore, StorePath
+from zarr.storage import LocalStore, MemoryStore, StorePath
 
 from hierarchy_builder.errors import BuilderError, VerificationError
-from hierarchy_builder.files import decoding, repair_of, sync
+from hierarchy_builder.files import decoding, repair_of, require_regular, sync
 from hierarchy_builder.parsing import parse_json, read_document
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
 from hierarchy_builder.remote import is_remote, store_error
@@ -148,9 +150,7 @@ def damaged_layout(path: Path, layout: Layout, group: zarr.Group | None = None) 
     """
     expected = zarr.create_group(MemoryStore(), zarr_format=3)
     damaged = [] if group is not None or is_store(path) else ["."]
-    place: Path | StorePath = path if group is None or not is_remote(path) else group.store_path
-    if is_remote(path) and group is None:
-        place = StorePath(Fetched.of(path))
+    place = StorePath(_place(path)) if group is None else group.store_path
     for name, array in layout.items():
         try:
             with decoding(path / name):
@@ -351,9 +351,26 @@ def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     return group
 
 
-def _place(path: Path) -> Path | Fetched:
-    """What zarr opens: a local path, or the store of a URL."""
-    return Fetched.of(path) if is_remote(path) else path
+def _place(path: Path) -> Store:
+    """What zarr opens: the store of a local path or of a URL."""
+    return Fetched.of(path) if is_remote(path) else _Files(path)
+
+
+class _Files(LocalStore):
+    """A local store that reads regular files only, see `require_regular`."""
+
+    async def get(self, key: str, *arguments: Any, **more: Any) -> Buffer | None:
+        self._check(key)
+        return await super().get(key, *arguments, **more)
+
+    def get_sync(self, key: str, **more: Any) -> Buffer | None:
+        self._check(key)
+        return super().get_sync(key, **more)
+
+    def _check(self, key: str) -> None:
+        path = self.root / key
+        if not path.is_dir():  # a group or an array, of which zarr reads nothing itself
+            require_regular(path)
 
 
 def is_store(path: Path) -> bool:

@@ -31,6 +31,7 @@ from hierarchy_builder.files import (
     read_bytes,
     read_record,
     repair_of,
+    require_regular,
     write_json,
     write_record,
 )
@@ -156,6 +157,7 @@ class Ledger:
         """
         if is_remote(self.folder):  # one request, as for a part of it
             return self._glance_at_all(unit)
+        require_regular(self.marker(unit))
         try:
             with self.marker(unit).open("rb") as file:
                 text = file.read(HEAD_BYTES)

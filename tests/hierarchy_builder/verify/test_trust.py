@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shlex
@@ -53,6 +54,20 @@ def change(path: Path, old: bytes, new: bytes) -> None:
     content = path.read_bytes()
     assert old in content, path
     path.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("staged/features.zarr/zarr.json", "staged/features.zarr/status/zarr.json", "staged/vocabulary.npz"),
+        *("staged/regions.zarr/merges/c/0/0/0", "staged/ledger/cluster/000000.json", "staged/index.parquet"),
+        *("staged/shards/statistics.npz", "staged/shards/train-000000.tar", "fused/parts/000000.npz"),
+    ],
+)
+def test_a_pipe_in_place_of_a_file_is_found_and_not_waited_for(place: Path, name: str) -> None:
+    (place / name).unlink()
+    os.mkfifo(place / name)
+    assert find_problems(BuildFolder(place / name.partition("/")[0]))
 
 
 def chunk(store: Path, name: str) -> Path:
