@@ -59,10 +59,10 @@ def test_place_is_a_url_or_a_path_that_can_be_written_down(monkeypatch: pytest.M
 
 
 def test_a_url_where_only_a_path_works_is_refused_and_makes_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = cli("trainer", "post-train", "run", shards, "--out", "s3://bucket/run")
+    found = cli("trainer", "sample", "run", "--labels", "0", "--out", "s3://bucket/samples")
     assert found.code == 2
     assert not (tmp_path / "s3:").exists()
     assert list(tmp_path.iterdir()) == []
