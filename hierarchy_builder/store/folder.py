@@ -193,7 +193,7 @@ class BuildFolder:
                     self.root.mkdir(parents=True, exist_ok=True)
                 held.enter_context(exclusive(self.root, say))
             except BusyError as error:
-                raise BusyError(f"{error}: wait for it, or choose another --out") from None
+                raise BusyError(f"{error}: wait for it; a new build can go to another --out") from None
             except OSError as error:
                 if is_remote(self.root):
                     raise
