@@ -55,6 +55,8 @@ class Seen(NamedTuple):
     """Axes of the level as columns, [B, C, C]."""
     deviation: Tensor
     """s of the components, [B, P, C]."""
+    sigma: Tensor
+    """σ_t of the components, [B, P, C]."""
     unit: Tensor
     """s/σ_t of the places and channels, [B, P, C]."""
 
@@ -88,13 +90,13 @@ class GaussianStart(nn.Module):
         places, axes, step = self.places[level], self.axes[level], self.steps[label, level]
         mean = prev.flatten(1, 2) + self.mean[level] + places[..., : step.shape[1]] @ step
         components = places.mT @ (z.flatten(1, 2) - (1 - t) * mean) @ axes
-        spread = self.spread[level]
-        unit = spread / _noisy(spread, t)
-        return Seen(components, mean, t, places, axes, self.deviation[level], unit)
+        deviation, spread = self.deviation[level], self.spread[level]
+        sigma, unit = _noisy(deviation, t), spread / _noisy(spread, t)
+        return Seen(components, mean, t, places, axes, deviation, sigma, unit)
 
     def drawn(self, seen: Seen) -> Tensor:
         """Return the canvas at t = 0 that the Gaussian flow leads to, float32 [B, H, W, C]."""
-        clean = seen.components * (seen.deviation / _noisy(seen.deviation, seen.t))
+        clean = seen.components * (seen.deviation / seen.sigma)
         return self._canvas(seen, clean, seen.mean)
 
     def velocity(self, seen: Seen, r: Tensor, learned: Tensor) -> Tensor:
@@ -103,8 +105,7 @@ class GaussianStart(nn.Module):
         r: float32 [B], r ≤ t. learned: what the network adds to the clean canvas, float32 [B, H, W, C].
         """
         t, r, variance = seen.t, r[:, None, None], seen.deviation.square()
-        sigma_t, sigma_r = (_noisy(seen.deviation, time) for time in (t, r))
-        g = (t + r - variance * (2 - t - r)) / (sigma_t * (sigma_t + sigma_r))
+        g = (t + r - variance * (2 - t - r)) / (seen.sigma * (seen.sigma + _noisy(seen.deviation, r)))
         return self._canvas(seen, g * seen.components, -seen.mean - seen.unit * learned.flatten(1, 2))
 
     def _canvas(self, seen: Seen, components: Tensor, besides: Tensor) -> Tensor:
