@@ -134,6 +134,8 @@ def problems() -> Iterator[str]:
         if path.stem not in shown:
             yield f"no page shows {path.relative_to(ROOT)}: remove it, or name it on a page"
         for command in read(path.stem).commands:
+            if any(word.startswith("/") for word in shlex.split(command)):
+                yield f"{path.relative_to(ROOT)}: `{command}` names a path of one machine: write its last part"
             if problem := parse_problem(command):
                 yield f"{path.relative_to(ROOT)}: `{command}` no longer parses: {problem}"
 
@@ -193,8 +195,10 @@ def _refuse(message: str) -> None:
 
 
 def _command_line() -> str:
+    """The command of this process; of a path from the root of this machine only the last part."""
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
-    return shlex.join(["python", str(script), *sys.argv[1:]])
+    words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
+    return shlex.join(["python", str(script), *words])
 
 
 def _commit() -> str:
