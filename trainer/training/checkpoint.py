@@ -313,7 +313,8 @@ def averages_of(folder: Path) -> list[str]:
 def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
     """Read the weight average of half-life `ema`, or the raw weights if `ema` is None.
 
-    Raises UsageError with the available half-lives for an unknown one, MismatchError for a network of a version before.
+    Raises UsageError with the available half-lives for an unknown one, MismatchError for a Gaussian
+    start of an earlier version.
     """
     if ema is not None and ema not in averages_of(folder):
         known = ", ".join(averages_of(folder)) or "none"
@@ -327,8 +328,8 @@ def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
         if name.endswith("start.deviation")
     ):
         raise MismatchError(
-            f"{folder}: the network has a Gaussian start (model.start) of a version before, with which this version "
-            "cannot compute; train it again"
+            f"{folder}: an earlier version trained this network, and its Gaussian start (model.start) was another one: "
+            "train it again, with `trainer train SHARDS --out RUN` into a new folder"
         )
     return weights
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
@@ -228,3 +229,13 @@ def test_unknown_average_names_those_there(tmp_path: Path) -> None:
 def test_folder_without_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="found no checkpoint"):
         saved.find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "predictor.backbone."])
+def test_a_gaussian_start_of_an_earlier_version_is_refused_by_name(tmp_path: Path, prefix: str) -> None:
+    start = {f"{prefix}start.deviation": torch.ones(1), f"{prefix}start.spread": torch.ones(1)}
+    for ema, tensors in (("1", start), ("2", dict([*start.items()][:1]))):
+        safetensors.torch.save_file(tensors, tmp_path / f"ema-{ema}.safetensors")
+    assert saved.load_weights(tmp_path, "1").keys() == start.keys()
+    with pytest.raises(MismatchError, match="an earlier version trained this network"):
+        saved.load_weights(tmp_path, "2")
