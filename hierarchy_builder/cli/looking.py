@@ -94,12 +94,12 @@ def verify(places: list[str], quick: bool, as_json: bool, quiet: bool) -> None:
 def _verified(place: str, quick: bool) -> tuple[list[str], UserError | None]:
     """What is damaged in a build or shard set, and the error about that, or about what keeps it from being verified."""
     from hierarchy_builder.verify.checks import find_damage
-    from hierarchy_builder.verify.sets import AGAIN, find_set_problems, is_set
+    from hierarchy_builder.verify.sets import find_set_problems, is_set
 
     try:
-        build_folder = BuildFolder(a_folder(place)) if quick or may_hold_builds(place) else None
-        if build_folder is None or (not quick and not build_folder.is_there() and is_set(place)):
-            problems = list(find_set_problems(place))
+        build_folder = BuildFolder(a_folder(place)) if may_hold_builds(place) else None
+        if build_folder is None or (not build_folder.is_there() and is_set(place)):
+            problems = list(find_set_problems(place, quick=quick))
             return problems, VerificationError(_count_of(place, problems)) if problems else None
         _refuse_running(build_folder)
         with keeping():
@@ -111,9 +111,7 @@ def _verified(place: str, quick: bool) -> tuple[list[str], UserError | None]:
     if not found:
         return [], None
     advice = f"run `hierarchy-builder repair {place}`, or start what is damaged over with --fresh"
-    if not build_folder.is_there():
-        advice = AGAIN
-    elif all(damage.is_stale for damage in found):
+    if all(damage.is_stale for damage in found):
         advice = "nothing is damaged; do what is said above"
     return [damage.text for damage in found], VerificationError(f"{_count_of(place, found)}; {advice}")
 

@@ -60,7 +60,7 @@ from hierarchy_builder.store.units import (
     usable_rows,
 )
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.verify.quick import missing_files, set_problems, success_problems
+from hierarchy_builder.verify.quick import missing_files, success_problems
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 
 MANIFEST = "manifest"
@@ -99,13 +99,8 @@ def find_problems(folder: BuildFolder) -> Iterator[str]:
 def find_damage(folder: BuildFolder, *, quick: bool = False) -> Iterator[Damage]:
     """Do the same, and yield each problem with its stage and unit.
 
-    quick: read no payload, see `quick.py`; a set of shards without its build can be looked at too.
-    Raises UsageError when `folder` is not a build.
+    quick: read no payload, see `quick.py`. Raises UsageError when `folder` is not a build.
     """
-    if quick and not folder.manifest.is_file() and (folder.root / "index.json").is_file():
-        for text in _then_error(set_problems(folder.root)):
-            yield Damage(stage="shard", text=text)
-        return
     folder.require(damaged=True)
     try:
         stages = check_manifest(folder.manifest)["stages"]

@@ -52,18 +52,6 @@ def missing_files(
         yield from ((None, text) for text in _missing_tars(folder, stages["shard"]["request"]))
 
 
-def set_problems(shards: Path) -> Iterator[str]:
-    """Yield a line for each problem of a finished set of shards, by its index and the sizes of its tars."""
-    index, there = read_json(shards / "index.json"), sizes_in(shards)
-    yield from success_problems(shards, index)
-    listed = {entry["url"]: entry["filesize"] for entry in index["shardlist"]}
-    for name, size in listed.items():
-        yield from _size_problems(shards / name, size, there)
-    for name in sorted(there.keys() - listed.keys()):
-        if name.startswith(f"{index['split']}-") and name.endswith(".tar"):
-            yield f"{shards / name} is not in index.json"
-
-
 def success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
     """Compare the files beside the tars with `_SUCCESS`, which is sealed and holds the SHA-256 of each."""
     path, index_path = shards / SUCCESS, shards / "index.json"
@@ -85,16 +73,24 @@ def success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
 def _missing_tars(folder: BuildFolder, request: Mapping[str, Any]) -> Iterator[str]:
     config, ledger = from_mapping(ShardConfig, request), open_ledger(folder, "shard")
     units = [unit.number for unit in stage_units(folder, "shard")]
-    if not ledger.missing(units):
-        yield from set_problems(folder.shards)
+    shards, there = folder.shards, sizes_in(folder.shards)
+    if ledger.missing(units):
+        for marker in ledger.finished(units):
+            tar = shards / shard_name(config.split, marker["unit"])
+            yield from size_problems(tar, marker["bytes"], there)
         return
-    there = sizes_in(folder.shards)
-    for marker in ledger.finished(units):
-        tar = folder.shards / shard_name(config.split, marker["unit"])
-        yield from _size_problems(tar, marker["bytes"], there)
+    index = read_json(shards / "index.json")
+    yield from success_problems(shards, index)
+    listed = {entry["url"]: entry["filesize"] for entry in index["shardlist"]}
+    for name, size in listed.items():
+        yield from size_problems(shards / name, size, there)
+    for name in sorted(there.keys() - listed.keys()):
+        if name.startswith(f"{index['split']}-") and name.endswith(".tar"):
+            yield f"{shards / name} is not in index.json"
 
 
-def _size_problems(tar: Path, expected: int, there: Mapping[str, int]) -> Iterator[str]:
+def size_problems(tar: Path, expected: int, there: Mapping[str, int]) -> Iterator[str]:
+    """Compare a tar, and that it has a sidecar, with the bytes of the files that are there."""
     if tar.name not in there:
         yield f"{tar} is missing"
     elif there[tar.name] != expected:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,6 +28,7 @@ from hierarchy_builder.store.folder import MARKS
 from hierarchy_builder.store.shard_set import ABOUT, SUCCESS
 from hierarchy_builder.store.shards import read_shard, sidecar
 from hierarchy_builder.verify.checks import Layout, array_problem, arrays_of, header_problems
+from hierarchy_builder.verify.quick import size_problems
 
 EARLIER = {"count", "index_sha256"}
 """Fields of `_SUCCESS` in sets of earlier releases, which has no seal and vouches for index.json alone."""
@@ -42,15 +43,16 @@ def is_set(place: str) -> bool:
         return any(bool(fs.exists(f"{root.rstrip('/')}/{name}")) for name in (SUCCESS, "index.json"))
 
 
-def find_set_problems(place: str) -> Iterator[str]:
+def find_set_problems(place: str, *, quick: bool = False) -> Iterator[str]:
     """Check every file of the shard set at a path or URL; yields one line per problem. Nothing is changed.
 
-    Raises BuilderError if its file system does not answer.
+    quick: of tars and their sidecars, see only that they are there with their size. Raises BuilderError if its file
+    system does not answer.
     """
     with answers_of(place):
         fs, root = open_url(place)
         try:
-            yield from (f"{place}: {text}" for text in _problems(_Set(fs, root.rstrip("/"))))
+            yield from (f"{place}: {text}" for text in _problems(_Set(fs, root.rstrip("/")), quick))
         except VerificationError as error:
             yield f"{place}: {error}"
 
@@ -84,6 +86,14 @@ class _Set:
             return set()
         return {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "file"}
 
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of those of some files that are there."""
+        found = dict[str, int]()
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = int(self.fs.size(f"{self.root}/{name}"))
+        return found
+
     @contextlib.contextmanager
     def opened(self, name: str, most: int) -> Iterator[BinaryIO]:
         """A tar open for reading it more than once. Raises VerificationError if it has more than `most` bytes."""
@@ -106,7 +116,7 @@ class _Set:
             yield copy
 
 
-def _problems(given: _Set) -> Iterator[str]:
+def _problems(given: _Set, quick: bool) -> Iterator[str]:
     success = given.json(SUCCESS)
     is_earlier = success.keys() == EARLIER
     if not is_earlier:
@@ -131,11 +141,16 @@ def _problems(given: _Set) -> Iterator[str]:
         yield f"index.json tells of {total} samples, {SUCCESS} of {success.get('count')}, expected the sum of its tars"
     if vocabulary is not None and "vocabulary.npz" not in digests and not is_earlier:
         yield f"{SUCCESS} does not vouch for vocabulary.npz, which index.json tells of"
-    seen = set[str]()
+    seen, listed = set[str](), sorted(given.names())  # stores then know the sizes of all files
     for entry in entries:
-        yield from _tar_problems(given, entry, layout, seen, index.get("config_hash"))
+        if quick:
+            tar = Path(entry[0])
+            there = given.sizes((tar.name, sidecar(tar).name))
+            yield from (f"{text}: {AGAIN}" for text in size_problems(tar, entry[2], there))
+        else:
+            yield from _tar_problems(given, entry, layout, seen, index.get("config_hash"))
     tars = {name for name, *_ in entries}
-    for name in sorted(given.names()):
+    for name in listed:
         if SHARD_FILE.fullmatch(name) and Path(name).with_suffix(".tar").name not in tars:
             yield f"{name} is not in index.json: {AGAIN}"
         if not is_earlier and name in ABOUT and name not in digests | MARKS:

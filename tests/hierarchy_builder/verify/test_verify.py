@@ -13,6 +13,7 @@ from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_damage, find_problems
+from hierarchy_builder.verify.sets import AGAIN, find_set_problems
 
 
 def change(path: Path, old: bytes, new: bytes) -> None:
@@ -119,10 +120,8 @@ def test_a_quick_look_takes_a_set_of_shards_without_its_build(tiny_build, tmp_pa
     (folder.root / "train-000001.tar").unlink()
     (folder.root / "train-000009.tar").touch()
     change(folder.root / "index.json", b'"num_classes": ', b'"num_classes": 1')
-    problems = [damage.text for damage in find_damage(folder, quick=True)]
-    assert problems == [
-        f"{folder.root}/index.json was changed after the set was finished",
-        f"{folder.root}/index.json was changed after the set was finished",
-        f"{folder.root}/train-000001.tar is missing",
-        f"{folder.root}/train-000009.tar is not in index.json",
+    assert list(find_set_problems(str(folder.root), quick=True)) == [
+        f"{folder.root}: index.json was changed after the set was finished: {AGAIN}",
+        f"{folder.root}: train-000001.tar is missing: {AGAIN}",
+        f"{folder.root}: train-000009.tar is not in index.json: {AGAIN}",
     ]
