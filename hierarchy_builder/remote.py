@@ -222,7 +222,10 @@ def info(path: Path) -> dict[str, Any] | None:
 
 
 def files_below(path: Path) -> dict[Path, int]:
-    """All objects below a place and their sizes, or the object itself, in the order of names."""
+    """All objects below a place and their sizes, or the object itself, in the order of names.
+
+    Raises UserError for a name that would lead out of a folder which the objects are copied to.
+    """
     root, fs = _key(path).rstrip("/"), _fs(path)
     found = fs.find(root, detail=True)
     if not isinstance(found, dict):  # adlfs gives a list where the place is an object
@@ -230,6 +233,11 @@ def files_below(path: Path) -> dict[Path, int]:
     sizes = {
         name: int(entry["size"] or 0) for name, entry in sorted(found.items()) if entry["type"] == "file"
     }
+    if leading := [name for name in sizes if ".." in name[len(root) :].split("/")]:
+        raise UserError(
+            f"{path} holds an object named {leading[0]!r}, and `..` leads out of its folder: remove the object, or "
+            "choose another place"
+        )
     return {path / name[len(root) + 1 :] if name != root else path: size for name, size in sizes.items()}
 
 
