@@ -69,34 +69,50 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def target_of(path: Path) -> Path:
     """Where a file that shall be found at `path` is written: there, or where a link there leads.
 
-    Raises UserError where that is something a file may not replace.
+    Raises UserError where that is something a file may not replace, and for a link out of a guarded folder.
     """
     if is_remote(path):
         return path
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
         raise UserError(f"{path} is {what}, expected the name of a file to write; choose another")
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
+    if not path.is_symlink():
+        return path
+    for folder in _GUARDED & set(map(str, Path(os.path.abspath(path)).parents)):
+        _refuse_link(path, folder)
+    return Path(os.path.realpath(path))
 
 
-def refuse_links(folder: Path, names: Collection[str] | None = None) -> None:
-    """Raise UserError where a file directly in `folder`, of these names or of any, is a link that leads out of it.
+_GUARDED = set[str]()
+"""Builds and runs that this process has opened."""
+
+
+def guard(folder: Path) -> None:
+    """Refuse from now on to write through a link in `folder`, or in a folder below, that leads out of it.
 
     Whoever made the folder may be a stranger, and what is written there would go through the link to any file of the
     one who writes. Links to folders are followed, as people put large stores on other disks.
     """
+    if not is_remote(folder):
+        _GUARDED.add(os.path.abspath(folder))
+
+
+def refuse_links(folder: Path, names: Collection[str] | None = None) -> None:
+    """Refuse what `guard` would refuse later, for files directly in `folder`, of these names or of any."""
     if is_remote(folder) or not folder.is_dir():
         return
-    home = os.path.realpath(folder)
-    with os.scandir(folder) as entries:
-        links = [entry for entry in entries if entry.is_symlink() and (names is None or entry.name in names)]
-        for link in links:
-            target = os.path.realpath(link.path)
-            if not link.is_dir() and os.path.commonpath([home, target]) != home:
-                raise UserError(
-                    f"{link.path} is a link to {target}, which would be overwritten: remove the link, or put the file "
-                    "itself in its place"
-                )
+    for path in folder.iterdir() if names is None else map(folder.joinpath, names):
+        if path.is_symlink() and not path.is_dir():
+            _refuse_link(path, str(folder))
+
+
+def _refuse_link(path: Path, folder: str) -> None:
+    home, target = os.path.realpath(folder), os.path.realpath(path)
+    if os.path.commonpath([home, target]) != home:
+        raise UserError(
+            f"{path} is a link to {target}, which would be overwritten: remove the link, or put the file itself in its "
+            "place"
+        )
 
 
 def partial_name(path: Path) -> Path:
@@ -208,7 +224,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     try:
         return parse_json(remote.get(path) if is_remote(path) else parsing.read_document(path), sealed)
     except FileNotFoundError:
-        raise MissingFileError(f"{path} is missing") from None
+        raise MissingFileError(f"{path} is missing: {repair_of(path)}") from None
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}): {repair_of(path)}, or remove it and run the same command again"

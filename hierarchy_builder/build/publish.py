@@ -8,7 +8,8 @@ What lies there already is changed only where it is ours: `_PUBLISHING`, written
 of a transfer; a finished set has its index.json. Anything else of the names to be written is refused.
 
 One process at a time publishes to a place (see `exclusion.py`). Where a store can neither lock nor create a file only
-if there is none, as the hub, `_PUBLISHING` of another set is refused until it is finished or removed.
+if there is none, `_PUBLISHING` of another set is refused until it is finished or removed. Of two that begin at once on
+the hub, the second is refused, since `_PUBLISHING` follows the commit that was looked at, or is not written.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.build.session import StageSummary
 from hierarchy_builder.errors import (
@@ -35,7 +37,7 @@ from hierarchy_builder.errors import (
     VerificationError,
 )
 from hierarchy_builder.exclusion import BusyError, discard, exclusive
-from hierarchy_builder.files import json_text, parse_json, read_json, sha256_file
+from hierarchy_builder.files import guard, json_text, parse_json, read_json, refuse_links, sha256_file
 from hierarchy_builder.places import a_folder, filesystem_of, may_hold_builds
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.remote import PART_BYTES, is_remote, store_error, upload_to
@@ -125,6 +127,7 @@ def _one_writer(url: str, reporter: Reporter) -> Iterator[bool]:
     place = a_folder(url)
     if not is_remote(place):
         place.mkdir(parents=True, exist_ok=True)
+        guard(place)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(exclusive(place, reporter.say))
@@ -160,6 +163,8 @@ def _send(
     strays = place.tars_of(split) - names
     theirs = [*files, shards / PUBLISHING, *(shards / name for name in sorted(strays))]
     place.refuse_foreign([path for path in theirs if path.name not in own])
+    if isinstance(place.fs, LocalFileSystem):
+        refuse_links(Path(place.root), [path.name for path in theirs])
     digest, begun = sha256_file(shards / SUCCESS), place.begun()
     if not is_alone and begun.get("set", digest) != digest:
         raise BuilderError(
@@ -167,7 +172,7 @@ def _send(
             f"has ended, or remove {PUBLISHING} there if it is given up"
         )
     told = {"publishes": "hierarchy-builder", "set": digest, "files": sorted(names | own)}
-    place.write(PUBLISHING, json_text(told))
+    place.claim(json_text(told))
     place.remove(SUCCESS)
     waiting = [tar for tar in tars if sidecar(tar) in changed]
     done = sum(counts[tar] for tar in tars if tar not in waiting)
@@ -224,28 +229,51 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
         ) from None
 
 
+class _Repository(NamedTuple):
+    """A repository on the hub, as `api` wants it named, and a path in it."""
+
+    api: Any
+    place: dict[str, str]
+    inside: str
+
+
+def _repository(fs: AbstractFileSystem, path: str) -> _Repository | None:
+    """The repository that a path lies in; None for a bucket of the hub, which has no commits, and elsewhere."""
+    if "hf" not in fs.protocol or not hasattr(found := fs.resolve_path(path), "repo_id"):
+        return None
+    from huggingface_hub import HfApi
+
+    place = {"repo_id": found.repo_id, "repo_type": found.repo_type, "revision": found.revision}
+    return _Repository(HfApi(endpoint=fs.endpoint, token=fs.token), place, found.path_in_repo)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A folder of a file system. kinds: what is there by name, `file` or something else."""
+    """A folder of a file system. kinds: what is there by name, `file` or something else. commit: of the hub, before."""
 
     fs: AbstractFileSystem
     root: str
     kinds: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
 
     @classmethod
     def of(cls, url: str) -> _Place:
         fs, root = open_url(url)
         fs.makedirs(root, exist_ok=True)
         root = root.rstrip("/")
+        commit = None
+        if hub := _repository(fs, root):
+            commit = hub.api.repo_info(**hub.place).sha
         try:
             found = fs.ls(root, detail=True, refresh=True)
         except FileNotFoundError:  # an object store has no empty folders
             found = []
-        return cls(fs, root, {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in found})
+        kinds = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in found}
+        return cls(fs, root, kinds, commit)
 
     def holds(self, path: Path) -> bool:
         """Whether a small file is there with this content."""
@@ -270,6 +298,8 @@ class _Place:
 
     def begun(self) -> dict[str, Any]:
         """What a transfer wrote that has not ended; nothing where there is none."""
+        if self.kinds.get(PUBLISHING, "file") != "file":  # reading a pipe would never end
+            return {}
         try:
             told = parse_json(self._read(PUBLISHING))
         except (FileNotFoundError, ValueError):
@@ -317,8 +347,23 @@ class _Place:
                 f"{name} has {found:,} bytes after it was sent, expected {expected:,}: send it again"
             )
 
-    def write(self, name: str, data: bytes) -> None:
-        self.fs.pipe_file(self._name(name), data)
+    def claim(self, told: bytes) -> None:
+        """Write PUBLISHING. Raises BuilderError on the hub if anything was changed there since it was looked at."""
+        name = self._name(PUBLISHING)
+        if hub := _repository(self.fs, name):
+            try:
+                hub.api.upload_file(
+                    path_or_fileobj=told, path_in_repo=hub.inside, parent_commit=self.commit, **hub.place
+                )
+            except OSError as error:
+                if getattr(getattr(error, "response", None), "status_code", None) not in (409, 412):
+                    raise
+                raise BuilderError(
+                    f"{self.root} was changed in this moment, maybe by another process that publishes to it: wait "
+                    "until that has ended, then repeat this"
+                ) from None
+        else:
+            self.fs.pipe_file(name, told)
         self.fs.invalidate_cache()
 
     def remove(self, name: str) -> None:

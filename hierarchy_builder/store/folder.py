@@ -13,7 +13,7 @@ from pathlib import Path
 from hierarchy_builder import remote
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.exclusion import BusyError, discard, exclusive, is_taken, of_exclusion, still_ours
-from hierarchy_builder.files import is_there, readable_json, refuse_links
+from hierarchy_builder.files import guard, is_there, readable_json, refuse_links
 from hierarchy_builder.places import remote_place
 from hierarchy_builder.remote import is_remote
 
@@ -166,7 +166,7 @@ class BuildFolder:
         return self.manifest.is_file() or self.manifest_copy.is_file()
 
     def require(self, *, damaged: bool = False) -> BuildFolder:
-        """Return self, or raise UsageError when this is not the folder of a build.
+        """Return self, guarded, or raise UsageError when this is not the folder of a build.
 
         damaged: accept a build that has only the copy of the manifest.
         """
@@ -175,6 +175,7 @@ class BuildFolder:
                 f"{self.root} is not a build: {self.manifest.name} is missing; "
                 f"start one with `hierarchy-builder build IMAGES --out {self.root}`"
             )
+        guard(self.root)
         return self
 
     @contextlib.contextmanager
@@ -187,6 +188,7 @@ class BuildFolder:
         is_new = not is_remote(self.root) and not self.root.exists()
         if not self.is_build():
             self.refuse_foreign(self.root / name for name in self._own_names())
+        guard(self.root)
         with contextlib.ExitStack() as held:
             try:
                 if not is_remote(self.root):

@@ -368,4 +368,19 @@ def test_a_build_or_run_of_a_stranger_leads_to_no_file_outside(
         assert "which would be overwritten" in cli("trainer", *words).err
     with pytest.raises(UserError, match="which would be overwritten"), locked(run):
         pass
+    shutil.copytree(tiny_build.shards, tmp_path / "set")
+    for name in ("README.md", ".lock"):
+        (tmp_path / "set" / name).unlink(missing_ok=True)
+        (tmp_path / "set" / name).symlink_to(mine)
+        done = cli("hierarchy-builder", "publish", tiny_build.root, tmp_path / "set")
+        assert f"{name} is a link to {mine}, which would be overwritten" in done.err
+    sheet = tmp_path / "other run" / "samples" / "step-00000008.png"
+    sheet.parent.mkdir(parents=True)
+    sheet.symlink_to(mine)
+    with (
+        locked(sheet.parents[1]),
+        pytest.raises(UserError, match=f"{sheet} is a link to"),
+        whole_file(sheet) as partial,
+    ):
+        partial.write_text("a sheet of samples")
     assert mine.read_text() == "mine"

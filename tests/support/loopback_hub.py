@@ -12,15 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-HEAD = "0" * 40
-"""The commit that every answer names."""
-
 
 class Hub(BaseHTTPRequestHandler):
     """One model, `someone/digits`, and one data set, `someone/set`; files are kept in memory."""
 
     protocol_version = "HTTP/1.1"
     repositories: dict[str, dict[str, bytes]]
+    commits: dict[str, int]
+    """Commits of each repository so far."""
     lock = threading.Lock()
 
     def log_message(self, *args: object) -> None:
@@ -64,16 +63,26 @@ class Hub(BaseHTTPRequestHandler):
             paths = [path.strip("/") for path in json.loads(sent)["paths"]]
             self.answer([self.entry(path, files[path]) for path in paths if path in files])
         elif rest == "commit/main":
+            lines = [json.loads(line) for line in sent.splitlines()]
+            parent = lines[0]["value"].get("parentCommit")
             with self.lock:
-                for line in map(json.loads, sent.splitlines()):
+                if parent not in (None, self.head(name)):
+                    self.answer({"error": "The expected parent commit is another"}, status=412)
+                    return
+                self.commits[name] += 1
+                for line in lines:
                     if line["key"] == "file":
                         files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                     elif line["key"] == "deletedFile":
                         del files[line["value"]["path"]]
-            here = f"http://{self.headers['Host']}/{name}/commit/{HEAD}"
-            self.answer({"commitUrl": here, "commitOid": HEAD})
+            here = f"http://{self.headers['Host']}/{name}/commit/{self.head(name)}"
+            self.answer({"commitUrl": here, "commitOid": self.head(name)})
         else:
             self.refuse("Page", "EntryNotFound")
+
+    def head(self, name: str) -> str:
+        """The newest commit of a repository."""
+        return f"{self.commits[name]:040x}"
 
     @staticmethod
     def entry(name: str, data: bytes) -> dict[str, object]:
@@ -97,10 +106,15 @@ class Hub(BaseHTTPRequestHandler):
                 self.refuse("Entry", "EntryNotFound")
                 return
             etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
-            self.answer(files[path], {"ETag": etag, "X-Repo-Commit": HEAD})
+            self.answer(files[path], {"ETag": etag, "X-Repo-Commit": self.head(name)})
         else:
             siblings = [{"rfilename": own} for own in files]
-            known = {"id": name.partition("/")[2], "sha": HEAD, "siblings": siblings, "private": False}
+            known = {
+                "id": name.partition("/")[2],
+                "sha": self.head(name),
+                "siblings": siblings,
+                "private": False,
+            }
             self.answer(known)
 
     do_HEAD = do_GET  # noqa: N815 (the name that http.server calls)
@@ -110,6 +124,7 @@ class Hub(BaseHTTPRequestHandler):
 def running_hub(*repositories: str) -> Iterator[str]:
     """Serve these repositories, such as `datasets/someone/set`, empty at first; gives the address."""
     Hub.repositories = {name: {} for name in repositories}
+    Hub.commits = dict.fromkeys(repositories, 0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -268,7 +268,6 @@ def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) 
     from trainer.trajectories.trajectory import Trajectory
 
     seeds, out = parse_seeds(given["seeds"]), out or run / "report.html"
-    refuse_links(run, ["report.html"])
     target = target_of(out)  # refused before anything is drawn
     pipe = opt.open_run(run, given)
     index = open_index(shards) if shards else None

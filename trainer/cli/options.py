@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import typer
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files import guard
 from hierarchy_builder.flags import (
     OUTPUT,
     PATH,
@@ -46,6 +47,8 @@ def reads(what: str, metavar: str = "PATH", is_run: bool = False) -> dict[str, A
         path = checked(a_path)(text)
         if not path.exists():
             raise typer.BadParameter(f"{text} does not exist, expected {what}")
+        if is_run:
+            guard(path)
         return path
 
     return {"kind": Path, "parser": existing, "metavar": metavar}

@@ -22,7 +22,7 @@ import yaml
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.exclusion import BusyError, exclusive
 from hierarchy_builder.fields import difference, identity, to_mapping
-from hierarchy_builder.files import parse_json, refuse_links, write_bytes
+from hierarchy_builder.files import guard, parse_json, refuse_links, write_bytes
 from hierarchy_builder.parsing import parse_yaml, read_document
 from hierarchy_builder.terminal import counted
 from trainer.data.shards import ShardIndex
@@ -44,6 +44,7 @@ def locked(run: Path) -> Iterator[None]:
     A run that is kept at a URL is sent there at the end.
     """
     run.mkdir(parents=True, exist_ok=True)
+    guard(run)
     with ExitStack() as held:
         try:
             for place in (run, home_of(run)):

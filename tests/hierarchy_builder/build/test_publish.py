@@ -224,22 +224,38 @@ try:
     publish_to(folder, "hf://datasets/someone/none", Reporter(quiet=True))
 except BuilderError as error:
     print(error)
+
+from huggingface_hub import HfApi
+upload, url, other = HfApi.upload_file, "hf://datasets/someone/set/twice", BuildFolder(Path(sys.argv[2]))
+def after_another(self, **options):
+    HfApi.upload_file = upload
+    publish_to(other, url, Reporter(quiet=True))
+    return upload(self, **options)
+HfApi.upload_file = after_another
+try:
+    publish_to(folder, url, Reporter(quiet=True))
+except BuilderError as error:
+    print(error)
 """
 
 
-def test_shards_go_to_the_hub_and_are_read_from_it(folder, tmp_path) -> None:
+def test_shards_go_to_the_hub_and_are_read_from_it(folder, photos, tmp_path) -> None:
+    """Of two sets that are sent to one place at once, one is there in the end."""
+    other = make(tmp_path / "other", photos, samples_per_shard=6)
     with running_hub("datasets/someone/set") as address:
         done = subprocess.run(
-            [sys.executable, "-c", TO_THE_HUB, folder.root],
+            [sys.executable, "-c", TO_THE_HUB, folder.root, other.root],
             capture_output=True,
             text=True,
             env={**os.environ, **hub_environment(address, tmp_path)},
         )
     assert done.returncode == 0, done.stderr[-2000:]
-    sent, read, refused = done.stdout.splitlines()
+    sent, read, refused, later = done.stdout.splitlines()
     assert sent == f"{len(content(folder))} 0"
     assert read == "12"
     assert "hf repos create someone/none --type dataset" in refused
+    assert "was changed in this moment" in later
+    places = {"photos": folder, "twice": other}
     assert Hub.repositories["datasets/someone/set"] == {
-        f"photos/{name}": data for name, data in content(folder).items()
+        f"{place}/{name}": data for place, build in places.items() for name, data in content(build).items()
     }
