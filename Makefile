@@ -44,7 +44,7 @@ test: .venv/.ready-dev
 test-cuda: .venv/.ready-dev
 	CUDA_TESTS=1 $(BIN)/python -m pytest -m cuda
 
-drill: .venv/.ready-dev
+drill: .venv/.ready-dev-neighbours
 	$(BIN)/python -m pytest -m drill
 	$(BIN)/python tests/support/drill.py
 	$(BIN)/python tests/support/store_drill.py

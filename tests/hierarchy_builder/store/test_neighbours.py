@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_damage
 
 ABSENT = "the extra dev installs it"
+ABSENT_NEIGHBOUR = "pip install -e '.[neighbours]' installs it"
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,59 @@ def test_hugging_face_datasets_gives_the_same_arrays(
             expected = np.load(io.BytesIO(wanted[name]))
             np.testing.assert_array_equal(np.asarray(read[key][name], expected.dtype), expected)
         assert read[key]["cls"] == int(wanted["cls"])
+
+
+@pytest.mark.drill
+def test_litdata_gives_the_same_bytes(
+    built: BuildFolder, members: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    litdata = pytest.importorskip("litdata", reason=ABSENT_NEIGHBOUR)
+    monkeypatch.setenv("DATA_OPTIMIZER_CACHE_FOLDER", str(tmp_path / "cache"))
+    monkeypatch.setenv("DATA_OPTIMIZER_DATA_CACHE_FOLDER", str(tmp_path / "data"))
+    urls = sorted(map(str, built.shards.glob("*.tar")))
+    litdata.optimize(samples_of_tar, urls, str(tmp_path / "chunks"), chunk_bytes="64MB", num_workers=1)
+    read = {sample["__key__"]: sample for sample in litdata.StreamingDataset(str(tmp_path / "chunks"))}
+    assert read.keys() == members.keys()
+    assert all({name: read[key][name] for name in wanted} == wanted for key, wanted in members.items())
+
+
+def samples_of_tar(url: str) -> Iterator[dict[str, Any]]:
+    """What LitData stores of one tar: at the top of a module, since its workers look the function up."""
+    for sample in webdataset.WebDataset([url], shardshuffle=False):
+        yield {name: value for name, value in sample.items() if name != "__local_path__"}
+
+
+@pytest.mark.drill
+def test_energon_gives_the_same_bytes(
+    built: BuildFolder, members: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    energon = pytest.importorskip("megatron.energon", reason=ABSENT_NEIGHBOUR)
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
+    class AsStored(energon.DefaultTaskEncoder):
+        decoder = None
+        cookers: ClassVar = [energon.Cooker(energon.stateless(lambda sample: sample))]
+
+    names = [Path(shutil.copy(tar, tmp_path)).name for tar in sorted(built.shards.glob("*.tar"))]
+    WebdatasetPreparator.prepare_dataset(
+        EPath(str(tmp_path)), names, split_parts_ratio=[("train", 1.0)], tar_index_only=False, workers=1
+    )
+    (tmp_path / ".nv-meta/dataset.yaml").write_text(
+        "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    )
+    stream = energon.get_train_dataset(
+        str(tmp_path),
+        worker_config=energon.WorkerConfig.default_worker_config(0),
+        batch_size=None,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        task_encoder=AsStored(),
+        repeat=False,
+    )
+    read = {sample["__key__"]: sample for sample in energon.get_loader(stream)}
+    assert read.keys() == members.keys()
+    assert all({name: read[key][name] for name in wanted} == wanted for key, wanted in members.items())
 
 
 def test_a_licence_changes_the_metadata_and_no_tar(built: BuildFolder) -> None:
