@@ -294,8 +294,8 @@ def load_decoder(path: Path, encoder: Mapping[str, Any] | None = None) -> RaeDec
     if not weights:
         there = sorted(file.name for file in folder.iterdir())[:5] if folder.is_dir() else []
         raise TrainerError(
-            f"{folder}: found no RAE decoder but {', '.join(there) or 'nothing'}, expected {CONFIG} and one of "
-            f"{', '.join(WEIGHTS)}; {PUBLISHED}"
+            f"{folder}: found no RAE decoder; the folder holds {', '.join(there) or 'nothing'}, expected one of "
+            f"{', '.join(WEIGHTS)} and its {CONFIG}; {PUBLISHED}"
         )
     config = folder / CONFIG if (folder / CONFIG).exists() else None
     decoder = load_rae_decoder(weights[0], config)
@@ -351,7 +351,10 @@ def _read_config(values: Mapping[str, Any], where: str) -> RaeDecoderConfig:
     if values.get("hidden_act", "gelu") != "gelu":
         raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
     known = {field.name for field in dataclasses.fields(RaeDecoderConfig)}
-    return checked(RaeDecoderConfig, {name: values[name] for name in known & values.keys()}, where)
+    try:
+        return checked(RaeDecoderConfig, {name: values[name] for name in known & values.keys()}, where)
+    except UsageError as error:
+        raise UsageError(f"{error}; {PUBLISHED}") from None
 
 
 def _release_name(name: str) -> str:

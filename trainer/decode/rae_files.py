@@ -76,10 +76,13 @@ def decoder_fields(
     """
     if given is None:
         return _sizes_of(tensors, where) | _transformer_of(tensors, where)
-    if given.get("_class_name", "") == "AutoencoderRAE" or "encoder_hidden_size" in given:
+    kind = given.get("_class_name", "AutoencoderRAE")
+    if kind != "AutoencoderRAE":
+        raise UsageError(f"{where}: found {kind}, expected AutoencoderRAE; {PUBLISHED}")
+    if "_class_name" in given or "encoder_hidden_size" in given:
         return _of_diffusers(given, where)
     if "patch_size" in given and type(given["patch_size"]) is str:  # RAE's own file leaves it to its scripts
-        return {**given, **_sizes_of(tensors, where)}
+        return {**given, **_sizes_of(tensors, f"weights beside {where}")}
     return dict(given)
 
 
