@@ -161,8 +161,8 @@ LOADS = (
         "from hierarchy_builder.encoders import load_encoder; load_encoder('dct')",
         "timm torchvision onnxruntime",
     ),
-    ("import trainer; trainer.TrajectoryPipeline", "ray zarr"),
-    ("import trainer.methods.trajectory_forcing.train", "ray zarr"),
+    ("import trainer; trainer.TrajectoryPipeline", "ray zarr scipy numba"),
+    ("import trainer.methods.trajectory_forcing.train", "ray zarr scipy numba"),
     ("import hierarchy_builder.build.stages", "ray"),
 )
 """What a fresh process does, and what it must not have loaded afterwards."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import Normaliser, check_describes, chosen_normalisation, normaliser_of
-from trainer.data.reader import ShardReader, looked_at
+from trainer.data.reader import Rows, ShardReader, looked_at
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import BatchDataset, StreamPlan
 from trainer.training import checkpoint as saved
@@ -67,6 +67,7 @@ class NetworkRun(Loop):
         origin = find_origin(out, resume, world.is_main)
         self.config = config = settled(config, out, origin, world.device)
         check_same_run(out, origin, config, index)
+        self.origin = origin
         self.normaliser = self._first_normaliser(origin).to(world.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -107,24 +108,23 @@ class NetworkRun(Loop):
         """Raise MismatchError if the statistics of a set do not describe its samples."""
         kind = self.config.normalise
         for part, first in looked_at(self.index) if kind != "none" else ():
-            check_describes(normaliser_of(kind, part), self._first_samples(part, first)[0], part)
+            check_describes(normaliser_of(kind, part), self._first_samples(part, first).raw_features(), part)
 
-    def _first_samples(self, part: ShardIndex | None = None, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Read a few samples of the first shard: raw features float32 [b, H, W, C], region ids uint8 [b, L−1, H, W].
+    def _first_samples(self, part: ShardIndex | None = None, first: int = 0) -> Rows:
+        """Read a few samples of the first shard.
 
         part, first: the set whose first shard it is, and the number of its first sample; None for the first set.
         """
         count = min(LOOKED_AT, (part or self.index).shards[0].num_samples)
-        return next(self._samples(range(first, first + count)))[:2]
+        return next(self._samples(range(first, first + count)))
 
-    def _samples(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Read samples by number, some at a time: features and regions as in `_first_samples`, labels int64 [b]."""
+    def _samples(self, numbers: Sequence[int]) -> Iterator[Rows]:
+        """Read samples by number, some at a time."""
         reader = ShardReader(
             self.index, verifies=lambda shard: False, max_damaged=self.config.max_damaged_shards
         )
         for first in range(0, len(numbers), LOOKED_AT):
-            rows = reader.read_rows(numbers[first : first + LOOKED_AT])
-            yield rows.raw_features(), rows.regions, rows.label
+            yield reader.read_rows(numbers[first : first + LOOKED_AT])
         reader.close()
 
     def _optimizer(self) -> torch.optim.Optimizer:

@@ -26,7 +26,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
@@ -333,6 +332,10 @@ class TrajectoryPipeline(ABC):
         if self.drawn_levels == 1:
             ids = torch.empty(0, *config.grid, dtype=torch.uint8)
         else:
+            from hierarchy_builder.hierarchy import (
+                build_hierarchy,  # loads numba, which drawing does not need
+            )
+
             ids = torch.as_tensor(build_hierarchy(tokens[None]).regions[0] if regions is None else regions)
         if tuple(ids.shape) != (wanted := (self.drawn_levels - 1, *config.grid)):
             raise MismatchError(

@@ -25,7 +25,6 @@ from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.files import target_of
 from hierarchy_builder.terminal import counted
 from trainer.decode.rae import ConditionalDecoder, decoder_from_spec, to_uint8
-from trainer.metrics.regions import extract_regions
 from trainer.trajectories.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of
 from trainer.trajectories.file import ENTRIES, read_trajectory, write_trajectory
 from trainer.trajectories.selection import Selection
@@ -166,6 +165,8 @@ class Trajectory:
         See `trainer.metrics.regions.extract_regions`; tokens of the last level are no regions of their own.
         A single level of tokens is divided as parts would be.
         """
+        from trainer.metrics.regions import extract_regions  # loads scipy, which drawing does not need
+
         if self._regions is None:
             if self.num_levels == 1:
                 self._regions = extract_regions(self.levels.expand(3, -1, -1, -1))[-1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from trainer.data.folders import Places
-from trainer.data.reader import spread_samples
+from trainer.data.reader import Rows, spread_samples
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -81,22 +81,24 @@ class TrajectoryForcingRun(MethodRun):
 
     def _network(self) -> TrajectoryTransformer:
         network = TrajectoryTransformer(self.config.model)
-        if network.start is not None:
-            network.start.fit(self._examples, self.config.model.start_share)
+        if network.start is not None and self.origin is None:  # a checkpoint holds what was fitted
+            # Kept as they are stored, since canvases take eight times the memory.
+            samples = list(self._samples(spread_samples(self.index, START_SAMPLES)))
+            network.start.fit(lambda: self._examples(samples), self.config.model.start_share)
         return network
 
-    def _examples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Canvases in the network's units and labels of some samples, spread evenly over the shards."""
+    def _examples(self, samples: Iterable[Rows]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Canvases in the network's units and labels of samples."""
         normaliser = self.normaliser.to("cpu")
-        for features, regions, label in self._samples(spread_samples(self.index, START_SAMPLES)):
-            yield level_canvases(normaliser.apply(features), regions), label
+        for rows in samples:
+            yield level_canvases(normaliser.apply(rows.raw_features()), rows.regions), rows.label
 
     def _begin(self, origin: Path | None) -> None:
         super()._begin(origin)
         if self.world.is_main and not self.quiet:
-            features, regions = self._first_samples()
-            seen = self.normaliser.to("cpu").apply(features)
-            for line in visibility_lines(seen, regions, self.config.method):
+            rows = self._first_samples()
+            seen = self.normaliser.to("cpu").apply(rows.raw_features())
+            for line in visibility_lines(seen, rows.regions, self.config.method):
                 print(line, file=sys.stderr)
 
     def _plan(self) -> StreamPlan:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from hierarchy_builder.errors import (
     TrainerError,
     UsageError,
 )
+from trainer.data.reader import Rows
+from trainer.data.shards import open_index
 from trainer.data.stream import Batch, BatchDataset
 from trainer.methods.trajectory_forcing import train as room
 from trainer.methods.trajectory_forcing.config import TrainConfig
@@ -102,13 +105,21 @@ def test_resumed_run_equals_uninterrupted(
 
 
 def test_run_with_a_gaussian_start_resumes_and_keeps_what_it_was_fitted_to(
-    shards: str, tmp_path: Path
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(model=dataclasses.replace(TINY.model, start="gaussian"))
+    read, samples = list[int](), room.TrajectoryForcingRun._samples
+
+    def noted(self: Any, numbers: Sequence[int]) -> Iterator[Rows]:
+        read.extend(numbers)
+        return samples(self, numbers)
+
+    monkeypatch.setattr(room.TrajectoryForcingRun, "_samples", noted)
+    config = tiny(model=dataclasses.replace(TINY.model, start="gaussian"), normalise="none")
     for name, parts in (("whole", [64]), ("resumed", [32, 64])):
         for images in parts:
             part = dataclasses.replace(config, total_images=images)
             room.train(part, shards, str(tmp_path / name), quiet=True)
+    assert read == 2 * [*range(open_index(shards).num_samples)]  # once for each fit, and never to go on
     assert_same_state(tmp_path / "whole", tmp_path / "resumed", 8)
     tensors = tensors_of(tmp_path / "whole", 8)
     fitted = [name for name in tensors if name.endswith("start.deviation")]
