@@ -139,10 +139,10 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write `data` under its final name, whole or not at all; an equal file is left untouched."""
     if is_remote(path):
-        remote.put(path, data)
+        remote.put(path, bytes(data))
         return
     if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return

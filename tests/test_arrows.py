@@ -163,7 +163,7 @@ LOADS = (
     ),
     ("import trainer; trainer.TrajectoryPipeline", "ray zarr scipy numba"),
     ("import trainer.methods.trajectory_forcing.train", "ray zarr scipy numba"),
-    ("import hierarchy_builder.build.stages", "ray"),
+    ("import hierarchy_builder.build.plan", "ray numba scipy"),
 )
 """What a fresh process does, and what it must not have loaded afterwards."""
 FRESH = """

@@ -35,7 +35,7 @@ from hierarchy_builder.process import num_cpus
 from hierarchy_builder.records import ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name, write_index
+from hierarchy_builder.store.index import in_build_order, read_images, status_name, write_index
 from hierarchy_builder.store.ledger import (
     REOPENED,
     STAGES,
@@ -69,7 +69,7 @@ def reopen_failed(
     Raises BuilderError if extract never began, ConfigMismatchError if a usable image has changed.
     """
     entry = stage_entry(folder, "extract")
-    before, outcomes = records_of(read_index(folder.listing)), outcomes_so_far(folder)
+    before, outcomes = read_images(folder.listing), outcomes_so_far(folder)
     listed = {"listing_hash": "", "num_images": 0}
     if {**entry["inputs"], **listed} != {**inputs, **listed}:
         return 0  # another configuration or encoder: the ledger refuses it, key by key
@@ -216,7 +216,7 @@ def in_row_order(folder: BuildFolder, images: ImageSource, order: str, *, accept
     began = read_manifest(folder)["stages"].get("extract")
     if began is None or not (accept or "parts" in began["inputs"]) or not folder.listing.exists():
         return dataclasses.replace(images, records=in_build_order(images.records, order))
-    before = records_of(read_index(folder.listing))[: began["inputs"]["num_images"]]
+    before = read_images(folder.listing)[: began["inputs"]["num_images"]]
     ids = _grown_classes(began["class_map"], images.class_map)
     named = images.records.relabelled(ids)
     now = {record.path: record for record in named}

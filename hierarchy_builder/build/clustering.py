@@ -23,7 +23,6 @@ from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import move, sha256_file, size_on_disk
-from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
@@ -59,7 +58,7 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     settle_index(folder.index, folder.listing, outcomes_so_far(folder))
     if not len(usable_rows(folder)):
         raise BuilderError(f"{folder.root}: no image could be used; {folder.index.name} says why")
-    paths = read_index(folder.index).column("path")
+    paths = read_index(folder.index, ["path"]).column("path")
     inputs = cluster_inputs(recipe, extracted["hash"], paths)
     ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
     settle_recut(folder)
@@ -183,6 +182,8 @@ class RecutStage:
     recipe: HierarchyRecipe
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
+        from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
+
         stored = Stored(self.folder)
         usable = stored.block("status", unit) == Status.OK
         objects, merges, flags = (stored.block(name, unit)[usable] for name in ("regions", "merges", "flags"))

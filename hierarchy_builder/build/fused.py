@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from hierarchy_builder.build.clustering import cluster_inputs
 from hierarchy_builder.build.inputs import (
@@ -41,14 +40,13 @@ from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import atomic_file, size_on_disk, write_json
-from hierarchy_builder.hierarchy.recipe import build_hierarchy
-from hierarchy_builder.hierarchy.similarity import single_threaded_blas
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import ImageSource, open_reader
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.process import ahead
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_index, records_of, write_index
+from hierarchy_builder.store.index import in_build_order, read_images, write_index
 from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry, with_licence
 from hierarchy_builder.store.samples import make_sample, picture_of
 from hierarchy_builder.store.shard_set import publish_shards
@@ -65,7 +63,7 @@ class FuseStage:
     recipe: HierarchyRecipe
     config: ShardConfig
     images: ImageEncoder
-    index: pa.Table
+    index: ImageTable
     masks: MaskFolder | None
 
     @classmethod
@@ -86,10 +84,14 @@ class FuseStage:
             px = encoder.image_size_px
             images.keep = lambda image, crop: picture_of(image, px, config, crop)
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
-        return cls(folder, recipe, config, images, read_index(folder.listing), masks)
+        return cls(folder, recipe, config, images, read_images(folder.listing), masks)
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        records = list(records_of(self.index.slice(unit.start, len(unit))))
+        # They load numba, which a driver does not need.
+        from hierarchy_builder.hierarchy import build_hierarchy
+        from hierarchy_builder.hierarchy.similarity import single_threaded_blas
+
+        records = list(self.index[unit.start : unit.stop])
         outcomes: list[Outcome] = [{} for _ in records]
         encoder, num_levels = self.images.encoder, self.recipe.num_levels
         features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)

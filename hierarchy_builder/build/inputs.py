@@ -26,7 +26,7 @@ from hierarchy_builder.images.sources import ImageSource, open_reader, open_sour
 from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.records import ImageRecord, Status
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_index, records_of, status_name
+from hierarchy_builder.store.index import in_build_order, read_images, read_index, status_name
 from hierarchy_builder.store.ledger import recorded_stages
 from hierarchy_builder.store.units import stored_source, told_blocks
 from hierarchy_builder.terminal import counted
@@ -157,7 +157,7 @@ def _encoded(
 
 
 def _listed(folder: BuildFolder) -> ImageTable:
-    return records_of(read_index(folder.listing))
+    return read_images(folder.listing)
 
 
 def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -189,7 +189,7 @@ def check_skipped(
             f"{len(bad)} of {len(outcomes)} images could not be used ({by_reason}): {advice}"
         )
         return
-    paths = read_index(folder.index).column("path")
+    paths = read_index(folder.index, ["path"]).column("path")
     named = [f"{paths[row]} ({outcomes[row]['reason']})" for row in bad[:5]]
     raise TooManySkippedError(
         f"{len(bad)} of {len(outcomes)} images could not be used, allowed is {allowed:.2%} ({by_reason}): "

@@ -59,7 +59,7 @@ TRIAL_ROWS = 40
 """Rows of a block of the trial; with a power of two the means of a block would have few digits and compress better."""
 TRIAL_PROTOTYPES = 256
 """Prototypes on each level of the vocabulary of the trial, at most."""
-WRITTEN = 2**18
+WRITTEN = 2**17
 """Rows of the index that are written to see how many bytes they take, at most."""
 TIMED_TOKENS = 4_096
 """Tokens that are clustered once to estimate the time of a vocabulary."""

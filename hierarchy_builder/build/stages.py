@@ -24,15 +24,15 @@ from hierarchy_builder.encoders import Encoder, load_encoder
 from hierarchy_builder.encoders.encoding import ImageEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, ImageError
-from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.originals import changed_images, file_hash, refuse_changed
 from hierarchy_builder.images.sources import Reader, open_reader
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, records_of, status_name
+from hierarchy_builder.store.index import read_images, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import REOPENED, Ledger, stage_entry
 from hierarchy_builder.store.samples import FACTS, make_sample, picture_of
 from hierarchy_builder.store.shards import shard_name, write_shard
@@ -40,6 +40,9 @@ from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_
 from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import usable_rows
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary, part_prototypes
+
+PHOTO = ("path", "width", "height")
+"""Columns of the index that say which label map belongs to a photo."""
 
 
 class Stage(Protocol):
@@ -94,7 +97,7 @@ class ExtractStage:
     source: str
     config: ExtractConfig
     images: ImageEncoder
-    index: pa.Table
+    index: ImageTable
 
     @classmethod
     def load(
@@ -104,10 +107,10 @@ class ExtractStage:
         encoder = encoder or asked_encoder(config)
         check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
         images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
-        return cls(folder, source, config, images, read_index(folder.listing))
+        return cls(folder, source, config, images, read_images(folder.listing))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        records = list(records_of(self.index.slice(unit.start, len(unit))))
+        records = list(self.index[unit.start : unit.stop])
         features, status, outcomes = self._kept(unit)
         with ThreadPoolExecutor(threads) as pool:
             for batch in self.images.batches(records, outcomes, pool):
@@ -155,15 +158,16 @@ class ClusterStage:
     @classmethod
     def load(cls, folder: BuildFolder, recipe: HierarchyRecipe, image_size_px: int) -> ClusterStage:
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
-        return cls(folder, recipe, image_size_px, masks, read_index(folder.index))
+        return cls(folder, recipe, image_size_px, masks, read_index(folder.index, PHOTO))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         stored = Stored(self.folder)
         usable = stored.block("status", unit) == Status.OK
         features = stored.block("features", unit)[usable]
         photos = self.index.slice(unit.start, len(unit)).filter(pa.array(usable))
-        photos = photos.select(["path", "width", "height"]).to_pylist()
-        labels = label_maps(self.masks, photos, self.image_size_px, features.shape[1:3])
+        labels = label_maps(self.masks, photos.to_pylist(), self.image_size_px, features.shape[1:3])
+        from hierarchy_builder.hierarchy import build_hierarchy  # loads numba, which a driver does not need
+
         hierarchy = build_hierarchy(features, self.recipe, labels, threads=threads)
         parts = {name: getattr(hierarchy, name) for name in ("regions", "merges", "flags", "scores")}
         rows = {name: scatter_rows(values, usable) for name, values in parts.items()}
@@ -297,6 +301,8 @@ class ShardStage:
 
 def count_regions(regions: np.ndarray, flags: np.ndarray) -> dict[str, Any]:
     """Counts for the marker of a block: images, regions on each level, images with each flag."""
+    from hierarchy_builder.hierarchy import Flag
+
     counts = regions.max(axis=(2, 3), initial=0).astype(int) + 1
     return {
         "images": len(regions),

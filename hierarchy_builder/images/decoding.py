@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from hierarchy_builder.errors import ImageError
-from hierarchy_builder.images.resampling import resize_centre
 from hierarchy_builder.pictures import PNG_START, open_picture, png_chunks
 
 # decode_image checks sizes against `max_pixels`; Pillow would already warn about ordinary large scans.
@@ -126,6 +125,10 @@ def crop_square(
     width, height = size_px * width // short, size_px * height // short
     is_resized = image.size != (width, height) or out_px not in (None, size_px)
     if image.mode == "RGB" and resampling == Image.Resampling.BICUBIC and is_resized:
+        from hierarchy_builder.images.resampling import (
+            resize_centre,  # loads numba, which a driver does not need
+        )
+
         return resize_centre(np.asarray(image), (width, height), size_px, out_px)
     if image.size != (width, height):
         image = image.resize((width, height), resampling)

@@ -31,7 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import BuilderError, UsageError, UserError
-from hierarchy_builder.images.table import AT_ONCE, Collected, Size, give_back
+from hierarchy_builder.images.table import AT_ONCE, Collected, Size, give_back, sorted_by_path
 from hierarchy_builder.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
 from hierarchy_builder.places import printable
 from hierarchy_builder.terminal import counted
@@ -89,7 +89,7 @@ class Listing:
 
     def in_order(self) -> tuple[pa.Table, np.ndarray]:
         """The collected images in the order of their paths, and which of them have the path of the one before."""
-        table = self.images.table().sort_by("path")
+        table = sorted_by_path(self.images.table())
         give_back()
         if not len(table):
             raise BuilderError(
@@ -146,10 +146,12 @@ def _walk(
             entries = list(found)
     except OSError as error:
         raise BuilderError(f"{folder} cannot be listed: {error.strerror}; let this user read it") from None
-    for entry in entries:
-        if entry.name.startswith("."):
+    below = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
+    # Files come by path, so that no listing has to be sorted.
+    for entry in sorted(entries, key=lambda each: each.name + "/" * below.get(each.name, False)):
+        if entry.name not in below:
             continue
-        if _is_folder(entry):
+        if below[entry.name]:
             if entry.name.lower() in SYSTEM_FOLDERS:
                 continue
             if not prefix:

@@ -32,6 +32,13 @@ def give_back() -> None:
     pa.default_memory_pool().release_unused()
 
 
+def sorted_by_path(table: pa.Table) -> pa.Table:
+    """The rows in the order of their paths; nothing is copied where they are in it already."""
+    paths = table.column("path")
+    is_sorted = pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py() is not False
+    return table if is_sorted else table.sort_by("path")
+
+
 class ImageTable(Sequence[ImageRecord]):
     """Images in an order, read as records one by one or as columns of Arrow."""
 
@@ -106,10 +113,7 @@ class ImageTable(Sequence[ImageRecord]):
 
     def by_path(self) -> ImageTable:
         """The images in the order of their paths."""
-        paths = self.column("path")
-        if pc.all(pc.less(paths[:-1], paths[1:])).as_py() is not False:
-            return self
-        return ImageTable(self.table.sort_by("path"))
+        return ImageTable(sorted_by_path(self.table))
 
     def take(self, rows: np.ndarray) -> ImageTable:
         """The images at these places, in their order."""

@@ -29,7 +29,7 @@ from hierarchy_builder.hierarchy.agreement import variation_of_information
 from hierarchy_builder.quality.report import hierarchy_views
 from hierarchy_builder.quality.scores import count_regions, stability
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.index import read_images, read_index
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import finished_stage, usable_rows
@@ -270,7 +270,7 @@ def _rows_by_key(folder: BuildFolder) -> dict[str, int]:
     """Return the rows of the usable images by key, in rising order."""
     finished_stage(folder, "cluster")
     rows = usable_rows(folder)
-    keys = read_index(folder.index).column("key").take(rows).to_pylist()
+    keys = read_index(folder.index, ["key"]).column("key").take(rows).to_pylist()
     return dict(zip(keys, rows.tolist(), strict=True))
 
 
@@ -299,7 +299,7 @@ def _compare(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 
 def _viewers(a: BuildFolder, b: BuildFolder, found: Comparison, shown: np.ndarray) -> list[LevelViewer]:
     encoder = stage_entry(a, "extract")["inputs"]["encoder"]
-    views = hierarchy_views(a, records_of(read_index(a.index)), found.rows_a[shown].tolist(), encoder)
+    views = hierarchy_views(a, read_images(a.index), found.rows_a[shown].tolist(), encoder)
     others = _read(Stored(b), found.rows_b[shown])
     return [
         _viewer(view, other, found, n, names_of(a, b))

@@ -22,7 +22,7 @@ from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.quality.scores import flag_names
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.index import read_images, read_index
 from hierarchy_builder.store.ledger import read_manifest
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import finished_stage, progress_of, stored_source, usable_rows
@@ -44,7 +44,7 @@ def write_report(
     Raises UsageError for a key that is not in the build.
     """
     clustered = finished_stage(folder, "cluster")
-    records = records_of(read_index(folder.index))
+    records = read_images(folder.index)
     rows = choose_rows(folder, records, limit, keys)
     stages = read_manifest(folder)["stages"]
     encoder = stages["extract"]["inputs"]["encoder"]
@@ -122,7 +122,7 @@ def hierarchy_views(
 
 def usable_keys(folder: BuildFolder) -> list[str]:
     """The keys of the images that a page can show."""
-    keys: list[str] = read_index(folder.index).column("key").take(usable_rows(folder)).to_pylist()
+    keys: list[str] = read_index(folder.index, ["key"]).column("key").take(usable_rows(folder)).to_pylist()
     return keys
 
 

@@ -26,7 +26,7 @@ from hierarchy_builder.files import write_json
 from hierarchy_builder.quality.assessment import Assessment
 from hierarchy_builder.quality.report import hierarchy_views
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.index import read_images
 from hierarchy_builder.store.ledger import stage_entry
 
 WORST_IMAGES = 12
@@ -234,7 +234,7 @@ def _worst(folder: BuildFolder, found: Assessment, names: Sequence[str]) -> Gall
     if not worst:
         return None
     encoder = stage_entry(folder, "extract")["inputs"]["encoder"]
-    records = records_of(read_index(folder.index))
+    records = read_images(folder.index)
     views = hierarchy_views(folder, records, [found.rows[n] for n in worst], encoder)
     noted = [
         replace(view, notes={**view.notes, **{name: _short(values[n]) for name, values in scores.items()}})

@@ -179,7 +179,9 @@ def _strips(
     needed = np.concatenate(list(chosen.values()))
     rows = np.unique(parts.rows[needed])
     keys = dict(
-        zip(rows.tolist(), read_index(folder.index).column("key").take(rows).to_pylist(), strict=True)
+        zip(
+            rows.tolist(), read_index(folder.index, ["key"]).column("key").take(rows).to_pylist(), strict=True
+        )
     )
     pictures = _pictures(folder, level, parts, needed)
     strips = {}

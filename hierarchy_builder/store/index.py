@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -111,86 +111,112 @@ def write_index(
 
     outcomes: one mapping per row with `OUTCOME_COLUMNS`.
     """
-    images = ImageTable.of(records)
-    columns: dict[str, Any] = {name: images.column(name) for name in COLUMNS}
-    if isinstance(outcomes, Outcomes):
-        columns |= {name: outcomes.table.column(name) for name in OUTCOME_COLUMNS}
-    elif outcomes is None:
-        empty = {name: pa.nulls(len(images), SCHEMA.field(name).type) for name in OUTCOME_COLUMNS}
-        pending = pa.repeat(pa.scalar(status_name(Status.PENDING)), len(images))
-        columns |= {**empty, "status": pending}
-    else:
-        for name in OUTCOME_COLUMNS:
-            columns[name] = pa.array((row.get(name) for row in outcomes), SCHEMA.field(name).type)
-    table = pa.table(columns)
-    described = {"format_version": str(INDEX_VERSION), "rows_sha256": rows_digest(table)}
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, SCHEMA.with_metadata(described), compression="zstd") as writer:
-        for start in range(0, len(table), ROWS_AT_ONCE):
-            writer.write_table(table.slice(start, ROWS_AT_ONCE).cast(writer.schema))
-    del table, columns
-    write_bytes(path, buffer.getvalue())
+    images, pending = ImageTable.of(records), pa.array([status_name(Status.PENDING)])
+    if outcomes is not None and not isinstance(outcomes, Outcomes):
+        outcomes = Outcomes([Outcomes.of(outcomes, len(images))])
+
+    def group(name: str, start: int) -> pa.ChunkedArray:
+        """A column of a row group; columns made whole would take the memory of the images again."""
+        kind, count = SCHEMA.field(name).type, min(ROWS_AT_ONCE, len(images) - start)
+        if name in COLUMNS:
+            return images.table.column(name).slice(start, count).cast(kind)
+        if outcomes is not None:
+            return outcomes.table.column(name).slice(start, count)
+        told = pending.take(pa.array(np.zeros(count, np.int8))) if name == "status" else pa.nulls(count, kind)
+        return pa.chunked_array([told])
+
+    starts = range(0, len(images), ROWS_AT_ONCE)
+    digest = _rows_digest(lambda name: lambda: (group(name, start) for start in starts))
+    schema = SCHEMA.with_metadata({"format_version": str(INDEX_VERSION), "rows_sha256": digest})
+    file = pa.BufferOutputStream()
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for start in starts:
+            writer.write_table(pa.table([group(name, start) for name in schema.names], schema=schema))
+    write_bytes(path, memoryview(file.getvalue()))
     give_back()
 
 
-def read_index(path: Path) -> pa.Table:
-    """Read an index. Raises VerificationError when it is missing or its rows are not those that were written."""
-    with decoding(path):
-        table = pq.read_table(io.BytesIO(read_bytes(path)) if is_remote(path) else path)
-        table.validate(full=True)
-        described = table.schema.metadata or {}
+def read_index(path: Path, names: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
+    """Read an index or some of its columns; all are checked.
+
+    Raises VerificationError when it is missing or its rows are not those that were written.
+    """
+    kept = dict[str, pa.ChunkedArray]()
+    with decoding(path), pq.ParquetFile(io.BytesIO(read_bytes(path)) if is_remote(path) else path) as file:
+        described = file.schema_arrow.metadata or {}
         version = described.get(b"format_version", b"").decode()
         if version not in ("1", str(INDEX_VERSION)):
             raise ValueError(f"its format version is {version!r}, expected 1 to {INDEX_VERSION}")
-        if version == "1":
-            for name in CAME_LATER:
-                table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
-        if not table.schema.equals(SCHEMA):
-            raise ValueError(f"its columns are {table.schema.names}, expected {SCHEMA.names}")
-        if any(column.null_count for column in table.columns[: SCHEMA.get_field_index("status") + 1]):
-            raise ValueError("it lacks values of columns that no row lacks")
-        if version != "1" and described.get(b"rows_sha256", b"").decode() != rows_digest(table):
+        later = CAME_LATER if version == "1" else ()
+        present = pa.schema([field for field in SCHEMA if field.name not in later])
+        if not file.schema_arrow.equals(present):
+            raise ValueError(f"its columns are {file.schema_arrow.names}, expected {present.names}")
+
+        def column(name: str) -> Callable[[], list[pa.ChunkedArray]]:
+            """A column, which is kept only if it is asked for: all together take several times the memory."""
+            field = SCHEMA.field(name)
+            values = (
+                pa.chunked_array([pa.nulls(file.metadata.num_rows, field.type)])
+                if name in later
+                else file.read([name]).column(0)
+            )
+            values.validate(full=True)
+            if values.null_count and not field.nullable:
+                raise ValueError("it lacks values of columns that no row lacks")
+            if name in names:
+                kept[name] = values
+            return lambda: [values]
+
+        digest = _rows_digest(column)
+        if version != "1" and described.get(b"rows_sha256", b"").decode() != digest:
             raise VerificationError(
                 f"{path} is damaged (its rows do not have the checksum that they were written with): "
                 "run `hierarchy-builder repair` on its build"
             )
-    return table
+    give_back()
+    return pa.table([kept[name] for name in names], schema=pa.schema([SCHEMA.field(name) for name in names]))
 
 
-def rows_digest(table: pa.Table) -> str:
+def read_images(path: Path) -> ImageTable:
+    """Read the images of an index without their outcomes; see `read_index`."""
+    return ImageTable(read_index(path, COLUMNS))
+
+
+def _rows_digest(column: Callable[[str], Callable[[], Iterable[pa.ChunkedArray]]]) -> str:
     """Return the SHA-256 of all values by column, which `write_index` stores as `rows_sha256`.
 
     For each column: its name, which rows have a value, as bytes 0 and 1, and the values. Whole numbers are int64 with 0
     for none; of strings it takes their lengths in UTF-8 as int64, then all of them joined.
+    column: called once for each name; what it returns gives the pieces of the column each time that it is called.
     """
     digest = hashlib.sha256()
-    for name in SCHEMA.names:
-        column = table.column(name)
-        digest.update(name.encode())
-        digest.update(column.is_valid().to_numpy().astype(np.uint8).tobytes())
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            digest.update(pc.binary_length(column).fill_null(0).to_numpy().astype("<i8").tobytes())
-            for chunk in column.chunks:
+    for field in SCHEMA:
+        digest.update(field.name.encode())
+        is_text, pieces = pa.types.is_string(field.type), column(field.name)
+        for piece in pieces():
+            digest.update(piece.is_valid().to_numpy().astype(np.uint8))
+        for piece in pieces():
+            numbers = pc.binary_length(piece) if is_text else piece
+            digest.update(numbers.fill_null(0).to_numpy().astype("<i8"))
+        for piece in pieces() if is_text else ():
+            for chunk in piece.chunks:
                 digest.update(_text_of(chunk.fill_null("")))
-        else:
-            digest.update(column.fill_null(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 
 def settle_index(path: Path, listing: Path, outcomes: Outcomes) -> None:
     """Write the index from the listing and these outcomes where it holds others: a run ended before it wrote it."""
     wanted = outcomes.table.select(OUTCOME_COLUMNS)
-    if not path.exists() or read_index(path).select(OUTCOME_COLUMNS).cast(wanted.schema) != wanted:
-        write_index(path, records_of(read_index(listing)), outcomes)
+    if not path.exists() or read_index(path, OUTCOME_COLUMNS).cast(wanted.schema) != wanted:
+        write_index(path, read_images(listing), outcomes)
 
 
-def _text_of(strings: pa.StringArray | pa.LargeStringArray) -> memoryview:
+def _text_of(strings: pa.StringArray) -> memoryview:
     """The bytes of strings without a null, joined."""
     _, offsets, text = strings.buffers()
     if text is None or not len(strings):
         return memoryview(b"")
-    kind = np.int64 if pa.types.is_large_string(strings.type) else np.int32
-    places = np.frombuffer(offsets, kind)[strings.offset : strings.offset + len(strings) + 1]
+    places = np.frombuffer(offsets, np.int32)[strings.offset : strings.offset + len(strings) + 1]
     return memoryview(text)[places[0] : places[-1]]
 
 

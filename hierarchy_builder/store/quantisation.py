@@ -10,11 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from hierarchy_builder.config import HierarchyRecipe
-from hierarchy_builder.hierarchy.agreement import adjusted_rand
-from hierarchy_builder.hierarchy.recipe import build_hierarchy
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.stored import Stored
@@ -51,6 +48,9 @@ def measure_quantisation(folder: BuildFolder, recipe: HierarchyRecipe, rows: np.
     between a token and its stored form), and for each level, coarse → fine, `tokens_changed` (share of tokens outside
     the best one-to-one matching of regions before and after) and `agreement` (mean adjusted Rand index).
     """
+    from hierarchy_builder.hierarchy import build_hierarchy
+    from hierarchy_builder.hierarchy.agreement import adjusted_rand
+
     chosen = rows[spread_evenly(len(rows), SAMPLED_IMAGES)]
     exact = Stored(folder).rows("features", chosen).astype(np.float32)
     stored = dequantise(*quantise(exact))
@@ -79,6 +79,8 @@ def changed_share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def _changed_share(before: np.ndarray, after: np.ndarray) -> float:
+    from scipy.optimize import linear_sum_assignment
+
     table = np.zeros((int(before.max()) + 1, int(after.max()) + 1), np.int64)
     np.add.at(table, (before, after), 1)
     return 1 - table[linear_sum_assignment(table, maximize=True)].sum() / before.size

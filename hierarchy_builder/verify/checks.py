@@ -21,14 +21,13 @@ from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import decoding, fetched, read_json, readable_json, sha256_file
-from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
 from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
 from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.records import REGION_DTYPE, Block, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, status_name
+from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_images, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import (
     Ledger,
     again_command,
@@ -261,7 +260,7 @@ def _check_listing(folder: BuildFolder, stage: str, entry: Mapping[str, Any]) ->
         for text in _then_error(_listing_problems(path, entry)):
             yield Damage(stage="extract", text=text)
     try:
-        listing, index = records_of(read_index(folder.listing)), read_index(folder.index)
+        listing, index = read_images(folder.listing), read_index(folder.index)
         if records_of(index) != listing:
             text = f"{folder.index}: rows are in another order than in {folder.listing.name}"
             yield Damage(stage="extract", text=text)
@@ -274,7 +273,7 @@ def _check_listing(folder: BuildFolder, stage: str, entry: Mapping[str, Any]) ->
 
 
 def _listing_problems(path: Path, entry: Mapping[str, Any]) -> Iterator[str]:
-    records = records_of(read_index(path))
+    records = read_images(path)
     if listing_hash(records) != entry["inputs"]["listing_hash"]:
         yield f"{path} is not the listing the build was made from"
     # The hash of a listing leaves out the names of classes, whose ids it holds.
@@ -308,7 +307,7 @@ def _check_photos(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     if not any(outcomes):
         return
     try:
-        reader, records = open_reader(stored_source(folder)), records_of(read_index(folder.listing))
+        reader, records = open_reader(stored_source(folder)), read_images(folder.listing)
     except (BuilderError, OSError):
         return
     if len(outcomes) == len(records) and (changed := changed_images(records, outcomes, reader)):
@@ -321,6 +320,8 @@ def _class_map_problems(path: Path, expected: Mapping[str, Any]) -> Iterator[str
 
 
 def _check_regions(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
+    from hierarchy_builder.hierarchy.recipe import check_nesting, cut_levels, given_levels
+
     recipe = from_mapping(HierarchyRecipe, stages["cluster"]["request"])
 
     def check(block: Block, arrays: Mapping[str, np.ndarray], marker: Mapping[str, Any]) -> Iterator[str]:
@@ -530,6 +531,8 @@ def array_problem(sample: Sample, expected: Layout) -> str | None:
         return "features are not finite"
     if sample.scale is not None and not (np.isfinite(sample.scale) & (sample.scale >= 0)).all():
         return "scales are not finite or below 0"
+    from hierarchy_builder.hierarchy import check_nesting
+
     if np.asarray(check_nesting(sample.regions[None])).any():
         return "region ids are not dense or not nested"
     return None

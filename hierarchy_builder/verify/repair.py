@@ -25,7 +25,7 @@ from hierarchy_builder.files import readable_json, write_bytes, write_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
-from hierarchy_builder.store.index import read_index, records_of, write_index
+from hierarchy_builder.store.index import read_images, write_index
 from hierarchy_builder.store.ledger import (
     Ledger,
     check_manifest,
@@ -176,7 +176,7 @@ def _restore_listing(folder: BuildFolder) -> None:
     if not is_listing(folder.listing, entry):
         folder.remove(folder.listing)
         if folder.index.exists():
-            write_index(folder.listing, records_of(read_index(folder.index)))
+            write_index(folder.listing, read_images(folder.index))
 
 
 def _rewrite_index(folder: BuildFolder) -> bool:
@@ -186,7 +186,7 @@ def _rewrite_index(folder: BuildFolder) -> bool:
     if not folder.listing.exists() or ledger.missing(unit.number for unit in units):
         return False
     outcomes, _ = gathered(ledger, units)
-    write_index(folder.index, records_of(read_index(folder.listing)), outcomes)
+    write_index(folder.index, read_images(folder.listing), outcomes)
     return True
 
 
