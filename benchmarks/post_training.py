@@ -46,7 +46,7 @@ def main() -> None:
         split_photographs(Path(options.photos), root / "photos")
         for split in ("train", "val"):
             builds[split] = root / split
-            made = ["hierarchy-builder", "build", str(root / "photos"), "--split", split, "--encoder", "dct"]
+            made = ["hierarchy-builder", "build", str(root / "photos"), "--split", split, *options.build]
             run([*made, "--images", "--workers", str(options.workers), "--out", str(builds[split])])
         found = [measured(root / f"seed-{seed}", builds, seed, options) for seed in range(options.seeds)]
     names = [name for name in METRICS if all(name in each[way] for each in found for way in WAYS)]
@@ -123,6 +123,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument("--samples", type=int, default=16, help="samples of each class")
     parser.add_argument("--workers", type=int, default=2, help="workers of the builds")
+    parser.add_argument(
+        "--build",
+        type=shlex.split,
+        default=["--encoder", "dct"],
+        help="encoder and further options of `hierarchy-builder build`",
+    )
     parser.add_argument("--judge", metavar="NAME[=FILE]", help="encoder that was no target, and its weights")
     parser.add_argument("--train", type=shlex.split, default=[], help="further options of `trainer train`")
     parser.add_argument(
