@@ -15,8 +15,8 @@ from tiny_runs import FLOW
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.encoders import encode, load_encoder
 from hierarchy_builder.hierarchy import build_hierarchy
+from trainer.methods import registry
 from trainer.methods.trajectory_forcing import objective
-from trainer.methods.trajectory_forcing import train as room
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.training.config import OptimConfig
@@ -95,8 +95,8 @@ def test_features_leave_the_device_as_on_the_cpu() -> None:
 
 def test_a_run_resumes_and_logs_its_speed(shards: str, tmp_path: Path) -> None:
     config = dataclasses.replace(FLOW, precision="auto")
-    room.train(dataclasses.replace(config, total_images=32), shards, str(tmp_path), quiet=True)
-    room.train(config, shards, str(tmp_path), quiet=True)
+    registry.train(dataclasses.replace(config, total_images=32), shards, str(tmp_path), quiet=True)
+    registry.train(config, shards, str(tmp_path), quiet=True)
     lines = read_metrics(tmp_path)
     assert lines[-1]["images"] == config.total_images
     assert "precision: bfloat16" in (tmp_path / "config.yaml").read_text()

@@ -18,7 +18,7 @@ from fixture_shards import write_shards
 from tiny_runs import FLOW as TINY
 
 from hierarchy_builder.fields import to_mapping
-from trainer.methods.trajectory_forcing import train as room
+from trainer.methods import registry
 from trainer.training.log import read_metrics
 
 needs_ray_train = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def test_two_ranks_of_ray_take_the_steps_of_one_process(tmp_path: Path) -> None:
     done = job(tmp_path, "--workers", "2", "--cpus-per-worker", "0.5", "--json", "--", shards, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["step"] == 3
-    room.train(dataclasses.replace(TINY, total_images=24), shards, str(tmp_path / "alone"), quiet=True)
+    registry.train(dataclasses.replace(TINY, total_images=24), shards, str(tmp_path / "alone"), quiet=True)
     traces = [
         [row["loss"] for row in read_metrics(tmp_path / run) if "loss" in row] for run in ("ray", "alone")
     ]

@@ -40,8 +40,8 @@ class Method:
     """The preset that a file of fields changes where no preset is named; without a file, one is suggested."""
     small_preset: str
     """The preset that trains on CPU cores."""
-    training: str
-    """The module with `train` and `fit_to_shards`."""
+    run: str
+    """Its subclass of `trainer.training.method_run.MethodRun`."""
     pipeline: str
     """Its subclass of `trainer.trajectories.pipeline.TrajectoryPipeline`."""
     losses_text: str
@@ -73,7 +73,7 @@ TRAJECTORY_FORCING = Method(
     presets="trainer.methods.trajectory_forcing.presets:PRESETS",
     default_preset="TF-B",
     small_preset="tiny-cpu",
-    training="trainer.methods.trajectory_forcing.train",
+    run="trainer.methods.trajectory_forcing.train:TrajectoryForcingRun",
     pipeline="trainer.methods.trajectory_forcing.pipeline:TrajectoryForcingPipeline",
     one_step="trainer.methods.trajectory_forcing.one_step",
     losses_text="The losses of u and v are divided by their own size and stay near 1; the squared errors behind them "
@@ -86,7 +86,7 @@ LATENT_FORCING = Method(
     presets="trainer.methods.latent_forcing.presets:LATENT_PRESETS",
     default_preset="LF-LM",
     small_preset="tiny-latent",
-    training="trainer.methods.latent_forcing.train",
+    run="trainer.methods.latent_forcing.train:LatentForcingRun",
     pipeline="trainer.methods.latent_forcing.pipeline:LatentPipeline",
     losses_text="loss_pixels and loss_latents are squared errors of v, averaged over the whole batch: a sample that "
     "does not train one of the two counts as 0 in its average.",
@@ -101,7 +101,7 @@ NORMALIZING_TRAJECTORY = Method(
     presets="trainer.methods.normalizing_trajectory.presets:NORMALIZING_PRESETS",
     default_preset="NTM-B",
     small_preset="tiny-normalizing",
-    training="trainer.methods.normalizing_trajectory.train",
+    run="trainer.methods.normalizing_trajectory.train:NormalizingRun",
     pipeline="trainer.methods.normalizing_trajectory.pipeline:NormalizingPipeline",
     losses_text="bits are −log₂ of the density of chains of normalised features, per number of a canvas, and may fall "
     "below 0: fit + log_sigma − log_det, which are in nats as the loss is. The loss of a learned denoiser is its "
@@ -174,15 +174,22 @@ def fit_to_shards(config: Any, index: ShardIndex, asked: Collection[str] = ()) -
     asked: dotted names of the fields that were set on purpose. Raises MismatchError where one of these is not what the
     shards have.
     """
-    return method_of(config).load("training").fit_to_shards(config, index, asked)
+    return method_of(config).load("run").fitted(config, index, asked)
 
 
 def train(
     config: Any, shards: Places | ShardIndex, out: str, resume: str = "auto", quiet: bool = False
 ) -> RunSummary:
-    """Train a run of the method of `config`; see `trainer.methods.trajectory_forcing.train.train`."""
-    summary: RunSummary = method_of(config).load("training").train(config, shards, out, resume, quiet)
-    return summary
+    """Train a run of the method of `config` in the run folder `out`, with the sizes of the shards.
+
+    See `run_method` for `resume` and the errors; shards without what the method reads raise TrainerError.
+    """
+    from trainer.data.shards import open_index
+    from trainer.training.method_run import run_method  # loads torch
+
+    index = open_index(shards)
+    run = method_of(config).load("run")
+    return run_method(run, fit_to_shards(config, index), index, out, resume, quiet)
 
 
 def options_for(method: Method, options: Mapping[str, Any], where: object) -> dict[str, Any]:

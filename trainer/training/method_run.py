@@ -162,6 +162,11 @@ class MethodRun(NetworkRun):
     loss_function: ClassVar[Objective]
     """The method's loss, (network, …) → terms by name; compiled if the configuration sets `compile`."""
 
+    @classmethod
+    def fitted(cls, config: Any, index: ShardIndex, asked: Collection[str] = ()) -> Any:
+        """Return the config with the sizes of the shards, see `with_model`; methods add what they choose by them."""
+        return with_model(config, index, asked, num_levels=index.num_levels)
+
     @cached_property
     def objective(self) -> Objective:
         """The loss as it is called."""

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
-from toy_method.config import ToyTrainConfig
 from toy_method.network import ToyNetwork
 from toy_method.pipeline import ToyPipeline
-from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch
-from trainer.training.loop import RunSummary
-from trainer.training.method_run import MethodRun, run_method, with_model
-
-
-def fit_to_shards(config: ToyTrainConfig, index: ShardIndex, asked: Collection[str] = ()) -> ToyTrainConfig:
-    """The configuration with the sizes of the shards."""
-    return with_model(config, index, asked, num_levels=index.num_levels)
-
-
-def train(
-    config: ToyTrainConfig, shards: str, out: str, resume: str = "auto", quiet: bool = False
-) -> RunSummary:
-    """Train until `total_images`."""
-    index = open_index(shards)
-    return run_method(ToyRun, fit_to_shards(config, index), index, out, resume, quiet)
+from trainer.training.method_run import MethodRun
 
 
 def squared_error(network: ToyNetwork, canvas: Tensor, label: Tensor, level: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
 from trainer.data.stream import Batch
 from trainer.evaluation.evaluate import evaluate
-from trainer.methods.trajectory_forcing import train as room
+from trainer.methods import registry
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.seeds import level_noise
 from trainer.training import checkpoint as saved
@@ -42,7 +42,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 8 steps on features normalised per channel."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    room.train(CHANNEL, str(shards), str(out), quiet=True)
+    registry.train(CHANNEL, str(shards), str(out), quiet=True)
     return out
 
 
@@ -153,9 +153,9 @@ def test_resuming_from_a_level_takes_and_gives_raw_features(run: Path) -> None:
 def test_resumed_run_equals_uninterrupted(shards: Path, run: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(shards, tmp_path / "shards"))
     out = str(tmp_path / "run")
-    room.train(dataclasses.replace(CHANNEL, total_images=32), str(moved), out, quiet=True)
+    registry.train(dataclasses.replace(CHANNEL, total_images=32), str(moved), out, quiet=True)
     (moved / "statistics.npz").unlink()  # the checkpoint has its own
-    room.train(CHANNEL, str(moved), out, quiet=True)
+    registry.train(CHANNEL, str(moved), out, quiet=True)
     mine, other = tensors_of(tmp_path / "run"), tensors_of(run)
     assert {"normaliser/mean", "normaliser/std", "model/u_out.weight"} <= mine.keys() == other.keys()
     assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
@@ -180,7 +180,7 @@ def test_another_normalisation_is_refused(
     if resume == "other folder":
         where = {"out": str(tmp_path / "run"), "resume": str(run)}
     with pytest.raises(MismatchError, match=f"normalise: 'channel' there, '{kind}' now") as caught:
-        room.train(config, str(shards), **where, quiet=True)
+        registry.train(config, str(shards), **where, quiet=True)
     assert caught.value.exit_code == 5
 
 
@@ -197,7 +197,7 @@ def test_missing_statistics_are_named(tmp_path: Path) -> None:
     (shards / "statistics.npz").unlink()
     message = r"statistics\.npz is missing: normalise needs it; .* or train with normalise=none"
     with pytest.raises(TrainerError, match=message):
-        room.train(CHANNEL, str(shards), str(tmp_path / "run"), quiet=True)
+        registry.train(CHANNEL, str(shards), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
     assert normaliser_of("none", open_index(str(shards))) is RAW
 

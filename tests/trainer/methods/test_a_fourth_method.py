@@ -24,7 +24,7 @@ TOY = registry.Method(
     presets="toy_method.config:PRESETS",
     default_preset="toy-small",
     small_preset="toy-small",
-    training="toy_method.train",
+    run="toy_method.train:ToyRun",
     pipeline="toy_method.pipeline:ToyPipeline",
     losses_text="loss is the mean squared error of canvases.",
 )

@@ -24,8 +24,8 @@ from hierarchy_builder.exclusion import LOCK
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import sealed_text
 from trainer.decode.config import DecoderConfig
+from trainer.methods import registry
 from trainer.methods.latent_forcing.config import LatentTrainConfig
-from trainer.methods.trajectory_forcing.train import train
 from trainer.training import checkpoint as saved
 from trainer.training.run_folder import read_kept
 
@@ -44,7 +44,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, with a checkpoint of each."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train(TINY, shards, str(out), quiet=True)
+    registry.train(TINY, shards, str(out), quiet=True)
     return out
 
 

@@ -124,17 +124,17 @@ def test_a_parameter_without_gradient_is_named(
 
     monkeypatch.setattr(room.TrajectoryForcingRun, "_network", with_idle_parameter)
     with pytest.raises(TrainerError, match="step 0: 1 parameter got no gradient, the first is idle"):
-        room.train(FLOW, shards, str(tmp_path), quiet=True)
+        registry.train(FLOW, shards, str(tmp_path), quiet=True)
 
 
 def test_a_run_keeps_its_precision_until_another_is_asked_for(shards: str, tmp_path: Path) -> None:
     auto = dataclasses.replace(FLOW, precision="auto", total_images=8)
     assert settled(auto, tmp_path, None, "cuda").precision == "bfloat16"
-    room.train(auto, shards, str(tmp_path), quiet=True)
+    registry.train(auto, shards, str(tmp_path), quiet=True)
     assert read_config(tmp_path)["config"]["precision"] == "float32"
     assert settled(auto, tmp_path, None, "cuda").precision == "float32"
     longer = with_settings(auto, {"total_images": 16, "precision": "bfloat16"})
-    room.train(longer, shards, str(tmp_path), quiet=True)
+    registry.train(longer, shards, str(tmp_path), quiet=True)
     assert read_config(tmp_path)["config"]["precision"] == "bfloat16"
 
 

@@ -16,7 +16,7 @@ from tiny_runs import FLOW as TINY
 from tiny_runs import assert_same_state
 
 from hierarchy_builder.errors import UsageError
-from trainer.methods.trajectory_forcing import train as room
+from trainer.methods import registry
 from trainer.training.log import TENSORBOARD, TensorBoard, open_trackers
 
 
@@ -26,8 +26,10 @@ def shown(**fields: Any) -> Any:
 
 def test_sheets_of_samples_leave_the_run_as_it_is(tmp_path: Path) -> None:
     shards = str(write_shards(tmp_path / "shards"))
-    room.train(shown(), shards, str(tmp_path / "plain"), quiet=True)
-    room.train(dataclasses.replace(shown(), sample_images=8), shards, str(tmp_path / "watched"), quiet=True)
+    registry.train(shown(), shards, str(tmp_path / "plain"), quiet=True)
+    registry.train(
+        dataclasses.replace(shown(), sample_images=8), shards, str(tmp_path / "watched"), quiet=True
+    )
     sheets = sorted((tmp_path / "watched" / "samples").iterdir())
     assert [path.name for path in sheets] == ["step-00000001.png", "step-00000002.png"]
     with Image.open(sheets[0]) as first, Image.open(sheets[1]) as second:

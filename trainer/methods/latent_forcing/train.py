@@ -13,40 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.reader import looked_at
-from trainer.data.shards import ShardIndex, open_index
+from trainer.data.shards import ShardIndex
 from trainer.methods.latent_forcing import objective as latent_forcing
 from trainer.methods.latent_forcing.config import LatentTrainConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
 from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of
-from trainer.training.loop import RunSummary
-from trainer.training.method_run import MethodRun, run_method, with_model
+from trainer.training.method_run import MethodRun, with_model
 from trainer.training.schedules import learning_rate
-
-
-def train(
-    config: LatentTrainConfig,
-    shards: Places | ShardIndex,
-    out: str,
-    resume: str = "auto",
-    quiet: bool = False,
-) -> RunSummary:
-    """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
-
-    Raises TrainerError also if the shards hold no pictures.
-    """
-    index = open_index(shards)
-    return run_method(LatentForcingRun, fit_to_shards(config, index), index, out, resume, quiet)
-
-
-def fit_to_shards(
-    config: LatentTrainConfig, index: ShardIndex, asked: Collection[str] = ()
-) -> LatentTrainConfig:
-    """Set the model's grid, channels, classes and number of canvases from the shards and `pixel_stage`."""
-    return with_model(config, index, asked, num_canvases=index.num_levels if config.pixel_stage else 1)
 
 
 class LatentForcingRun(MethodRun):
@@ -58,6 +34,12 @@ class LatentForcingRun(MethodRun):
     loss_function = staticmethod(latent_forcing.loss)
     model: PixelLatentTransformer
     dataset: PictureDataset
+
+    @classmethod
+    def fitted(
+        cls, config: LatentTrainConfig, index: ShardIndex, asked: Collection[str] = ()
+    ) -> LatentTrainConfig:
+        return with_model(config, index, asked, num_canvases=index.num_levels if config.pixel_stage else 1)
 
     def _network(self) -> PixelLatentTransformer:
         return PixelLatentTransformer(self.config.model)

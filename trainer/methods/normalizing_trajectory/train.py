@@ -19,9 +19,8 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import identity
-from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser
-from trainer.data.shards import ShardIndex, check_trained_on, open_index
+from trainer.data.shards import ShardIndex, check_trained_on
 from trainer.data.stream import Batch
 from trainer.methods.normalizing_trajectory import objective as method
 from trainer.methods.normalizing_trajectory.chains import check_first_step
@@ -31,49 +30,9 @@ from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
-from trainer.training.loop import RunSummary
-from trainer.training.method_run import MethodRun, run_method, with_model
+from trainer.training.method_run import MethodRun, with_model
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import average_of
-
-
-def train(
-    config: NormalizingTrainConfig,
-    shards: Places | ShardIndex,
-    out: str,
-    resume: str = "auto",
-    quiet: bool = False,
-) -> RunSummary:
-    """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
-
-    A log-determinant that is not finite raises NonFiniteLossError too, with the seed and the keys of the samples.
-    """
-    index = open_index(shards)
-    return run_method(NormalizingRun, fit_to_shards(config, index), index, out, resume, quiet)
-
-
-def fit_to_shards(
-    config: NormalizingTrainConfig, index: ShardIndex, asked: Collection[str] = ()
-) -> NormalizingTrainConfig:
-    """Return the config with the model's grid, channels, classes and levels set from the shards.
-
-    The network of `distil_from` and the backbone of `init_from` come from those runs; `init_from` is resolved to the
-    run's newest checkpoint. asked: dotted names of the fields that the user set. Raises MismatchError with both
-    values if one of them differs from the shards or the run, and UsageError if the run is of the wrong method or
-    t_min leaves no first step.
-    """
-    run = config.distil_from
-    fitted = _fitted(config, index) if run is None else _distilling(config, Path(run), index)
-    wanted, found = identity(config), identity(fitted)
-    for name in asked:
-        if name in wanted and name != "init_from" and wanted[name] != found[name]:
-            raise MismatchError(
-                f"{name} is {wanted[name]}, {index.url} or the run to start from has {found[name]}: leave it out"
-            )
-    if fitted.model.trajectory != "levels":
-        t_min = max(fitted.method.t_min[1], fitted.method.sampling_t_min)
-        check_first_step(t_min, max(fitted.model.num_steps), math.prod(fitted.model.grid))
-    return fitted
 
 
 def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTrainConfig:
@@ -101,6 +60,30 @@ class NormalizingRun(MethodRun):
     pipeline = NormalizingPipeline
     loss_function = staticmethod(method.loss)
     model: NormalizingNetwork
+
+    @classmethod
+    def fitted(
+        cls, config: NormalizingTrainConfig, index: ShardIndex, asked: Collection[str] = ()
+    ) -> NormalizingTrainConfig:
+        """Return the config with the model's grid, channels, classes and levels set from the shards.
+
+        The network of `distil_from` and the backbone of `init_from` come from those runs; `init_from` is resolved to
+        the run's newest checkpoint. asked: dotted names of the fields that the user set. Raises MismatchError with both
+        values if one of them differs from the shards or the run, and UsageError if the run is of the wrong method or
+        t_min leaves no first step.
+        """
+        run = config.distil_from
+        fitted = _fitted(config, index) if run is None else _distilling(config, Path(run), index)
+        wanted, found = identity(config), identity(fitted)
+        for name in asked:
+            if name in wanted and name != "init_from" and wanted[name] != found[name]:
+                raise MismatchError(
+                    f"{name} is {wanted[name]}, {index.url} or the run to start from has {found[name]}: leave it out"
+                )
+        if fitted.model.trajectory != "levels":
+            t_min = max(fitted.method.t_min[1], fitted.method.sampling_t_min)
+            check_first_step(t_min, max(fitted.model.num_steps), math.prod(fitted.model.grid))
+        return fitted
 
     def __init__(self, config: NormalizingTrainConfig, *others: Any) -> None:
         if config.distil_from:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
-from trainer.data.folders import Places
 from trainer.data.reader import Rows, spread_samples
-from trainer.data.shards import ShardIndex, open_index
+from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
@@ -24,32 +23,8 @@ from trainer.methods.trajectory_forcing.config import RELEASE_NUMBERS, RELEASE_S
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.methods.trajectory_forcing.visibility import visibility_lines
-from trainer.training.loop import RunSummary
-from trainer.training.method_run import MethodRun, run_method, with_model
+from trainer.training.method_run import MethodRun, with_model
 from trainer.training.schedules import learning_rate
-
-
-def train(
-    config: TrainConfig, shards: Places | ShardIndex, out: str, resume: str = "auto", quiet: bool = False
-) -> RunSummary:
-    """Train on the shards at `shards` in the run folder `out`; see `run_method` for `resume` and the errors.
-
-    Grid, channels, classes and levels come from the shards.
-    """
-    index = open_index(shards)
-    return run_method(TrajectoryForcingRun, fit_to_shards(config, index), index, out, resume, quiet)
-
-
-def fit_to_shards(config: TrainConfig, index: ShardIndex, asked: Collection[str] = ()) -> TrainConfig:
-    """Set the model's grid, channels, classes and levels, and what `auto` and null stand for, from the shards."""
-    found: dict[str, Any] = {"num_levels": index.num_levels}
-    if any(side % config.model.patch_size for side in index.grid):
-        found["patch_size"] = 1  # a preset's squares of tokens do not cover this grid
-    config = with_model(config, index, asked, **found)
-    if config.method.time_shift is None:
-        shift = chosen_time_shift(config.model.grid, config.model.in_channels)
-        config = dataclasses.replace(config, method=dataclasses.replace(config.method, time_shift=shift))
-    return config
 
 
 def chosen_time_shift(grid: tuple[int, int], channels: int) -> float:
@@ -78,6 +53,17 @@ class TrajectoryForcingRun(MethodRun):
     counts: np.ndarray | None = None
     """Images per sample and level during the first `counted` images of the run."""
     counted = 0
+
+    @classmethod
+    def fitted(cls, config: TrainConfig, index: ShardIndex, asked: Collection[str] = ()) -> TrainConfig:
+        found: dict[str, Any] = {"num_levels": index.num_levels}
+        if any(side % config.model.patch_size for side in index.grid):
+            found["patch_size"] = 1  # a preset's squares of tokens do not cover this grid
+        config = with_model(config, index, asked, **found)
+        if config.method.time_shift is None:
+            shift = chosen_time_shift(config.model.grid, config.model.in_channels)
+            config = dataclasses.replace(config, method=dataclasses.replace(config.method, time_shift=shift))
+        return config
 
     def _network(self) -> TrajectoryTransformer:
         network = TrajectoryTransformer(self.config.model)

@@ -22,12 +22,12 @@ from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageErr
 from trainer.cli.app import app
 from trainer.data.reader import ShardReader
 from trainer.data.shards import open_index
+from trainer.methods import registry
 from trainer.methods.normalizing_trajectory import train as room
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.likelihood import likelihood, measure
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.methods.registry import config_of, preset_of
-from trainer.methods.trajectory_forcing import train as trajectory_train
 from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
 from trainer.training.log import read_metrics
@@ -47,7 +47,7 @@ def runs(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     folder = tmp_path_factory.mktemp("runs")
     found = {name: folder / name for name in ("tokens", "canvases", "levels")}
     for name, out in found.items():
-        room.train(tiny(name), shards, str(out), quiet=True)
+        registry.train(tiny(name), shards, str(out), quiet=True)
     return found
 
 
@@ -57,7 +57,7 @@ def flow_run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     optim = OptimConfig(ema_halflives_kimg=(0.05,))
     config = dataclasses.replace(FLOW, optim=optim, total_images=16, normalise="channel")
     out = tmp_path_factory.mktemp("flow") / "run"
-    trajectory_train.train(config, shards, str(out), quiet=True)
+    registry.train(config, shards, str(out), quiet=True)
     return out
 
 
@@ -74,19 +74,19 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_has_the_weights_of_a_whole_one(
     trajectory: str, shards: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    room.train(tiny(trajectory, total_images=32), shards, str(tmp_path / "run"), quiet=True)
+    registry.train(tiny(trajectory, total_images=32), shards, str(tmp_path / "run"), quiet=True)
     for folder in saved.list_checkpoints(tmp_path / "run")[1:]:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-    room.train(tiny(trajectory), shards, str(tmp_path / "run"), quiet=True)
+    registry.train(tiny(trajectory), shards, str(tmp_path / "run"), quiet=True)
     whole, resumed = weights(runs[trajectory]), weights(tmp_path / "run")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def test_micro_batches_take_the_same_steps(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    room.train(tiny(micro_batch_size=3), shards, str(tmp_path / "run"), quiet=True)
+    registry.train(tiny(micro_batch_size=3), shards, str(tmp_path / "run"), quiet=True)
     whole = [row["loss"] for row in read_metrics(runs["tokens"]) if "loss" in row]
     split = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert split == pytest.approx(whole, rel=1e-4)
@@ -95,7 +95,7 @@ def test_micro_batches_take_the_same_steps(shards: str, runs: dict[str, Path], t
 @pytest.mark.parametrize("pairs", ["all", "one"])
 def test_bits_fall(pairs: str, shards: str, tmp_path: Path) -> None:
     config = tiny(method=NormalizingMethodConfig(pairs=pairs), total_images=320)  # type: ignore[arg-type]
-    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "run"), quiet=True)
     bits = [row["bits"] for row in read_metrics(tmp_path / "run") if "bits" in row]
     assert np.mean(bits[-10:]) < np.mean(bits[:10]) - 0.3
 
@@ -114,7 +114,7 @@ def test_samples_of_every_trajectory_and_ending(runs: dict[str, Path]) -> None:
 def test_a_run_without_classes_knows_none(shards: str, tmp_path: Path) -> None:
     """Rows of classes that no step has trained take no part in samples and likelihoods."""
     config = tiny(method=NormalizingMethodConfig(label_dropout=1.0), total_images=16)
-    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "run"), quiet=True)
     pipe = NormalizingPipeline.from_pretrained(tmp_path / "run")
     before = pipe("ant", seed=3).levels, next(iter(measure(pipe, open_index(shards), [0]))).bits
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_guidance_needs_label_dropout(shards: str, runs: dict[str, Path], tmp_pa
     )
     assert not torch.equal(plain.levels, guided.levels)
     config = tiny(method=NormalizingMethodConfig(label_dropout=0.0), total_images=8)
-    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "run"), quiet=True)
     with pytest.raises(UsageError, match="without label dropout"):
         TrajectoryPipeline.from_pretrained(tmp_path / "run")("bee", guidance=2.0)
 
@@ -152,12 +152,12 @@ def test_steps_it_was_not_trained_with_are_refused(runs: dict[str, Path]) -> Non
 def test_another_number_of_steps_in_the_run_folder_is_refused(shards: str, runs: dict[str, Path]) -> None:
     model = dataclasses.replace(TINY.model, num_steps=(8,))
     with pytest.raises(MismatchError, match=r"model.num_steps: \[4\] there, \[8\] now"):
-        room.train(dataclasses.replace(TINY, model=model), shards, str(runs["tokens"]), quiet=True)
+        registry.train(dataclasses.replace(TINY, model=model), shards, str(runs["tokens"]), quiet=True)
 
 
 def test_from_a_flow_matching_network(shards: str, flow_run: Path, tmp_path: Path) -> None:
     config = tiny(init_from=str(flow_run), method=NormalizingMethodConfig(t_min=(0.02, 0.05)))
-    resolved = room.fit_to_shards(config, open_index(shards))
+    resolved = registry.fit_to_shards(config, open_index(shards))
     assert resolved.model.trajectory == "canvases"
     assert resolved.model.backbone is not None
     assert config_of(json.loads(json.dumps(dataclasses.asdict(resolved))), "test") == resolved
@@ -166,7 +166,7 @@ def test_from_a_flow_matching_network(shards: str, flow_run: Path, tmp_path: Pat
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in network.predictor.backbone.state_dict().items()
     )
-    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "run"), quiet=True)
     rows = [row for row in read_metrics(tmp_path / "run") if "flow" in row]
     assert rows[0]["flow"] == pytest.approx(0.0, abs=1e-8)
     assert rows[-1]["flow"] > 0
@@ -176,9 +176,9 @@ def test_from_a_flow_matching_network(shards: str, flow_run: Path, tmp_path: Pat
 def test_from_a_flow_matching_network_that_joins_tokens(shards: str, tmp_path: Path) -> None:
     joined = dataclasses.replace(FLOW.model, patch_size=2)
     flow = dataclasses.replace(FLOW, model=joined, total_images=16, normalise="channel")
-    trajectory_train.train(flow, shards, str(tmp_path / "flow"), quiet=True)
+    registry.train(flow, shards, str(tmp_path / "flow"), quiet=True)
     config = tiny(init_from=str(tmp_path / "flow"), method=NormalizingMethodConfig(t_min=(0.02, 0.05)))
-    room.train(dataclasses.replace(config, total_images=16), shards, str(tmp_path / "run"), quiet=True)
+    registry.train(dataclasses.replace(config, total_images=16), shards, str(tmp_path / "run"), quiet=True)
     rows = [row for row in read_metrics(tmp_path / "run") if "flow" in row]
     assert rows[0]["flow"] == pytest.approx(0.0, abs=1e-8)
     pipe = TrajectoryPipeline.from_pretrained(tmp_path / "run")
@@ -195,7 +195,7 @@ def test_statistics_of_other_features_are_refused(shards: str, tmp_path: Path) -
     np.savez(moved / "statistics.npz", **scaled)
     vouch(moved)
     with pytest.raises(MismatchError, match="does not describe these features"):
-        room.train(TINY, str(moved), str(tmp_path / "run"), quiet=True)
+        registry.train(TINY, str(moved), str(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -206,9 +206,9 @@ def test_a_run_to_start_from_has_to_be_of_the_right_method(
     with pytest.raises(
         UsageError, match=r"init_from=.*normalizing-trajectory, expected one of trajectory-forcing"
     ):
-        room.fit_to_shards(tiny(init_from=str(runs["tokens"]), method=bounded), open_index(shards))
+        registry.fit_to_shards(tiny(init_from=str(runs["tokens"]), method=bounded), open_index(shards))
     with pytest.raises(UsageError, match="distil_from"):
-        room.fit_to_shards(tiny(distil_from=str(flow_run)), open_index(shards))
+        registry.fit_to_shards(tiny(distil_from=str(flow_run)), open_index(shards))
     with pytest.raises(ValueError, match="low end above 0"):
         tiny(init_from=str(flow_run))
 
@@ -228,8 +228,8 @@ def test_fields_of_the_run_to_distil_are_not_asked_for(
     model = dataclasses.replace(TINY.model, **{asked: values[asked]})
     config = dataclasses.replace(TINY, distil_from=str(runs["tokens"]), model=model)
     with pytest.raises(MismatchError, match=f"model.{asked} is {found}: leave it out"):
-        room.fit_to_shards(config, open_index(shards), [f"model.{asked}"])
-    assert room.fit_to_shards(config, open_index(shards)).model.num_steps == (4,)
+        registry.fit_to_shards(config, open_index(shards), [f"model.{asked}"])
+    assert registry.fit_to_shards(config, open_index(shards)).model.num_steps == (4,)
 
 
 def test_units_of_the_flow_are_not_asked_for(shards: str, flow_run: Path) -> None:
@@ -237,27 +237,29 @@ def test_units_of_the_flow_are_not_asked_for(shards: str, flow_run: Path) -> Non
         init_from=str(flow_run), method=NormalizingMethodConfig(t_min=(0.02, 0.05)), normalise="position"
     )
     with pytest.raises(MismatchError, match=r"normalise is position, .* has channel: leave it out"):
-        room.fit_to_shards(config, open_index(shards), ["normalise", "init_from"])
+        registry.fit_to_shards(config, open_index(shards), ["normalise", "init_from"])
 
 
 def test_the_flow_that_pulls_stays_the_one_of_the_start(shards: str, flow_run: Path, tmp_path: Path) -> None:
     """The run it came from may go on meanwhile; its later network is another one."""
     source = Path(shutil.copytree(flow_run, tmp_path / "flow"))
     config = tiny(init_from=str(source), method=NormalizingMethodConfig(t_min=(0.02, 0.05)), total_images=16)
-    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "run"), quiet=True)
     newest = saved.find_checkpoint(source)
     shutil.copytree(newest, newest.with_name("step-00009999"))
     longer = dataclasses.replace(config, total_images=32)
     with pytest.raises(MismatchError, match=rf"init_from: '….*{newest.name}' there, '….*step-00009999' now"):
-        room.train(longer, shards, str(tmp_path / "run"), quiet=True)
-    room.train(dataclasses.replace(longer, init_from=str(newest)), shards, str(tmp_path / "run"), quiet=True)
+        registry.train(longer, shards, str(tmp_path / "run"), quiet=True)
+    registry.train(
+        dataclasses.replace(longer, init_from=str(newest)), shards, str(tmp_path / "run"), quiet=True
+    )
 
 
 def test_t_min_that_leaves_no_first_step_is_refused_before_the_start(shards: str) -> None:
     model = dataclasses.replace(TINY.model, num_steps=(4, 16))
     config = dataclasses.replace(TINY, model=model, method=NormalizingMethodConfig(t_min=(0.0, 0.3)))
     with pytest.raises(UsageError, match=r"t_min is up to 0\.3, the first of 16 steps on 16 tokens is"):
-        room.fit_to_shards(config, open_index(shards))
+        registry.fit_to_shards(config, open_index(shards))
 
 
 def test_a_denoiser_is_distilled_with_blocks_run_again(
@@ -266,7 +268,7 @@ def test_a_denoiser_is_distilled_with_blocks_run_again(
     """Weights that are frozen get no gradient there either."""
     for name in (False, True):
         config = tiny(distil_from=str(runs["tokens"]), total_images=16, activation_checkpointing=name)
-        room.train(config, shards, str(tmp_path / str(name)), quiet=True)
+        registry.train(config, shards, str(tmp_path / str(name)), quiet=True)
     plain, again = (weights(tmp_path / str(name)) for name in (False, True))
     for name in plain:
         torch.testing.assert_close(again[name], plain[name], rtol=1e-4, atol=1e-5)
@@ -277,7 +279,7 @@ def test_the_denoiser_learns_what_the_score_says(
     trajectory: str, shards: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     config = tiny(distil_from=str(runs[trajectory]), total_images=400)
-    room.train(config, shards, str(tmp_path / "run"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "run"), quiet=True)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
     before, after = weights(runs[trajectory]), weights(tmp_path / "run")
@@ -288,7 +290,7 @@ def test_the_denoiser_learns_what_the_score_says(
         TrajectoryPipeline.from_pretrained(runs[trajectory], ending="denoiser")
     two_blocks = dataclasses.replace(TINY.model, denoiser_depth=2)
     again = dataclasses.replace(TINY, distil_from=str(tmp_path / "run"), model=two_blocks)
-    deeper = room.fresh_network(room.fit_to_shards(again, open_index(shards)))  # its denoiser starts anew
+    deeper = room.fresh_network(registry.fit_to_shards(again, open_index(shards)))  # its denoiser starts anew
     assert len(deeper.denoiser.trunk.blocks) == 2
     assert torch.equal(
         deeper.transporter.blocks[0].out.weight, after["model/transporter.blocks.0.out.weight"]
@@ -361,7 +363,7 @@ def test_a_log_determinant_that_is_not_finite_stops_the_run(
 
     before_step(monkeypatch, 2, damage)
     with pytest.raises(NonFiniteLossError, match=r"step 2, seed 0: loss nan.* log_det nan") as caught:
-        room.train(tiny(), shards, str(tmp_path), quiet=True)
+        registry.train(tiny(), shards, str(tmp_path), quiet=True)
     assert f"all features are finite; samples of this rank: {', '.join(keys)}. " in str(caught.value)
     assert [folder.name for folder in saved.list_checkpoints(tmp_path)] == ["step-00000002"]
 

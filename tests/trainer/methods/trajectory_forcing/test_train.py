@@ -31,6 +31,7 @@ from hierarchy_builder.errors import (
 from trainer.data.reader import Rows
 from trainer.data.shards import open_index
 from trainer.data.stream import Batch, BatchDataset
+from trainer.methods import registry
 from trainer.methods.trajectory_forcing import train as room
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.training import checkpoint as saved
@@ -45,7 +46,7 @@ def tiny(**fields: Any) -> TrainConfig:
 def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 8 steps."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    room.train(TINY, shards, str(out), quiet=True)
+    registry.train(TINY, shards, str(out), quiet=True)
     return out
 
 
@@ -68,7 +69,7 @@ def test_run_folder_holds_configuration_shards_and_metrics(whole: Path, shards: 
 
 
 def test_first_step_does_not_rule_the_ones_after(shards: str, tmp_path: Path) -> None:
-    room.train(tiny(checkpoint_images=8), shards, str(tmp_path), quiet=True)
+    registry.train(tiny(checkpoint_images=8), shards, str(tmp_path), quiet=True)
     weights = [tensors_of(tmp_path, step)["model/u_out.weight"].flatten() for step in range(1, 9)]
     steps = [after - before for before, after in itertools.pairwise(weights)]
     assert torch.cosine_similarity(steps[0], steps[-1], dim=0) < 0.95
@@ -96,10 +97,10 @@ def test_resumed_run_equals_uninterrupted(
 
     monkeypatch.setattr(room.TrajectoryForcingRun, "take_step", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        room.train(TINY, shards, str(tmp_path), quiet=True)
+        registry.train(TINY, shards, str(tmp_path), quiet=True)
     monkeypatch.undo()
     assert read_metrics(tmp_path)[-1]["step"] == 6  # beyond the checkpoint of step 4
-    room.train(TINY, shards, str(tmp_path), quiet=True)
+    registry.train(TINY, shards, str(tmp_path), quiet=True)
     assert_same_state(whole, tmp_path, 8)
     assert timeless(tmp_path) == timeless(whole)
 
@@ -118,7 +119,7 @@ def test_run_with_a_gaussian_start_resumes_and_keeps_what_it_was_fitted_to(
     for name, parts in (("whole", [64]), ("resumed", [32, 64])):
         for images in parts:
             part = dataclasses.replace(config, total_images=images)
-            room.train(part, shards, str(tmp_path / name), quiet=True)
+            registry.train(part, shards, str(tmp_path / name), quiet=True)
     assert read == 2 * [*range(open_index(shards).num_samples)]  # once for each fit, and never to go on
     assert_same_state(tmp_path / "whole", tmp_path / "resumed", 8)
     tensors = tensors_of(tmp_path / "whole", 8)
@@ -131,12 +132,12 @@ def test_run_with_a_gaussian_start_resumes_and_keeps_what_it_was_fitted_to(
 
 def test_resume_in_the_middle_of_a_log_interval(shards: str, tmp_path: Path) -> None:
     config = tiny(log_images=48, checkpoint_images=1000)
-    room.train(config, shards, str(tmp_path / "whole"), quiet=True)
+    registry.train(config, shards, str(tmp_path / "whole"), quiet=True)
     cut = dataclasses.replace(config, max_seconds=1e-9)
     for _ in range(7):  # every call takes one step, then stops at the wall clock
         with pytest.raises(InterruptedRunError):
-            room.train(cut, shards, str(tmp_path / "cut"), quiet=True)
-    summary = room.train(cut, shards, str(tmp_path / "cut"), quiet=True)
+            registry.train(cut, shards, str(tmp_path / "cut"), quiet=True)
+    summary = registry.train(cut, shards, str(tmp_path / "cut"), quiet=True)
     assert summary.step == 8
     assert_same_state(tmp_path / "whole", tmp_path / "cut", 8)
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
@@ -144,7 +145,7 @@ def test_resume_in_the_middle_of_a_log_interval(shards: str, tmp_path: Path) -> 
 
 def test_finished_run_is_left_alone(shards: str, whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
-    summary = room.train(TINY, shards, str(whole), quiet=True)
+    summary = registry.train(TINY, shards, str(whole), quiet=True)
     assert (summary.step, summary.images_seen) == (8, 64)
     assert summary.loss == pytest.approx(
         next(r["loss"] for r in reversed(read_metrics(whole)) if "loss" in r)
@@ -155,8 +156,8 @@ def test_finished_run_is_left_alone(shards: str, whole: Path) -> None:
 def test_run_that_is_made_longer_equals_an_uninterrupted_one(
     shards: str, whole: Path, tmp_path: Path
 ) -> None:
-    room.train(tiny(total_images=32), shards, str(tmp_path), quiet=True)
-    room.train(TINY, shards, str(tmp_path), quiet=True)
+    registry.train(tiny(total_images=32), shards, str(tmp_path), quiet=True)
+    registry.train(TINY, shards, str(tmp_path), quiet=True)
     assert_same_state(whole, tmp_path, 8)
 
 
@@ -164,22 +165,22 @@ def test_resume_from_another_folder_and_back_to_an_earlier_step(
     shards: str, whole: Path, tmp_path: Path
 ) -> None:
     origin = saved.checkpoint_folder(whole, 4)
-    room.train(TINY, shards, str(tmp_path), resume=str(origin), quiet=True)
+    registry.train(TINY, shards, str(tmp_path), resume=str(origin), quiet=True)
     assert_same_state(whole, tmp_path, 8)
     earlier = tmp_path / "checkpoints" / "step-00000008"
-    room.train(tiny(total_images=72), shards, str(tmp_path), resume=str(earlier), quiet=True)
+    registry.train(tiny(total_images=72), shards, str(tmp_path), resume=str(earlier), quiet=True)
     assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == [5, 6, 7, 8, 9]
 
 
 def test_resume_never_asks_for_a_fresh_folder(shards: str, whole: Path) -> None:
     with pytest.raises(UsageError, match=r"holds checkpoints up to step-00000008"):
-        room.train(TINY, shards, str(whole), resume="never", quiet=True)
+        registry.train(TINY, shards, str(whole), resume="never", quiet=True)
 
 
 def test_other_configuration_is_refused_side_by_side(shards: str, whole: Path) -> None:
     optim = dataclasses.replace(TINY.optim, lr=0.5)
     with pytest.raises(MismatchError) as caught:
-        room.train(tiny(optim=optim, seed=3), shards, str(whole), quiet=True)
+        registry.train(tiny(optim=optim, seed=3), shards, str(whole), quiet=True)
     assert caught.value.exit_code == 5
     assert "optim.lr: 0.01 there, 0.5 now" in str(caught.value)
     assert "seed: 0 there, 3 now" in str(caught.value)
@@ -188,11 +189,11 @@ def test_other_configuration_is_refused_side_by_side(shards: str, whole: Path) -
 def test_other_shards_are_refused(whole: Path, tmp_path: Path) -> None:
     other = write_shards(tmp_path / "shards", num_samples=30)
     with pytest.raises(MismatchError, match=r"shards\.num_samples: 24 there, 30 now"):
-        room.train(TINY, str(other), str(whole), quiet=True)
+        registry.train(TINY, str(other), str(whole), quiet=True)
 
 
 def test_micro_batches_take_the_same_steps(shards: str, whole: Path, tmp_path: Path) -> None:
-    room.train(tiny(micro_batch_size=3), shards, str(tmp_path), quiet=True)
+    registry.train(tiny(micro_batch_size=3), shards, str(tmp_path), quiet=True)
     assert_close_traces(whole, tmp_path)
 
 
@@ -201,8 +202,8 @@ def test_two_processes_take_the_same_steps(shards: str, whole: Path, tmp_path: P
     script.write_text(
         "import json, sys\n"
         "from trainer.methods.trajectory_forcing.config import from_mapping\n"
-        "from trainer.methods.trajectory_forcing.train import train\n"
-        "train(from_mapping(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], quiet=True)\n"
+        "from trainer.methods import registry\n"
+        "registry.train(from_mapping(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], quiet=True)\n"
     )
     out = tmp_path / "run"
     command = [
@@ -235,11 +236,11 @@ def test_signal_stops_after_a_checkpoint(
 ) -> None:
     signal_at(monkeypatch, number, step=2)
     with pytest.raises(InterruptedRunError, match="the same command continues") as caught:
-        room.train(TINY, shards, str(tmp_path), quiet=True)
+        registry.train(TINY, shards, str(tmp_path), quiet=True)
     assert caught.value.exit_code == 75
     assert saved.latest_checkpoint(tmp_path) == saved.checkpoint_folder(tmp_path, 3)
     monkeypatch.undo()
-    room.train(TINY, shards, str(tmp_path), quiet=True)
+    registry.train(TINY, shards, str(tmp_path), quiet=True)
     assert_same_state(whole, tmp_path, 8)
 
 
@@ -249,7 +250,7 @@ def test_ctrl_c_stops_after_a_checkpoint(
     before = signal.getsignal(signal.SIGINT)
     signal_at(monkeypatch, signal.SIGINT, step=2)
     with pytest.raises(KeyboardInterrupt):
-        room.train(TINY, shards, str(tmp_path), quiet=True)
+        registry.train(TINY, shards, str(tmp_path), quiet=True)
     assert saved.latest_checkpoint(tmp_path) == saved.checkpoint_folder(tmp_path, 3)
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -267,12 +268,12 @@ def test_nonfinite_sample_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(BatchDataset, "read", damaged)
     with pytest.raises(NonFiniteLossError, match="step 2, seed 0") as caught:
-        room.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
+        registry.train(TINY, str(shards), str(tmp_path / "run"), quiet=True)
     assert f"features are not finite in {damaged.key}. " in str(caught.value)
 
 
 def test_bfloat16_run_learns(shards: str, whole: Path, tmp_path: Path) -> None:
-    room.train(tiny(precision="bfloat16", total_images=16), shards, str(tmp_path), quiet=True)
+    registry.train(tiny(precision="bfloat16", total_images=16), shards, str(tmp_path), quiet=True)
     trace = [row["raw_mse_u"] for row in read_metrics(tmp_path) if "loss" in row]
     exact = [row["raw_mse_u"] for row in read_metrics(whole) if "loss" in row][:2]
     np.testing.assert_allclose(trace, exact, rtol=0.05)  # bfloat16 keeps 8 bits
@@ -281,7 +282,7 @@ def test_bfloat16_run_learns(shards: str, whole: Path, tmp_path: Path) -> None:
 
 def test_guided_model_trains(shards: str, tmp_path: Path) -> None:
     model = dataclasses.replace(TINY.model, guidance=True)
-    summary = room.train(tiny(model=model, total_images=16), shards, str(tmp_path), quiet=True)
+    summary = registry.train(tiny(model=model, total_images=16), shards, str(tmp_path), quiet=True)
     assert summary.step == 2
 
 
@@ -290,5 +291,5 @@ def test_damaged_shard_stops_the_run_from_a_loader_thread(tmp_path: Path) -> Non
     tar = shards / "train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
     with pytest.raises(TrainerError, match=r"train-000001\.tar: .* truncated") as caught:
-        room.train(tiny(loader_workers=1), str(shards), str(tmp_path / "run"), quiet=True)
+        registry.train(tiny(loader_workers=1), str(shards), str(tmp_path / "run"), quiet=True)
     assert "Traceback" not in str(caught.value)
