@@ -5,7 +5,7 @@ N images in both, L levels (coarse → fine), H×W grid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,15 @@ import numpy as np
 
 from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.gallery import (
-    Definitions,
     Gallery,
     LevelViewer,
     Page,
     Section,
     Table,
-    Term,
     View,
     write_page,
 )
+from hierarchy_builder.canvases.glossary import Glossary
 from hierarchy_builder.canvases.views import HierarchyView, level_names
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
 from hierarchy_builder.hierarchy.agreement import variation_of_information
@@ -36,51 +35,15 @@ from hierarchy_builder.store.units import finished_stage, usable_rows
 
 ROWS_AT_ONCE = 1024
 IMAGES_SHOWN = 24
-SCORES = {
-    "adjusted_rand": (
-        "adjusted Rand index",
-        "↑",
-        "Agreement of two partitions of the tokens: 1 if they are equal, 0 on average if unrelated.",
-    ),
-    "variation_of_information": (
-        "variation of information, nats",
-        "↓",
-        "What one partition does not say about the other; 0 if they are equal.",
-    ),
-    "identical": (
-        "share of images with equal regions",
-        "↑",
-        "Images whose regions of this level are the same in both builds.",
-    ),
-    "regions_a": (
-        "number of regions in {0}",
-        "",
-        "Mean over the images of the first build; the background counts as a region.",
-    ),
-    "regions_b": (
-        "number of regions in {1}",
-        "",
-        "Mean over the images of the second build; the background counts as a region.",
-    ),
-    "count_shift": (
-        "regions more in {1} than in {0}",
-        "",
-        "Mean over images of the number in the second build minus that in the first.",
-    ),
-    "count_changed": (
-        "share of images whose number of regions differs",
-        "↓",
-        "Images with another number of regions in the second build than in the first.",
-    ),
-}
-"""Score → its label, in which {0} and {1} are the builds, the direction in which they are more alike, its meaning."""
+SCORES = Glossary.read("hierarchy_builder.quality", "agreement.yaml")
+IN_BOTH = "Levels in both"
 MOST_CHANGED = "Most changed images (adjusted Rand index)"
 TEXTS = {
     "Summary": (
         "Images are matched by key, and levels by number, starting with the coarsest. Settings of the recipe are shown "
         "where they differ."
     ),
-    "Levels in both": "Means over the images in both builds.",
+    IN_BOTH: "Means over the images in both builds.",
     MOST_CHANGED: (
         "The image with the smallest mean adjusted Rand index comes first; the number next to a level is the index "
         "of that level. Each build has its own colours, so equal colours do not mean equal regions."
@@ -214,12 +177,12 @@ def comparison_tables(a: BuildFolder, b: BuildFolder, found: Comparison) -> dict
         "Summary": [
             {"of each build": name, **dict(zip(builds, row, strict=True))} for name, row in facts.items()
         ],
-        "Levels in both": [
+        IN_BOTH: [
             {
-                "score": label.format(*builds),
-                **dict(zip(names, (round(level[score], 3) for level in levels), strict=False)),
+                "score": figure.words,
+                **dict(zip(names, (round(level[figure.names], 3) for level in levels), strict=False)),
             }
-            for score, (label, _, _) in SCORES.items()
+            for figure in SCORES.with_names(*builds).figures
         ],
         MOST_CHANGED: [
             {"key": found.keys[n], **dict(zip(names, found.adjusted_rand[n].round(3).tolist(), strict=False))}
@@ -232,8 +195,10 @@ def comparison_tables(a: BuildFolder, b: BuildFolder, found: Comparison) -> dict
 def write_comparison(a: BuildFolder, b: BuildFolder, found: Comparison, path: Path) -> Path:
     """Write a page that shows both hierarchies of the most changed images to `path` and return it."""
     tables = comparison_tables(a, b, found)
+    scores = SCORES.with_names(*names_of(a, b))
     sections = [
-        Section(title=title, text=TEXTS[title], blocks=[Table(rows=rows)]) for title, rows in tables.items()
+        Section(title=title, text=TEXTS[title], blocks=[Table(rows=rows)])
+        for title, rows in (tables | {IN_BOTH: scores.in_words(tables[IN_BOTH])}).items()
     ]
     if MOST_CHANGED in tables:
         shown = found.most_changed()[:IMAGES_SHOWN]
@@ -242,16 +207,8 @@ def write_comparison(a: BuildFolder, b: BuildFolder, found: Comparison, path: Pa
             text=TEXTS[MOST_CHANGED],
             blocks=[Gallery(viewers=_viewers(a, b, found, shown), start=-1)],
         )
-    labels = [row["score"] for row in tables["Levels in both"]]
-    scores = list(zip(labels, SCORES.values(), tables["Levels in both"], strict=True))
-    linked = [
-        {**row, "score": Term(f"{label} {arrow}".strip(), of=label)} for label, (_, arrow, _), row in scores
-    ]
-    place = list(tables).index("Levels in both")
-    sections[place] = replace(sections[place], blocks=[Table(rows=linked)])
     text = "The arrow points to where the two builds are more alike: ↑ higher, ↓ lower."
-    entries = {label: meaning for label, (_, _, meaning), _ in scores}
-    sections.append(Section(title="What the scores mean", text=text, blocks=[Definitions(entries=entries)]))
+    sections += scores.meanings(sections, "What the scores mean", text)
     write_page(Page(title="Two builds of the same images", sections=sections), path)
     return path
 

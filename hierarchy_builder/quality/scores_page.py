@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder.canvases.gallery import (
-    Definitions,
     Facts,
     Gallery,
     Page,
     Plots,
     Section,
     Table,
-    Term,
     write_page,
 )
+from hierarchy_builder.canvases.glossary import Glossary
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.canvases.views import hierarchy_viewers, level_names, shared_palette
 from hierarchy_builder.files import write_json
@@ -34,55 +33,13 @@ NUM_BINS = 20
 BUILD = "build"
 SIZES = ("regions", "smallest", "median", "largest")
 """Scores that are not shown for baselines, which have the same number of regions by construction."""
-SCORES = {
-    "Regions": {
-        "regions": "regions",
-        "smallest": "smallest, tokens",
-        "median": "median, tokens",
-        "largest": "largest, tokens",
-        "connected": "connected",
-        "within": "similarity within",
-        "between": "similarity between",
-    },
-    "Stability": {
-        "flip": "photo mirrored",
-        "shift": "crop shifted by one token",
-        "seed": "other seeds",
-        "float16": "features in float16",
-        "bfloat16": "features in bfloat16",
-    },
-    "Agreement with people": {
-        "object_iou": "object IoU",
-        "covering": "covering",
-        "precision": "boundary precision",
-        "recall": "boundary recall",
-        "boundary_f": "boundary F",
-    },
+SCORES = Glossary.read("hierarchy_builder.quality", "scores.yaml")
+TABLES = {
+    "Regions": ("regions", "smallest", "median", "largest", "connected", "within", "between"),
+    "Stability": ("flip", "shift", "seed", "float16", "bfloat16"),
+    "Agreement with people": ("object_iou", "covering", "precision", "recall", "boundary_f"),
 }
-"""Title of each table → score → its label in the table."""
-DEFINITIONS = {
-    "regions": ("", "Number of regions of an image; the background counts."),
-    "smallest, tokens": ("", "Size of the smallest region of an image, in tokens."),
-    "median, tokens": ("", "Size of the middle region of an image, in tokens."),
-    "largest, tokens": ("", "Size of the largest region of an image, in tokens."),
-    "connected": ("↑", "Share of regions that are in one piece."),
-    "similarity within": ("↑", "Mean cosine between a token and the mean of its region."),
-    "similarity between": ("↓", "Mean cosine between the means of two regions of an image."),
-    "photo mirrored": (
-        "↑",
-        "Agreement with the hierarchy of the mirrored photo: adjusted Rand index, 1 if equal.",
-    ),
-    "crop shifted by one token": ("↑", "Agreement with the hierarchy of a crop one token aside."),
-    "other seeds": ("↑", "Agreement with the hierarchy that other seeds give."),
-    "features in float16": ("↑", "Agreement with the hierarchy of features that are rounded to float16."),
-    "features in bfloat16": ("↑", "Agreement with the hierarchy of features that are rounded to bfloat16."),
-    "object IoU": ("↑", "Overlap of the object with the one that people drew: intersection over union."),
-    "covering": ("↑", "Best overlap of each drawn segment with a region, weighted by area."),
-    "boundary precision": ("↑", "Share of region borders that lie on a drawn border."),
-    "boundary recall": ("↑", "Share of drawn borders that lie on a region border."),
-    "boundary F": ("↑", "Harmonic mean of boundary precision and recall."),
-}
-"""Label of a score → which direction is better, and what it means."""
+"""Title of each table → its scores."""
 ARROWS_TEXT = "↑ higher is better, ↓ lower is better; the other scores describe."
 
 TEXTS = {
@@ -111,16 +68,16 @@ def score_tables(found: Assessment) -> dict[str, list[dict[str, Any]]]:
     partitions |= {name: quality.by_level() for name, quality in found.baselines.items()}
     names = level_names(len(partitions[BUILD]) + 1)
     tables = {}
-    for title, labels in SCORES.items():
+    for title, scores in TABLES.items():
         rows = []
-        for score, label in labels.items():
+        for score in scores:
             for name, means in partitions.items():
                 if name != BUILD and score in SIZES:
                     continue
                 values = [level.get(score) for level in means]
                 if any(value is not None for value in values):
                     cells = dict(zip(names, map(_rounded, values), strict=False))
-                    rows.append({"score": label, "partition": name, **cells})
+                    rows.append({"score": SCORES.words(score), "partition": name, **cells})
         if rows:
             tables[title] = rows
     return tables
@@ -130,10 +87,8 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
     """Write quality.json into the build and a self-contained page to `path`; returns `path`."""
     write_json(folder.quality, found.as_json())
     sections = [Section(title="Summary", blocks=[Facts(entries=summary(found))])]
-    used: dict[str, None] = {}
     for title, rows in score_tables(found).items():
-        sections.append(Section(title=title, text=TEXTS[title], blocks=[Table(rows=_linked(rows))]))
-        used |= dict.fromkeys(str(row["score"]) for row in rows)
+        sections.append(Section(title=title, text=TEXTS[title], blocks=[Table(rows=SCORES.in_words(rows))]))
     sections.append(Section(title="Distributions", blocks=[Plots(plots=_plots(found.quality.scores))]))
     for title, text, names in (
         (
@@ -146,21 +101,10 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
         gallery = _worst(folder, found, names)
         if gallery is not None:
             sections.append(Section(title=title, text=text, blocks=[gallery]))
-    entries = {label: DEFINITIONS[label][1] for label in used}
-    sections.append(
-        Section(title="What the scores mean", text=ARROWS_TEXT, blocks=[Definitions(entries=entries)])
-    )
+    sections += SCORES.meanings(sections, "What the scores mean", ARROWS_TEXT)
     name = folder.root.resolve().name
     write_page(Page(title=f"Quality of hierarchies: {name}", sections=sections), path)
     return path
-
-
-def _linked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a table whose scores have an arrow and link to their definitions."""
-    return [
-        {**row, "score": Term(f"{row['score']} {DEFINITIONS[row['score']][0]}".strip(), of=row["score"])}
-        for row in rows
-    ]
 
 
 FLAGS = {

@@ -47,7 +47,7 @@ from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import ShardReader, classes_with_images
 from trainer.data.shards import ShardIndex
 from trainer.decode.rae import to_uint8
-from trainer.evaluation.definitions import definitions_section, in_words, terms_of
+from trainer.evaluation.definitions import FIGURES, TEXT, TITLE
 from trainer.evaluation.studies import LIKELIHOOD
 from trainer.evaluation.sweep import BASELINES, SETTING, table_in_words
 from trainer.evaluation.tables import VARIETY, metric_tables, numbered, variety_verdict
@@ -154,7 +154,7 @@ def run_page(
         trajectories=[trajectory.view() for trajectory in trajectories],
         teachers=[] if index is None else teacher_views(index, pipe.decoder, pipe.normaliser.to("cpu")),
         metrics=[
-            Table(rows=in_words(rows), caption=f"{name}. {note}".rstrip())
+            Table(rows=FIGURES.in_words(rows), caption=f"{name}. {note}".rstrip())
             for name, (note, rows) in tables.items()
         ],
         metrics_text=judged,
@@ -208,9 +208,8 @@ def training_page(
     ]
     sections = [*facts_section(facts), *samples_section(trajectories, palette)]
     sections += [section for content, section in after_samples if content]
-    tables = [block for section in sections for block in section.blocks if isinstance(block, Table)]
     where = -1 if config else len(sections)
-    sections[where:where] = definitions_section(each for table in tables for each in terms_of(table.rows))
+    sections[where:where] = FIGURES.meanings(sections, TITLE, TEXT)
     return Page(title=title, intro=intro, sections=sections)
 
 
@@ -319,7 +318,7 @@ def variety_section(
     curves = {title: numbered(values, "variety_", ending) for title, ending in endings.items()}
     series = [Series(name=title, x=list(found), y=list(found.values())) for title, found in curves.items()]
     plot = Plot(title="variance within classes, relative to real images", x_label="level", series=series)
-    blocks: list[Table | Plots] = [Table(rows=in_words(rows), caption=VARIETY.note)]
+    blocks: list[Table | Plots] = [Table(rows=FIGURES.in_words(rows), caption=VARIETY.note)]
     if len(curves["samples"]) > 1:
         blocks.append(Plots(plots=[plot]))
     return Section(title="Variety", text=f"{variety_verdict(values)} {judged}".strip(), blocks=blocks)
@@ -340,7 +339,7 @@ def edits_section(edited: Sequence[Trajectory]) -> Section:
     scale = Scale(
         name="Change of a token, 1 − cosine", low="0", high=f"{most:.3g}", colours=HEAT.astype(int).tolist()
     )
-    table = Table(rows=in_words(rows), caption="Compared with the trajectory before its first edit.")
+    table = Table(rows=FIGURES.in_words(rows), caption="Compared with the trajectory before its first edit.")
     return Section(title="Edits", text=EDITS_TEXT, blocks=[scale, cards, table])
 
 

@@ -20,7 +20,7 @@ import torch
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.progress import Follow, unseen
-from trainer.evaluation.definitions import in_words
+from trainer.evaluation.definitions import FIGURES
 from trainer.metrics.spread import spread
 from trainer.trajectories.compare import encoder_of, locality
 from trainer.trajectories.edit import Source
@@ -162,7 +162,7 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def table_in_words(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`summary_table` for pages: measures by their names in words, and headings that say what a column holds."""
     headings = {"level": "edited level", "arm": "what was drawn"}
-    return in_words(
+    return FIGURES.in_words(
         {headings.get(name, name): value for name, value in row.items()} for row in summary_table(summary)
     )
 

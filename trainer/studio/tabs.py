@@ -13,7 +13,7 @@ from gradio.processing_utils import save_file_to_cache
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import without_nan, write_bytes
-from trainer.evaluation.definitions import term
+from trainer.evaluation.definitions import FIGURES
 from trainer.evaluation.sweep import Kind, SweepConfig, parse_strengths, summarise, sweep, table_in_words
 from trainer.seeds import parse_seeds
 from trainer.studio.board import draw_board
@@ -339,4 +339,4 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
 
     names = [name for name in columns if name in rows[0]]
     body = [line(row[name] for name in names) for row in without_nan(list(rows))]
-    return "\n".join([title, "", line(map(term, names)), "|---" * len(names) + "|", *body])
+    return "\n".join([title, "", line(map(FIGURES.term, names)), "|---" * len(names) + "|", *body])

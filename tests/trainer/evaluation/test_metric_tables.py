@@ -13,7 +13,7 @@ from tiny_pipeline import tiny_pipeline
 from hierarchy_builder.canvases.gallery import Page, Section, Table, render
 from hierarchy_builder.progress import shown_on, unseen
 from trainer.evaluation import sweep as room
-from trainer.evaluation.definitions import definitions_section, find, in_words, term
+from trainer.evaluation.definitions import FIGURES, TEXT, TITLE
 from trainer.evaluation.sweep import EDIT, SweepConfig, summarise, summary_table, sweep
 from trainer.evaluation.tables import metric_tables
 
@@ -96,20 +96,13 @@ def test_every_documented_figure_has_words_and_links_to_its_definition_on_the_pa
     ]
     names = [name for name in names if name not in PARTITIONS and not name.endswith("_real")]
     assert len(names) > 40
-    assert [name for name in names if find(name) is None] == []
-    text = render(
-        Page(
-            title="run",
-            sections=[
-                Section(
-                    title="Metrics",
-                    blocks=[Table(rows=in_words({"name": name, "value": 1} for name in names))],
-                ),
-                *definitions_section(term(name) for name in names),
-            ],
-        )
+    assert [name for name in names if FIGURES.find(name) is None] == []
+    metrics = Section(
+        title="Metrics",
+        blocks=[Table(rows=FIGURES.in_words({"name": name, "value": 1} for name in names))],
     )
+    text = render(Page(title="run", sections=[metrics, *FIGURES.meanings([metrics], TITLE, TEXT)]))
     links = set(re.findall(r'<a class="term" href="#([^"]*)"', text))
     assert links == set(re.findall(r'<div id="(means-[^"]*)"', text))
     assert "Fréchet distance of tokens, level 1 ↓</a>" in text
-    assert term("of_a_plugin") == "of_a_plugin"
+    assert FIGURES.term("of_a_plugin") == "of_a_plugin"
