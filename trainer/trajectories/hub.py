@@ -6,8 +6,11 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from hierarchy_builder.errors import TrainerError, UsageError
 
@@ -77,44 +80,9 @@ def _asked(ask: Callable[[], str], what: str) -> str:
 
 def card(facts: dict[str, Any]) -> str:
     """The card of a network in Markdown, with the metadata that the hub reads. facts: see `save_pretrained`."""
-    names = facts["class_names"]
-    names = [" ".join(name.split()).replace("|", "\\|") for name in names]
-    listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    grid = "×".join(map(str, facts["grid"]))
-    number = facts["paper"]
-    paper = f" ([arXiv {number}](https://arxiv.org/abs/{number}))" if number else ""
-    return f"""---
-library_name: trajectory-hierarchies
-pipeline_tag: unconditional-image-generation
-tags: [{", ".join(dict.fromkeys(["image-generation", "trajectory-forcing", facts["method"]]))}]
-license: {json.dumps(facts["license"])}
----
-
-# {facts["title"]}
-
-This network draws images of {len(names)} classes. It draws a trajectory of {facts["num_levels"]} canvases of features,
-from coarse (object and background) to fine (single tokens); each can be looked at and edited before the next one is
-drawn. The method is {facts["method_title"]}{paper}.
-The Python package trajectory-hierarchies wrote this folder and reads it:
-
-```python
-from trainer import TrajectoryPipeline
-
-pipe = TrajectoryPipeline.from_pretrained("hf://OWNER/NAME")  # the address of this repository, or this folder
-trajectory = pipe(label={names[0]!r}, seed=0)
-trajectory.to_html("trajectory.html")
-```
-
-![Samples of seed 0, a row for each class, from coarse to fine]({PICTURE})
-
-| | |
-|---|---|
-| preset | {facts["preset"]} |
-| parameters | {facts["parameters"]:,} |
-| images seen in training | {facts["images_seen"]:,} |
-| weights | {facts["weights"]} |
-| encoder of the features | {facts["encoder"]} |
-| canvases | {facts["num_levels"]} of {grid} tokens with {facts["channels"]} channels |
-| classes | {listed} |
-| decoder | {facts["decoder"]} |
-"""
+    names = [" ".join(name.split()).replace("|", "\\|") for name in facts["class_names"]]
+    tags = dict.fromkeys(["image-generation", "trajectory-forcing", facts["method"]])
+    text = files("trainer.trajectories").joinpath("card.md").read_text(encoding="utf-8")
+    template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    more = {"license": json.dumps(facts["license"]), "first": repr(names[0]), "picture": PICTURE}
+    return template.render(facts | more, names=names, tags=tags)

@@ -14,8 +14,7 @@ from __future__ import annotations
 import difflib
 import shutil
 import unicodedata
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict, Unpack, overload
@@ -58,14 +57,17 @@ class SamplingArguments(TypedDict, total=False):
     weak_scale: float
 
 
-class TrajectoryPipeline(ABC):
+class TrajectoryPipeline:
     """A trained network with its class names and decoder: `pipe(label=…, seed=…) -> Trajectory`.
 
-    A method's subclass sets `network_type` and `weak_fields`, and defines `_sample` and `_after`.
+    A method's subclass sets `network_type`, `method_type` and `weak_fields`, and defines `_levels`; one whose samples
+    are more than their levels defines `_sample` and `_after`.
     """
 
     network_type: ClassVar[type[nn.Module]]
     """The class of the network, which is made from the `model` of a run's configuration."""
+    method_type: ClassVar[Callable[[], Any]] = lambda: None
+    """The class of what the method adds to a run's configuration, whose defaults hold where none is given."""
     weak_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of `model` that a weak network for autoguidance shares with the strong one; none: no autoguidance."""
 
@@ -79,12 +81,13 @@ class TrajectoryPipeline(ABC):
         weights: dict[str, str] | None = None,
         weak: Any = None,
         method: Any = None,
+        **options: Any,
     ) -> None:
         """model: the network, whose `config` gives its grid, channels, levels and classes.
 
         weights: checkpoint folder and average that the network was loaded from, noted in its trajectories. weak: a
         worse network of the same levels, such as an early checkpoint, that autoguidance moves away from. method: what
-        the method itself adds to the configuration of a run.
+        the method itself adds to the configuration of a run. options: see `_take_options` of the method's pipeline.
         """
         self.model = model.eval()
         self.class_names = list(class_names)
@@ -93,11 +96,15 @@ class TrajectoryPipeline(ABC):
         self.normaliser = normaliser
         self.weights = weights or {}
         self.weak = weak if weak is None else weak.eval()
-        self.method = method
+        self.method = type(self).method_type() if method is None else method
+        self._take_options(**options)
         self.source: Path | None = None
         """The checkpoint folder that the network was loaded from."""
         self.classes: Sequence[int] = range(model.config.num_classes)
         """The classes that had images in training, as far as is known; the network has a row for every label."""
+
+    def _take_options(self) -> None:
+        """Take the options that `registry.Method.options` names; the base class has none."""
 
     @classmethod
     def from_pretrained(
@@ -246,7 +253,7 @@ class TrajectoryPipeline(ABC):
         scale = (float(guidance), 0.0, 1.0) if isinstance(guidance, int | float) else guidance
         if not np.isfinite([weak_scale, *(scale or ())]).all():
             raise UsageError(f"guidance is {scale}, weak_scale {weak_scale}: expected finite numbers")
-        how = Sampling(num_steps=num_steps, guidance=scale, weak_scale=weak_scale)
+        how = self._settled(Sampling(num_steps=num_steps, guidance=scale, weak_scale=weak_scale))
         for start in range(0, count, SAMPLED_TOGETHER):
             part = slice(start, start + SAMPLED_TOGETHER)
             yield from self._sample(ids[part], seeds[part], how)
@@ -375,11 +382,20 @@ class TrajectoryPipeline(ABC):
             "give a run of latent-forcing"
         )
 
-    @abstractmethod
+    @property
+    def default_steps(self) -> int:
+        """The number of steps that 1 stands for."""
+        return 1
+
+    def _settled(self, how: Sampling) -> Sampling:
+        """With the number of steps that 1 stands for."""
+        return replace(how, num_steps=self.default_steps) if how.num_steps == 1 else how
+
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
         """Draw trajectories of these classes and seeds, of the same number."""
+        levels = self._levels(ids, self._noise(seeds, how).to(self.device), how)
+        return [self._trajectory(*each, how) for each in zip(levels.cpu(), ids, seeds, strict=True)]
 
-    @abstractmethod
     def _after(
         self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
     ) -> Tensor:
@@ -387,6 +403,15 @@ class TrajectoryPipeline(ABC):
 
         seeds: of all levels. noise: [N, 1, H, W, C] on the network's device, where it is after `level`; zeros before.
         """
+        previous = trajectory.levels[level : level + 1].to(self.device)
+        return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
+
+    def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
+        """Draw canvases [B, L − start_level, H, W, C] of these classes, all levels or those from `start_level` on.
+
+        noise: [N, B, H, W, C]. start: none, or `start_level` and `previous`, the canvas [B, H, W, C] before it.
+        """
+        raise NotImplementedError
 
     def _num_noises(self, how: Sampling) -> int:
         """Canvases of noise that one trajectory takes, as many for each level."""
@@ -401,7 +426,7 @@ class TrajectoryPipeline(ABC):
         """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""
         if level + 1 == trajectory.num_levels:
             return trajectory.levels[:0]
-        how = trajectory.sampling
+        how = self._settled(trajectory.sampling)
         config, each = self.model.config, self._num_noises(how) // trajectory.num_levels
         noise = torch.zeros(len(seeds) * each, 1, *config.grid, config.in_channels)
         # A generator's numbers depend on how many are drawn at once, so a seed's noise is drawn whole.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import MismatchError, UsageError
-from trainer.data.normalisation import RAW, Normaliser
+from trainer.data.normalisation import Normaliser
 from trainer.methods.latent_forcing.clocks import sampling_grid
 from trainer.methods.latent_forcing.config import LatentMethodConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
@@ -63,33 +62,24 @@ class LatentPipeline(TrajectoryPipeline):
     num_steps of a call counts steps of Heun's method per stage; 1 stands for STEPS_PER_STAGE. guidance (scale, low,
     high) acts on both clocks between those times. weak_scale s moves away from the weak network, which sees no class:
     guidance of scale 1 + s; with both, guidance acts on the latents and the weak network on the pixels. A network
-    trained without classes (label dropout 1) draws the null class whatever is asked.
+    trained without classes (label dropout 1) draws the null class whatever is asked. A decoder that is given takes the
+    place of the pixel stage, for comparison.
     """
 
     network_type = PixelLatentTransformer
+    method_type = LatentMethodConfig
+    default_steps = STEPS_PER_STAGE
     weak_fields = ("grid", "patch_px", "in_channels", "num_canvases", "num_classes")
     model: PixelLatentTransformer
 
-    def __init__(
-        self,
-        model: PixelLatentTransformer,
-        class_names: Sequence[str] = (),
-        encoder: dict[str, Any] | None = None,
-        decoder: Decoder | None = None,
-        normaliser: Normaliser = RAW,
-        weights: dict[str, str] | None = None,
-        weak: PixelLatentTransformer | None = None,
-        method: LatentMethodConfig | None = None,
-        shift: float | None = None,
-    ) -> None:
-        """decoder: takes the place of the pixel stage, for comparison. method: as trained; the path of sampling.
+    def _take_options(self, shift: float | None = None) -> None:
+        """shift: how far ahead latents are, see `clocks.sampling_grid`, in place of the one in `method`.
 
-        shift: how far ahead latents are, see `clocks.sampling_grid`, in place of the one in `method`. A schedule other
-        than a cascade draws latents and pixels together. Raises UsageError for a shift where the schedule has none.
+        A schedule other than a cascade draws latents and pixels together. Raises UsageError for a shift where the
+        schedule has none.
         """
-        method = method or LatentMethodConfig()
-        method = method if shift is None else _shifted(method, shift)
-        super().__init__(model, class_names, encoder, decoder, normaliser, weights, weak, method)
+        if shift is not None:
+            self.method = _shifted(self.method, shift)
 
     @classmethod
     def _decoder_for(
@@ -144,7 +134,6 @@ class LatentPipeline(TrajectoryPipeline):
 
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
         c = self.model.config
-        how = _taken(how)
         latents = side_by_side(self._noise(seeds, how).transpose(0, 1)).to(self.device)
         pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self.device)
         # A cascade ends with its latents here: its pixel stage draws pictures when they are asked for.
@@ -166,7 +155,7 @@ class LatentPipeline(TrajectoryPipeline):
     def _after(
         self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
     ) -> Tensor:
-        c, how = self.model.config, _taken(how)
+        c = self.model.config
         given = (level + 1) * c.in_channels
         levels = side_by_side(self.normaliser.apply(trajectory.levels.to(self.device))[None])
         latents = torch.cat([levels[..., :given], side_by_side(noise.transpose(0, 1))[..., given:]], -1)
@@ -187,7 +176,7 @@ class LatentPipeline(TrajectoryPipeline):
 
     def _decoded(self, trajectory: Trajectory) -> Trajectory:
         """With the pixel stage where no decoder was given."""
-        decoder = self.decoder or self._stage(_taken(trajectory.sampling)) or trajectory.decoder
+        decoder = self.decoder or self._stage(self._settled(trajectory.sampling)) or trajectory.decoder
         return dataclasses.replace(trajectory, decoder=decoder)
 
     def _stage(self, how: Sampling) -> PixelStage | None:
@@ -250,8 +239,3 @@ def _shifted(method: LatentMethodConfig, shift: float) -> LatentMethodConfig:
             f"--shift {shift:g}, expected above 0, and finite: 1 draws latents and pixels together"
         )
     return dataclasses.replace(method, shift=shift)
-
-
-def _taken(how: Sampling) -> Sampling:
-    """With the number of steps that 1 stands for."""
-    return dataclasses.replace(how, num_steps=STEPS_PER_STAGE) if how.num_steps == 1 else how

@@ -9,14 +9,11 @@ hierarchy, to be edited and resumed as those of Trajectory Forcing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.data.normalisation import RAW, Normaliser
 from trainer.methods.normalizing_trajectory.config import Ending, NormalizingMethodConfig
 from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
 from trainer.methods.normalizing_trajectory.sample import (
@@ -25,8 +22,8 @@ from trainer.methods.normalizing_trajectory.sample import (
     num_noises,
     sample_canvases,
 )
-from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
-from trainer.trajectories.trajectory import Sampling, Trajectory
+from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.trajectory import Sampling
 
 
 class NormalizingPipeline(TrajectoryPipeline):
@@ -37,27 +34,16 @@ class NormalizingPipeline(TrajectoryPipeline):
     """
 
     network_type = NormalizingNetwork
+    method_type = NormalizingMethodConfig
     model: NormalizingNetwork
 
-    def __init__(
-        self,
-        model: NormalizingNetwork,
-        class_names: Sequence[str] = (),
-        encoder: dict[str, Any] | None = None,
-        decoder: Decoder | None = None,
-        normaliser: Normaliser = RAW,
-        weights: dict[str, str] | None = None,
-        method: NormalizingMethodConfig | None = None,
-        ending: Ending | None = None,
-    ) -> None:
-        """method: as trained. ending: without it `denoiser` where the network has one, else `score`.
+    def _take_options(self, ending: Ending | None = None) -> None:
+        """ending: without it `denoiser` where the network has one, else `score`.
 
         Raises UsageError for an ending that the network does not have, see `check_ending`.
         """
-        method = method or NormalizingMethodConfig()
-        super().__init__(model, class_names, encoder, decoder, normaliser, weights, method=method)
-        self.ending: Ending = ending or ("score" if model.denoiser is None else "denoiser")
-        check_ending(model, self.ending)
+        self.ending: Ending = ending or ("score" if self.model.denoiser is None else "denoiser")
+        check_ending(self.model, self.ending)
 
     @property
     def drawn_levels(self) -> int:
@@ -65,21 +51,15 @@ class NormalizingPipeline(TrajectoryPipeline):
         config = self.model.config
         return 1 if config.trajectory == "tokens" else config.num_levels
 
+    @property
+    def default_steps(self) -> int:
+        """The first number of transitions that was trained."""
+        return self.model.config.num_steps[0]
+
     def _num_noises(self, how: Sampling) -> int:
-        return num_noises(self.model, self._taken(how).num_steps)
+        return num_noises(self.model, how.num_steps)
 
-    def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
-        how = self._taken(how)
-        levels = self._canvases(ids, self._noise(seeds, how).to(self.device), how).cpu()
-        return [self._trajectory(*each, how) for each in zip(levels, ids, seeds, strict=True)]
-
-    def _after(
-        self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
-    ) -> Tensor:
-        previous = trajectory.levels[level : level + 1].to(self.device)
-        return self._canvases([trajectory.label], noise, how, start_level=level + 1, previous=previous)
-
-    def _canvases(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
+    def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
         self._weak_for(how)
         return sample_canvases(
             self.model,
@@ -87,14 +67,10 @@ class NormalizingPipeline(TrajectoryPipeline):
             torch.tensor(ids, device=self.device),
             noise,
             HowToSample(
-                num_steps=self._taken(how).num_steps,
+                num_steps=how.num_steps,
                 ending=self.ending,
                 guidance=0.0 if how.guidance is None else how.guidance[0],
             ),
             normaliser=self.normaliser,
             **start,
         )
-
-    def _taken(self, how: Sampling) -> Sampling:
-        """With the number of transitions that 1 stands for."""
-        return replace(how, num_steps=self.model.config.num_steps[0]) if how.num_steps == 1 else how

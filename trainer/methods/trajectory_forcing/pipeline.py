@@ -7,28 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.trajectories.pipeline import TrajectoryPipeline
-from trainer.trajectories.trajectory import Sampling, Trajectory
+from trainer.trajectories.trajectory import Sampling
 
 
 class TrajectoryForcingPipeline(TrajectoryPipeline):
     """A trained network of Trajectory Forcing. num_steps of a call counts evaluations of the network per level."""
 
     network_type = TrajectoryTransformer
+    method_type = MethodConfig
     weak_fields = ("grid", "in_channels", "num_levels", "num_classes", "guidance")
     model: TrajectoryTransformer
-
-    def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
-        levels = self._levels(ids, self._noise(seeds, how).to(self.device), how)
-        return [self._trajectory(*each, how) for each in zip(levels.cpu(), ids, seeds, strict=True)]
-
-    def _after(
-        self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
-    ) -> Tensor:
-        previous = trajectory.levels[level : level + 1].to(self.device)
-        return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
 
     def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
         return sample_levels(
