@@ -134,25 +134,12 @@ def _count_of(place: str, problems: Sequence[Any]) -> str:
     **opt.TRUST,
     **OUTPUT,
 )
-def report(
-    *,
-    folders: list[Path],
-    out: Path | None,
-    samples: int | None,
-    keys: str | None,
-    quality: bool,
-    masks: Path | None,
-    vocabulary: bool,
-    prototypes: int,
-    trust_encoder: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def report(folders: list[Path], out: Path | None, quality: bool, vocabulary: bool, **given: Any) -> None:
     """Write a self-contained page: photographs, region maps, colours of features, decoded levels, a slider."""
     builds = [BuildFolder(folder).require() for folder in folders]
     if quality and vocabulary:
         raise UsageError("--quality and --vocabulary are two pages: ask for one at a time")
-    if masks is not None and not quality:
+    if given["masks"] is not None and not quality:
         raise UsageError("--masks belongs to --quality, which is not given")
     if out is not None:
         if len(builds) > 1:
@@ -160,22 +147,25 @@ def report(
         target_of(out)  # refused before anything is read
     for folder in builds:
         _refuse_foreign_pages(folder, out, quality=quality, vocabulary=vocabulary)
-    chosen = _keys_by_build(builds, keys.split(",") if keys else None)
+    chosen = _keys_by_build(builds, given["keys"].split(",") if given["keys"] else None)
     is_one = len(builds) == 1
     if quality:
-        _report_quality(chosen, out, samples or 200, masks, trust_encoder, as_json, quiet, is_one)
+        _report_quality(chosen, out, is_one, **given)
         return
     pages = []
     for folder, some in chosen.items():
         if vocabulary:
             from hierarchy_builder.quality.vocabulary_page import write_vocabulary_page
 
-            pages.append(write_vocabulary_page(folder, out or folder.vocabulary_page, limit=prototypes))
+            pages.append(
+                write_vocabulary_page(folder, out or folder.vocabulary_page, limit=given["prototypes"])
+            )
         else:
             from hierarchy_builder.quality.report import write_report
 
-            pages.append(write_report(folder, out or folder.report, limit=samples or 48, keys=some))
-    if as_json:
+            limit = given["samples"] or 48
+            pages.append(write_report(folder, out or folder.report, limit=limit, keys=some))
+    if given["as_json"]:
         _print_of_builds((folder.root for folder in chosen), [{"page": str(page)} for page in pages], is_one)
         return
     for page in pages:
@@ -278,24 +268,17 @@ def _refuse_foreign_pages(folder: BuildFolder, out: Path | None, *, quality: boo
 
 
 def _report_quality(
-    chosen: Mapping[BuildFolder, Sequence[str] | None],
-    out: Path | None,
-    samples: int,
-    masks: Path | None,
-    trust_encoder: bool,
-    as_json: bool,
-    quiet: bool,
-    is_one: bool,
+    chosen: Mapping[BuildFolder, Sequence[str] | None], out: Path | None, is_one: bool, **given: Any
 ) -> None:
     from hierarchy_builder.progress import Reporter
     from hierarchy_builder.quality.assessment import assess_build
     from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
 
-    reporter, rows = Reporter(quiet=quiet, console=stderr), []
+    as_json, rows = given["as_json"], []
+    how = {"masks": given["masks"], "trust_encoder": given["trust_encoder"]}
+    how |= {"limit": given["samples"] or 200, "reporter": Reporter(quiet=given["quiet"], console=stderr)}
     for folder, keys in chosen.items():
-        found = assess_build(
-            folder, limit=samples, keys=keys, masks=masks, reporter=reporter, trust_encoder=trust_encoder
-        )
+        found = assess_build(folder, keys=keys, **how)
         page, named = write_quality(folder, found, out or folder.quality_page), f" of {folder.root}"
         rows.append(found.as_json())
         if as_json:

@@ -40,7 +40,7 @@ from trainer.seeds import mixed_seed, row_noise
 from trainer.training import checkpoint as saved
 from trainer.training.config import PostTrainingConfig, checked, with_settings
 from trainer.training.distributed import World, joined_world
-from trainer.training.loop import RunSummary, StopRequest, stop_signals
+from trainer.training.loop import RunSummary, stop_signals
 from trainer.training.method_run import NetworkRun
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import average_of
@@ -200,27 +200,18 @@ class PostTrainingRun(NetworkRun):
 
     shown = ("distance",)
 
-    def __init__(
-        self,
-        start: Start,
-        config: Any,
-        index: ShardIndex,
-        out: Path,
-        resume: str,
-        world: World,
-        stop: StopRequest,
-        quiet: bool,
-        decoder: str | Path | None = None,
-    ) -> None:
-        self.start, self.post = start, config.post_training
+    def __init__(self, start: Start, config: Any, *others: Any, decoder: str | Path | None = None) -> None:
+        self.start, self.post, self.given_decoder = start, config.post_training, decoder
         method = registry.method_of(config)
         self.pipeline = method.load("pipeline")
         self.one_step = method.load("one_step")
         self.spaces = spaces_of(self.post, config.model.num_levels)
-        self.decoder: Any = decoder_for(start.folder, index.encoder, decoder, world.device)
-        super().__init__(config, index, out, resume, world, stop, quiet)
+        super().__init__(config, *others)
 
     def _begin(self, origin: Path | None) -> None:
+        self.decoder: Any = decoder_for(
+            self.start.folder, self.index.encoder, self.given_decoder, self.world.device
+        )
         self.networks = self._clones() if self.post.balanced else [self.model] * self.config.model.num_levels
         self.judges = self._load_judges()
         self.terms_of_loss = list(self._make_terms())
