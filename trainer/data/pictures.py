@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,16 +41,9 @@ class PictureDataset(RankShare):
     """
 
     def __init__(
-        self,
-        index: ShardIndex,
-        plan: StreamPlan,
-        size_px: tuple[int, int],
-        rank: int = 0,
-        world_size: int = 1,
-        verify: bool = True,
-        max_damaged: int = 0,
+        self, index: ShardIndex, plan: StreamPlan, size_px: tuple[int, int], *share: Any, **checks: Any
     ) -> None:
-        super().__init__(index, plan, rank, world_size, verify, max_damaged)
+        super().__init__(index, plan, *share, **checks)
         self._size = size_px
 
     def read(self, number: int, pin_memory: bool = False) -> PictureBatch:

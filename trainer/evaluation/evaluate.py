@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -78,10 +78,10 @@ def evaluate(
         (label for label, count in counts.items() if count >= FEWEST_IMAGES),
         pipe.drawn_levels * math.prod(index.grid) * index.width,
     )
-    sampled = _Sampled(pipe, varied, inception, space)
+    sampled = _Sampled(inception, pipe, varied, space)
     drawn = pipe.stream(labels, seeds, **how)
     sampled.draw(follow(drawn, "sampling", len(labels)))
-    real = _Real(pipe, varied, space, sampled.size_px)
+    real = _Real(sampled.size_px, pipe, varied, space)
     real.read(reader, chosen, follow)
     reader.close()
     yield from class_mean_accuracy(
@@ -142,14 +142,8 @@ class _Kept:
 class _Sampled(_Kept):
     """Samples, which are measured while they are drawn."""
 
-    def __init__(
-        self,
-        pipe: TrajectoryPipeline,
-        varied: Collection[int],
-        inception: Inception | None,
-        space: Encoder | None,
-    ) -> None:
-        super().__init__(pipe, varied, space)
+    def __init__(self, inception: Inception | None, *kept: Any) -> None:
+        super().__init__(*kept)
         self.variances: list[Tensor] = []
         self.pictures = None if inception is None else Pictures(inception)
         self.size_px = (0, 0)
@@ -175,20 +169,14 @@ class _Sampled(_Kept):
 class _Real(_Kept):
     """Real images, spread evenly over the shards, and two halves of them."""
 
-    def __init__(
-        self,
-        pipe: TrajectoryPipeline,
-        varied: Collection[int],
-        space: Encoder | None,
-        size_px: tuple[int, int],
-    ) -> None:
+    def __init__(self, size_px: tuple[int, int], *kept: Any) -> None:
         """size_px: (h, w) of decoded samples, to which pictures are resized where `space` describes them."""
-        super().__init__(pipe, varied, space)
+        super().__init__(*kept)
         self.halves = (self.new_crowd(), self.new_crowd())
         self.labels: list[int] = []
         self.canvases: list[Tensor] = []
         """Canvases of the first images, [n, L, H, W, C]."""
-        self._normaliser, self._size_px = pipe.normaliser.to("cpu"), size_px
+        self._normaliser, self._size_px = self.pipe.normaliser.to("cpu"), size_px
 
     def read(self, reader: ShardReader, chosen: Sequence[int], follow: Follow) -> None:
         """Measure the samples of these numbers."""

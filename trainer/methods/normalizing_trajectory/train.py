@@ -27,6 +27,7 @@ from trainer.methods.normalizing_trajectory.chains import check_first_step
 from trainer.methods.normalizing_trajectory.config import NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.network import FlowPredictor, NormalizingNetwork
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
+from trainer.methods.registry import NORMALIZING_TRAJECTORY, TRAJECTORY_FORCING, Method, method_in
 from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
@@ -40,7 +41,7 @@ def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTra
     if config.init_from is not None:
         # Resolved once, because the loss compares with this network until the end, even if that run continues.
         source = saved.find_checkpoint(config.init_from)
-        flow = _flow_state(source)
+        flow = _config_of(source, "init_from", TRAJECTORY_FORCING)
         backbone = checked(ModelConfig, flow["model"], str(source))
         found |= {"trajectory": "canvases", "backbone": backbone}
         config = dataclasses.replace(config, init_from=str(source), normalise=flow.get("normalise", "none"))
@@ -157,7 +158,8 @@ def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
     network = NormalizingNetwork(config.model)
     if config.init_from is not None:
         folder = saved.find_checkpoint(config.init_from)
-        halflives = _flow_state(folder)["optim"]["ema_halflives_kimg"]
+        flow = _config_of(folder, "init_from", TRAJECTORY_FORCING)
+        halflives = flow["optim"]["ema_halflives_kimg"]
         weights = saved.load_weights(folder, f"{halflives[0]:g}" if halflives else None)
         assert isinstance(network.predictor, FlowPredictor)
         network.predictor.backbone.load_state_dict(weights)
@@ -188,16 +190,13 @@ def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) ->
 
 
 def _own_config(folder: Path) -> NormalizingTrainConfig:
-    state = saved.load_state(folder)
-    if state.config.get("method_name") != "normalizing-trajectory":
-        raise UsageError(f"distil_from={folder}: expected a run of Normalizing Trajectory Models")
-    return checked(NormalizingTrainConfig, state.config, str(folder))
+    config = _config_of(folder, "distil_from", NORMALIZING_TRAJECTORY)
+    return checked(NormalizingTrainConfig, config, str(folder))
 
 
-def _flow_state(run: str | Path) -> dict[str, Any]:
-    """Read the configuration of a Trajectory Forcing run from its checkpoint."""
+def _config_of(run: str | Path, field: str, method: Method) -> dict[str, Any]:
+    """Read the configuration of a run from its checkpoint. Raises UsageError for a run of another method."""
     config = saved.load_state(saved.find_checkpoint(run)).config
-    found = config.get("method_name", "trajectory-forcing")
-    if found != "trajectory-forcing":
-        raise UsageError(f"init_from={run}: found a run of {found}, expected one of trajectory-forcing")
+    if (found := method_in(config, run)) is not method:
+        raise UsageError(f"{field}={run}: found a run of {found.name}, expected one of {method.name}")
     return config
