@@ -55,7 +55,7 @@ lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --warn-unused-ignores tests/support/typed_client.py examples/*.py
+	$(BIN)/mypy --warn-unused-ignores tests/typed_client.py examples/*.py
 	$(BIN)/python benchmarks/records.py --check
 	$(BIN)/python docs/write_commands.py --check
 	$(BIN)/python docs/write_configuration.py --check

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from odd_pictures import PICTURE, encoded
+from odd_pictures import PICTURE
+from pictures import encoded
 
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers

@@ -5,7 +5,6 @@ Everything is drawn here; what Pillow cannot write (16-bit colour, a bomb) is pu
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pictures import NOISE, encoded
 from PIL import Image
 
-WIDTH, HEIGHT = 60, 40
-NOISE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+HEIGHT, WIDTH, _ = NOISE.shape
 PICTURE = Image.fromarray(NOISE)
 ORIENTATION_TAG = 0x0112
 
@@ -29,12 +28,6 @@ class Odd:
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     name: str = "picture.png"
-
-
-def encoded(picture: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, image_format, **options)
-    return buffer.getvalue()
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:

@@ -1,6 +1,12 @@
-"""Processes that others started, read from /proc."""
+"""Processes that others started, read from /proc; and two that train together."""
+
+from __future__ import annotations
 
 import contextlib
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -17,3 +23,31 @@ def processes_below(root: int) -> list[int]:
         return process == root
 
     return [process for process in parents if is_below(process)]
+
+
+def run_two(*words: object) -> None:
+    """Run a Python script with arguments in two processes that form a group, and expect both to end well.
+
+    They get the environment that torchrun would give them, without the process of torchrun.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in started:
+            _, said = process.communicate(timeout=200)
+            assert process.returncode == 0, said[-2000:]
+    finally:
+        for process in started:
+            process.kill()

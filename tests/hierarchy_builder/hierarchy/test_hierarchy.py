@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_features import partition, smooth_features
-from reference_hierarchy import reference_regions
+from reference_hierarchy import partition, reference_regions, smooth_features
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_features import partition, smooth_features
+from reference_hierarchy import partition, smooth_features
 from sklearn.cluster import KMeans
 
 from hierarchy_builder.config import HierarchyRecipe

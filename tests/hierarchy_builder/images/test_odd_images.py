@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from odd_pictures import PICTURE, Odd, encoded, odd_pictures, write_odd_tree
-from pictures import CLASSES, draw_picture, write_tree
+from odd_pictures import PICTURE, Odd, odd_pictures, write_odd_tree
+from pictures import CLASSES, draw_picture, encoded, write_tree
 
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers

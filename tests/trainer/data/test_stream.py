@@ -26,9 +26,9 @@ from fixture_shards import (
     vouch,
     write_shards,
 )
-from flips import bits_of, flipped
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import bits_of, flipped
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from trainer.data import stream

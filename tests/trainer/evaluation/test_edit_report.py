@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flips import flipped
+from mutations import flipped
 from tiny_pipeline import tiny_pipeline
 
 from hierarchy_builder.canvases.gallery import Gallery, Plots, Table

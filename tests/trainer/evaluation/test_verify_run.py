@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fixture_shards import write_shards
-from flips import bits_of, files_below, flip, flipped
+from mutations import bits_of, files_below, flip, flipped
 from tiny_runs import DECODER, FLOW
 from typer.testing import CliRunner, Result
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_two
+from processes import run_two
 from tiny_runs import FLOW, LATENT, NORMALIZING, assert_same_state, signal_at, tensors_of
 
 from hierarchy_builder.errors import InterruptedRunError, MismatchError, NonFiniteLossError, UsageError

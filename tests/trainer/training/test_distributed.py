@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixture_shards import write_shards
-from ranks import run_two
+from processes import run_two
 
 from hierarchy_builder.errors import TrainerError
 from trainer.training import distributed

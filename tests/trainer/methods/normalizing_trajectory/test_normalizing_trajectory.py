@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tiny_normalizing import GRID, TINY, C, awake, normal
+from small_networks import GRID, TINY, C, awake_chain, normal
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
@@ -40,7 +40,7 @@ def chain_of(batch: int, num_steps: int, t_min: float = 0.03, seed: int = 1) -> 
 def test_likelihood_of_a_transition_integrates_to_one() -> None:
     """By importance sampling: E_q[p/q] = 1 for q wider than p; the error of the mean is about 0.01."""
     config = dataclasses.replace(TINY, grid=(1, 2), in_channels=1)
-    network = awake(config, size=0.1)
+    network = awake_chain(config, size=0.1)
     count = 20_000
     x, last = 2.5 * normal(count, 1, 1, 2, 1), normal(1, 1, 1, 2, 1).expand(count, -1, -1, -1, -1)
     times = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(count, -1)
@@ -57,7 +57,7 @@ def test_likelihood_of_a_transition_integrates_to_one() -> None:
 
 
 def test_likelihood_does_not_depend_on_the_batch() -> None:
-    network = awake()
+    network = awake_chain()
     states, times = chain_of(4, 4)
     who = given(4)
     together = method.transitions(network, states, times, who, 4).nats()
@@ -71,7 +71,7 @@ def test_likelihood_does_not_depend_on_the_batch() -> None:
 
 
 def test_pairs_add_up_to_the_trajectory() -> None:
-    network = awake()
+    network = awake_chain()
     states, times = chain_of(4, 4)
     whole = method.loss(network, states, times, given(4), num_steps=4)
     pairs = [
@@ -169,7 +169,7 @@ def test_the_score_returns_the_posterior_mean_at_every_state(num_steps: int) -> 
 
 def test_scores_of_many_images_are_those_of_each() -> None:
     """They are taken some states at a time, for their memory."""
-    network, (states, times) = awake(), chain_of(9, 4)
+    network, (states, times) = awake_chain(), chain_of(9, 4)
     covariance, scale, who = chains.noise_covariance(times), 1 - times[:, :-1], given(9)
     assert 2 * method.SCORED_TOGETHER < 9 * 4
     found = method.denoised(network, states, times, who, 4, covariance, scale, clip=0.9)
@@ -282,7 +282,10 @@ def test_samples_of_the_exact_law_have_the_spread_of_the_data() -> None:
 @pytest.mark.parametrize("ending", ["inverse", "score", "denoiser"])
 def test_sampling_with_every_ending(trajectory: str, ending: str) -> None:
     config = dataclasses.replace(TINY, trajectory=trajectory, denoiser_depth=1, num_steps=(4,), num_levels=4)
-    network, how = awake(config, size=0.1).float(), HowToSample(num_steps=4, ending=ending, guidance=1.0)
+    network, how = (
+        awake_chain(config, size=0.1).float(),
+        HowToSample(num_steps=4, ending=ending, guidance=1.0),
+    )
     label = torch.tensor([0, 2])
     noise = normal(num_noises(network, 4), 2, *GRID, C).float()
     if (trajectory, ending) == ("levels", "inverse"):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tiny_normalizing import GRID, TINY, C, awake, normal
+from small_networks import GRID, TINY, C, awake_chain, normal
 
 from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
 from trainer.methods.normalizing_trajectory.transporter import bounded
@@ -24,7 +24,7 @@ def test_a_fresh_transporter_is_the_identity() -> None:
 
 @pytest.mark.parametrize("flow_blocks", [1, 2, 3])
 def test_transporter_is_inverted_with_cached_keys(flow_blocks: int) -> None:
-    network = awake(dataclasses.replace(TINY, flow_blocks=flow_blocks)).float()
+    network = awake_chain(dataclasses.replace(TINY, flow_blocks=flow_blocks)).float()
     x, t = normal(5, *GRID, C).float(), torch.linspace(0.05, 0.9, 5)
     level = torch.zeros(5, dtype=torch.int64)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def test_transporter_is_inverted_with_cached_keys(flow_blocks: int) -> None:
 
 
 def test_cached_inverse_equals_the_slow_one() -> None:
-    network = awake()
+    network = awake_chain()
     block = network.transporter.blocks[1]
     u, condition = normal(2, 6, C), normal(2, 16)
     x = torch.zeros_like(u)
@@ -46,7 +46,7 @@ def test_cached_inverse_equals_the_slow_one() -> None:
 
 
 def test_log_determinant_is_that_of_the_jacobian() -> None:
-    network = awake()
+    network = awake_chain()
     x, t = normal(1, *GRID, C), torch.tensor([0.4], dtype=torch.float64)
     level = torch.zeros(1, dtype=torch.int64)
     jacobian = torch.autograd.functional.jacobian(lambda x: network.transport(x, t, level, 4)[0], x)
@@ -59,7 +59,7 @@ def test_log_determinant_is_that_of_the_jacobian() -> None:
 def test_no_weights_make_the_inverse_stretch_further_than_the_bound(highest: float) -> None:
     """Not even such that all scales stand at their bounds, as far from training as can be."""
     config = dataclasses.replace(TINY, flow_max_log_scale=highest)
-    network = awake(config, size=100.0)
+    network = awake_chain(config, size=100.0)
     condition, u = normal(4, 16, seed=7), 100 * normal(4, 6, C)
     with torch.no_grad():
         for block in network.transporter.blocks:
