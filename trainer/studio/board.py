@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
 
 from hierarchy_builder.canvases.colours import hierarchy_colours
 from hierarchy_builder.canvases.views import latent_views, level_names, shared_palette
@@ -20,7 +21,7 @@ from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
 from trainer.trajectories.view import INK, PAPER, tile
 
-CELL_PX, GAP_PX, HEADER_PX = 232, 10, 32
+CELL_PX, GAP_PX, HEADER_PX, LINE_PX = 232, 10, 32, 2
 DIMMED = 0.4
 """Weight of a token's own colour outside the selection; the rest is the background colour."""
 
@@ -93,28 +94,10 @@ def _assembled(cells: list[list[np.ndarray]], names: tuple[str, ...], grid: tupl
 
 
 def _marked(cell: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    chosen = _enlarged(mask)
+    """Dim the tokens outside the mask, and draw a dark line outside and a light line inside its border."""
+    chosen = np.array(Image.fromarray(mask).resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST))
     dimmed = np.rint(DIMMED * cell + (1 - DIMMED) * np.array(PAPER)).astype(np.uint8)
-    return _outlined(np.where(chosen[..., None], cell, dimmed), mask)
-
-
-def _outlined(cell: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw a dark line outside and a light line inside the border of the tokens."""
-    chosen = _enlarged(mask)
-    outlined = cell.copy()
-    outlined[_border(~chosen)] = INK
-    outlined[_border(chosen)] = PAPER
-    return outlined
-
-
-def _enlarged(mask: np.ndarray) -> np.ndarray:
-    return np.array(Image.fromarray(mask).resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST))
-
-
-def _border(inside: np.ndarray, width: int = 2) -> np.ndarray:
-    """Pixels of `inside` that are at most `width` pixels from a pixel outside."""
-    core = inside
-    for _ in range(width):
-        padded = np.pad(core, 1, mode="edge")
-        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return inside & ~core
+    marked = np.where(chosen[..., None], cell, dimmed)
+    for inside, colour in ((~chosen, INK), (chosen, PAPER)):
+        marked[inside & ~binary_erosion(inside, iterations=LINE_PX, border_value=1)] = colour
+    return marked

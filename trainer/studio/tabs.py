@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import numpy as np
 from gradio.processing_utils import save_file_to_cache
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import without_nan, write_bytes
+from hierarchy_builder.files import write_bytes
 from trainer.evaluation.definitions import FIGURES
 from trainer.evaluation.sweep import Kind, SweepConfig, parse_strengths, summarise, sweep, table_in_words
 from trainer.seeds import parse_seeds
 from trainer.studio.board import draw_board
 from trainer.studio.desk import UNSAVED, Desk, Seat
 from trainer.studio.folder import SUFFIX
-from trainer.studio.workbench import Join, Workbench, markdown_report
+from trainer.studio.workbench import Join, Workbench, markdown_report, markdown_table
 from trainer.trajectories.edit import prototype
 from trainer.trajectories.trajectory import Trajectory
 
@@ -263,7 +263,7 @@ def files_tab(desk: Desk) -> gr.Dropdown:
                         "Export report (Markdown)", **desk.tip("report", "Write its edits and numbers.")
                     ),
                     ".md",
-                    _write_report,
+                    lambda bench, path: write_bytes(path, markdown_report(bench).encode()),
                 ),
             )
         tip = desk.tip("download", "Copy the file that was written or chosen last to your own machine.")
@@ -318,10 +318,6 @@ def _load(desk: Desk, bench: Workbench, name: str | None) -> Workbench:
     return bench.open(desk.pipe.adopt(Trajectory.load(desk.folder.trajectory(name))))
 
 
-def _write_report(bench: Workbench, path: Path) -> None:
-    write_bytes(path, markdown_report(bench).encode())
-
-
 def _resume(bench: Workbench, level: str | int, seeds: str) -> Workbench:
     given = parse_seeds(seeds) if seeds.strip() else None
     kept = None if level == EDITED_LEVEL else int(level)
@@ -329,14 +325,6 @@ def _resume(bench: Workbench, level: str | int, seeds: str) -> Workbench:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as a table in Markdown, numbers with three digits. No cell may hold what a user wrote."""
-
-    def line(cells: Iterable[Any]) -> str:
-        return f"| {' | '.join(map(text, cells))} |"
-
-    def text(value: Any) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    names = [name for name in columns if name in rows[0]]
-    body = [line(row[name] for name in names) for row in without_nan(list(rows))]
-    return "\n".join([title, "", line(map(FIGURES.term, names)), "|---" * len(names) + "|", *body])
+    """Some columns of rows as a table in Markdown, under their names in words."""
+    shown = [{FIGURES.term(name): row[name] for name in columns if name in row} for row in rows]
+    return "\n".join([title, "", *markdown_table(shown, digits=3)])

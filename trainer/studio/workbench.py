@@ -263,7 +263,7 @@ def markdown_report(bench: Workbench) -> str:
         "Changes are 1 − cos of tokens; LIS is the mean over tokens that were not edited (docs/metrics.md).",
         "",
     ]
-    return "\n".join([*lines, *_table(rows), ""])
+    return "\n".join([*lines, *markdown_table(rows), ""])
 
 
 def quoted(text: object) -> str:
@@ -271,10 +271,12 @@ def quoted(text: object) -> str:
     return MARKS.sub(r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def markdown_table(rows: Sequence[Mapping[str, Any]], digits: int = 4) -> list[str]:
+    """Rows as the lines of a table in Markdown. No cell may hold what a user wrote."""
+
     def text(value: Any) -> str:
         if isinstance(value, float):
-            return "–" if math.isnan(value) else f"{value:.4g}"
+            return "–" if math.isnan(value) else f"{value:.{digits}g}"
         return str(value)
 
     head = [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]

@@ -38,7 +38,8 @@ def edited_tokens(after: Trajectory, before: Trajectory | None = None) -> Select
 
     before: the trajectory that `after` was made from; the edits of `before` itself are ignored.
     """
-    skipped = len(before.history) if before is not None and _begins_with(after, before) else 0
+    earlier = [] if before is None else before.history
+    skipped = len(earlier) if after.history[: len(earlier)] == earlier else 0
     edits = [entry for entry in after.history[skipped:] if entry.get("edit") in ("features", "shape")]
     if not edits:
         return None
@@ -142,10 +143,9 @@ def encoder_of(trajectory: Trajectory) -> Encode | None:
 
 def heat_map(change: np.ndarray, most: float) -> np.ndarray:
     """Turn 1 − cos into colours: float [...] → uint8 [..., 3], dark at 0, light at `most`."""
-    position = np.clip(change / max(most, 1e-12), 0, 1) * (len(HEAT) - 1)
-    low = np.minimum(position.astype(int), len(HEAT) - 2)
-    share = (position - low)[..., None]
-    return np.rint(HEAT[low] * (1 - share) + HEAT[low + 1] * share).astype(np.uint8)
+    position = change / max(most, 1e-12) * (len(HEAT) - 1)
+    colours = [np.interp(position, range(len(HEAT)), channel) for channel in HEAT.T]
+    return np.rint(np.stack(colours, axis=-1)).astype(np.uint8)
 
 
 def comparison_png(before: Trajectory, after: Trajectory) -> Image.Image:
@@ -193,7 +193,3 @@ def _draw_scale(sheet: Image.Image, most: float, top: int) -> None:
     else:
         unit = "1 - cosine; nothing changed"
     draw.text((right + 2 * GAP_PX, top), unit, INK, font=font)
-
-
-def _begins_with(after: Trajectory, before: Trajectory) -> bool:
-    return after.history[: len(before.history)] == before.history
