@@ -255,7 +255,8 @@ def _taken(folder: Path, say: Callable[[str], None], pause: Callable[[float], No
     """A new lease of a folder, when the last one was released or left. Raises BusyError if it is renewed meanwhile."""
     while True:
         number = _highest(folder)
-        if number is not None and (busy := _Lease(folder, number)) is not None:
+        if number is not None:
+            busy = _Lease(folder, number)
             content = busy.read()
             holder = content.get("holder")
             if holder is not None and not _is_dead(holder) and not _is_abandoned(content):

@@ -156,7 +156,7 @@ def evaluate(
     from trainer.evaluation.judges import judged_on, open_judges
     from trainer.evaluation.pages import EVALUATION, shown_labels
     from trainer.metrics.frechet import inception_features, read_reference
-    from trainer.training.checkpoint import find_checkpoint, load_state
+    from trainer.training.checkpoint import read_checkpoint
     from trainer.training.mirror import named
     from trainer.trajectories.photos import load_own_encoder
 
@@ -177,8 +177,8 @@ def evaluate(
     index = open_judges(shards, split)
     pipe = opt.open_run(run, given)
     follow = opt.follow_unless(as_json or given["quiet"])
-    trained = load_state(find_checkpoint(run)).shards
-    judged = judged_on(trained, index, min(max_real, index.num_samples))
+    _, trained = read_checkpoint(run)
+    judged = judged_on(trained.shards, index, min(max_real, index.num_samples))
     say(f"{judged} Read from {index.url}.", given["quiet"])
     if given["likelihood"]:
         _print_metrics(studies.measure_likelihood(run, pipe, index, max_real, steps, ema, follow), as_json)
@@ -194,10 +194,9 @@ def evaluate(
         "weak_scale": opt.strength_of(given),
     }
     if given["fdr"]:
-        trained_with = load_state(find_checkpoint(run)).config
         classes = classes_with_images(index, max_real)
         rows = judging.measured(
-            pipe, index, classes, trained_with, given, **drawing, max_real=max_real, follow=follow
+            pipe, index, classes, trained.config, given, **drawing, max_real=max_real, follow=follow
         )
         print_result(rows, as_json)
         return
