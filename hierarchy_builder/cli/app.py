@@ -39,6 +39,7 @@ from hierarchy_builder.terminal import (
     print_stages,
     print_table,
     run,
+    say,
     say_next,
     show_config,
     stderr,
@@ -71,7 +72,7 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
         check_stored_encoder(resolved.encoder, folder.root, trusted=given["trust_encoder"])
     show_config({"extract": to_mapping(resolved)}, given["quiet"])
     once = {name: given[name] for name in ("retry_failed", "accept_new_files")}
-    with folder.locked(_say):
+    with folder.locked(say):
         _confirm_fresh(folder, "extract", given)
         summary = steps.extract(folder, source, resolved, _session(**given), class_map=class_map, **once)
         print_stages([summary], given["as_json"])
@@ -104,7 +105,7 @@ def cluster(folder: Path, recut: str | None, **given: Any) -> None:
     sections = {"hierarchy": recipe} | ({"vocabulary": vocabulary} if vocabulary else {})
     show_config({name: to_mapping(section) for name, section in sections.items()}, given["quiet"])
     session = _session(**given)
-    with build_folder.locked(_say):
+    with build_folder.locked(say):
         _confirm_fresh(build_folder, "vocabulary" if vocabulary else "cluster", given)
         summaries = [steps.vocabulary(build_folder, vocabulary, session)] if vocabulary else []
         summaries.append(steps.cluster(build_folder, recipe, session))
@@ -129,7 +130,7 @@ def shard(folder: Path, publish: str | None, **given: Any) -> None:
     resolved = opt.resolve_shard(chosen, given["config"], _stored(build_folder, "shard", given["fresh"]))
     show_config({"shard": to_mapping(resolved)}, given["quiet"])
     session = _session(**given)
-    with build_folder.locked(_say):
+    with build_folder.locked(say):
         _confirm_fresh(build_folder, "shard", given)
         summaries = [steps.shard(build_folder, resolved, session)]
         print_stages(summaries + _publish(build_folder, publish, session), given["as_json"])
@@ -178,7 +179,7 @@ def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
     folder, plan = BuildFolder(out), _build_plan(images, given)
     show_config(plan.as_mapping(), given["quiet"])
     session = _session(**given)
-    with folder.locked(_say):
+    with folder.locked(say):
         _confirm_fresh(folder, "extract", given)
         once = {name: given[name] for name in ("class_map", "retry_failed", "accept_new_files", "fused")}
         summaries = steps.build(folder, images, plan, session, **once)
@@ -200,7 +201,7 @@ def plan(images: str, out: Path, **given: Any) -> None:
         print_json(found.as_json())
     else:
         for text in found.warnings:
-            stderr.print(f"warning: {text}", soft_wrap=True)
+            say(f"warning: {text}")
         for title, rows in plan_tables(found).items():
             print_table(title, rows)
     found.check(folder, force=given["force"])
@@ -225,7 +226,7 @@ def plan(images: str, out: Path, **given: Any) -> None:
 def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
     """Upload finished shards to another file system; the same command uploads what is missing."""
     build_folder = BuildFolder(folder).require()
-    with build_folder.locked(_say):
+    with build_folder.locked(say):
         print_stages(_publish(build_folder, url, _session(workers=0, quiet=quiet)), as_json)
     say_next(f"shards lie in {url}", [("trainer", "train", url, "--out", "RUN")], quiet)
 
@@ -237,7 +238,7 @@ def repair(folder: Path, as_json: bool, encoder: str | None, weights: str | None
     from hierarchy_builder.verify.repair import repair as run_repair
 
     build_folder = BuildFolder(folder).require(damaged=True)
-    with build_folder.locked(_say):
+    with build_folder.locked(say):
         found = {"encoder": encoder, "weights": weights}
         encoder_at = {name: place for name, place in found.items() if place is not None}
         repaired = run_repair(build_folder, dataclasses.replace(_session(**given), encoder_at=encoder_at))
@@ -286,11 +287,6 @@ def _build_plan(images: str, given: Mapping[str, Any]) -> Any:
     )
 
 
-def _say(text: str) -> None:
-    """One line on stderr while a command waits."""
-    stderr.print(text, soft_wrap=True)
-
-
 def _session(
     *,
     workers: int | None,
@@ -332,7 +328,7 @@ def _confirm_fresh(folder: BuildFolder, stage: str, given: Mapping[str, Any]) ->
     if samples:
         shards = f"{folder.shards.name} ({size_on_disk(folder.shards):,} bytes, {counted(samples, 'sample')})"
         sizes[places.index(folder.shards)] = shards
-    stderr.print(f"--fresh removes from {folder.root}: {', '.join(sizes)}", highlight=False, soft_wrap=True)
+    say(f"--fresh removes from {folder.root}: {', '.join(sizes)}")
     if not samples or given["yes"]:
         return
     if sys.stdin.isatty() and typer.confirm("Remove the finished shards?", err=True):
@@ -381,7 +377,7 @@ def _recut(folder: BuildFolder, heights: str, given: Mapping[str, Any]) -> None:
             "cluster with --fresh for another recipe"
         )
     cuts, session = opt.numbers(heights, "--recut") or [], _session(**{**given, "fresh": False})
-    with folder.locked(_say):
+    with folder.locked(say):
         summaries = [steps.recut(folder, cuts, session)]
         if folder.vocabulary.exists():
             summaries.append(steps.link(folder, session))
