@@ -19,6 +19,7 @@ from hierarchy_builder.files import sealed_text
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
+from trainer.metrics import regions
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.networks.config import ModelConfig
@@ -27,7 +28,6 @@ from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
-from trainer.trajectories import trajectory as module
 from trainer.trajectories.pipeline import Trajectory, TrajectoryPipeline
 
 CLASSES = ["ant", "bee", "emu"]
@@ -268,8 +268,8 @@ def test_numbers_that_are_not_finite_are_blamed_on_what_made_them() -> None:
 
 def test_regions_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    find = module.extract_regions
-    monkeypatch.setattr(module, "extract_regions", lambda levels: calls.append(1) or find(levels))
+    find = regions.extract_regions
+    monkeypatch.setattr(regions, "extract_regions", lambda levels: calls.append(1) or find(levels))
     one = tiny_pipeline()(0, 0)
     one.region(0, level=0)
     one.regions_of(1)
