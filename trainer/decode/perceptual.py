@@ -97,8 +97,8 @@ def _found(folder: Path, names: tuple[str, ...]) -> Path:
     present = sorted(file.name for file in folder.iterdir())[:5] if folder.is_dir() else []
     raise TrainerError(
         f"{folder}: found no {names[0]} with one of {', '.join(SUFFIXES)}; the folder holds "
-        f"{', '.join(present) or 'nothing'}. LPIPS needs {BACKBONE[0]} (torchvision's weights) and {HEADS[0]} (the heads), or train without lpips. "
-        f"{PUBLISHED}"
+        f"{', '.join(present) or 'nothing'}. LPIPS needs {BACKBONE[0]} (torchvision's weights) and {HEADS[0]} "
+        f"(the heads), or train without lpips. {PUBLISHED}"
     )
 
 
