@@ -81,7 +81,7 @@ def exclusive(folder: Path, say: Callable[[str], None] = lambda text: None) -> I
 
 def is_taken(folder: Path) -> bool:
     """Whether a writer works in a folder now."""
-    if not is_remote(folder):
+    if not is_remote(folder) and (folder / LOCK).is_file():  # opening a pipe would never end
         try:
             with open(folder / LOCK) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -75,7 +75,9 @@ def target_of(path: Path) -> Path:
         return path
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
-        raise UserError(f"{path} is {what}, expected the name of a file to write; choose another")
+        raise UserError(
+            f"{path} is {what}, expected the name of a file to write; choose another, or remove it"
+        )
     if not path.is_symlink():
         return path
     for folder in _GUARDED & set(map(str, Path(os.path.abspath(path)).parents)):
@@ -217,7 +219,7 @@ def without_nan(content: Any) -> Any:
 
 
 def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
-    """Read a JSON object, without its seal; raises UserError naming the file when it is missing or damaged.
+    """Read a JSON object, without its seal; raises VerificationError naming the file when it is missing or damaged.
 
     A seal is checked wherever there is one. sealed: whether a missing seal is damage too.
     """
@@ -226,12 +228,10 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingFileError(f"{path} is missing: {repair_of(path)}") from None
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): {repair_of(path)}, or remove it and run the same command again"
-        ) from None
+        raise VerificationError(f"{path} is damaged ({error}): {repair_of(path)}") from None
 
 
-class MissingFileError(UserError):
+class MissingFileError(VerificationError):
     """A file that was to be read is not there."""
 
 
@@ -250,7 +250,7 @@ def readable_json(path: Path) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any]:
     """Read a manifest or marker: sealed from format version 2 on; before, neither a version nor a seal is needed.
 
-    Raises UserError naming the file when it is missing or damaged.
+    Raises VerificationError naming the file when it is missing or damaged.
     """
     try:
         return read_json(path, sealed=True)
@@ -269,8 +269,13 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 def repair_of(place: Path | str) -> str:
     """Advise the command that repairs the build which a file belongs to, as far as its path tells the build."""
     paths = [place, *place.parents] if isinstance(place, Path) else []
-    builds = [path.parent for path in paths if path.name in OF_BUILDS]
+    builds = [path.parent for path in paths if path.name in OF_BUILDS or _are_shards(path)]
     return f"run `hierarchy-builder repair {builds[-1]}`" if builds else REPAIR_UNNAMED
+
+
+def _are_shards(path: Path) -> bool:
+    """Whether this is the folder of the shards of a build, which may also have been copied away from it."""
+    return path.name == "shards" and not is_remote(path) and (path.parent / "ledger").is_dir()
 
 
 @contextmanager

@@ -19,15 +19,16 @@ from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.onnx import OnnxEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
-from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError
+from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError, VerificationError
 from hierarchy_builder.fields import identity
+from hierarchy_builder.files import readable_json, repair_of
 from hierarchy_builder.images.originals import changed_images, modified_ns, refuse_changed
 from hierarchy_builder.images.sources import ImageSource, open_reader, open_source
 from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.records import ImageRecord, Status
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_images, read_index, status_name
-from hierarchy_builder.store.ledger import recorded_stages
+from hierarchy_builder.store.ledger import recorded_stages, stage_entry
 from hierarchy_builder.store.units import stored_source, told_blocks
 from hierarchy_builder.terminal import counted
 
@@ -37,10 +38,16 @@ def list_images(
 ) -> ImageSource:
     """List the images of a build; without `source` those in its manifest, with the class map it began with.
 
-    Raises UsageError if the build folder lies among the images.
+    Raises UsageError if the build folder lies among the images, VerificationError if the class map is another one.
     """
     if source is None:
         source, class_map = stored_source(folder), str(folder.class_map)
+        began = stage_entry(folder, "extract").get("class_map")
+        if began is not None and readable_json(folder.class_map) != began:
+            raise VerificationError(
+                f"{folder.class_map} is missing or not the class map that the build began with: "
+                f"{repair_of(folder.manifest)}"
+            )
         if "://" not in source and not os.path.exists(source):
             raise UsageError(
                 f"{source}, the images of {folder.root}, is not there: put it back, or repeat the `build` command "

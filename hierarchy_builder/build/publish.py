@@ -37,13 +37,21 @@ from hierarchy_builder.errors import (
     VerificationError,
 )
 from hierarchy_builder.exclusion import BusyError, discard, exclusive
-from hierarchy_builder.files import guard, json_text, parse_json, read_json, refuse_links, sha256_file
+from hierarchy_builder.files import (
+    guard,
+    json_text,
+    parse_json,
+    read_json,
+    readable_json,
+    refuse_links,
+    sha256_file,
+)
 from hierarchy_builder.places import a_folder, filesystem_of, may_hold_builds
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.remote import PART_BYTES, is_remote, store_error, upload_to
 from hierarchy_builder.store import shard_set
 from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
-from hierarchy_builder.store.shard_set import SUCCESS
+from hierarchy_builder.store.shard_set import SUCCESS, success_problems
 from hierarchy_builder.store.shards import sidecar
 
 PUBLISHING = "_PUBLISHING"
@@ -73,6 +81,10 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
         raise BuilderError(f"{folder.shards} has no {SUCCESS}: finish the shards before they are published")
     started = time.perf_counter()
     index = read_json(folder.shards / "index.json")
+    for problem in _problems(folder.shards, index):
+        raise VerificationError(
+            f"{problem}: run `hierarchy-builder repair {folder.root}`, then publish again"
+        )
     counts = {folder.shards / entry["url"]: entry["nsamples"] for entry in index["shardlist"]}
     with answers_of(url), _one_writer(url, reporter) as is_alone:
         sent = list(_send(folder, counts, _Place.of(url), reporter, is_alone=is_alone))
@@ -183,10 +195,8 @@ def _send(
         for tar in pool.map(place.send_tar, waiting):
             meter.advance(counts[tar])
             yield from (tar, sidecar(tar))
-    digests = read_json(shards / SUCCESS).get("files", {})
     for path in about:
         if path in changed:
-            require_digest(path, digests.get(path.name))
             place.send(path)
             yield path
     if place.begun() != told:
@@ -205,13 +215,14 @@ def _about(shards: Path) -> list[str]:
     return [name for name in shard_set.ABOUT if (shards / name).is_file() and is_own_about(shards / name)]
 
 
-def require_digest(path: Path, expected: str | None) -> None:
-    """Raise VerificationError if a file is not what its set says; sets of earlier releases say it of tars only."""
-    if (expected is not None or path.suffix == ".tar") and sha256_file(path) != expected:
-        raise VerificationError(
-            f"{path} was changed after it was finished and is not published: "
-            f"run `hierarchy-builder repair {path.parent.parent}`"
-        )
+def _problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
+    """Compare every file of a set with what vouches for it, but for the tars: each is read before it is sent."""
+    yield from success_problems(shards, index)
+    for entry in index["shardlist"]:
+        expected = {"count": entry["nsamples"], "bytes": entry["filesize"], "sha256": entry["sha256"]}
+        path = sidecar(shards / entry["url"])
+        if readable_json(path) != {**expected, "config_hash": index["config_hash"]}:
+            yield f"{path} is missing or belongs to another tar"
 
 
 def open_url(url: str) -> tuple[AbstractFileSystem, str]:
@@ -327,7 +338,11 @@ class _Place:
 
         Raises VerificationError if the tar is not the one that its sidecar tells of.
         """
-        require_digest(tar, read_json(sidecar(tar)).get("sha256"))
+        if sha256_file(tar) != read_json(sidecar(tar))["sha256"]:
+            raise VerificationError(
+                f"{tar} was changed after it was finished and is not published: "
+                f"run `hierarchy-builder repair {tar.parent.parent}`"
+            )
         self.remove(sidecar(tar).name)
         self.send(tar)
         self.send(sidecar(tar))

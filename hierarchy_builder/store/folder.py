@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hierarchy_builder import remote
-from hierarchy_builder.errors import UsageError
+from hierarchy_builder.errors import UsageError, VerificationError
 from hierarchy_builder.exclusion import BusyError, discard, exclusive, is_taken, of_exclusion, still_ours
-from hierarchy_builder.files import guard, is_there, readable_json, refuse_links
+from hierarchy_builder.files import guard, is_there, readable_json, refuse_links, repair_of
 from hierarchy_builder.places import remote_place
 from hierarchy_builder.remote import is_remote
 
@@ -166,11 +166,13 @@ class BuildFolder:
         return self.manifest.is_file() or self.manifest_copy.is_file()
 
     def require(self, *, damaged: bool = False) -> BuildFolder:
-        """Return self, guarded, or raise UsageError when this is not the folder of a build.
+        """Return self, guarded. Raises UsageError when this is not the folder of a build.
 
-        damaged: accept a build that has only the copy of the manifest.
+        damaged: accept a build that has only the copy of the manifest; it is a VerificationError otherwise.
         """
-        if not (self.is_there() if damaged else self.manifest.is_file()):
+        if not damaged and self.is_there() and not self.manifest.is_file():
+            raise VerificationError(f"{self.manifest} is missing: {repair_of(self.manifest)}")
+        if not self.is_there():
             raise UsageError(
                 f"{self.root} is not a build: {self.manifest.name} is missing; "
                 f"start one with `hierarchy-builder build IMAGES --out {self.root}`"
@@ -195,7 +197,8 @@ class BuildFolder:
                     self.root.mkdir(parents=True, exist_ok=True)
                 held.enter_context(exclusive(self.root, say))
             except BusyError as error:
-                raise BusyError(f"{error}: wait for it; a new build can go to another --out") from None
+                look = f"`hierarchy-builder status {self.root}` shows how far it is"
+                raise BusyError(f"{error}: wait until it has ended; {look}") from None
             except OSError as error:
                 if is_remote(self.root):
                     raise

@@ -201,10 +201,7 @@ class Marker(dict[str, Any]):
     path: Path
 
     def __missing__(self, name: str) -> Any:
-        raise VerificationError(
-            f"{self.path} has no {name}, so it is damaged: {repair_of(self.path)}, or remove it and run its stage "
-            "again"
-        )
+        raise VerificationError(f"{self.path} has no {name}, so it is damaged: {repair_of(self.path)}")
 
 
 REOPENED = "reopened"
@@ -244,7 +241,7 @@ def check_manifest(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this release reads 1 to {RECORD_VERSION}: "
             "use the release that wrote it, or build again into another folder"
         )
-    with decoding(path, f"{repair_of(path)}, or remove it and run the same command again"):
+    with decoding(path):
         entries = manifest["stages"].items()
         changed = [stage for stage, entry in entries if entry["hash"] != hash_of(stage, entry["inputs"])]
     if changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,24 @@ def write_success(shards: Path, count: int) -> None:
     if readable_json(shards / SUCCESS) != earlier:
         still_ours(shards)
         write_sealed_json(shards / SUCCESS, {**earlier, "files": digests})
+
+
+def success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
+    """Compare the files beside the tars with `_SUCCESS`, which is sealed and holds the SHA-256 of each."""
+    path, index_path = shards / SUCCESS, shards / "index.json"
+    if not path.is_file():
+        yield f"{path} is missing: the set was not finished"
+        return
+    found = read_json(path)
+    if found.keys() != {"count", "index_sha256"}:  # all that earlier releases wrote
+        found = read_json(path, sealed=True)
+    for name, digest in found.get("files", {}).items():
+        if not (shards / name).is_file() or sha256_file(shards / name) != digest:
+            yield f"{shards / name} was changed after the set was finished"
+    if found.get("index_sha256") != (sha256_file(index_path) if index_path.is_file() else ""):
+        yield f"{index_path} was changed after the set was finished"
+    if found.get("count") != index["num_samples"]:
+        yield f"{path}: {found.get('count')} samples, the markers have {index['num_samples']}"
 
 
 def dataset_moments(folder: BuildFolder) -> Moments:

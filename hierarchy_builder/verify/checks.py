@@ -45,6 +45,7 @@ from hierarchy_builder.store.shard_set import (
     dataset_moments,
     has_earlier_card,
     index_of,
+    success_problems,
 )
 from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name, sidecar
 from hierarchy_builder.store.statistics import read_part_moments, statistics_arrays
@@ -59,7 +60,7 @@ from hierarchy_builder.store.units import (
     usable_rows,
 )
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.verify.quick import missing_files, success_problems
+from hierarchy_builder.verify.quick import missing_files
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 
 MANIFEST = "manifest"

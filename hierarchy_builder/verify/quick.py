@@ -16,13 +16,13 @@ from hierarchy_builder import remote
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import decoding, read_json, sha256_file, sizes_in
+from hierarchy_builder.files import decoding, read_json, sizes_in
 from hierarchy_builder.records import Block
 from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import open_ledger
-from hierarchy_builder.store.shard_set import SUCCESS
+from hierarchy_builder.store.shard_set import success_problems
 from hierarchy_builder.store.shards import shard_name, sidecar
 from hierarchy_builder.store.stored import is_as_written
 from hierarchy_builder.store.units import layout_of, stage_units
@@ -50,24 +50,6 @@ def missing_files(
                 yield unit.number, f"{folder.part_moments(unit.number)} is missing or empty"
     if stage in ("shard", "fuse"):
         yield from ((None, text) for text in _missing_tars(folder, stages["shard"]["request"]))
-
-
-def success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
-    """Compare the files beside the tars with `_SUCCESS`, which is sealed and holds the SHA-256 of each."""
-    path, index_path = shards / SUCCESS, shards / "index.json"
-    if not path.is_file():
-        yield f"{path} is missing: the set was not finished"
-        return
-    found = read_json(path)
-    if found.keys() != {"count", "index_sha256"}:  # all that earlier releases wrote
-        found = read_json(path, sealed=True)
-    for name, digest in found.get("files", {}).items():
-        if not (shards / name).is_file() or sha256_file(shards / name) != digest:
-            yield f"{shards / name} was changed after the set was finished"
-    if found.get("index_sha256") != (sha256_file(index_path) if index_path.is_file() else ""):
-        yield f"{index_path} was changed after the set was finished"
-    if found.get("count") != index["num_samples"]:
-        yield f"{path}: {found.get('count')} samples, the markers have {index['num_samples']}"
 
 
 def _missing_tars(folder: BuildFolder, request: Mapping[str, Any]) -> Iterator[str]:

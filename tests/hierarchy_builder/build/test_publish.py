@@ -1,6 +1,7 @@
 """Shards on other file systems: the same bytes, markers last, and again only what is missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.exclusion import BusyError
 from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.progress import Reporter
@@ -111,6 +112,22 @@ def test_a_stopped_transfer_goes_on_with_what_is_missing(folder, url, monkeypatc
     again = publish_to(folder, url, QUIET)
     assert found_at(url) == content(folder)
     assert again.notes["sent"] == again.notes["files"] - 4  # two tars with their sidecars had arrived
+
+
+@pytest.mark.parametrize("name", ["class_map.json", "statistics.npz", "train-000001.json"])
+@pytest.mark.parametrize("how", ["missing", "changed"])
+def test_a_set_that_is_not_whole_is_not_published(folder, tmp_path, name, how) -> None:
+    shutil.copytree(folder.root, tmp_path / "build")
+    damaged, place = BuildFolder(tmp_path / "build"), tmp_path / "set"
+    path = damaged.shards / name
+    changed = path.read_bytes().replace(b"1", b"2")
+    path.unlink()
+    if how == "changed":
+        path.write_bytes(changed)
+    with pytest.raises(VerificationError, match=f"{name} .*run `hierarchy-builder repair {damaged.root}`"):
+        publish_to(damaged, str(place), QUIET)
+    assert not place.exists()
+    shutil.rmtree(damaged.root)
 
 
 def test_another_set_takes_the_place_of_a_longer_one(folder, photos, url, tmp_path) -> None:

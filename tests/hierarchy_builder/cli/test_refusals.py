@@ -80,8 +80,8 @@ def test_the_second_driver_is_told_at_once(tmp_path: Path) -> None:
         second = command("build", photos, "--out", folder.root, "--encoder", "dct")
     assert second.returncode == 1
     assert (
-        "is being written by another process: wait for it; a new build can go to another --out"
-        in second.stderr
+        "is being written by another process: wait until it has ended; `hierarchy-builder status "
+        f"{folder.root}` shows how far it is" in second.stderr
     )
     assert not folder.manifest.exists()
 

@@ -19,7 +19,7 @@ import pytest
 from object_store import Store, served
 
 from hierarchy_builder import exclusion
-from hierarchy_builder.errors import InterruptedRunError
+from hierarchy_builder.errors import InterruptedRunError, UserError
 from hierarchy_builder.exclusion import BusyError, Fence, LeaseLostError, exclusive, fence, is_taken
 from hierarchy_builder.files import write_bytes
 from hierarchy_builder.places import a_folder
@@ -220,3 +220,10 @@ def test_locks_are_used_where_there_are_some(tmp_path: Path) -> None:
         with pytest.raises(BusyError, match="is being written by another process"), exclusive(tmp_path):
             pytest.fail("two writers")
     assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / exclusion.LOCK)
+    assert not is_taken(tmp_path)
+    with pytest.raises(UserError, match="no regular file"), exclusive(tmp_path):
+        pass

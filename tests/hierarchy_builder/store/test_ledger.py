@@ -86,7 +86,9 @@ def test_newer_format_is_refused(folder) -> None:
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"format_version": 1}'])
 def test_damaged_json_is_named(folder, content) -> None:
     write_bytes(folder.manifest, content)
-    with pytest.raises(BuilderError, match=r"manifest\.json (is damaged|has no stages).*remove it"):
+    with pytest.raises(
+        BuilderError, match=r"manifest\.json (is damaged|has no stages).*: run `hierarchy-builder repair"
+    ):
         read_manifest(folder)
 
 

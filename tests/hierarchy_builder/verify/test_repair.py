@@ -362,3 +362,16 @@ def test_repair_takes_an_encoder_that_lies_elsewhere_now(tmp_path: Path) -> None
         "manifest.json",
         "ledger/manifest.json",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("manifest.json", ("status",)), ("class_map.json", ("extract", "--workers", "0"))]
+)
+def test_the_advice_of_a_verb_works(folder: BuildFolder, name: str, words: tuple[str, ...]) -> None:
+    (folder.root / name).unlink()
+    verb, *options = words
+    refused = cli("hierarchy-builder", verb, folder.root, *options)
+    assert refused.code == 4
+    assert f"run `hierarchy-builder repair {folder.root}`" in refused.err
+    assert cli("hierarchy-builder", "repair", folder.root).code == 0
+    assert cli("hierarchy-builder", verb, folder.root, *options).code == 0

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from command_line import SETTINGS, TINY, cli, trainer
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from object_store import Store, sent, served
 
 from hierarchy_builder import remote
-from hierarchy_builder.errors import UsageError
+from hierarchy_builder.errors import UsageError, UserError
 from hierarchy_builder.places import a_folder
 from trainer import train
 from trainer.training.mirror import a_run
@@ -108,3 +109,12 @@ def test_a_url_without_a_run_is_refused(store: Store, tmp_path: Path) -> None:
     url = f"{store.bucket('empty')}/run"
     found = cli("trainer", "sample", url, "--labels", 0, "--out", tmp_path / "drawn")
     assert (found.code, f"{url} holds nothing" in found.err) == (2, True), found.err
+
+
+def test_an_object_leads_to_no_file_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files, name = MemoryFileSystem(), f"/{tmp_path.name}/run/checkpoints/../../../outside"
+    monkeypatch.setitem(MemoryFileSystem.store, name, MemoryFile(files, name, b"theirs"))
+    with pytest.raises(UserError, match=r"an object named '.*outside', and `\.\.` leads out"):
+        a_run(f"memory://{tmp_path.name}/run")
+    assert not list(tmp_path.rglob("outside"))
