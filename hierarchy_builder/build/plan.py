@@ -158,10 +158,12 @@ def plan_tables(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     estimate = f"estimated from {plan.tried:,} images"
     summary: dict[str, Any] = {
         "images": f"{plan.num_images:,} ({plan.input_bytes:,} bytes)",
-        "classes": f"{len(counts):,}, of {counts[0]:,} to {counts[-1]:,} images",
+        "classes": f"{len(counts):,}, the smallest of {counts[0]:,} images, the largest of {counts[-1]:,}",
         "tried": f"{plan.tried:,}, unreadable {len(plan.unreadable)}",
         "usable": f"{plan.usable:,}",
-        "shards": "{count} of {samples:,} images, {bytes:,} bytes: {first} … {last}".format(**plan.shards),
+        "shards": "{count} of {samples:,} images, {bytes:,} bytes each: {first} … {last}".format(
+            **plan.shards
+        ),
         "bytes": f"{plan.total:,} (± {plan.uncertainty:.1%}, {estimate}), of which {plan.present:,} exist",
         "to write": f"{plan.missing:,}, free {plan.free:,}: {fits}",
         "time": f"{plan.seconds:,.0f} s, {estimate}",

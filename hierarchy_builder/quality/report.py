@@ -88,7 +88,10 @@ def hierarchy_page(
     ]
     return Page(
         title=title,
-        intro="Images as nested regions, coarse → fine, and the level canvases that a model learns to generate.",
+        intro=(
+            "This page shows photographs as nested regions, from coarse to fine, and the canvases of the levels, "
+            "which a model learns to generate."
+        ),
         sections=[section for content, section in candidates if content],
     )
 

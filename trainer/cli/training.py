@@ -202,7 +202,9 @@ def _print_suggestion(shards: list[str], method: Method, as_json: bool, quiet: b
     is_one_folder = len(shards) == 1 and Path(shards[0]).is_dir()
     out = f"{shards[0].rstrip('/')}-run" if is_one_folder else "RUN"
     say_next(
-        "--preset and --set choose otherwise", [("trainer", "train", *shards, "--out", out, *flags)], quiet
+        "train takes this preset unless --preset names another; --set changes single fields",
+        [("trainer", "train", *shards, "--out", out, *flags)],
+        quiet,
     )
 
 

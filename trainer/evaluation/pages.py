@@ -105,9 +105,10 @@ SWEEP_TEXT = (
     "show the greatest strength; the table shows all."
 )
 SURPRISE_TEXT = (
-    "Each map shows how many bits a token adds to the cost of the noise on it, given the class and the previous level. "
-    "Darker tokens are more surprising; all cards share one scale per level. First come the images that need the most "
-    "bits, then those that need the fewest, of {count} measured. The map of single tokens depends on the order in "
+    "Each map shows how many bits the model needs for a token beyond those of the noise on it, given the class and the "
+    "previous level or, with one level, the previous transition (one step from noise to data). Darker tokens are more "
+    "surprising; all cards share one scale per map. First come the images that need the most bits, then those that "
+    "need the fewest, of {count} measured. The map of single tokens depends on the order in "
     "which the model reads them; the sum over tokens does not."
 )
 PLOTTED = {"lis": "change of tokens not edited (LIS)", "inside": "change of edited tokens"}

@@ -18,10 +18,10 @@ from hierarchy_builder.canvases.views import HierarchyView, latent_views, level_
 from hierarchy_builder.fields import brief
 
 TRAJECTORY_TEXT = (
-    "What the model makes of a label and a seed: every level is drawn by the network from noise and the level "
-    "before it. The slider sweeps a canvas and its decoded picture together."
+    "Each card shows what the network draws for one class and seed: every level from noise and the level before it. "
+    "The slider sweeps a canvas and its decoded picture together."
 )
-ONE_LEVEL_TEXT = "What the model makes of a label and a seed: the canvas, and the picture it is decoded to."
+ONE_LEVEL_TEXT = "Each card shows what the network draws for one class and seed: the canvas, and the picture decoded from it."
 CELL_PX, GAP_PX, MARGIN_PX, HEADER_PX, LABEL_PX = 112, 6, 16, 30, 150
 PAPER, INK, MUTED = (252, 252, 250), (26, 27, 31), (92, 96, 105)
 

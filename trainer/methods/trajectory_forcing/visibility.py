@@ -72,8 +72,11 @@ def visibility(features: Tensor, regions: Tensor, config: MethodConfig) -> list[
 def visibility_lines(features: Tensor, regions: Tensor, config: MethodConfig) -> Iterator[str]:
     """The measures of every level as a table, a sentence on what it shows, and warnings; see `visibility`."""
     levels = visibility(features, regions, config)
-    yield "signal and noise of each level (a network learns where the data is visible, and to start where it is not):"
-    yield f"{'level':>7}{'std':>8}{'tokens/region':>15}{'visible below t':>17}{'share of draws':>16}"
+    yield (
+        "for each level: spread of the data (std), and the time t above which noise hides it (t = 1 is pure noise); "
+        "the last column is the share of training times below that"
+    )
+    yield f"{'level':>7}{'std':>8}{'tokens/region':>15}{'visible below t':>17}{'share of times':>16}"
     for each in levels:
         yield (
             f"{each.level:>7}{each.std:>8.3f}{each.tokens_per_region:>15.1f}{each.visible_below:>17.2f}"
