@@ -349,7 +349,16 @@ def size_on_disk(path: Path) -> int:
         return sum(remote.files_below(path).values())
     if path.is_file():
         return path.stat().st_size
-    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    return _bytes_below(path) if path.is_dir() else 0
+
+
+def _bytes_below(folder: Path | str) -> int:
+    with os.scandir(folder) as entries:
+        return sum(
+            _bytes_below(entry.path) if entry.is_dir(follow_symlinks=False) else entry.stat().st_size
+            for entry in entries
+            if entry.is_file() or entry.is_dir(follow_symlinks=False)
+        )
 
 
 def sizes_in(folder: Path) -> dict[str, int]:

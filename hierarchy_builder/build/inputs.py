@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from hierarchy_builder.build.changes import in_row_order, same_blocks
@@ -25,7 +26,7 @@ from hierarchy_builder.files import readable_json, repair_of
 from hierarchy_builder.images.originals import changed_images, modified_ns, refuse_changed
 from hierarchy_builder.images.sources import ImageSource, open_reader, open_source
 from hierarchy_builder.images.table import ImageTable
-from hierarchy_builder.records import ImageRecord, Status
+from hierarchy_builder.records import Status
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_images, read_index, status_name
 from hierarchy_builder.store.ledger import recorded_stages, stage_entry
@@ -127,8 +128,8 @@ def refuse_changed_images(folder: BuildFolder, images: ImageSource, config: Extr
         # the listing tells of images that have another size or are gone
         same = pc.equal(now.column("bytes").take(place), before.column("bytes")).fill_null(False).to_numpy()
     changed = list[str]()
-    for records, outcomes in _encoded(folder, before, same):
-        changed += changed_images(records, outcomes, images.reader)
+    for paths, outcomes in _encoded(folder, before, same):
+        changed += changed_images(paths, outcomes, images.reader)
     refuse_changed(images.location, changed)
 
 
@@ -139,9 +140,9 @@ def refuse_lost_images(folder: BuildFolder) -> None:
     """
     place, before = stored_source(folder), _listed(folder)
     reader, changed, gone = open_reader(place), list[str](), list[str]()
-    for records, outcomes in _encoded(folder, before, np.ones(len(before), bool)):
-        changed += changed_images(records, outcomes, reader)
-        gone += [record.path for record in records if modified_ns(reader, record.path) is None]
+    for paths, outcomes in _encoded(folder, before, np.ones(len(before), bool)):
+        changed += changed_images(paths, outcomes, reader)
+        gone += [path for path in paths if modified_ns(reader, path) is None]
     refuse_changed(place, changed)
     if gone:
         raise BuilderError(
@@ -152,15 +153,14 @@ def refuse_lost_images(folder: BuildFolder) -> None:
 
 def _encoded(
     folder: BuildFolder, listed: ImageTable, chosen: np.ndarray
-) -> Iterator[tuple[list[ImageRecord], list[dict[str, Any]]]]:
-    """Yield block by block the chosen images whose time of change is known, and what was told of them."""
+) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """Yield block by block the paths of the chosen images whose time of change is known, and what was told of them."""
+    paths = listed.column("path")
     for block, told in told_blocks(folder):
-        rows = told.select(["status", "file_hash", "modified"]).to_pylist()
-        triples = zip(listed[block.start : block.stop], rows, chosen[block.start : block.stop], strict=False)
-        pairs = [
-            (record, row) for record, row, is_chosen in triples if is_chosen and row["modified"] is not None
-        ]
-        yield [record for record, _ in pairs], [row for _, row in pairs]
+        here = chosen[block.start : block.stop]
+        told = told.select(["status", "file_hash", "modified"])[: len(here)]
+        known = pc.and_(pa.array(here), told.column("modified").is_valid())
+        yield paths[block.start : block.stop].filter(known).to_pylist(), told.filter(known).to_pylist()
 
 
 def _listed(folder: BuildFolder) -> ImageTable:

@@ -280,7 +280,9 @@ class ShardStage:
     def _refuse_changed(self, unit: Block) -> None:
         """Raise ConfigMismatchError naming the photos of a unit that changed after they were encoded."""
         rows = self.index.take(self.usable_rows[unit.start : unit.stop])
-        refuse_changed(self.source, changed_images(records_of(rows), rows.to_pylist(), self._reader))
+        refuse_changed(
+            self.source, changed_images(rows.column("path").to_pylist(), rows.to_pylist(), self._reader)
+        )
 
     def _jpeg(self, record: ImageRecord, expected: str | None, unit: Block) -> bytes:
         try:

@@ -13,7 +13,6 @@ from fsspec.implementations.local import LocalFileSystem
 from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.images.sources import FileReader, Reader, TarReader
 from hierarchy_builder.process import num_cpus
-from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
 
 HASH_DIGITS = 32
@@ -40,36 +39,31 @@ def modified_ns(reader: Reader, path: str) -> int | None:
         return None
 
 
-def changed_images(
-    records: Iterable[ImageRecord], outcomes: Iterable[Mapping[str, Any]], reader: Reader
-) -> list[str]:
+def changed_images(paths: Iterable[str], outcomes: Iterable[Mapping[str, Any]], reader: Reader) -> list[str]:
     """Return the paths of usable images whose file is not the one that was encoded.
 
-    outcomes: what became of each record; those of earlier releases hold no hash and are not compared. A file with the
+    outcomes: what became of each image; those of earlier releases hold no hash and are not compared. A file with the
     time it had is taken for unchanged (`modified`, where it is told); others are read and hashed. Images that are gone
     are left out.
     """
 
-    def is_changed(pair: tuple[ImageRecord, Mapping[str, Any]]) -> bool:
-        record, outcome = pair
-        if "modified" in outcome and outcome["modified"] == modified_ns(reader, record.path):
+    def is_changed(path: str, outcome: Mapping[str, Any]) -> bool:
+        if "modified" in outcome and outcome["modified"] == modified_ns(reader, path):
             return False
         try:
-            return file_hash(reader.read(record.path)) != outcome["file_hash"]
+            return file_hash(reader.read(path)) != outcome["file_hash"]
         except ImageError:
             return False
 
     pairs = [
-        (record, outcome)
-        for record, outcome in zip(records, outcomes, strict=True)
+        (path, outcome)
+        for path, outcome in zip(paths, outcomes, strict=True)
         if outcome.get("status") == "ok" and outcome.get("file_hash")
     ]
     parts = [pairs[start : start + TOGETHER] for start in range(0, len(pairs), TOGETHER)]
     with ThreadPoolExecutor(num_cpus()) as pool:
-        found = pool.map(
-            lambda part: [record.path for record, told in part if is_changed((record, told))], parts
-        )
-        return [path for paths in found for path in paths]
+        found = pool.map(lambda part: [path for path, told in part if is_changed(path, told)], parts)
+        return [path for changed in found for path in changed]
 
 
 def refuse_changed(place: str, changed: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,6 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import decoding, readable_json, size_on_disk
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.remote import is_remote
-from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import Outcomes, status_name
 from hierarchy_builder.store.ledger import (
@@ -31,6 +30,9 @@ from hierarchy_builder.store.ledger import (
     stage_entry,
 )
 from hierarchy_builder.store.shards import sample_bytes
+
+if TYPE_CHECKING:
+    from hierarchy_builder.store.arrays import Layout
 
 
 def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
@@ -191,8 +193,10 @@ def store_layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]
     return inputs["num_images"], inputs["config"]["block_rows"], inputs["encoder"]
 
 
-def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, stores.Layout]:
+def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, Layout]:
     """Return the store that a stage (or `covariance`) writes to and its arrays; none if it writes no arrays."""
+    from hierarchy_builder.store import arrays as stores  # loads zarr, which `status` does not need
+
     num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
     rows, grid = {"num_rows": num_rows, "block_rows": block_rows}, tuple(encoder["grid"])
     if stage == "extract":

@@ -308,10 +308,10 @@ def _check_photos(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     if not any(outcomes):
         return
     try:
-        reader, records = open_reader(stored_source(folder)), read_images(folder.listing)
+        reader, paths = open_reader(stored_source(folder)), read_images(folder.listing).column("path")
     except (BuilderError, OSError):
         return
-    if len(outcomes) == len(records) and (changed := changed_images(records, outcomes, reader)):
+    if len(outcomes) == len(paths) and (changed := changed_images(paths.to_pylist(), outcomes, reader)):
         yield Damage(stage=stage, text=describe_changed(stored_source(folder), changed), is_stale=True)
 
 
