@@ -25,7 +25,7 @@ from pictures import NOISE, encoded
 
 from hierarchy_builder.errors import BuilderError, ImageError, UsageError
 from hierarchy_builder.images.keys import assign_keys
-from hierarchy_builder.images.listings import list_table
+from hierarchy_builder.images.listings import list_folder, list_table
 from hierarchy_builder.images.sources import open_reader, open_source
 from hierarchy_builder.store.index import read_index, records_of, write_index
 
@@ -331,6 +331,27 @@ def test_a_table_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> Non
 
     with pytest.raises(UsageError, match="changed while it was read: repeat the command"):
         list_table(Changing(), "/list.csv", lambda path: 1, "list.csv", None)
+
+
+def test_a_folder_that_changes_while_it_is_listed_holds_what_was_there_when_its_page_was_read() -> None:
+    class Changing(MemoryFileSystem):
+        """A store in which images come and go after the page of the first class was read."""
+
+        def find(self, path: str, *args: object, **named: object) -> object:
+            found = super().find(path, *args, **named)
+            if path == "/changing/a":
+                self.rm_file("/changing/b/1.png")
+                self.pipe({"/changing/a/0.png": b"", "/changing/b/3.png": b"", "/changing/c/1.png": b""})
+            return found
+
+    fs = Changing()
+    fs.pipe({f"/changing/{path}.png": b"" for path in ("a/1", "b/1", "b/2")})
+    try:
+        listed = list_folder(fs, "/changing", "memory://changing", None)
+    finally:
+        fs.rm("/changing", recursive=True)
+    assert listed.table.column("path").to_pylist() == ["a/1.png", "b/2.png", "b/3.png"]
+    assert listed.classes == ["a", "b"]
 
 
 # Keys
