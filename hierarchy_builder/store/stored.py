@@ -16,7 +16,7 @@ from hierarchy_builder.files import sha256_file
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.ledger import Ledger, open_ledger, recorded_stages
+from hierarchy_builder.store.ledger import Ledger, Marker, open_ledger, recorded_stages
 from hierarchy_builder.store.statistics import Moments
 from hierarchy_builder.store.units import layout_of, store_layout
 
@@ -39,6 +39,8 @@ class Stored:
 
     folder: BuildFolder
     _ledgers: dict[str, Ledger] = field(default_factory=dict)
+    _told: dict[str, Marker] = field(default_factory=dict)
+    """By stage, the marker that was read last: the arrays of a block are mostly read one after the other."""
     _groups: dict[Path, zarr.Group] = field(default_factory=dict)
     _described: set[str] = field(default_factory=set)
     _compared: set[tuple[str, int]] = field(default_factory=set)
@@ -94,7 +96,9 @@ class Stored:
         for number in (number for number in numbers if (name, number) not in self._compared):
             start = number * block_rows
             block = Block(number=number, start=start, stop=min(start + block_rows, num_rows))
-            marker = self._ledgers[stage].result(number)
+            marker = self._told.get(stage)
+            if marker is None or marker["unit"] != number:
+                marker = self._told[stage] = self._ledgers[stage].result(number)
             if not is_as_written(self._path(name), name, block, marker, self._group(name)):
                 raise VerificationError(
                     f"{stores.shard_file(self._path(name), name, number)} is missing or not the file that {stage} "
