@@ -21,7 +21,9 @@ TRAJECTORY_TEXT = (
     "Each card shows what the network draws for one class and seed: every level from noise and the level before it. "
     "The slider sweeps a canvas and its decoded picture together."
 )
-ONE_LEVEL_TEXT = "Each card shows what the network draws for one class and seed: a canvas, and the picture made of it."
+ONE_LEVEL_TEXT = (
+    "Each card shows what the network draws for one class and seed: a canvas, and the picture made of it."
+)
 CELL_PX, GAP_PX, MARGIN_PX, HEADER_PX, LABEL_PX = 112, 6, 16, 30, 150
 PAPER, INK, MUTED = (252, 252, 250), (26, 27, 31), (92, 96, 105)
 
