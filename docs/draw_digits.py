@@ -1,7 +1,8 @@
-"""Draw docs/images/digits.png: samples of the demo's network, ten classes and four seeds.
+"""Draw samples of a network of the demo's digits, ten classes and four seeds.
 
 make demo
-python docs/draw_digits.py runs/demo/run
+python docs/draw_digits.py runs/demo/run                            # docs/images/digits.png
+python docs/draw_digits.py RUN --guidance 2 --name digits_latent    # RUN of Latent Forcing
 """
 
 from __future__ import annotations
@@ -14,28 +15,31 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trainer import TrajectoryPipeline
 
-TARGET = Path(__file__).parent / "images" / "digits.png"
+IMAGES = Path(__file__).parent / "images"
 SEEDS = 4
 SIDE_PX, GAP_PX, LINE_PX = 84, 8, 24
 LEVELS = {
     0: "level 0, object/background: one network evaluation from noise",
     -1: "level 3, tokens: three levels later",
 }
+PICTURE = {0: "Latent Forcing: tokens from noise, then the pixels of 64 px from both"}
+"""Lines over the rows, for a method that draws levels and for one that draws pictures."""
 INK = (16, 24, 64)
 
 
-def drawn(pipe: TrajectoryPipeline, target: Path) -> None:
+def drawn(pipe: TrajectoryPipeline, target: Path, guidance: float | None) -> None:
     """Write the picture: for each of two levels a line of text, and rows of seeds with columns of classes."""
+    levels = LEVELS if pipe.model.config.num_levels > 1 else PICTURE
     step = SIDE_PX + GAP_PX
     width, height = GAP_PX + step * len(pipe.class_names), LINE_PX + step * SEEDS
-    picture = Image.new("RGB", (width, height * len(LEVELS)), "white")
+    picture = Image.new("RGB", (width, height * len(levels)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for part, text in enumerate(LEVELS.values()):
+    for part, text in enumerate(levels.values()):
         pen.text((GAP_PX, part * height + 4), text, fill=INK, font=font)
     for column, label in enumerate(pipe.class_names):
         for seed in range(SEEDS):
-            pictures = pipe(label, seed=seed).decode()
-            for part, level in enumerate(LEVELS):
+            pictures = pipe(label, seed=seed, guidance=guidance).decode()
+            for part, level in enumerate(levels):
                 tile = Image.fromarray(np.asarray(pictures[level])).resize(
                     (SIDE_PX, SIDE_PX), Image.Resampling.BOX
                 )
@@ -48,8 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="Run folder of `make demo`.")
-    drawn(TrajectoryPipeline.from_pretrained(parser.parse_args().run), TARGET)
+    parser.add_argument("run", help="Run folder, for example of `make demo`.")
+    parser.add_argument("--guidance", type=float, help="Guidance scale. Default: none.")
+    parser.add_argument("--name", default="digits", help="Name of the picture in docs/images.")
+    options = parser.parse_args()
+    pipe = TrajectoryPipeline.from_pretrained(options.run)
+    drawn(pipe, IMAGES / f"{options.name}.png", options.guidance)
 
 
 if __name__ == "__main__":
