@@ -71,15 +71,6 @@ def row_noise(
     return [torch.stack(each) for each in zip(*noises, strict=True)]
 
 
-def sent(values: Tensor, device: torch.device | str) -> Tensor:
-    """Send values to `device` without waiting for the work that it has, as a copy of ordinary memory to CUDA would."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        values = values.contiguous().pin_memory()
-    return values.to(device, non_blocking=True)
-
-
 def check_seed(seed: int) -> None:
     """Raise UsageError for a seed outside 0 … 2³²−1, the range that torch's CPU generator distinguishes."""
     if not 0 <= seed < 2**32:

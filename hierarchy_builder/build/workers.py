@@ -642,7 +642,7 @@ class _FarEncoder:
         """See `Encoder`."""
         return self._evaluated(images, half=False)
 
-    def encode_half(self, images: np.ndarray) -> np.ndarray:
+    def begin_half(self, images: np.ndarray) -> np.ndarray:
         """The same as float16 where the encoder gives it; see `encoders.encode`."""
         return self._evaluated(images, half=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,6 +20,9 @@ from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.fields import nearest
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+_BEGINNING = threading.RLock()
+"""Held while work is given to a device, since the flags of cuDNN are those of the process."""
 
 
 @runtime_checkable
@@ -224,13 +228,16 @@ def _check_description(encoder: Encoder, origin: str) -> None:
 def encode(encoder: Encoder, images: np.ndarray, *, half: bool = False) -> np.ndarray:
     """Call `encoder.encode` and check its result: RGB uint8 [B, S, S, 3] → float32 [B, H, W, C].
 
-    half: take float16, from `encode_half`, of an encoder that has it.
+    half: take float16 of an encoder that has `begin_half`, which returns before its device has ended, so that threads
+    begin one after another and wait together; an image whose features are not finite in float16 is then NaN throughout.
     TF32 is disabled, since cuDNN would otherwise run float32 convolutions with 10 bits of mantissa.
     Raises BuilderError if the encoder fails or returns another shape or dtype.
     """
     try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            features = (getattr(encoder, "encode_half", encoder.encode) if half else encoder.encode)(images)
+        with _BEGINNING, torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            features = (getattr(encoder, "begin_half", encoder.encode) if half else encoder.encode)(images)
+        if callable(features):
+            features = features()
     except BuilderError:
         raise
     except Exception as error:  # from custom code, or from the device

@@ -76,8 +76,9 @@ class ImageEncoder:
         """
         todo = [row for row, outcome in enumerate(outcomes) if not outcome]
         crops = ahead(pool, self._load, (records[row] for row in todo), 2 * self.batch_size)
-        with ThreadPoolExecutor(1) as device:
-            yield from ahead(device, self._encode, self._gather(todo, crops, outcomes), 1)
+        at_once = batches_at_once(self.encoder)
+        with ThreadPoolExecutor(at_once) as device:
+            yield from ahead(device, self._encode, self._gather(todo, crops, outcomes), at_once)
 
     def _gather(
         self, todo: list[int], loaded: Iterator[tuple[_Loaded | None, Outcome]], outcomes: list[Outcome]
@@ -98,9 +99,7 @@ class ImageEncoder:
     def _encode(self, batch: tuple[list[int], list[_Loaded]]) -> EncodedBatch:
         rows, loaded = batch
         parts = list(self._evaluate(np.stack([one.crop for one in loaded])))
-        with np.errstate(over="ignore"):
-            stored = np.concatenate([values.astype(FEATURE_DTYPE, copy=False) for values in parts])
-        finite = finite_rows(stored)
+        stored, finite = (np.concatenate(found) for found in zip(*map(stored_rows, parts), strict=True))
         if not finite.all():
             stored[~finite] = 0
         pictures = [one.picture for one in loaded]
@@ -140,6 +139,20 @@ class ImageEncoder:
             return None, {"reason": f"unreadable: {error.strerror or error}"}
         except MemoryError:
             return None, {"reason": "too_large: preparing it needs more memory than there is"}
+
+
+def batches_at_once(encoder: Encoder) -> int:
+    """Batches that are given to the device of an encoder at once: with two, a GPU has the next when it ends one."""
+    return 2 if torch.device(getattr(encoder, "device", "cpu")).type == "cuda" else 1
+
+
+def stored_rows(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `encode` returned for a batch, as float16 [b,H,W,C], and which rows are finite: bool [b]."""
+    if features.dtype == FEATURE_DTYPE:  # the encoder has checked it, see `encode`
+        return features, ~np.isnan(features[:, 0, 0, 0])
+    with np.errstate(over="ignore"):
+        stored = features.astype(FEATURE_DTYPE)
+    return stored, finite_rows(stored)
 
 
 def finite_rows(features: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.fields import nearest
 from hierarchy_builder.files import sha256_file
+from hierarchy_builder.transfers import begin_fetch, sent
 from hierarchy_builder.vision_libraries import import_vision, timm_model
 
 timm = import_vision("timm")
@@ -77,6 +79,7 @@ class TimmEncoder:
         config = getattr(model, "pretrained_cfg", None) or {}
         self.mean = tuple(config.get("mean") or (0.485, 0.456, 0.406))
         self.std = tuple(config.get("std") or (0.229, 0.224, 0.225))
+        self._shift, self._scale = torch.tensor([self.mean, self.std], device=self.device)[..., None, None]
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -84,21 +87,28 @@ class TimmEncoder:
         return self._on_device(images).cpu().numpy()
 
     @torch.inference_mode()
-    def encode_half(self, images: np.ndarray) -> np.ndarray:
-        """The same in float16, as a build stores it: from a GPU half of the copy, and no conversion on a core."""
-        tokens = self._on_device(images)
-        stored = torch.empty(tokens.shape, dtype=torch.float16, pin_memory=self.device.type == "cuda")
-        stored.copy_(tokens.half(), non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        return stored.numpy()
+    def begin_half(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Begin to encode float16 as a build stores it; see `encoders.encode`. A GPU converts and checks it.
+
+        Nothing here waits for the GPU, so that it has the next batch when it ends this one.
+        """
+        tokens = self._on_device(images).half()
+        is_finite = tokens.isfinite().flatten(1).all(dim=1)
+        there, arrival = begin_fetch(tokens.masked_fill_(~is_finite[:, None, None, None], torch.nan))
+
+        def arrived() -> np.ndarray:
+            if arrival is not None:
+                arrival.synchronize()
+            return there.numpy()
+
+        return arrived
 
     def _on_device(self, images: np.ndarray) -> Tensor:
-        return self.tokens(torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255)
+        return self.tokens(sent(torch.from_numpy(images), self.device).permute(0, 3, 1, 2).float() / 255)
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """RGB [B, 3, S, S] in [0, 1] → what `encode` returns, with its gradient."""
-        pixels = (pixels - self._per_channel(self.mean)) / self._per_channel(self.std)
+        pixels = (pixels - self._shift) / self._scale
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             tokens = self.model.forward_features(pixels)
         tokens = tokens[:, self.model.num_prefix_tokens :].float()
@@ -119,9 +129,6 @@ class TimmEncoder:
             "weights_hash": self.weights_hash,
             "decoder": None,
         }
-
-    def _per_channel(self, values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=self.device)[:, None, None]
 
 
 def load_timm(name: str, *, weights: str | None, precision: str, device: torch.device) -> TimmEncoder:

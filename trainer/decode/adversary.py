@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from hierarchy_builder.transfers import sent
 from hierarchy_builder.vision_libraries import import_vision
 from trainer.decode.rae import IMAGENET_MEAN, IMAGENET_STD
 from trainer.training.release_files import check_weights, read_weights
@@ -122,7 +123,7 @@ def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
     x = (x - grey) * (2 * colour) + grey
     middle = x.mean(dim=(1, 2, 3), keepdim=True)
     x = (x - middle) * (contrast + 0.5) + middle
-    reach = torch.tensor([int(SHIFT * height + 0.5), int(SHIFT * width + 0.5)], device=device)
+    reach = sent(torch.tensor([int(SHIFT * height + 0.5), int(SHIFT * width + 0.5)]), device)
     shift = (torch.rand(B, 2, generator=generator, device=device) * (2 * reach + 1)).floor().long() - reach
     rows = torch.arange(height, device=device) + shift[:, :1]
     columns = torch.arange(width, device=device) + shift[:, 1:]

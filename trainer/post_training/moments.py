@@ -41,7 +41,7 @@ class Sums(NamedTuple):
     def of(cls, rows: Tensor) -> Sums:
         """The sums of rows [n, D]."""
         x = rows.detach().double()
-        return cls(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device), x.sum(dim=0), x.T @ x)
+        return cls(x.new_full((), len(x)), x.sum(dim=0), x.T @ x)
 
     @classmethod
     def by_class(cls, rows: Tensor, label: Tensor, num_classes: int) -> Sums:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageError
 from hierarchy_builder.fields import known_fields, nearest
+from hierarchy_builder.transfers import sent
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import ShardIndex, check_trained_on
 from trainer.decode.rae import decoder_for
@@ -390,7 +391,7 @@ class PostTrainingRun(NetworkRun):
     def _part(self, batch: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         first = self.world.rank * len(batch)
         noise = self._noise(range(first + start, first + stop), self.config.seed, self.step)
-        return batch[start:stop].to(self.world.device), noise
+        return sent(batch[start:stop], self.world.device), noise
 
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
         drawn = self._compare(batch) if start == 0 else None
@@ -400,12 +401,10 @@ class PostTrainingRun(NetworkRun):
         torch.stack(parts).sum().backward()
         share = (stop - start) / self.config.batch_size
         values = {term.name: term.value for term in self.terms_of_loss}
-        weighted = [(term.weight, term.value) for term in self.terms_of_loss]
-        values["distance"] = sum(weight * value for weight, value in weighted)
-        values["loss"] = sum(weight * value / (value + self.post.floor) for weight, value in weighted)
-        return share * torch.tensor(
-            [values[name] for name in self.terms], dtype=torch.float64, device=label.device
-        )
+        weighted = torch.stack([term.weight * term.value for term in self.terms_of_loss])
+        shares = [term.weight * term.value / (term.value + self.post.floor) for term in self.terms_of_loss]
+        values |= {"distance": weighted.sum(), "loss": torch.stack(shares).sum()}
+        return share * torch.stack([values[name] for name in self.terms])
 
     def _clones(self) -> list[nn.Module]:
         """One network for each level; they share the weights and have gradients of their own."""

@@ -43,8 +43,8 @@ class Term(ABC):
     ) -> None:
         self.name, self.describe, self.target, self.moments = name, describe, target, moments
         self.weight = weight
-        self.value = 0.0
-        """FD of the newest batch."""
+        self.value = target.mean.new_zeros(())
+        """FD of the newest batch, float64."""
 
     def found(self, rows: Tensor, label: Tensor, before: Found | None) -> Found:
         """Add the rows [b, n, D] of a part to those before it."""
@@ -91,7 +91,7 @@ class Term(ABC):
 
     def _checked(self, found: Found, world: World) -> Sums:
         sums = Sums(*(world.sum(each) for each in found.sums))
-        if not (sums.second.isfinite().all() and sums.total.isfinite().all()):
+        if not (sums.second.isfinite().all() & sums.total.isfinite().all()):
             raise NonFiniteLossError(
                 f"{self.name}: samples of the network are not finite; post-train into another folder with a lower "
                 "optim.lr"
@@ -113,7 +113,7 @@ class WholeTerm(Term):
 
     def _compare(self, sums: Sums, weighed: Weighed, floor: float) -> None:
         found = self.target.distance(*weighed.moments)
-        self.value = float(found.value)
+        self.value = found.value
         self._slopes = (found.by_mean, found.by_covariance)
         self._weighed, self._scale = weighed, self.weight / (self.value + floor)
 
@@ -142,7 +142,7 @@ class ClassTerm(Term):
             flat = rows[label == number].flatten(0, 1)
             place = self._places[number]
             gradient = self._taken.at(place).row_gradient(flat, *(s[place] for s in self._slopes))
-            scale = self._scale * float(self._shares[number])
+            scale = self._scale * self._shares[number]
             total = total + (flat * (gradient * scale).to(flat.dtype)).sum()
         return total
 
@@ -169,5 +169,5 @@ class ClassTerm(Term):
         self._values[chosen] = found.value
         self._slopes = (found.by_mean, found.by_covariance)
         self._places = {int(number): place for place, number in enumerate(chosen)}
-        self.value = float((self._shares * self._values.nan_to_num()).sum())
+        self.value = (self._shares * self._values.nan_to_num()).sum()
         self._scale = self.weight / (self.value + floor)

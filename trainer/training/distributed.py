@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -50,18 +52,7 @@ class World:
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum over all ranks, in buckets; a missing gradient counts as 0."""
-        gradients = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        if self.size == 1:
-            return
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            dist.all_reduce(flat)
-            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        GradientSum(self, parameters).finish()
 
     def gather(self, values: Tensor) -> Tensor:
         """Collect `values` [n] of all processes in the order of ranks: [size, n]."""
@@ -88,15 +79,70 @@ def check_equal(values: Tensor, what: str) -> None:
         )
 
 
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+class GradientSum:
+    """Replaces gradients by their sums over all ranks, in buckets, each of which may begin during the backward pass.
+
+    DistributedDataParallel cannot do this, since its hooks do not see forward-mode derivatives. Of a compiled loss all
+    gradients come at the end of the backward pass, so that the buckets overlap with each other only.
+    """
+
+    def __init__(self, world: World, parameters: Iterable[Tensor]) -> None:
+        self._world = world
+        # A backward pass makes the last gradients first; the order of buckets must be the same on all ranks.
+        self._buckets = list(_buckets(list(parameters)[::-1]))
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._begun: list[tuple[Tensor, dist.Work]] = []
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        """Begin inside the block with each bucket whose gradients are made; it holds the last backward pass alone."""
+        hooks = []
+        for number, bucket in enumerate(self._buckets if self._world.size > 1 else []):
+            hooks += [each.register_post_accumulate_grad_hook(partial(self._made, number)) for each in bucket]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def finish(self) -> None:
+        """Begin with the buckets that are left, and wait for all; a missing gradient counts as 0."""
+        for parameter in chain.from_iterable(self._buckets):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._missing = [0] * len(self._buckets)
+        self._begin()
+        for bucket, (flat, work) in zip(self._buckets, self._begun, strict=False):
+            work.wait()
+            parts = flat.split([each.numel() for each in bucket])
+            torch._foreach_copy_(_gradients(bucket), list(map(Tensor.view_as, parts, bucket)))
+
+    def _made(self, number: int, parameter: Tensor) -> None:
+        self._missing[number] -= 1
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin with the next buckets as far as they are complete."""
+        while self._world.size > 1 and (done := len(self._begun)) < len(self._buckets):
+            if self._missing[done]:
+                break
+            flat = torch.cat([gradient.flatten() for gradient in _gradients(self._buckets[done])])
+            self._begun.append((flat, dist.all_reduce(flat, async_op=True)))
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [each.grad for each in parameters if each.grad is not None]
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     filled = 0
-    for gradient in gradients:
-        if bucket and filled + gradient.numel() > BUCKET_ELEMENTS:
+    for parameter in parameters:
+        if bucket and filled + parameter.numel() > BUCKET_ELEMENTS:
             yield bucket
             bucket, filled = [], 0
-        bucket.append(gradient)
-        filled += gradient.numel()
+        bucket.append(parameter)
+        filled += parameter.numel()
     if bucket:
         yield bucket
 

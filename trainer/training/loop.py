@@ -31,7 +31,7 @@ from trainer.data.reader import classes_with_images
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
-from trainer.training.distributed import World, check_equal
+from trainer.training.distributed import GradientSum, World, check_equal
 from trainer.training.log import RunLog, open_trackers
 from trainer.training.mirror import named, send
 from trainer.training.run_folder import locked, prepare_folder
@@ -144,6 +144,8 @@ class Loop(ABC):
     normaliser: Normaliser = RAW
     flops_per_image: float | None = None
     """Operations of a step for each image; None where they were not counted."""
+    one_backward_pass = False
+    """Whether `backward` makes each gradient once, so that ranks may begin to add them up while it runs."""
 
     def __init__(
         self, config: Any, index: ShardIndex, out: Path, world: World, stop: StopRequest, quiet: bool
@@ -202,7 +204,7 @@ class Loop(ABC):
 
     def _sum_gradients(self, parameters: list[nn.Parameter]) -> dict[str, float]:
         """Replace every gradient by its sum over all ranks; return further figures of the step, alike on all ranks."""
-        self.world.add_gradients(parameters)
+        self.gradient_sum.finish()
         return {}
 
     def _kept(self) -> dict[str, dict[str, Tensor]]:
@@ -282,9 +284,13 @@ class Loop(ABC):
         world, share, micro = self.world, len(batch), self._micro_batch(batch)
         sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=world.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for start in range(0, share, micro):
-            sums[: len(self.terms)] += self.backward(batch, start, min(start + micro, share))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradient_sum = GradientSum(world, parameters)
+        for start in range(0, share, micro):
+            stop = min(start + micro, share)
+            overlaps = self.one_backward_pass and stop == share
+            with self.gradient_sum.during() if overlaps else nullcontext():
+                sums[: len(self.terms)] += self.backward(batch, start, stop)
         measured = self._sum_gradients(parameters)
         # Stop requests are gathered together with the losses, so that all ranks stop at the same step.
         sums[-3] = self.stop.signal == signal.SIGINT

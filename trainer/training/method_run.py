@@ -159,6 +159,7 @@ class NetworkRun(Loop):
 class MethodRun(NetworkRun):
     """One run of a method in one process, whose loss is a sum over the samples of a batch."""
 
+    one_backward_pass = True
     loss_function: ClassVar[Objective]
     """The method's loss, (network, …) → terms by name; compiled if the configuration sets `compile`."""
 

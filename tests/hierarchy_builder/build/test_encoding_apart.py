@@ -3,12 +3,15 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
+import torch
 from tiny_builds import PLAN, digests
 
 from hierarchy_builder.build import pipeline as steps
@@ -96,6 +99,38 @@ def test_a_worker_reads_a_bounded_number_of_images_ahead_of_the_encoder(tiny_pho
     assert (
         encoder.most <= 3 + 3
     )  # two batches and one image that are decoded, and two batches that wait or run
+
+
+class OnDevice(DctEncoder):
+    """Gives features only while another batch is on the device too; the fourth image of each batch is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device, self.both = torch.device("cuda"), Barrier(2)
+
+    def begin_half(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        def arrived() -> np.ndarray:
+            self.both.wait(timeout=60)
+            features[3] = np.nan
+            return features
+
+        features = DctEncoder().encode(images).astype(np.float16)
+        return arrived
+
+
+def test_a_device_has_the_next_batch_before_one_ends(tiny_photos) -> None:
+    source = open_source(str(tiny_photos))
+    records = [*source.records][:16]
+    found = {}
+    for encoder in (DctEncoder(), OnDevice()):
+        images = ImageEncoder(encoder, source.reader, batch_size=4, max_pixels=10**9)
+        with ThreadPoolExecutor(1) as pool:
+            found[type(encoder)] = list(images.batches(records, [{} for _ in records], pool))
+    for plain, batch in zip(*found.values(), strict=True):
+        assert batch.rows == plain.rows
+        assert batch.finite.tolist() == [True, True, True, False]
+        np.testing.assert_array_equal(batch.features[:3], plain.features[:3])
+        assert not batch.features[3].any()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,18 @@ with joined_world(timeout_s=60) as world:
     assert [p.grad.unique().tolist() for p in parameters] == [[3.0], [23.0], [1.0]], parameters
     norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
     check_equal(norms, "the norm of the summed gradients")
+    for p in parameters:
+        p.grad = torch.full_like(p, 2.0)  # of an earlier part of the batch
+    overlapping = distributed.GradientSum(world, parameters)
+    with overlapping.during():
+        sum(((n + world.rank) * p).sum() for n, p in enumerate(parameters[:2])).backward()
+        # The bucket of the third has no new gradient, so that it and those after it wait.
+        assert len(overlapping._begun) == 0
+    with (later := distributed.GradientSum(world, parameters[:2])).during():
+        (0 * parameters[1]).sum().backward()
+        assert len(later._begun) == 1
+    overlapping.finish()
+    assert [p.grad.unique().tolist() for p in parameters] == [[5.0], [7.0], [4.0]], parameters
     moved = []
     for ranks in (None, world):  # three matrices of one shape and one of another
         generator = torch.Generator().manual_seed(0)

@@ -6,57 +6,97 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from small_networks import awake
-from tiny_runs import FLOW, LATENT, NORMALIZING, assert_same_state, before_step
+from meta_device import waits_on_meta
+from tiny_runs import DECODER, FLOW, LATENT, NORMALIZING, assert_same_state, before_step
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import TrainerError
-from trainer.data.stream import Batch
+from trainer.data.shards import open_index
+from trainer.decode.train import train_decoder
 from trainer.methods import registry
-from trainer.methods.trajectory_forcing import objective
 from trainer.methods.trajectory_forcing import train as room
-from trainer.methods.trajectory_forcing.config import MethodConfig
+from trainer.post_training.run import Start, post_train, resolved
 from trainer.training.config import with_settings
+from trainer.training.distributed import World
 from trainer.training.log import read_metrics
 from trainer.training.loop import float32_products
 from trainer.training.run_folder import read_config, settled
 from trainer.training.speed import counted_flops, explained, images_that_fit, peak_of
 
-
-class Waits(TorchDispatchMode):
-    """Counts the calls that a host waits for on a device: `.item()`, `int()`, `float()` and `bool()` of tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+META = torch.device("meta")
+READ, DECOMPOSED = "aten._local_scalar_dense.default", "aten._linalg_eigh.default"
+ONCE = ["aten._to_copy.default to the host"]
+"""The terms of a step, its norm and the wish of a rank to stop are fetched together."""
 
 
-def test_a_micro_batch_never_waits_for_the_device() -> None:
-    model = awake()
-    c, rows = model.config, 4
-    batch = Batch(
-        features=torch.randn(rows, *c.grid, c.in_channels).half(),
-        regions=torch.zeros(rows, c.num_levels - 1, *c.grid, dtype=torch.uint8),
-        label=torch.arange(rows),
-        level=torch.arange(rows),
-        keys=[""] * rows,
-    )
-    # Canvases are made another way on a CPU; on `meta` reading a number is an error.
-    assert [each.device.type for each in batch.to(torch.device("meta")).targets()] == ["meta"] * 3
-    x, prev, regions = batch.targets()
-    draws = objective.draw_batch(rows, x.shape[1:], MethodConfig(), seed=0, step=0)
-    given = {"level": batch.level, "label": batch.label, "t": draws.t, "r": draws.r, "noise": draws.noise}
-    with Waits() as waits:
-        terms = objective.loss(model, x, prev=prev, regions=regions, **given)
-        terms["loss"].backward()
-        assert waits.count == 0
-        float(terms["loss"].detach())
-    assert waits.count == 1
+class _SeenError(Exception):
+    """The step has been looked at."""
+
+
+def moved(run: Any, micro_batch_size: int) -> None:
+    """Move a run to a device without numbers, as if it had begun there."""
+    run.world, run.flops_per_image = World(device=META), 1.0
+    run.config = dataclasses.replace(run.config, micro_batch_size=micro_batch_size)
+    run.model.to(META)
+    run.normaliser = run.normaliser.to(META)
+    run.optimizer, run.averages = run._optimizer(), run._averages()
+
+
+@pytest.mark.parametrize("config", [FLOW, LATENT, NORMALIZING, DECODER], ids=lambda each: type(each).__name__)
+def test_a_step_waits_once_for_the_device_whatever_its_parts(
+    config: Any, picture_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def look(run: Any, batch: Any) -> None:
+        monkeypatch.undo()
+        moved(run, micro_batch_size=4)
+        with waits_on_meta(monkeypatch) as waits:
+            run.take_step(batch.pinned(), False)
+        found.extend(waits.found)
+        raise _SeenError
+
+    before_step(monkeypatch, 0, look)
+    train = train_decoder if config is DECODER else registry.train
+    with pytest.raises(_SeenError):
+        train(config, picture_shards, str(tmp_path), quiet=True)
+    assert found == ONCE
+
+
+def test_post_training_waits_for_the_device_once_a_distance(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.train(dataclasses.replace(FLOW, total_images=8), shards, str(tmp_path / "run"), quiet=True)
+    start, index = Start.of(tmp_path / "run"), open_index(shards)
+    config = resolved(start, index, {"batch_size": 8, "pooled_grid": 2, "queue_images": 16})
+    found: list[str] = []
+
+    def look(run: Any, batch: Any) -> None:
+        monkeypatch.undo()
+        moved(run, micro_batch_size=4)
+        run.networks, run.terms_of_loss = [run.model] * 4, list(run._make_terms())
+        with waits_on_meta(monkeypatch) as waits:
+            run.take_step(batch, False)
+        distances = len(run.terms_of_loss)
+        assert sorted(waits.found) == sorted([*(READ, DECOMPOSED) * distances, *ONCE])
+        found.extend(waits.found)
+        raise _SeenError
+
+    before_step(monkeypatch, 0, look)
+    with pytest.raises(_SeenError):
+        post_train(start, config, index, tmp_path / "out", quiet=True)
+    assert found[-1:] == ONCE
+
+
+def test_an_encoder_is_given_a_batch_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder: Any = load_encoder("timm:vit_tiny_patch16_224", weights="random:0", device="meta")
+    with waits_on_meta(monkeypatch) as waits:
+        encoder.begin_half(np.zeros((2, 224, 224, 3), np.uint8))
+    assert waits.found == []
 
 
 def test_operations_are_counted_and_compared_with_the_peak() -> None:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hierarchy_builder.transfers import sent
 from trainer.methods.latent_forcing.clocks import Clocks, draw_clocks
 from trainer.methods.latent_forcing.config import LatentMethodConfig
-from trainer.seeds import mixed_seed, row_noise, sent
+from trainer.seeds import mixed_seed, row_noise
 
 TIME_FLOOR = 0.05
 """Default of `LatentMethodConfig.time_floor`: velocities divide by max(t, floor)."""

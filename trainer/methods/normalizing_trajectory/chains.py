@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.transfers import sent
 
 
 class Posterior(NamedTuple):
@@ -49,7 +50,7 @@ def step_times(num_steps: int, num_tokens: int) -> Tensor:
 
 def noise_times(t_min: Tensor, num_steps: int, num_tokens: int) -> Tensor:
     """Return t_0 … t_T, [B, T + 1], with t_0 = `t_min` [B], which must be below t_1 (see `check_first_step`)."""
-    times = step_times(num_steps, num_tokens).to(t_min)
+    times = sent(step_times(num_steps, num_tokens).to(t_min.dtype), t_min.device)
     return torch.cat([t_min[:, None], times.expand(len(t_min), -1)], dim=1)
 
 

@@ -20,10 +20,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hierarchy_builder.transfers import sent
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction, as_guidance, velocity
 from trainer.networks.layers import make_dual, unpack_dual
-from trainer.seeds import mixed_seed, row_noise, sent
+from trainer.seeds import mixed_seed, row_noise
 from trainer.training.schedules import plateau_logit_normal
 
 ADAPTIVE_FLOOR = 0.01
