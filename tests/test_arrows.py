@@ -30,6 +30,7 @@ GROUND_FLOOR = (
     "remote",
     "remote_paths",
     "terminal",
+    "transfers",
     "vision_libraries",
 )
 """Modules at the root of hierarchy_builder; every folder of both packages may import them."""

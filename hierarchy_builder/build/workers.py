@@ -61,9 +61,9 @@ not keep the others waiting."""
 CONNECT_TIMEOUT_S = 20
 """Timeout of the connection to a Ray cluster, in seconds."""
 
-CPUS_PER_WORKER, WORKERS_PER_GPU = 4, 6
-"""Cores that decode and cluster for one worker on a GPU, and most workers on one GPU. One process with threads decodes
-fewer images than a GPU encodes."""
+CPUS_PER_WORKER, WORKERS_PER_GPU, THREADS_PER_CPU = 3, 6, 1.5
+"""Cores that decode and cluster for one worker on a GPU, most workers on one GPU, and threads of all of them for each
+core, since a worker between two units leaves its own idle: benchmarks/builder_model.py."""
 
 ENCODING_PER_GPU = 2
 """Processes on one GPU that only encode: one computes while the other takes crops and gives features."""
@@ -97,7 +97,7 @@ class Workers:
     address: str | None = None
     """Address of a Ray cluster (`auto` for the one this machine belongs to); without it a local Ray starts."""
     gpus_per_worker: float | None = None
-    """GPUs a worker reserves in a stage that can use them; None lets up to six share one, each with about four CPUs."""
+    """GPUs a worker reserves in a stage that can use them; None lets up to six share one, with about 3 CPUs each."""
     encoding: int | None = None
     """Processes that only encode, fed by the workers, which then need no GPU; with 0 every worker encodes. None takes
     two for each GPU of a cluster that has more CPUs than those beside its GPUs, and else 0."""
@@ -718,7 +718,14 @@ def _start_workers(
             f" and {gpus:g} GPUs: add a node, or use --workers 0"
         )
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
-    return _RayPool(load, partial(actor.remote, max(1, cpus // count)), count)
+    return _RayPool(
+        load, partial(actor.remote, threads_per_worker(cpus, count, uses_gpu and gpus > 0)), count
+    )
+
+
+def threads_per_worker(cpus: int, workers: int, uses_gpu: bool) -> int:
+    """Threads of each worker that decode and cluster."""
+    return max(1, int((THREADS_PER_CPU if uses_gpu else 1) * cpus / workers))
 
 
 class _WorkerLostError(Exception):

@@ -32,7 +32,7 @@ def similarities(features: np.ndarray | torch.Tensor) -> np.ndarray:
     gram = _cosines(tokens, torch.float32)
     close = ~(spread(gram) > SINGLE_PRECISION_SPREAD)
     if close.any():
-        gram[close] = _cosines(tokens[torch.from_numpy(close).to(tokens.device)], torch.float64)
+        gram[close] = _cosines(tokens[torch.from_numpy(close)], torch.float64)
     return gram
 
 
@@ -56,7 +56,9 @@ def _blas() -> ThreadpoolController:
 
 def _as_tensor(features: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(features, torch.Tensor):
-        return features.detach()
+        return (
+            features.detach().cpu()
+        )  # products of a GPU have other last bits, and results must not depend on it
     return torch.from_numpy(
         np.require(features, requirements=["C", "W"])
     )  # torch warns about read-only memory
@@ -64,16 +66,9 @@ def _as_tensor(features: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 def _cosines(tokens_NTC: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
     """Inner products in `dtype`, then scaled by 1 / ((‖z_i‖ + 1e-8)(‖z_j‖ + 1e-8)): float64 [N, T, T]."""
-    wide = tokens_NTC.to(dtype)
-    if wide.device.type == "cpu":
-        rows = wide.numpy()
-        with np.errstate(over="ignore", invalid="ignore"):  # callers detect NaN and infinity by their spread
-            products = np.matmul(rows, rows.swapaxes(1, 2))  # BLAS uses syrk: half the work, symmetric result
-    else:
-        if torch.get_float32_matmul_precision() != "highest":
-            wide = wide.double()  # TF32 has 10 bits of mantissa
-        products = torch.bmm(wide, wide.mT)
-        products = ((products + products.mT) / 2).cpu().numpy()
+    rows = tokens_NTC.to(dtype).numpy()
+    with np.errstate(over="ignore", invalid="ignore"):  # callers detect NaN and infinity by their spread
+        products = np.matmul(rows, rows.swapaxes(1, 2))  # BLAS uses syrk: half the work, symmetric result
     cosines = np.empty(products.shape)
     _scale(products, cosines)
     return cosines

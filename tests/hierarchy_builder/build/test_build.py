@@ -18,6 +18,7 @@ from hierarchy_builder.build.workers import (
     is_broken_device,
     map_units,
     shutdown,
+    threads_per_worker,
 )
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
@@ -359,8 +360,8 @@ def test_slow_units_move_to_workers_and_keep_their_order(seconds, threads, moved
 @pytest.mark.parametrize(
     ("asked", "uses_gpu", "available", "cpus", "reserved", "fitting"),
     [
-        (Workers(), True, 2, 8, 1.0, 2),
-        (Workers(), True, 1, 16, 0.25, 4),
+        (Workers(), True, 2, 8, 0.5, 4),
+        (Workers(), True, 1, 16, 0.1666, 6),
         (Workers(), True, 8, 192, 0.1666, 48),
         (Workers(count=3, address="auto"), True, 1, 16, 0.3333, 3),
         (Workers(), True, 0, 8, 0.0, 0),
@@ -376,6 +377,12 @@ def test_workers_share_gpus_where_the_stage_uses_them(
     found = _gpus_per_worker(asked, uses_gpu, available, cpus)
     assert found == reserved
     assert not found or _that_fit(available, found) == fitting
+
+
+def test_workers_on_a_gpu_have_more_threads_than_cores() -> None:
+    assert threads_per_worker(16, 6, uses_gpu=True) == 4
+    assert threads_per_worker(16, 6, uses_gpu=False) == 2
+    assert threads_per_worker(2, 8, uses_gpu=True) == 1
 
 
 def test_only_a_failed_device_ends_a_worker() -> None:

@@ -58,8 +58,10 @@ with joined_world(timeout_s=60) as world:
     with (later := distributed.GradientSum(world, parameters[:2])).during():
         (0 * parameters[1]).sum().backward()
         assert len(later._begun) == 1
+    later.finish()
+    assert [p.grad.unique().tolist() for p in parameters[:2]] == [[5.0], [7.0]], parameters
     overlapping.finish()
-    assert [p.grad.unique().tolist() for p in parameters] == [[5.0], [7.0], [4.0]], parameters
+    assert [p.grad.unique().tolist() for p in parameters] == [[10.0], [14.0], [4.0]], parameters
     moved = []
     for ranks in (None, world):  # three matrices of one shape and one of another
         generator = torch.Generator().manual_seed(0)

@@ -46,6 +46,7 @@ def loss(
     guidance: Guidance | None = None,
     region_weight: float = 1.0,
     region_timing: Literal["uniform", "signal"] = "uniform",
+    direction: Literal["network", "data"] = "network",
 ) -> dict[str, Tensor]:
     """Compute the loss of a batch that may mix levels; call `backward` on `["loss"]`.
 
@@ -54,8 +55,7 @@ def loss(
     x, prev, noise: float32 [B, H, W, C], the clean canvas of `level`, the clean canvas of the level before (zeros
     at level 0), and e ~ N(0, I). level, label: int64 [B]. regions: uint8 or int64 [B, H, W], region ids of `level`,
     dense from 0; ignored at the last level. t, r: float32 [B], r ≤ t. guidance: only for networks that take it; a
-    label equal to the null class counts as dropped. region_timing: weight of the region loss over t, see
-    `MethodConfig`.
+    label equal to the null class counts as dropped. region_timing, direction: see `MethodConfig`.
 
     Returns scalars: loss = loss_u + loss_v + region_weight·region; loss_u and loss_v are adaptively weighted, so
     each stays near 1; raw_mse_u and raw_mse_v are the unweighted mean squared errors.
@@ -65,7 +65,10 @@ def loss(
     inputs = {"label": label, "level": level, "prev": prev}
     with torch.no_grad():
         v_t = velocity(z, x, t)
-        v_c, target = _directions(model, z, v_t, t, r, guidance, inputs)
+        if direction == "data" and guidance is None:
+            v_c, target = v_t, v_t
+        else:
+            v_c, target = _directions(model, z, v_t, t, r, guidance, inputs)
     prediction, du_dt = _with_derivative(model, z, v_c, t=t, r=r, guidance=guidance, **inputs)
     V = prediction.u + _per_sample(t - r) * du_dt
     squares_u, squares_v = (V - target).square(), (prediction.v - target).square()

@@ -115,6 +115,7 @@ class TrajectoryForcingRun(MethodRun):
                 guidance=draws.guidance if config.model.guidance else None,
                 region_weight=config.method.region_weight,
                 region_timing=config.method.region_timing,
+                direction=config.method.direction,
             )
 
     def _scaled(self, terms: Mapping[str, Tensor], part: Batch) -> dict[str, Tensor]:

@@ -244,3 +244,25 @@ def test_labels_are_dropped_as_often_as_asked():
     for share in (0.0, 0.1, 1.0):
         draws = tf.draw_batch(20_000, (1, 1, 1), MethodConfig(label_dropout=share), seed=0, step=0)
         assert float(draws.drop_label.float().mean()) == pytest.approx(share, abs=0.01)
+
+
+def test_the_direction_of_data_leaves_out_one_pass_and_trains_the_same_velocity() -> None:
+    model, calls = awake(), []
+    c, generator = model.config, torch.Generator().manual_seed(0)
+    x, prev, noise = torch.randn(3, 4, *c.grid, c.in_channels, generator=generator)
+    times = {"t": torch.tensor([0.3, 0.5, 0.7, 0.9]), "r": torch.tensor([0.1, 0.5, 0.2, 0.0])}
+    given = {
+        "level": torch.arange(4),
+        "label": torch.arange(4),
+        "prev": prev,
+        "noise": noise,
+        "regions": None,
+        **times,
+    }
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    exact = tf.loss(model, x, **given)
+    assert len(calls) == 1
+    cheap = tf.loss(model, x, **given, direction="data")
+    assert len(calls) == 1  # forward_with_derivative alone
+    assert torch.equal(exact["loss_v"], cheap["loss_v"])
+    assert not torch.equal(exact["loss_u"], cheap["loss_u"])
