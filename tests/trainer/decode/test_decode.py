@@ -150,7 +150,7 @@ def test_a_folder_of_diffusers_decodes_to_identical_pixels(
         load_decoder(diffusers_folder(golden, tmp_path / "four", num_channels=4))
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(
-        TrainerError, match=r"no RAE decoder but config\.json, expected .*nyu-visionx/RAE-coll"
+        TrainerError, match=r"no RAE decoder; the folder holds config\.json, expected .*nyu-visionx/RAE-coll"
     ):
         load_decoder(folder)
 
