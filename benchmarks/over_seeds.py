@@ -3,13 +3,15 @@
     trainer evaluate RUN --shards SHARDS --json > FILE          # one for each seed
     python benchmarks/over_seeds.py tf=FILE,FILE,FILE lf=FILE,FILE,FILE [--names frechet_pooled,frechet_pictures]
 
-Deviations are those of the population of seeds, divided by n − 1.
+`variety_last` and `frechet_tokens_last` are those of the last level. Deviations are those of the population of seeds,
+divided by n − 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -39,8 +41,12 @@ def main() -> None:
 
 
 def _metrics(file: Path) -> dict[str, float]:
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    return {row["name"]: row["value"] for row in rows}
+    found = {row["name"]: row["value"] for row in json.loads(file.read_text(encoding="utf-8"))}
+    for name in ("variety", "frechet_tokens"):  # methods differ in their number of levels
+        levels = [each for each in found if re.fullmatch(rf"{name}_\d+", each)]
+        if levels:
+            found[f"{name}_last"] = found[max(levels, key=lambda each: int(each.rpartition("_")[2]))]
+    return found
 
 
 def _summary(values: list[float]) -> str:

@@ -2,7 +2,7 @@
 
 make demo
 python docs/draw_digits.py runs/demo/run                            # docs/images/digits.png
-python docs/draw_digits.py RUN --guidance 2 --name digits_latent    # RUN of Latent Forcing
+python docs/draw_digits.py RUN --guidance 2 --name digits_latent    # RUN of another method
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ LEVELS = {
     0: "level 0, object/background: one network evaluation from noise",
     -1: "level 3, tokens: three levels later",
 }
-PICTURE = {0: "Latent Forcing: tokens from noise, then the pixels of 64 px from both"}
-"""Lines over the rows, for a method that draws levels and for one that draws pictures."""
+"""Lines over the rows of a method that draws levels."""
 INK = (16, 24, 64)
 
 
-def drawn(pipe: TrajectoryPipeline, target: Path, guidance: float | None) -> None:
-    """Write the picture: for each of two levels a line of text, and rows of seeds with columns of classes."""
-    levels = LEVELS if pipe.model.config.num_levels > 1 else PICTURE
+def drawn(pipe: TrajectoryPipeline, target: Path, guidance: float | None, title: str) -> None:
+    """Write the picture: for one or two levels a line of text, and rows of seeds with columns of classes."""
+    labels = pipe.class_names
+    samples = [
+        [pipe(label, seed=seed, guidance=guidance).decode() for label in labels] for seed in range(SEEDS)
+    ]
+    levels = LEVELS if len(samples[0][0]) > 1 else {0: title}
     step = SIDE_PX + GAP_PX
-    width, height = GAP_PX + step * len(pipe.class_names), LINE_PX + step * SEEDS
+    width, height = GAP_PX + step * len(labels), LINE_PX + step * SEEDS
     picture = Image.new("RGB", (width, height * len(levels)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for part, text in enumerate(levels.values()):
+    for part, (level, text) in enumerate(levels.items()):
         pen.text((GAP_PX, part * height + 4), text, fill=INK, font=font)
-    for column, label in enumerate(pipe.class_names):
-        for seed in range(SEEDS):
-            pictures = pipe(label, seed=seed, guidance=guidance).decode()
-            for part, level in enumerate(levels):
+        for seed, row in enumerate(samples):
+            for column, pictures in enumerate(row):
                 tile = Image.fromarray(np.asarray(pictures[level])).resize(
                     (SIDE_PX, SIDE_PX), Image.Resampling.BOX
                 )
@@ -55,9 +56,10 @@ def main() -> None:
     parser.add_argument("run", help="Run folder, for example of `make demo`.")
     parser.add_argument("--guidance", type=float, help="Guidance scale. Default: none.")
     parser.add_argument("--name", default="digits", help="Name of the picture in docs/images.")
+    parser.add_argument("--title", default="", help="Line over the samples of a method without levels.")
     options = parser.parse_args()
     pipe = TrajectoryPipeline.from_pretrained(options.run)
-    drawn(pipe, IMAGES / f"{options.name}.png", options.guidance)
+    drawn(pipe, IMAGES / f"{options.name}.png", options.guidance, options.title)
 
 
 if __name__ == "__main__":
