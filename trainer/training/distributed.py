@@ -101,6 +101,9 @@ class GradientSum:
             hooks += [each.register_post_accumulate_grad_hook(partial(self._made, number)) for each in bucket]
         try:
             yield
+        except BaseException:
+            self._begun.clear()  # see `finish`
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -112,7 +115,9 @@ class GradientSum:
                 parameter.grad = torch.zeros_like(parameter)
         self._missing = [0] * len(self._buckets)
         self._begin()
-        for bucket, (flat, work) in zip(self._buckets, self._begun, strict=False):
+        # No sum is kept: one that outlives the process group can abort the process as it exits.
+        begun, self._begun = self._begun, []
+        for bucket, (flat, work) in zip(self._buckets, begun, strict=False):
             work.wait()
             parts = flat.split([each.numel() for each in bucket])
             torch._foreach_copy_(_gradients(bucket), list(map(Tensor.view_as, parts, bucket)))
