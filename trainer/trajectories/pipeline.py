@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import shutil
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,11 +58,11 @@ class SamplingArguments(TypedDict, total=False):
     weak_scale: float
 
 
-class TrajectoryPipeline:
+class TrajectoryPipeline(ABC):
     """A trained network with its class names and decoder: `pipe(label=…, seed=…) -> Trajectory`.
 
-    A method's subclass sets `network_type`, `method_type` and `weak_fields`, and defines `_levels`; one whose samples
-    are more than their levels defines `_sample` and `_after`.
+    A method's subclass sets `network_type`, `method_type` and `weak_fields`, and defines `_sample` and `_after`; one
+    whose samples are their levels and no more derives from `LevelPipeline`.
     """
 
     network_type: ClassVar[type[nn.Module]]
@@ -103,7 +104,7 @@ class TrajectoryPipeline:
         self.classes: Sequence[int] = range(model.config.num_classes)
         """The classes that had images in training, as far as is known; the network has a row for every label."""
 
-    def _take_options(self) -> None:
+    def _take_options(self) -> None:  # noqa: B027 (most methods have none)
         """Take the options that `registry.Method.options` names; the base class has none."""
 
     @classmethod
@@ -391,11 +392,11 @@ class TrajectoryPipeline:
         """With the number of steps that 1 stands for."""
         return replace(how, num_steps=self.default_steps) if how.num_steps == 1 else how
 
+    @abstractmethod
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
         """Draw trajectories of these classes and seeds, of the same number."""
-        levels = self._levels(ids, self._noise(seeds, how).to(self.device), how)
-        return [self._trajectory(*each, how) for each in zip(levels.cpu(), ids, seeds, strict=True)]
 
+    @abstractmethod
     def _after(
         self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
     ) -> Tensor:
@@ -403,15 +404,6 @@ class TrajectoryPipeline:
 
         seeds: of all levels. noise: [N, 1, H, W, C] on the network's device, where it is after `level`; zeros before.
         """
-        previous = trajectory.levels[level : level + 1].to(self.device)
-        return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
-
-    def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
-        """Draw canvases [B, L − start_level, H, W, C] of these classes, all levels or those from `start_level` on.
-
-        noise: [N, B, H, W, C]. start: none, or `start_level` and `previous`, the canvas [B, H, W, C] before it.
-        """
-        raise NotImplementedError
 
     def _num_noises(self, how: Sampling) -> int:
         """Canvases of noise that one trajectory takes, as many for each level."""
@@ -560,6 +552,27 @@ class TrajectoryPipeline:
             sampler=self._draw_after,
             **asdict(how or Sampling()),
         )
+
+
+class LevelPipeline(TrajectoryPipeline):
+    """A pipeline whose samples are their levels and no more: a method's subclass defines `_levels`."""
+
+    @abstractmethod
+    def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
+        """Draw canvases [B, L − start_level, H, W, C] of these classes, all levels or those from `start_level` on.
+
+        noise: [N, B, H, W, C]. start: none, or `start_level` and `previous`, the canvas [B, H, W, C] before it.
+        """
+
+    def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
+        levels = self._levels(ids, self._noise(seeds, how).to(self.device), how)
+        return [self._trajectory(*each, how) for each in zip(levels.cpu(), ids, seeds, strict=True)]
+
+    def _after(
+        self, trajectory: Trajectory, level: int, seeds: tuple[int, ...], noise: Tensor, how: Sampling
+    ) -> Tensor:
+        previous = trajectory.levels[level : level + 1].to(self.device)
+        return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
 
 
 def _listed(value: Any) -> list[Any]:

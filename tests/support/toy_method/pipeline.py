@@ -7,11 +7,11 @@ from torch import Tensor
 
 from toy_method.config import ToyMethodConfig
 from toy_method.network import ToyNetwork
-from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.pipeline import LevelPipeline
 from trainer.trajectories.trajectory import Sampling
 
 
-class ToyPipeline(TrajectoryPipeline):
+class ToyPipeline(LevelPipeline):
     """A trained network of the toy method."""
 
     network_type = ToyNetwork

@@ -22,11 +22,11 @@ from trainer.methods.normalizing_trajectory.sample import (
     num_noises,
     sample_canvases,
 )
-from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.pipeline import LevelPipeline
 from trainer.trajectories.trajectory import Sampling
 
 
-class NormalizingPipeline(TrajectoryPipeline):
+class NormalizingPipeline(LevelPipeline):
     """A trained network of Normalizing Trajectory Models with its class names and decoder.
 
     num_steps of a call is T, one of the numbers of transitions that were trained; 1 stands for the first of them.

@@ -10,11 +10,11 @@ from torch import Tensor
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
-from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.pipeline import LevelPipeline
 from trainer.trajectories.trajectory import Sampling
 
 
-class TrajectoryForcingPipeline(TrajectoryPipeline):
+class TrajectoryForcingPipeline(LevelPipeline):
     """A trained network of Trajectory Forcing. num_steps of a call counts evaluations of the network per level."""
 
     network_type = TrajectoryTransformer
