@@ -48,6 +48,16 @@ def main() -> None:
             builds[split] = root / split
             made = ["hierarchy-builder", "build", str(root / "photos"), "--split", split, *options.build]
             run([*made, "--images", "--workers", str(options.workers), "--out", str(builds[split])])
+        if options.decoder:
+            decoder = [
+                "trainer",
+                "train-decoder",
+                str(builds["train"]),
+                "--out",
+                str(root / "decoder"),
+                "--quiet",
+            ]
+            run([*decoder, *options.decoder])
         found = [measured(root / f"seed-{seed}", builds, seed, options) for seed in range(options.seeds)]
     names = [name for name in METRICS if all(name in each[way] for each in found for way in WAYS)]
     rows = []
@@ -97,8 +107,10 @@ def measured(
 
 
 def evaluated(path: Path, val: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Figures of a run by name, on the held-out photographs."""
+    """Figures of a run by name, on the held-out photographs; a trained decoder lies beside the runs of the seeds."""
     command = ["trainer", "evaluate", str(path), "--shards", str(val), "--json", "--quiet"]
+    if options.decoder:
+        command += ["--decoder", str(path.parent.parent / "decoder")]
     command += ["--samples-per-class", str(options.samples)]
     found = {row["name"]: row["value"] for row in json.loads(run(command))}
     if options.judge:
@@ -128,6 +140,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=shlex.split,
         default=["--encoder", "dct"],
         help="encoder and further options of `hierarchy-builder build`",
+    )
+    parser.add_argument(
+        "--decoder",
+        type=shlex.split,
+        help="options of `trainer train-decoder`, where the encoder has no decoder",
     )
     parser.add_argument("--judge", metavar="NAME[=FILE]", help="encoder that was no target, and its weights")
     parser.add_argument("--train", type=shlex.split, default=[], help="further options of `trainer train`")
