@@ -100,7 +100,7 @@ def make_tree(tree: Path, count: int) -> None:
 
 def make_shards(work: Path, shards: Path, count: int, photo: Path) -> None:
     """A finished set whose tars are links to one."""
-    from hierarchy_builder.calls import build_shards
+    from hierarchy_builder.build.calls import build_shards
 
     if (shards / "_SUCCESS").exists():
         return

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hierarchy_builder.calls import build_shards as build  # noqa: F401 (what calling the package of that name does)
-    from hierarchy_builder.calls import build_shards as build_shards
+    from hierarchy_builder.build.calls import build_shards as build  # noqa: F401 (what calling the package of that name does)
+    from hierarchy_builder.build.calls import build_shards as build_shards
     from hierarchy_builder.canvases import level_canvases as level_canvases
     from hierarchy_builder.config import HierarchyRecipe as HierarchyRecipe
     from hierarchy_builder.hierarchy import Hierarchy as Hierarchy
@@ -20,7 +20,7 @@ HOMES = {
     "Hierarchy": "hierarchy",
     "HierarchyRecipe": "config",
     "build_hierarchy": "hierarchy",
-    "build_shards": "calls",
+    "build_shards": "build.calls",
     "level_canvases": "canvases",
 }
 """The module of each public name, which is loaded on first use so that `import hierarchy_builder` stays light."""

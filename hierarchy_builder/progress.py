@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from hierarchy_builder.exclusion import LeaseLostError, still_ours
 from hierarchy_builder.files import write_json
+from hierarchy_builder.places.exclusion import LeaseLostError, still_ours
 from hierarchy_builder.terminal import stderr
 
 Item = TypeVar("Item")

@@ -20,8 +20,8 @@ from rich.table import Table
 from hierarchy_builder.errors import InterruptedRunError, UserError, explained
 from hierarchy_builder.fields import flattened
 from hierarchy_builder.files import without_nan
-from hierarchy_builder.places import shown
-from hierarchy_builder.remote import store_error, without_secrets
+from hierarchy_builder.places.paths import shown
+from hierarchy_builder.places.remote import store_error, without_secrets
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """Settings of every console: text is printed as it is, also a name such as `[red]` or `:b:`."""

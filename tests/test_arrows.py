@@ -15,29 +15,21 @@ RAY_FILES = {"hierarchy_builder/build/workers.py"}
 GROUND_FLOOR = (
     "config",
     "errors",
-    "exclusion",
     "fields",
     "files",
-    "parsing",
-    "installing",
     "flags",
-    "pictures",
+    "machine",
     "places",
-    "process",
-    "doctor",
     "progress",
     "records",
-    "remote",
-    "remote_paths",
     "terminal",
-    "transfers",
-    "vision_libraries",
+    "untrusted",
 )
-"""Modules at the root of hierarchy_builder; every folder of both packages may import them."""
+"""Modules and folders of hierarchy_builder that stand on nothing else; all folders of both packages may import them."""
 WINGS = {
     "hierarchy_builder": (
         *("canvases", "hierarchy", "images", "encoders", "vocabulary"),
-        *("store", "build", "verify", "quality", "calls", "cli", "__main__"),
+        *("store", "build", "verify", "quality", "cli", "__main__"),
     ),
     "trainer": (
         *("seeds", "data", "networks", "metrics", "training", "decode", "registry", "trajectories"),

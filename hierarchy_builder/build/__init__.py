@@ -12,7 +12,7 @@ class _Build(ModuleType):
     """Python binds `hierarchy_builder.build` to this package, so the package is what people can call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return import_module("hierarchy_builder.calls").build_shards(*args, **kwargs)
+        return import_module("hierarchy_builder.build.calls").build_shards(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _Build

@@ -31,7 +31,7 @@ from hierarchy_builder.files import read_json, write_json
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.sources import ImageSource, listing_hash
 from hierarchy_builder.images.table import ImageTable
-from hierarchy_builder.process import num_cpus
+from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.records import ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder

@@ -43,7 +43,7 @@ from hierarchy_builder.files import atomic_file, size_on_disk, write_json
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import ImageSource, open_reader
 from hierarchy_builder.images.table import ImageTable
-from hierarchy_builder.process import ahead
+from hierarchy_builder.machine.process import ahead
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import in_build_order, read_images, write_index

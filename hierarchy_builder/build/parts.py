@@ -14,8 +14,8 @@ from typing import Any
 
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.files import atomic_file, move, sha256_file, write_json
+from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import Block
-from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.store.shards import TarWriter, shard_name, sidecar

@@ -40,7 +40,7 @@ from hierarchy_builder.files import json_text, read_json, sealed_text, size_on_d
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.images.table import ImageTable
-from hierarchy_builder.process import num_cpus
+from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores

@@ -19,8 +19,8 @@ from typing import Any
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import size_on_disk
+from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import MAX_REGIONS
-from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import sample_bytes
 

@@ -21,13 +21,13 @@ from hierarchy_builder.build.workers import Pool, Workers, open_pool
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import decoding, write_bytes
-from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import store_layout, usable_rows
+from hierarchy_builder.untrusted.parsing import parse_npz
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,

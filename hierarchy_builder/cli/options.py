@@ -23,7 +23,7 @@ from hierarchy_builder.flags import (
     switch,
 )
 from hierarchy_builder.flags import FOLDER as PLACE_OF_BUILD
-from hierarchy_builder.places import a_place
+from hierarchy_builder.places.paths import a_place
 
 FOLDER = argument("Folder or URL of the build.", **PLACE_OF_BUILD | {"metavar": "DIR"})
 FOLDERS = argument(

@@ -20,9 +20,9 @@ from hierarchy_builder.errors import BuilderError, ImageError
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.originals import file_hash, modified_ns
 from hierarchy_builder.images.sources import Reader
-from hierarchy_builder.process import ahead
+from hierarchy_builder.machine.process import ahead
+from hierarchy_builder.places.remote import StoreError
 from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord
-from hierarchy_builder.remote import StoreError
 
 FLOAT16_EXPONENT = np.uint16(0x7C00)
 """Exponent bits of a float16; all of them are set in NaN and infinity."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hierarchy_builder.process import place_numba_cache
+from hierarchy_builder.machine.process import place_numba_cache
 
 place_numba_cache(Path(__file__).parent)  # before numba is imported
 

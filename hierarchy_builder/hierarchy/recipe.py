@@ -22,7 +22,7 @@ from hierarchy_builder.hierarchy.linkage import average_linkage, cut_merges
 from hierarchy_builder.hierarchy.normalized_cut import centred_cut, normalized_cut
 from hierarchy_builder.hierarchy.similarity import similarities, single_threaded_blas, spread
 from hierarchy_builder.hierarchy.two_means import inertia, two_means
-from hierarchy_builder.process import num_cpus
+from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.records import MAX_REGIONS, REGION_DTYPE
 
 GRAM_BYTES = 4 * 2**20

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import ConfigMismatchError, ImageError
 from hierarchy_builder.images.sources import FileReader, Reader, TarReader
-from hierarchy_builder.process import num_cpus
+from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.terminal import counted
 
 HASH_DIGITS = 32

@@ -27,11 +27,11 @@ from hierarchy_builder.images.keys import unique_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.images.reading import read_file
 from hierarchy_builder.images.table import AT_ONCE, Collected, ImageTable, give_back
-from hierarchy_builder.parsing import parse_json, read_document
-from hierarchy_builder.places import a_folder, filesystem_of
+from hierarchy_builder.places.paths import a_folder, filesystem_of
+from hierarchy_builder.places.remote import store_error, without_secrets
 from hierarchy_builder.records import ImageRecord
-from hierarchy_builder.remote import store_error, without_secrets
 from hierarchy_builder.terminal import counted
+from hierarchy_builder.untrusted.parsing import parse_json, read_document
 
 
 class Reader(Protocol):

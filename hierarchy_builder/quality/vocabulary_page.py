@@ -16,7 +16,7 @@ from PIL import Image
 from hierarchy_builder.canvases.gallery import Facts, Page, Plots, Section, Strip, Strips, write_page
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.process import num_cpus
+from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.quality.report import photo_reader, read_photo
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of

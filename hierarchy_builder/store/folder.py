@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hierarchy_builder import remote
 from hierarchy_builder.errors import UsageError, VerificationError
-from hierarchy_builder.exclusion import BusyError, discard, exclusive, is_taken, of_exclusion, still_ours
 from hierarchy_builder.files import guard, is_there, readable_json, refuse_links, repair_of
-from hierarchy_builder.places import remote_place
-from hierarchy_builder.remote import is_remote
+from hierarchy_builder.places import remote
+from hierarchy_builder.places.exclusion import (
+    BusyError,
+    discard,
+    exclusive,
+    is_taken,
+    of_exclusion,
+    still_ours,
+)
+from hierarchy_builder.places.paths import remote_place
+from hierarchy_builder.places.remote import is_remote
 
 OWN_FILES = r"""
     (?:manifest|class_map|quality|\.progress)\.json | (?:index\.parquet|vocabulary\.npz)

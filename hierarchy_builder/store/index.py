@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import decoding, read_bytes, write_bytes
 from hierarchy_builder.images.table import COLUMNS, ImageTable, give_back
+from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import ImageRecord, Status
-from hierarchy_builder.remote import is_remote
 
 INDEX_VERSION = 2
 """Version of index.parquet and of the listing. Those of version 1 have no `file_hash` and no checksum."""

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hierarchy_builder import __version__, remote
+from hierarchy_builder import __version__
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError
-from hierarchy_builder.exclusion import Fence, still_ours
 from hierarchy_builder.fields import config_hash, difference, from_mapping, to_mapping
 from hierarchy_builder.files import (
     RECORD_VERSION,
@@ -35,9 +34,11 @@ from hierarchy_builder.files import (
     write_json,
     write_record,
 )
-from hierarchy_builder.process import ahead
+from hierarchy_builder.machine.process import ahead
+from hierarchy_builder.places import remote
+from hierarchy_builder.places.exclusion import Fence, still_ours
+from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import FORMAT_VERSION
-from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store.folder import BuildFolder
 
 ResultT = TypeVar("ResultT")

@@ -11,7 +11,6 @@ import yaml
 
 from hierarchy_builder import __version__
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
-from hierarchy_builder.exclusion import still_ours
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import (
     read_json,
@@ -22,6 +21,7 @@ from hierarchy_builder.files import (
     write_sealed_json,
 )
 from hierarchy_builder.images.listings import in_text_order
+from hierarchy_builder.places.exclusion import still_ours
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,

@@ -15,8 +15,8 @@ import pyarrow as pa
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import decoding, readable_json, size_on_disk
+from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import Block, Status, blocks_of
-from hierarchy_builder.remote import is_remote
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import Outcomes, status_name
 from hierarchy_builder.store.ledger import (

@@ -23,7 +23,6 @@ from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import decoding, fetched, read_json, readable_json, sha256_file
 from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
-from hierarchy_builder.parsing import parse_npz
 from hierarchy_builder.records import REGION_DTYPE, Block, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -60,6 +59,7 @@ from hierarchy_builder.store.units import (
     usable_rows,
 )
 from hierarchy_builder.terminal import counted
+from hierarchy_builder.untrusted.parsing import parse_npz
 from hierarchy_builder.verify.quick import missing_files
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 

@@ -21,12 +21,12 @@ from fsspec.implementations.local import LocalFileSystem
 from hierarchy_builder.build.publish import SHARD_FILE, answers_of, open_url
 from hierarchy_builder.errors import BuilderError, VerificationError
 from hierarchy_builder.files import decoding, parse_json
-from hierarchy_builder.parsing import read_object
+from hierarchy_builder.places.remote import PART_BYTES
 from hierarchy_builder.records import FORMAT_VERSION
-from hierarchy_builder.remote import PART_BYTES
 from hierarchy_builder.store.folder import MARKS
 from hierarchy_builder.store.shard_set import ABOUT, SUCCESS
 from hierarchy_builder.store.shards import read_shard, sidecar
+from hierarchy_builder.untrusted.parsing import read_object
 from hierarchy_builder.verify.checks import Layout, array_problem, arrays_of, header_problems
 from hierarchy_builder.verify.quick import size_problems
 

@@ -21,7 +21,7 @@ import torch
 
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.installing import install_extras
+from hierarchy_builder.machine.installing import install_extras
 
 SLAB_TOKENS = 8192
 """Tokens per float64 sum: sums of up to 8,192 float16 are exact in any order (2¹³ · 2¹⁶ = 2⁵³ · 2⁻²⁴)."""

@@ -22,8 +22,8 @@ from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import brief, from_mapping, to_mapping
 from hierarchy_builder.files import decoding, write_bytes
-from hierarchy_builder.parsing import parse_json, parse_npz
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
+from hierarchy_builder.untrusted.parsing import parse_json, parse_npz
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,

@@ -30,7 +30,7 @@ from processes import processes_below
 
 from hierarchy_builder.build.workers import RAY_ENVIRONMENT
 from hierarchy_builder.files import read_json, sha256_file
-from hierarchy_builder.remote import files_below, is_remote
+from hierarchy_builder.places.remote import files_below, is_remote
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard, sidecar
 from hierarchy_builder.verify.checks import find_problems

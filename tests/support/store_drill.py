@@ -27,7 +27,7 @@ from object_store import ENVIRONMENT, Door, Store, refused, served
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import records
 
-from hierarchy_builder.places import a_folder
+from hierarchy_builder.places.paths import a_folder
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard
 

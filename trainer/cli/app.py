@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hierarchy_builder.doctor import doctor
 from hierarchy_builder.errors import TrainerError, UsageError, VerificationError
 from hierarchy_builder.files import refuse_links, write_sealed_json
 from hierarchy_builder.flags import (
@@ -24,10 +23,11 @@ from hierarchy_builder.flags import (
     switch,
     takes,
 )
-from hierarchy_builder.installing import install_extras
-from hierarchy_builder.parsing import parse_json, read_document
+from hierarchy_builder.machine.doctor import doctor
+from hierarchy_builder.machine.installing import install_extras
 from hierarchy_builder.terminal import counted, print_json, print_result, say, say_next, stdout
 from hierarchy_builder.terminal import run as run_command
+from hierarchy_builder.untrusted.parsing import parse_json, read_document
 from trainer.cli import editing as edit_commands
 from trainer.cli import judging
 from trainer.cli import options as opt

@@ -23,7 +23,7 @@ from hierarchy_builder.flags import (
     option,
     switch,
 )
-from hierarchy_builder.places import a_path
+from hierarchy_builder.places.paths import a_path
 from hierarchy_builder.progress import Follow, shown_on, unseen
 from hierarchy_builder.terminal import stderr
 from trainer.methods.normalizing_trajectory.config import Ending

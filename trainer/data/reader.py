@@ -27,8 +27,8 @@ from torch import Tensor
 
 from hierarchy_builder.errors import DamagedShardError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.parsing import parse_npy
-from hierarchy_builder.process import give_home
+from hierarchy_builder.machine.process import give_home
+from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURE_DTYPE,
@@ -41,7 +41,7 @@ from hierarchy_builder.records import (
     Sample,
     spread_evenly,
 )
-from hierarchy_builder.remote import store_error
+from hierarchy_builder.untrusted.parsing import parse_npy
 from trainer.data.distant import SAMPLES_KEPT, DistantTar, found_tar
 from trainer.data.shards import INDEX, ShardIndex
 from trainer.data.tars import Members, OpenTar, check_sha256, check_size

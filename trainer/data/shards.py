@@ -25,11 +25,11 @@ import numpy as np
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, difference
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.parsing import parse_npz, read_object
-from hierarchy_builder.pictures import SUFFIXES
-from hierarchy_builder.places import filesystem_of
+from hierarchy_builder.places.paths import filesystem_of
+from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import FORMAT_VERSION
-from hierarchy_builder.remote import store_error
+from hierarchy_builder.untrusted.parsing import parse_npz, read_object
+from hierarchy_builder.untrusted.pictures import SUFFIXES
 from trainer.data.folders import Places, folders_at
 from trainer.data.tars import ShardEntry
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from hierarchy_builder.transfers import sent
-from hierarchy_builder.vision_libraries import import_vision
+from hierarchy_builder.machine.transfers import sent
+from hierarchy_builder.machine.vision_libraries import import_vision
 from trainer.decode.rae import IMAGENET_MEAN, IMAGENET_STD
 from trainer.training.release_files import check_weights, read_weights
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.vision_libraries import import_vision
+from hierarchy_builder.machine.vision_libraries import import_vision
 from trainer.training.release_files import check_weights, read_weights
 
 COMPARED = (3, 8, 15, 22, 29)

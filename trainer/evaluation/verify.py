@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.exclusion import LOCK, of_exclusion
 from hierarchy_builder.files import SEAL, parse_json
-from hierarchy_builder.parsing import read_document
-from hierarchy_builder.pictures import PNG_START, png_chunks
+from hierarchy_builder.places.exclusion import LOCK, of_exclusion
+from hierarchy_builder.untrusted.parsing import read_document
+from hierarchy_builder.untrusted.pictures import PNG_START, png_chunks
 from trainer.data.tensor_files import check_tensor_seal, read_tensors
 from trainer.training import checkpoint as saved
 from trainer.training.log import METRICS, SAMPLES, TENSORBOARD, parse_metrics_line

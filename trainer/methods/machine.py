@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hierarchy_builder.process import num_cpus
+from hierarchy_builder.machine.process import num_cpus
 from trainer.data.folders import Places
 from trainer.data.shards import ShardIndex
 from trainer.methods import registry

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from hierarchy_builder.installing import install_extras
-from hierarchy_builder.parsing import check_pickle, parse_npz
+from hierarchy_builder.machine.installing import install_extras
+from hierarchy_builder.untrusted.parsing import check_pickle, parse_npz
 
 DISTANCES_AT_ONCE = 2**24
 """Distances between samples in memory at once, 64 MiB."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.vision_libraries import import_vision, timm_model
+from hierarchy_builder.machine.vision_libraries import import_vision, timm_model
 from trainer.data.pictures import picture_of
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageError
 from hierarchy_builder.fields import known_fields, nearest
-from hierarchy_builder.transfers import sent
+from hierarchy_builder.machine.transfers import sent
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import ShardIndex, check_trained_on
 from trainer.decode.rae import decoder_for

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import InterruptedRunError, MismatchError, NonFiniteLossError, UsageError
-from hierarchy_builder.exclusion import still_ours
 from hierarchy_builder.fields import to_mapping
+from hierarchy_builder.places.exclusion import still_ours
 from hierarchy_builder.terminal import counted
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import classes_with_images

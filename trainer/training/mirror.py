@@ -14,12 +14,12 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from hierarchy_builder import remote
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.exclusion import is_taken, of_exclusion, still_ours
 from hierarchy_builder.files import whole_file
-from hierarchy_builder.places import a_folder
-from hierarchy_builder.remote import is_remote
+from hierarchy_builder.places import remote
+from hierarchy_builder.places.exclusion import is_taken, of_exclusion, still_ours
+from hierarchy_builder.places.paths import a_folder
+from hierarchy_builder.places.remote import is_remote
 from trainer.data.reader import default_cache
 from trainer.training.checkpoint import STATE, STEP_FOLDER
 

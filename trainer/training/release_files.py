@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.parsing import check_pickle, check_sizes, read_document
+from hierarchy_builder.untrusted.parsing import check_pickle, check_sizes, read_document
 from trainer.data.tensor_files import read_sealed
 
 

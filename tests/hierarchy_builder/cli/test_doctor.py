@@ -11,8 +11,8 @@ import pytest
 from command_line import cli
 from packaging.requirements import Requirement
 
-from hierarchy_builder import doctor, installing
-from hierarchy_builder.doctor import Finding
+from hierarchy_builder.machine import doctor, installing
+from hierarchy_builder.machine.doctor import Finding
 
 
 @pytest.mark.parametrize("program", ["hierarchy-builder", "trainer"])

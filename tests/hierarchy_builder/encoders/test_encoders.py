@@ -18,7 +18,7 @@ from hierarchy_builder.encoders import Encoder, check_encoder, encode, list_enco
 from hierarchy_builder.encoders.probe import probe_pictures, probe_value
 from hierarchy_builder.encoders.timm_vit import TimmEncoder, timm
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.installing import install_extras
+from hierarchy_builder.machine.installing import install_extras
 
 TINY = {"img_size": 56, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 0}
 

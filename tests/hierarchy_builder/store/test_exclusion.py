@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from object_store import Store, served
 
-from hierarchy_builder import exclusion
 from hierarchy_builder.errors import InterruptedRunError, UserError
-from hierarchy_builder.exclusion import BusyError, Fence, LeaseLostError, exclusive, fence, is_taken
 from hierarchy_builder.files import write_bytes
-from hierarchy_builder.places import a_folder
+from hierarchy_builder.places import exclusion
+from hierarchy_builder.places.exclusion import BusyError, Fence, LeaseLostError, exclusive, fence, is_taken
+from hierarchy_builder.places.paths import a_folder
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 

@@ -15,7 +15,6 @@ from object_store import Store, contents, sent, served
 from pictures import write_tree
 from tiny_builds import session
 
-from hierarchy_builder import remote
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build import workers
 from hierarchy_builder.build.publish import publish_to
@@ -24,10 +23,11 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import ImageError, UsageError, UserError
 from hierarchy_builder.files import atomic_file
 from hierarchy_builder.images.reading import read_file
-from hierarchy_builder.places import a_folder, filesystem_of, shown
+from hierarchy_builder.places import remote
+from hierarchy_builder.places.paths import a_folder, filesystem_of, shown
+from hierarchy_builder.places.remote import StoreError
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
-from hierarchy_builder.remote import StoreError
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 

@@ -14,7 +14,7 @@ import scipy.linalg
 import torch
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from hierarchy_builder.installing import install_extras
+from hierarchy_builder.machine.installing import install_extras
 from trainer.metrics.frechet import (
     Gaussian,
     Moments,

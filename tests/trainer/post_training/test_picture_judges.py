@@ -13,7 +13,7 @@ from command_line import SETTINGS, cli
 from torch.nn import functional as F
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.vision_libraries import import_vision
+from hierarchy_builder.machine.vision_libraries import import_vision
 from trainer.post_training import judges
 from trainer.post_training.bundle import read_statistics
 from trainer.post_training.judges import (

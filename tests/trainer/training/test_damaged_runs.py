@@ -20,9 +20,9 @@ from fixture_shards import write_shards
 from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
 
-from hierarchy_builder.exclusion import LOCK
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import sealed_text
+from hierarchy_builder.places.exclusion import LOCK
 from trainer.decode.config import DecoderConfig
 from trainer.methods import registry
 from trainer.methods.latent_forcing.config import LatentTrainConfig

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hierarchy_builder.transfers import sent
+from hierarchy_builder.machine.transfers import sent
 from trainer.methods.latent_forcing.clocks import Clocks, draw_clocks
 from trainer.methods.latent_forcing.config import LatentMethodConfig
 from trainer.seeds import mixed_seed, row_noise

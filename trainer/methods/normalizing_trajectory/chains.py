@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.transfers import sent
+from hierarchy_builder.machine.transfers import sent
 
 
 class Posterior(NamedTuple):

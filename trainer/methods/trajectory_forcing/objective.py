@@ -20,7 +20,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from hierarchy_builder.transfers import sent
+from hierarchy_builder.machine.transfers import sent
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction, as_guidance, velocity
 from trainer.networks.layers import make_dual, unpack_dual

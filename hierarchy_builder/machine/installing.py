@@ -8,10 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from hierarchy_builder.parsing import parse_json
+from hierarchy_builder.untrusted.parsing import parse_json
 
 DISTRIBUTION = "trajectory-hierarchies"
-SOURCES = Path(__file__).resolve().parents[1]
+SOURCES = Path(__file__).resolve().parents[2]
 """Where pyproject.toml lies, if the toolkit runs from its sources."""
 
 

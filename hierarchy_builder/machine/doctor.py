@@ -27,8 +27,8 @@ from packaging.specifiers import SpecifierSet
 
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.flags import OUTPUT, PATH, argument, takes
-from hierarchy_builder.installing import DISTRIBUTION, install_extras, pip_install, this_pip
-from hierarchy_builder.process import num_cpus, other_socket_folder
+from hierarchy_builder.machine.installing import DISTRIBUTION, install_extras, pip_install, this_pip
+from hierarchy_builder.machine.process import num_cpus, other_socket_folder
 from hierarchy_builder.terminal import counted, print_cells, print_json, say
 
 State = Literal["ok", "note", "blocks"]

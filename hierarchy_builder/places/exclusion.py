@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hierarchy_builder import remote
 from hierarchy_builder.errors import InterruptedRunError, UserError
 from hierarchy_builder.files import json_text, read_bytes, target_of, write_bytes
-from hierarchy_builder.parsing import parse_json
-from hierarchy_builder.remote import is_remote, store_error
+from hierarchy_builder.places import remote
+from hierarchy_builder.places.remote import is_remote, store_error
+from hierarchy_builder.untrusted.parsing import parse_json
 
 LOCK, LEASES = ".lock", ".lease"
 NUMBERED = re.compile(r"\d{8}\.json")

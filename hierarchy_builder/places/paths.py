@@ -13,8 +13,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.installing import install_extras
-from hierarchy_builder.remote import CLIENTS, options
+from hierarchy_builder.machine.installing import install_extras
+from hierarchy_builder.places.remote import CLIENTS, options
 
 
 def a_place(text: str) -> str:
@@ -81,7 +81,7 @@ def remote_place(url: str) -> Path:
     package, extra = CLIENTS[scheme]
     try:
         importlib.import_module(package)
-        from hierarchy_builder.remote_paths import RemotePath
+        from hierarchy_builder.places.remote_paths import RemotePath
     except ImportError as error:
         raise UsageError(
             f"{url}: {error.name or package} is not installed: {install_extras(extra)}"

@@ -1,0 +1,1 @@
+"""Readers of bytes that anybody may have written: documents, arrays and pictures."""
