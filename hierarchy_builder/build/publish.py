@@ -7,9 +7,10 @@ The same call goes on where one was stopped: a tar whose sidecar is there is not
 What lies there already is changed only where it is ours: `_PUBLISHING`, written first and removed last, names the files
 of a transfer; a finished set has its index.json. Anything else of the names to be written is refused.
 
-One process at a time publishes to a place (see `places/exclusion.py`). Where a store can neither lock nor create a file
-only if there is none, `_PUBLISHING` of another set is refused until it is finished or removed. Of two that begin at once on
-the hub, the second is refused, since `_PUBLISHING` follows the commit that was looked at, or is not written.
+One process at a time publishes to a place (see `places/exclusion.py`). Where a store can neither lock nor create a
+file only if there is none, `_PUBLISHING` of another set is refused until it is finished or removed. Of two that begin
+at once on the hub, the second is refused, since `_PUBLISHING` follows the commit that was looked at, or is not
+written.
 """
 
 from __future__ import annotations
