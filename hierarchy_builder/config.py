@@ -15,7 +15,7 @@ import pydantic
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, brief, nearest, require
-from hierarchy_builder.untrusted.parsing import parse_yaml, read_document
+from hierarchy_builder.untrusted.documents import parse_yaml, read_document
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""

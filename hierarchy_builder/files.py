@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from hierarchy_builder.errors import UserError, VerificationError
 from hierarchy_builder.places import remote
 from hierarchy_builder.places.remote import is_remote, store_error
-from hierarchy_builder.untrusted import parsing
+from hierarchy_builder.untrusted import documents
 
 SEAL = "document_sha256"
 """Field of a sealed JSON object: the checksum of the whole document, see `sealed_text`."""
@@ -199,7 +199,7 @@ def parse_json(data: bytes, sealed: bool = False) -> dict[str, Any]:
 
     sealed: whether a missing seal is damage too. Raises ValueError, and nothing else, for whatever is wrong.
     """
-    content = parsing.parse_json(data)
+    content = documents.parse_json(data)
     if not isinstance(content, dict):
         raise ValueError(f"found {type(content).__name__}, expected an object")
     digits = content.pop(SEAL, None)
@@ -225,7 +225,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     A seal is checked wherever there is one. sealed: whether a missing seal is damage too.
     """
     try:
-        return parse_json(remote.get(path) if is_remote(path) else parsing.read_document(path), sealed)
+        return parse_json(remote.get(path) if is_remote(path) else documents.read_document(path), sealed)
     except FileNotFoundError:
         raise MissingFileError(f"{path} is missing: {repair_of(path)}") from None
     except ValueError as error:

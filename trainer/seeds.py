@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from hierarchy_builder.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,4 +77,6 @@ def check_seed(seed: int) -> None:
 
 def mixed_seed(*numbers: int) -> int:
     """Hash several numbers into one seed."""
+    import numpy as np
+
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

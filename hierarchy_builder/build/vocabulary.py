@@ -27,7 +27,7 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import store_layout, usable_rows
-from hierarchy_builder.untrusted.parsing import parse_npz
+from hierarchy_builder.untrusted.arrays import parse_npz
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,

@@ -31,7 +31,7 @@ from hierarchy_builder.places.paths import a_folder, filesystem_of
 from hierarchy_builder.places.remote import store_error, without_secrets
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.untrusted.parsing import parse_json, read_document
+from hierarchy_builder.untrusted.documents import parse_json, read_document
 
 
 class Reader(Protocol):

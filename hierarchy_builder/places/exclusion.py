@@ -33,7 +33,7 @@ from hierarchy_builder.errors import InterruptedRunError, UserError
 from hierarchy_builder.files import json_text, read_bytes, target_of, write_bytes
 from hierarchy_builder.places import remote
 from hierarchy_builder.places.remote import is_remote, store_error
-from hierarchy_builder.untrusted.parsing import parse_json
+from hierarchy_builder.untrusted.documents import parse_json
 
 LOCK, LEASES = ".lock", ".lease"
 NUMBERED = re.compile(r"\d{8}\.json")

@@ -6,15 +6,14 @@ import importlib
 import os
 import re
 from pathlib import Path
-from typing import Any, cast
-
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from typing import TYPE_CHECKING, Any, cast
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.machine.installing import install_extras
 from hierarchy_builder.places.remote import CLIENTS, options
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 
 def a_place(text: str) -> str:
@@ -120,6 +119,9 @@ def filesystem_of(place: str) -> tuple[AbstractFileSystem, str]:
 
     Raises ImportError and ValueError, as fsspec does, for a URL that is not understood; UsageError for a password.
     """
+    from fsspec.core import url_to_fs  # imported here because --help must start at once
+    from fsspec.implementations.local import LocalFileSystem
+
     if "://" not in place:
         return LocalFileSystem(), os.path.abspath(place)
     refuse_password(place)

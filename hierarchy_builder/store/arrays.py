@@ -30,7 +30,7 @@ from hierarchy_builder.places.remote import is_remote, store_error
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
 from hierarchy_builder.store.fetched import Fetched
 from hierarchy_builder.store.statistics import Moments
-from hierarchy_builder.untrusted.parsing import parse_json, read_document
+from hierarchy_builder.untrusted.documents import parse_json, read_document
 
 GROUP = {"attributes": {"format_version": FORMAT_VERSION}, "node_type": "group", "zarr_format": 3}
 """Content of the `zarr.json` of a store."""

@@ -32,7 +32,7 @@ from hierarchy_builder.records import (
     SCALE_MEMBER,
     Sample,
 )
-from hierarchy_builder.untrusted.parsing import parse_npy
+from hierarchy_builder.untrusted.arrays import parse_npy
 
 TAR_BLOCK = 512
 JPEG_BYTES_PER_PIXEL = 0.55

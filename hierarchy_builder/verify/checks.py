@@ -59,7 +59,7 @@ from hierarchy_builder.store.units import (
     usable_rows,
 )
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.untrusted.parsing import parse_npz
+from hierarchy_builder.untrusted.arrays import parse_npz
 from hierarchy_builder.verify.quick import missing_files
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 

@@ -26,7 +26,7 @@ from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import MARKS
 from hierarchy_builder.store.shard_set import ABOUT, SUCCESS
 from hierarchy_builder.store.shards import read_shard, sidecar
-from hierarchy_builder.untrusted.parsing import read_object
+from hierarchy_builder.untrusted.documents import read_object
 from hierarchy_builder.verify.checks import Layout, array_problem, arrays_of, header_problems
 from hierarchy_builder.verify.quick import size_problems
 

@@ -23,7 +23,8 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import brief, from_mapping, to_mapping
 from hierarchy_builder.files import decoding, write_bytes
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
-from hierarchy_builder.untrusted.parsing import parse_json, parse_npz
+from hierarchy_builder.untrusted.arrays import parse_npz
+from hierarchy_builder.untrusted.documents import parse_json
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,

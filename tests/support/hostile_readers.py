@@ -38,7 +38,8 @@ from hierarchy_builder.store.ledger import check_manifest, read_marker
 from hierarchy_builder.store.shards import read_shard
 from hierarchy_builder.store.statistics import read_part_moments
 from hierarchy_builder.store.units import layout_of
-from hierarchy_builder.untrusted.parsing import parse_npy, parse_npz, parse_yaml
+from hierarchy_builder.untrusted.arrays import parse_npy, parse_npz
+from hierarchy_builder.untrusted.documents import parse_yaml
 from hierarchy_builder.vocabulary.prototypes import load_vocabulary
 from trainer.data.shards import _parse_index
 from trainer.data.tars import OpenTar, ShardEntry

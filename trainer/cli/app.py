@@ -27,7 +27,7 @@ from hierarchy_builder.machine.doctor import doctor
 from hierarchy_builder.machine.installing import install_extras
 from hierarchy_builder.terminal import counted, print_json, print_result, say, say_next, stdout
 from hierarchy_builder.terminal import run as run_command
-from hierarchy_builder.untrusted.parsing import parse_json, read_document
+from hierarchy_builder.untrusted.documents import parse_json, read_document
 from trainer.cli import editing as edit_commands
 from trainer.cli import judging
 from trainer.cli import options as opt

@@ -24,7 +24,7 @@ import numpy as np
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import whole_file, write_bytes
 from hierarchy_builder.places.paths import filesystem_of
-from hierarchy_builder.untrusted.parsing import parse_json
+from hierarchy_builder.untrusted.documents import parse_json
 from trainer.data.tars import AtMost, Members, OpenTar, ShardEntry, check_sha256
 
 CACHE_BYTES = "TRAINER_CACHE_BYTES"

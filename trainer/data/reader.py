@@ -41,7 +41,7 @@ from hierarchy_builder.records import (
     Sample,
     spread_evenly,
 )
-from hierarchy_builder.untrusted.parsing import parse_npy
+from hierarchy_builder.untrusted.arrays import parse_npy
 from trainer.data.distant import SAMPLES_KEPT, DistantTar, found_tar
 from trainer.data.shards import INDEX, ShardIndex
 from trainer.data.tars import Members, OpenTar, check_sha256, check_size

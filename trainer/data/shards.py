@@ -28,7 +28,8 @@ from hierarchy_builder.files import parse_json
 from hierarchy_builder.places.paths import filesystem_of
 from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import FORMAT_VERSION
-from hierarchy_builder.untrusted.parsing import parse_npz, read_object
+from hierarchy_builder.untrusted.arrays import parse_npz
+from hierarchy_builder.untrusted.documents import read_object
 from hierarchy_builder.untrusted.pictures import SUFFIXES
 from trainer.data.folders import Places, folders_at
 from trainer.data.tars import ShardEntry

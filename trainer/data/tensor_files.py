@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.files import BLANK, SEAL, check_seal, seal
-from hierarchy_builder.untrusted.parsing import parse_json
+from hierarchy_builder.untrusted.documents import parse_json
 
 COLON = b":"
 """What stands between a name and its value in the header."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.files import SEAL, parse_json
 from hierarchy_builder.places.exclusion import LOCK, of_exclusion
-from hierarchy_builder.untrusted.parsing import read_document
+from hierarchy_builder.untrusted.documents import read_document
 from hierarchy_builder.untrusted.pictures import PNG_START, png_chunks
 from trainer.data.tensor_files import check_tensor_seal, read_tensors
 from trainer.training import checkpoint as saved

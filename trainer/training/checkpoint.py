@@ -37,7 +37,7 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, brief
 from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
-from hierarchy_builder.untrusted.parsing import read_document
+from hierarchy_builder.untrusted.documents import read_document
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.tensor_files import read_tensors
 

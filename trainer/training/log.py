@@ -20,7 +20,7 @@ from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import parse_json, whole_file, write_bytes
 from hierarchy_builder.machine.installing import install_extras
 from hierarchy_builder.progress import as_duration
-from hierarchy_builder.untrusted.parsing import read_document
+from hierarchy_builder.untrusted.documents import read_document
 from trainer.training.config import RunConfig
 
 METRICS = "metrics.jsonl"

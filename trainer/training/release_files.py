@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.untrusted.parsing import check_pickle, check_sizes, read_document
+from hierarchy_builder.untrusted.documents import read_document
+from hierarchy_builder.untrusted.pickles import check_pickle, check_sizes
 from trainer.data.tensor_files import read_sealed
 
 

@@ -16,7 +16,9 @@ from mutations import read_mutated
 
 from hierarchy_builder.errors import UserError
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.untrusted.parsing import check_pickle, parse_npy, parse_yaml
+from hierarchy_builder.untrusted.arrays import parse_npy
+from hierarchy_builder.untrusted.documents import parse_yaml
+from hierarchy_builder.untrusted.pickles import check_pickle
 from trainer.training.release_files import read_weights
 
 INPUTS = 150
