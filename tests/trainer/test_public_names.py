@@ -24,7 +24,7 @@ PROMISED = {
     "trainer.metrics.edit_locality:latent_invariance": "before after edited_mask edit_level",
     "trainer.metrics.region_consistency:parent_misrouting": "child_regions parent_regions child_features",
     "trainer:TrajectoryPipeline.from_pretrained": "folder ema decoder device weak",
-    "trainer:TrajectoryPipeline.__call__": "self label seed num_steps guidance weak_scale",
+    "trainer:TrajectoryPipeline.__call__": "self label seed num_steps guidance weak_scale temperature",
     "trainer:TrajectoryPipeline.adopt": "self trajectory",
     "trainer:Trajectory.decode": "self level",
     "trainer:Trajectory.edit_features": "self selection source strength *level",

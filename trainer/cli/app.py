@@ -57,6 +57,7 @@ app.command(rich_help_panel=TRAIN)(train_commands.presets)
         "Any of png, html, safetensors, webdataset, npz.", "--format", default="png,html,safetensors"
     ),
     steps=opt.STEPS,
+    temperature=opt.TEMPERATURE,
     **opt.GUIDED,
     ema=opt.EMA,
     decoder=opt.DECODER,
@@ -69,16 +70,17 @@ def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> No
     from trainer.trajectories.sample_files import parse_formats, write_samples
 
     seeds, formats = parse_seeds(given["seeds"]), parse_formats(given["formats"])
-    pipe, guidance, strength = opt.open_run(run, given), given["guidance"], opt.strength_of(given)
+    pipe, how = opt.open_run(run, given), opt.sampling_of(given, given["steps"])
     labels_drawn = pipe.label_ids(labels)
     if unseen_classes := [*map(pipe.class_name, sorted({*labels_drawn} - {*pipe.classes}))]:
         say(f"warning: no image of {', '.join(unseen_classes)} was in the training data")
     pairs = list(itertools.product(labels_drawn, seeds))
     ids, numbers = [label for label, _ in pairs], [seed for _, seed in pairs]
-    drawn = pipe.stream(ids, numbers, given["steps"], guidance, strength)
+    drawn = pipe.stream(ids, numbers, **how)
     facts = {"run": run.resolve().name, "weights": given["ema"], "samples": len(pairs)}
-    facts |= {"guidance": guidance} if guidance else {}
-    facts |= {"autoguidance": strength} if strength else {}
+    facts |= {"guidance": how["guidance"]} if how["guidance"] else {}
+    facts |= {"autoguidance": how["weak_scale"]} if how["weak_scale"] else {}
+    facts |= {"temperature": how["temperature"]} if how["temperature"] != 1 else {}
     written = write_samples(drawn, out, formats, len(pairs), facts)
     quiet = given["quiet"]
     rows = list(opt.follow_unless(as_json or quiet)(written, "sampling", len(pairs)))
@@ -96,6 +98,7 @@ for verb in (edit_commands.encode, edit_commands.edit, edit_commands.compare, ed
 
 OF_SAMPLES: dict[str, Parameter] = {
     "samples_per_class": option("Samples of each class.", kind=int, default=8, min=1),
+    "temperature": opt.TEMPERATURE,
     **opt.GUIDED,
     **opt.OF_METHODS,
     "decoder": opt.DECODER,
@@ -187,12 +190,7 @@ def evaluate(
         studies.check_has_paths(pipe)
     if given["edits"]:
         studies.check_has_levels(pipe)
-    drawing = {
-        "samples_per_class": given["samples_per_class"],
-        "num_steps": steps,
-        "guidance": given["guidance"],
-        "weak_scale": opt.strength_of(given),
-    }
+    drawing = {"samples_per_class": given["samples_per_class"], **opt.sampling_of(given, steps)}
     if given["fdr"]:
         classes = classes_with_images(index, max_real)
         rows = judging.measured(
@@ -250,6 +248,7 @@ def evaluate(
     sweep_file=option(
         "File that `trainer sweep --out` wrote.", "--sweep", **reads("what `trainer sweep --out` wrote")
     ),
+    temperature=opt.TEMPERATURE,
     **opt.GUIDED,
     ema=opt.EMA,
     decoder=opt.DECODER,
@@ -274,7 +273,7 @@ def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) 
         check_fits(pipe, index)
     pairs = list(itertools.product(pages.shown_labels(pages.known_classes(run, pipe, index)), seeds))
     labels, numbers = [label for label, _ in pairs], [seed for _, seed in pairs]
-    trajectories = pipe(labels, numbers, guidance=given["guidance"], weak_scale=opt.strength_of(given))
+    trajectories = pipe(labels, numbers, **opt.sampling_of(given))
     rows = _load_rows(given["stages"]) if given["stages"] else []
     more = []
     if given["edits"]:

@@ -30,7 +30,7 @@ from trainer.methods.normalizing_trajectory.config import Ending
 from trainer.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from trainer.trajectories.pipeline import TrajectoryPipeline
+    from trainer.trajectories.pipeline import SamplingArguments, TrajectoryPipeline
 
 
 def reads(what: str, metavar: str = "PATH", is_run: bool = False) -> dict[str, Any]:
@@ -89,7 +89,20 @@ DECODER = option(
 PIXEL_STAGE = option(
     "Run of Latent Forcing that draws the pixels instead of a decoder.", **reads(A_RUN, is_run=True)
 )
-grouped("How it is drawn", steps=STEPS, ema=EMA, decoder=DECODER, pixel_stage=PIXEL_STAGE)
+TEMPERATURE = option(
+    "Factor of the noise that samples start from. Below 1 they are cleaner and more alike; 0 draws one for each class.",
+    kind=float,
+    default=1.0,
+    min=0,
+)
+grouped(
+    "How it is drawn",
+    steps=STEPS,
+    temperature=TEMPERATURE,
+    ema=EMA,
+    decoder=DECODER,
+    pixel_stage=PIXEL_STAGE,
+)
 GUIDED = grouped(
     "Guidance",
     guidance=option("Guidance scale, for models that were trained with guidance.", kind=float),
@@ -209,10 +222,15 @@ def open_run(run: Path, given: Mapping[str, Any]) -> TrajectoryPipeline:
     return TrajectoryPipeline.from_pretrained(run, **{name: given[name] for name in names if name in given})
 
 
-def strength_of(given: Mapping[str, Any]) -> float:
-    """Strength of autoguidance, from --weak-scale or else from whether --weak was given."""
-    scale = given["weak_scale"]
-    return float(given["weak"] is not None) if scale is None else scale
+def sampling_of(given: Mapping[str, Any], num_steps: int = 1) -> SamplingArguments:
+    """How a verb was told to draw; autoguidance has strength 1 where --weak was given and --weak-scale was not."""
+    scale = float(given["weak"] is not None) if given["weak_scale"] is None else given["weak_scale"]
+    return {
+        "num_steps": num_steps,
+        "guidance": given["guidance"],
+        "weak_scale": scale,
+        "temperature": given["temperature"],
+    }
 
 
 def follow_unless(is_quiet: bool) -> Follow:

@@ -143,9 +143,14 @@ def run_page(
         "training images": "unknown" if seen is None else f"{seen:,}",
         "classes": len(state.shards["class_names"]),
     }
+    if colder := {f"{each.temperature:g}" for each in trajectories if each.temperature != 1}:
+        facts["temperature of the samples"] = ", ".join(sorted(colder))
     trained_on = "unknown images" if seen is None else counted(seen, "image")
     kept = kept_metrics(run / EVALUATION, run / LIKELIHOOD)
-    judged = str(read_kept(run / EVALUATION).get("judged_on", ""))
+    evaluation = read_kept(run / EVALUATION)
+    judged = str(evaluation.get("judged_on", ""))
+    if (measured_at := evaluation.get("temperature", 1)) != 1:
+        judged += f" Its samples were drawn at temperature {measured_at}."
     tables = {topic.title: (topic.note, rows) for topic, rows in metric_tables(kept).items()}
     _, varied = tables.pop(VARIETY.title, ("", []))
     page = training_page(

@@ -26,7 +26,7 @@ from trainer.studio.script import CSS, KEYS_TEXT, script
 from trainer.studio.tabs import compare_tab, edit_tab, files_tab, paint_tab, sweep_tab
 from trainer.studio.workbench import Workbench, quoted
 from trainer.training import checkpoint
-from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.pipeline import SamplingArguments, TrajectoryPipeline
 
 LOOPBACK = "127.0.0.1"
 MOST_STEPS = 1000
@@ -143,10 +143,16 @@ def launch(
 
 
 def _generate_row(desk: Desk) -> None:
-    def generate(bench: Workbench, label: Any, seed: float | None, steps: float | None) -> Workbench:
+    def generate(
+        bench: Workbench, label: Any, seed: float | None, steps: float | None, temperature: float | None
+    ) -> Workbench:
         if not 1 <= (steps or 1) <= MOST_STEPS:
             raise UsageError(f"steps per level are {steps}, expected 1 to {MOST_STEPS:,}")
-        return bench.open(desk.pipe(label=desk.chosen(label), seed=int(seed or 0), num_steps=int(steps or 1)))
+        how: SamplingArguments = {
+            "num_steps": int(steps or 1),
+            "temperature": 1.0 if temperature is None else temperature,
+        }
+        return bench.open(desk.pipe(label=desk.chosen(label), seed=int(seed or 0), **how))
 
     with gr.Row(elem_id="drawing"):
         desk.label.render()
@@ -164,7 +170,16 @@ def _generate_row(desk: Desk) -> None:
                 "steps", f"Network evaluations for each level, 1 to {MOST_STEPS:,}; more take longer."
             ),
         )
-        inputs, done = [desk.label, seed, steps], "Click a region on the board to select it."
+        temperature = gr.Number(
+            1,
+            label="Temperature",
+            minimum=0,
+            step=0.1,
+            scale=1,
+            min_width=110,
+            **desk.tip("temperature", "Factor of the noise: below 1, pictures are cleaner and more alike."),
+        )
+        inputs, done = [desk.label, seed, steps, temperature], "Click a region on the board to select it."
         look = desk.tip("generate", "Draw a new trajectory of this class and seed (key g).")
         desk.button(
             "Generate", generate, inputs, done, draws=True, variant="primary", scale=1, min_width=110, **look

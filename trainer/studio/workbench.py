@@ -249,7 +249,7 @@ def markdown_report(bench: Workbench) -> str:
         f"- encoder: {quoted(trajectory.encoder.get('name', 'unknown'))}",
         f"- model: {quoted(model)}, weights {trajectory.model.get('ema', 'raw')}",
         f"- seeds of the levels: {', '.join(map(str, trajectory.seeds))}",
-        f"- network evaluations per level: {trajectory.num_steps}",
+        f"- network evaluations per level: {trajectory.num_steps}, temperature {trajectory.temperature:g}",
         "",
         "## Steps",
         "",

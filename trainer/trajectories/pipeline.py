@@ -12,6 +12,7 @@ The class here knows no method: the registry names the subclass that draws the s
 from __future__ import annotations
 
 import difflib
+import math
 import shutil
 import unicodedata
 from abc import ABC, abstractmethod
@@ -56,6 +57,7 @@ class SamplingArguments(TypedDict, total=False):
     num_steps: int
     guidance: GuidanceLike
     weak_scale: float
+    temperature: float
 
 
 class TrajectoryPipeline(ABC):
@@ -227,15 +229,18 @@ class TrajectoryPipeline(ABC):
         num_steps: int = 1,
         guidance: GuidanceLike = None,
         weak_scale: float = 0.0,
+        temperature: float = 1.0,
     ) -> Trajectory | list[Trajectory]:
         """Sample one Trajectory, or a list of them when label or seed is a list (the other is repeated).
 
         label: id or class name. An image depends on its own label and seed only. guidance: scale omega, or
         (omega, t_min, t_max), for models trained with it. weak_scale: strength of autoguidance, for pipelines with a
-        weak model. Raises UsageError for an unknown label, or guidance that the pipeline has no model for.
+        weak model. temperature: factor of the noise; below 1, samples are cleaner and more alike (as in Glow, Kingma
+        and Dhariwal 2018, arXiv 1807.03039). Raises UsageError for an unknown label, or guidance that the pipeline has
+        no model for.
         """
         is_single = np.ndim(label) == np.ndim(seed) == 0
-        found = list(self.stream(label, seed, num_steps, guidance, weak_scale))
+        found = list(self.stream(label, seed, num_steps, guidance, weak_scale, temperature))
         return found[0] if is_single else found
 
     def stream(
@@ -245,6 +250,7 @@ class TrajectoryPipeline(ABC):
         num_steps: int = 1,
         guidance: GuidanceLike = None,
         weak_scale: float = 0.0,
+        temperature: float = 1.0,
     ) -> Iterator[Trajectory]:
         """Yield the trajectories that a call would return, with one batch of them in memory at a time."""
         labels, seeds = _listed(label), _listed(seed)
@@ -254,7 +260,10 @@ class TrajectoryPipeline(ABC):
         scale = (float(guidance), 0.0, 1.0) if isinstance(guidance, int | float) else guidance
         if not np.isfinite([weak_scale, *(scale or ())]).all():
             raise UsageError(f"guidance is {scale}, weak_scale {weak_scale}: expected finite numbers")
-        how = self._settled(Sampling(num_steps=num_steps, guidance=scale, weak_scale=weak_scale))
+        if not 0 <= temperature < math.inf:
+            raise UsageError(f"temperature is {temperature}, expected a finite number of 0 or more")
+        asked = Sampling(num_steps=num_steps, guidance=scale, weak_scale=weak_scale, temperature=temperature)
+        how = self._settled(asked)
         for start in range(0, count, SAMPLED_TOGETHER):
             part = slice(start, start + SAMPLED_TOGETHER)
             yield from self._sample(ids[part], seeds[part], how)
@@ -412,7 +421,8 @@ class TrajectoryPipeline(ABC):
     def _noise(self, seeds: Sequence[int], how: Sampling) -> Tensor:
         """All noise of trajectories of these seeds, float32 [N, B, H, W, C] on the CPU."""
         config = self.model.config
-        return level_noise(seeds, self._num_noises(how), config.grid, config.in_channels)
+        noise = level_noise(seeds, self._num_noises(how), config.grid, config.in_channels)
+        return how.temperature * noise
 
     def _draw_after(self, trajectory: Trajectory, level: int, seeds: tuple[int, ...]) -> Tensor:
         """Canvases after `level`, float32 [L−1−level, H, W, C], drawn as the trajectory's own were."""

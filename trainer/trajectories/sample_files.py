@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -256,9 +257,7 @@ def _members(drawn: Drawn) -> dict[str, bytes]:
     about = {
         "seeds": trajectory.seeds,
         "class_name": trajectory.class_name,
-        "num_steps": trajectory.num_steps,
-        "guidance": trajectory.guidance,
-        "weak_scale": trajectory.weak_scale,
+        **asdict(trajectory.sampling),
     }
     canvases = io.BytesIO()
     np.lib.format.write_array(canvases, trajectory.levels.numpy().astype(np.float16), allow_pickle=False)

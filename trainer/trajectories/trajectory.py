@@ -43,6 +43,7 @@ class Sampling:
     num_steps: int = 1
     guidance: tuple[float, float, float] | None = None
     weak_scale: float = 0.0
+    temperature: float = 1.0
 
 
 @dataclass(kw_only=True, slots=True, eq=False, repr=False)
@@ -62,6 +63,8 @@ class Trajectory:
     """Guidance scale omega, and the start and end of the interval of t in which it acts."""
     weak_scale: float = 0.0
     """Strength of autoguidance, which moves samples away from those of a weaker model."""
+    temperature: float = 1.0
+    """Factor of the noise that the levels were drawn from."""
     encoder: dict[str, Any] = field(default_factory=dict)
     """Description of the encoder whose features the levels are."""
     origin: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +101,7 @@ class Trajectory:
     @property
     def sampling(self) -> Sampling:
         """How the levels were drawn, and how `resume` draws them again."""
-        return Sampling(num_steps=self.num_steps, guidance=self.guidance, weak_scale=self.weak_scale)
+        return Sampling(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Sampling)})
 
     @property
     def num_levels(self) -> int:

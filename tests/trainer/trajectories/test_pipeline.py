@@ -19,11 +19,12 @@ from hierarchy_builder.files import sealed_text
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
+from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.metrics import regions
 from trainer.metrics.class_mean import class_mean_accuracy, describe
 from trainer.metrics.flatness import explained_share, two_region_variance
 from trainer.networks.config import ModelConfig
-from trainer.seeds import parse_seeds
+from trainer.seeds import level_noise, parse_seeds
 from trainer.training import checkpoint as saved
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
@@ -130,6 +131,28 @@ def test_autoguidance_moves_away_from_the_weak_model(run: Path) -> None:
     torch.testing.assert_close(strong.levels[0], plain[0] + 0.5 * (plain[0] - weak[0]), atol=1e-4, rtol=1e-4)
     assert strong.weak_scale == 0.5
     torch.testing.assert_close(strong.resume(0).levels, strong.levels, atol=1e-5, rtol=1e-5)
+
+
+def test_temperature_scales_the_noise_and_stays_with_the_trajectory(
+    pipe: TrajectoryPipeline, tmp_path: Path
+) -> None:
+    config = pipe.model.config
+    noise = level_noise([3], config.num_levels, config.grid, config.in_channels)
+    drawn = pipe("bee", 3, temperature=0.5)
+    expected = sample_levels(pipe.model, torch.tensor([1]), 0.5 * noise)[0]
+    torch.testing.assert_close(drawn.levels, expected, atol=1e-6, rtol=1e-6)
+    drawn.save(tmp_path / "bee.safetensors")
+    read = pipe.adopt(Trajectory.load(tmp_path / "bee.safetensors"))
+    assert read.temperature == 0.5
+    torch.testing.assert_close(read.resume(0).levels, drawn.levels, atol=1e-6, rtol=1e-6)
+    assert torch.equal(pipe("bee", 3, temperature=0).levels, pipe("bee", 4, temperature=0).levels)
+    assert torch.equal(pipe("bee", 3).levels, pipe("bee", 3, temperature=1).levels)
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_temperature_is_a_finite_number_of_0_or_more(pipe: TrajectoryPipeline, temperature: float) -> None:
+    with pytest.raises(UsageError, match="temperature is .*, expected a finite number of 0 or more"):
+        pipe(0, temperature=temperature)
 
 
 def test_autoguidance_needs_a_weak_model_that_fits(

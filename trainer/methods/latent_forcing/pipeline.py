@@ -135,7 +135,9 @@ class LatentPipeline(TrajectoryPipeline):
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
         c = self.model.config
         latents = side_by_side(self._noise(seeds, how).transpose(0, 1)).to(self.device)
-        pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(self.device)
+        pixels = how.temperature * torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(
+            self.device
+        )
         # A cascade ends with its latents here: its pixel stage draws pictures when they are asked for.
         is_cascade = self.method.schedule in CASCADED
         has_pictures = not is_cascade and self.method.schedule != "latents-only"
@@ -160,7 +162,7 @@ class LatentPipeline(TrajectoryPipeline):
         levels = side_by_side(self.normaliser.apply(trajectory.levels.to(self.device))[None])
         latents = torch.cat([levels[..., :given], side_by_side(noise.transpose(0, 1))[..., given:]], -1)
         part = slice((level + 1) * how.num_steps, c.num_canvases * how.num_steps + 1)
-        pixels = pixel_noise(seeds[-1], c.image_px)[None].to(self.device)
+        pixels = how.temperature * pixel_noise(seeds[-1], c.image_px)[None].to(self.device)
         _, latents = self._flow([trajectory.label], pixels, latents, part, how)
         return self.normaliser.undo(apart(latents, c.num_canvases))[:, level + 1 :]
 
