@@ -1,7 +1,7 @@
 """Draw samples of a network of the demo's digits, ten classes and four seeds.
 
 make demo
-python docs/draw_digits.py runs/demo/run                            # docs/images/digits.png
+python docs/draw_digits.py runs/demo/run --temperature 0.8          # docs/images/digits.png
 python docs/draw_digits.py RUN --guidance 2 --name digits_latent    # RUN of another method
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -26,12 +27,10 @@ LEVELS = {
 INK = (16, 24, 64)
 
 
-def drawn(pipe: TrajectoryPipeline, target: Path, guidance: float | None, title: str) -> None:
+def drawn(pipe: TrajectoryPipeline, target: Path, title: str, **how: Any) -> None:
     """Write the picture: for one or two levels a line of text, and rows of seeds with columns of classes."""
     labels = pipe.class_names
-    samples = [
-        [pipe(label, seed=seed, guidance=guidance).decode() for label in labels] for seed in range(SEEDS)
-    ]
+    samples = [[pipe(label, seed=seed, **how).decode() for label in labels] for seed in range(SEEDS)]
     levels = LEVELS if len(samples[0][0]) > 1 else {0: title}
     step = SIDE_PX + GAP_PX
     width, height = GAP_PX + step * len(labels), LINE_PX + step * SEEDS
@@ -55,11 +54,13 @@ def main() -> None:
     )
     parser.add_argument("run", help="Run folder, for example of `make demo`.")
     parser.add_argument("--guidance", type=float, help="Guidance scale. Default: none.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="Factor of the noise. Default: 1.")
     parser.add_argument("--name", default="digits", help="Name of the picture in docs/images.")
     parser.add_argument("--title", default="", help="Line over the samples of a method without levels.")
     options = parser.parse_args()
     pipe = TrajectoryPipeline.from_pretrained(options.run)
-    drawn(pipe, IMAGES / f"{options.name}.png", options.guidance, options.title)
+    how = {"guidance": options.guidance, "temperature": options.temperature}
+    drawn(pipe, IMAGES / f"{options.name}.png", options.title, **how)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ DIGIT_IMAGES = 40_000
 """Digits seen instead: about 4 minutes on 2 cores."""
 DIGIT_SETTINGS = ("model.patch_size=4", "model.start_share=0.65", "batch_size=32")
 """A pixel of a digit covers about 2×2 tokens, so the network can join 4×4 of them, which is faster."""
+TEMPERATURE = ("--temperature", "0.8")
+"""A network of minutes leaves specks, fewer where less noise goes in; docs/results.md has figures with all of it."""
 DECODER_IMAGES = 6_400
 """Photographs seen in the training of the decoder; most are seen many times."""
 JUDGES = 8
@@ -126,15 +128,25 @@ def main(
     rows.append(stage("train", training["images_seen"], seconds, run))
     labels = list(json.loads((shards / "class_map.json").read_text()))[:10]
     drawn, seconds = timed(
-        "trainer", "sample", run, "--labels", ",".join(labels), "--seeds", "0-3", "--out", samples, "--json"
+        "trainer",
+        "sample",
+        run,
+        "--labels",
+        ",".join(labels),
+        "--seeds",
+        "0-3",
+        "--out",
+        samples,
+        *TEMPERATURE,
+        "--json",
     )
     rows.append(stage("sample", len(drawn), seconds, samples))
-    command("trainer", "evaluate", run, "--shards", build, "--json")
+    command("trainer", "evaluate", run, "--shards", build, *TEMPERATURE, "--json")
     (out / "stages.json").write_text(json.dumps(rows, indent=2))
     pages["samples of the network"] = report = out / "report.html"
     command(
         "trainer", "report", run, "--shards", shards, "--seeds", "0-2",
-        "--stages", out / "stages.json", "--out", report,
+        "--stages", out / "stages.json", "--out", report, *TEMPERATURE,
     )  # fmt: skip
     show(rows)
     if "train-decoder" in {row["stage"] for row in rows}:

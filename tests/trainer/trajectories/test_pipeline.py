@@ -151,7 +151,7 @@ def test_temperature_scales_the_noise_and_stays_with_the_trajectory(
 
 @pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
 def test_temperature_is_a_finite_number_of_0_or_more(pipe: TrajectoryPipeline, temperature: float) -> None:
-    with pytest.raises(UsageError, match="temperature is .*, expected a finite number of 0 or more"):
+    with pytest.raises(UsageError, match=r"temperature is .*, expected a finite number of 0 or more"):
         pipe(0, temperature=temperature)
 
 
