@@ -85,7 +85,9 @@ def extract(
         session.reporter.say(f"tried again: {counted(again, 'image')} that could not be used")
     if accepts:
         session.reporter.say(f"{append(folder, records, inputs)} new images are appended")
-    ledger = begin_stage(folder, "extract", inputs, facts, fresh=session.fresh, repairs=session.repairs)
+    ledger = begin_stage(
+        folder, "extract", inputs, facts, fresh=session.fresh, repairs=session.repairs, records=records
+    )
     write_json(folder.class_map, images.class_map)
     write_index(folder.listing, records)
     blocks = blocks_of(len(records), config.block_rows)

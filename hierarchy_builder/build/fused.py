@@ -200,7 +200,9 @@ def fuse(
         "class_map": images.class_map,
         "left_out": images.left_out,
     }
-    ledger = begin_stage(folder, "fuse", inputs, facts, fresh=session.fresh, repairs=session.repairs)
+    ledger = begin_stage(
+        folder, "fuse", inputs, facts, fresh=session.fresh, repairs=session.repairs, records=records
+    )
     write_json(folder.class_map, images.class_map)
     write_index(folder.listing, records)
     if not folder.index.exists():

@@ -18,6 +18,8 @@ AT_ONCE = 65_536
 """Images that are held as objects of Python at a time."""
 COLUMNS = ("key", "path", "label", "class_name", "bytes")
 """Columns of the table, those of index.parquet, in the order of the fields of `ImageRecord`."""
+COMPARED = ("path", "bytes", "label", "class_name")
+"""Columns in which an image of one listing may differ from the same image of another."""
 TEXT = pa.large_string()
 """Kind of columns of text: those of another kind hold 2 GiB at most when they are sorted."""
 Size = int | Callable[[], int]
@@ -37,6 +39,28 @@ def sorted_by_path(table: pa.Table) -> pa.Table:
     paths = table.column("path")
     is_sorted = pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py() is not False
     return table if is_sorted else table.sort_by("path")
+
+
+def describe_changes(before: ImageTable, now: ImageTable) -> str:
+    """Return which images of a listing are gone, new, or of another size or class in a later one; empty if none are."""
+    left, right = before.table.select(COMPARED), now.table.select(COMPARED)
+    place = pc.index_in(left.column("path"), value_set=right.column("path"))
+    is_new = pc.is_null(pc.index_in(right.column("path"), value_set=left.column("path")))
+    kept, then = left.filter(pc.is_valid(place)), right.take(pc.drop_null(place))
+    is_other = pc.invert(pc.equal(kept.column("bytes"), then.column("bytes")))
+    for name in COMPARED[2:]:
+        is_other = pc.or_(is_other, pc.invert(pc.equal(kept.column(name), then.column(name))))
+    found = {
+        "of another size or class": kept.filter(is_other),
+        "gone": left.filter(pc.is_null(place)),
+        "new": right.filter(is_new),
+    }
+    return ", ".join(_told(name, rows.column("path")) for name, rows in found.items() if rows.num_rows)
+
+
+def _told(what: str, paths: pa.ChunkedArray) -> str:
+    count, more = len(paths), " …" if len(paths) > 5 else ""
+    return f"{count:,} {'is' if count == 1 else 'are'} {what} ({', '.join(paths[:5].to_pylist())}{more})"
 
 
 class ImageTable(Sequence[ImageRecord]):

@@ -34,12 +34,14 @@ from hierarchy_builder.files import (
     write_json,
     write_record,
 )
+from hierarchy_builder.images.table import ImageTable, describe_changes
 from hierarchy_builder.machine.process import ahead
 from hierarchy_builder.places import remote
 from hierarchy_builder.places.exclusion import Fence, still_ours
 from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.index import read_images
 
 ResultT = TypeVar("ResultT")
 
@@ -298,11 +300,12 @@ def begin_stage(
     *,
     fresh: bool,
     repairs: bool = False,
+    records: ImageTable | None = None,
 ) -> Ledger:
     """Record the inputs of a stage before it starts; if it has started already, check that they are the same.
 
     inputs: everything that decides the result. facts: what is recorded but does not, such as the path of the images.
-    fresh: first remove this stage and those after it.
+    fresh: first remove this stage and those after it. records: the images as listed now, to tell which ones differ.
     If the store of the stage is missing, its units are run again. Other inputs are accepted if no unit is finished, but
     not where the build is being repaired: what is left of it was made from the recorded ones.
     Raises ConfigMismatchError listing the keys that differ, UsageError if files that no stage made are where this one
@@ -327,7 +330,7 @@ def begin_stage(
     stored = manifest["stages"].get(stage)
     if stored is not None and stored["inputs"] != dict(inputs):
         if repairs or folder.markers(stage):
-            raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs))
+            raise ConfigMismatchError(_describe_mismatch(folder, stage, stored["inputs"], inputs, records))
         _forget(folder, manifest, [stage])
         stored = None
     code_version = __version__ if stored is None else stored.get("code_version", __version__)
@@ -443,13 +446,21 @@ def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]
 
 
 def _describe_mismatch(
-    folder: BuildFolder, stage: str, stored: Mapping[str, Any], asked: Mapping[str, Any]
+    folder: BuildFolder,
+    stage: str,
+    stored: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    records: ImageTable | None,
 ) -> str:
     has_grown = stage == "extract" and asked.get("num_images", 0) > stored.get("num_images", 0)
     is_stale = stage == "shard" and stored.get("config") == asked.get("config")
     lines = [
         f"  {difference(name, before, now)}" for name, before, now in differences(dict(stored), dict(asked))
     ]
+    if records is not None and folder.listing.exists():
+        with contextlib.suppress(BuilderError):
+            changes = describe_changes(read_images(folder.listing), records)
+            lines += [f"  images: {changes}"] if changes else []
     if stage in ("extract", "fuse"):
         again = "start over with --fresh"
     elif is_stale:

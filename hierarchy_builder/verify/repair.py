@@ -106,7 +106,7 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
         if stage == "extract":
             _restore_listing(folder)
         units = [unit for unit in stage_units(folder, _recorded_as(stage)) if unit.number in damaged]
-        before = {unit.number: _written(folder, stage, unit) for unit in units}
+        before = {unit.number: (_marked(folder, stage, unit), _held(folder, stage, unit)) for unit in units}
         _remove_markers(folder, stage, damaged)
         if stage == "shard":
             _set_aside(folder)
@@ -114,7 +114,9 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
             if stage != "extract" or damaged or not _rewrite_index(folder):
                 _run_again(folder, stage, session)
         finally:
-            changed = [unit.number for unit in units if before[unit.number] != _written(folder, stage, unit)]
+            changed = [
+                unit.number for unit in units if _is_changed(folder, stage, unit, *before[unit.number])
+            ]
             if changed:
                 _remove_later(folder, stage, changed)
 
@@ -200,18 +202,31 @@ def _recorded_as(stage: str) -> str:
     return "extract" if stage == "covariance" else stage
 
 
-def _written(folder: BuildFolder, stage: str, unit: Block) -> Any:
-    """Return the SHA-256 of what a unit wrote, from its marker or else from what the store holds now."""
-    path, layout = layout_of(folder, stage)
+def _marked(folder: BuildFolder, stage: str, unit: Block) -> Any:
+    """Return the SHA-256 of what a unit wrote, as its marker tells; None without a whole marker."""
     try:
         marker = read_marker(Ledger(folder.ledger(stage), "").marker(unit.number))
-        return marker["digests"] if layout else marker["sha256"]
-    except (BuilderError, KeyError):
-        pass
+        return marker["digests"] if layout_of(folder, stage)[1] else marker["sha256"]
+    except BuilderError:
+        return None
+
+
+def _held(folder: BuildFolder, stage: str, unit: Block) -> Any:
+    """Return the SHA-256 of what a store holds for a unit now; None where that cannot be read."""
+    path, layout = layout_of(folder, stage)
     try:
         return {name: stores.read_written(path, unit, name)[1] for name in layout} or None
     except BuilderError:
         return None
+
+
+def _is_changed(folder: BuildFolder, stage: str, unit: Block, marked: Any, held: Any) -> bool:
+    """Whether a unit wrote something else than before, or may have: it was begun again and did not end.
+
+    marked, held: what `_marked` and `_held` returned before. What failed before it wrote anything changed nothing.
+    """
+    now = _marked(folder, stage, unit)
+    return bool(_held(folder, stage, unit) != held if now is None else now != (marked or held))
 
 
 def _remove_later(folder: BuildFolder, stage: str, changed: Iterable[int]) -> None:

@@ -1,6 +1,7 @@
 """Images → shards with real stores, tars and Ray: the same bytes however they are made, and every refusal."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -167,10 +168,19 @@ def test_changed_listing_is_refused(tiny_photos, tmp_path) -> None:
     folder = BuildFolder(tmp_path / "build")
     steps.extract(folder, str(tree), PLAN.extract, session())
     (tree / CLASSES[0] / "000.png").unlink()
-    with pytest.raises(ConfigMismatchError, match=r"num_images: 6 there, 5 now"):
+    with pytest.raises(ConfigMismatchError, match=r"num_images: 6 there, 5 now") as caught:
         steps.extract(folder, str(tree), PLAN.extract, session())
+    assert "\n  images: 1 is gone (circle/000.png)\n" in str(caught.value)
+    shutil.copy(tree / CLASSES[2] / "001.png", tree / CLASSES[0] / "001.png")
+    shutil.copy(tree / CLASSES[1] / "000.png", tree / CLASSES[0] / "new.png")
+    with pytest.raises(ConfigMismatchError) as caught:
+        steps.extract(folder, str(tree), PLAN.extract, session())
+    assert (
+        "\n  images: 1 is of another size or class (circle/001.png), 1 is gone (circle/000.png), "
+        "1 is new (circle/new.png)\n" in str(caught.value)
+    )
     steps.extract(folder, str(tree), PLAN.extract, session(fresh=True))
-    assert read_index(folder.index).num_rows == 5
+    assert read_index(folder.index).num_rows == 6
 
 
 def test_moved_images_are_found_where_they_were_named_last(tmp_path) -> None:

@@ -19,7 +19,7 @@ from hierarchy_builder.build import stages
 from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
-from hierarchy_builder.errors import TooManySkippedError, UsageError, VerificationError
+from hierarchy_builder.errors import ConfigMismatchError, TooManySkippedError, UsageError, VerificationError
 from hierarchy_builder.files import read_json, read_record, sha256_file, write_json, write_record
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
@@ -290,6 +290,20 @@ def test_repair_redoes_later_stages_if_an_image_was_lost(folder: BuildFolder) ->
     lenient = replace(PLAN, extract=replace(PLAN.extract, max_bad_fraction=0.1))
     steps.build(whole, str(folder.root.parent / "photos"), lenient, SESSION)
     assert tars_of(whole) == tars_of(folder)
+
+
+def test_a_repair_that_cannot_begin_keeps_what_is_whole(folder: BuildFolder) -> None:
+    before = contents(folder)
+    photo = folder.root.parent / "photos" / pq.read_table(folder.index).to_pylist()[9]["path"]
+    photo.rename(folder.root / "away")
+    flip(chunk(folder.features, "features", 1))
+    with pytest.raises(ConfigMismatchError, match=rf"images: 1 is gone \(\w+/{photo.name}\)"):
+        repair(folder, SESSION)
+    for stage in ("cluster", "link", "shard"):
+        assert folder.markers(stage), stage
+    (folder.root / "away").rename(photo)
+    repair(folder, SESSION)
+    assert contents(folder) == before
 
 
 def tars_of(folder: BuildFolder) -> dict[str, bytes]:
