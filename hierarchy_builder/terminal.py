@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import re
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ import yaml
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hierarchy_builder.errors import InterruptedRunError, UserError, explained
 from hierarchy_builder.fields import flattened
@@ -27,7 +29,19 @@ PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """Settings of every console: text is printed as it is, also a name such as `[red]` or `:b:`."""
 WHOLE_CHARACTERS, LEAST_CHARACTERS = 26, 16
 """A column of a table at most so wide is not broken over lines if the wider ones keep at least so many characters."""
-stdout, stderr = Console(**PLAIN), Console(stderr=True, **PLAIN)
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that move the cursor of a terminal, colour it, or turn the direction of what follows."""
+
+
+class Terminal(Console):
+    """A console on which names that others gave, of classes or files, are only text: it shows controls as `\\x1b`."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """The text of a message or of a cell of a table."""
+        return super().render_str(CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text), **options)
+
+
+stdout, stderr = Terminal(**PLAIN), Terminal(stderr=True, **PLAIN)
 CTRL_C = 130
 """The exit code click makes of KeyboardInterrupt."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from hierarchy_builder.records import (
     Sample,
     spread_evenly,
 )
+from hierarchy_builder.terminal import say
 from hierarchy_builder.untrusted.arrays import parse_npy
 from trainer.data.distant import SAMPLES_KEPT, DistantTar, found_tar
 from trainer.data.shards import INDEX, ShardIndex
@@ -259,7 +259,7 @@ class ShardReader:
         if len(self._damaged) > self._max_damaged:
             count, allowed = len(self._damaged), self._max_damaged
             raise DamagedShardError(f"{error}; {count} damaged shards, max_damaged_shards is {allowed}")
-        print(f"warning: {error}; samples of the next shard take their place", file=sys.stderr)
+        say(f"warning: {error}; samples of the next shard take their place")
 
     def _empty_rows(self, count: int, is_int8: bool, pin_memory: bool) -> Rows:
         empty = partial(torch.empty, pin_memory=pin_memory)

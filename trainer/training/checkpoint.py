@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -37,6 +36,7 @@ from torch import Tensor
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, brief
 from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
+from hierarchy_builder.terminal import say
 from hierarchy_builder.untrusted.documents import read_document
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.tensor_files import read_tensors
@@ -274,7 +274,7 @@ def _newest(run: Path, warn: bool) -> tuple[Path, RunState]:
             f"{run}: found no checkpoint; give a run folder of `trainer train` or one step of it"
         )
     for error in refused.values() if warn else ():
-        print(f"warning: {_problem(error)}; taking {found[0].name} instead", file=sys.stderr)
+        say(f"warning: {_problem(error)}; taking {found[0].name} instead")
     return found
 
 

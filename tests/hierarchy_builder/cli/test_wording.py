@@ -5,13 +5,25 @@ from __future__ import annotations
 import pytest
 
 from hierarchy_builder.build.session import StageSummary
-from hierarchy_builder.terminal import counted, print_stages
+from hierarchy_builder.terminal import counted, print_cells, print_stages, say
 
 
 def test_one_is_no_plural() -> None:
     assert [counted(number, "image") for number in (0, 1, 2048)] == ["0 images", "1 image", "2,048 images"]
     assert counted(1, "class", "classes") == "1 class"
     assert counted(3, "class", "classes") == "3 classes"
+
+
+def test_names_of_others_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202egnp.exe\r\x7f"
+    shown = r"\x1b]0;title\x07\x1b[31mred\x9b2J\u202egnp.exe\r\x7f"
+    say(f"unknown class {hostile!s}, [bold]x[/bold] :b:\tcafé")
+    print_cells(("class",), [[hostile]])
+    printed = capsys.readouterr()
+    assert f"unknown class {shown}, [bold]x[/bold] :b:" in printed.err
+    assert "café" in printed.err
+    assert shown in printed.out
+    assert not set(hostile) & set("\x1b\x07\x9b\u202e\r\x7f") & set(printed.out + printed.err)
 
 
 def test_notes_of_a_stage_are_rounded(capsys: pytest.CaptureFixture[str]) -> None:
