@@ -146,10 +146,11 @@ def _generate_row(desk: Desk) -> None:
     def generate(
         bench: Workbench, label: Any, seed: float | None, steps: float | None, temperature: float | None
     ) -> Workbench:
-        if not 1 <= (steps or 1) <= MOST_STEPS:
+        steps = 1 if steps is None else steps
+        if not 1 <= steps <= MOST_STEPS:
             raise UsageError(f"steps per level are {steps}, expected 1 to {MOST_STEPS:,}")
         how: SamplingArguments = {
-            "num_steps": int(steps or 1),
+            "num_steps": int(steps),
             "temperature": 1.0 if temperature is None else temperature,
         }
         return bench.open(desk.pipe(label=desk.chosen(label), seed=int(seed or 0), **how))
@@ -157,13 +158,11 @@ def _generate_row(desk: Desk) -> None:
     with gr.Row(elem_id="drawing"):
         desk.label.render()
         tip = desk.tip("seed", "Another seed gives another picture; the same one gives the same.")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=1, min_width=90, **tip)
+        seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=90, **tip)
         steps = gr.Number(
             1,
             label="Steps per level",
             precision=0,
-            minimum=1,
-            maximum=MOST_STEPS,
             scale=1,
             min_width=120,
             **desk.tip(
@@ -173,7 +172,6 @@ def _generate_row(desk: Desk) -> None:
         temperature = gr.Number(
             1,
             label="Temperature",
-            minimum=0,
             step=0.1,
             scale=1,
             min_width=110,
@@ -222,15 +220,15 @@ def _selection_row(desk: Desk) -> None:
         desk.button("Redo", Workbench.redo, (), "Repeated.", size="sm", min_width=70, **tip)
     with gr.Accordion("Keys, and selection without a mouse", open=False):
         gr.Markdown(KEYS_TEXT)
-        height, width = desk.pipe.model.config.grid
         with gr.Row(elem_id="typed"):
-            look: dict[str, Any] = {"precision": 0, "minimum": 0, "min_width": 80}
+            # No number has bounds of its own: Gradio would print a traceback for others, and the actions say more.
+            look: dict[str, Any] = {"precision": 0, "min_width": 80}
             tip = desk.tip("at-level", "Level of the token, 0 is the coarsest.")
-            level = gr.Number(0, label="Level", maximum=desk.levels[-1], **look, **tip)
+            level = gr.Number(0, label="Level", **look, **tip)
             tip = desk.tip("at-row", "Row of the token, from above.")
-            row = gr.Number(0, label="Row", maximum=height - 1, **look, **tip)
+            row = gr.Number(0, label="Row", **look, **tip)
             tip = desk.tip("at-column", "Column of the token, from the left.")
-            column = gr.Number(0, label="Column", maximum=width - 1, **look, **tip)
+            column = gr.Number(0, label="Column", **look, **tip)
             inputs = [level, row, column, pick, desk.join, cosine]
             tip = desk.tip("select-token", "Does what a click on this token would do.")
             desk.button("Select", partial(_typed, desk), inputs, min_width=90, **tip)

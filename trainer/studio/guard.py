@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hierarchy_builder.terminal import say
+
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 BODY_BYTES = 16 * 2**20
 """Largest request."""
@@ -97,6 +99,11 @@ class Guard:
         except TooLargeError:
             if not began:
                 await _answer(send, 413, f"a request has at most {BODY_BYTES:,} bytes")
+        except Exception as error:  # whatever a request leads Gradio to that its own page never sends
+            failed = f"a request to {scope['path']} failed: {type(error).__name__}: {error}"
+            say(f"warning: {failed}")
+            if not began:
+                await _answer(send, 400, failed)
 
     def refusal(self, headers: MutableMapping[str, str], method: str = "GET") -> str | None:
         """Why a request with these headers is refused, or None. A form of another site is no visit, a link is."""

@@ -54,7 +54,6 @@ def edit_tab(desk: Desk) -> None:
                     0,
                     label="Prototype of the vocabulary",
                     precision=0,
-                    minimum=0,
                     **desk.tip("prototype", "Number of a prototype, as on the page of the vocabulary."),
                 )
                 tip = desk.tip("take-prototype", "Remember the features of this prototype.")

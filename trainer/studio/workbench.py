@@ -31,8 +31,8 @@ Join = Literal["replace", "add", "remove", "intersect"]
 
 MOST_EARLIER = 10
 """Opened trajectories that undo can lead back to."""
-MARKS = re.compile(r"([\\`*_{}\[\]()#|!~$&])")
-"""Characters that Markdown reads as marks; all but `<`, which is written as an entity."""
+MARKS = re.compile(r"([\\`*_{}\[\]()#|!~$&@]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
+"""Characters that Markdown reads as marks, also of a plain address; all but `<`, which is written as an entity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

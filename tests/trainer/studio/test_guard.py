@@ -82,6 +82,15 @@ def test_large_requests_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(Guard(page), {**own, "content-length": "101"})[0] == 413
 
 
+def test_a_request_that_the_page_never_sends_gets_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise KeyError(99999)
+
+    line = "a request to /gradio_api/queue/join failed: KeyError: 99999"
+    assert asked(Guard(fails), {"host": "localhost"}, path="/gradio_api/queue/join") == (400, line)
+    assert capsys.readouterr().err == f"warning: {line}\n"
+
+
 def test_uploads_are_bounded_and_old_ones_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "SERVED_BYTES", 100)
     for name in ("0" * 64, "f" * 64, "mine"):

@@ -151,6 +151,22 @@ def test_a_sweep_has_its_baselines(page: Any) -> None:
     says(page, "strengths are 'much', expected numbers")
 
 
+def test_numbers_out_of_bounds_are_answered_in_the_page(page: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, number, answer in (
+        ("Steps per level", "5000", "steps per level are 5000, expected 1 to 1,000"),
+        ("Steps per level", "0", "steps per level are 0, expected 1 to 1,000"),
+        ("Seed", "-4", "seed -4, expected 0 to"),
+    ):
+        page.reload()
+        says(page, "This is a first trajectory")
+        box = page.get_by_label(name, exact=True)
+        box.fill(number)
+        box.press("Tab")
+        page.get_by_role("button", name="Generate").click()
+        says(page, answer)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_drawing_is_cancelled_while_another_user_works(page: Any, browser: Any, studio: Any) -> None:
     from playwright.sync_api import TimeoutError
 
@@ -248,4 +264,8 @@ def test_names_and_messages_are_shown_as_they_are(tmp_path: Path) -> None:
     name = "![x](http://evil.example/a.png) <img src=//evil.example>"
     text = quoted(name)
     assert not any(mark in text for mark in ("![", "](", "<"))
+    address = quoted(
+        "http://evil.example WWW.evil.example me@evil.example"
+    )  # which the page would make links of
+    assert address == r"http\://evil.example WWW\.evil.example me\@evil.example"
     assert quoted("ant, seed 3: 1.5 – café") == "ant, seed 3: 1.5 – café"
