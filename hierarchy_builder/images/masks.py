@@ -7,6 +7,7 @@ A map is a PNG with one plane of integers and the size of the upright photo. It 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -40,7 +41,7 @@ class MaskFolder:
 
     def of(self, path: str) -> list[Path]:
         """Maps of the photo listed at `path`, in the order of their numbers; empty if there are none."""
-        parts = PurePosixPath(path).with_suffix("").parts
+        parts = PurePosixPath(_composed(path)).with_suffix("").parts
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         return next((self.files[end] for end in ends if end in self.files), [])
 
@@ -92,7 +93,7 @@ def open_masks(root: Path) -> MaskFolder:
     """List a folder of label maps. Raises UsageError if it contains none."""
     files: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(root.rglob("*.png")):
-        stem = path.relative_to(root).with_suffix("").as_posix()
+        stem = _composed(path.relative_to(root).with_suffix("").as_posix())
         files.setdefault(stem, []).append((-1, path))
         if numbered := NUMBERED.fullmatch(stem):
             files.setdefault(numbered[1], []).append((int(numbered[2]), path))
@@ -101,6 +102,11 @@ def open_masks(root: Path) -> MaskFolder:
             f"--masks {root} contains no label maps: expected <stem>.png or <stem>_<k>.png, named after the photos"
         )
     return MaskFolder(root, {stem: [path for _, path in sorted(found)] for stem, found in files.items()})
+
+
+def _composed(path: str) -> str:
+    """A path in which an accented letter is one character, as not every system writes it."""
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def majority(cells: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

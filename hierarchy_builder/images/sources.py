@@ -168,14 +168,13 @@ def open_source(
             f"{source} is a file: expected a folder of class folders, an uncompressed .tar, or a table "
             f"{', '.join(TABLES)}"
         )
-    ids = found.ids or {name: number for number, name in enumerate(sorted(found.classes))}
-    table = found.table
-    names = sorted(set(found.images.classes))
+    ids = found.ids or _numbered(found.classes)
     if class_map is not None:
         ids = _read_class_map(class_map)
-        spelled = _as_spelled(names, ids)
+    spelled = _as_spelled(sorted(set(found.images.classes)), ids)
+    if class_map is not None:
         _check_classes(sorted(set(spelled.values())), ids, class_map)
-        table = _renamed(table, spelled)
+    table = _renamed(found.table, spelled)
     records = _records(table, ids, found.images.elsewhere)
     del table
     give_back()
@@ -206,8 +205,14 @@ def _filesystem(source: str) -> tuple[AbstractFileSystem, str]:
     return fs, place.rstrip("/") or "/"
 
 
+def _numbered(classes: Iterable[str]) -> dict[str, int]:
+    """Ids of classes by their sorted names; names that differ only in how accents are composed are one class."""
+    spelled = {unicodedata.normalize("NFC", name): name for name in sorted(classes)}
+    return {name: number for number, name in enumerate(sorted(spelled.values()))}
+
+
 def _as_spelled(names: Iterable[str], ids: Mapping[str, int]) -> dict[str, str]:
-    """The names of classes as a class map has them, where those differ only in how accents are composed."""
+    """The names of classes as `ids` has them, where those differ only in how accents are composed."""
     spelled = {unicodedata.normalize("NFC", name): name for name in ids}
     return {
         name: name if name in ids else spelled.get(unicodedata.normalize("NFC", name), name) for name in names

@@ -1,5 +1,6 @@
 """Label maps: found by the photo's name, cut as the photo, refused with a reason."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,12 @@ def test_label_zero_stays_and_others_are_renumbered_from_one(tmp_path) -> None:
     assert cells[0].tolist() == [0, 0, 2, 2, 1, 1, 3, 3]
     cells = read_mask(save(tmp_path / "b.png", stripes + 5, np.uint16), (8, 8), 8, (8, 8))
     assert cells[0].tolist() == [1, 1, 3, 3, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(("photo", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_of_a_photo_and_its_map_may_be_composed_in_two_ways(tmp_path, photo, written) -> None:
+    file = save(tmp_path / f"{unicodedata.normalize(written, 'café_2')}.png", np.ones((8, 8)))
+    assert open_masks(tmp_path).of(f"été/{unicodedata.normalize(photo, 'café')}.jpg") == [file]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,17 @@ def test_accents_match_however_they_are_composed(tmp_path: Path, on_disk: str, w
     assert listed.read(f"{written}/1.png") == DATA
 
 
+def test_a_class_whose_accents_are_written_in_two_ways_is_one(tmp_path: Path) -> None:
+    tree(tmp_path, f"{APART}/1.png", f"{COMPOSED}/2.png", "dog/3.png")
+    rows = f"{APART}/1.png,{APART}\n{COMPOSED}/2.png,{COMPOSED}\ndog/3.png,dog\n"
+    (tmp_path / "list.csv").write_text(f"path,class\n{rows}", encoding="utf-8")
+    for place in (tmp_path, tmp_path / "list.csv"):
+        source = open_source(str(place))
+        assert source.class_map == {COMPOSED: 0, "dog": 1}
+        assert [record.label for record in source.records] == [0, 0, 1]
+        assert len({record.key for record in source.records}) == 3
+
+
 # Tars
 
 
