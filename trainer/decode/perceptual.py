@@ -94,10 +94,13 @@ def _found(folder: Path, names: tuple[str, ...]) -> Path:
             places = [folder / f"{name}{suffix}", *sorted(folder.glob(f"{name}-*{suffix}"))]
             if there := next((place for place in places if place.exists()), None):
                 return there
-    present = sorted(file.name for file in folder.iterdir())[:5] if folder.is_dir() else []
+    if folder.is_dir():
+        held = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+        fault = f"found no {names[0]} with one of {', '.join(SUFFIXES)}; the folder holds {held}"
+    else:
+        fault = f"{'found a file' if folder.exists() else 'found nothing'}, expected a folder of two files"
     raise TrainerError(
-        f"{folder}: found no {names[0]} with one of {', '.join(SUFFIXES)}; the folder holds "
-        f"{', '.join(present) or 'nothing'}. LPIPS needs {BACKBONE[0]} (torchvision's weights) and {HEADS[0]} "
+        f"{folder}: {fault}. LPIPS needs {BACKBONE[0]} (torchvision's weights) and {HEADS[0]} "
         f"(the heads), or train without lpips. {PUBLISHED}"
     )
 

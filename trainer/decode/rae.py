@@ -251,7 +251,7 @@ def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path
     """
     given = config if isinstance(config, Mapping) else read_fields(Path(config)) if config else None
     where = f"decoder config {config}" if isinstance(config, str | Path) else "decoder config"
-    tensors = release_tensors(read_weights(Path(weights)))
+    tensors = release_tensors(read_weights(Path(weights)), weights)
     shape = _read_config(decoder_fields(given, tensors, where if given is not None else weights), where)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in RaeDecoder(shape).state_dict().items()}

@@ -1,8 +1,8 @@
 """Published files of RAE decoders: which layout a file has, and the sizes and tensors that `RaeDecoder` needs.
 
-Three layouts are understood, each also wrapped as {"model": …} or {"state_dict": …} and with names that begin with
-"module." or "decoder.": a plain state dict of the RAE release (with its config.json, or without one), the folder of
-diffusers' `AutoencoderRAE`, and what `trainer train-decoder` writes.
+Three layouts are understood: a plain state dict of the RAE release (with or without its config.json), the folder of
+diffusers' `AutoencoderRAE`, and what `trainer train-decoder` writes. Each may also be wrapped, such as {"model": …} or
+{"state_dict": …}, and its names may begin with anything, such as "module." or "_orig_mod.decoder.".
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
 
-WRAPPERS = ("model", "module", "state_dict")
-"""Names under which training scripts store the weights."""
 DIFFUSERS_ATTENTION = {
     "to_q": "attention.query",
     "to_k": "attention.key",
@@ -40,25 +38,35 @@ PUBLISHED = (
 EMBED, PREDICT, POSITIONS = "decoder_embed.weight", "decoder_pred.weight", "decoder_pos_embed"
 
 
-def release_tensors(content: Mapping[str, Any]) -> dict[str, Any]:
+def release_tensors(content: Mapping[str, Any], where: object) -> dict[str, Any]:
     """The tensors of a decoder under the release's names, from any of the layouts.
 
     Other parts of a whole autoencoder, such as its encoder, are left out; its `encoder_mean` and `encoder_std` stay.
+    Raises MismatchError if there is no decoder.
     """
-    for wrapper in WRAPPERS:
-        inner = content.get(wrapper)
-        content = inner if isinstance(inner, Mapping) else content
-    if not all(isinstance(name, str) for name in content):
-        raise MismatchError(f"found no named tensors of a decoder; {PUBLISHED}")
-    if content and all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    if any(name.startswith("decoder.") for name in content):
-        content = {
-            name.removeprefix("decoder."): value
-            for name, value in content.items()
-            if name.startswith("decoder.") or name in ("encoder_mean", "encoder_std")
-        }
-    return {_release_name(name): value for name, value in content.items()}
+    if (found := _decoder_in(content)) is None:
+        names = ", ".join(sorted(map(str, content))[:3]) or "nothing"
+        raise MismatchError(
+            f"{where}: found no decoder of RAE: {EMBED} is missing, and there are {len(content)} other entries "
+            f"({names}, …); {PUBLISHED}"
+        )
+    tensors, prefix = found
+    outer = prefix.removesuffix("decoder.")
+    named = {name: value for name, value in tensors.items() if isinstance(name, str)}
+    own = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+    own |= {
+        name: tensors[outer + name] for name in ("encoder_mean", "encoder_std") if outer + name in tensors
+    }
+    return {_release_name(name): value for name, value in own.items()}
+
+
+def _decoder_in(content: Mapping[Any, Any], depth: int = 3) -> tuple[Mapping[str, Any], str] | None:
+    """The mapping that holds a decoder, at most `depth` inside another, and what its names begin with."""
+    for name in content:
+        if isinstance(name, str) and (name == EMBED or name.endswith(f".{EMBED}")):
+            return content, name.removesuffix(EMBED)
+    inner = [each for each in content.values() if isinstance(each, Mapping)] if depth else []
+    return next((found for each in inner if (found := _decoder_in(each, depth - 1)) is not None), None)
 
 
 def _release_name(name: str) -> str:
@@ -143,9 +151,5 @@ def _transformer_of(tensors: Mapping[str, Any], where: object) -> dict[str, Any]
 def _shape(tensors: Mapping[str, Any], name: str, where: object) -> tuple[int, ...]:
     tensor = tensors.get(name)
     if not isinstance(tensor, Tensor) or tensor.ndim < 2:
-        found = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise MismatchError(
-            f"{where}: found no decoder of RAE: {name} is missing, and there are {len(tensors)} other entries "
-            f"({found}, …); {PUBLISHED}"
-        )
+        raise MismatchError(f"{where}: {name} is missing or no array, expected a decoder of RAE; {PUBLISHED}")
     return tuple(tensor.shape)

@@ -155,13 +155,27 @@ def test_a_folder_of_diffusers_decodes_to_identical_pixels(
         load_decoder(folder)
 
 
-@pytest.mark.parametrize("wrapper", ["model", "state_dict", "module.", "decoder.", "module.decoder.", ""])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "model",
+        "state_dict",
+        "ema",
+        "module.",
+        "decoder.",
+        "module.decoder.",
+        "_orig_mod.",
+        "rae.decoder.",
+        "",
+    ],
+)
 def test_wrapped_and_prefixed_state_dicts_are_read_with_the_config_of_rae(
     golden: Path, canvases: torch.Tensor, tmp_path: Path, wrapper: str
 ) -> None:
     state = torch.load(golden / "model.pt", weights_only=True)
     prefixed = {f"{wrapper}{name}": tensor for name, tensor in state.items()}
-    torch.save({wrapper: state} if wrapper in ("model", "state_dict") else prefixed, tmp_path / "model.pt")
+    is_prefix = wrapper.endswith(".") or not wrapper
+    torch.save(prefixed if is_prefix else {wrapper: state, "epoch": 3}, tmp_path / "model.pt")
     config = json.loads((golden / "config.json").read_text())
     config |= {
         "patch_size": "SHOULD BE RELOADED",

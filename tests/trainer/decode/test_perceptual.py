@@ -89,6 +89,10 @@ def test_files_keep_the_names_they_are_published_under(weights: Path, tmp_path: 
 def test_missing_or_other_weights_are_named(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"found no vgg16 .* or train without lpips"):
         load_lpips(tmp_path)
+    with pytest.raises(
+        TrainerError, match=r"vgg16\.safetensors: found a file, expected a folder of two files"
+    ):
+        load_lpips(weights / "vgg16.safetensors")
     (tmp_path / "vgg16.safetensors").write_bytes((weights / "vgg16.safetensors").read_bytes())
     save_file({"lin0.model.1.weight": torch.ones(1, 64, 1, 1)}, tmp_path / "lpips.safetensors")
     with pytest.raises(MismatchError, match=r"LPIPS v0\.1, does not fit .*lin1\.model\.1\.weight is missing"):
