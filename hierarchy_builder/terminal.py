@@ -199,7 +199,9 @@ def _literal(value: Any) -> str:
     """A value as it is written in a configuration, since tables of results also hold seeds and settings."""
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:.4g}"
-    return str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_literal, value)) or "–"
+    return show_value(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _print_heading(title: str, note: str) -> None:

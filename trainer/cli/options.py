@@ -25,7 +25,7 @@ from hierarchy_builder.flags import (
 )
 from hierarchy_builder.places.paths import a_path
 from hierarchy_builder.progress import Follow, shown_on, unseen
-from hierarchy_builder.terminal import stderr
+from hierarchy_builder.terminal import say, stderr
 from trainer.methods.normalizing_trajectory.config import Ending
 from trainer.training.config import RunConfig
 
@@ -209,17 +209,26 @@ def names_given(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -
 
 
 def open_run(run: Path, given: Mapping[str, Any]) -> TrajectoryPipeline:
-    """Load the pipeline of a run with those options of a verb that concern it.
+    """Load the pipeline of a run with those options of a verb that concern it, and say if it has no decoder.
 
     Raises UsageError for an unknown ending.
     """
+    from trainer.decode.rae_files import PUBLISHED
     from trainer.trajectories.pipeline import TrajectoryPipeline
 
     ending, known = given.get("ending"), get_args(Ending)
     if ending is not None and ending not in known:
         raise UsageError(f"ending {ending!r}, expected one of {', '.join(known)}")
     names = ("ema", "decoder", "weak", "pixel_stage", "ending", "shift")
-    return TrajectoryPipeline.from_pretrained(run, **{name: given[name] for name in names if name in given})
+    pipe = TrajectoryPipeline.from_pretrained(run, **{name: given[name] for name in names if name in given})
+    if pipe.decoder is None and not pipe.draws_pixels:
+        say(
+            f"note: no decoder for features of {pipe.encoder.get('name', 'unknown')} was found, so there are no "
+            f"pictures, and pages show features as colours. --decoder FOLDER takes one, and "
+            f"`trainer train-decoder SHARDS --out {run}/decoder` trains one; {PUBLISHED}",
+            given.get("quiet", False),
+        )
+    return pipe
 
 
 def sampling_of(given: Mapping[str, Any], num_steps: int = 1) -> SamplingArguments:

@@ -73,6 +73,8 @@ class TrajectoryPipeline(ABC):
     """The class of what the method adds to a run's configuration, whose defaults hold where none is given."""
     weak_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of `model` that a weak network for autoguidance shares with the strong one; none: no autoguidance."""
+    draws_pixels: ClassVar[bool] = False
+    """Whether the network draws pictures itself, without a decoder."""
 
     def __init__(
         self,

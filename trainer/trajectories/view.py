@@ -132,13 +132,20 @@ def _draw_labels(
     draw: ImageDraw.ImageDraw, trajectories: Sequence[TrajectoryView], names: Sequence[str], column_px: int
 ) -> None:
     bold, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    heading = _fitting(draw, max(names, key=len), column_px - GAP_PX)
     for level, name in enumerate(names):
-        draw.text((MARGIN_PX + LABEL_PX + level * column_px, MARGIN_PX), name, INK, font=bold)
+        draw.text((MARGIN_PX + LABEL_PX + level * column_px, MARGIN_PX), name, INK, font=heading)
     for i, trajectory in enumerate(trajectories):
         y = MARGIN_PX + HEADER_PX + i * (CELL_PX + GAP_PX)
         lines = _wrapped(draw, trajectory.label_name, bold, LABEL_PX - 2 * GAP_PX)[:4]
         draw.multiline_text((MARGIN_PX, y), "\n".join(lines), INK, font=bold, spacing=3)
         draw.text((MARGIN_PX, y + 4 + 20 * len(lines)), f"seed {trajectory.seed}", MUTED, font=small)
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width_px: int) -> Any:
+    """The largest font up to 15 pixels in which the text is at most so wide."""
+    fonts = [ImageFont.load_default(size) for size in range(15, 5, -1)]
+    return next((font for font in fonts if draw.textlength(text, font=font) <= width_px), fonts[-1])
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width_px: int) -> list[str]:

@@ -40,7 +40,17 @@ from hierarchy_builder.canvases.views import (
 from hierarchy_builder.quality.report import hierarchy_page
 from hierarchy_builder.terminal import show_value
 from trainer.evaluation.pages import training_page, training_plots
-from trainer.trajectories.view import TrajectoryView, page_palette, trajectory_grid_png
+from trainer.trajectories.view import (
+    CELL_PX,
+    GAP_PX,
+    HEADER_PX,
+    LABEL_PX,
+    MARGIN_PX,
+    PAPER,
+    TrajectoryView,
+    page_palette,
+    trajectory_grid_png,
+)
 
 
 def blobs(seed: int = 0, side: int = 16, channels: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -361,6 +371,13 @@ def test_contact_sheet_shows_every_canvas_and_picture() -> None:
     for shown in trajectories:
         canvases = palette.apply(shown.canvases)
         assert {tuple(colour) for colour in canvases.reshape(-1, 3)} <= found
+
+
+def test_headings_of_a_contact_sheet_stay_in_their_columns() -> None:
+    plain = TrajectoryView(label_name="goldfish", seed=1, canvases=trajectory().canvases)
+    heading = np.asarray(trajectory_grid_png([plain]))[MARGIN_PX : MARGIN_PX + HEADER_PX - GAP_PX]
+    end = MARGIN_PX + LABEL_PX + CELL_PX + 2 * GAP_PX  # of the first column, which has the longest name
+    assert (heading[:, end - GAP_PX : end] == PAPER).all()
 
 
 def test_contact_sheet_refuses_trajectories_of_different_depth() -> None:

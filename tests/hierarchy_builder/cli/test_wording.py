@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hierarchy_builder.build.session import StageSummary
-from hierarchy_builder.terminal import counted, print_cells, print_stages, say
+from hierarchy_builder.terminal import counted, print_cells, print_result, print_stages, say
 
 
 def test_one_is_no_plural() -> None:
@@ -35,3 +35,9 @@ def test_notes_of_a_stage_are_rounded(capsys: pytest.CaptureFixture[str]) -> Non
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "0.1235" in printed
     assert "12,345" in printed
+
+
+def test_tables_of_results_are_no_python(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result({"averages": ["500", "1000"], "levels": [0, 0.25], "held_out": True, "none": []}, False)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [row[2].strip() for row in rows] == ["500, 1000", "0, 0.25", "yes", "–"]

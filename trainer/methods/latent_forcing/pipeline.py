@@ -69,6 +69,7 @@ class LatentPipeline(TrajectoryPipeline):
     network_type = PixelLatentTransformer
     method_type = LatentMethodConfig
     default_steps = STEPS_PER_STAGE
+    draws_pixels = True
     weak_fields = ("grid", "patch_px", "in_channels", "num_canvases", "num_classes")
     model: PixelLatentTransformer
 
