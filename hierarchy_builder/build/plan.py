@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -599,17 +600,20 @@ def _stage_plan(
 def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session) -> float:
     """Time of the units `todo`: start-up as in the trial, then as many units at once as there are workers.
 
-    A stage that begins in this process starts workers only where they save time.
+    An image takes what it takes in the middle one of the trial's units: in the first, code is compiled, which the build
+    then finds compiled. A stage that begins in this process starts workers only where they save time.
     """
     total = trial.summaries[stage].seconds
     if stage == "vocabulary":  # the small one of the trial is all start-up
         return total
-    units = [float(read_marker(path)["seconds"]) for path in trial.folder.markers(stage)]
-    workers = _num_workers(session) or max(1.0, sum(units) / total)
+    units = [read_marker(path) for path in trial.folder.markers(stage)]
+    working = sum(float(unit["seconds"]) for unit in units)
+    per_image = median_low(float(unit["seconds"]) / max(1, unit["images"]) for unit in units)
+    workers = _num_workers(session) or max(1.0, working / total)
     images = sum(map(len, todo))
     at_once = 1 if session.workers.begins_here(images) else min(workers, len(units))
-    start_up = max(0.0, total - sum(units) / at_once)
-    alone = images * sum(units) / len(trial.outcomes)
+    start_up = max(0.0, total - working / at_once)
+    alone = images * per_image
     together = alone / min(workers, len(todo))
     if session.workers.begins_here(images):
         each = alone / len(todo)  # how many threads it uses is not measured here

@@ -22,6 +22,7 @@ from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
 from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.progress import Reporter
+from hierarchy_builder.store import ledger
 from hierarchy_builder.store.folder import BuildFolder
 
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
@@ -179,6 +180,20 @@ def test_a_fused_build_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest
     done = planned(folder, photos, FUSED, fused=True)
     assert states(done) == {"fuse": ("done", 0)}
     assert (done.scratch, done.seconds) == (0, 0)
+
+
+def test_code_that_the_trial_compiles_is_not_compiled_for_every_image(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling = 1000.0
+
+    def read_marker(path: Path) -> dict[str, Any]:
+        marker = ledger.read_marker(path)
+        return marker | {"seconds": marker["seconds"] + compiling * (marker["unit"] == 0)}
+
+    monkeypatch.setattr("hierarchy_builder.build.plan.read_marker", read_marker)
+    plan = planned(BuildFolder(tmp_path / "build"), photos, PLAIN)
+    assert {stage.stage for stage in plan.stages if stage.seconds < compiling} >= {"extract", "cluster"}
 
 
 @pytest.mark.parametrize("config", [PLAN, FUSED], ids=["linked", "plain"])
