@@ -123,7 +123,7 @@
     });
 
     const start = Number(gallery.dataset.start);
-    show(gallery.dataset.opens);
+    show(modes.length ? "all" : "one"); // a gallery of one level has no choice of a view
     sweep(start < 0 ? ticks.length + start : clamp(start, 0, ticks.length - 1));
   }
 

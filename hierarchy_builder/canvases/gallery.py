@@ -83,7 +83,10 @@ class LevelViewer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
-    """Cards below a slider for all of them. `start` is the level shown first; −1 is the finest."""
+    """Cards that show all levels side by side, or one at a time below a slider for all of them.
+
+    start: the level that is shown first when one is shown; −1 is the finest.
+    """
 
     __repr__ = brief
 
@@ -91,11 +94,6 @@ class Gallery:
 
     viewers: Sequence[LevelViewer]
     start: int = 0
-
-    @property
-    def opens_with(self) -> str:
-        """The view shown first: "all" levels if there are photos, since they stand beside them, otherwise "one"."""
-        return "all" if any(viewer.shows_reveal_apart for viewer in self.viewers) else "one"
 
 
 class Term(str):

@@ -163,6 +163,9 @@ def test_all_levels_can_be_seen_side_by_side(opened: Any) -> None:
     assert lefts == sorted(set(lefts))
     page.get_by_role("button", name="One level").click()
     assert _shown_levels(page.locator(".card").nth(0)) == [1, 1, 1]
+    samples = opened("training", one=False)  # also galleries without photos
+    opens_with = samples.locator(".mode [aria-pressed=true]").all_text_contents()
+    assert opens_with == ["All levels"] * samples.locator(".gallery").count()
 
 
 @pytest.mark.parametrize("motion", ["no-preference", "reduce"])
