@@ -35,9 +35,7 @@ UPLOAD_LIMIT = "8mb"
 """Largest upload that the server accepts; browsers upload only paintings."""
 USERS_AT_ONCE = 8
 """Sessions whose actions run side by side; those of one session run one after the other."""
-FIRST = (
-    "This is a first trajectory: click a region to select it, or choose another class and press **Generate**."
-)
+FIRST = "This is a first trajectory: click a region to select it, or press **Generate** for another."
 PICKS = [
     ("whole region", "region"),
     ("one token", "token"),

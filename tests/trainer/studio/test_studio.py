@@ -176,6 +176,7 @@ def test_a_drawing_is_cancelled_while_another_user_works(page: Any, browser: Any
     for tab in ("Edit", "Paint", "Compare", "Sweep", "Files"):  # none is behind a menu of further tabs
         other.get_by_role("tab", name=tab).wait_for(timeout=5_000)
     assert other.evaluate("document.documentElement.scrollWidth") <= 390
+    assert other.locator("#status").bounding_box()["height"] < 65  # at most three lines
     steps = page.get_by_label("Steps per level")
     steps.fill("1000")
     steps.press("Tab")
