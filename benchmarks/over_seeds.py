@@ -3,6 +3,7 @@
     trainer evaluate RUN --shards SHARDS --json > FILE          # one for each seed
     python benchmarks/over_seeds.py tf=FILE,FILE,FILE lf=FILE,FILE,FILE [--names frechet_pooled,frechet_pictures]
 
+With `--real LABEL` a last line holds the same figures of real images, which `evaluate` prints too, from the first file.
 `variety_last` and `frechet_tokens_last` are those of the last level. Deviations are those of the population of seeds,
 divided by n − 1.
 """
@@ -25,6 +26,11 @@ def main() -> None:
     for group in given.groups:
         name, _, files = group.partition("=")
         groups[name] = [_metrics(Path(file)) for file in files.split(",")]
+    if given.real:
+        first = next(iter(groups.values()))[0]
+        groups[given.real] = [
+            {name.removesuffix("_real"): each for name, each in first.items() if name.endswith("_real")}
+        ]
     everywhere = [found for seeds in groups.values() for found in seeds]
     shared = [name for name in everywhere[0] if all(name in found for found in everywhere)]
     names = given.names.split(",") if given.names else shared
@@ -43,9 +49,14 @@ def main() -> None:
 def _metrics(file: Path) -> dict[str, float]:
     found = {row["name"]: row["value"] for row in json.loads(file.read_text(encoding="utf-8"))}
     for name in ("variety", "frechet_tokens"):  # methods differ in their number of levels
-        levels = [each for each in found if re.fullmatch(rf"{name}_\d+", each)]
+        levels = [int(each[1]) for key in found if (each := re.fullmatch(rf"{name}_(\d+)", key))]
         if levels:
-            found[f"{name}_last"] = found[max(levels, key=lambda each: int(each.rpartition("_")[2]))]
+            last = f"{name}_{max(levels)}"
+            found |= {
+                key.replace(last, f"{name}_last"): found[key]
+                for key in (last, f"{last}_real")
+                if key in found
+            }
     return found
 
 
@@ -63,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("groups", nargs="+", metavar="NAME=FILE,FILE,…")
     parser.add_argument("--names", help="metrics to print, with commas; all that every file holds by default")
+    parser.add_argument("--real", metavar="LABEL", help="a line of real images, and what it is called")
     records.add_option(parser)
     return parser
 
