@@ -156,13 +156,13 @@ def _generate_row(desk: Desk) -> None:
     with gr.Row(elem_id="drawing"):
         desk.label.render()
         tip = desk.tip("seed", "Another seed gives another picture; the same one gives the same.")
-        seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=90, **tip)
+        seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=60, **tip)
         steps = gr.Number(
             1,
-            label="Steps per level",
+            label="Steps",
             precision=0,
             scale=1,
-            min_width=120,
+            min_width=60,
             **desk.tip(
                 "steps", f"Network evaluations for each level, 1 to {MOST_STEPS:,}; more take longer."
             ),
@@ -172,7 +172,7 @@ def _generate_row(desk: Desk) -> None:
             label="Temperature",
             step=0.1,
             scale=1,
-            min_width=110,
+            min_width=105,
             **desk.tip("temperature", "Factor of the noise: below 1, pictures are cleaner and more alike."),
         )
         inputs, done = [desk.label, seed, steps, temperature], "Click a region on the board to select it."

@@ -77,7 +77,8 @@ class Desk:
             value=names[0],
             label="Class (name or id)",
             allow_custom_value=True,
-            scale=3,
+            scale=2,
+            min_width=130,
             render=False,
             **self.tip("class", "The class to draw; type to search by name or id."),
         )

@@ -153,9 +153,10 @@ def test_a_sweep_has_its_baselines(page: Any) -> None:
 
 def test_numbers_out_of_bounds_are_answered_in_the_page(page: Any, capfd: pytest.CaptureFixture[str]) -> None:
     for name, number, answer in (
-        ("Steps per level", "5000", "steps per level are 5000, expected 1 to 1,000"),
-        ("Steps per level", "0", "steps per level are 0, expected 1 to 1,000"),
+        ("Steps", "5000", "steps per level are 5000, expected 1 to 1,000"),
+        ("Steps", "0", "steps per level are 0, expected 1 to 1,000"),
         ("Seed", "-4", "seed -4, expected 0 to"),
+        ("Temperature", "-1", "temperature is -1, expected a finite number of 0 or more"),
     ):
         page.reload()
         says(page, "This is a first trajectory")
@@ -177,7 +178,7 @@ def test_a_drawing_is_cancelled_while_another_user_works(page: Any, browser: Any
         other.get_by_role("tab", name=tab).wait_for(timeout=5_000)
     assert other.evaluate("document.documentElement.scrollWidth") <= 390
     assert other.locator("#status").bounding_box()["height"] < 65  # at most three lines
-    steps = page.get_by_label("Steps per level")
+    steps = page.get_by_label("Steps", exact=True)
     steps.fill("1000")
     steps.press("Tab")
     page.get_by_label("Seed", exact=True).fill("5")
