@@ -255,7 +255,7 @@ class ShardConfig:
     split: str = "train"
     """First part of the shard names, `<split>-000000.tar`."""
     samples_per_shard: int = 1000
-    """Samples in each tar but the last; ignored when shard_bytes is given."""
+    """Samples in each tar but the last; ignored when `shard_bytes` is given."""
     shard_bytes: int | None = None
     """Size in bytes a tar aims at; the samples per tar follow from the size of one sample."""
     feature_dtype: Literal["float16", "int8"] = "float16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,10 +68,12 @@ def flag(kind: type, name: str, *declarations: str, default: str | None = None) 
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     inner = get_args(hint)[0] if NoneType in get_args(hint) else hint
     single = inner if inner in (int, float, bool) else str
-    text = sentences(kind)[name]
-    if field.default is not None and single is not bool:
+    options = {each.name: f"`--{each.name.replace('_', '-')}`" for each in dataclasses.fields(kind)}
+    text = re.sub(r"`(\w+)`", lambda word: options.get(word[1], word[0]), sentences(kind)[name])
+    if field.default is not None:
         values = field.default if isinstance(field.default, tuple) else (field.default,)
-        text = f"{text} Default: {default or ','.join(map(str, values))}."
+        words = [{True: "yes", False: "no"}[value] if single is bool else str(value) for value in values]
+        text = f"{text} Default: {default or ','.join(words)}."
     if name in FILES:
         return option(text, *declarations, **PLACE | {"metavar": "PATH"})
     return option(text, *declarations, kind=single, **({"metavar": "|".join(choices)} if choices else {}))

@@ -137,10 +137,14 @@ def shard(folder: Path, publish: str | None, **given: Any) -> None:
     _say_after_shards(build_folder, given["quiet"], has_stores=True)
 
 
+SPLIT = option("First part of the shard names; IMAGES/SPLIT is taken where it exists. Default: train.")
 OF_BUILD: dict[str, Any] = (
     opt.BUILD
     | opt.ENCODING
-    | grouped("Shards", split=option("First part of the shard names; IMAGES/SPLIT is taken where it exists."))
+    | grouped(
+        "Shards",
+        split=option("First part of the shard names; IMAGES/SPLIT is taken where it exists. Default: train."),
+    )
     | opt.RECIPE
     | opt.VOCABULARY
     | {"with_images" if name == "images" else name: each for name, each in opt.SHARDS.items()}
@@ -172,7 +176,7 @@ OF_BUILD: dict[str, Any] = (
 @app.command(rich_help_panel=WHOLE)
 @takes(**OF_BUILD)
 def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
-    """Run extract, cluster and shard; the same command resumes."""
+    """Turn photographs into shards: extract, cluster and shard in one; the same command resumes."""
     from hierarchy_builder.build import pipeline as steps
 
     _check_url(publish)

@@ -28,9 +28,9 @@ FILES = grouped(
 FDR = grouped(
     "Judges",
     fdr=option(
-        "Measure instead how far decoded samples are from real pictures for a judge, as a ratio to validation "
-        "images: six (siglip, mae, inception, convnext, dinov2, clip), one of these, an encoder of the builder, or "
-        "module:function; may be given several times.",
+        "Measure instead how far decoded samples are from real pictures in the features of a judge, divided by how far "
+        "validation images are. A judge is siglip, mae, inception, convnext, dinov2 or clip, `six` for all of these, "
+        "an encoder that `hierarchy-builder encoders` lists, or module:function; may be given several times.",
         kind=list[str],
         metavar="NAME",
     ),

@@ -114,7 +114,9 @@ GUIDED = grouped(
 OF_METHODS = grouped(
     "Options of single methods",
     ending=option(
-        "Normalizing Trajectory Models: how final states become canvases.", metavar="|".join(get_args(Ending))
+        "Normalizing Trajectory Models: how final states become canvases. Default: denoiser if the run has trained "
+        "one, else score.",
+        metavar="|".join(get_args(Ending)),
     ),
     shift=option(
         "Latent Forcing, schedules `shifted` and `independent`: how far latents are ahead of pixels; 1 draws both "

@@ -22,14 +22,18 @@ from trainer.cli.training import asked_fields, run_and_print
         **PLACE | {"kind": list[str]},
     ),
     out=option("Run folder or URL; the same command resumes there.", default=REQUIRED, **opt.NEW_RUN),
-    per_level=switch("Train each level by its own distances, and not through the cascade.", "--per-level"),
+    per_level=switch(
+        "Train each level by its own distances alone: no gradient passes to the coarser levels it was drawn from.",
+        "--per-level",
+    ),
     balanced=switch(
         "Scale the gradients that arrive at each level to equal norms before they are added.", "--balanced"
     ),
     no_levels=switch("Compare no canvases; only the judges count.", "--no-levels"),
     judge=option(
         "Network that compares decoded pictures: siglip, mae, inception, or sim for all three; convnext, dinov2, clip; "
-        "an encoder of the builder with a gradient; or module:function. May be given several times.",
+        "an encoder that `hierarchy-builder encoders` lists and gradients can pass; or module:function. May be given "
+        "several times.",
         kind=list[str],
         metavar="NAME[=WEIGHT]",
     ),

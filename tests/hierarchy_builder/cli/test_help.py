@@ -55,6 +55,9 @@ def test_the_help_of_a_verb_keeps_options_whole_and_names_no_types_of_python() -
     assert "[OPTIONS] DIR\n" in text
     assert not any(kind in text for kind in ("<bool>", "<Path>", "…", "{DIR}"))
     assert "cc-by-4.0" in text  # options and names are not broken at their hyphens
+    text = " ".join(cli("hierarchy-builder", "build", "--help").out.split())
+    assert "as JPEG. Default: no." in text  # of a pair such as --images / --no-images
+    assert "from which the level `--masks-level` is taken" in text  # and not the name of a field
 
 
 @pytest.mark.parametrize(
