@@ -104,5 +104,5 @@ def test_every_documented_figure_has_words_and_links_to_its_definition_on_the_pa
     text = render(Page(title="run", sections=[metrics, *FIGURES.meanings([metrics], TITLE, TEXT)]))
     links = set(re.findall(r'<a class="term" href="#([^"]*)"', text))
     assert links == set(re.findall(r'<div id="(means-[^"]*)"', text))
-    assert "Fréchet distance of tokens, level 1 ↓</a>" in text
+    assert "Fréchet distance of tokens, level 1\u00a0↓</a>" in text
     assert FIGURES.term("of_a_plugin") == "of_a_plugin"
