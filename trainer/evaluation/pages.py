@@ -76,7 +76,7 @@ SCALE_STEPS = 9
 """Colours of the bar that states a scale; between them it is even."""
 INTRO = (
     "This page shows what a network of {title} draws; it has seen {seen} training images, taken from {trained_on}. "
-    "Each card is one generated image of a class: choose a level to see it from the coarsest, object and background, "
+    "Each card is one generated image of a class on every level, from the coarsest, object and background, "
     "to the finest, single tokens. Compare the samples with the teacher hierarchies that the network was trained on; "
     "the tables below say how far both agree, and whether images of one class differ as much as real ones do."
 )

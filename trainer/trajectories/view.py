@@ -19,7 +19,7 @@ from hierarchy_builder.fields import brief
 
 TRAJECTORY_TEXT = (
     "Each card shows what the network draws for one class and seed: every level from noise and the level before it. "
-    "The slider sweeps a canvas and its decoded picture together."
+    "“One level” shows a slider, which sweeps canvases and decoded pictures together."
 )
 ONE_LEVEL_TEXT = (
     "Each card shows what the network draws for one class and seed: a canvas, and the picture made of it."
