@@ -67,8 +67,8 @@ def import_official(
     """Write the run folder `out` from a checkpoint file of the release, and return what it holds.
 
     config: its configuration; by default config.json next to the file or in the folder above, and without one the
-    sizes are read from the shapes of the weights. ema: half-life in kimg
-    of the weight average to sample from; by default the first. encoder: name of the encoder it was trained on.
+    sizes are read from the shapes of the weights. ema: half-life in kimg of the weight average to sample from; by
+    default the first. encoder: name of the encoder it was trained on.
     Raises UsageError if the configuration is incomplete or `out` holds a run, MismatchError if the file is damaged,
     does not fit it, or lacks the average.
     """
@@ -94,7 +94,9 @@ def import_official(
     return {
         "run": str(out),
         "network": _described(model_config, given),
-        "sizes_from": str(place) if place else "the shapes of its weights, as it has no config.json",
+        "sizes_from": str(place)
+        if place
+        else "the shapes of its weights, as no config.json of the release lies beside it",
         "class_names": _names_note(model_config.num_classes),
         "step": state.step,
         "images_seen": state.images_seen,
@@ -188,11 +190,13 @@ def _halflife(name: str, file: Path) -> float:
 
 
 def _find_config(file: Path) -> Path | None:
+    """The config.json beside the file or in the folder above, unless it is of something else, such as a decoder."""
     # The folder of the given name comes first: the file may be a link into a cache of downloads.
     places = [
         folder / CONFIG_FILE for path in (file.absolute(), file.resolve()) for folder in path.parents[:2]
     ]
-    return next((place for place in places if place.exists()), None)
+    own = {"model_str", official.CONFIG_NAMES["num_levels"]}
+    return next((place for place in places if place.exists() and own & read_fields(place).keys()), None)
 
 
 def _fields_of(file: Path) -> dict[str, Any]:

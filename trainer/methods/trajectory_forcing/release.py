@@ -49,7 +49,10 @@ SIZES = {"B": (768, 16, 12), "L": (1024, 32, 16), "H": (1280, 48, 16)}
 
 MLP_RATIO = 8 / 3
 """Hidden width of the MLP of all released networks, relative to the width."""
-PUBLISHED = "The authors' code: https://github.com/mervekocabas/TrajectoryForcing, paper: https://arxiv.org/abs/2606.22527"
+PUBLISHED = (
+    "The authors' checkpoints: https://huggingface.co/mervekocabas/TrajectoryForcing, their code: "
+    "https://github.com/mervekocabas/TrajectoryForcing, the paper: https://arxiv.org/abs/2606.22527"
+)
 
 CONFIG_NAMES = {
     "in_channels": "in_channels",
@@ -275,7 +278,8 @@ def read_parts(
         except DAMAGE as error:
             detail = str(error) or type(error).__name__
             raise MismatchError(
-                f"{path} is truncated or not a checkpoint of the release ({detail}): copy it again"
+                f"{path} is truncated or not a checkpoint of the release, which is one msgpack file ({detail}): copy "
+                f"it again. {PUBLISHED}"
             ) from None
 
 

@@ -261,6 +261,7 @@ def test_a_file_alone_is_read_by_its_shapes(golden: Path, tmp_path: Path) -> Non
     (tmp_path / "alone" / "here").mkdir(parents=True)
     file = Path(shutil.copy(golden / "flax" / "checkpoint_1234", tmp_path / "alone" / "here"))
     held = import_official(file, tmp_path / "run", golden / "config.json")
+    (file.parent / "config.json").write_text('{"hidden_size": 768}')  # of a decoder, and so passed over
     bare = import_official(file, tmp_path / "bare")
     assert "no config.json" in bare["sizes_from"]
     assert bare["network"] == held["network"]
@@ -271,6 +272,9 @@ def test_a_file_alone_is_read_by_its_shapes(golden: Path, tmp_path: Path) -> Non
     with pytest.raises(
         MismatchError, match=r"net/class_tokens is missing .* TF-B, TF-L or TF-H release\. The auth"
     ):
+        import_official(damaged, tmp_path / "no")
+    torch.save({"model": {}}, damaged)
+    with pytest.raises(MismatchError, match=r"which is one msgpack file .*huggingface\.co/mervekocabas/Traj"):
         import_official(damaged, tmp_path / "no")
 
 
