@@ -381,11 +381,13 @@ def studio(
 @app.command(rich_help_panel=RELEASE)
 @takes(
     file=argument(
-        "Checkpoint file of the authors' release.",
+        "Checkpoint file of the authors' release, such as TF_B of huggingface.co/mervekocabas/TrajectoryForcing.",
         **reads("a checkpoint file of the authors' release", "FILE"),
     ),
     out=option("Run folder to write; sample from it, or continue its training.", default=REQUIRED, **PATH),
-    ema=option("Weight average to sample from, by its half-life in thousands of images."),
+    ema=option(
+        "Weight average to sample from, by its half-life in thousands of images. Default: the first in the file."
+    ),
     config=option(
         "Its config.json. Default: the one next to FILE or in the folder above, else the shapes of its weights.",
         **reads("the configuration of that checkpoint"),
