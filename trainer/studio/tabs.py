@@ -23,7 +23,7 @@ from trainer.studio.workbench import Join, Workbench, markdown_report, markdown_
 from trainer.trajectories.edit import prototype
 from trainer.trajectories.trajectory import Trajectory
 
-TAKEN = "Taken. Now select the tokens that get them, and press **Apply features**."
+TAKEN = "Taken. Select other tokens, and press **Apply features**."
 EDITED = "Edited. Press Resume to draw the following levels again."
 EDITED_LEVEL = "the edited one"
 MOST_EDITS = 1000

@@ -177,6 +177,10 @@ def test_a_drawing_is_cancelled_while_another_user_works(page: Any, browser: Any
     for tab in ("Edit", "Paint", "Compare", "Sweep", "Files"):  # none is behind a menu of further tabs
         other.get_by_role("tab", name=tab).wait_for(timeout=5_000)
     assert other.evaluate("document.documentElement.scrollWidth") <= 390
+    click_token(other, level=1, row=1, column=1)
+    says(other, "of level 1 selected")
+    other.get_by_role("button", name="Take mean").click()
+    says(other, "Taken.")
     assert other.locator("#status").bounding_box()["height"] < 65  # at most three lines
     steps = page.get_by_label("Steps", exact=True)
     steps.fill("1000")
