@@ -94,6 +94,8 @@ def grouped(panel: str, **parameters: Parameter) -> dict[str, Parameter]:
     return parameters
 
 
+FIRST = ("Arguments", "Options")
+"""Headings of the help of a verb that come before its groups."""
 NAME_COLUMNS = 24
 """Width of the names in a help; the text of a longer name begins on the next line."""
 
@@ -106,8 +108,9 @@ class Verb(TyperCommand):
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Print arguments and options."""
-        _print_groups(formatter, [(_group(param), _about(param, ctx)) for param in self.get_params(ctx)])
+        """Print arguments, options of no group, and then the groups."""
+        rows = [(_group(param), _about(param, ctx)) for param in self.get_params(ctx)]
+        _print_groups(formatter, sorted(rows, key=lambda row: row[0] not in FIRST))
 
 
 class Verbs(TyperGroup):

@@ -55,7 +55,7 @@ WHOLE, STAGES, CHECKS = "From photos to shards", "One stage at a time", "Look, c
 @app.command(rich_help_panel=STAGES)
 @takes(
     images=argument("The images, or DIR of a build to continue.", **PLACE | {"metavar": "IMAGES"}),
-    out=option("Folder or URL of the build.", **FOLDER),
+    out=option("Folder or URL of a new build; leave it out where IMAGES is DIR.", **FOLDER),
     **(opt.ENCODING | opt.RUN | opt.ONCE | opt.TRUST | OUTPUT),
 )
 def extract(images: str, out: Path | None, class_map: str | None, **given: Any) -> None:

@@ -67,7 +67,9 @@ def _of_running(running: Mapping[str, Any]) -> str:
 
 @takes(
     places=opt.BUILDS_AND_SETS,
-    quick=switch("Only see that every file is there with its size, and that records are as sealed."),
+    quick=switch(
+        "Only check that every file is there with its size, and that manifest, markers and index match their checksums."
+    ),
     **OUTPUT,
 )
 def verify(places: list[str], quick: bool, as_json: bool, quiet: bool) -> None:
@@ -198,7 +200,7 @@ def compare(a: Path, b: Path, out: Path | None, as_json: bool, quiet: bool) -> N
 
 
 @takes(
-    probe=option("Print the probe value of this encoder instead.", metavar="NAME"),
+    probe=option("Print instead the number by which builds recognise this encoder.", metavar="NAME"),
     **flags(ExtractConfig, "weights"),
     **OUTPUT,
 )

@@ -54,6 +54,7 @@ def test_the_help_of_a_verb_keeps_options_whole_and_names_no_types_of_python() -
     text = cli("hierarchy-builder", "shard", "--help", columns=60).out
     assert "[OPTIONS] DIR\n" in text
     assert not any(kind in text for kind in ("<bool>", "<Path>", "…", "{DIR}"))
+    assert text.index("\nOptions:") < text.index("\nShards:") < text.index("\nWhat it prints:")
     assert "cc-by-4.0" in text  # options and names are not broken at their hyphens
     text = " ".join(cli("hierarchy-builder", "build", "--help").out.split())
     assert "as JPEG. Default: no." in text  # of a pair such as --images / --no-images
