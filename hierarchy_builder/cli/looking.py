@@ -200,7 +200,10 @@ def compare(a: Path, b: Path, out: Path | None, as_json: bool, quiet: bool) -> N
 
 
 @takes(
-    probe=option("Print instead the number by which builds recognise this encoder.", metavar="NAME"),
+    probe=option(
+        "Print instead the numbers by which builds recognise this encoder, and whether they agree here.",
+        metavar="NAME",
+    ),
     **flags(ExtractConfig, "weights"),
     **OUTPUT,
 )
