@@ -62,8 +62,11 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
     """Encode images: images → index.parquet and features.zarr."""
     from hierarchy_builder.build import pipeline as steps
     from hierarchy_builder.encoders import check_stored_encoder
+    from hierarchy_builder.store.units import refuse_fused
 
     folder, source = (BuildFolder(out), images) if out else (BuildFolder(a_folder(images)).require(), None)
+    if source is None:
+        refuse_fused(folder, "extract")
     stored = _stored(folder, "extract") if source is None else None
     resolved = opt.resolve(
         ExtractConfig, "extract", opt.of_config(ExtractConfig, given), given["config"], stored

@@ -22,7 +22,7 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, records_of
 from hierarchy_builder.store.ledger import read_manifest, stage_entry
 from hierarchy_builder.store.stored import Stored, fitted_vocabulary
-from hierarchy_builder.store.units import finished_stage, stage_units
+from hierarchy_builder.store.units import finished_stage, refuse_fused, stage_units
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, Vocabulary, load_vocabulary
 
@@ -73,6 +73,7 @@ def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, e
     the coarsest. examples: number of parts shown of each.
     Raises BuilderError when parts are not linked yet.
     """
+    refuse_fused(folder, "cluster")
     if "link" not in read_manifest(folder)["stages"]:
         raise BuilderError(
             f"{folder.root} has no parts linked to prototypes: run `hierarchy-builder cluster {folder.root} "

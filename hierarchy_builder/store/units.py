@@ -41,16 +41,22 @@ def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
     Raises BuilderError naming the next step if units are missing, or if a fused build did not store the stage's output.
     """
     entry = stage_entry(folder, stage)
-    if stage in ("extract", "cluster") and is_fused(folder):
-        raise BuilderError(
-            f"{folder.root} is a fused build, which does not store what {stage} makes: for that, build without --fused "
-            "in another folder"
-        )
+    if stage in ("extract", "cluster"):
+        refuse_fused(folder, stage)
     ledger = open_ledger(folder, stage)
     units = stage_units(folder, stage)
     missing = ledger.missing(unit.number for unit in units)
     require_all(folder, stage, len(units) - len(missing), len(units))
     return entry
+
+
+def refuse_fused(folder: BuildFolder, stage: str) -> None:
+    """Raise BuilderError if this is a fused build, which has no output of this stage."""
+    if is_fused(folder):
+        raise BuilderError(
+            f"{folder.root} is a fused build, which does not store what {stage} makes: for that, build without --fused "
+            "in another folder; to finish this one, repeat the command that made it"
+        )
 
 
 def require_all(folder: BuildFolder, stage: str, num_done: int, num_units: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import cli
 from patch_means import PatchMeans
 from pictures import write_tree
 
@@ -157,6 +158,16 @@ def test_commands_that_need_stores_refuse_a_fused_build(photos, tmp_path) -> Non
     ):
         with pytest.raises(BuilderError, match=r"is a fused build.*build without --fused in another folder"):
             needs_stores()
+
+
+@pytest.mark.parametrize("words", [("extract",), ("report", "--vocabulary"), ("cluster",), ("shard",)])
+def test_verbs_say_that_a_build_is_fused_and_how_to_finish_it(photos, tmp_path, words) -> None:
+    folder = run(tmp_path / "out", photos)
+    verb, *options = words
+    refused = cli("hierarchy-builder", verb, folder.root, *options)
+    assert refused.code == 1
+    assert f"{folder.root} is a fused build" in refused.err
+    assert "to finish this one, repeat the command that made it" in refused.err
 
 
 def test_what_needs_stored_features_is_refused(photos, tmp_path) -> None:
