@@ -180,10 +180,16 @@ class BuildFolder:
         if not damaged and self.is_there() and not self.manifest.is_file():
             raise VerificationError(f"{self.manifest} is missing: {repair_of(self.manifest)}")
         if not self.is_there():
-            raise UsageError(
-                f"{self.root} is not a build: {self.manifest.name} is missing; "
-                f"start one with `hierarchy-builder build IMAGES --out {self.root}`"
-            )
+            is_run, is_set = (self.root / "checkpoints").is_dir(), (self.root / "index.json").is_file()
+            if is_run:
+                advice = "it is a run of `trainer train`, which the verbs of `trainer` take"
+            elif is_set:
+                advice = (
+                    "it is a finished shard set, which `hierarchy-builder verify` and `trainer train` take"
+                )
+            else:
+                advice = f"start one with `hierarchy-builder build IMAGES --out {self.root}`"
+            raise UsageError(f"{self.root} is not a build: {self.manifest.name} is missing; {advice}")
         guard(self.root)
         return self
 

@@ -270,9 +270,11 @@ def _newest(run: Path, warn: bool) -> tuple[Path, RunState]:
     if found is None:
         for error in refused.values():
             raise error  # the error of the newest folder
-        raise TrainerError(
-            f"{run}: found no checkpoint; give a run folder of `trainer train` or one step of it"
-        )
+        if any((run / name).exists() for name in ("manifest.json", "index.json")):
+            advice = f"it holds hierarchies, from which `trainer train {run} --out RUN` makes a run"
+        else:
+            advice = "give a run folder of `trainer train` or one step of it"
+        raise TrainerError(f"{run}: found no checkpoint; {advice}")
     for error in refused.values() if warn else ():
         say(f"warning: {_problem(error)}; taking {found[0].name} instead")
     return found

@@ -77,6 +77,16 @@ def test_missing_stage_names_the_command(folder) -> None:
         folder.require()
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"), [("x", "start one with"), ("index.json", "a finished"), ("checkpoints/x", "a run of")]
+)
+def test_a_folder_that_is_no_build_is_told_what_it_is(tmp_path: Path, name: str, advice: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=f"is not a build: manifest.json is missing; .*{advice}"):
+        BuildFolder(tmp_path).require()
+
+
 def test_newer_format_is_refused(folder) -> None:
     write_bytes(folder.manifest, b'{"format_version": 99, "stages": {}}')
     with pytest.raises(BuilderError, match="format version 99, this release reads 1"):

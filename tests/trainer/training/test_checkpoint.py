@@ -227,7 +227,10 @@ def test_unknown_average_names_those_there(tmp_path: Path) -> None:
 
 
 def test_folder_without_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(TrainerError, match="found no checkpoint"):
+    with pytest.raises(TrainerError, match="found no checkpoint; give a run folder"):
+        saved.find_checkpoint(tmp_path)
+    (tmp_path / "index.json").touch()  # of shards
+    with pytest.raises(TrainerError, match=r"it holds hierarchies, from which `trainer train .* makes a run"):
         saved.find_checkpoint(tmp_path)
 
 
