@@ -27,7 +27,7 @@ from hierarchy_builder.places.remote import is_remote
 OWN_FILES = r"""
     (?:manifest|class_map|quality|\.progress)\.json | (?:index\.parquet|vocabulary\.npz)
   | (?:report|quality|vocabulary)\.html
-  | ledger/(?:manifest\.json|listing\.parquet|\w+/\d{6}\.json)
+  | ledger/(?:manifest\.json|listing\.parquet|\w+/\d{6}\.(?:json|begun))
   | (?:features\.zarr|regions\.zarr|regions\.zarr\.recut)/(?:(?:\w+/)?zarr\.json|\w+/c(?:/\d+)+)
   | parts/\d{6}\.(?:tar|npz)
   | vocabulary/(?:tokens-\d{6}\.np[yz]|state\.npz)
@@ -57,6 +57,8 @@ MARKS = {
 
 MARKERS = "[0-9]" * 6 + ".json"
 """Pattern of the names of unit markers in the folder of a ledger."""
+BEGUN = ".begun"
+"""Suffix, beside markers, of what `repair` notes of a unit while it makes it again."""
 
 
 class _Place:

@@ -25,7 +25,7 @@ from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
 from hierarchy_builder.records import REGION_DTYPE, Block, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.folder import BuildFolder
+from hierarchy_builder.store.folder import BEGUN, BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_images, read_index, records_of, status_name
 from hierarchy_builder.store.ledger import (
     Ledger,
@@ -180,6 +180,9 @@ def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     for number in (number for number in missing if number in found):
         text = f"{found[number]} is damaged or belongs to another configuration"
         yield Damage(stage=stage, unit=number, text=text)
+    for path in sorted(folder.ledger(stage).glob(f"*{BEGUN}")):
+        text = f"{path} is left of a repair that was interrupted: what was made from this unit may be of another one"
+        yield Damage(stage=stage, unit=int(path.stem), text=text)
     try:
         require_all(folder, stage, len(units) - len(missing), len(units))
     except BuilderError as error:

@@ -21,10 +21,10 @@ from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyCon
 from hierarchy_builder.encoders import check_stored_encoder
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import readable_json, write_bytes, write_json
+from hierarchy_builder.files import read_json, readable_json, write_bytes, write_json, write_sealed_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
-from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
+from hierarchy_builder.store.folder import BEGUN, MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.index import read_images, write_index
 from hierarchy_builder.store.ledger import (
     Ledger,
@@ -106,7 +106,7 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
         if stage == "extract":
             _restore_listing(folder)
         units = [unit for unit in stage_units(folder, _recorded_as(stage)) if unit.number in damaged]
-        before = {unit.number: (_marked(folder, stage, unit), _held(folder, stage, unit)) for unit in units}
+        before = {unit.number: _before(folder, stage, unit) for unit in units}
         _remove_markers(folder, stage, damaged)
         if stage == "shard":
             _set_aside(folder)
@@ -114,11 +114,14 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
             if stage != "extract" or damaged or not _rewrite_index(folder):
                 _run_again(folder, stage, session)
         finally:
-            changed = [
-                unit.number for unit in units if _is_changed(folder, stage, unit, *before[unit.number])
-            ]
+            changed = [unit.number for unit in units if _is_changed(folder, stage, unit, before[unit.number])]
             if changed:
                 _remove_later(folder, stage, changed)
+            for unit in units:
+                if _marked(folder, stage, unit) is not None:
+                    folder.remove(_begun(folder, stage, unit))
+        if changed:
+            return  # what later stages lack now is found in the next round
 
 
 def _check_encoder(folder: BuildFolder, session: Session) -> None:
@@ -202,6 +205,21 @@ def _recorded_as(stage: str) -> str:
     return "extract" if stage == "covariance" else stage
 
 
+def _before(folder: BuildFolder, stage: str, unit: Block) -> dict[str, Any]:
+    """Return the SHA-256 of what a unit wrote, `marked` and `held`; a repair that was killed left it in a file.
+
+    Without that file nobody could tell, after a kill, that later stages were made from something else.
+    """
+    path = _begun(folder, stage, unit)
+    if not readable_json(path):
+        write_sealed_json(path, {"marked": _marked(folder, stage, unit), "held": _held(folder, stage, unit)})
+    return read_json(path)
+
+
+def _begun(folder: BuildFolder, stage: str, unit: Block) -> Path:
+    return Ledger(folder.ledger(stage), "").marker(unit.number).with_suffix(BEGUN)
+
+
 def _marked(folder: BuildFolder, stage: str, unit: Block) -> Any:
     """Return the SHA-256 of what a unit wrote, as its marker tells; None without a whole marker."""
     try:
@@ -220,13 +238,13 @@ def _held(folder: BuildFolder, stage: str, unit: Block) -> Any:
         return None
 
 
-def _is_changed(folder: BuildFolder, stage: str, unit: Block, marked: Any, held: Any) -> bool:
+def _is_changed(folder: BuildFolder, stage: str, unit: Block, before: dict[str, Any]) -> bool:
     """Whether a unit wrote something else than before, or may have: it was begun again and did not end.
 
-    marked, held: what `_marked` and `_held` returned before. What failed before it wrote anything changed nothing.
+    What failed before it wrote anything changed nothing.
     """
-    now = _marked(folder, stage, unit)
-    return bool(_held(folder, stage, unit) != held if now is None else now != (marked or held))
+    now, held = _marked(folder, stage, unit), before["held"]
+    return bool(_held(folder, stage, unit) != held if now is None else now != (before["marked"] or held))
 
 
 def _remove_later(folder: BuildFolder, stage: str, changed: Iterable[int]) -> None:

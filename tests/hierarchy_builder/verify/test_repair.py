@@ -273,23 +273,56 @@ def test_repair_runs_only_damaged_units(folder: BuildFolder, monkeypatch: pytest
 
 
 def test_repair_redoes_later_stages_if_an_image_was_lost(folder: BuildFolder) -> None:
+    key = lose_an_image(folder)
+    with pytest.raises(TooManySkippedError, match=r"1 of 18 images could not be used"):
+        repair(folder, SESSION)
+    allow_losses(folder)
+    repair(folder, SESSION)
+    keys = {sample.key for tar in folder.shards.glob("*.tar") for sample in read_shard(tar)}
+    assert len(keys) == 17
+    assert key not in keys
+    assert tars_of(folder) == tars_without_it(folder)
+
+
+def test_a_repair_that_was_killed_leaves_word_of_what_it_began(
+    folder: BuildFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    lose_an_image(folder)
+    allow_losses(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr("hierarchy_builder.verify.repair._remove_later", die)
+        with pytest.raises(KeyboardInterrupt):
+            repair(folder, SESSION)
+    assert any("000001.begun is left of a repair" in text for text in find_problems(folder))
+    repair(folder, SESSION)
+    assert tars_of(folder) == tars_without_it(folder)
+    assert not list(find_problems(folder))
+
+
+def lose_an_image(folder: BuildFolder) -> str:
+    """Overwrite a photograph with zeros and cut its features, so that its unit writes something else; its key."""
     row = pq.read_table(folder.index).to_pylist()[9]
     photo = folder.root.parent / "photos" / row["path"]
     photo.write_bytes(bytes(photo.stat().st_size))
     cut(chunk(folder.features, "features", 1))
-    with pytest.raises(TooManySkippedError, match=r"1 of 18 images could not be used"):
-        repair(folder, SESSION)
+    return str(row["key"])
+
+
+def allow_losses(folder: BuildFolder) -> None:
     entry = read_json(folder.manifest)
     entry["stages"]["extract"]["request"]["max_bad_fraction"] = 0.1
     write_manifest(folder, entry)
-    repair(folder, SESSION)
-    keys = {sample.key for tar in folder.shards.glob("*.tar") for sample in read_shard(tar)}
-    assert len(keys) == 17
-    assert row["key"] not in keys
+
+
+def tars_without_it(folder: BuildFolder) -> dict[str, bytes]:
+    """Those of a new build of the photographs as they are now."""
     whole = BuildFolder(folder.root.parent / "whole")
     lenient = replace(PLAN, extract=replace(PLAN.extract, max_bad_fraction=0.1))
     steps.build(whole, str(folder.root.parent / "photos"), lenient, SESSION)
-    assert tars_of(whole) == tars_of(folder)
+    return tars_of(whole)
 
 
 def test_a_repair_that_cannot_begin_keeps_what_is_whole(folder: BuildFolder) -> None:
