@@ -32,6 +32,8 @@ METRICS = {
     "frechet_pooled": "Fréchet distance of mean tokens",
     "pmr_spatial_0_1": "PMR, spatial, levels 0 and 1",
     "pmr_feature_2_3": "PMR, features, levels 2 and 3",
+    "lis_0_3": "LIS of level 3 for edits of level 0, 10⁻⁵",
+    "lis_2_3": "LIS of level 3 for edits of level 2, 10⁻⁵",
     "fdr": "FDr of the judge that was no target",
 }
 """Names that `trainer evaluate` prints, and the rows of the table."""
@@ -113,12 +115,19 @@ def evaluated(path: Path, val: Path, options: argparse.Namespace) -> dict[str, f
         command += ["--decoder", str(path.parent.parent / "decoder")]
     command += ["--samples-per-class", str(options.samples)]
     found = {row["name"]: row["value"] for row in json.loads(run(command))}
+    found |= locality(command)
     if options.judge:
         name, _, file = options.judge.partition("=")
         weights = ["--judge-file", options.judge] if file else []
         rows: list[dict[str, Any]] = json.loads(run([*command, "--fdr", name, *weights]))
         found["fdr"] = rows[0]["ratio"]
     return found
+
+
+def locality(evaluate: list[str]) -> dict[str, float]:
+    """LIS of edits in two samples of up to 12 classes, in units of 10⁻⁵."""
+    rows = json.loads(run([*evaluate, "--edits", "--samples-per-class", "2"]))
+    return {row["name"]: 1e5 * row["value"] for row in rows if row["name"].startswith("lis_")}
 
 
 def spread(values: list[float]) -> str:
