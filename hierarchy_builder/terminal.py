@@ -36,7 +36,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 class Terminal(Console):
     """A console on which names that others gave, of classes or files, are only text: it shows controls as `\\x1b`."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """The text of a message or of a cell of a table."""
         return super().render_str(CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text), **options)
 
