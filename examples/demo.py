@@ -128,18 +128,9 @@ def main(
     rows.append(stage("train", training["images_seen"], seconds, run))
     labels = list(json.loads((shards / "class_map.json").read_text()))[:10]
     drawn, seconds = timed(
-        "trainer",
-        "sample",
-        run,
-        "--labels",
-        ",".join(labels),
-        "--seeds",
-        "0-3",
-        "--out",
-        samples,
-        *TEMPERATURE,
-        "--json",
-    )
+        "trainer", "sample", run, "--labels", ",".join(labels), "--seeds", "0-3", "--out", samples,
+        *TEMPERATURE, "--json",
+    )  # fmt: skip
     rows.append(stage("sample", len(drawn), seconds, samples))
     command("trainer", "evaluate", run, "--shards", build, *TEMPERATURE, "--json")
     (out / "stages.json").write_text(json.dumps(rows, indent=2))

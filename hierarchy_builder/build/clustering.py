@@ -136,7 +136,6 @@ def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) 
     if is_new:
         fitted = fit_vocabulary(folder, config, session.workers, session.reporter)
         save_vocabulary(folder.vocabulary, fitted, config, config_hash=ledger.stage_hash)
-        folder.remove_leftovers(folder.vocabulary_work)
         folder.remove(folder.vocabulary_work)
         seconds = round(time.perf_counter() - started, 3)
         facts = {

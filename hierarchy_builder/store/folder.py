@@ -128,13 +128,18 @@ class BuildFolder:
         return [path for path in _files_of(place) if own.fullmatch(self._name(path)) and is_own_about(path)]
 
     def remove(self, place: Path, split: str | None = None) -> None:
-        """Remove the files that `own_files` returns, then the folders of a build that are empty; nothing else."""
+        """Remove the files that `own_files` returns and, of a folder, temporary files of killed runs below it.
+
+        The folders of a build that are empty then go too, and nothing else.
+        """
         still_ours(self.root)
         if is_remote(place):  # an object store has no folders
             remote.remove(self.own_files(place, split))
             return
         for path in self.own_files(place, split):
             path.unlink(missing_ok=True)
+        if place.is_dir():
+            self.remove_leftovers(place)
         own = re.compile(OWN_FOLDERS, re.VERBOSE | re.ASCII)
         for parent, _, _ in os.walk(place, topdown=False):
             if own.fullmatch(self._name(Path(parent))):

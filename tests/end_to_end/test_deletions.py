@@ -144,6 +144,16 @@ def test_leftovers_of_our_own_go(folder: BuildFolder) -> None:
     assert [name for name in own if (folder.root / name).exists()] == []
 
 
+def test_a_removed_folder_takes_the_leftovers_of_kills_along(folder: BuildFolder) -> None:
+    write_bytes(folder.vocabulary_work / "state.npz.tmp-7", b"half")
+    write_bytes(folder.part(3), b"ours")
+    write_bytes(folder.parts / "photo.jpg.tmp-7", b"mine")
+    folder.remove(folder.vocabulary_work)
+    folder.remove(folder.parts)
+    assert not folder.vocabulary_work.exists()
+    assert [path.name for path in folder.parts.iterdir()] == ["photo.jpg.tmp-7"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -39,9 +39,8 @@ class Entries:
     num_steps: Annotated[int, Field(ge=1)]
     guidance: tuple[float, float, float] | None
     weak_scale: float
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
-        1.0  # files of earlier versions have none
-    )
+    # Files of earlier versions have no temperature.
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     encoder: dict[str, Any]
     origin: dict[str, Any]
     model: dict[str, str]
