@@ -28,17 +28,8 @@ WORDS = ("--encoder", "dct", "--block-rows", 4, "--batch-size", 4, "--samples-pe
 RUN = ("--preset", "tiny-cpu", *SETTINGS, "--batch-size", 8, "--total-images", 48, "--quiet")
 BUILDER, TRAINER = ("-m", "hierarchy_builder.cli"), ("-m", "trainer.cli")
 PORT = 6379
-JOINED = """
-import socket, sys, time
-host, port = sys.argv[1].split(":")
-while socket.socket().connect_ex((host, int(port))):
-    time.sleep(0.2)
-import ray
-ray.init(sys.argv[1], log_to_driver=False)
-while len(ray.nodes()) < 2:
-    time.sleep(0.2)
-"""
-"""Waits for both nodes of Ray."""
+STARTED = "Ray runtime started."
+"""What Ray prints when a node is up."""
 
 
 @pytest.fixture(scope="module")
@@ -81,26 +72,16 @@ def near(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(pair: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(pair: tuple[Host, Host]) -> Iterator[str]:
     """The address of a Ray of one worker on each host."""
     head, other = pair
     start = ("-m", "ray.scripts.scripts", "start", "--num-cpus", 1, "--object-store-memory", 10**8, "--block")
-    address, log = f"{head.address}:{PORT}", tmp_path_factory.mktemp("ray") / "log"
-    nodes = [
-        head.start(
-            *start,
-            "--head",
-            "--port",
-            PORT,
-            "--node-ip-address",
-            head.address,
-            "--include-dashboard",
-            "false",
-            log=log,
-        ),
-        other.start(*start, "--address", address, "--node-ip-address", other.address, log=log),
-    ]
-    head.run("-c", JOINED, address)
+    address = f"{head.address}:{PORT}"
+    of_head = ("--head", "--port", PORT, "--node-ip-address", head.address, "--include-dashboard", "false")
+    nodes = []
+    for host, words in ((head, of_head), (other, ("--address", address, "--node-ip-address", other.address))):
+        nodes.append(host.start(*start, *words))
+        assert any(STARTED in line for line in nodes[-1].stdout), "Ray ended before it was up"
     yield address
     for node in nodes:
         node.terminate()
