@@ -53,8 +53,9 @@ def evaluate(
 
     flatness is the share of a level-0 canvas that two regions explain; roughness is the rest, as a distance in units
     of the spread of real tokens. Both are also measured on real canvases, their raw tokens, and noise.
-    Reads at most `max_real` real images, spread evenly over the shards, and draws seeds 0 … samples_per_class − 1 of
-    every class that one of them has; the class map may hold more classes, with which no sample could be compared.
+    Reads at most `max_real` real images, spread evenly over the shards, and draws samples of every class that one of
+    them has; the class map may hold more classes, with which no sample could be compared. Each sample has a seed of
+    its own, from 0: classes that share seeds differ from their means in the same few directions, and recall is near 0.
     how: as for the pipeline. inception, reference: for inception score and FID, see
     `metrics.frechet`. space: encoder whose mean token describes decoded samples, and the pictures in the shards after
     they are resized to the size of the samples. follow: shows progress.
@@ -73,13 +74,12 @@ def evaluate(
     counts = Counter(reader.label(number) for number in chosen)
     classes = sorted(counts)
     labels = classes * samples_per_class
-    seeds = [seed for seed in range(samples_per_class) for _ in classes]
     varied = measured_classes(
         (label for label, count in counts.items() if count >= FEWEST_IMAGES),
         pipe.drawn_levels * math.prod(index.grid) * index.width,
     )
     sampled = _Sampled(inception, pipe, varied, space)
-    drawn = pipe.stream(labels, seeds, **how)
+    drawn = pipe.stream(labels, range(len(labels)), **how)
     sampled.draw(follow(drawn, "sampling", len(labels)))
     real = _Real(sampled.size_px, pipe, varied, space)
     real.read(reader, chosen, follow)

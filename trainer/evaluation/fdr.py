@@ -51,7 +51,7 @@ def ratios(
     follow: Follow = unseen,
     **how: Unpack[SamplingArguments],
 ) -> Iterator[Ratio]:
-    """One row for each judge, of seeds 0 … samples_per_class − 1 of each class. how: as for the pipeline.
+    """One row for each judge, of samples whose seeds all differ, from 0. how: as for the pipeline.
 
     A judge with a reference is compared with that, and divided by the published distance of validation images or, for
     a judge without one, by that of the pictures in the shards. A judge without a reference is compared with every
@@ -59,7 +59,7 @@ def ratios(
     Raises TrainerError where the model has no decoder, or shards are needed that hold no pictures.
     """
     labels = list(classes) * samples_per_class
-    seeds = [seed for seed in range(samples_per_class) for _ in classes]
+    seeds = range(len(labels))
     device = next(pipe.model.parameters()).device
     moments: dict[str, Moments] = {}
     size_px = (0, 0)
@@ -94,5 +94,5 @@ def ratios(
             ratio=found / of_validation,
             trained_on=judge.name in trained_on,
             num_samples=len(labels),
-            num_seeds=samples_per_class,
+            num_seeds=len(seeds),
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixture_shards import CLASS_MAP, change_index, write_shards
@@ -23,6 +25,7 @@ from trainer.methods import registry
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.trajectories.pipeline import TrajectoryPipeline
+from trainer.trajectories.trajectory import Trajectory
 
 METHODS = {"trajectory-forcing": FLOW, "latent-forcing": LATENT, "normalizing-trajectory": NORMALIZING}
 
@@ -127,6 +130,23 @@ def test_ids_without_images_change_no_score(tmp_path: Path) -> None:
     assert scores[0]["num_samples"] == 12
     assert {"class_mean_accuracy", "frechet_pooled", "precision", "recall"} <= scores[0].keys()
     assert scores[0] == scores[1]
+
+
+def test_every_sample_is_drawn_from_noise_of_its_own(
+    runs: dict[str, Path], splits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same few noises in every class, samples of all classes differ from their means in the same way."""
+    pipe = TrajectoryPipeline.from_pretrained(str(runs["trajectory-forcing"]))
+    drawn: list[int] = []
+    stream = pipe.stream
+
+    def recorded(labels: Sequence[int], seeds: Sequence[int], **how: Any) -> Iterator[Trajectory]:
+        drawn.extend(seeds)
+        return stream(labels, seeds, **how)
+
+    monkeypatch.setattr(pipe, "stream", recorded)
+    found = dict(evaluate(pipe, open_index(str(splits / "val")), samples_per_class=2))
+    assert len(drawn) == len(set(drawn)) == found["num_samples"]
 
 
 def test_training_images_are_named_as_such(runs: dict[str, Path], splits: Path) -> None:
