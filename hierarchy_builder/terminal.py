@@ -46,26 +46,27 @@ CTRL_C = 130
 """The exit code click makes of KeyboardInterrupt."""
 
 
-def run(command: Callable[[], Any], *, continues: bool = False) -> NoReturn:
+def run(command: Callable[[], Any], *, continues: bool = False, who: str = "") -> NoReturn:
     """Run a command line of this project and leave with the exit code of what happened.
 
     continues: whether every verb continues finished work when it is given again. SIGTERM then ends with exit code
-    75; without it SIGTERM keeps its own meaning (exit code 143).
+    75; without it SIGTERM keeps its own meaning (exit code 143). who: begins errors, where several processes print to
+    one terminal.
     """
     if continues:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
         command()
     except (UserError, InterruptedRunError) as error:
-        _end(str(error), error.exit_code)
+        _end(f"{who}{error}", error.exit_code)
     except Exception as error:
         if (told := store_error(error)) is not None:
             words = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
             urls = ", ".join(shown(word) for word in words if "://" in word)
-            _end(f"{urls}: {told}" if urls else str(told), told.exit_code)
+            _end(f"{who}{urls}: {told}" if urls else f"{who}{told}", told.exit_code)
         if not isinstance(error, OSError):
             raise
-        _end(explained(error), UserError.exit_code)
+        _end(who + explained(error), UserError.exit_code)
     except SystemExit as end:
         if continues and end.code == signal.SIGTERM:  # while Ray starts, the handler is its own
             sys.exit(InterruptedRunError.exit_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -434,7 +435,8 @@ def main() -> NoReturn:
             if mirror := sys.modules.get("trainer.training.mirror"):  # loaded if a run may lie at a URL
                 mirror.send_findings()
 
-    run_command(command)
+    is_alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    run_command(command, who="" if is_alone else f"rank {os.environ.get('RANK')}: ")
 
 
 def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -29,6 +29,8 @@ BUCKET_ELEMENTS = 1 << 24
 
 QUIET_SECONDS = 10.0
 """After this time a process says whom it waits for."""
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""Signs in errors of gloo, which has no class for them, that a process of the group is gone."""
 ALONE = "start all of them with torchrun, or unset WORLD_SIZE to train in one process"
 
 
@@ -172,18 +174,32 @@ def joined_world(join_s: float = 600.0, timeout_s: float = 1800.0) -> Iterator[W
     if size == 1:
         yield World(device=device)
         return
-    if dist.is_initialized():  # by the program that started this process, for example Ray Train
-        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-        return
-    store = _met(rank, size, join_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
-    own = device if backend == "nccl" else None  # with it, nccl connects now, and to the right device
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own)
+    is_ours = (
+        not dist.is_initialized()
+    )  # else by the program that started this process, for example Ray Train
+    if is_ours:
+        store, timeout = _met(rank, size, join_s), timedelta(seconds=timeout_s)
+        own = device if backend == "nccl" else None  # with it, nccl connects now, and to the right device
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own
+        )
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    except Exception as error:
+        # To destroy a group of nccl is a call of all ranks: one that failed alone would wait in it before it says
+        # why. The end of the process aborts the group. What all ranks agree to stop for is no Exception.
+        is_ours = is_ours and backend == "gloo"
+        reason = " ".join(str(error).split())[:200]
+        if not isinstance(error, dist.DistError) and not any(sign in reason for sign in LOST):
+            raise
+        raise TrainerError(
+            f"another process of this run has ended: its own message says why, or if it was killed, torchrun's summary "
+            f"and `dmesg` ({reason}); the same command goes on from the last checkpoint"
+        ) from None
     finally:
-        dist.destroy_process_group()
+        if is_ours:
+            dist.destroy_process_group()
 
 
 def environment_number(name: str, default: int, least: int = 0) -> int:

@@ -117,7 +117,7 @@ def check_sets(index: ShardIndex, world: World) -> None:
     digests = world.gather(torch.tensor(list(bytes.fromhex(index.digest)), device=world.device))
     if differing := (digests != digests[0]).any(dim=1).nonzero().flatten().tolist():
         raise MismatchError(
-            f"rank {world.rank} reads {index.url} ({counted(index.num_samples, 'sample')}), and the shards of rank "
+            f"this process reads {index.url} ({counted(index.num_samples, 'sample')}), and the shards of rank "
             f"{differing[0]} are not those of rank 0: name the same sets in every process, and let patterns match the "
             "same folders on every machine"
         )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.terminal import counted
@@ -24,9 +23,6 @@ PEAKS = {
 """Dense bfloat16 operations per second by a part of the device's name. Source: data sheets of NVIDIA."""
 USABLE = 0.8
 """Share of the memory of a GPU that is planned; the rest is for the allocator and the kernels."""
-
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""Signs in errors of gloo, which has no class for them, that a process of the group is gone."""
 
 
 def peak_of(name: str) -> float | None:
@@ -69,11 +65,6 @@ def explained(images_of: Callable[[], int]) -> Iterator[None]:
         ) from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        if isinstance(error, dist.DistError) or any(sign in reason for sign in LOST):
-            raise TrainerError(
-                f"another process of this run has ended, and its own message says why ({reason}); the same command "
-                "goes on from the last checkpoint"
-            ) from None
         # Errors of CUDA have a class of their own in newer releases of torch only.
         if not reason.startswith(("CUDA error", "CUDNN", "CUBLAS", "cuDNN")):
             raise

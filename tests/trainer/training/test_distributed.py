@@ -9,7 +9,7 @@ import torch
 from fixture_shards import write_shards
 from processes import run_two
 
-from hierarchy_builder.errors import TrainerError
+from hierarchy_builder.errors import InterruptedRunError, TrainerError
 from trainer.training import distributed
 from trainer.training.distributed import World, check_equal, joined_world
 
@@ -29,7 +29,6 @@ def test_missing_gradients_count_as_zero() -> None:
 
 RANKS = """
 import os, sys, torch
-from trainer.training.speed import explained
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training import distributed
@@ -84,13 +83,13 @@ with joined_world(timeout_s=60) as world:
         check_sets(sets[1], world)
     except distributed.TrainerError as error:
         open(f"{sys.argv[1]}/sets{world.rank}", "w").write(str(error))
-    if world.rank == 1:
-        os._exit(0)
-    try:
-        with explained(1):
-            world.gather(torch.ones(1))
-    except distributed.TrainerError as error:
-        open(f"{sys.argv[1]}/alone", "w").write(str(error))
+try:
+    with joined_world(timeout_s=60) as world:
+        if world.rank == 1:
+            os._exit(0)
+        world.barrier()
+except distributed.TrainerError as error:
+    open(f"{sys.argv[1]}/alone", "w").write(str(error))
 """
 
 
@@ -102,9 +101,32 @@ def test_gradients_are_sums_and_a_rank_apart_is_noticed_by_all(tmp_path: Path) -
         assert "summed gradients differs between processes" in (tmp_path / f"rank{rank}").read_text()
         told = (tmp_path / f"sets{rank}").read_text()
         assert told.startswith(
-            f"rank {rank} reads {sets[rank]} (3 samples), and the shards of rank 1 are not"
+            f"this process reads {sets[rank]} (3 samples), and the shards of rank 1 are not"
         )
     assert "another process of this run has ended" in (tmp_path / "alone").read_text()
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_a_rank_that_fails_says_why_before_others_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    on_gpu, ended = backend == "nccl", list[str]()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "_met", lambda *asked: None)
+    fake = {"is_initialized": False, "init_process_group": None, "get_rank": 0, "get_world_size": 2}
+    for name, answer in fake.items():
+        monkeypatch.setattr(distributed.dist, name, lambda *asked, answer=answer, **named: answer)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: ended.append(backend))
+    with pytest.raises(ValueError, match="of its own"), joined_world():
+        raise ValueError("a fault of its own")
+    assert ended == ([] if on_gpu else ["gloo"])
+    with pytest.raises(InterruptedRunError), joined_world():  # all ranks stop at the same step
+        raise InterruptedRunError("stopped")
+    assert ended[-1:] == [backend]
 
 
 def test_an_empty_world_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
