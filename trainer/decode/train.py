@@ -95,8 +95,11 @@ class DecoderRun(NetworkRun):
 
     shown = ("l1",)
     rate_field = "lr"
+    is_alike_in_parts = False  # the adversarial loss is balanced in each
     model: _Parts
     dataset: PictureDataset
+    phase: tuple[bool, bool] | None = None
+    """What `_phase` said at the step before."""
 
     def _plan(self) -> StreamPlan:
         self.shape = _decoder_shape(self.config, self.index)
@@ -144,6 +147,26 @@ class DecoderRun(NetworkRun):
         config, seen = self.config, self.images_seen + self.config.batch_size
         return warmup_cosine(seen, config.total_images, config.lr, config.warmup_fraction)
 
+    def take_step(self, batch: PictureBatch, time_is_up: bool) -> tuple[dict[str, float], str]:
+        if self._phase() != self.phase:
+            self.phase, self.flops_per_image = self._phase(), None  # to be counted anew
+        return super().take_step(batch, time_is_up)
+
+    def _phase(self) -> tuple[bool, bool]:
+        """Whether the decoder is trained against the discriminator, and whether that is trained."""
+        share = self.images_seen / self.config.total_images
+        starts = self.config.gan_start, self.config.discriminator_start
+        return share >= starts[0], share >= starts[1]
+
+    def _trial(self, batch: PictureBatch, images: int) -> None:
+        """Leaves the running statistics of the discriminator as they are."""
+        judge = self.model.discriminator
+        if judge:
+            judge.eval()
+        super()._trial(batch, images)
+        if judge:
+            judge.train()
+
     def backward(self, batch: PictureBatch, start: int, stop: int) -> Tensor:
         """Add the gradients of rows `start` ≤ i < `stop` of this rank; return their share of each term."""
         config, device = self.config, self.world.device
@@ -173,14 +196,14 @@ class DecoderRun(NetworkRun):
         config, judge = self.config, self.model.discriminator
         assert judge is not None
         adversarial = discriminator = decoded.new_zeros(())
-        share = self.images_seen / config.total_images
-        if share >= config.gan_start:
+        is_against, is_trained = self._phase()
+        if is_against:
             judge.requires_grad_(False)
             deceived = -judge(augmented(decoded, generator)).mean()
             judge.requires_grad_(True)
             balance = balanced_weight(loss, deceived, self.model.decoder.predict.weight)
             adversarial = config.gan_weight * balance * deceived
-        if share >= config.discriminator_start:
+        if is_trained:
             logits = (judge(augmented(each, generator)) for each in (pictures, decoded.detach()))
             discriminator = hinge_for_discriminator(*logits)
         return adversarial, discriminator

@@ -44,6 +44,7 @@ from trainer.training.distributed import World, joined_world
 from trainer.training.loop import RunSummary, stop_signals
 from trainer.training.method_run import NetworkRun
 from trainer.training.schedules import warmup_cosine
+from trainer.training.speed import counted_flops
 from trainer.training.weights import average_of
 
 MOMENTS = "moments.safetensors"
@@ -376,7 +377,7 @@ class PostTrainingRun(NetworkRun):
         Returns the rows of the batch with their graph if it is a single part; otherwise each part is drawn again.
         """
         found: list[Found | None] = [None] * len(self.terms_of_loss)
-        size = self.config.micro_batch_size or len(batch)
+        size = self._micro_batch(batch)
         rows: list[Tensor] | None = None
         for start in range(0, len(batch), size):
             label, noise = self._part(batch, start, min(start + size, len(batch)))
@@ -392,6 +393,21 @@ class PostTrainingRun(NetworkRun):
         first = self.world.rank * len(batch)
         noise = self._noise(range(first + start, first + stop), self.config.seed, self.step)
         return sent(batch[start:stop], self.world.device), noise
+
+    def _look_at_cost(self, batch: Tensor) -> None:
+        """Counts what is drawn without a graph too; decompositions and products with their results are left out."""
+        super()._look_at_cost(batch)
+        if self._micro_batch(batch) < len(batch):
+            with torch.no_grad():
+                again = counted_flops(lambda: self._rows(*self._part(batch, 0, 1)))
+            self.flops_per_image = (self.flops_per_image or 0) + again
+
+    def _trial(self, batch: Tensor, images: int) -> None:
+        """Leaves the statistics as they are: the gradient is that of other numbers."""
+        rows = self._rows(*self._part(batch, 0, images))
+        torch.stack([each.sum() for each in rows]).sum().backward()
+        for network in self.networks:
+            network.zero_grad(set_to_none=True)
 
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
         drawn = self._compare(batch) if start == 0 else None

@@ -79,6 +79,40 @@ class NetworkRun(Loop):
         self.averages = self._averages()
         self._begin(origin)
 
+    fitting: int | None = None
+    """Images in one backward pass as they were chosen for the memory of the device."""
+    is_alike_in_parts = True
+    """Whether a batch gives the same gradient whatever its parts, so that one may be chosen by memory."""
+
+    def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
+        if self.world.device.type == "cuda" and self.flops_per_image is None:
+            self._look_at_cost(batch)
+        return super().take_step(batch, time_is_up)
+
+    def _micro_batch(self, batch: Any) -> int:
+        return min(self.fitting or len(batch), super()._micro_batch(batch))
+
+    def _look_at_cost(self, batch: Any) -> None:
+        """Count the operations of an image and, if no micro-batch is configured, the memory that one takes."""
+        device, peaks = self.world.device, []
+        self.flops_per_image = float(counted_flops(lambda: self._trial(batch, 1)))
+        chooses = self.config.micro_batch_size is None and self.is_alike_in_parts
+        for images in (1, 2) if chooses and len(batch) > 1 else ():
+            torch.cuda.reset_peak_memory_stats(device)
+            self._trial(batch, images)
+            peaks.append(torch.cuda.max_memory_allocated(device))
+        if peaks:
+            moments = 8 * sum(p.numel() for p in self.model.parameters())  # which the optimiser will take
+            held = 0 if self.optimizer.state else moments  # a resumed run has them
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peaks[0] - held
+            fitting = torch.tensor([images_that_fit(len(batch), peaks[1] - peaks[0], free)], device=device)
+            self.fitting = int(self.world.gather(fitting).min())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _trial(self, batch: Any, images: int) -> None:
+        """Do what a step does for `images` images of a batch, leaving nothing but gradients."""
+        self.backward(batch, 0, images)
+
     @abstractmethod
     def _network(self) -> nn.Module:
         """Build the initial network; torch's global generator is seeded with the seed of the run."""
@@ -200,38 +234,11 @@ class MethodRun(NetworkRun):
             )
         return super()._sum_gradients(parameters)
 
-    fitting: int | None = None
-    """Images in one backward pass as they were chosen for the memory of the device."""
-
-    def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
-        if self.world.device.type == "cuda" and self.flops_per_image is None:
-            self._look_at_cost(batch)
-        return super().take_step(batch, time_is_up)
-
-    def _micro_batch(self, batch: Any) -> int:
-        return min(self.fitting or len(batch), super()._micro_batch(batch))
-
-    def _look_at_cost(self, batch: Any) -> None:
-        """Count the operations of an image and, if no micro-batch is configured, the memory that one takes.
-
-        One image and then two go through the loss as it is written, since the compiler hides what is counted.
-        """
+    def _trial(self, batch: Any, images: int) -> None:
+        """Goes through the loss as it is written, since the compiler hides what is counted."""
         objective, self.objective = self.objective, type(self).loss_function
-        self.flops_per_image = float(counted_flops(lambda: self.backward(batch, 0, 1)))
-        if self.config.micro_batch_size is None and len(batch) > 1:
-            device, peaks = self.world.device, []
-            for images in (1, 2):
-                self.fitting = images
-                torch.cuda.reset_peak_memory_stats(device)
-                self.backward(batch, 0, images)
-                peaks.append(torch.cuda.max_memory_allocated(device))
-            moments = 8 * sum(p.numel() for p in self.model.parameters())  # which the optimiser will take
-            held = 0 if self.optimizer.state else moments  # a resumed run has them
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peaks[0] - held
-            fitting = torch.tensor([images_that_fit(len(batch), peaks[1] - peaks[0], free)], device=device)
-            self.fitting = int(self.world.gather(fitting).min())
+        super()._trial(batch, images)
         self.objective = objective
-        self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
         device, first = self.world.device, self.world.rank * len(batch)

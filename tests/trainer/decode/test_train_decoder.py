@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from trainer.decode.rae import find_decoder, load_decoder, to_uint8
 from trainer.metrics.reconstruction import reconstruction
 from trainer.training import checkpoint as saved
 from trainer.training.log import read_metrics
+from trainer.training.loop import Loop
 
 
 def small(**fields: Any) -> DecoderConfig:
@@ -192,6 +194,27 @@ def test_discriminator_joins_at_its_time_and_resumes(shards: str, tmp_path: Path
     names = saved.load_tensors(saved.checkpoint_folder(tmp_path / "whole", 6) / "model.safetensors")
     assert not [name for name in names if "cls_token" in name]  # the frozen ViT is not saved
     assert load_decoder(tmp_path / "whole").config.patch_size == 4
+
+
+def test_the_discriminator_is_counted_as_it_joins_and_stays_as_it_is(
+    shards: str, tmp_path: Path, small_judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(gan_weights=small_judge, discriminator_start=2 / 6, gan_start=4 / 6)
+    room.train_decoder(config, shards, str(tmp_path / "plain"), quiet=True)
+    counts = []
+    take_step = Loop.take_step
+
+    def counted(run: Any, batch: Any, time_is_up: bool) -> Any:
+        if run.flops_per_image is None:  # as a run on CUDA does
+            run._look_at_cost(batch)
+        counts.append(run.flops_per_image)
+        return take_step(run, batch, time_is_up)
+
+    monkeypatch.setattr(Loop, "take_step", counted)
+    room.train_decoder(config, shards, str(tmp_path / "counted"), quiet=True)
+    assert counts == sorted(counts)
+    assert [first == second for first, second in itertools.pairwise(counts)] == [True, False] * 2 + [True]
+    assert_same_state(tmp_path / "plain", tmp_path / "counted", 6)
 
 
 def test_command_trains_and_its_folder_knows_the_configuration(shards: str, tmp_path: Path) -> None:

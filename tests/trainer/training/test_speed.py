@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from meta_device import waits_on_meta
 from tiny_runs import DECODER, FLOW, LATENT, NORMALIZING, assert_same_state, before_step
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import TrainerError
 from trainer.data.shards import open_index
+from trainer.decode.config import DecoderConfig
 from trainer.decode.train import train_decoder
 from trainer.methods import registry
 from trainer.methods.trajectory_forcing import train as room
@@ -109,23 +113,89 @@ def test_operations_are_counted_and_compared_with_the_peak() -> None:
     assert peak_of("Apple M9") is None
 
 
-@pytest.mark.parametrize("method", [FLOW, LATENT, NORMALIZING], ids=["flow", "latent", "normalizing"])
-def test_looking_at_the_cost_changes_no_step(
-    method: Any, picture_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+POST = "post-training"
+
+
+def trained(config: Any, shards: str, out: Path) -> None:
+    """Train for two steps in parts of 4 images; POST is the post-training of a run of a step."""
+    if config is not POST:
+        train = train_decoder if isinstance(config, DecoderConfig) else registry.train
+        two = dataclasses.replace(config, total_images=2 * config.batch_size, micro_batch_size=4)
+        train(two, shards, str(out), quiet=True)
+        return
+    registry.train(dataclasses.replace(FLOW, total_images=8), shards, str(out / "run"), quiet=True)
+    start, index = Start.of(out / "run"), open_index(shards)
+    fields = {
+        "batch_size": 8,
+        "total_images": 16,
+        "queue_images": 16,
+        "pooled_grid": 1,
+        "micro_batch_size": 4,
+    }
+    post_train(start, resolved(start, index, {**fields, "sample_images": None}), index, out, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FLOW, LATENT, dataclasses.replace(LATENT, pixel_stage=True), NORMALIZING, DECODER, POST],
+    ids=["flow", "latent", "pixel-stage", "normalizing", "decoder", POST],
+)
+def test_looking_at_the_cost_counts_a_step_and_changes_none(
+    config: Any, picture_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(method, total_images=2 * method.batch_size, micro_batch_size=4)
-    registry.train(config, picture_shards, str(tmp_path / "plain"), quiet=True)
-    costs = []
+    trained(config, picture_shards, tmp_path / "plain")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    counts = []
 
     def look(run: Any, batch: Any) -> None:
+        if config is POST and run.config.post_training is None:
+            return
         run._look_at_cost(batch)
-        costs.append(run.flops_per_image)
+        world, run.world = run.world, World(device=torch.device("cuda"), size=2)
+        assert run._utilisation(1000.0)["mfu"] == 1000 * run.flops_per_image / 2 / 989e12
+        run.world = world
+        terms = getattr(run, "terms_of_loss", None)
+        run.terms_of_loss = copy.deepcopy(terms)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            for start in range(0, len(batch), 4):
+                run.backward(batch, start, start + 4)
+        run.optimizer.zero_grad()
+        run.terms_of_loss = terms
+        counts.append((run.flops_per_image * len(batch), counter.get_total_flops()))
 
     before_step(monkeypatch, 0, look)
-    registry.train(config, picture_shards, str(tmp_path / "looking"), quiet=True)
-    assert costs[0] > 1e5
+    trained(config, picture_shards, tmp_path / "looking")
+    for expected, found in counts:  # post-training leaves products with the slopes of its distances out
+        assert found == pytest.approx(expected, rel=0.002 if config is POST else 0)
+    assert len(counts) == 1
     assert_same_state(tmp_path / "plain", tmp_path / "looking", step=2)
     assert all("mfu" not in line for line in read_metrics(tmp_path / "looking"))
+
+
+@pytest.mark.parametrize("config", [FLOW, DECODER, POST], ids=["flow", "decoder", POST])
+def test_a_micro_batch_is_chosen_by_the_memory_where_none_is_set(
+    config: Any, picture_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image takes 15 bytes and two 25, of 100: a batch of 8 would need 80, of which one half fits."""
+    chosen = []
+
+    def look(run: Any, batch: Any) -> None:
+        run.config = dataclasses.replace(run.config, micro_batch_size=None)
+        run.optimizer.state[run.model] = {}  # as of a resumed run, whose moments are part of what is taken
+        peaks = iter([15, 25])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+            patch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+            patch.setattr(torch.cuda, "mem_get_info", lambda device: (65, 100))
+            patch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+            run._look_at_cost(batch)
+        run.optimizer.state.clear()
+        chosen.append(run._micro_batch(batch))
+
+    before_step(monkeypatch, 0, look)
+    trained(config, picture_shards, tmp_path)
+    # The adversarial loss of a decoder is balanced in each part, so that none is chosen for it.
+    assert chosen[-1] == (8 if config is DECODER else 4)
 
 
 def test_micro_batches_fit_into_the_memory() -> None:
