@@ -154,7 +154,7 @@ class FuseStage:
         return record.key, encode_sample(make_sample(record, outcome, row, self.config, image))
 
     def _write_moments(self, unit: Block, usable: np.ndarray, threads: int) -> str:
-        moments, scatter = moments_of(usable), None
+        moments, scatter = moments_of(usable, threads), None
         if self.config.covariance:
             scatter = scatter_of(usable, per_channel(moments).mean, threads)
         return write_part_moments(self.folder, unit.number, moments, scatter)

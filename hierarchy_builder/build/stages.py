@@ -119,7 +119,7 @@ class ExtractStage:
         set_status(outcomes, status)
         written = stores.write_block(self.folder.features, unit, {"features": features, "status": status})
         moments = stores.write_block_moments(
-            self.folder.features, unit, moments_of(features[status == Status.OK])
+            self.folder.features, unit, moments_of(features[status == Status.OK], threads)
         )
         facts = {name: {**written[name], **moments[name]} for name in written}
         return {"images": len(unit), "outcomes": outcomes, **facts, "batch_size": self.images.batch_size}

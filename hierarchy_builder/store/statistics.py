@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,18 +46,24 @@ class Moments:
         return self.m2 / self.count if self.count else np.zeros_like(self.m2)
 
 
-def moments_of(values: np.ndarray) -> Moments:
-    """Return the moments over the first axis of `values` [n, m, ...]; n may be 0."""
-    count = len(values)
-    mean, m2 = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
-    if count == 0:
-        return Moments(0, mean, m2)
-    for place in range(values.shape[1]):  # a whole block in float64 takes four times its memory
-        wide = values[:, place].astype(np.float64)
+def moments_of(values: np.ndarray, threads: int = 1) -> Moments:
+    """Return the moments over the first axis of `values` [n, ..., C]; n may be 0.
+
+    The bits do not depend on `threads`, since every thread takes all n vectors of a place.
+    """
+    rows = values.reshape(len(values), math.prod(values.shape[1:-1]), values.shape[-1])
+    mean, m2 = np.zeros(rows.shape[1:]), np.zeros(rows.shape[1:])
+
+    def sum_up(place: int) -> None:  # a whole block in float64 takes four times its memory
+        wide = rows[:, place].astype(np.float64)
         mean[place] = wide.mean(axis=0)
         wide -= mean[place]
-        m2[place] = np.einsum("n...,n...->...", wide, wide)
-    return Moments(count, mean, m2)
+        m2[place] = np.einsum("nc,nc->c", wide, wide)
+
+    if len(values):
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(sum_up, range(len(mean))))
+    return Moments(len(values), mean.reshape(values.shape[1:]), m2.reshape(values.shape[1:]))
 
 
 def scatter_of(features: np.ndarray, mean: np.ndarray, threads: int = 1) -> np.ndarray:

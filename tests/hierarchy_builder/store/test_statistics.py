@@ -45,6 +45,18 @@ def joint_moments(features: np.ndarray, threads: int = 1) -> Moments:
     return Moments(channel.count, channel.mean, scatter_of(features, channel.mean, threads))
 
 
+def test_threads_and_blocks_of_places_change_no_bit_of_the_moments() -> None:
+    values = np.random.default_rng(0).standard_normal((50, 4, 3, 5)).astype(np.float16)
+    found = moments_of(values, threads=3)
+    rows = values.astype(np.float64)  # as earlier releases summed: a row of the grid at a time
+    for row in range(4):
+        mean = rows[:, row].mean(axis=0)
+        assert np.array_equal(found.mean[row], mean)
+        deviations = rows[:, row] - mean
+        assert np.array_equal(found.m2[row], np.einsum("n...,n...->...", deviations, deviations))
+    assert moments_of(values[:0], threads=3).count == 0
+
+
 def moments_in(store: Path, block: Block) -> Moments:
     """What `write_block_moments` wrote."""
     count, mean, m2 = (stores.read_block(store, name, block)[0] for name in stores.MOMENTS)
