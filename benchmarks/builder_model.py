@@ -297,6 +297,7 @@ def main() -> None:
     for name, each in (
         ("Gram matrices on the GPU", gram_on_gpu),
         ("resize on the GPU", crops),
+        ("JPEG decoder on the GPU", replace(costs, load=costs.load - found["decode"])),
         ("JPEG decoder and resize on the GPU", replace(costs, load=found["read"])),
     ):
         variants[f"6 workers, {name}"] = each, {"workers": 6}

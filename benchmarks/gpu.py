@@ -111,6 +111,8 @@ PREDICTED = {
     "counts: direction of the derivative (v-head only, r = t)": Predicted(68.8, "GFLOP", "an earlier count"),
     "counts: forward pass with derivative": Predicted(177.0, "GFLOP", "an earlier count"),
     "counts: backward pass": Predicted(204.8, "GFLOP", "an earlier count"),
+    "counts: forward pass alone": Predicted(103.0, "GFLOP", "an earlier count"),
+    "counts: loss": Predicted(245.8, "GFLOP", "68.8 + 177.0"),
     "step: TF-B float32 eager, 32 images": _rate(450.6, 8.5, F32),
     "step: TF-B tf32 eager, 32 images": _rate(450.6, 8.5, TF32),
     "step: TF-B bfloat16 eager, 64 images": _rate(450.6, 7.1),
@@ -229,6 +231,8 @@ def _predict_the_rest() -> None:
                 formula = f"{gflop:g} GFLOP / {tflops:g} TFLOP/s, at least {least:g} ms of launches together"
                 value = max(gflop / tflops, least / images)
                 add(f"sample: {what}, {kind}, {images} at once", value, "ms each", formula)
+    add("jpeg: nvImageCodec, 128 at once", 10_000, "images/s", "engines of the card for JPEG, a guess")
+    add("jpeg: nvImageCodec, mean difference of a value", 0.3, "", "another rounding of each value, a guess")
     for package, seconds in (("faiss", 1.8), ("cuml", 0.5), ("flash_kmeans", 0.4)):
         formula = "16.5 TFLOP / 52 TFLOP/s and a copy" + (", sums on one core" if package == "faiss" else "")
         add(f"kmeans: {package}, ten iterations of the same", seconds, "s", formula)
@@ -684,6 +688,28 @@ def hierarchy(bench: Bench) -> None:
         )
 
 
+def jpeg(bench: Bench) -> None:
+    """nvImageCodec, where it is installed, on drawn photographs: its speed, and its difference from Pillow."""
+    draw_photos(bench.out / "photos", count := bench.size(128, 4))
+    data = [path.read_bytes() for path in sorted((bench.out / "photos").glob("*/*.jpg"))[:count]]
+    name = "jpeg: nvImageCodec, 128 at once"
+    with bench.attempt(name):
+        from nvidia import nvimgcodec as codec
+
+        place = {"device_id": 0}
+        if not bench.is_cuda:
+            ends = [codec.Backend(codec.CPU_ONLY)]
+            place = {"device_id": codec.NVIMGCODEC_DEVICE_CPU_ONLY, "backends": ends}
+        decoder, wanted = codec.Decoder(**place), codec.DecodeParams(color_spec=codec.ColorSpec.SRGB)
+        streams = [codec.CodeStream(each) for each in data]
+        found = decoder.decode(streams, params=wanted)
+        expected = [np.asarray(Image.open(io.BytesIO(each)).convert("RGB"), np.int16) for each in data]
+        apart = [abs(np.asarray(a.cpu()) - b).mean() for a, b in zip(found, expected, strict=True)]
+        bench.note("jpeg: nvImageCodec, mean difference of a value", float(np.mean(apart)))
+        seconds = bench.seconds(lambda: decoder.decode(streams, params=wanted))
+        bench.note(name, len(data) / seconds, "images/s")
+
+
 # ---------------------------------------------------------------- sampling, vocabulary, post-training
 
 
@@ -813,6 +839,7 @@ SECTIONS = {
     update: 60,
     fit: 300,
     hierarchy: 45,
+    jpeg: 45,
     loader: 60,
     sample: 90,
     large: 120,

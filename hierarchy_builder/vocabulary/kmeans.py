@@ -291,7 +291,13 @@ def _fit_cuml(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray,
         tol=1e-12,  # never reached, so that all iterations run
         output_type="numpy",
     )
-    kmeans.fit(tokens)
+    try:
+        kmeans.fit(tokens)
+    except Exception as error:  # cupy, rmm and cuVS have errors of their own for a missing device or driver
+        if "cuda" not in str(error).lower():
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise BuilderError(f"k-means backend 'cuml' needs a GPU ({reason}): choose backend torch") from None
     return np.asarray(kmeans.cluster_centers_, dtype=np.float32), []
 
 
