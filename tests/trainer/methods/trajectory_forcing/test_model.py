@@ -134,6 +134,20 @@ def test_attention_tangent_matches_explicit_softmax():
     torch.testing.assert_close(found, torch.func.jvp(explicit, tuple(values[:3]), tuple(values[3:])))
 
 
+def test_attention_tangent_in_bfloat16_keeps_what_does_not_cancel() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v, dq, dk, dv = (torch.randn(1, 2, 64, 16, generator=g) for _ in range(6))
+    v, dk = (x + 3 * torch.randn(1, 1, 1, 16, generator=g) for x in (v, dk))  # a part that all keys share
+    rounded = [x.bfloat16() for x in (q, k, v, dq, dk, dv)]
+
+    def tangent(dtype: torch.dtype) -> torch.Tensor:
+        inputs = [x.to(dtype) for x in rounded]
+        return torch.func.jvp(attend, tuple(inputs[:3]), tuple(inputs[3:]))[1].double()
+
+    exact = tangent(torch.float64)
+    assert (tangent(torch.bfloat16) - exact).norm() < 0.015 * exact.norm()
+
+
 def test_rotations_make_scores_depend_on_offsets_only():
     rotations = grid_rotations(4, 6, 8, 10_000.0)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 24, 1, 8)
