@@ -6,8 +6,8 @@
 
 A section runs in a process of its own with a time limit, and appends each figure to FOLDER/figures.jsonl as soon as it
 is known, so that a crash or a hang costs one section. Sections come in the order of their worth. Speeds are medians
-over repeated calls after a warm-up; weights are random, since they do not change a speed. FOLDER also keeps a profile
-of a training step and of the encoder (`*.trace.json`, for chrome://tracing or Perfetto).
+over repeated calls after a warm-up; weights are random, since they do not change a speed. FOLDER also keeps profiles
+of a training step, the encoder, samples, k-means and a distance (`*.trace.json`, for chrome://tracing or Perfetto).
 """
 
 from __future__ import annotations
@@ -195,6 +195,12 @@ def _predict_the_rest() -> None:
             "images/s",
             "the step at 128 images, and 20 ms of each update",
         )
+    add(
+        "fit: trainer post-train, 512 images a step",
+        300,
+        "images/s",
+        "1 / (4 × 275 GFLOP / 525 TFLOP/s + 8 distances of 80 ms / 512), drawn twice",
+    )
     for size, gflop, traffic in (("B", 47.1, 0.29), ("L", 162.0, 0.78)):
         for images in (32, 128, 256, 512):
             rate = _rate(gflop, traffic)
@@ -546,23 +552,47 @@ def update(bench: Bench) -> None:
 
 
 def fit(bench: Bench) -> None:
-    """`trainer train` itself, on the shards of section `build`; images/s of its log after the first line."""
+    """`trainer train` itself, on the shards of section `build`, and `post-train`; images/s of their logs."""
     shards = finished_shards(bench)
-    words = ["--preset", "TF-B", "--set", "sample_images=null", "--set", "tensorboard=false", "--quiet"]
-    words += ["--total-images", "12288", "--set", "log_images=2048", "--set", "loader_workers=8"]
-    words += ["--set", "precision=bfloat16", "--set", "micro_batch_size=128"]
+    common = ["--quiet", "--set", "sample_images=null", "--set", "tensorboard=false"]
+    words = ["--preset", "TF-B", "--total-images", "12288", "--set", "log_images=2048"]
+    words += ["--set", "loader_workers=8", "--set", "precision=bfloat16", "--set", "micro_batch_size=128"]
+    post = ["--total-images", "2048", "--set", "batch_size=512", "--set", "log_images=512"]
     if bench.tiny:
-        words = ["--preset", "tiny-cpu", "--total-images", "6", "--quiet"]
-        words += ["--set", "batch_size=2", "--set", "log_images=2", "--set", "sample_images=null"]
+        words = [
+            "--preset",
+            "tiny-cpu",
+            "--total-images",
+            "6",
+            "--set",
+            "batch_size=2",
+            "--set",
+            "log_images=2",
+        ]
+        post = ["--total-images", "6", "--set", "batch_size=2", "--set", "log_images=2"]
+        post += ["--set", "classes=[all]"]  # no class has two images
+    post += ["--set", "spaces=[tokens]", "--set", "micro_batch_size=null"]
     for how in ("false",) if bench.tiny else ("false", "true"):
         run = bench.out / f"run-compile-{how}"
-        command = [sys.executable, "-m", "trainer.cli", "train", str(shards), "--out", str(run), *words]
-        done = subprocess.run([*command, "--set", f"compile={how}"], capture_output=True, text=True, cwd=ROOT)
-        log = run / "metrics.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        rates = [row["images_per_second"] for row in rows if "images_per_second" in row][1:]
-        found = statistics.median(rates) if rates else f"failed: {done.stderr.strip()[-300:]}"
-        bench.note(f"fit: trainer train, compile={how}", found, "images/s")
+        command = ["train", str(shards), "--out", str(run), *words, *common, "--set", f"compile={how}"]
+        note_rate(bench, f"fit: trainer train, compile={how}", command, run)
+    out = bench.out / "run-post-trained"
+    command = ["post-train", str(run), "--shards", str(shards), "--out", str(out), *post, *common]
+    note_rate(bench, "fit: trainer post-train, 512 images a step", command, out)
+
+
+def note_rate(bench: Bench, name: str, command: list[str], run: Path) -> None:
+    """Run a command of the trainer, and note what its log says after the first line."""
+    words = [sys.executable, "-m", "trainer.cli", *command]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    log = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [row for row in rows if "images_per_second" in row][1:]
+    if not rows:
+        bench.note(name, f"failed: {done.stderr.strip()[-300:]}")
+        return
+    share = {"mfu": rows[-1]["mfu"]} if "mfu" in rows[-1] else {}
+    bench.note(name, statistics.median(row["images_per_second"] for row in rows), "images/s", **share)
 
 
 def loader(bench: Bench) -> None:
@@ -733,6 +763,10 @@ def sample(bench: Bench) -> None:
                 bench.note(f"sample: 4 levels, {kind}, {images} at once", 1e3 * seconds / images, "ms each")
                 seconds = bench.seconds(lambda noise=noise: decoder(noise[0]), repeats=5)
                 bench.note(f"sample: RAE ViT-XL, {kind}, {images} at once", 1e3 * seconds / images, "ms each")
+                if images == 32 and kind == "bfloat16":
+                    bench.profile(
+                        "sample", lambda noise=noise, label=label: sample_levels(model, label, noise)
+                    )
 
 
 def vocabulary(bench: Bench) -> None:
@@ -741,6 +775,9 @@ def vocabulary(bench: Bench) -> None:
     centroids = tokens[: bench.size(4096, 8)].copy()
     seconds = bench.seconds(lambda: kmeans.sum_clusters(tokens.astype(np.float16), centroids), repeats=2)
     bench.note("kmeans: torch, one iteration of 262,144 × 768, 4,096 centroids", seconds, "s")
+    if not bench.tiny:
+        half = tokens.astype(np.float16)
+        bench.profile("kmeans", lambda: kmeans.sum_clusters(half, centroids))
     for engine, package in (("faiss", "faiss"), ("cuml", "cuml"), ("flash", "flash_kmeans")):
         name = f"kmeans: {package}, ten iterations of the same"
         with bench.attempt(name):
@@ -765,6 +802,8 @@ def post_training(bench: Bench) -> None:
             mean, covariance = rows.mean(0) + 0.1, (1.1 * rows).T.cov()
             seconds = bench.seconds(lambda t=target, m=mean, c=covariance: t.distance(m, c), repeats=3)
             bench.note(f"post_training: distance at width {width}", seconds * 1e3, "ms")
+            if not bench.tiny:
+                bench.profile(f"distance-{width}", lambda t=target, m=mean, c=covariance: t.distance(m, c))
 
 
 def tests(bench: Bench) -> None:

@@ -96,6 +96,7 @@ class DecoderRun(NetworkRun):
     shown = ("l1",)
     rate_field = "lr"
     is_alike_in_parts = False  # the adversarial loss is balanced in each
+    one_backward_pass = True
     model: _Parts
     dataset: PictureDataset
     phase: tuple[bool, bool] | None = None

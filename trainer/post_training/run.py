@@ -204,6 +204,7 @@ class PostTrainingRun(NetworkRun):
 
     def __init__(self, start: Start, config: Any, *others: Any, decoder: str | Path | None = None) -> None:
         self.start, self.post, self.given_decoder = start, config.post_training, decoder
+        self.one_backward_pass = not self.post.balanced  # which scales gradients before they are added
         method = registry.method_of(config)
         self.pipeline = method.load("pipeline")
         self.one_step = method.load("one_step")

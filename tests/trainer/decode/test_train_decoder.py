@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fixture_shards import GRID, add_member, change_index, reindex, write_shards
+from processes import run_two
 from safetensors.torch import load_file, save_file
 from tiny_runs import DECODER as SMALL
 from tiny_runs import assert_same_state, tensors_of
@@ -215,6 +216,35 @@ def test_the_discriminator_is_counted_as_it_joins_and_stays_as_it_is(
     assert counts == sorted(counts)
     assert [first == second for first, second in itertools.pairwise(counts)] == [True, False] * 2 + [True]
     assert_same_state(tmp_path / "plain", tmp_path / "counted", 6)
+
+
+RANKS = """
+import dataclasses, sys
+sys.path.append(sys.argv[3])
+from tiny_runs import DECODER
+from trainer.decode.train import train_decoder
+from trainer.training import distributed
+
+distributed.BUCKET_ELEMENTS = 1000
+finish = distributed.GradientSum.finish
+
+def finished(sum_up):
+    assert len(sum_up._begun) == len(sum_up._buckets) > 9  # all during the backward pass
+    finish(sum_up)
+
+distributed.GradientSum.finish = finished
+train_decoder(dataclasses.replace(DECODER, micro_batch_size=2), sys.argv[1], sys.argv[2], quiet=True)
+"""
+
+
+def test_two_ranks_add_up_gradients_meanwhile_and_take_the_same_steps(
+    shards: str, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    run_two(tmp_path / "ranks.py", shards, tmp_path / "two", Path(__file__).parents[2] / "support")
+    found, expected = tensors_of(tmp_path / "two", 6), tensors_of(whole, 6)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_command_trains_and_its_folder_knows_the_configuration(shards: str, tmp_path: Path) -> None:
