@@ -42,11 +42,11 @@ from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import atomic_file, size_on_disk, write_json
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import ImageSource, open_reader
-from hierarchy_builder.images.table import ImageTable
+from hierarchy_builder.images.table import COLUMNS, ImageTable
 from hierarchy_builder.machine.process import ahead
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_images, write_index
+from hierarchy_builder.store.index import StoredIndex, in_build_order, write_index
 from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry, with_licence
 from hierarchy_builder.store.samples import make_sample, picture_of
 from hierarchy_builder.store.shard_set import publish_shards
@@ -63,7 +63,7 @@ class FuseStage:
     recipe: HierarchyRecipe
     config: ShardConfig
     images: ImageEncoder
-    index: ImageTable
+    index: StoredIndex
     masks: MaskFolder | None
 
     @classmethod
@@ -84,14 +84,14 @@ class FuseStage:
             px = encoder.image_size_px
             images.keep = lambda image, crop: picture_of(image, px, config, crop)
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
-        return cls(folder, recipe, config, images, read_images(folder.listing), masks)
+        return cls(folder, recipe, config, images, StoredIndex(folder.listing, COLUMNS), masks)
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         # They load numba, which a driver does not need.
         from hierarchy_builder.hierarchy import build_hierarchy
         from hierarchy_builder.hierarchy.similarity import single_threaded_blas
 
-        records = list(self.index[unit.start : unit.stop])
+        records = list(ImageTable(self.index.rows(unit.start, unit.stop)))
         outcomes: list[Outcome] = [{} for _ in records]
         encoder, num_levels = self.images.encoder, self.recipe.num_levels
         features = np.zeros((len(unit), *encoder.grid, encoder.width), FEATURE_DTYPE)

@@ -28,11 +28,11 @@ from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.originals import changed_images, file_hash, refuse_changed
 from hierarchy_builder.images.sources import Reader, open_reader
-from hierarchy_builder.images.table import ImageTable
+from hierarchy_builder.images.table import COLUMNS, ImageTable
 from hierarchy_builder.records import FEATURE_DTYPE, Block, ImageRecord, Sample, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_images, read_index, records_of, status_name
+from hierarchy_builder.store.index import StoredIndex, status_name
 from hierarchy_builder.store.ledger import REOPENED, Ledger, stage_entry
 from hierarchy_builder.store.samples import FACTS, make_sample, picture_of
 from hierarchy_builder.store.shards import shard_name, write_shard
@@ -97,7 +97,7 @@ class ExtractStage:
     source: str
     config: ExtractConfig
     images: ImageEncoder
-    index: ImageTable
+    index: StoredIndex
 
     @classmethod
     def load(
@@ -107,10 +107,10 @@ class ExtractStage:
         encoder = encoder or asked_encoder(config)
         check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
         images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
-        return cls(folder, source, config, images, read_images(folder.listing))
+        return cls(folder, source, config, images, StoredIndex(folder.listing, COLUMNS))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        records = list(self.index[unit.start : unit.stop])
+        records = list(ImageTable(self.index.rows(unit.start, unit.stop)))
         features, status, outcomes = self._kept(unit)
         with ThreadPoolExecutor(threads) as pool:
             for batch in self.images.batches(records, outcomes, pool):
@@ -153,18 +153,18 @@ class ClusterStage:
     recipe: HierarchyRecipe
     image_size_px: int
     masks: MaskFolder | None
-    index: pa.Table
+    index: StoredIndex
 
     @classmethod
     def load(cls, folder: BuildFolder, recipe: HierarchyRecipe, image_size_px: int) -> ClusterStage:
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
-        return cls(folder, recipe, image_size_px, masks, read_index(folder.index, PHOTO))
+        return cls(folder, recipe, image_size_px, masks, StoredIndex(folder.index, PHOTO))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         stored = Stored(self.folder)
         usable = stored.block("status", unit) == Status.OK
         features = stored.block("features", unit)[usable]
-        photos = self.index.slice(unit.start, len(unit)).filter(pa.array(usable))
+        photos = self.index.rows(unit.start, unit.stop).filter(pa.array(usable))
         labels = label_maps(self.masks, photos.to_pylist(), self.image_size_px, features.shape[1:3])
         from hierarchy_builder.hierarchy import build_hierarchy  # loads numba, which a driver does not need
 
@@ -255,8 +255,8 @@ class ShardStage:
         return usable_rows(self.folder)
 
     @cached_property
-    def index(self) -> pa.Table:
-        return read_index(self.folder.index)
+    def index(self) -> StoredIndex:
+        return StoredIndex(self.folder.index)
 
     @cached_property
     def _stored(self) -> Stored:
@@ -268,9 +268,9 @@ class ShardStage:
         step = stores.ROWS_PER_CHUNK * 16
         for some in (rows[i : i + step] for i in range(0, len(rows), step)):
             span = slice(int(some[0]), int(some[-1]) + 1)
-            table = self.index.slice(span.start, span.stop - span.start)
+            table = self.index.rows(span.start, span.stop)
             arrays = {name: self._stored.rows(name, span) for name in names}
-            records = list(records_of(table))
+            records = list(ImageTable(table))
             outcomes, hashes = table.select(FACTS).to_pylist(), table.column("file_hash").to_pylist()
             for offset in (some - span.start).tolist():
                 row = {name: values[offset] for name, values in arrays.items()}
@@ -279,7 +279,8 @@ class ShardStage:
 
     def _refuse_changed(self, unit: Block) -> None:
         """Raise ConfigMismatchError naming the photos of a unit that changed after they were encoded."""
-        rows = self.index.take(self.usable_rows[unit.start : unit.stop])
+        usable = self.usable_rows[unit.start : unit.stop]
+        rows = self.index.rows(usable[0], usable[-1] + 1).take(pa.array(usable - usable[0]))
         refuse_changed(
             self.source, changed_images(rows.column("path").to_pylist(), rows.to_pylist(), self._reader)
         )

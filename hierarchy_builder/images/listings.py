@@ -31,7 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import BuilderError, UsageError, UserError
-from hierarchy_builder.images.table import AT_ONCE, Collected, Size, give_back, sorted_by_path
+from hierarchy_builder.images.table import AT_ONCE, Collected, Size, give_back, in_batches, sorted_by_path
 from hierarchy_builder.places.paths import printable
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.untrusted.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
@@ -529,7 +529,7 @@ def list_table(
         table = table.filter(pa.array(~again))
     sizes, gone = array("q"), 0
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        for batch in table.select(["path"]).to_batches(AT_ONCE):
+        for batch in in_batches(table.select(["path"])):
             for size in pool.map(size_of, batch.column(0).to_pylist()):
                 sizes.append(size or 0)
                 gone += size is None

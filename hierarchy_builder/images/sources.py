@@ -26,7 +26,7 @@ from hierarchy_builder.fields import nearest
 from hierarchy_builder.images.keys import unique_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.images.reading import read_file
-from hierarchy_builder.images.table import AT_ONCE, Collected, ImageTable, give_back
+from hierarchy_builder.images.table import Collected, ImageTable, give_back, in_batches
 from hierarchy_builder.places.paths import a_folder, filesystem_of
 from hierarchy_builder.places.remote import store_error, without_secrets
 from hierarchy_builder.records import ImageRecord
@@ -274,7 +274,7 @@ def listing_hash(records: Iterable[ImageRecord]) -> str:
     digest = hashlib.sha256()
     table = ImageTable.of(records).by_path().table.select(["key", "path", "bytes", "label"])
     encode = json.JSONEncoder().encode
-    for batch in table.to_batches(AT_ONCE):
+    for batch in in_batches(table):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
         digest.update("".join(f"{encode(row)}\n" for row in rows).encode())
     return digest.hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import pyarrow as pa
@@ -22,23 +25,95 @@ COMPARED = ("path", "bytes", "label", "class_name")
 """Columns in which an image of one listing may differ from the same image of another."""
 TEXT = pa.large_string()
 """Kind of columns of text: those of another kind hold 2 GiB at most when they are sorted."""
+COLLECTED = pa.schema({"key": TEXT, "path": TEXT, "class_name": pa.int32(), "bytes": pa.int64()})
+"""What is collected of an image; its class as the number of a name."""
 Size = int | Callable[[], int]
 """Size of a file in bytes, or a call that asks for it."""
 
 
 pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps far more of what was freed
 
+_MAPPED = weakref.WeakSet[mmap.mmap]()
+"""The files of rows that are mapped, see `Spool`."""
+
 
 def give_back() -> None:
-    """Give memory that was freed back to the system; without it, a peak of a moment lasts until the process ends."""
+    """Give memory that was freed and pages of mapped files back to the system; else a peak lasts until the end."""
     pa.default_memory_pool().release_unused()
+    for mapped in list(_MAPPED):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def in_batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
+    """The rows of a table some at a time; what was looked at is given back."""
+    for batch in table.to_batches(AT_ONCE):
+        yield batch
+        give_back()
+
+
+class Spool:
+    """Rows that are collected in a temporary file without a name and mapped from there, so that memory does not grow.
+
+    A single batch stays in memory.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._batches: list[pa.RecordBatch] = []
+        self._file: BinaryIO | None = None
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Add rows at the end."""
+        self._batches.append(batch)
+        if len(self._batches) > 1:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `table`)
+                self._writer = pa.ipc.new_stream(self._file, self._schema)
+            for each in self._batches:
+                self._writer.write_batch(each)
+            self._batches.clear()
+
+    def table(self) -> pa.Table:
+        """The rows that were added; the spool is empty then."""
+        rows, self._batches = pa.Table.from_batches(self._batches, self._schema), []
+        if self._file is None:
+            return rows
+        with self._file:
+            with self._writer:
+                self._writer.write_table(rows)
+            self._file.flush()
+            mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = None
+        _MAPPED.add(mapped)
+        return pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(mapped))).read_all()
+
+
+def rows_at(table: pa.Table, places: np.ndarray) -> pa.Table:
+    """The rows of a table at these places, in their order; some are copied at a time, those of a batch together."""
+    spool, batches = Spool(table.schema), table.to_batches()
+    starts = np.cumsum([0, *map(len, batches)])
+    for first in range(0, len(places), AT_ONCE):
+        wanted = places[first : first + AT_ONCE].astype(np.int64)
+        order = np.argsort(wanted)
+        rising, back = wanted[order], np.empty_like(order)
+        back[order] = np.arange(len(order))
+        cuts = np.searchsorted(rising, starts)
+        parts = [
+            batch.take(pa.array(rising[cut:end] - start))
+            for batch, start, cut, end in zip(batches, starts, cuts, cuts[1:], strict=False)
+        ]
+        rows = pa.Table.from_batches(parts, table.schema).combine_chunks().take(pa.array(back))
+        for batch in rows.to_batches():
+            spool.add(batch)
+    return spool.table()
 
 
 def sorted_by_path(table: pa.Table) -> pa.Table:
     """The rows in the order of their paths; nothing is copied where they are in it already."""
     paths = table.column("path")
-    is_sorted = pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py() is not False
-    return table if is_sorted else table.sort_by("path")
+    if pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py() is not False:
+        return table
+    return rows_at(table, pc.sort_indices(paths).to_numpy())
 
 
 def describe_changes(before: ImageTable, now: ImageTable) -> str:
@@ -106,7 +181,7 @@ class ImageTable(Sequence[ImageRecord]):
         return next(iter(self[place % len(self) :][:1]))
 
     def __iter__(self) -> Iterator[ImageRecord]:
-        for batch in self.table.to_batches(AT_ONCE):
+        for batch in in_batches(self.table):
             for key, path, label, class_name, size in zip(
                 *(column.to_pylist() for column in batch.columns), strict=True
             ):
@@ -132,7 +207,7 @@ class ImageTable(Sequence[ImageRecord]):
 
     def values(self, name: str) -> Iterator[Any]:
         """The values of a column, one after the other."""
-        for batch in self.table.select([name]).to_batches(AT_ONCE):
+        for batch in in_batches(self.table.select([name])):
             yield from batch.column(0).to_pylist()
 
     def by_path(self) -> ImageTable:
@@ -141,7 +216,7 @@ class ImageTable(Sequence[ImageRecord]):
 
     def take(self, rows: np.ndarray) -> ImageTable:
         """The images at these places, in their order."""
-        return ImageTable(self.table.take(pa.array(rows)))
+        return ImageTable(rows_at(self.table, rows))
 
     def relabelled(self, ids: Mapping[str, int]) -> ImageTable:
         """The same images with the ids that their classes have now."""
@@ -169,7 +244,7 @@ class Collected:
         self._classes: dict[str, int] = {}
         self._elsewhere: dict[str, str | None] = {}
         """Such a key → the path of its one image, None if several images share the key."""
-        self._batches: list[pa.RecordBatch] = []
+        self._spool = Spool(COLLECTED)
         self._begin()
 
     def _begin(self) -> None:
@@ -210,8 +285,7 @@ class Collected:
         They are given away: another call has only those that were added since.
         """
         self._flush()
-        table = pa.Table.from_batches(self._batches)
-        self._batches = []
+        table = self._spool.table()
         names = pa.array(list(self._classes), pa.string())
         numbers = table.column("class_name")
         encoded = [pa.DictionaryArray.from_arrays(chunk, names) for chunk in numbers.chunks]
@@ -225,5 +299,5 @@ class Collected:
             pa.array(np.frombuffer(self._numbers, np.int32) if self._numbers else [], pa.int32()),
             pa.array(np.frombuffer(self._sizes, np.int64) if self._sizes else [], pa.int64()),
         ]
-        self._batches.append(pa.record_batch(columns, names=["key", "path", "class_name", "bytes"]))
+        self._spool.add(pa.record_batch(columns, schema=COLLECTED))
         self._begin()

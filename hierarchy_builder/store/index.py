@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hierarchy_builder.errors import VerificationError
-from hierarchy_builder.files import decoding, read_bytes, write_bytes
-from hierarchy_builder.images.table import COLUMNS, ImageTable, give_back
+from hierarchy_builder.files import atomic_file, decoding, read_bytes
+from hierarchy_builder.images.table import COLUMNS, ImageTable, Spool, give_back
 from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import ImageRecord, Status
 
@@ -53,7 +53,10 @@ class Outcomes(Sequence[Mapping[str, Any]]):
     """What became of every row, as columns: a mapping of what is told for each, empty for a row that is not done."""
 
     def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
-        self.table = pa.Table.from_batches(batches, OUTCOMES)
+        spool = Spool(OUTCOMES)
+        for batch in batches:
+            spool.add(batch)
+        self.table = spool.table()
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]], count: int) -> pa.RecordBatch:
@@ -128,53 +131,82 @@ def write_index(
     starts = range(0, len(images), ROWS_AT_ONCE)
     digest = _rows_digest(lambda name: lambda: (group(name, start) for start in starts))
     schema = SCHEMA.with_metadata({"format_version": str(INDEX_VERSION), "rows_sha256": digest})
-    file = pa.BufferOutputStream()
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for start in starts:
             writer.write_table(pa.table([group(name, start) for name in schema.names], schema=schema))
-    write_bytes(path, memoryview(file.getvalue()))
-    give_back()
+            give_back()
 
 
-def read_index(path: Path, names: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
-    """Read an index or some of its columns; all are checked.
+class StoredIndex:
+    """An index on disk, or some of its columns: all are checked once, then rows are read by their row groups.
 
     Raises VerificationError when it is missing or its rows are not those that were written.
     """
-    kept = dict[str, pa.ChunkedArray]()
-    with decoding(path), pq.ParquetFile(io.BytesIO(read_bytes(path)) if is_remote(path) else path) as file:
-        described = file.schema_arrow.metadata or {}
-        version = described.get(b"format_version", b"").decode()
-        if version not in ("1", str(INDEX_VERSION)):
-            raise ValueError(f"its format version is {version!r}, expected 1 to {INDEX_VERSION}")
-        later = CAME_LATER if version == "1" else ()
-        present = pa.schema([field for field in SCHEMA if field.name not in later])
-        if not file.schema_arrow.equals(present):
-            raise ValueError(f"its columns are {file.schema_arrow.names}, expected {present.names}")
 
-        def column(name: str) -> Callable[[], list[pa.ChunkedArray]]:
-            """A column, which is kept only if it is asked for: all together take several times the memory."""
-            field = SCHEMA.field(name)
-            values = (
-                pa.chunked_array([pa.nulls(file.metadata.num_rows, field.type)])
-                if name in later
-                else file.read([name]).column(0)
-            )
-            values.validate(full=True)
-            if values.null_count and not field.nullable:
-                raise ValueError("it lacks values of columns that no row lacks")
-            if name in names:
-                kept[name] = values
-            return lambda: [values]
+    def __init__(self, path: Path, names: Sequence[str] = tuple(SCHEMA.names)) -> None:
+        self.path, self.names = path, names
+        with decoding(path):
+            self._file = pq.ParquetFile(io.BytesIO(read_bytes(path)) if is_remote(path) else path)
+            described = self._file.schema_arrow.metadata or {}
+            version = described.get(b"format_version", b"").decode()
+            if version not in ("1", str(INDEX_VERSION)):
+                raise ValueError(f"its format version is {version!r}, expected 1 to {INDEX_VERSION}")
+            self._later = CAME_LATER if version == "1" else ()
+            present = pa.schema([field for field in SCHEMA if field.name not in self._later])
+            if not self._file.schema_arrow.equals(present):
+                raise ValueError(f"its columns are {self._file.schema_arrow.names}, expected {present.names}")
+            groups = range(self._file.num_row_groups)
+            counts = [self._file.metadata.row_group(number).num_rows for number in groups]
+            self._starts = np.cumsum([0, *counts])
+            digest = _rows_digest(lambda name: lambda: (self._group(number, [name])[0] for number in groups))
+            if version != "1" and described.get(b"rows_sha256", b"").decode() != digest:
+                raise VerificationError(
+                    f"{path} is damaged (its rows do not have the checksum that they were written with): "
+                    "run `hierarchy-builder repair` on its build"
+                )
+        self._held = dict[int, pa.Table]()
+        give_back()
 
-        digest = _rows_digest(column)
-        if version != "1" and described.get(b"rows_sha256", b"").decode() != digest:
-            raise VerificationError(
-                f"{path} is damaged (its rows do not have the checksum that they were written with): "
-                "run `hierarchy-builder repair` on its build"
-            )
-    give_back()
-    return pa.table([kept[name] for name in names], schema=pa.schema([SCHEMA.field(name) for name in names]))
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def rows(self, start: int, stop: int) -> pa.Table:
+        """Rows `start` ≤ i < `stop`. The row groups that hold them are kept for the next call."""
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        with decoding(self.path):
+            self._held = {
+                number: self._held.get(number) or self._group(number, self.names)
+                for number in range(first, last + 1)
+            }
+        begin = start - int(self._starts[first])
+        return pa.concat_tables(self._held.values()).slice(begin, stop - start)
+
+    def table(self) -> pa.Table:
+        """All rows."""
+        with decoding(self.path):
+            groups = [self._group(number, self.names) for number in range(len(self._starts) - 1)]
+        return pa.concat_tables([_schema_of(self.names).empty_table(), *groups])
+
+    def _group(self, number: int, names: Sequence[str]) -> pa.Table:
+        rows = self._file.read_row_group(number, [name for name in names if name not in self._later])
+        for place, name in enumerate(names):
+            if name in self._later:
+                rows = rows.add_column(
+                    place, SCHEMA.field(name), pa.nulls(len(rows), SCHEMA.field(name).type)
+                )
+        rows.validate(full=True)
+        if any(rows.column(name).null_count and not SCHEMA.field(name).nullable for name in names):
+            raise ValueError("it lacks values of columns that no row lacks")
+        return rows.select(names).replace_schema_metadata()
+
+
+def read_index(path: Path, names: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
+    """Read an index or some of its columns as a whole; see `StoredIndex`."""
+    return StoredIndex(path, names).table()
+
+
+def _schema_of(names: Sequence[str]) -> pa.Schema:
+    return pa.schema([SCHEMA.field(name) for name in names])
 
 
 def read_images(path: Path) -> ImageTable:

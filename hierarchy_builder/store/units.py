@@ -142,12 +142,15 @@ def relative_source(folder: BuildFolder, source: str) -> str:
 
 def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[Outcomes, list[dict[str, Any]]]:
     """Return the outcomes of all rows of finished units, and what else is in their markers, one marker at a time."""
-    batches, facts = [], []
-    for unit, marker in zip(units, ledger.each(unit.number for unit in units), strict=True):
-        with decoding(marker.path):
-            batches.append(Outcomes.of(marker["outcomes"], len(unit)))
-        facts.append({name: value for name, value in marker.items() if name not in ("outcomes", "sizes")})
-    return Outcomes(batches), facts
+    facts = list[dict[str, Any]]()
+
+    def told() -> Iterator[pa.RecordBatch]:
+        for unit, marker in zip(units, ledger.each(unit.number for unit in units), strict=True):
+            with decoding(marker.path):
+                yield Outcomes.of(marker["outcomes"], len(unit))
+            facts.append({name: value for name, value in marker.items() if name not in ("outcomes", "sizes")})
+
+    return Outcomes(told()), facts
 
 
 def outcomes_so_far(folder: BuildFolder) -> Outcomes:
