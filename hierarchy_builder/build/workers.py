@@ -55,8 +55,8 @@ MAX_IDLE_INTERVALS = 6
 """Intervals of that length after which a run without any worker stops."""
 
 BRIEF_AHEAD = 64
-"""The same of stages, whose results are markers on disk: the driver holds a few numbers of each, and a slow unit does
-not keep the others waiting."""
+"""UNITS_AHEAD of stages, whose results are markers on disk: the driver holds a few numbers of each, and a slow unit
+does not keep the others waiting."""
 
 CONNECT_TIMEOUT_S = 20
 """Timeout of the connection to a Ray cluster, in seconds."""

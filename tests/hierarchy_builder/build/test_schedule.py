@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 import scale
 
-from hierarchy_builder.build.schedule import UNIT_RETRIES, Schedule, WorkerQueue
+from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule, WorkerQueue
+from hierarchy_builder.build.stages import perform
+from hierarchy_builder.build.workers import BRIEF_AHEAD, _RayPool
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.records import blocks_of
 
 
 def test_a_cluster_that_loses_nodes_loses_no_unit() -> None:
@@ -51,3 +56,48 @@ def test_a_unit_that_kills_its_workers_is_named() -> None:
             plan.lose(0, queue, "gone", is_first=True, name=7)
     with pytest.raises(BuilderError, match=r"unit 7 was running on 6 workers that were lost: gone"):
         plan.lose(0, queue, "gone", is_first=True, name=7)
+
+
+def test_results_run_ahead_of_a_slow_unit_by_no_more_than_the_bound() -> None:
+    slow, fast = WorkerQueue("slow"), WorkerQueue("fast")
+    plan = Schedule(1000, ahead=8, queues=[slow, fast])
+    began = list[int]()
+    while (call := plan.next_call()) is not None:
+        number, queue = call
+        began.append(number)
+        if queue is fast or number > 0:  # all but unit 0 end at once
+            plan.finish(number, queue, number)
+            assert list(plan.results()) == []
+    assert began == list(range(8)), "and then they wait for it"
+    plan.finish(0, slow, 0)
+    assert list(plan.results()) == began
+    assert plan.next_call() == (8, fast)
+
+
+@pytest.mark.parametrize(
+    ("function", "ahead"), [(perform, 2 * BRIEF_AHEAD), (lambda *_: None, 2 * UNITS_AHEAD)]
+)
+def test_workers_stop_where_results_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, function: Any, ahead: int
+) -> None:
+    """Of two workers, whose other calls end at once, one has a first unit that ends when nothing else runs."""
+    began = list[int]()
+
+    def call(function: Any, unit: Any, *shared: Any) -> str:
+        began.append(unit.number)
+        return f"result {unit.number}"
+
+    def wait(references: list[str], **_: Any) -> tuple[list[str], list[str]]:
+        return [each for each in references if each != "result 0"] or references, []
+
+    ray = SimpleNamespace(put=lambda value: value, get=lambda reference: reference, wait=wait)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    loads = iter(("load 0", "load 1"))
+    remote = SimpleNamespace(
+        load=SimpleNamespace(remote=lambda load: next(loads)), call=SimpleNamespace(remote=call)
+    )
+    pool, most = _RayPool(lambda: None, lambda: remote, 2), 0
+    for taken, result in enumerate(pool.map(function, blocks_of(1000, 1))):
+        assert result == f"result {taken}"
+        most = max(most, len(began) - taken)
+    assert (len(began), most) == (1000, ahead)
