@@ -63,7 +63,7 @@ def run(command: Callable[[], Any], *, continues: bool = False, who: str = "") -
         if (told := store_error(error)) is not None:
             words = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
             urls = ", ".join(shown(word) for word in words if "://" in word)
-            _end(f"{who}{urls}: {told}" if urls else f"{who}{told}", told.exit_code)
+            _end(f"{who}{urls}: {told}" if urls and not told.place else f"{who}{told}", told.exit_code)
         if not isinstance(error, OSError):
             raise
         _end(who + explained(error), UserError.exit_code)

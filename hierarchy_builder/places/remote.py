@@ -78,7 +78,11 @@ WORDS = {
     ),
     "AccessDenied": ("these credentials have no permission for that: grant it", False),
     "Forbidden": ("these credentials have no permission for that: grant it", False),
-    "403": ("these credentials have no permission for that, or have expired: grant it or renew them", False),
+    "403": (
+        "these credentials have no permission for that or have expired, or the clock of this machine is wrong: grant "
+        "it, renew them, or set it",
+        False,
+    ),
     "400": (
         "the store refused the request, as it does when credentials have expired or the bucket lies in another "
         "region: renew them, or set AWS_DEFAULT_REGION",
@@ -115,6 +119,8 @@ class StoreError(OSError):
     exit_code = 1
     code = ""
     """What the store calls it, if it is known."""
+    place = ""
+    """URL of what was asked for, with which the message begins, if it is known."""
 
 
 class StoreRetryError(StoreError):
@@ -259,8 +265,12 @@ def remove(paths: Iterable[Path]) -> None:
         some = [{"Key": key} for _, key in keys[start : start + 1000]]
         answer = fs.call_s3("delete_objects", Bucket=keys[0][0], Delete={"Objects": some, "Quiet": True})
         for refused in answer.get("Errors", [])[:1]:  # the answer as a whole is a success
-            text = f"s3://{keys[0][0]}/{refused.get('Key', '')} was not removed: {refused.get('Message', '')}"
-            raise _told(text, str(refused.get("Code", "")), passes=refused.get("Code") in PASSING_CODES)
+            text, place = (
+                f"not removed: {refused.get('Message', '')}",
+                f"s3://{keys[0][0]}/{refused.get('Key', '')}",
+            )
+            passes = refused.get("Code") in PASSING_CODES
+            raise _told(text, str(refused.get("Code", "")), passes=passes, place=place)
 
 
 def _remove(path: Path) -> None:
@@ -306,7 +316,10 @@ def store_error(error: BaseException) -> StoreError | None:
         code = str(status)
     numbers = {getattr(one, "errno", None) for one in chain}
     passes = bool(numbers & PASSING) or code in PASSING_CODES or (status or 0) >= 500 or status == 429
-    return _told(text, code, passes=passes or (status is None and any(map(_is_on_the_way, chain))))
+    place = next(filter(None, map(_asked_for, chain)), "")
+    return _told(
+        text, code, passes=passes or (status is None and any(map(_is_on_the_way, chain))), place=place
+    )
 
 
 def of_all_objects(fs: Any, error: BaseException) -> StoreError | None:
@@ -320,19 +333,35 @@ def of_all_objects(fs: Any, error: BaseException) -> StoreError | None:
     return told if isinstance(told, StoreRetryError) or (told and told.code in OF_ALL) else None
 
 
-def _told(text: str, code: str, *, passes: bool) -> StoreError:
-    """The error of a store with the next step."""
+def _told(text: str, code: str, *, passes: bool, place: str = "") -> StoreError:
+    """The error of a store with the next step. place: what was asked for."""
     if code in WORDS:
         advice, passes = WORDS[code]
         advice = f": {advice}{'; then the same command continues' if passes else ''}"
     else:
         advice = f"; {'the same command continues' if passes else 'check URL, network and permissions'}"
     kind = StoreRetryError if passes else StoreError
+    text = f"{place}{': ' if place else ''}{text}"
     told = kind(
         f"{without_secrets(text)}{f' ({code})' if code and (code in WORDS or code not in text) else ''}{advice}"
     )
-    told.code = code
+    told.code, told.place = code, place
     return told
+
+
+def _asked_for(error: BaseException) -> str:
+    """The URL that a file system was asked for when it failed, from its calls; libraries of stores do not tell it."""
+    from fsspec import AbstractFileSystem
+
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        names = frame.f_locals
+        fs, path = names.get("self"), names.get("path", names.get("rpath"))
+        if not isinstance(fs, AbstractFileSystem):  # perhaps an open file
+            fs, path = getattr(fs, "fs", None), getattr(fs, "path", None)
+        if isinstance(fs, AbstractFileSystem) and isinstance(path, str):
+            found = str(fs.unstrip_protocol(path))
+    return found
 
 
 def _chain(error: BaseException) -> list[BaseException]:

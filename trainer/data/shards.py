@@ -335,8 +335,15 @@ def _read_statistics(index: ShardIndex, names: Sequence[str]) -> list[np.ndarray
 
 
 def _exists(url: str) -> bool:
+    """Whether there is anything. Raises StoreError for a bucket that is not there."""
     filesystem, path = filesystem_of(url)
-    return bool(filesystem.exists(path))
+    try:
+        filesystem.info(path)
+    except FileNotFoundError as error:
+        if (told := store_error(error)) and told.code == "NoSuchBucket":
+            raise told from error
+        return False
+    return True
 
 
 def _vouched_for(folder: str) -> dict[str, str]:

@@ -242,7 +242,7 @@ def test_a_deletion_that_the_store_refuses_is_noticed(store: Store) -> None:
     with (
         store.failing(lambda environ: ("200 OK", answer)),
         pytest.raises(
-            StoreError, match=r"file was not removed: no \(AccessDenied\): these credentials have no"
+            StoreError, match=r"file: not removed: no \(AccessDenied\): these credentials have no"
         ),
     ):
         remote.remove([place])
@@ -364,7 +364,7 @@ def test_a_url_that_nothing_can_be_written_to(url: str, message: str, photos: Pa
 def test_a_missing_bucket_is_named_and_not_made(store: Store, photos: Path) -> None:
     found = cli("hierarchy-builder", "build", photos, "--out", "s3://nowhere/build", *WORDS)
     assert found.code == 1
-    assert "s3://nowhere/build: " in found.err
+    assert "error: s3://nowhere/build" in found.err
     assert "there is no such bucket" in found.err
     assert not a_folder("s3://nowhere/build").exists()
 
@@ -375,7 +375,7 @@ def test_a_missing_bucket_is_named_and_not_made(store: Store, photos: Path) -> N
         ("GET", "403 Forbidden", "AccessDenied", 1, "have no permission"),
         ("GET", "400 Bad Request", "ExpiredToken", 75, "renew them; then the same command continues"),
         ("GET", "403 Forbidden", "RequestTimeTooSkewed", 1, "the clock of this machine"),
-        ("HEAD", "403 Forbidden", "", 1, "have no permission for that, or have expired"),
+        ("HEAD", "403 Forbidden", "", 1, "have no permission for that or have expired"),
         ("HEAD", "400 Bad Request", "", 75, "as it does when credentials have expired"),
         ("GET", "301 Moved Permanently", "PermanentRedirect", 1, "in another region: set AWS_DEFAULT_REGION"),
         ("GET", "400 Bad Request", "AuthorizationHeaderMalformed", 1, "in another region"),
@@ -388,6 +388,32 @@ def test_a_store_that_refuses(
         for words in (("build", photos, "--out", at_url, *WORDS), ("verify", at_url)):
             found = cli("hierarchy-builder", *words)
             assert (found.code, message in found.err) == (exit_code, True), found.err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("manifest.json", "ledger/extract/000000.json", "index.parquet", "features.zarr/features/c/0/0/0/0"),
+        *("shards/index.json", "shards/train-000001.tar"),
+    ],
+)
+def test_an_object_that_is_refused_is_named(store: Store, at_url: str, name: str) -> None:
+    with store.failing(
+        lambda environ: ("403 No", "AccessDenied") if environ["PATH_INFO"].endswith(name) else None
+    ):
+        found = cli("hierarchy-builder", "verify", at_url)
+    assert (found.code, f"error: {at_url}/{name}: " in found.err) == (1, True), found.err
+
+
+def test_an_object_that_may_not_be_written_is_named(store: Store, photos: Path) -> None:
+    def fault(environ: dict[str, Any]) -> tuple[str, str] | None:
+        is_written = environ["REQUEST_METHOD"] == "PUT" and "/shards/" in environ["PATH_INFO"]
+        return ("403 Forbidden", "AccessDenied") if is_written else None
+
+    url = f"{store.bucket('readonly')}/build"
+    with store.failing(fault):
+        found = cli("hierarchy-builder", "build", photos, "--out", url, *WORDS)
+    assert (found.code, f"error: {url}/shards/train-00000" in found.err) == (1, True), found.err
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,11 @@ def store() -> Iterator[Store]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def shards_at_url(store: Store, shards: str) -> str:
+    return str(sent(Path(shards), a_folder(f"{store.bucket('sets')}/set")))
+
+
 def weights(run: Path) -> dict[str, bytes]:
     """The tensors of the checkpoints of a run, by path."""
     files = remote.files_below(run) if remote.is_remote(run) else run.rglob("*")
@@ -88,6 +93,43 @@ def test_a_run_whose_credentials_expire_goes_on(
     trainer(*words)
     trainer("train", shards, "--out", tmp_path / "near", *RUN, "--quiet")
     assert weights(a_folder(f"{bucket}/run")) == weights(tmp_path / "near")
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "code", "exit_code", "words"),
+    [
+        ("_SUCCESS", "403 Forbidden", "AccessDenied", 1, "have no permission for that"),
+        ("index.json", "403 Forbidden", "RequestTimeTooSkewed", 1, "the clock of this machine is wrong"),
+        ("statistics.npz", "403 Forbidden", "AccessDenied", 1, "have no permission for that"),
+        ("train-000001.tar", "403 Forbidden", "AccessDenied", 1, "have no permission for that"),
+        ("train-000001.tar", "400 Bad Request", "ExpiredToken", 75, "renew them; then the same command"),
+        ("train-000000.tar", "503 Slow Down", "SlowDown", 75, "the same command continues"),
+    ],
+)
+def test_what_a_store_refuses_of_a_set_is_named(
+    store: Store,
+    shards_at_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    name: str,
+    status: str,
+    code: str,
+    exit_code: int,
+    words: str,
+) -> None:
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    with store.failing(lambda environ: (status, code) if environ["PATH_INFO"].endswith(name) else None):
+        ended = cli("trainer", "train", shards_at_url, "--out", tmp_path / "run", *RUN, "--quiet")
+    assert (ended.code, words in ended.err) == (exit_code, True), ended.err
+    assert f"error: {shards_at_url}/{name}: " in ended.err
+
+
+def test_a_bucket_that_is_not_there_is_named(store: Store, tmp_path: Path) -> None:
+    ended = cli("trainer", "train", "s3://nowhere/set", "--out", tmp_path / "run", *RUN)
+    assert (ended.code, "there is no such bucket: create it, or correct the URL" in ended.err) == (1, True)
+    ended = cli("trainer", "train", f"{store.bucket('here')}/set", "--out", tmp_path / "run", *RUN)
+    assert (ended.code, "s3://here/set does not exist" in ended.err) == (2, True), ended.err
 
 
 def test_what_a_verb_finds_of_a_run_lies_with_the_run(
