@@ -241,9 +241,7 @@ def test_a_deletion_that_the_store_refuses_is_noticed(store: Store) -> None:
     answer = "<DeleteResult><Error><Key>file</Key><Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>"
     with (
         store.failing(lambda environ: ("200 OK", answer)),
-        pytest.raises(
-            StoreError, match=r"file: not removed: no \(AccessDenied\): these credentials have no"
-        ),
+        pytest.raises(StoreError, match=r"file: not removed: no \(AccessDenied\): these credentials have no"),
     ):
         remote.remove([place])
 
