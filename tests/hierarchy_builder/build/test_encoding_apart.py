@@ -12,7 +12,7 @@ from threading import Barrier
 import numpy as np
 import pytest
 import torch
-from tiny_builds import PLAN, digests
+from tiny_builds import PLAN, digests, session
 
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers, _num_encoding, shutdown
@@ -51,7 +51,10 @@ class Deadly(DctEncoder):
 
 
 @pytest.mark.drill
-def test_killed_readers_and_encoders_lose_nothing(tiny_build, tiny_photos, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_killed_readers_and_encoders_lose_nothing(
+    tiny_build, tiny_photos, tmp_path, monkeypatch, *, fused: bool
+) -> None:
     monkeypatch.setenv(KILLS, str(tmp_path / "kills"))
     places = [str(Path(__file__).parent), *sys.path]  # the encoder imports what this module does
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
@@ -59,10 +62,19 @@ def test_killed_readers_and_encoders_lose_nothing(tiny_build, tiny_photos, tmp_p
     folder, config = BuildFolder(tmp_path / "build"), replace(PLAN.extract, encoder=f"{__name__}:Deadly")
     apart = steps.Session(workers=Workers(count=2, encoding=1), reporter=Reporter(quiet=True))
     try:
-        steps.extract(folder, str(tiny_photos), config, apart)
+        if fused:  # workers on CPUs cluster and write as well
+            plan = replace(PLAN, extract=config, vocabulary=None)
+            steps.build(folder, str(tiny_photos), plan, apart, fused=True)
+        else:
+            steps.extract(folder, str(tiny_photos), config, apart)
     finally:
         shutdown()
     assert {path.name for path in (tmp_path / "kills").iterdir()} == {"reader", "encoder"}
+    if fused:
+        here, plan = BuildFolder(tmp_path / "here"), replace(PLAN, vocabulary=None)
+        steps.build(here, str(tiny_photos), plan, session(), fused=True)
+        assert digests(folder.shards, "*.tar") == digests(here.shards, "*.tar") != {}
+        return
     expected = digests(tiny_build.features)
     for name in ("features", "status", "block_count", "block_mean", "block_m2"):
         expected_of = {path: digest for path, digest in expected.items() if path.startswith(f"{name}/")}
