@@ -68,6 +68,7 @@ app.command(rich_help_panel=TRAIN)(train_commands.presets)
 )
 def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> None:
     """Draw trajectories of labels and seeds, as sheets, pages, safetensors, tars or arrays."""
+    from trainer.training.mirror import named
     from trainer.trajectories.sample_files import parse_formats, write_samples
 
     seeds, formats = parse_seeds(given["seeds"]), parse_formats(given["formats"])
@@ -78,7 +79,7 @@ def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> No
     pairs = list(itertools.product(labels_drawn, seeds))
     ids, numbers = [label for label, _ in pairs], [seed for _, seed in pairs]
     drawn = pipe.stream(ids, numbers, **how)
-    facts = {"run": run.resolve().name, "weights": given["ema"], "samples": len(pairs)}
+    facts = {"run": named(run).resolve().name, "weights": given["ema"], "samples": len(pairs)}
     facts |= {"guidance": how["guidance"]} if how["guidance"] else {}
     facts |= {"autoguidance": how["weak_scale"]} if how["weak_scale"] else {}
     facts |= {"temperature": how["temperature"]} if how["temperature"] != 1 else {}
@@ -86,7 +87,7 @@ def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> No
     quiet = given["quiet"]
     rows = list(opt.follow_unless(as_json or quiet)(written, "sampling", len(pairs)))
     print_result(rows, as_json)
-    look: list[tuple[object, ...]] = [("trainer", "report", run)]
+    look: list[tuple[object, ...]] = [("trainer", "report", named(run))]
     if "safetensors" in formats:
         first = sorted(out.rglob("*.safetensors"))[:1]
         look = [*(("trainer", "edit", file, "--list") for file in first), *look]

@@ -199,6 +199,7 @@ def sweep(run: Path, labels: str | None, levels: str | None, out: Path | None, *
     from trainer.cli.edits import select
     from trainer.evaluation import sweep as sweeping
     from trainer.evaluation.pages import known_classes, shown_labels
+    from trainer.training.mirror import named
 
     pipe = opt.open_run(run, given)
     classes = known_classes(run, pipe)
@@ -220,7 +221,7 @@ def sweep(run: Path, labels: str | None, levels: str | None, out: Path | None, *
     result = {"setup": dataclasses.asdict(config), "rows": rows, "summary": summary}
     if out is not None:
         write_sealed_json(out, result, sort_keys=False)
-        say_next(f"wrote {out}", [("trainer", "report", run, "--sweep", out)], given["quiet"])
+        say_next(f"wrote {out}", [("trainer", "report", named(run), "--sweep", out)], given["quiet"])
     title = (
         f"Edits of {config.kind}, mean ± half the 95 % interval over classes × seeds, "
         f"{len(config.labels)} × {len(config.seeds)}"

@@ -10,7 +10,7 @@ from hierarchy_builder.flags import PLACE, REQUIRED, option, switch, takes
 from hierarchy_builder.terminal import print_result
 from trainer.cli import judging
 from trainer.cli import options as opt
-from trainer.cli.training import asked_fields, run_and_print
+from trainer.cli.training import asked_fields, commands_for, run_and_print
 
 
 @takes(
@@ -52,6 +52,7 @@ def post_train(run: Path, shards: list[str], out: Path, **given: Any) -> None:
     asked = {**asked_fields(given, opt.FIELDS), **flags, **judging.files_of(given)}
     from trainer.data.shards import open_index
     from trainer.post_training import run as room  # loads torch, which no refusal above needs
+    from trainer.training.mirror import named
 
     start, index = room.Start.of(run, given["ema"]), open_index(shards)
     resolved = room.resolved(start, index, asked)
@@ -67,5 +68,5 @@ def post_train(run: Path, shards: list[str], out: Path, **given: Any) -> None:
         resolved,
         as_json,
         quiet,
-        [("trainer", "sample", out, "--labels", "0", "--out", out / "drawn"), ("trainer", "report", out)],
+        commands_for(named(out)),
     )

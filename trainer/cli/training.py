@@ -14,6 +14,7 @@ import typer
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import flattened, sentences, to_mapping
 from hierarchy_builder.flags import OUTPUT, PLACE, REQUIRED, argument, option, switch, takes
+from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.terminal import print_cells, print_result, say, say_next, show_config, stderr
 from hierarchy_builder.untrusted.documents import parse_yaml, read_document
 from trainer.calls import base_config
@@ -72,9 +73,7 @@ def train(
         return
     from trainer.training.mirror import named  # loads torch
 
-    run = named(out)
-    drawn = run / "drawn" if run == out else "drawn"
-    draw = [("trainer", "sample", run, "--labels", "0", "--out", drawn), ("trainer", "report", run)]
+    draw = commands_for(run := named(out))
     draws_pixels = index.encoder.get("decoder") or method_of(resolved) is LATENT_FORCING
     if not draws_pixels and not (out / "decoder").exists():
         draw.insert(0, ("trainer", "train-decoder", *shards, "--out", run / "decoder"))
@@ -228,6 +227,12 @@ def _say_without_cuda(default: str, small: str) -> None:
         say(
             f"{default}, the default, is made for GPUs, and this machine has no CUDA device: {small} trains on CPU"
         )
+
+
+def commands_for(run: Path) -> list[tuple[Any, ...]]:
+    """Commands that draw from a run, and report on it."""
+    drawn = "drawn" if is_remote(run) else run / "drawn"
+    return [("trainer", "sample", run, "--labels", "0", "--out", drawn), ("trainer", "report", run)]
 
 
 def run_and_print(

@@ -64,7 +64,8 @@ def test_a_run_at_a_url_goes_on_elsewhere_and_equals_one_on_a_disk(
     assert "step-00000002: step 2" in again.err
     assert weights(a_folder(url)) == expected
     for run, name in ((url, "drawn"), (tmp_path / "near", "same")):
-        trainer("sample", run, "--labels", 0, "--seeds", 0, "--out", tmp_path / name)
+        drawn = trainer("sample", run, "--labels", 0, "--seeds", 0, "--out", tmp_path / name)
+        assert f"next: trainer report {run}\n" in drawn.err
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "same").rglob("*.png")}
     assert pictures
     assert {path.name: path.read_bytes() for path in (tmp_path / "drawn").rglob("*.png")} == pictures
