@@ -51,9 +51,11 @@ def unique_keys(
 
     elsewhere: keys of images that are not among these and that no other image may get.
     """
-    hashes = [np.fromiter(map(hash, chunk.to_pylist()), np.int64, len(chunk)) for chunk in _pieces(plain)]
-    if len(np.unique(np.concatenate([np.empty(0, np.int64), *hashes]))) == len(plain):
-        return plain  # known at a tenth of the memory of counting texts
+    keys = (key for chunk in _pieces(plain) for key in chunk.to_pylist())
+    hashes = np.fromiter(map(hash, keys), np.int64, len(plain))
+    hashes.sort()
+    if not (hashes[1:] == hashes[:-1]).any():
+        return plain  # known at a fraction of the memory of counting texts
     counts = plain.value_counts()
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if not len(repeated):

@@ -100,7 +100,8 @@ def in_build_order(records: Sequence[ImageRecord], order: str) -> ImageTable:
     digests = (hashlib.sha256(key.encode()).digest() for key in table.values("key"))
     firsts = np.fromiter((int.from_bytes(each[:8]) for each in digests), np.uint64, len(table))
     rows = np.argsort(firsts, kind="stable")
-    if (firsts[rows][1:] == firsts[rows][:-1]).any():  # once in 10 million sets of a million keys
+    rising = firsts[rows]
+    if (rising[1:] == rising[:-1]).any():  # once in 10 million sets of a million keys
         whole = b"".join(hashlib.sha256(key.encode()).digest() for key in table.values("key"))
         rows = np.argsort(np.frombuffer(whole, "S32"), kind="stable")
     give_back()

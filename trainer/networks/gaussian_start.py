@@ -129,7 +129,8 @@ class GaussianStart(nn.Module):
             found = _steps_between(canvases)
             count += len(found)
             total += found.double().sum(dim=0)
-            of_places += torch.einsum("blpc,blqc->lpq", found, found).double()
+            by_place = found.permute(1, 2, 0, 3).flatten(2)  # one product a level, of few copies
+            of_places += (by_place @ by_place.mT).double()
             of_channels += torch.einsum("blpc,blpd->lcd", found, found).double()
         mean = total / count
         self.mean.copy_(mean)
@@ -139,11 +140,12 @@ class GaussianStart(nn.Module):
         sums = torch.zeros(self.steps.shape, dtype=torch.float64)
         known = self.steps.shape[2]
         for canvases, label in read():
-            away = _steps_between(canvases) - self.mean
-            along = torch.einsum("lpq,blpc,lcd->blqd", self.places, away, self.axes).double()
-            squares += along.square().sum(dim=0)
+            away = (_steps_between(canvases) - self.mean).permute(1, 2, 0, 3)  # [L, P, b, C]
+            along = (self.places.mT @ away.flatten(2)).reshape(len(away), -1, away.shape[3]) @ self.axes
+            along = along.double().view(away.shape)
+            squares += along.square().sum(dim=2)
             numbers.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
-            sums.index_add_(0, label, along[:, :, :known])
+            sums.index_add_(0, label, along[:, :known].permute(2, 0, 1, 3))
         variance = squares / count
         seen = numbers > 0
         n, classes = numbers[seen][:, None, None, None], int(seen.sum())
