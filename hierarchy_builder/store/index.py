@@ -95,8 +95,10 @@ def _told(rows: pa.Table | pa.RecordBatch) -> list[Mapping[str, Any]]:
 def in_build_order(records: Sequence[ImageRecord], order: str) -> ImageTable:
     """Return records in the order of rows: as `listed`, or `shuffled` by the SHA-256 of their keys on any machine."""
     table = ImageTable.of(records)
-    if order == "listed":
-        return table
+    return table if order == "listed" else table.take(_shuffled(table))
+
+
+def _shuffled(table: ImageTable) -> np.ndarray:
     digests = (hashlib.sha256(key.encode()).digest() for key in table.values("key"))
     firsts = np.fromiter((int.from_bytes(each[:8]) for each in digests), np.uint64, len(table))
     rows = np.argsort(firsts, kind="stable")
@@ -104,8 +106,7 @@ def in_build_order(records: Sequence[ImageRecord], order: str) -> ImageTable:
     if (rising[1:] == rising[:-1]).any():  # once in 10 million sets of a million keys
         whole = b"".join(hashlib.sha256(key.encode()).digest() for key in table.values("key"))
         rows = np.argsort(np.frombuffer(whole, "S32"), kind="stable")
-    give_back()
-    return table.take(rows)
+    return rows
 
 
 def write_index(
