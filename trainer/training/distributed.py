@@ -175,9 +175,7 @@ def joined_world(join_s: float = 600.0, timeout_s: float = 1800.0) -> Iterator[W
         yield World(device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    is_ours = (
-        not dist.is_initialized()
-    )  # else by the program that started this process, for example Ray Train
+    is_ours = not dist.is_initialized()  # or of the program that started this process, for example Ray Train
     if is_ours:
         store, timeout = _met(rank, size, join_s), timedelta(seconds=timeout_s)
         own = device if backend == "nccl" else None  # with it, nccl connects now, and to the right device
@@ -191,7 +189,8 @@ def joined_world(join_s: float = 600.0, timeout_s: float = 1800.0) -> Iterator[W
         # why. The end of the process aborts the group. What all ranks agree to stop for is no Exception.
         is_ours = is_ours and backend == "gloo"
         reason = " ".join(str(error).split())[:200]
-        if not isinstance(error, dist.DistError) and not any(sign in reason for sign in LOST):
+        of_gloo = type(error) is RuntimeError and any(sign in reason for sign in LOST)
+        if not isinstance(error, dist.DistError) and not of_gloo:
             raise
         raise TrainerError(
             f"another process of this run has ended: its own message says why, or if it was killed, torchrun's summary "
