@@ -436,8 +436,8 @@ def main() -> NoReturn:
             if mirror := sys.modules.get("trainer.training.mirror"):  # loaded if a run may lie at a URL
                 mirror.send_findings()
 
-    is_alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
-    run_command(command, who="" if is_alone else f"rank {os.environ.get('RANK')}: ")
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    run_command(command, who=f"rank {rank}: " if rank else "")
 
 
 def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:

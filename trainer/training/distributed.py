@@ -230,7 +230,7 @@ def _met(rank: int, size: int, join_s: float) -> dist.Store:
     except (RuntimeError, ValueError) as error:  # torch has an error of its own for each way to fail
         reason = str(error).strip().partition("\n")[0][:200]
         raise TrainerError(
-            f"rank {rank} did not meet {others} within {join_s:.0f} s ({reason}); {ALONE}"
+            f"this process did not meet {others} within {join_s:.0f} s ({reason}); {ALONE}"
         ) from None
     finally:
         notice.cancel()

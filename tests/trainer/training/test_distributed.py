@@ -10,6 +10,7 @@ from fixture_shards import write_shards
 from processes import run_two
 
 from hierarchy_builder.errors import InterruptedRunError, TrainerError
+from trainer import cli
 from trainer.training import distributed
 from trainer.training.distributed import World, check_equal, joined_world
 
@@ -160,5 +161,11 @@ def test_processes_that_do_not_come_are_named_and_not_waited_for_silently(
     with pytest.raises(TrainerError, match=said) as caught, joined_world(join_s=1.0):
         pass
     assert "unset WORLD_SIZE" in str(caught.value)
+    monkeypatch.setattr("trainer.cli.app.app", lambda: joined_world(join_s=1.0).__enter__())
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capfd.readouterr().err
+    rank = given.get("RANK")
+    assert told.rpartition("error: ")[2].startswith(f"rank {rank}: " if rank else "WORLD_SIZE is ")
     if "did not meet" in said:
-        assert "waiting at most 1 s for the other 1 of 2 processes" in capfd.readouterr().err
+        assert "waiting at most 1 s for the other 1 of 2 processes" in told
