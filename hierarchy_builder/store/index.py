@@ -176,18 +176,13 @@ class StoredIndex:
         """Rows `start` ≤ i < `stop`. The row groups that hold them are kept for the next call."""
         first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
         with decoding(self.path):
-            self._held = {
+            held = {
                 number: self._held.get(number) or self._group(number, self.names)
                 for number in range(first, last + 1)
             }
-        begin = start - int(self._starts[first])
-        return pa.concat_tables(self._held.values()).slice(begin, stop - start)
-
-    def table(self) -> pa.Table:
-        """All rows."""
-        with decoding(self.path):
-            groups = [self._group(number, self.names) for number in range(len(self._starts) - 1)]
-        return pa.concat_tables([_schema_of(self.names).empty_table(), *groups])
+        self._held, begin = held, start - int(self._starts[first])
+        empty = pa.schema([SCHEMA.field(name) for name in self.names]).empty_table()
+        return pa.concat_tables([empty, *held.values()]).slice(begin, stop - start)
 
     def _group(self, number: int, names: Sequence[str]) -> pa.Table:
         rows = self._file.read_row_group(number, [name for name in names if name not in self._later])
@@ -204,11 +199,8 @@ class StoredIndex:
 
 def read_index(path: Path, names: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
     """Read an index or some of its columns as a whole; see `StoredIndex`."""
-    return StoredIndex(path, names).table()
-
-
-def _schema_of(names: Sequence[str]) -> pa.Schema:
-    return pa.schema([SCHEMA.field(name) for name in names])
+    stored = StoredIndex(path, names)
+    return stored.rows(0, len(stored))
 
 
 def read_images(path: Path) -> ImageTable:

@@ -57,4 +57,5 @@ def test_rows_of_an_index_are_read_by_row_group(tmp_path: Path, monkeypatch: pyt
     for start, stop in ((0, 10), (3, 7), (8, 23), (20, 30), (30, 35), (34, 35)):
         assert stored.rows(start, stop).equals(whole.select(["bytes", "path"]).slice(start, stop - start))
     assert read == [0, 1, 2, 3], "each was read once"
+    assert [stored.rows(place, place).num_rows for place in (0, 10, 15, 35)] == [0, 0, 0, 0]
     assert len(stored) == len(whole) == 35
