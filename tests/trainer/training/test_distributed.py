@@ -38,54 +38,54 @@ from trainer.data.shards import open_index
 from trainer.training.loop import check_sets
 
 distributed.BUCKET_ELEMENTS = 4  # several buckets
-with joined_world(timeout_s=60) as world:
-    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 2, 5)]
-    for n, p in enumerate(parameters[:2]):
-        p.grad = torch.full_like(p, 10.0 * n + world.rank + 1)
-    if world.rank == 1:
-        parameters[2].grad = torch.ones(5)
-    world.add_gradients(parameters)
-    assert [p.grad.unique().tolist() for p in parameters] == [[3.0], [23.0], [1.0]], parameters
-    norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
-    check_equal(norms, "the norm of the summed gradients")
-    for p in parameters:
-        p.grad = torch.full_like(p, 2.0)  # of an earlier part of the batch
-    overlapping = distributed.GradientSum(world, parameters)
-    with overlapping.during():
-        sum(((n + world.rank) * p).sum() for n, p in enumerate(parameters[:2])).backward()
-        # The bucket of the third has no new gradient, so that it and those after it wait.
-        assert len(overlapping._begun) == 0
-    with (later := distributed.GradientSum(world, parameters[:2])).during():
-        (0 * parameters[1]).sum().backward()
-        assert len(later._begun) == 1
-    later.finish()
-    assert [p.grad.unique().tolist() for p in parameters[:2]] == [[5.0], [7.0]], parameters
-    overlapping.finish()
-    assert [p.grad.unique().tolist() for p in parameters] == [[10.0], [14.0], [4.0]], parameters
-    moved = []
-    for ranks in (None, world):  # three matrices of one shape and one of another
-        generator = torch.Generator().manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(4, 6), (6, 4), (4, 6), (3, 3)]]
-        for weight in weights:
-            weight.grad = torch.randn(weight.shape, generator=generator)
-        MuonAdam([(str(n), w) for n, w in enumerate(weights)], OptimConfig(), world=ranks).step()
-        moved.append(torch.cat([w.detach().flatten() for w in weights]))
-    assert torch.equal(*moved), moved
-    if world.rank == 1:
-        parameters[0].grad += 1e-3  # what a bypassed reduction looks like
-    norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
-    try:
-        check_equal(norms, "the norm of the summed gradients")
-    except distributed.TrainerError as error:
-        open(f"{sys.argv[1]}/rank{world.rank}", "w").write(str(error))
-    sets = [open_index(sys.argv[2]), open_index(sys.argv[2 + world.rank])]
-    check_sets(sets[0], world)
-    try:
-        check_sets(sets[1], world)
-    except distributed.TrainerError as error:
-        open(f"{sys.argv[1]}/sets{world.rank}", "w").write(str(error))
 try:
     with joined_world(timeout_s=60) as world:
+        parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 2, 5)]
+        for n, p in enumerate(parameters[:2]):
+            p.grad = torch.full_like(p, 10.0 * n + world.rank + 1)
+        if world.rank == 1:
+            parameters[2].grad = torch.ones(5)
+        world.add_gradients(parameters)
+        assert [p.grad.unique().tolist() for p in parameters] == [[3.0], [23.0], [1.0]], parameters
+        norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
+        check_equal(norms, "the norm of the summed gradients")
+        for p in parameters:
+            p.grad = torch.full_like(p, 2.0)  # of an earlier part of the batch
+        overlapping = distributed.GradientSum(world, parameters)
+        with overlapping.during():
+            sum(((n + world.rank) * p).sum() for n, p in enumerate(parameters[:2])).backward()
+            # The bucket of the third has no new gradient, so that it and those after it wait.
+            assert len(overlapping._begun) == 0
+        with (later := distributed.GradientSum(world, parameters[:2])).during():
+            (0 * parameters[1]).sum().backward()
+            assert len(later._begun) == 1
+        later.finish()
+        assert [p.grad.unique().tolist() for p in parameters[:2]] == [[5.0], [7.0]], parameters
+        overlapping.finish()
+        assert [p.grad.unique().tolist() for p in parameters] == [[10.0], [14.0], [4.0]], parameters
+        moved = []
+        for ranks in (None, world):  # three matrices of one shape and one of another
+            generator = torch.Generator().manual_seed(0)
+            shapes = [(4, 6), (6, 4), (4, 6), (3, 3)]
+            weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            MuonAdam([(str(n), w) for n, w in enumerate(weights)], OptimConfig(), world=ranks).step()
+            moved.append(torch.cat([w.detach().flatten() for w in weights]))
+        assert torch.equal(*moved), moved
+        if world.rank == 1:
+            parameters[0].grad += 1e-3  # what a bypassed reduction looks like
+        norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
+        try:
+            check_equal(norms, "the norm of the summed gradients")
+        except distributed.TrainerError as error:
+            open(f"{sys.argv[1]}/rank{world.rank}", "w").write(str(error))
+        sets = [open_index(sys.argv[2]), open_index(sys.argv[2 + world.rank])]
+        check_sets(sets[0], world)
+        try:
+            check_sets(sets[1], world)
+        except distributed.TrainerError as error:
+            open(f"{sys.argv[1]}/sets{world.rank}", "w").write(str(error))
         if world.rank == 1:
             os._exit(0)
         world.barrier()
