@@ -120,7 +120,7 @@ class StoreError(OSError):
     code = ""
     """What the store calls it, if it is known."""
     place = ""
-    """URL of what was asked for, with which the message begins, if it is known."""
+    """URL of what was asked for, without secrets, which the message has; empty where it is not known."""
 
 
 class StoreRetryError(StoreError):
@@ -265,10 +265,8 @@ def remove(paths: Iterable[Path]) -> None:
         some = [{"Key": key} for _, key in keys[start : start + 1000]]
         answer = fs.call_s3("delete_objects", Bucket=keys[0][0], Delete={"Objects": some, "Quiet": True})
         for refused in answer.get("Errors", [])[:1]:  # the answer as a whole is a success
-            text, place = (
-                f"not removed: {refused.get('Message', '')}",
-                f"s3://{keys[0][0]}/{refused.get('Key', '')}",
-            )
+            text = f"not removed: {refused.get('Message', '')}"
+            place = f"s3://{keys[0][0]}/{refused.get('Key', '')}"
             passes = refused.get("Code") in PASSING_CODES
             raise _told(text, str(refused.get("Code", "")), passes=passes, place=place)
 
@@ -317,9 +315,8 @@ def store_error(error: BaseException) -> StoreError | None:
     numbers = {getattr(one, "errno", None) for one in chain}
     passes = bool(numbers & PASSING) or code in PASSING_CODES or (status or 0) >= 500 or status == 429
     place = next(filter(None, map(_asked_for, chain)), "")
-    return _told(
-        text, code, passes=passes or (status is None and any(map(_is_on_the_way, chain))), place=place
-    )
+    passes = passes or (status is None and any(map(_is_on_the_way, chain)))
+    return _told(text, code, passes=passes, place=place)
 
 
 def of_all_objects(fs: Any, error: BaseException) -> StoreError | None:
@@ -341,10 +338,10 @@ def _told(text: str, code: str, *, passes: bool, place: str = "") -> StoreError:
     else:
         advice = f"; {'the same command continues' if passes else 'check URL, network and permissions'}"
     kind = StoreRetryError if passes else StoreError
-    text = f"{place}{': ' if place else ''}{text}"
-    told = kind(
-        f"{without_secrets(text)}{f' ({code})' if code and (code in WORDS or code not in text) else ''}{advice}"
-    )
+    place, text = without_secrets(place), without_secrets(text)
+    if place not in text:
+        text = f"{place}: {text}"
+    told = kind(f"{text}{f' ({code})' if code and (code in WORDS or code not in text) else ''}{advice}")
     told.code, told.place = code, place
     return told
 

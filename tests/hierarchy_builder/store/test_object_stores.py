@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from command_line import cli
@@ -401,6 +402,15 @@ def test_an_object_that_is_refused_is_named(store: Store, at_url: str, name: str
     ):
         found = cli("hierarchy-builder", "verify", at_url)
     assert (found.code, f"error: {at_url}/{name}: " in found.err) == (1, True), found.err
+
+
+def test_a_url_is_named_once_and_without_its_secrets() -> None:
+    with pytest.raises(OSError) as caught:
+        fsspec.filesystem("https").open("https://me:word@127.0.0.1:1/x.tar?sig=abc").read()
+    told = remote.store_error(caught.value)
+    assert told is not None
+    assert told.place == "https://127.0.0.1:1/x.tar?"
+    assert str(told).startswith(f"{told.place} (ClientConnector)")
 
 
 def test_an_object_that_may_not_be_written_is_named(store: Store, photos: Path) -> None:
