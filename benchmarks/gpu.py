@@ -559,17 +559,8 @@ def fit(bench: Bench) -> None:
     words += ["--set", "loader_workers=8", "--set", "precision=bfloat16", "--set", "micro_batch_size=128"]
     post = ["--total-images", "2048", "--set", "batch_size=512", "--set", "log_images=512"]
     if bench.tiny:
-        words = [
-            "--preset",
-            "tiny-cpu",
-            "--total-images",
-            "6",
-            "--set",
-            "batch_size=2",
-            "--set",
-            "log_images=2",
-        ]
-        post = ["--total-images", "6", "--set", "batch_size=2", "--set", "log_images=2"]
+        small = ["--total-images", "6", "--set", "batch_size=2", "--set", "log_images=2"]
+        words, post = ["--preset", "tiny-cpu", *small], [*small]
         post += ["--set", "classes=[all]"]  # no class has two images
     post += ["--set", "spaces=[tokens]", "--set", "micro_batch_size=null"]
     runs = {how: bench.out / f"run-compile-{how}" for how in ("false", "true")}
