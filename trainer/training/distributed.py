@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -177,11 +178,8 @@ def joined_world(join_s: float = 600.0, timeout_s: float = 1800.0) -> Iterator[W
     backend = "nccl" if device.type == "cuda" else "gloo"
     is_ours = not dist.is_initialized()  # or of the program that started this process, for example Ray Train
     if is_ours:
-        store, timeout = _met(rank, size, join_s), timedelta(seconds=timeout_s)
         own = device if backend == "nccl" else None  # with it, nccl connects now, and to the right device
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own
-        )
+        _meet(rank, size, join_s, backend=backend, timeout=timedelta(seconds=timeout_s), device_id=own)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     except Exception as error:
@@ -211,8 +209,8 @@ def environment_number(name: str, default: int, least: int = 0) -> int:
     return int(text)
 
 
-def _met(rank: int, size: int, join_s: float) -> dist.Store:
-    """Wait for all processes of the group and return the store that they share; says on stderr what it waits for."""
+def _meet(rank: int, size: int, join_s: float, **group: Any) -> None:
+    """Wait for all processes of the group and connect to them; says on stderr what it waits for."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, but {' and '.join(missing)} not set: {ALONE}")
@@ -227,11 +225,12 @@ def _met(rank: int, size: int, join_s: float) -> dist.Store:
     notice.start()
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=join_s)))
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(store=store, rank=rank, world_size=size, **group)
     except (RuntimeError, ValueError) as error:  # torch has an error of its own for each way to fail
         reason = str(error).strip().partition("\n")[0][:200]
         raise TrainerError(
-            f"this process did not meet {others} within {join_s:.0f} s ({reason}); {ALONE}"
+            f"this process did not meet {others} ({reason}): look whether one of them has ended; {ALONE}"
         ) from None
     finally:
         notice.cancel()
-    return dist.PrefixStore("default_pg", store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,8 +118,8 @@ def test_a_rank_that_fails_says_why_before_others_are_waited_for(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(distributed, "_met", lambda *asked: None)
-    fake = {"is_initialized": False, "init_process_group": None, "get_rank": 0, "get_world_size": 2}
+    monkeypatch.setattr(distributed, "_meet", lambda *asked, **named: None)
+    fake = {"is_initialized": False, "get_rank": 0, "get_world_size": 2}
     for name, answer in fake.items():
         monkeypatch.setattr(distributed.dist, name, lambda *asked, answer=answer, **named: answer)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: ended.append(backend))
@@ -169,3 +170,21 @@ def test_processes_that_do_not_come_are_named_and_not_waited_for_silently(
     assert told.rpartition("error: ")[2].startswith(f"rank {rank}: " if rank else "WORLD_SIZE is ")
     if "did not meet" in said:
         assert "waiting at most 1 s for the other 1 of 2 processes" in told
+
+
+def test_a_process_that_ends_before_all_are_connected_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(**named: Any) -> None:
+        raise distributed.dist.DistStoreError("wait timeout after 3000ms")
+
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        distributed, "rendezvous", lambda *asked, **named: iter([(distributed.dist.HashStore(), 0, 2)])
+    )
+    monkeypatch.setattr(distributed.dist, "init_process_group", lost)
+    with (
+        pytest.raises(TrainerError, match=r"did not meet .* \(wait timeout after 3000ms\): look"),
+        joined_world(),
+    ):
+        pass
