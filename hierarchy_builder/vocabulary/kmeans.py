@@ -293,11 +293,13 @@ def _fit_cuml(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray,
     )
     try:
         kmeans.fit(tokens)
-    except Exception as error:  # cupy, rmm and cuVS have errors of their own for a missing device or driver
+    except Exception as error:  # cupy, rmm and cuVS have errors of their own: no device, driver or memory
         if "cuda" not in str(error).lower():
             raise
         reason = str(error).partition("\n")[0][:200]
-        raise BuilderError(f"k-means backend 'cuml' needs a GPU ({reason}): choose backend torch") from None
+        raise BuilderError(
+            f"k-means backend 'cuml' cannot use a GPU here ({reason}): choose backend torch"
+        ) from None
     return np.asarray(kmeans.cluster_centers_, dtype=np.float32), []
 
 

@@ -95,7 +95,7 @@ def test_cuml_without_a_gpu_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch
     cuml = SimpleNamespace(cluster=SimpleNamespace(KMeans=CumlKMeans))
     monkeypatch.setitem(sys.modules, "cuml", cuml)  # type: ignore[arg-type]
     with pytest.raises(
-        BuilderError, match=r"'cuml' needs a GPU \(cudaError.* insufficient\): choose backend"
+        BuilderError, match=r"'cuml' cannot use a GPU here \(cudaError.* insufficient\): choose backend"
     ):
         fit_prototypes(np.eye(4, dtype=np.float32), VocabularyConfig(sizes=(2,), backend="cuml"))
 
