@@ -38,14 +38,14 @@ _MAPPED = weakref.WeakSet[mmap.mmap]()
 
 
 def give_back() -> None:
-    """Give memory that was freed and pages of mapped files back to the system; else a peak lasts until the end."""
+    """Give freed memory and pages of mapped files back to the system; a peak lasts until the process ends otherwise."""
     pa.default_memory_pool().release_unused()
     for mapped in list(_MAPPED):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def in_batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
-    """The rows of a table some at a time; what was looked at is given back."""
+    """The rows of a table some at a time; the pages of those that were read are given back, see `give_back`."""
     for batch in table.to_batches(AT_ONCE):
         yield batch
         give_back()
@@ -89,7 +89,7 @@ class Spool:
 
 
 def rows_at(table: pa.Table, places: np.ndarray) -> pa.Table:
-    """The rows of a table at these places, in their order; some are copied at a time, those of a batch together."""
+    """The rows of a table at these places, in this order, copied `AT_ONCE` at a time into a `Spool`."""
     spool, batches = Spool(table.schema), table.to_batches()
     starts = np.cumsum([0, *map(len, batches)])
     for first in range(0, len(places), AT_ONCE):

@@ -129,7 +129,7 @@ class GaussianStart(nn.Module):
             found = _steps_between(canvases)
             count += len(found)
             total += found.double().sum(dim=0)
-            by_place = found.permute(1, 2, 0, 3).flatten(2)  # one product a level, of few copies
+            by_place = found.permute(1, 2, 0, 3).flatten(2)  # einsum copies more
             of_places += (by_place @ by_place.mT).double()
             of_channels += torch.einsum("blpc,blpd->lcd", found, found).double()
         mean = total / count
