@@ -147,7 +147,8 @@ def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[Outcomes, list[dic
     def told() -> Iterator[pa.RecordBatch]:
         for unit, marker in zip(units, ledger.each(unit.number for unit in units), strict=True):
             with decoding(marker.path):
-                yield Outcomes.of(marker["outcomes"], len(unit))
+                batch = Outcomes.of(marker["outcomes"], len(unit))
+            yield batch
             facts.append({name: value for name, value in marker.items() if name not in ("outcomes", "sizes")})
 
     return Outcomes(told()), facts
