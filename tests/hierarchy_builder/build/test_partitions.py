@@ -88,8 +88,8 @@ def test_a_union_of_partitions_holds_the_samples_of_the_whole_build(
     (parts[2].shards / "README.md").write_text("another card")
     ended = cli("hierarchy-builder", "verify", parts[0].root, parts[2].root)
     assert ended.code == 4
-    assert f"{parts[2].root}: found " in ended.err
     assert f"{parts[2].shards / 'README.md'} was changed after the set was finished" in ended.out
+    assert f"{parts[2].root}: found 1 problem" in ended.err
     # what is found in one build is told although another cannot be verified
     ended = cli("hierarchy-builder", "verify", parts[2].root, tmp_path / "nothing", parts[0].root, "--json")
     assert ended.code == 4
@@ -98,7 +98,7 @@ def test_a_union_of_partitions_holds_the_samples_of_the_whole_build(
         ["build", "error", "problems"],
         ["build", "problems"],
     ]
-    assert [bool(row["problems"]) for row in ended.json] == [True, False, False]
+    assert [len(row["problems"]) for row in ended.json] == [1, 0, 0]
     keys = [next(iter(samples_of(folder))) for folder in parts[:2]]
     shown = cli("hierarchy-builder", "report", *(f.root for f in parts), "--keys", ",".join(keys), "--json")
     assert shown.json == [{"build": str(f.root), "page": str(f.report)} for f in parts[:2]], shown.err
