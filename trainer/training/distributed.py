@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from typing import Any
 
@@ -223,6 +224,9 @@ def _meet(rank: int, size: int, join_s: float, **group: Any) -> None:
     notice = threading.Timer(QUIET_SECONDS, print, [said], {"file": sys.stderr, "flush": True})
     notice.daemon = True
     notice.start()
+    # Functions of this module have the group that exists when it is imported as a default. Imported later, it would
+    # keep the group, and so the threads of gloo, which abort the process if they free a tensor as Python ends.
+    import_module("torch.distributed.nn.functional")
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=join_s)))
         store = dist.PrefixStore("default_pg", store)
