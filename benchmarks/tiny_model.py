@@ -87,6 +87,9 @@ def figures(build: Path, out: Path, seed: int, options: argparse.Namespace) -> d
     run(["trainer", "train", str(build / "train"), "--out", str(out), *preset])
     seconds = time.monotonic() - start
     printed = run(["trainer", "evaluate", str(out), "--shards", str(build), "--json", *options.evaluate])
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        (options.keep / f"{seed}.json").write_text(printed)
     return {row["name"]: row["value"] for row in json.loads(printed)} | {"seconds": seconds}
 
 
@@ -112,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--evaluate", type=shlex.split, default=[], help="further options of `trainer evaluate`"
     )
     parser.add_argument("--scratch", help="folder for what is built and removed; the system's by default")
+    parser.add_argument("--keep", type=Path, help="folder for what `evaluate` prints of each seed, SEED.json")
     records.add_option(parser)
     return parser
 
