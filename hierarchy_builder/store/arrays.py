@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import zarr
@@ -359,6 +359,10 @@ def _place(path: Path) -> Store:
 class _Files(LocalStore):
     """A local store that reads regular files only, see `require_regular`."""
 
+    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
+        super().__init__(root, read_only=read_only)
+        self.opened = dict[str, zarr.Array]()  # see `array_of`
+
     async def get(self, key: str, *arguments: Any, **more: Any) -> Buffer | None:
         self._check(key)
         return await super().get(key, *arguments, **more)
@@ -383,7 +387,13 @@ def is_store(path: Path) -> bool:
 
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array:
-    """Return one array of a store. Raises BuilderError naming the arrays that exist if it is missing."""
+    """Return one array of a store. Raises BuilderError naming the arrays that exist if it is missing.
+
+    Its description is read once while the store is open, which takes longer than to read a small block.
+    """
+    opened = cast(_Files | Fetched, group.store).opened
+    if name in opened:
+        return opened[name]
     with decoding(f"{group.store_path}/{name} is"):
         try:
             array = group[name]
@@ -394,6 +404,7 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array:
             ) from None
         if not isinstance(array, zarr.Array):
             raise TypeError("it is no array")
+    opened[name] = array
     return array
 
 

@@ -28,6 +28,7 @@ class Fetched(WrapperStore[FsspecStore]):
     def __init__(self, store: FsspecStore, place: Path) -> None:
         super().__init__(store)
         self.place, self.kept = place, dict[str, Buffer | None]()
+        self.opened = dict[str, zarr.Array]()  # see `arrays.array_of`
 
     @classmethod
     def of(cls, place: Path) -> Fetched:

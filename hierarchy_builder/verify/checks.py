@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+import zarr
 
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError
@@ -196,20 +197,24 @@ def _check_blocks(
     ledger = ledger or open_ledger(folder, stage)
     path, layout = layout_of(folder, stage)
     blocks = {block.number: block for block in stage_units(folder, "extract")}
+    group = stores.open_store(path) if stores.is_store(path) else None
     for marker in ledger.finished(blocks):
         block = blocks[marker["unit"]]
-        for text in _block_problems(path, layout, block, marker, check):
+        for text in _block_problems(path, group, layout, block, marker, check):
             yield Damage(stage=stage, unit=block.number, text=f"{path}, block {block.number}: {text}")
 
 
 def _block_problems(
-    path: Path, layout: stores.Layout, block: Block, marker: Mapping[str, Any], check: BlockCheck
+    path: Path,
+    group: zarr.Group | None,
+    layout: stores.Layout,
+    block: Block,
+    marker: Mapping[str, Any],
+    check: BlockCheck,
 ) -> Iterator[str]:
     arrays: dict[str, np.ndarray] = {}
-    group = None
     for name in layout:
         try:
-            group = stores.open_store(path) if group is None else group
             arrays[name], digest = stores.read_written(path, block, name, group)
         except BuilderError as error:
             yield str(error)

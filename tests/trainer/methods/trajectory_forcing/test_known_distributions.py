@@ -23,7 +23,7 @@ from trainer.training.schedules import learning_rate
 from trainer.training.weights import WeightAverages
 
 GRID, CHANNELS, MODES, RADIUS = (2, 2), 2, 8, 1.4
-STEPS, BATCH = 600, 128
+STEPS, BATCH = 600, 64
 SAMPLES = 2_000
 Examples = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 """(n, generator) → values float32 [n, L, C] of each level, level int64 [n] to train, label int64 [n]."""
@@ -151,7 +151,7 @@ def half_rings(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tens
 
 
 def test_two_classes_of_4_modes_each_are_kept_apart_in_one_step() -> None:
-    model = trained(half_rings, num_classes=2, steps=400)
+    model = trained(half_rings, num_classes=2, steps=300)
     by_class = [drawn(model, label)[:, 0] for label in (0, 1)]
     real = ring(SAMPLES, torch.Generator().manual_seed(3))
     assert 0.8 < variance_ratio(torch.cat(by_class), real) < 1.2
@@ -181,7 +181,7 @@ def steps_by_sign(model: TrajectoryTransformer) -> list[Tensor]:
 
 @pytest.mark.parametrize("spread", [0.6, pytest.param(1.0, marks=pytest.mark.drill)])
 def test_level_1_follows_level_0_and_keeps_the_variance_of_its_own(spread: float) -> None:
-    model = trained(partial(two_levels, spread=spread), steps=150, start="gaussian")
+    model = trained(partial(two_levels, spread=spread), steps=100, start="gaussian")
     for step in steps_by_sign(model):
         torch.testing.assert_close(step.mean(dim=0), torch.zeros(CHANNELS), atol=0.2, rtol=0)
         assert 0.8 < float(step.var(dim=0).mean()) / spread**2 < 1.2
