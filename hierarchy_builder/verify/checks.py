@@ -404,6 +404,7 @@ def _check_shards(
     ledger = open_ledger(folder, "shard")
     units = {unit.number: unit for unit in stage_units(folder, "shard")}
     rows, index, seen = usable_rows(folder), read_index(folder.index), set[str]()
+    stored = None if is_fused(folder) else Stored(folder)  # a fused build has no stores
     damaged = [block for block in damaged_blocks if block is not None]
     markers = list[Mapping[str, Any]]()
     for marker in ledger.finished(units):
@@ -413,7 +414,7 @@ def _check_shards(
         tar_rows = rows[unit.start : unit.stop]
         blocks = tar_rows // stages["extract"]["inputs"]["config"]["block_rows"]
         intact = np.flatnonzero(~np.isin(blocks, damaged))
-        expected = _ExpectedTar(folder, stages, config, index.take(tar_rows), tar_rows, intact)
+        expected = _ExpectedTar(stored, stages, config, index.take(tar_rows), tar_rows, intact)
         for text in _tar_problems(tar, marker, expected, seen):
             yield Damage(stage="shard", unit=unit.number, text=text)
     if len(markers) == len(units):
@@ -443,13 +444,13 @@ def arrays_of(
 class _ExpectedTar(Layout):
     """What a tar should hold: rows of the index, and samples that are made from the stores again.
 
-    table, rows: the rows of the index in this tar and their numbers. intact: positions in `rows` whose blocks are
-    not damaged.
+    stored: the stores of the build, if it has them. table, rows: the rows of the index in this tar and their numbers.
+    intact: positions in `rows` whose blocks are not damaged.
     """
 
     def __init__(
         self,
-        folder: BuildFolder,
+        stored: Stored | None,
         stages: Mapping[str, Any],
         config: ShardConfig,
         table: Any,
@@ -464,8 +465,8 @@ class _ExpectedTar(Layout):
         arrays = arrays_of(encoder["grid"], encoder["width"], num_levels, config.feature_dtype)
         super().__init__(arrays, extracted["num_classes"])
         self.sampled: set[int] = set()
-        if not is_fused(folder):  # a fused build has no stores
-            self.stored = Stored(folder)
+        if stored is not None:
+            self.stored = stored
             self.sampled = {int(intact[n]) for n in spread_evenly(len(intact), SAMPLED_SAMPLES)}
 
     def sample(self, number: int, image: bytes | None) -> Sample:
