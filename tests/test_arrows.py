@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ trainer/methods/registry.py, which names the methods and imports none of them.""
 TRAINER_MAY_USE = ("__version__", *GROUND_FLOOR, "canvases", "hierarchy")
 
 
+@cache
 def modules() -> dict[str, list[str]]:
     """Imports of every file, by its path relative to the root."""
     found = {}

@@ -60,9 +60,9 @@ def test_configuration_page_is_up_to_date(
     monkeypatch.syspath_prepend(DOCS)
     configuration = importlib.import_module("write_configuration")
     assert configuration.main(["--check"]) == 0, capsys.readouterr().err
+    page = configuration.page()
     for method in all_presets().values():
-        config = method()
-        missing = [name for name in known_fields(type(config)) if f"`{name}`" not in configuration.page()]
+        missing = [name for name in known_fields(type(method())) if f"`{name}`" not in page]
         assert set(missing) <= {"method_name", "post_training"}
 
 

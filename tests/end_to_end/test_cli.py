@@ -40,7 +40,7 @@ def built(photos, tmp_path_factory) -> Path:
 
 
 def test_status_verify_and_report(built) -> None:
-    rows = json.loads(run("status", built, "--json").stdout)
+    rows = cli("hierarchy-builder", "status", built, "--json").json
     assert [(row["stage"], row["state"]) for row in rows] == [
         ("extract", "done"),
         ("cluster", "done"),
@@ -48,11 +48,9 @@ def test_status_verify_and_report(built) -> None:
     ]
     verified = run("verify", built)
     assert (verified.returncode, "everything is in order" in verified.stdout) == (0, True)
-    report = run("report", built, "--samples", 3)
-    assert report.returncode == 0, report.stderr
-    assert (built / "report.html").read_text().startswith("<!doctype html>") or "<html" in (
-        built / "report.html"
-    ).read_text()
+    report = cli("hierarchy-builder", "report", built, "--samples", 3)
+    assert report.code == 0, report.err
+    assert "<html" in (built / "report.html").read_text()
 
 
 def test_steps_one_by_one_take_the_folder(photos, tmp_path) -> None:
@@ -76,18 +74,17 @@ def test_steps_one_by_one_take_the_folder(photos, tmp_path) -> None:
     assert (out / "vocabulary.html").read_text().count('class="strip"') == 3
 
 
-def test_config_file_flag_and_environment(photos, tmp_path) -> None:
+def test_config_file_flag_and_environment(photos, tmp_path, monkeypatch) -> None:
     config = tmp_path / "build.yaml"
     config.write_text("extract: {encoder: dct, block_rows: 4}\nhierarchy: {cuts: [0.5]}\n")
-    done = run(
-        "build", photos, "--out", tmp_path / "build", "--cuts", "0.4", "--json",
-        HIERARCHY_BUILDER_CONFIG=str(config), HIERARCHY_BUILDER_WORKERS="0",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("HIERARCHY_BUILDER_CONFIG", str(config))
+    monkeypatch.setenv("HIERARCHY_BUILDER_WORKERS", "0")
+    done = cli("hierarchy-builder", "build", photos, "--out", tmp_path / "build", "--cuts", "0.4", "--json")
+    assert done.code == 0, done.err
     manifest = json.loads((tmp_path / "build" / "manifest.json").read_text())
     assert manifest["stages"]["extract"]["inputs"]["config"]["block_rows"] == 4
     assert manifest["stages"]["cluster"]["inputs"]["config"]["cuts"] == [0.4]
-    assert "block_rows: 4" in done.stderr
+    assert "block_rows: 4" in done.err
 
 
 @pytest.mark.parametrize(
@@ -141,18 +138,9 @@ def test_bad_input_says_what_to_do(words, code, text, photos, built, tmp_path) -
     assert not list((tmp_path / "out").rglob("*.tar"))
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (("build", "{photos}", "--out", "{out}", "--encoder", "dcp"), 2),
-        (("report", "{built}", "--vocabulary"), 1),
-        (("shard", "{built}", "--samples-per-shard", "3"), 5),
-    ],
-)
-def test_a_refused_process_ends_with_its_exit_code(words, code, photos, built, tmp_path) -> None:
-    places = {"photos": photos, "built": built, "out": tmp_path / "out"}
-    done = run(*(str(word).format(**places) for word in words))
-    assert done.returncode == code, done.stderr
+def test_a_refused_process_ends_with_its_exit_code(built) -> None:
+    done = run("shard", built, "--samples-per-shard", "3")
+    assert done.returncode == 5, done.stderr
     assert "error" in done.stderr.lower()
     assert "Traceback" not in done.stderr
 

@@ -1,13 +1,12 @@
 """What a build refuses to mix, and what it leaves alone."""
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from command_line import cli
 from pictures import write_tree
 from typer.testing import CliRunner
 
@@ -32,14 +31,7 @@ from trainer.cli.app import app as trainer_app
 SESSION = steps.Session(workers=Workers(count=0), reporter=Reporter(quiet=True))
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hierarchy_builder.cli", *map(str, words), "--workers", "0", "--quiet"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "NO_COLOR": "1"},
-    )
+IN_PROCESS = ("--workers", "0", "--quiet")
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -77,7 +69,10 @@ def test_other_weights_are_refused_side_by_side(tmp_path: Path) -> None:
 def test_the_second_driver_is_told_at_once(tmp_path: Path) -> None:
     photos, folder = write_tree(tmp_path / "photos", per_class=1), BuildFolder(tmp_path / "build")
     with folder.locked():
-        second = command("build", photos, "--out", folder.root, "--encoder", "dct")
+        line = (*(sys.executable, "-m", "hierarchy_builder.cli", "build", photos), "--out", folder.root)
+        second = subprocess.run(
+            [*line, "--encoder", "dct", *IN_PROCESS], capture_output=True, text=True, timeout=120
+        )
     assert second.returncode == 1
     assert (
         "is being written by another process: wait until it has ended; `hierarchy-builder status "
@@ -91,30 +86,29 @@ def test_a_source_that_cannot_be_written_is_enough(tmp_path: Path) -> None:
     for place in [photos, *photos.rglob("*")]:
         place.chmod(0o555 if place.is_dir() else 0o444)
     before = snapshot(photos)
-    done = command("build", photos, "--out", tmp_path / "build", "--encoder", "dct", "--images")
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "build"
+    done = cli(
+        "hierarchy-builder", "build", photos, "--out", out, "--encoder", "dct", "--images", *IN_PROCESS
+    )
+    assert done.code == 0, done.err
     assert snapshot(photos) == before
 
 
 def test_verify_and_repair_on_the_command_line(tmp_path: Path) -> None:
     photos, folder = write_tree(tmp_path / "photos", per_class=2), BuildFolder(tmp_path / "build")
-    assert command("build", photos, "--out", folder.root, "--encoder", "dct").returncode == 0
+    build = ("build", photos, "--out", folder.root, "--encoder", "dct", *IN_PROCESS)
+    assert cli("hierarchy-builder", *build).code == 0
     tar = folder.shards / "train-000000.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-20_000])
     folder.manifest.write_bytes(folder.manifest.read_bytes()[:100])
-    found = subprocess.run(
-        [sys.executable, "-m", "hierarchy_builder.cli", "verify", folder.root, "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert found.returncode == 4
-    assert "manifest.json is damaged" in json.loads(found.stdout)["problems"][0]
-    assert f"run `hierarchy-builder repair {folder.root}`" in found.stderr
-    repaired = command("repair", folder.root, "--json")
-    assert repaired.returncode == 0, repaired.stderr
-    assert {row["stage"] for row in json.loads(repaired.stdout)["repaired"]} == {"manifest", "shard"}
+    found = cli("hierarchy-builder", "verify", folder.root, "--json")
+    assert found.code == 4
+    assert "manifest.json is damaged" in found.json["problems"][0]
+    assert f"run `hierarchy-builder repair {folder.root}`" in found.err
+    repaired = cli("hierarchy-builder", "repair", folder.root, "--json", *IN_PROCESS)
+    assert repaired.code == 0, repaired.err
+    assert {row["stage"] for row in repaired.json["repaired"]} == {"manifest", "shard"}
     assert tar.read_bytes() == whole
 
 
