@@ -104,7 +104,13 @@ def test_job_on_two_nodes_makes_the_bytes_of_one_process(two_nodes, tmp_path) ->
             ],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "NO_COLOR": "1", "HOME": str(tmp_path), "RAY_AUTH_TOKEN": token},
+            env={
+                **os.environ,
+                "NO_COLOR": "1",
+                "HOME": str(tmp_path),
+                "RAY_AUTH_TOKEN": token,
+                "RAY_NUM_REDIS_GET_RETRIES": "1",  # Ray asks once, not for 20 s
+            },
         )
         for number, token in enumerate(("0" * 64, ""))
     ]
