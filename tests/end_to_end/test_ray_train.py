@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from command_line import cli
 from fixture_shards import write_shards
 from tiny_runs import FLOW as TINY
 
@@ -63,12 +64,12 @@ def test_two_ranks_of_ray_take_the_steps_of_one_process(tmp_path: Path) -> None:
 @needs_ray_train
 def test_wrong_command_is_refused_before_any_worker_starts(tmp_path: Path) -> None:
     shards = str(write_shards(tmp_path / "shards"))
-    done = job(tmp_path, "--", shards, "--out", str(tmp_path / "run"), "--set", "optim.lrr=1")
-    assert done.returncode == 2
-    assert "unknown field 'optim.lrr', did you mean 'optim.lr'?" in done.stderr
-    missing = job(tmp_path, "--", shards)
-    assert missing.returncode == 2
-    assert "--out RUN is missing behind --" in missing.stderr
+    wrong = cli("pipelines.train", "--", shards, "--out", tmp_path / "run", "--set", "optim.lrr=1")
+    assert wrong.code == 2
+    assert "unknown field 'optim.lrr', did you mean 'optim.lr'?" in wrong.err
+    missing = cli("pipelines.train", "--", shards)
+    assert missing.code == 2
+    assert "--out RUN is missing behind --" in missing.err
 
 
 @needs_ray_train

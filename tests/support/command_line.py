@@ -21,7 +21,11 @@ TINY = (
     "log_images=8",
 )
 SETTINGS = [part for setting in TINY for part in ("--set", setting)]
-MODULES = {"hierarchy-builder": "hierarchy_builder.cli", "trainer": "trainer.cli"}
+MODULES = {
+    "hierarchy-builder": "hierarchy_builder.cli",
+    "trainer": "trainer.cli",
+    "pipelines.train": "pipelines.train",
+}
 
 
 class Ended(NamedTuple):
