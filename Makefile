@@ -37,8 +37,9 @@ demo: .venv/.ready-demo
 	$(BIN)/python examples/demo.py --out $(DEMO) $(if $(PHOTOS),--photos "$(PHOTOS)") \
 		$(if $(ENCODER),--encoder "$(ENCODER)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
+# Files in the order of their paths: those of whole processes, tests/end_to_end, come first, so that none is left alone.
 test: .venv/.ready-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # On a machine with a GPU: what the suite, which keeps to the CPU, leaves out.
 test-cuda: .venv/.ready-dev
