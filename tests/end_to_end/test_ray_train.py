@@ -55,10 +55,10 @@ def test_two_ranks_of_ray_take_the_steps_of_one_process(tmp_path: Path) -> None:
     ]
     assert len(traces[0]) == 3
     np.testing.assert_allclose(*traces, rtol=1e-5)  # sums in another order
-    other = job(tmp_path, "--workers", "2", "--", shards, *options, "--seed", "7")
-    assert other.returncode == 5
-    assert "seed: 0 there, 7 now" in other.stderr
-    assert "worker" not in other.stderr
+    other = cli("pipelines.train", "--workers", "2", "--", shards, *options, "--seed", "7")
+    assert other.code == 5
+    assert "seed: 0 there, 7 now" in other.err
+    assert "worker" not in other.err
 
 
 @needs_ray_train
