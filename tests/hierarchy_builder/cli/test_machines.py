@@ -5,6 +5,7 @@ import io
 import json
 import os
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -106,6 +107,17 @@ def test_output_that_is_not_utf8_ends_no_command(monkeypatch: pytest.MonkeyPatch
 
 
 # Home, caches, CPUs
+
+
+def test_a_command_does_not_look_for_garbage_among_the_modules_it_loaded() -> None:
+    code = (
+        "import atexit, gc\n"
+        "from hierarchy_builder.machine.process import prepare\n"
+        "atexit.register(lambda: print(gc.get_threshold()[0] > 2_000, gc.get_count()[0] < gc.get_freeze_count()))\n"
+        "prepare()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n", done.stderr
 
 
 def test_user_without_home_gets_one_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
