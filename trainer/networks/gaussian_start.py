@@ -127,11 +127,11 @@ class GaussianStart(nn.Module):
         )
         for canvases, _ in read():
             found = _steps_between(canvases)
-            count += len(found)
-            total += found.double().sum(dim=0)
-            by_place = found.permute(1, 2, 0, 3).flatten(2)  # einsum copies more
+            count += len(canvases)
+            total += found.sum(dim=2, dtype=torch.float64)
+            by_place, by_channel = found.flatten(2), found.transpose(1, 2).flatten(1, 2)  # einsum copies more
             of_places += (by_place @ by_place.mT).double()
-            of_channels += torch.einsum("blpc,blpd->lcd", found, found).double()
+            of_channels += (by_channel.mT @ by_channel).double()
         mean = total / count
         self.mean.copy_(mean)
         self.places.copy_(torch.linalg.eigh(of_places / count - mean @ mean.mT).eigenvectors.flip(-1))
@@ -140,24 +140,24 @@ class GaussianStart(nn.Module):
         sums = torch.zeros(self.steps.shape, dtype=torch.float64)
         known = self.steps.shape[2]
         for canvases, label in read():
-            away = (_steps_between(canvases) - self.mean).permute(1, 2, 0, 3)  # [L, P, b, C]
+            away = _steps_between(canvases).sub_(self.mean[:, :, None])
             along = (self.places.mT @ away.flatten(2)).reshape(len(away), -1, away.shape[3]) @ self.axes
             along = along.double().view(away.shape)
-            squares += along.square().sum(dim=2)
             numbers.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
             sums.index_add_(0, label, along[:, :known].permute(2, 0, 1, 3))
+            squares += along.square_().sum(dim=2)
         variance = squares / count
         seen = numbers > 0
         n, classes = numbers[seen][:, None, None, None], int(seen.sum())
-        away = sums[seen] / n
-        between = (away.square() * n).sum(dim=0) / count
+        away = sums[seen].div_(n)
+        between = away.square().mul_(n).sum(dim=0) / count
         within = variance[:, :known]
         within -= between
         within *= count / max(1, count - classes)
         spread = (between - within * (classes - 1) / count).clamp(min=0)
-        kept = spread / (spread + within / n).clamp(min=1e-12)
+        kept = spread / (within / n).add_(spread).clamp_(min=1e-12)
         self.steps.zero_()
-        self.steps[seen] = ((kept * away) @ self.axes.mT.double()).to(self.steps.dtype)
+        self.steps[seen] = (kept.mul_(away) @ self.axes.mT.double()).to(self.steps.dtype)
         variance = (share * variance).clamp(min=LEAST_DEVIATION**2)
         self.deviation.copy_(variance.sqrt())
         squares = self.places.square() @ variance.float() @ self.axes.square().mT
@@ -174,5 +174,9 @@ def _fitted(values: Tensor) -> nn.Parameter:
 
 
 def _steps_between(canvases: Tensor) -> Tensor:
-    """Return what each level adds to the one before, [b, L, P, C]; of level 0 the canvas itself."""
-    return torch.cat([canvases[:, :1], canvases.diff(dim=1)], dim=1).flatten(2, 3)
+    """Return what each level adds to the one before, [L, P, b, C]; of level 0 the canvas itself."""
+    canvases = canvases.flatten(2, 3).permute(1, 2, 0, 3)
+    steps = torch.empty_like(canvases, memory_format=torch.contiguous_format)
+    steps[0] = canvases[0]
+    torch.sub(canvases[1:], canvases[:-1], out=steps[1:])
+    return steps
