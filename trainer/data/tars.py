@@ -18,6 +18,8 @@ from hierarchy_builder.errors import DamagedShardError
 from hierarchy_builder.files import sha256_file
 
 HEADER_BYTES = 512
+READ_BYTES = 9 * HEADER_BYTES
+"""Bytes that are read at once in search of headers: all small members of a sample, and the next header."""
 PLAIN_FILE = (b"0", b"\0")
 """Type flags of a regular file, the only kind of member that the builder writes."""
 
@@ -128,8 +130,14 @@ def _members(file: BinaryIO) -> list[tuple[str, int, int]]:
     but regular files with short names are left to tarfile.
     """
     offset, end = 0, os.fstat(file.fileno()).st_size
-    found = []
-    while any(header := os.pread(file.fileno(), HEADER_BYTES, offset)):
+    found = list[tuple[str, int, int]]()
+    part, start = b"", 0
+    while True:
+        if offset + HEADER_BYTES > start + len(part):
+            part, start = os.pread(file.fileno(), READ_BYTES, offset), offset
+        header = part[offset - start : offset - start + HEADER_BYTES]
+        if not any(header):
+            return found
         if len(header) < HEADER_BYTES or not _is_plain(header):
             return _members_by_tarfile(file)
         digits = header[124:136].strip(b"\0 ")
@@ -140,7 +148,6 @@ def _members(file: BinaryIO) -> list[tuple[str, int, int]]:
         offset += HEADER_BYTES + -(-size // HEADER_BYTES) * HEADER_BYTES
         if offset > end:
             raise tarfile.ReadError("unexpected end of data")
-    return found
 
 
 def _is_plain(header: bytes) -> bool:
