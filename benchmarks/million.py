@@ -5,7 +5,8 @@
 WORK gets a tree of hard links to a few drawn photographs, 1,000 classes of equal size, and a set of hard links to one
 tar of 1,000 samples. It must be empty or left by an earlier call. Every command runs in a process of its own until it
 has ended, or until it has begun its work: a build until its first unit is done, a training until its run folder is
-prepared. Then it is stopped. Figures are those of this process, the driver; Ray's worker is another one.
+prepared. Then it is stopped, which does not count. Figures are those of this process, the driver; Ray's worker is
+another one.
 
 `status` looks at the started build with a marker and blocks for every unit, copied and linked from the first one;
 `verify --quick` looks at them when the last unit is done, and at the set of shards.
@@ -168,19 +169,19 @@ def measured(
     began = time.perf_counter()
     with open(work / "command.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        cpu, peak, code = 0.0, 0.0, None
+        cpu, peak, seconds, code = 0.0, 0.0, 0.0, None
         while code is None:
             # The kernel's figure for an ended child counts the memory of the parent that it was forked from.
             with contextlib.suppress(OSError, StopIteration):
                 running, peak = usage_of(process.pid)
             if until is not None and until():
-                cpu, until = running, None
+                cpu, seconds, until = running, time.perf_counter() - began, None
                 process.terminate()
             ended, status, spent = os.wait4(process.pid, os.WNOHANG)
             code = status if ended else None
             time.sleep(POLL_S)
         process.returncode = code
-        seconds = time.perf_counter() - began
+        seconds = seconds or time.perf_counter() - began
     if not cpu:
         if code:
             raise SystemExit(f"{' '.join(command)} failed:\n{(work / 'command.log').read_text()[-2000:]}")
