@@ -158,6 +158,11 @@ LOADS = (
     ),
     ("import trainer; trainer.TrajectoryPipeline", "ray zarr scipy numba"),
     ("import trainer.methods.trajectory_forcing.train", "ray zarr scipy numba"),
+    (
+        "import torch; from trainer.training.config import OptimConfig; from trainer.training.optim import MuonAdam; "
+        "MuonAdam(torch.nn.Linear(2, 2).named_parameters(), OptimConfig()).step()",
+        "torch._dynamo sympy",
+    ),
     ("import hierarchy_builder.build.plan", "ray numba scipy"),
 )
 """What a fresh process does, and what it must not have loaded afterwards."""

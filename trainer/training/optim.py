@@ -18,6 +18,7 @@ Source: Jordan et al. (2024), Muon, with the shape factor of its reference imple
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -42,6 +43,12 @@ class MuonAdam(torch.optim.Optimizer):
     two-dimensional parameters that Adam updates. Parameters without a gradient are not changed. world: the ranks that
     share the work, all of which call `step`. short: whether the iteration of Muon runs in bfloat16.
     """
+
+    # torch keeps them out of what it compiles by wrappers that load its compiler, which takes as long as torch itself.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     def __init__(
         self,
