@@ -105,7 +105,11 @@ grouped(
 )
 GUIDED = grouped(
     "Guidance",
-    guidance=option("Guidance scale, for models that were trained with guidance.", kind=float),
+    guidance=option(
+        "Guidance, for models that were trained with it: a scale, of which 1 is none; for Normalizing Trajectory "
+        "Models a weight, of which 0 is none.",
+        kind=float,
+    ),
     weak=option(
         "Autoguidance: run or checkpoint of a weaker model to move away from.", **reads(A_RUN, is_run=True)
     ),
