@@ -97,6 +97,17 @@ def test_files_and_links_of_a_guide_exist(guide: Path) -> None:
     assert missing == [], f"{guide.name} names what does not exist"
 
 
+def test_every_folder_of_the_packages_is_in_the_tour() -> None:
+    tour = (DOCS / "tour.md").read_text(encoding="utf-8")
+    folders = [
+        path.parent.name
+        for name in ("hierarchy_builder", "trainer")
+        for path in ROOT.glob(f"{name}/*/__init__.py")
+    ]
+    assert len(folders) > 20
+    assert [name for name in folders if f"`{name}/`" not in tour] == []
+
+
 def test_no_page_of_the_site_loads_from_the_network() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
