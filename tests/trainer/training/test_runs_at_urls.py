@@ -120,7 +120,6 @@ def test_what_a_store_refuses_of_a_set_is_named(
     words: str,
 ) -> None:
     monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of the client below s3fs, which asks five times itself
     with store.failing(lambda environ: (status, code) if environ["PATH_INFO"].endswith(name) else None):
         ended = cli("trainer", "train", shards_at_url, "--out", tmp_path / "run", *RUN, "--quiet")
     assert (ended.code, words in ended.err) == (exit_code, True), ended.err
