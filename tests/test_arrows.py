@@ -150,8 +150,14 @@ LOADS = (
     ("import hierarchy_builder.records", "ray zarr torch"),
     ("import hierarchy_builder.cli.app", "ray zarr torch numpy fsspec"),
     ("import trainer.cli.app", "ray zarr torch numpy fsspec"),
+    ("import hierarchy_builder.store.units", "ray zarr torch numba scipy"),
     ("from trainer.methods import registry; registry.all_presets()", "ray zarr torch"),
     ("import hierarchy_builder.canvases", "ray zarr numba sklearn faiss"),
+    (
+        "import numpy; from hierarchy_builder.canvases.gallery import data_uri; "
+        "data_uri(numpy.zeros((80, 80, 3), numpy.uint8))",
+        "PIL.PsdImagePlugin",
+    ),
     (
         "from hierarchy_builder.encoders import load_encoder; load_encoder('dct')",
         "timm torchvision onnxruntime",

@@ -21,6 +21,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
+from PIL.WebPImagePlugin import WebPImageFile  # by a name it does not know, Pillow loads all its formats
 
 from hierarchy_builder.canvases.plots import Plot, draw
 from hierarchy_builder.fields import brief
@@ -267,7 +268,8 @@ def data_uri(picture: np.ndarray) -> str:
         _indexed(picture).save(buffer, "PNG", optimize=True)
         media = "png"
     else:
-        Image.fromarray(np.ascontiguousarray(picture)).save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
+        image = Image.fromarray(np.ascontiguousarray(picture))
+        image.save(buffer, WebPImageFile.format, quality=WEBP_QUALITY, method=4)
         media = "webp"
     return f"data:image/{media};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
