@@ -39,6 +39,9 @@ LEAST_DEVIATION = 0.05
 CLASS_PLACES = 32
 """M, at most. A class has M·L·C means; those that its images do not determine are drawn towards the mean of all."""
 
+BLOCK_ROWS = 64
+"""Rows of a symmetric product that are made at once, none of them far beyond the diagonal."""
+
 
 class Seen(NamedTuple):
     """A canvas z taken apart into the components of its level; float32."""
@@ -130,8 +133,8 @@ class GaussianStart(nn.Module):
             count += len(canvases)
             total += found.sum(dim=2, dtype=torch.float64)
             by_place, by_channel = found.flatten(2), found.transpose(1, 2).flatten(1, 2)  # einsum copies more
-            of_places += (by_place @ by_place.mT).double()
-            of_channels += (by_channel.mT @ by_channel).double()
+            _add_squares(of_places, by_place)
+            _add_squares(of_channels, by_channel.mT)
         mean = total / count
         self.mean.copy_(mean)
         self.places.copy_(torch.linalg.eigh(of_places / count - mean @ mean.mT).eigenvectors.flip(-1))
@@ -167,6 +170,13 @@ class GaussianStart(nn.Module):
 def _noisy(s: Tensor, t: Tensor) -> Tensor:
     """Return σ_t."""
     return ((1 - t).square() * s.square() + t.square()).sqrt()
+
+
+def _add_squares(total: Tensor, rows: Tensor) -> None:
+    """Add rows·rowsᵀ to a float64 total [L, n, n], of which `eigh` looks only at the lower triangle."""
+    for start in range(0, rows.shape[1], BLOCK_ROWS):
+        stop = start + BLOCK_ROWS
+        total[:, start:stop, :stop] += (rows[:, start:stop] @ rows[:, :stop].mT).double()
 
 
 def _fitted(values: Tensor) -> nn.Parameter:
