@@ -38,6 +38,12 @@ def page(browser: Any, studio: tuple[str, Path]) -> Iterator[Any]:
     page.on("request", lambda request: asked.append(request.url))
     page.goto(studio[0])
     says(page, "This is a first trajectory")
+    for tab in (
+        "Sweep",
+        "Files",
+        "Edit",
+    ):  # boxes are made as a tab is opened, and may lose what is written meanwhile
+        page.get_by_role("tab", name=tab).click()
     yield page
     page.close()
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {studio[0].split("/")[2]}
