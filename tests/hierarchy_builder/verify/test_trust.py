@@ -80,7 +80,7 @@ SMALL = ("--encoder", "dct", "--block-rows", "4", "--samples-per-shard", "4", "-
 
 def test_every_kind_of_file_is_checked(made: Path) -> None:
     """A few bits of each kind; `make drill` flips 20,000."""
-    for name, flips in (("staged", 20), ("fused", 100)):
+    for name, flips in (("staged", 40), ("fused", 200)):
         outcomes = list(Flips(BuildFolder(made / name), random.Random(1)).run(flips))
         assert {kind for kind, outcome in outcomes if outcome == "found"} >= {"manifest.json", "marker"}
 
