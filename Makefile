@@ -47,17 +47,17 @@ test-cuda: .venv/.ready-dev
 
 drill: .venv/.ready-dev-neighbours
 	$(BIN)/python -m pytest -m drill
-	$(BIN)/python tests/support/drill.py
-	$(BIN)/python tests/support/store_drill.py
-	$(BIN)/python tests/support/hostile_readers.py
-	$(BIN)/python tests/support/build_flips.py --flips 20000
+	$(BIN)/python tests/drills/drill.py
+	$(BIN)/python tests/drills/store_drill.py
+	$(BIN)/python tests/drills/hostile_readers.py
+	$(BIN)/python tests/drills/build_flips.py --flips 20000
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --warn-unused-ignores tests/typed_client.py examples/*.py
-	$(BIN)/python benchmarks/records.py --check
+	$(BIN)/python -m benchmarks.records --check
 	$(BIN)/python docs/write_commands.py --check
 	$(BIN)/python docs/write_configuration.py --check
 
@@ -66,12 +66,12 @@ format: .venv/.ready-dev
 	$(BIN)/ruff format .
 
 bench: .venv/.ready-dev
-	$(BIN)/python benchmarks/hierarchy.py
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python -m benchmarks.builder.hierarchy
+	$(BIN)/python -m benchmarks.trainer.train_step
 
 # The tables of docs/results.md and README.md, from benchmarks/records; a benchmark writes its record with --record.
 results: .venv/.ready-dev
-	$(BIN)/python benchmarks/records.py
+	$(BIN)/python -m benchmarks.records
 
 docs: .venv/.ready-docs
 	$(BIN)/python docs/write_commands.py

@@ -1,8 +1,8 @@
 """Every figure of one GPU in one call, beside the value that was predicted for it.
 
-    python benchmarks/gpu.py --out FOLDER --minutes 25     the same call again goes on with what is missing
-    python benchmarks/gpu.py --out FOLDER --record         the table of docs/results.md from the figures in FOLDER
-    python benchmarks/gpu.py --out FOLDER --device cpu --tiny      a rehearsal without a GPU
+    python -m benchmarks.gpu --out FOLDER --minutes 25     the same call again goes on with what is missing
+    python -m benchmarks.gpu --out FOLDER --record         the table of docs/results.md from the figures in FOLDER
+    python -m benchmarks.gpu --out FOLDER --device cpu --tiny      a rehearsal without a GPU
 
 A section runs in a process of its own with a time limit, and appends each figure to FOLDER/figures.jsonl as soon as it
 is known, so that a crash or a hang costs one section. Sections come in the order of their worth. Speeds are medians
@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import records
+
+from benchmarks import records
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
     "1"  # a library that asks for devices must not open one before the forks
@@ -212,7 +213,12 @@ def _predict_the_rest() -> None:
         add(f"encoder: DINOv2-{size} bfloat16 compiled, 128 images", *_rate(gflop, traffic / 2))
     for workers in (1, 2, 4, 6):
         rate = _modelled(f"{workers} workers")
-        add(f"build: images → shards, {workers} workers", rate, "images/s", "benchmarks/builder_model.py")
+        add(
+            f"build: images → shards, {workers} workers",
+            rate,
+            "images/s",
+            "benchmarks/builder/builder_model.py",
+        )
     add(
         "build: images → shards, 4 workers, in stages",
         1500,
@@ -950,7 +956,7 @@ def check_machine(options: argparse.Namespace) -> None:
     (options.out / "machine.json").write_text(json.dumps(versions) + "\n")
     words = ["gpu-figures" if word == str(options.out) else word for word in sys.argv[1:]]
     with open(options.out / "commands.txt", "a") as file:
-        file.write(shlex.join(["python", "benchmarks/gpu.py", *words]) + "\n")
+        file.write(shlex.join(["python", "-m", "benchmarks.gpu", *words]) + "\n")
 
 
 def write_record(name: str, out: Path) -> None:
@@ -971,7 +977,7 @@ def write_record(name: str, out: Path) -> None:
     columns = ["figure", "predicted", "from", "measured"]
     calls = out / "commands.txt"
     before = calls.read_text().splitlines() if calls.exists() else []
-    commands = [*dict.fromkeys(before), "python benchmarks/gpu.py --out gpu-figures --record"]
+    commands = [*dict.fromkeys(before), "python -m benchmarks.gpu --out gpu-figures --record"]
     records.write(
         name, columns=columns, rows=rows, seeds=[0], figures={"measured": figures}, commands=commands
     )

@@ -1,7 +1,7 @@
 """Records of measurements, and the tables of the documentation that are made from them.
 
-    python benchmarks/records.py            writes every table of the pages in `PAGES`
-    python benchmarks/records.py --check    fails where a table differs from its record, or a command no longer parses
+    python -m benchmarks.records            writes every table of the pages in `PAGES`
+    python -m benchmarks.records --check    fails where a table differs from its record, or a command no longer parses
 
 A record is one JSON file in `benchmarks/records`: the commands, the commit of the code that was measured, the date,
 the hardware, the seeds, and the table. A benchmark writes its record when it is called with `--record`. A page shows
@@ -176,15 +176,16 @@ def _problem_of_verb(program: str, arguments: list[str]) -> str | None:
 
 
 def _problem_of_script(arguments: list[str]) -> str | None:
-    path = ROOT / arguments[0]
+    name, *rest = arguments[1:] if arguments[0] == "-m" else arguments
+    path = ROOT / (name.replace(".", "/") + ".py" if arguments[0] == "-m" else name)
     if not path.exists():
-        return f"{arguments[0]} does not exist"
-    sys.path.insert(0, str(path.parent))
-    module = importlib.import_module(path.stem)
+        return f"{path.relative_to(ROOT)} does not exist"
+    sys.path[:0] = [str(ROOT), str(path.parent)]
+    module = importlib.import_module(name if arguments[0] == "-m" else path.stem)
     parser: argparse.ArgumentParser = module.make_parser()
     parser.error = _refuse  # type: ignore[method-assign, assignment]
     try:
-        parser.parse_args(arguments[1:])
+        parser.parse_args(rest)
     except ValueError as error:
         return str(error)
     return None
@@ -197,8 +198,11 @@ def _refuse(message: str) -> None:
 def _command_line() -> str:
     """The command of this process; of a path from the root of this machine only the last part."""
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    program = (
+        ["-m", ".".join(script.with_suffix("").parts)] if script.parts[0] == "benchmarks" else [str(script)]
+    )
     words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
-    return shlex.join(["python", str(script), *words])
+    return shlex.join(["python", *program, *words])
 
 
 def _commit() -> str:

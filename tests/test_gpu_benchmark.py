@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_a_rehearsal_writes_figures_and_a_failing_section_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / "roof.done").touch()  # as an earlier call leaves it
     sections = "parity,roof,counts,step,loader,update,hierarchy,sample,post_training"
-    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path), "--device", "cpu", "--tiny"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--device", "cpu", "--tiny"]
     done = subprocess.run(
         [*command, "--sections", sections],
         cwd=ROOT,

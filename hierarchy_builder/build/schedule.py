@@ -1,7 +1,7 @@
 """Which unit runs on which worker: decisions alone, without processes, a clock or Ray.
 
-`workers` calls this with Ray's actors. `benchmarks/scale.py` calls it with actors that exist only in a simulation, so
-that what is simulated for a thousand workers is what runs on them.
+`workers` calls this with Ray's actors. `benchmarks/builder/scale.py` calls it with actors that exist only in a
+simulation, so that what is simulated for a thousand workers is what runs on them.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ CONNECT_TIMEOUT_S = 20
 
 CPUS_PER_WORKER, WORKERS_PER_GPU, THREADS_PER_CPU = 3, 6, 1.5
 """Cores that decode and cluster for one worker on a GPU, most workers on one GPU, and threads of all of them for each
-core, since a worker between two units leaves its own idle: benchmarks/builder_model.py."""
+core, since a worker between two units leaves its own idle: benchmarks/builder/builder_model.py."""
 
 ENCODING_PER_GPU = 2
 """Processes on one GPU that only encode: one computes while the other takes crops and gives features."""
@@ -75,7 +75,7 @@ FEW_IMAGES = 2048
 """Up to so many images, work begins in this process if the user does not say where."""
 
 RAY_START_S = 12.0
-"""Seconds that a stage takes longer for starting Ray and its workers: benchmarks/ray_start.py; see `_Beginning`."""
+"""Seconds that a stage takes longer for starting Ray and workers: benchmarks/builder/ray_start.py; see `_Beginning`."""
 
 MAX_WORKERS_PER_CPU = 16
 """Workers of a local Ray for each CPU; it starts a process for each, and with far more it never answers."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
-import scale
-
+from benchmarks.builder import scale
 from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule, WorkerQueue
 from hierarchy_builder.build.stages import perform
 from hierarchy_builder.build.workers import BRIEF_AHEAD, _RayPool

@@ -245,9 +245,8 @@ def test_command(built, masks, tmp_path) -> None:
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """The script benchmarks/recipes.py."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
-    return importlib.import_module("recipes")
+    """The script benchmarks/builder/recipes.py."""
+    return importlib.import_module("benchmarks.builder.recipes")
 
 
 def test_benchmark_of_recipes_runs(photos, masks, benchmark, monkeypatch, capsys) -> None:
@@ -278,8 +277,7 @@ def test_benchmark_of_recipes_cuts_to_equal_counts(benchmark) -> None:
 
 def test_objects_come_from_the_size_of_the_segmentation_model(tmp_path, monkeypatch) -> None:
     """A model of 48 pixels (3×3 tokens) calls bright red object; the cells asked for are not a multiple of its grid."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
-    predicted_objects = importlib.import_module("recipes").predicted_objects
+    predicted_objects = importlib.import_module("benchmarks.builder.recipes").predicted_objects
     kernel = np.zeros((2, 3, 16, 16), np.float32)
     kernel[1, 0, 0, 0] = 1
     weights = onnx.numpy_helper.from_array(kernel, "weights")
