@@ -50,6 +50,8 @@ Tar = OpenTar | DistantTar
 
 MOST_OPENED = 32
 """Shards that are opened for a sample of the set; all headers of a tar are read when it is opened."""
+LOOKED_AT = 64
+"""Samples of a set that are looked at before training, and read at a time."""
 SETTLED = 16
 """Shards that are read for further classes after the last one that brought a new class."""
 
@@ -320,14 +322,17 @@ def spread_samples(index: ShardIndex, most: int) -> list[int]:
     return [numbers[place] for place in spread_evenly(len(numbers), most)]
 
 
-def looked_at(index: ShardIndex) -> list[tuple[ShardIndex, int]]:
-    """The sets that are looked at before training, each with the number of its first sample.
+def looked_at(index: ShardIndex) -> list[tuple[ShardIndex, range]]:
+    """The sets that are looked at before training, each with the numbers of a few samples of its first shard.
 
     These are all of them, but of remote ones at most MOST_OPENED, spread evenly: to look at one downloads a shard.
     """
     firsts = np.cumsum([0, *(part.num_samples for part in index.parts)]).tolist()
     most = MOST_OPENED if index.is_remote else len(index.parts)
-    return [(index.parts[place], firsts[place]) for place in spread_evenly(len(index.parts), most)]
+    chosen = [(index.parts[place], firsts[place]) for place in spread_evenly(len(index.parts), most)]
+    return [
+        (part, range(first, first + min(LOOKED_AT, part.shards[0].num_samples))) for part, first in chosen
+    ]
 
 
 def spread_order(count: int) -> list[int]:

@@ -45,8 +45,7 @@ from trainer.decode.rae import CONFIG, WEIGHTS, RaeDecoder, RaeDecoderConfig, ra
 from trainer.metrics.reconstruction import reconstruction
 from trainer.seeds import mixed_seed
 from trainer.training.distributed import joined_world
-from trainer.training.loop import RunSummary, stop_signals
-from trainer.training.method_run import NetworkRun
+from trainer.training.loop import Loop, RunSummary, stop_signals
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import WeightAverages
 
@@ -90,7 +89,7 @@ class _Parts(nn.Module):
         self.decoder, self.discriminator = decoder, discriminator
 
 
-class DecoderRun(NetworkRun):
+class DecoderRun(Loop):
     """One training of a decoder in one process."""
 
     shown = ("l1",)
@@ -116,7 +115,7 @@ class DecoderRun(NetworkRun):
         count = min(MEASURED, last + 1 - first)
         self.measured_numbers = np.linspace(first, last, count).round().astype(int).tolist()
         # Refuses shards without pictures before training starts.
-        dataset.samples([*self.measured_numbers[:1], *(first for _, first in looked_at(index))])
+        dataset.samples([*self.measured_numbers[:1], *(numbers[0] for _, numbers in looked_at(index))])
         return dataset
 
     def _first_normaliser(self, origin: Path | None) -> Normaliser:

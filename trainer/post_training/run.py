@@ -41,8 +41,7 @@ from trainer.seeds import mixed_seed, row_noise
 from trainer.training import checkpoint as saved
 from trainer.training.config import PostTrainingConfig, checked, with_settings
 from trainer.training.distributed import World, joined_world
-from trainer.training.loop import RunSummary, stop_signals
-from trainer.training.method_run import NetworkRun
+from trainer.training.loop import Loop, RunSummary, stop_signals
 from trainer.training.schedules import warmup_cosine
 from trainer.training.speed import counted_flops
 from trainer.training.weights import average_of
@@ -197,7 +196,7 @@ class LabelDataset:
         return []
 
 
-class PostTrainingRun(NetworkRun):
+class PostTrainingRun(Loop):
     """One run of post-training in one process."""
 
     shown = ("distance",)

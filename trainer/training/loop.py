@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +22,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hierarchy_builder.errors import InterruptedRunError, MismatchError, NonFiniteLossError, UsageError
+from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.places.exclusion import still_ours
-from hierarchy_builder.terminal import counted
-from trainer.data.normalisation import RAW, Normaliser
-from trainer.data.reader import classes_with_images
+from trainer.data.normalisation import Normaliser, check_describes, normaliser_of
+from trainer.data.reader import LOOKED_AT, Rows, ShardReader, classes_with_images, looked_at
 from trainer.data.shards import ShardIndex
-from trainer.data.stream import StreamPlan, batch_loader
+from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
 from trainer.training.distributed import GradientSum, World, check_equal
 from trainer.training.log import RunLog, open_trackers
 from trainer.training.mirror import named, send
-from trainer.training.run_folder import locked, prepare_folder
-from trainer.training.speed import explained, peak_of
+from trainer.training.optim import optimizer_of
+from trainer.training.run_folder import (
+    check_same_run,
+    check_sets,
+    find_origin,
+    locked,
+    prepare_folder,
+    settled,
+)
+from trainer.training.speed import counted_flops, explained, float32_products, images_that_fit, peak_of
 from trainer.training.weights import WeightAverages, fill
 
 SHOWN_KEYS = 8
@@ -90,65 +97,38 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def float32_products(device: torch.device, precision: str) -> Iterator[None]:
-    """Choose inside the block how a GPU multiplies what stays float32; the setting of the process comes back after it.
-
-    A run of bfloat16 takes TF32 products there, as JAX and so the release do.
-    """
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def check_sets(index: ShardIndex, world: World) -> None:
-    """Raise UsageError for sets of several splits, and MismatchError unless every process reads the same shards."""
-    first, *others = index.parts
-    for other in others:
-        if other.split != first.split:
-            raise UsageError(
-                f"{first.url} is of split {first.split!r} and {other.url} of {other.split!r}: train on sets of one "
-                "split, and let the others judge the run (`trainer report RUN`, `trainer evaluate`)"
-            )
-    digests = world.gather(torch.tensor(list(bytes.fromhex(index.digest)), device=world.device))
-    if differing := (digests != digests[0]).any(dim=1).nonzero().flatten().tolist():
-        raise MismatchError(
-            f"this process reads {index.url} ({counted(index.num_samples, 'sample')}), and the shards of rank "
-            f"{differing[0]} are not those of rank 0: name the same sets in every process, and let patterns match the "
-            "same folders on every machine"
-        )
-
-
 class Loop(ABC):
-    """One run in one process: the state that checkpoints store, and the loop over steps.
+    """One run of a network in one process: the state that checkpoints store, and the loop over steps.
 
-    A subclass sets `plan`, `dataset`, `model`, `optimizer` and `averages`, calls `_begin`, and implements the step
-    (`backward`), its learning rate (`_rate`), the sheet of samples (`_sheet`) and the report on epochs (`_audit`).
+    A subclass builds the network (`_network`), and implements the step (`backward`) and its learning rate (`_rate`).
     """
 
+    pipeline: Any
+    """Class of the method's pipeline; its `sheet()` draws the samples shown during training."""
     terms: tuple[str, ...]
     """Names of the terms that `backward` returns, each a mean over the global batch; one of them is `loss`."""
     shown: tuple[str, ...] = ("raw_mse_u",)
     """Terms shown on stderr, those that fall as training proceeds; the adaptive loss stays near 2 by design."""
     rate_field: str = "optim.lr"
     """Name of the learning rate in the configuration."""
-    plan: StreamPlan
-    dataset: Any
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    averages: WeightAverages
-    normaliser: Normaliser = RAW
     flops_per_image: float | None = None
     """Operations of a step for each image; None where they were not counted."""
+    fitting: int | None = None
+    """Images in one backward pass as they were chosen for the memory of the device."""
+    is_alike_in_parts = True
+    """Whether a batch gives the same gradient whatever its parts, so that one may be chosen by memory."""
     one_backward_pass = False
     """Whether `backward` makes each gradient once, so that ranks may begin to add them up while it runs."""
 
     def __init__(
-        self, config: Any, index: ShardIndex, out: Path, world: World, stop: StopRequest, quiet: bool
+        self,
+        config: Any,
+        index: ShardIndex,
+        out: Path,
+        resume: str,
+        world: World,
+        stop: StopRequest,
+        quiet: bool,
     ) -> None:
         check_sets(index, world)
         self.config, self.index, self.out, self.world, self.stop = config, index, out, world, stop
@@ -159,6 +139,85 @@ class Loop(ABC):
         self.sums: dict[str, float] = {}
         self.classes: list[int] = []
         """The classes that have images, which the main rank knows; only they are drawn."""
+        self.plan = self._plan()
+        self.dataset = self._dataset()
+        self.origin = origin = find_origin(out, resume, world.is_main)
+        self.config = config = settled(config, out, origin, world.device)
+        check_same_run(out, origin, config, index)
+        self.normaliser = self._first_normaliser(origin).to(world.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = self._network().to(world.device)
+        for module in self.model.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = config.activation_checkpointing
+        self.optimizer = self._optimizer()
+        self.averages = self._averages()
+        self._begin(origin)
+
+    @abstractmethod
+    def backward(self, batch: Any, start: int, stop: int) -> Tensor:
+        """Add the gradients of rows `start` ≤ i < `stop` of this rank; return their share of each of `terms`."""
+
+    @abstractmethod
+    def _rate(self) -> float:
+        """Return the learning rate of the next update."""
+
+    @abstractmethod
+    def _network(self) -> nn.Module:
+        """Build the initial network; torch's global generator is seeded with the seed of the run."""
+
+    def _plan(self) -> StreamPlan:
+        """Return the order in which samples are read."""
+        return self._stream_plan()
+
+    def _stream_plan(self, shard_sizes: tuple[int, ...] | None = None, **fields: Any) -> StreamPlan:
+        """Return the configured order of samples; shard_sizes: samples of each shard to train on, None for all."""
+        return StreamPlan(
+            shard_sizes=shard_sizes or tuple(shard.num_samples for shard in self.index.shards),
+            num_levels=self.index.num_levels,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            shuffle_shards=self.config.shuffle_shards,
+            **fields,
+        )
+
+    def _dataset(self) -> Any:
+        """Open the shards as batches. Raises TrainerError if they lack data that the method needs."""
+        config, world = self.config, self.world
+        return BatchDataset(
+            self.index, self.plan, world.rank, world.size, config.verify_shards, config.max_damaged_shards
+        )
+
+    def _first_normaliser(self, origin: Path | None) -> Normaliser:
+        """Return the normaliser of the checkpoint `origin`, or without one that of the configuration.
+
+        Raises MismatchError if the statistics of a set do not describe its samples.
+        """
+        if origin:
+            return saved.load_normaliser(origin)
+        kind = self.config.normalise
+        for part, numbers in looked_at(self.index) if kind != "none" else ():
+            (rows,) = self._samples(numbers)
+            check_describes(normaliser_of(kind, part), rows.raw_features(), part)
+        return normaliser_of(kind, self.index)
+
+    def _samples(self, numbers: Sequence[int]) -> Iterator[Rows]:
+        """Read samples by number, some at a time."""
+        reader = ShardReader(
+            self.index, verifies=lambda shard: False, max_damaged=self.config.max_damaged_shards
+        )
+        for first in range(0, len(numbers), LOOKED_AT):
+            yield reader.read_rows(numbers[first : first + LOOKED_AT])
+        reader.close()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        is_short = self.world.device.type == "cuda" and self.config.precision == "bfloat16"
+        return optimizer_of(self.model, self.config.optim, self.world, is_short)
+
+    def _averages(self) -> WeightAverages:
+        optim = self.config.optim
+        return WeightAverages(self.model, optim.ema_halflives_kimg, optim.ema_ramp)
 
     def _begin(self, origin: Path | None) -> None:
         """Restore the checkpoint `origin`, if there is one, and prepare the run folder."""
@@ -190,18 +249,6 @@ class Loop(ABC):
             return list(range(index.num_classes))
         return classes_with_images(index, max_damaged=self.config.max_damaged_shards)
 
-    @abstractmethod
-    def backward(self, batch: Any, start: int, stop: int) -> Tensor:
-        """Add the gradients of rows `start` ≤ i < `stop` of this rank; return their share of each of `terms`."""
-
-    @abstractmethod
-    def _rate(self) -> float:
-        """Return the learning rate of the next update."""
-
-    @abstractmethod
-    def _sheet(self) -> Image.Image:
-        """Draw a picture of samples from the current model."""
-
     def _sum_gradients(self, parameters: list[nn.Parameter]) -> dict[str, float]:
         """Replace every gradient by its sum over all ranks; return further figures of the step, alike on all ranks."""
         self.gradient_sum.finish()
@@ -216,25 +263,52 @@ class Loop(ABC):
         damaged = self.dataset.damaged_shards()
         return {"damaged_shards": damaged} if damaged else {}
 
-    def _stream_plan(self, shard_sizes: tuple[int, ...] | None = None, **fields: Any) -> StreamPlan:
-        """Return the configured order of samples; shard_sizes: samples of each shard to train on, None for all."""
-        return StreamPlan(
-            shard_sizes=shard_sizes or tuple(shard.num_samples for shard in self.index.shards),
-            num_levels=self.index.num_levels,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            shuffle_shards=self.config.shuffle_shards,
-            **fields,
-        )
+    def _sheet(self) -> Image.Image:
+        """Draw a picture of samples from the current model, with its first weight average if there is one."""
+        average = next(iter(self.averages.averages), None)
+        with nullcontext() if average is None else self.averages.lent_to(self.model, average):
+            names, encoder = self.index.class_names, self.index.encoder
+            pipe = self.pipeline(
+                self.model, names, encoder, self._decoder(), self.normaliser, method=self.config.method
+            )
+            pipe.classes = self.classes
+            sheet: Image.Image = pipe.sheet()
+        self.model.train()
+        return sheet
 
-    def _averaged(self) -> AbstractContextManager[object]:
-        """Return a context in which the model has its first weight average, if there is one."""
-        halflives = list(self.averages.averages)
-        return self.averages.lent_to(self.model, halflives[0]) if halflives else nullcontext()
+    def _decoder(self) -> Any:
+        """Return the decoder for the sheet of samples; None shows features as colours, or the pixels of the samples."""
+        return None
+
+    def _autocast(self) -> torch.autocast:
+        """Return the context in which the network computes in the configured precision."""
+        is_short = self.config.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_short)
 
     def _micro_batch(self, batch: Any) -> int:
         """Return the number of images in one backward pass."""
-        return min(self.config.micro_batch_size or len(batch), len(batch))
+        return min(self.config.micro_batch_size or self.fitting or len(batch), len(batch))
+
+    def _look_at_cost(self, batch: Any) -> None:
+        """Count the operations of an image and, if no micro-batch is configured, the memory that one takes."""
+        device, peaks = self.world.device, []
+        self.flops_per_image = float(counted_flops(lambda: self._trial(batch, 1)))
+        chooses = self.config.micro_batch_size is None and self.is_alike_in_parts
+        for images in (1, 2) if chooses and len(batch) > 1 else ():
+            torch.cuda.reset_peak_memory_stats(device)
+            self._trial(batch, images)
+            peaks.append(torch.cuda.max_memory_allocated(device))
+        if peaks:
+            moments = 8 * sum(p.numel() for p in self.model.parameters())  # which the optimiser will take
+            held = 0 if self.optimizer.state else moments  # a resumed run has them
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - peaks[0] - held
+            fitting = torch.tensor([images_that_fit(len(batch), peaks[1] - peaks[0], free)], device=device)
+            self.fitting = int(self.world.gather(fitting).min())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _trial(self, batch: Any, images: int) -> None:
+        """Do what a step does for `images` images of a batch, leaving nothing but gradients."""
+        self.backward(batch, 0, images)
 
     @property
     def images_seen(self) -> int:
@@ -261,8 +335,13 @@ class Loop(ABC):
                 self._note(log, {**terms, "seconds": elapsed}, is_last)
                 if stopped or is_last or self._crosses(config.checkpoint_images):
                     folder = self._save()
+                if stopped == CTRL_C and not is_last:
+                    raise KeyboardInterrupt
                 if stopped and not is_last:
-                    self._end(stopped)
+                    raise InterruptedRunError(
+                        f"{self.out}: stopped by {stopped} at step {self.step}, {self.images_seen} images, after a "
+                        "checkpoint; the same command continues"
+                    )
         return RunSummary(
             run=str(named(self.out)),
             step=self.step,
@@ -281,6 +360,8 @@ class Loop(ABC):
 
     def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
         """Take one optimiser step. Returns its terms and, if any rank wants to stop, the reason, else ""."""
+        if self.world.device.type == "cuda" and self.flops_per_image is None:
+            self._look_at_cost(batch)
         world, share, micro = self.world, len(batch), self._micro_batch(batch)
         sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=world.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -395,11 +476,3 @@ class Loop(ABC):
         self.averages.load_state_dict({n: saved.load_weights(folder, n) for n in saved.averages_of(folder)})
         saved.restore_optimizer(self.optimizer, saved.load_tensors(folder / saved.OPTIMIZER), state.optimizer)
         self.step, self.seconds, self.loss, self.sums = state.step, state.seconds, state.loss, dict(state.log)
-
-    def _end(self, reason: str) -> None:
-        if reason == CTRL_C:
-            raise KeyboardInterrupt
-        raise InterruptedRunError(
-            f"{self.out}: stopped by {reason} at step {self.step}, {self.images_seen} images, after a checkpoint; "
-            "the same command continues"
-        )

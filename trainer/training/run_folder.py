@@ -28,6 +28,7 @@ from hierarchy_builder.untrusted.documents import parse_yaml, read_document
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
 from trainer.training.config import RunConfig, checked
+from trainer.training.distributed import World
 from trainer.training.log import truncate_metrics
 from trainer.training.mirror import a_run, home_of, send
 
@@ -107,6 +108,24 @@ def settled(config: RunT, out: Path, origin: Path | None, device: torch.device |
     if found == "auto":  # also in an imported checkpoint, which nothing was trained from yet
         found = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     return dataclasses.replace(config, precision=found)
+
+
+def check_sets(index: ShardIndex, world: World) -> None:
+    """Raise UsageError for sets of several splits, and MismatchError unless every process reads the same shards."""
+    first, *others = index.parts
+    for other in others:
+        if other.split != first.split:
+            raise UsageError(
+                f"{first.url} is of split {first.split!r} and {other.url} of {other.split!r}: train on sets of one "
+                "split, and let the others judge the run (`trainer report RUN`, `trainer evaluate`)"
+            )
+    digests = world.gather(torch.tensor(list(bytes.fromhex(index.digest)), device=world.device))
+    if differing := (digests != digests[0]).any(dim=1).nonzero().flatten().tolist():
+        raise MismatchError(
+            f"this process reads {index.url} ({counted(index.num_samples, 'sample')}), and the shards of rank "
+            f"{differing[0]} are not those of rank 0: name the same sets in every process, and let patterns match the "
+            "same folders on every machine"
+        )
 
 
 def check_same_run(out: Path, origin: Path | None, config: Any, index: ShardIndex) -> None:

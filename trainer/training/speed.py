@@ -25,6 +25,21 @@ USABLE = 0.8
 """Share of the memory of a GPU that is planned; the rest is for the allocator and the kernels."""
 
 
+@contextmanager
+def float32_products(device: torch.device, precision: str) -> Iterator[None]:
+    """Choose inside the block how a GPU multiplies what stays float32; the setting of the process comes back after it.
+
+    A run of bfloat16 takes TF32 products there, as JAX and so the release do.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def peak_of(name: str) -> float | None:
     """Operations per second of the device called `name`, None for one that is not in `PEAKS`."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -36,7 +36,7 @@ from trainer.training.optim import MuonAdam
 from trainer.training import distributed
 from trainer.training.distributed import check_equal, joined_world
 from trainer.data.shards import open_index
-from trainer.training.loop import check_sets
+from trainer.training.run_folder import check_sets
 
 distributed.BUCKET_ELEMENTS = 4  # several buckets
 try:

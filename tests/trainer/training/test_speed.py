@@ -27,9 +27,8 @@ from trainer.post_training.run import Start, post_train, resolved
 from trainer.training.config import with_settings
 from trainer.training.distributed import World
 from trainer.training.log import read_metrics
-from trainer.training.loop import float32_products
 from trainer.training.run_folder import read_config, settled
-from trainer.training.speed import counted_flops, explained, images_that_fit, peak_of
+from trainer.training.speed import counted_flops, explained, float32_products, images_that_fit, peak_of
 
 META = torch.device("meta")
 READ, DECOMPOSED = "aten._local_scalar_dense.default", "aten._linalg_eigh.default"

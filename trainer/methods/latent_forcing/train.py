@@ -49,7 +49,7 @@ class LatentForcingRun(MethodRun):
         limits = (config.verify_shards, config.max_damaged_shards)
         dataset = PictureDataset(self.index, self.plan, size_px, world.rank, world.size, *limits)
         # Read before the run folder is changed, so that shards without pictures are refused in time.
-        dataset.samples([first for _, first in looked_at(self.index)])
+        dataset.samples([numbers[0] for _, numbers in looked_at(self.index)])
         return dataset
 
     def _first_normaliser(self, origin: Path | None) -> Normaliser:

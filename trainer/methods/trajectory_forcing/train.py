@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
-from trainer.data.reader import Rows, spread_samples
+from trainer.data.reader import Rows, looked_at, spread_samples
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -82,7 +82,7 @@ class TrajectoryForcingRun(MethodRun):
     def _begin(self, origin: Path | None) -> None:
         super()._begin(origin)
         if self.world.is_main and not self.quiet:
-            rows = self._first_samples()
+            rows = next(self._samples(looked_at(self.index)[0][1]))
             seen = self.normaliser.to("cpu").apply(rows.raw_features())
             for line in visibility_lines(seen, rows.regions, self.config.method):
                 print(line, file=sys.stderr)
