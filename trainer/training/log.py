@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hierarchy_builder.errors import TrainerError, UsageError
@@ -20,6 +17,7 @@ from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.files import parse_json, whole_file, write_bytes
 from hierarchy_builder.machine.installing import install_extras
 from hierarchy_builder.progress import as_duration
+from hierarchy_builder.terminal import say, stderr
 from hierarchy_builder.untrusted.documents import read_document
 from trainer.training.config import RunConfig
 
@@ -44,11 +42,7 @@ def truncate_metrics(run: Path, step: int) -> None:
 def metrics_line(row: Mapping[str, Any]) -> bytes:
     """A line of metrics.jsonl: the row, and as its last field the CRC-32 of the line without that field."""
     text = json.dumps(row)
-    return f"{text[:-1]}{_check_field(text)}}}\n".encode()
-
-
-def _check_field(text: str) -> str:
-    return f', "{CHECK}": "{zlib.crc32(text.encode()):08x}"'
+    return f'{text[:-1]}, "{CHECK}": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -64,27 +58,10 @@ def parse_metrics_line(line: bytes) -> dict[str, Any] | None:
     """The row of a line, or None for a damaged one. Lines of earlier releases have no CHECK."""
     try:
         row = parse_json(line)
-        check = row.pop(CHECK, None)
-        if check is not None:
-            text = line.decode().removesuffix(f', "{CHECK}": "{check}"}}') + "}"
-            if line.decode() != f"{text[:-1]}{_check_field(text)}}}":
-                return None
-    except (ValueError, TypeError):
+    except ValueError:
         return None
-    return row if type(row.get("step")) is int else None
-
-
-class Tracker(Protocol):
-    """A service or file format that receives the metrics and sheets of a run."""
-
-    def scalars(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Record numbers by name."""
-
-    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        """Record a picture."""
-
-    def close(self) -> None:
-        """Write all pending data and close."""
+    is_damaged = row.pop(CHECK, None) is not None and metrics_line(row) != line + b"\n"
+    return row if type(row.get("step")) is int and not is_damaged else None
 
 
 class TensorBoard:
@@ -134,20 +111,21 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_trackers(run: Path, images_seen: int, config: RunConfig, quiet: bool = False) -> list[Tracker]:
+def open_trackers(
+    run: Path, images_seen: int, config: RunConfig, quiet: bool = False
+) -> list[TensorBoard | WeightsAndBiases]:
     """Open the trackers of a configuration. Raises UsageError if wandb is configured but not installed.
 
     If TensorBoard is not installed the run continues with a notice on stderr, because metrics.jsonl has the same data.
     """
-    trackers: list[Tracker] = []
+    trackers: list[TensorBoard | WeightsAndBiases] = []
     if config.wandb_project is not None:
         trackers.append(WeightsAndBiases(run, config.wandb_project, to_mapping(config)))
     if config.tensorboard:
         try:
             trackers.append(TensorBoard(run, images_seen))
         except ImportError:
-            if not quiet:
-                print("tensorboard is not installed: numbers go to metrics.jsonl only", file=sys.stderr)
+            say("tensorboard is not installed: numbers go to metrics.jsonl only", quiet)
     return trackers
 
 
@@ -155,35 +133,19 @@ class RunLog:
     """Writes rows to metrics.jsonl and trackers, and shows them in a progress bar on a terminal or as plain lines."""
 
     def __init__(
-        self,
-        run: Path,
-        total_images: int,
-        images_seen: int,
-        quiet: bool = False,
-        trackers: Sequence[Tracker] = (),
-        shown: Sequence[str] = ("raw_mse_u",),
+        self, run: Path, config: RunConfig, images_seen: int, quiet: bool, shown: Sequence[str]
     ) -> None:
-        self._run, self._trackers, self._shown = run, trackers, shown
-        self._file = open(run / METRICS, "ab")  # noqa: SIM115 (closed in __exit__)
-        self._total = total_images
-        self._quiet = quiet
-        console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if console.is_terminal and not quiet:
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("images", total=total_images, completed=images_seen)
-            self._bar.start()
+        self._run, self._total, self._quiet, self._shown = run, config.total_images, quiet, shown
+        self._trackers = open_trackers(run, images_seen, config, quiet)
+        self._file = open(run / METRICS, "ab")  # noqa: SIM115 (closed in `close`)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal)
+        self._task = self._bar.add_task("images", total=self._total, completed=images_seen)
+        self._bar.start()
 
     def advance(self, images_seen: int) -> None:
         """Advance the progress bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=images_seen)
+        self._bar.update(self._task, completed=images_seen)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row and show it."""
@@ -195,30 +157,22 @@ class RunLog:
             tracker.scalars({k: v for k, v in row.items() if k not in ("images", "time")}, row["images"])
         numbers = "  ".join(f"{name} {row[name]:.4f}" for name in self._shown if name in row)
         text = f"{numbers}  {row['images_per_second']:.0f} images/s"
-        if self._bar:
-            self._bar.update(self._task, description=text)
-        elif not self._quiet:
-            seen = f"{row['images']}/{self._total} images"
+        self._bar.update(self._task, description=text)
+        if self._bar.disable:
             left = (self._total - row["images"]) / row["images_per_second"]
             text += f"  {as_duration(left)} left" * (left > 0)
-            print(f"step {row['step']}  {seen}  {text}", file=sys.stderr, flush=True)
+            say(f"step {row['step']}  {row['images']}/{self._total} images  {text}", self._quiet)
 
     def show_samples(self, sheet: Image.Image, step: int, images_seen: int) -> None:
         """Save a sheet as RUN/samples/step-NNNNNNNN.png and send it to the trackers."""
-        folder = self._run / SAMPLES
-        folder.mkdir(exist_ok=True)
-        with whole_file(folder / f"step-{step:08d}.png") as partial:
+        with whole_file(self._run / SAMPLES / f"step-{step:08d}.png") as partial:
             sheet.save(partial, "PNG")
         for tracker in self._trackers:
             tracker.picture(SAMPLES, sheet, images_seen)
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
+    def close(self) -> None:
+        """Write all pending data and close."""
+        if not self._bar.disable:  # it would print an empty line
             self._bar.stop()
         self._file.close()
         for tracker in self._trackers:

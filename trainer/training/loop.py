@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
 from hierarchy_builder.fields import to_mapping
 from hierarchy_builder.places.exclusion import still_ours
+from hierarchy_builder.terminal import say
 from trainer.data.normalisation import Normaliser, check_describes, normaliser_of
 from trainer.data.reader import LOOKED_AT, Rows, ShardReader, classes_with_images, looked_at
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import BatchDataset, StreamPlan, batch_loader
 from trainer.training import checkpoint as saved
 from trainer.training.distributed import GradientSum, World, check_equal
-from trainer.training.log import RunLog, open_trackers
+from trainer.training.log import RunLog
 from trainer.training.mirror import named, send
 from trainer.training.optim import optimizer_of
 from trainer.training.run_folder import (
@@ -223,12 +223,11 @@ class Loop(ABC):
         """Restore the checkpoint `origin`, if there is one, and prepare the run folder."""
         if origin is not None:
             self._restore(origin)
-            if self.world.is_main and not self.quiet:
-                seen, total = self.images_seen, self.config.total_images
-                print(
-                    f"goes on from {named(origin)}: step {self.step:,}, {seen:,} of {total:,} images",
-                    file=sys.stderr,
-                )
+            seen, total = self.images_seen, self.config.total_images
+            say(
+                f"goes on from {named(origin)}: step {self.step:,}, {seen:,} of {total:,} images",
+                quiet=self.quiet or not self.world.is_main,
+            )
         self.world.barrier()  # all ranks must have read the folder before the main rank changes it
         if self.world.is_main:
             self.classes = self._classes(origin)
@@ -322,8 +321,13 @@ class Loop(ABC):
             self.dataset, batches, config.loader_workers, pin_memory=self.world.device.type == "cuda"
         )
         folder = saved.latest_checkpoint(self.out)
-        lock = locked(self.out) if self.world.is_main else nullcontext()
-        with lock, float32_products(self.world.device, config.precision), self._opened_log() as log:
+        with ExitStack() as held:
+            log = None
+            if self.world.is_main:
+                held.enter_context(locked(self.out))
+                log = RunLog(self.out, config, self.images_seen, self.quiet, self.shown)
+                held.callback(log.close)
+            held.enter_context(float32_products(self.world.device, config.precision))
             began = now = time.monotonic()
             for batch in loader:
                 time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)
@@ -350,13 +354,6 @@ class Loop(ABC):
             loss=self.loss,
             checkpoint=str(folder and named(folder)),
         )
-
-    def _opened_log(self) -> AbstractContextManager[RunLog | None]:
-        if not self.world.is_main:
-            return nullcontext()
-        out, seen, quiet = self.out, self.images_seen, self.quiet
-        trackers = open_trackers(out, seen, self.config, quiet)
-        return RunLog(out, self.config.total_images, seen, quiet, trackers, self.shown)
 
     def take_step(self, batch: Any, time_is_up: bool) -> tuple[dict[str, float], str]:
         """Take one optimiser step. Returns its terms and, if any rank wants to stop, the reason, else ""."""
