@@ -125,9 +125,8 @@ def crop_square(
     width, height = size_px * width // short, size_px * height // short
     is_resized = image.size != (width, height) or out_px not in (None, size_px)
     if image.mode == "RGB" and resampling == Image.Resampling.BICUBIC and is_resized:
-        from hierarchy_builder.images.resampling import (
-            resize_centre,  # loads numba, which a driver does not need
-        )
+        # loads numba, which a driver does not need
+        from hierarchy_builder.images.resampling import resize_centre
 
         return resize_centre(np.asarray(image), (width, height), size_px, out_px)
     if image.size != (width, height):
@@ -140,9 +139,8 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) < int.from_bytes(data[4:8], "little"):
-        raise ImageError(
-            "truncated", "the WebP file is shorter than its header states"
-        )  # Pillow: "no decoder object"
+        # Pillow would say "no decoder object".
+        raise ImageError("truncated", "the WebP file is shorter than its header states")
     try:
         return open_picture(data)
     except UnidentifiedImageError:

@@ -6,7 +6,7 @@ import hashlib
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -26,32 +26,24 @@ HASHED = re.compile(r"-[0-9a-f]{8,64}$")
 UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 
 
-def assign_keys(images: Iterable[tuple[str, str]]) -> list[str]:
-    """Assign a unique key `<class>/<name>` to each (path, class name); paths must differ.
-
-    Keys consist of [A-Za-z0-9_-] and one slash and have at most 110 characters; other characters are replaced. If that
-    makes several keys equal, each of them gets a hash of its path, so that no key depends on the order of the listing.
-    """
-    pairs = list(images)
-    plain = pa.chunked_array([pa.array([plain_key(path, name) for path, name in pairs], pa.large_string())])
-    paths = pa.chunked_array([pa.array([path for path, _ in pairs], pa.large_string())])
-    keys: list[str] = unique_keys(plain, paths).to_pylist()
-    return keys
-
-
 def plain_key(path: str, class_name: str) -> str:
-    """The key of an image as far as it follows from its own path and class; images may share it."""
+    """The key `<class>/<name>` as far as it follows from path and class of one image; images may share it.
+
+    It consists of [A-Za-z0-9_-] and one slash, and has at most 101 characters; other characters are replaced.
+    """
     return f"{_safe_class(class_name)}/{_safe(_stem(path, class_name), NAME_CHARS)}"
 
 
 def unique_keys(
     plain: pa.ChunkedArray, paths: pa.ChunkedArray, elsewhere: Iterable[str] = ()
 ) -> pa.ChunkedArray:
-    """Tell images of equal plain keys apart by hashes of their paths, see `assign_keys`.
+    """The keys of images with these plain keys and paths, which differ.
 
-    elsewhere: keys of images that are not among these and that no other image may get.
+    Each of several images with equal plain keys gets a hash of its path, so that no key depends on the order of the
+    listing. elsewhere: keys of images that are not among these and that no other image may get.
     """
-    keys = (key for chunk in _pieces(plain) for key in chunk.to_pylist())
+    batches = pa.table({"key": plain}).to_batches(65_536)
+    keys = (key for batch in batches for key in batch.column(0).to_pylist())
     hashes = np.fromiter(map(hash, keys), np.int64, len(plain))
     hashes.sort()
     if not (hashes[1:] == hashes[:-1]).any():
@@ -76,11 +68,6 @@ def unique_keys(
     return pa.chunked_array([filled])
 
 
-def _pieces(column: pa.ChunkedArray) -> Iterator[pa.Array]:
-    for chunk in column.chunks:
-        yield from (chunk.slice(start, 65_536) for start in range(0, len(chunk), 65_536))
-
-
 def check_key(key: str, where: str) -> str:
     """Return `key`; raise BuilderError if a file of that name could be written outside its folder."""
     if not SAFE_KEY.fullmatch(key):
@@ -94,23 +81,20 @@ def check_key(key: str, where: str) -> str:
 def _stem(path: str, class_name: str) -> str:
     """The path below the first folder named like the class, or else the file name; both without extension."""
     folders, _, name = posixpath.splitext(path)[0].rpartition("/")
-    parts = folders.split("/")
-    own = class_name
-    composed = parts
-    if not (folders.isascii() and class_name.isascii()):
-        composed = [unicodedata.normalize("NFC", part) for part in parts]
-        own = unicodedata.normalize("NFC", class_name)
-    if own in composed:
-        below = parts[composed.index(own) + 1 :]
-        return "_".join([*below, name])
-    return name
+    own, parts = composed(class_name), composed(folders).split("/")
+    below = folders.split("/")[parts.index(own) + 1 :] if own in parts else []
+    return "_".join([*below, name])
+
+
+def composed(text: str) -> str:
+    """A name in which an accented letter is one character, as not every system writes it."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _safe(text: str, limit: int) -> str:
     """Keep letters, digits, _ and -, and drop accents; a text too long or left empty gets a hash."""
-    letters = text
+    text = letters = composed(text)
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
         letters = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     safe = UNSAFE.sub("_", letters)
     if not safe.strip("_"):

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import BinaryIO
 
 import numpy as np
@@ -38,12 +39,8 @@ from hierarchy_builder.untrusted.pictures import OTHER_SUFFIXES, missing_plugin,
 
 UNLABELLED = "unlabelled"
 """Class name of all images in a folder without class folders."""
-SYSTEM_FOLDERS = frozenset(
-    (
-        *("lost+found", "found.000", "__macosx", "$recycle.bin", "system volume information"),  # of computers
-        *("#recycle", "@recycle", "@eadir", "@tmp", "#snapshot"),  # of file servers
-    )
-)
+SYSTEM_FOLDERS = {"lost+found", "found.000", "__macosx", "$recycle.bin", "system volume information"}
+SYSTEM_FOLDERS |= {"#recycle", "@recycle", "@eadir", "@tmp", "#snapshot"}
 """Folders that operating systems and file servers make, in lower case; they hold no photographs of the data set."""
 SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db"))
 TABLES = (".csv", ".tsv", ".parquet")
@@ -117,9 +114,8 @@ def list_folder(
 def _found(fs: AbstractFileSystem, base: str) -> Iterator[tuple[str, int]]:
     """Yield the files below a folder of another file system as (relative path, size), one of its folders at a time."""
     for entry in fs.ls(base, detail=True):
-        if (
-            entry["name"].rstrip("/") == base
-        ):  # a link of an index page, or the placeholder of an object store
+        # a link of an index page, or the placeholder of an object store
+        if entry["name"].rstrip("/") == base:
             continue
         found = {entry["name"]: entry}
         if entry["type"] == "directory":
@@ -143,22 +139,19 @@ def _walk(
         return
     try:
         with os.scandir(folder) as found:
-            entries = list(found)
+            entries = [
+                (entry.name + "/" * _is_folder(entry), entry) for entry in found if entry.name[0] != "."
+            ]
     except OSError as error:
         raise BuilderError(f"{folder} cannot be listed: {error.strerror}; let this user read it") from None
-    below = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
     # Files come by path, so that no listing has to be sorted.
-    for entry in sorted(entries, key=lambda each: each.name + "/" * below.get(each.name, False)):
-        if entry.name not in below:
-            continue
-        if below[entry.name]:
-            if entry.name.lower() in SYSTEM_FOLDERS:
-                continue
+    for name, entry in sorted(entries, key=itemgetter(0)):
+        if not name.endswith("/"):
+            yield prefix + name, partial(_size, entry)
+        elif entry.name.lower() not in SYSTEM_FOLDERS:
             if not prefix:
                 folders.add(entry.name)
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, here), folders)
-        else:
-            yield f"{prefix}{entry.name}", partial(_size, entry)
+            yield from _walk(entry.path, prefix + name, (*above, here), folders)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -190,14 +183,45 @@ def scan_tar(fs: AbstractFileSystem, path: str) -> TarContent:
     Raises BuilderError if it is compressed or incomplete.
     """
     content, links, others = TarContent(), dict[str, str](), list[str]()
+    for member in _tar_members(fs, path):
+        name = posixpath.normpath(member.name).lstrip("/")
+        if member.isdir():
+            content.folders.add(name)
+            continue
+        content.members.pop(name, None)  # the last member of a name counts
+        links.pop(name, None)
+        if member.isreg() and not member.issparse():
+            content.members[name] = (member.offset_data, member.size)
+        elif member.islnk() or member.issym():
+            folder = posixpath.dirname(name) if member.issym() else ""
+            links[name] = posixpath.normpath(posixpath.join(folder, member.linkname)).lstrip("/")
+        else:
+            others.append(name)
+    for name in links:
+        target, seen = name, set[str]()
+        while target in links and target not in seen:
+            seen.add(target)
+            target = links[target]
+        if target in content.members:
+            content.members[name] = content.members[target]
+        else:
+            others.append(name)
+    if lost := list(filter(_is_listed, others)):
+        content.warnings.append(
+            f"left out: {counted(len(lost), 'member')} of the tar that are no files or lead to none in it: "
+            f"{_some(lost)}"
+        )
+    return content
+
+
+def _tar_members(fs: AbstractFileSystem, path: str) -> Iterator[tarfile.TarInfo]:
     try:
         with fs.open(path, "rb") as file:
             start: int | None = 0
             while start is not None:
                 file.seek(start)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
-                        _add_member(member, content, links, others)
+                    yield from tar
                     end = tar.offset
                 # tarfile mistakes a file that was truncated inside a header for the end of the archive.
                 file.seek(end)
@@ -208,40 +232,6 @@ def scan_tar(fs: AbstractFileSystem, path: str) -> TarContent:
         raise BuilderError(
             f"{path} is not a complete, uncompressed tar: {error}; unpack it, or copy it again"
         ) from None
-    for name in links:
-        target, seen = name, set[str]()
-        while target in links and target not in seen:
-            seen.add(target)
-            target = links[target]
-        if target in content.members:
-            content.members[name] = content.members[target]
-        else:
-            others.append(name)
-    if lost := [name for name in others if _is_image(name) and not _is_hidden(name)]:
-        content.warnings.append(
-            f"left out: {counted(len(lost), 'member')} of the tar that are no files or lead to none in it: "
-            f"{_some(lost)}"
-        )
-    return content
-
-
-def _add_member(
-    member: tarfile.TarInfo, content: TarContent, links: dict[str, str], others: list[str]
-) -> None:
-    name = posixpath.normpath(member.name).lstrip("/")
-    if member.isdir():
-        content.folders.add(name)
-        return
-    content.members.pop(name, None)  # the last member of a name counts
-    links.pop(name, None)
-    if member.isreg() and not member.issparse():
-        content.members[name] = (member.offset_data, member.size)
-    elif member.islnk():
-        links[name] = posixpath.normpath(member.linkname).lstrip("/")
-    elif member.issym():
-        links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname)).lstrip("/")
-    else:
-        others.append(name)
 
 
 def _next_block(file: BinaryIO) -> int | None:
@@ -292,12 +282,9 @@ def list_tar(
 
 
 def _samples_of(files: Mapping[str, int]) -> dict[str, str]:
-    """Image → its member `cls`, of webdataset samples; a key ends at the first dot of the file name."""
-    labels = {name.removesuffix(".cls") for name in files if name.endswith(".cls") and not _is_hidden(name)}
-    images = (name for name in files if _is_image(name) and not _is_hidden(name)) if labels else ()
-    return {
-        name: f"{posixpath.splitext(name)[0]}.cls" for name in images if posixpath.splitext(name)[0] in labels
-    }
+    """Image → its member `cls`, of webdataset samples."""
+    members = ((name, f"{posixpath.splitext(name)[0]}.cls") for name in files)
+    return {name: member for name, member in members if member in files and _is_listed(name)}
 
 
 def _from_samples(
@@ -327,9 +314,7 @@ def _from_samples(
     found.warnings.append(
         f"{counted(len(samples), 'image')} of webdataset samples have the classes of their members cls"
     )
-    if without := [
-        name for name in files if _is_image(name) and not _is_hidden(name) and name not in samples
-    ]:
+    if without := [name for name in files if _is_listed(name) and name not in samples]:
         found.warnings.append(
             f"left out: {counted(len(without), 'image')} without a member cls: {_some(without)}"
         )
@@ -425,19 +410,19 @@ class _LeftOut:
         suffix = posixpath.splitext(path)[1].lower()
         self.counts[suffix] += 1
         place = (not _is_picture(suffix), path)
-        self.first = place if self.first is None else min(self.first, place)
+        self.first = min(place, self.first or place)
 
     def shown(self) -> str:
         """`: 3 files .heic (install pillow-heif to read them), 1 file without extension, such as cat/1.heic`."""
         if self.first is None:
             return ""
         kinds = []
-        for suffix, count in sorted(
-            self.counts.items(), key=lambda each: (-_is_picture(each[0]), -each[1], each[0])
-        ):
+        for suffix in sorted(self.counts, key=lambda kind: (not _is_picture(kind), -self.counts[kind], kind)):
             package = missing_plugin(suffix)
             advice = f" (to read them: pip install {package})" if package else ""
-            kinds.append(f"{counted(count, 'file')} {printable(suffix) or 'without extension'}{advice}")
+            kinds.append(
+                f"{counted(self.counts[suffix], 'file')} {printable(suffix) or 'without extension'}{advice}"
+            )
         more = f", and {len(kinds) - NAMED} other kinds" if len(kinds) > NAMED else ""
         return f": {', '.join(kinds[:NAMED])}{more}, such as {printable(self.first[1])}"
 
@@ -483,14 +468,11 @@ def list_table(
     The file is read twice: first the classes must be known. Raises UsageError if it changed meanwhile.
     """
     columns = _column_names(fs, place, source)
-    wanted = ["path", "split"] if split else ["path"]
-    named = next((name for name in PATH_COLUMNS if name in columns), "path")
-    if missing := [
-        name for name in wanted if (name not in columns and name != "path") or named not in columns
-    ]:
+    named = next((name for name in PATH_COLUMNS if name in columns), "")
+    if not named or (split and "split" not in columns):
         raise UsageError(
-            f"{source}: no column {missing[0]!r}, found {', '.join(columns) or 'none'}; expected a first line naming "
-            f"path (or {', '.join(PATH_COLUMNS[1:])}) and optionally class, label, split"
+            f"{source}: no column {'split' if named else 'path'!r}, found {', '.join(columns) or 'none'}; expected a "
+            f"first line naming path (or {', '.join(PATH_COLUMNS[1:])}) and optionally class, label, split"
         )
     read = [name for name in (named, "class", "label", "split") if name in columns]
 
@@ -566,11 +548,23 @@ def _classes_of_rows(rows: Iterable[tuple[str, str, str]], found: Listing, sourc
         (name, label): ("" if name in EMPTY else name, "" if label in EMPTY else label)
         for name, label in firsts
     }
-    _refuse_some_empty(firsts, cleared, source)
-    numbered = bool(firsts) and all(re.fullmatch(r"[0-9]+", label) for _, label in cleared.values())
     unnamed = not any(name for name, _ in cleared.values())
-    if not numbered and unnamed:
-        _refuse_partly_numeric({label: firsts[cells][0] for cells, (_, label) in cleared.items()}, source)
+    no_ids = [cells for cells, (_, label) in cleared.items() if not re.fullmatch(r"[0-9]+", label)]
+    labels = [label for _, label in cleared.values() if label]
+    # Labels such as -1 and 3.0, and ids with gaps, would silently get other ids if they were taken for names.
+    if unnamed and labels and no_ids and all(re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", each) for each in labels):
+        (number, _), (name, label) = firsts[no_ids[0]], no_ids[0]
+        raise UsageError(
+            f"{source}: row {number} has label {label or name!r}, expected class ids 0, 1, …, or names in every row"
+        )
+    empty = [cells for cells in firsts if not any(cleared[cells])]
+    if 0 < len(empty) < len(firsts):
+        number, path = firsts[empty[0]]
+        raise UsageError(
+            f"{source}: row {number} ({path}) has class {next(filter(None, empty[0]), '')!r}, which is no class, and "
+            "others have one: fill the cell, or remove the row"
+        )
+    numbered = bool(firsts) and not no_ids
     classes = {cells: name or label or UNLABELLED for cells, (name, label) in cleared.items()}
     found.classes = sorted(set(classes.values()))
     if not numbered:
@@ -593,36 +587,6 @@ def _classes_of_rows(rows: Iterable[tuple[str, str, str]], found: Listing, sourc
         classes = {cells: str(int(name)) for cells, name in classes.items()}
         found.classes = list(found.ids)
     return classes
-
-
-def _refuse_some_empty(
-    firsts: Mapping[Cells, tuple[int, str]], cleared: Mapping[Cells, Cells], source: str
-) -> None:
-    """Raise UsageError if only some rows have a class."""
-    empty = [cells for cells in firsts if not any(cleared[cells])]
-    if not empty or len(empty) == len(firsts):
-        return
-    number, path = firsts[empty[0]]
-    found = next((text for text in empty[0] if text), "")
-    number_or_none = re.compile(r"(-?[0-9]+(\.[0-9]*)?)?")
-    if all(not name and number_or_none.fullmatch(label) for name, label in cleared.values()):
-        raise UsageError(
-            f"{source}: row {number} has label {found!r}, expected class ids 0, 1, …, or names in every row"
-        )
-    raise UsageError(
-        f"{source}: row {number} ({path}) has class {found!r}, which is no class, and others have one: "
-        "fill the cell, or remove the row"
-    )
-
-
-def _refuse_partly_numeric(labels: Mapping[str, int], source: str) -> None:
-    """Refuse labels such as -1 or 3.0, and ids with gaps; taken as names they would silently get other ids.
-
-    labels: label → number of its first row.
-    """
-    if any(labels) and all(re.fullmatch(r"(-?[0-9]+(\.[0-9]*)?)?", label) for label in labels):
-        label, number = next((each, n) for each, n in labels.items() if not re.fullmatch(r"[0-9]+", each))
-        raise UsageError(f"{source}: row {number} has label {label!r}, expected class ids 0, 1, …, or names")
 
 
 def _column_names(fs: AbstractFileSystem, place: str, source: str) -> list[str]:
@@ -673,9 +637,12 @@ def _reading(source: str) -> Iterator[None]:
 
 def _is_scalar(kind: pa.DataType) -> bool:
     """Whether cells of a table are texts or numbers, not pictures or lists."""
-    return (
-        not pa.types.is_nested(kind) and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind)
-    )
+    types = pa.types
+    return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _is_listed(path: str) -> bool:
+    return _is_image(path) and not _is_hidden(path)
 
 
 def _is_image(path: str) -> bool:

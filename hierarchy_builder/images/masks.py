@@ -7,7 +7,6 @@ A map is a PNG with one plane of integers and the size of the upright photo. It 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,7 @@ from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import config_hash
 from hierarchy_builder.files import sha256_file
 from hierarchy_builder.images.decoding import crop_square
+from hierarchy_builder.images.keys import composed
 from hierarchy_builder.untrusted.pictures import UNREADABLE, open_picture
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16")
@@ -41,7 +41,7 @@ class MaskFolder:
 
     def of(self, path: str) -> list[Path]:
         """Maps of the photo listed at `path`, in the order of their numbers; empty if there are none."""
-        parts = PurePosixPath(_composed(path)).with_suffix("").parts
+        parts = PurePosixPath(composed(path)).with_suffix("").parts
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         return next((self.files[end] for end in ends if end in self.files), [])
 
@@ -93,7 +93,7 @@ def open_masks(root: Path) -> MaskFolder:
     """List a folder of label maps. Raises UsageError if it contains none."""
     files: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(root.rglob("*.png")):
-        stem = _composed(path.relative_to(root).with_suffix("").as_posix())
+        stem = composed(path.relative_to(root).with_suffix("").as_posix())
         files.setdefault(stem, []).append((-1, path))
         if numbered := NUMBERED.fullmatch(stem):
             files.setdefault(numbered[1], []).append((int(numbered[2]), path))
@@ -102,11 +102,6 @@ def open_masks(root: Path) -> MaskFolder:
             f"--masks {root} contains no label maps: expected <stem>.png or <stem>_<k>.png, named after the photos"
         )
     return MaskFolder(root, {stem: [path for _, path in sorted(found)] for stem, found in files.items()})
-
-
-def _composed(path: str) -> str:
-    """A path in which an accented letter is one character, as not every system writes it."""
-    return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def majority(cells: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -129,8 +124,8 @@ def read_mask(
     Raises ImageError with reason `not_a_label_map` or `wrong_size`.
     """
     square = crop_square(_open_labels(path, photo_size), image_size_px, Image.Resampling.NEAREST)
-    rows, columns = (_centres(number, image_size_px) for number in cells)
-    labels = square[rows[:, None], columns]
+    centres = [((np.arange(number) + 0.5) * image_size_px / number).astype(np.int64) for number in cells]
+    labels = square[np.ix_(*centres)]
     values, ids = np.unique(labels, return_inverse=True)
     return ids.reshape(labels.shape) + int(values[0] != 0)
 
@@ -151,8 +146,3 @@ def _open_labels(path: Path, photo_size: tuple[int, int]) -> Image.Image:
             "not_a_label_map", f"{path.name} has mode {image.mode}, expected one plane of integer labels"
         )
     return image
-
-
-def _centres(num_cells: int, size_px: int) -> np.ndarray:
-    """Indices of the pixels at the centres of `num_cells` equal cells along a side of `size_px` pixels."""
-    return ((np.arange(num_cells) + 0.5) * size_px / num_cells).astype(np.int64)

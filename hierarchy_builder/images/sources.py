@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import nearest
-from hierarchy_builder.images.keys import unique_keys
+from hierarchy_builder.images.keys import composed, unique_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.images.reading import read_file
 from hierarchy_builder.images.table import Collected, ImageTable, give_back, in_batches
@@ -168,12 +168,17 @@ def open_source(
             f"{source} is a file: expected a folder of class folders, an uncompressed .tar, or a table "
             f"{', '.join(TABLES)}"
         )
-    ids = found.ids or _numbered(found.classes)
-    if class_map is not None:
+    if class_map is None:
+        ids = found.ids or _numbered(found.classes)
+    else:
         ids = _read_class_map(class_map)
-    spelled = _as_spelled(sorted(set(found.images.classes)), ids)
-    if class_map is not None:
-        _check_classes(sorted(set(spelled.values())), ids, class_map)
+    spelled = _as_spelled(found.images.classes, ids)
+    if unknown := sorted({*spelled.values()} - {*ids}):
+        where = f" {class_map}" if isinstance(class_map, str) else ""
+        raise UsageError(
+            f"{counted(len(unknown), 'class', 'classes')} missing in the class map{where}, the first is "
+            f"{unknown[0]!r}: {nearest(unknown[0], ids)}"
+        )
     table = _renamed(found.table, spelled)
     records = _records(table, ids, found.images.elsewhere)
     del table
@@ -207,16 +212,14 @@ def _filesystem(source: str) -> tuple[AbstractFileSystem, str]:
 
 def _numbered(classes: Iterable[str]) -> dict[str, int]:
     """Ids of classes by their sorted names; names that differ only in how accents are composed are one class."""
-    spelled = {unicodedata.normalize("NFC", name): name for name in sorted(classes)}
+    spelled = {composed(name): name for name in sorted(classes)}
     return {name: number for number, name in enumerate(sorted(spelled.values()))}
 
 
 def _as_spelled(names: Iterable[str], ids: Mapping[str, int]) -> dict[str, str]:
     """The names of classes as `ids` has them, where those differ only in how accents are composed."""
-    spelled = {unicodedata.normalize("NFC", name): name for name in ids}
-    return {
-        name: name if name in ids else spelled.get(unicodedata.normalize("NFC", name), name) for name in names
-    }
+    spelled = {composed(name): name for name in ids}
+    return {name: name if name in ids else spelled.get(composed(name), name) for name in names}
 
 
 def _renamed(table: pa.Table, spelled: Mapping[str, str]) -> pa.Table:
@@ -250,16 +253,6 @@ def _read_class_map(class_map: str | Mapping[str, int]) -> dict[str, int]:
             '{"cat": 0, "dog": 1}'
         )
     return dict(content)
-
-
-def _check_classes(classes: list[str], ids: Mapping[str, int], class_map: str | Mapping[str, int]) -> None:
-    unknown = [name for name in classes if name not in ids]
-    where = f" {class_map}" if isinstance(class_map, str) else ""
-    if unknown:
-        raise UsageError(
-            f"{counted(len(unknown), 'class', 'classes')} missing in the class map{where}, the first is "
-            f"{unknown[0]!r}: {nearest(unknown[0], ids)}"
-        )
 
 
 def _records(table: pa.Table, ids: Mapping[str, int], elsewhere: Iterable[str]) -> ImageTable:

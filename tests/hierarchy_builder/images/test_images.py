@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pictures import NOISE, encoded
 
 from hierarchy_builder.errors import BuilderError, ImageError, UsageError
-from hierarchy_builder.images.keys import assign_keys
+from hierarchy_builder.images.keys import plain_key, unique_keys
 from hierarchy_builder.images.listings import list_folder, list_table
 from hierarchy_builder.images.sources import open_reader, open_source
 from hierarchy_builder.store.index import read_index, records_of, write_index
@@ -359,27 +359,32 @@ def test_a_folder_that_changes_while_it_is_listed_holds_what_was_there_when_its_
 PARTS = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=150)
 
 
+def keys_of(images: list[tuple[str, str]]) -> list[str]:
+    """Keys of images, given as paths and names of classes."""
+    columns = [plain_key(*image) for image in images], [path for path, _ in images]
+    plain, paths = (pa.chunked_array([pa.array(texts, pa.large_string())]) for texts in columns)
+    return unique_keys(plain, paths).to_pylist()
+
+
 @given(st.sets(st.tuples(PARTS, PARTS), max_size=30))
 def test_keys_are_safe_and_unique(parts: set[tuple[str, str]]) -> None:
     images = [(f"{folder}/{name}.png", folder) for folder, name in parts]
-    keys = assign_keys(images)
+    keys = keys_of(images)
     assert len(set(keys)) == len(keys)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+/[A-Za-z0-9_-]+", key) and len(key) <= 120 for key in keys)
-    assert dict(zip(images, keys, strict=True)) == dict(
-        zip(images[::-1], assign_keys(images[::-1]), strict=True)
-    )
+    assert dict(zip(images, keys, strict=True)) == dict(zip(images[::-1], keys_of(images[::-1]), strict=True))
 
 
 def test_keys_are_readable_and_colliding_ones_get_a_hash() -> None:
-    keys = assign_keys(
+    keys = keys_of(
         [("cat/a.b c.png", "cat"), ("cat/x.jpg", "cat"), ("cat/x.png", "cat"), ("chien/été.png", "chien")]
     )
     assert keys[0] == "cat/a_b_c"
     assert keys[3] == "chien/ete"
     assert [key[:6] for key in keys[1:3]] == ["cat/x-", "cat/x-"]
     assert keys[1] != keys[2]
-    assert assign_keys([("cat/x.jpg", "cat")]) == ["cat/x"]
-    twice = assign_keys([("cat/\u00e9.png", "cat"), ("cat/e\u0301.png", "cat")])  # one name, composed and not
+    assert keys_of([("cat/x.jpg", "cat")]) == ["cat/x"]
+    twice = keys_of([("cat/\u00e9.png", "cat"), ("cat/e\u0301.png", "cat")])  # one name, composed and not
     assert len(set(twice)) == 2
 
 
