@@ -34,8 +34,8 @@ from hierarchy_builder.terminal import counted, print_cells, print_json, say
 State = Literal["ok", "note", "blocks"]
 GIB = 2**30
 LITTLE_DISK_GIB, LITTLE_SHARED_GIB = 10, 1
-PARTNERS = {"torchvision": 15}
-"""Packages released in pairs with torch: torch 2.N goes with 0.(N + this number)."""
+VISION_SHIFT = 15
+"""torch 2.N is released as a pair with torchvision 0.(N + this number)."""
 WHEELS = "https://download.pytorch.org/whl"
 """Where builds of torch and torchvision lie that the package index does not hold."""
 BROWSERS = ("firefox", "chromium", "chromium-browser", "google-chrome", "microsoft-edge")
@@ -44,7 +44,6 @@ BROWSERS = ("firefox", "chromium", "chromium-browser", "google-chrome", "microso
 class Finding(NamedTuple):
     """What one check found. state: `blocks` where commands fail until it is mended; mend: what mends it."""
 
-    check: str
     state: State
     found: str
     mend: str = ""
@@ -60,24 +59,21 @@ def doctor(folder: Path, as_json: bool, quiet: bool) -> None:
     It looks at Python, packages and pairs of them that do not fit, GPU, weights, disk, locks, Ray, fonts and browser.
     """
     findings = examined(folder)
-    blocking = [each for each in findings if each.state == "blocks"]
+    blocking = [check for check, each in findings if each.state == "blocks"]
     if as_json:
-        print_json([each._asdict() for each in findings])
+        print_json([{"check": check, **each._asdict()} for check, each in findings])
     else:
         shown = {"ok": "", "note": "note: ", "blocks": "BLOCKS: "}
-        rows = [(each.check, shown[each.state] + each.found, each.mend or "–") for each in findings]
+        rows = [(check, shown[each.state] + each.found, each.mend or "–") for check, each in findings]
         print_cells(("what", "found", "what helps"), rows)
     if blocking:
-        say(
-            f"{counted(len(blocking), 'finding')} will stop commands: {', '.join(b.check for b in blocking)}",
-            quiet,
-        )
+        say(f"{counted(len(blocking), 'finding')} will stop commands: {', '.join(blocking)}", quiet)
         raise typer.Exit(1)
     say("nothing here will stop a command", quiet)
 
 
-def examined(folder: Path) -> list[Finding]:
-    """All findings; a check that fails is one itself."""
+def examined(folder: Path) -> list[tuple[str, Finding]]:
+    """All findings, with the names of their checks; a check that fails is a finding itself."""
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "Python": _python,
         "packages": _packages,
@@ -90,15 +86,17 @@ def examined(folder: Path) -> list[Finding]:
         "file locks": lambda: _locks(folder),
         "shared memory": _shared_memory,
         "Ray": _ray,
+        "fonts": _fonts,
         "pictures": _pictures,
         "browser": _browser,
     }
-    findings: list[Finding] = []
+    findings: list[tuple[str, Finding]] = []
     for name, check in checks.items():
         try:
-            findings += check()
+            findings.extend((name, each) for each in check())
         except Exception as error:  # a check must never stop the others
-            findings.append(Finding(name, "note", f"could not be checked: {type(error).__name__}: {error}"))
+            failed = Finding("note", f"could not be checked: {type(error).__name__}: {error}")
+            findings.append((name, failed))
     return findings
 
 
@@ -106,11 +104,9 @@ def _python() -> Iterator[Finding]:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
     wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] if _installed(DISTRIBUTION) else ""
     if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
-        yield Finding("Python", "ok", found)
+        yield Finding("ok", found)
     else:
-        yield Finding(
-            "Python", "blocks", f"{found}; {wanted} is needed", "make a new environment with such a Python"
-        )
+        yield Finding("blocks", f"{found}; {wanted} is needed", "make a new environment with such a Python")
 
 
 def _installed(name: str) -> str | None:
@@ -130,7 +126,7 @@ def _packages() -> Iterator[Finding]:
     """Every package below this one in a version that its users accept, as `pip check` asks for all there are."""
     if _installed(DISTRIBUTION) is None:
         text = f"{DISTRIBUTION} runs from its sources, so nobody knows what it needs"
-        yield Finding("packages", "note", text, install_extras())
+        yield Finding("note", text, install_extras())
         return
     waiting, seen, wrong = [DISTRIBUTION], {DISTRIBUTION}, False
     while waiting:
@@ -147,58 +143,46 @@ def _packages() -> Iterator[Finding]:
             # only what this package itself asks for is sure to be needed
             state: State = "blocks" if user == DISTRIBUTION else "note"
             wants = f"{needed.name} {has}, {user} needs {needed.specifier or 'it'}"
-            yield Finding("packages", state, wants, pip_install(f"{needed.name}{needed.specifier}"))
+            yield Finding(state, wants, pip_install(f"{needed.name}{needed.specifier}"))
     if not wrong:
         version = _installed(DISTRIBUTION)
-        yield Finding(
-            "packages", "ok", f"{DISTRIBUTION} {version} and the {len(seen) - 1} packages below it fit"
-        )
+        yield Finding("ok", f"{DISTRIBUTION} {version} and the {len(seen) - 1} packages below it fit")
 
 
 def _pairs() -> Iterator[Finding]:
     """Packages that hinder each other, which no package says of itself."""
-    torch = _installed("torch")
+    torch, vision = _installed("torch"), _installed("torchvision")
     good = []
-    for partner, shift in PARTNERS.items():
-        version = _installed(partner)
-        if torch is None or version is None:
-            continue
-        minor = int(torch.split(".")[1])
-        wanted = f"0.{minor + shift}"
-        build, own = (text.partition("+")[2] for text in (torch, version))
-        if not version.startswith(f"{wanted}."):
-            text = f"{partner} {version} with torch {torch}, which was made for {partner} {wanted}"
-            yield Finding(
-                "pairs",
-                "blocks",
-                text,
-                pip_install(f"torch=={torch.partition('+')[0]}", f"{partner}=={wanted}.*"),
-            )
-        elif build != own:  # of the same release
+    if torch and vision:
+        wanted = f"0.{int(torch.split('.')[1]) + VISION_SHIFT}"
+        (release, _, build), (own, _, own_build) = torch.partition("+"), vision.partition("+")
+        if not vision.startswith(f"{wanted}."):
+            text = f"torchvision {vision} with torch {torch}, which was made for torchvision {wanted}"
+            yield Finding("blocks", text, pip_install(f"torch=={release}", f"torchvision=={wanted}.*"))
+        elif build != own_build:  # of the same release
             text = (
-                f"torch {torch} and {partner} {version} are built for different devices; commands work, since none of "
-                f"{partner}'s operators is used"
+                f"torch {torch} and torchvision {vision} are built for different devices; commands work, since none of "
+                "torchvision's operators is used"
             )
-            plain = version.partition("+")[0]
             source = [f"--index-url={WHEELS}/{build}"] if build else []
-            again = pip_install(f"{partner}=={plain}", "--force-reinstall", "--no-deps", *source)
-            yield Finding("pairs", "note", text, again)
+            again = pip_install(f"torchvision=={own}", "--force-reinstall", "--no-deps", *source)
+            yield Finding("note", text, again)
         else:
-            good.append(f"torch {torch} with {partner} {version}")
+            good.append(f"torch {torch} with torchvision {vision}")
     names = {dist.name.lower().replace("_", "-") for dist in importlib.metadata.distributions() if dist.name}
     faiss = sorted(name for name in names if re.fullmatch(r"faiss-(cpu|gpu.*)", name))
     if len(faiss) > 1:
         keep = next((name for name in faiss if name != "faiss-cpu"), faiss[0])
         away = f"{this_pip()} uninstall -y {shlex.join(faiss)}"
         text = f"{' and '.join(faiss)} install the same module `faiss`, and one overwrites the other"
-        yield Finding("pairs", "blocks", text, f"{away} && {pip_install(keep)}")
+        yield Finding("blocks", text, f"{away} && {pip_install(keep)}")
     for cuml in sorted(name for name in names if name.startswith("cuml-cu")):
         generation = cuml.removeprefix("cuml-cu")
         if torch and (found := re.search(r"\+cu(\d\d)", torch)) and found[1] != generation:
             text = f"{cuml} with torch {torch}: they are built for different generations of CUDA"
-            yield Finding("pairs", "note", text, pip_install(f"cuml-cu{found[1]}"))
+            yield Finding("note", text, pip_install(f"cuml-cu{found[1]}"))
     if good:
-        yield Finding("pairs", "ok", ", ".join(good) + (f", {faiss[0]}" if len(faiss) == 1 else ""))
+        yield Finding("ok", ", ".join(good) + (f", {faiss[0]}" if len(faiss) == 1 else ""))
 
 
 def _extras() -> Iterator[Finding]:
@@ -213,10 +197,10 @@ def _extras() -> Iterator[Finding]:
     }
     there = {extra: importlib.util.find_spec(module) is not None for extra, (module, _) in parts.items()}
     if has := [extra for extra, is_there in there.items() if is_there]:
-        yield Finding("extras", "ok", f"installed: {', '.join(has)}")
+        yield Finding("ok", f"installed: {', '.join(has)}")
     if lacking := [extra for extra, is_there in there.items() if not is_there]:
         uses = ", ".join(f"{extra} ({parts[extra][1]})" for extra in lacking)
-        yield Finding("extras", "note", f"not installed: {uses}", install_extras(*lacking))
+        yield Finding("note", f"not installed: {uses}", install_extras(*lacking))
 
 
 def _gpu() -> Iterator[Finding]:
@@ -233,19 +217,18 @@ def _gpu() -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(number)
             name = torch.cuda.get_device_name(number)
             cards.append(f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
-        yield Finding("GPU", "ok", f"{'; '.join(cards)}; torch for CUDA {torch.version.cuda}")
+        yield Finding("ok", f"{'; '.join(cards)}; torch for CUDA {torch.version.cuda}")
     elif driver and torch.version.cuda is None:
         plain = torch.__version__.partition("+")[0]
         text = f"{driver} is there, but torch {torch.__version__} was built for CPUs only"
-        yield Finding("GPU", "note", text, pip_install(f"torch==={plain}", "--force-reinstall"))
+        yield Finding("note", text, pip_install(f"torch==={plain}", "--force-reinstall"))
     elif driver:
         text = f"{driver} is there, but torch for CUDA {torch.version.cuda} cannot use it: the driver may be too old"
         yield Finding(
-            "GPU", "note", text, "nvidia-smi shows the newest CUDA that the driver knows; update the driver"
+            "note", text, "nvidia-smi shows the newest CUDA that the driver knows; update the driver"
         )
     else:
-        text = "none; everything runs on the CPU, with presets and decoders made for it"
-        yield Finding("GPU", "note", text)
+        yield Finding("note", "none; everything runs on the CPU, with presets and decoders made for it")
 
 
 def _processors() -> Iterator[Finding]:
@@ -254,9 +237,7 @@ def _processors() -> Iterator[Finding]:
     text = limit.read_text().strip() if limit.is_file() else "max"
     if text.isdecimal():
         memory = min(memory, int(text) / GIB)
-    yield Finding(
-        "processors", "ok", f"{counted(num_cpus(), 'CPU')} and {memory:.1f} GiB of memory for this process"
-    )
+    yield Finding("ok", f"{counted(num_cpus(), 'CPU')} and {memory:.1f} GiB of memory for this process")
 
 
 def _weights() -> Iterator[Finding]:
@@ -268,12 +249,12 @@ def _weights() -> Iterator[Finding]:
         if any(path.glob("snapshots/*/*"))
     )
     if stored:
-        yield Finding("weights", "ok", f"of encoders in {cache}: {', '.join(stored)}")
+        yield Finding("ok", f"of encoders in {cache}: {', '.join(stored)}")
         return
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     how = "HF_HUB_OFFLINE forbids to fetch any" if offline else "the first build fetches those it needs"
     text = f"of encoders: none in {cache}; {how}; dct needs none"
-    yield Finding("weights", "note", text, "build … --weights FILE takes a local file")
+    yield Finding("note", text, "build … --weights FILE takes a local file")
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
@@ -282,11 +263,9 @@ def _disk(folder: Path) -> Iterator[Finding]:
     temporary = shutil.disk_usage(tempfile.gettempdir()).free / GIB
     found = f"{free:.1f} GiB free in {place}, {temporary:.1f} GiB in {tempfile.gettempdir()}"
     if free < LITTLE_DISK_GIB:
-        yield Finding(
-            "disk", "note", found, "hierarchy-builder plan PHOTOS --out DIR says how much a build needs"
-        )
+        yield Finding("note", found, "hierarchy-builder plan PHOTOS --out DIR says how much a build needs")
     else:
-        yield Finding("disk", "ok", found)
+        yield Finding("ok", found)
 
 
 def _nearest(folder: Path) -> Path:
@@ -302,71 +281,74 @@ def _locks(folder: Path) -> Iterator[Finding]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 text = f"{place} gives no locks ({error.strerror}): two commands at once could damage a build"
-                yield Finding("file locks", "blocks", text, "choose an --out on a disk of this machine")
+                yield Finding("blocks", text, "choose an --out on a disk of this machine")
             else:
-                yield Finding("file locks", "ok", f"{place} can be written and locked")
+                yield Finding("ok", f"{place} can be written and locked")
     except OSError as error:
         text = f"{place} cannot be written: {error.strerror}"
-        yield Finding("file locks", "blocks", text, "choose another --out")
+        yield Finding("blocks", text, "choose another --out")
 
 
 def _shared_memory() -> Iterator[Finding]:
     place, slower = Path("/dev/shm"), "Ray then works on the disk, slower"
     if not place.is_dir():
-        yield Finding("shared memory", "note", f"no {place}; {slower}", "--workers 0")
+        yield Finding("note", f"no {place}; {slower}", "--workers 0")
         return
     free = shutil.disk_usage(place).free / GIB
     found = f"{free:.1f} GiB free in {place}"
     if free < LITTLE_SHARED_GIB:
         help_with = "docker run --shm-size=8g …, or --workers 0"
-        yield Finding("shared memory", "note", f"{found}; {slower}", help_with)
+        yield Finding("note", f"{found}; {slower}", help_with)
     else:
-        yield Finding("shared memory", "ok", found)
+        yield Finding("ok", found)
 
 
 def _ray() -> Iterator[Finding]:
     version = _installed("ray")
     if version is None:
-        yield Finding("Ray", "note", "not installed; only builds with --workers 0 work", pip_install("ray"))
+        yield Finding("note", "not installed; only builds with --workers 0 work", pip_install("ray"))
         return
     try:
         place = other_socket_folder() or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     except BuilderError as error:
         problem, _, help_with = str(error).rpartition(": ")
-        yield Finding("Ray", "note", f"Ray {version}: {problem}", help_with)
+        yield Finding("note", f"Ray {version}: {problem}", help_with)
         return
     found = f"Ray {version}, sockets in {place}"
     if address := os.environ.get("RAY_ADDRESS"):
         yield Finding(
-            "Ray", "note", f"{found}; RAY_ADDRESS={address}: builds join that cluster", "unset RAY_ADDRESS"
+            "note", f"{found}; RAY_ADDRESS={address}: builds join that cluster", "unset RAY_ADDRESS"
         )
     else:
-        yield Finding("Ray", "ok", found)
+        yield Finding("ok", found)
+
+
+def _fonts() -> Iterator[Finding]:
+    from PIL import features
+
+    if features.check("freetype2"):
+        yield Finding("ok", "Pillow draws text with FreeType; pages use the fonts of the browser")
+    else:
+        text = "this Pillow has no FreeType: sheets and the studio draw their labels with it"
+        yield Finding("blocks", text, pip_install("--force-reinstall", "pillow"))
 
 
 def _pictures() -> Iterator[Finding]:
     from PIL import features
 
-    if features.check("freetype2"):
-        yield Finding("fonts", "ok", "Pillow draws text with FreeType; pages use the fonts of the browser")
-    else:
-        text = "this Pillow has no FreeType: sheets and the studio draw their labels with it"
-        yield Finding("fonts", "blocks", text, pip_install("--force-reinstall", "pillow"))
     lacking = [name for name in ("jpg", "webp", "avif") if not features.check(name)]
     if lacking:
         text = f"this Pillow does not read {', '.join(lacking)}"
-        yield Finding("pictures", "note", text, pip_install("--upgrade", "--force-reinstall", "pillow"))
+        yield Finding("note", text, pip_install("--upgrade", "--force-reinstall", "pillow"))
 
 
 def _browser() -> Iterator[Finding]:
     found = [name for name in BROWSERS if shutil.which(name)]
     found += ["open"] * (sys.platform == "darwin")
     if found:
-        yield Finding("browser", "ok", f"{found[0]} can show pages and the studio")
+        yield Finding("ok", f"{found[0]} can show pages and the studio")
     else:
         text = (
             "none on this machine; pages are single files, and the studio can be reached from another machine"
         )
-        yield Finding(
-            "browser", "note", text, "ssh -L 7860:127.0.0.1:7860 THIS-MACHINE, then trainer studio RUN"
-        )
+        yield Finding("note", text, "ssh -L 7860:127.0.0.1:7860 THIS-MACHINE, then trainer studio RUN")

@@ -58,8 +58,9 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("no driver")
 
     monkeypatch.setattr(doctor, "_gpu", broken)
-    found = {each.check: each for each in doctor.examined(Path())}
-    assert found["GPU"] == Finding("GPU", "note", "could not be checked: RuntimeError: no driver")
+    assert dict(doctor.examined(Path()))["GPU"] == Finding(
+        "note", "could not be checked: RuntimeError: no driver"
+    )
 
 
 def test_a_folder_that_cannot_be_written_blocks() -> None:
