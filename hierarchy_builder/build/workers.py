@@ -34,7 +34,7 @@ from hierarchy_builder.build.stages import Stage, one_thread, perform
 from hierarchy_builder.encoders import Encoder, encode
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.machine.process import num_cpus, other_socket_folder, private_folder
-from hierarchy_builder.places.exclusion import LeaseLostError, fence
+from hierarchy_builder.places.exclusion import LeaseLostError, held_lease
 from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.ledger import Ledger
@@ -208,7 +208,7 @@ def map_units(
     if units:
         workers = workers.that_see(ledger.folder)
         with open_pool(load, workers, units, uses_gpu=uses_gpu, encoder=encoder) as pool:
-            yield from pool.map(perform, units, replace(ledger, lease=fence(ledger.folder)))
+            yield from pool.map(perform, units, replace(ledger, lease=held_lease(ledger.folder)))
 
 
 def has_gpu(workers: Workers) -> bool:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hierarchy_builder.errors import InterruptedRunError, UserError
 from hierarchy_builder.files import json_text, read_bytes, target_of, write_bytes
@@ -59,24 +59,25 @@ def exclusive(folder: Path, say: Callable[[str], None] = lambda text: None) -> I
 
     say: is told when a lease has to be waited for.
     """
-    if is_remote(folder):
-        with _leased(folder, say):
-            yield
-        return
-    with open(target_of(folder / LOCK), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(file.fileno()).st_nlink:
-                raise BlockingIOError  # its owner has just removed the folder
-        except BlockingIOError:
-            raise BusyError(f"{folder} is being written by another process") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            with _leased(folder, say):
-                yield
-            return
+    with contextlib.ExitStack() as held:
+        if is_remote(folder) or not _lock(folder, held.enter_context(open(target_of(folder / LOCK), "a"))):
+            held.enter_context(_leased(folder, say))
         yield
+
+
+def _lock(folder: Path, file: IO[str]) -> bool:
+    """Lock the file; False where the file system has no locks. Raises BusyError if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:
+            raise BlockingIOError  # its owner has just removed the folder
+    except BlockingIOError:
+        raise BusyError(f"{folder} is being written by another process") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def is_taken(folder: Path) -> bool:
@@ -91,20 +92,15 @@ def is_taken(folder: Path) -> bool:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 return False
-    found = _highest(folder)
-    if found is None:
-        return False
-    lease = _Lease(folder, found)
-    content = lease.read()
-    holder = content.get("holder")
-    if not holder or _is_dead(holder) or _is_abandoned(content):
+    number = _highest(folder)
+    if number is None or not _may_be_held((lease := Lease(folder, number)).read()):
         return False
     try:
         age = lease.age()
     except Exception as error:
         if not _is_of_files(error):
             raise
-        age = time.time() - lease.modified()  # who may only read asks the clock of this machine
+        age = time.time() - _modified(lease.path)  # who may only read asks the clock of this machine
     return age < LEASE_S
 
 
@@ -122,44 +118,25 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder / LEASES, ignore_errors=True)
 
 
-def fence(place: Path) -> Fence | None:
-    """What tells another process whether this one still holds the lease of the folder that `place` lies in."""
-    held = [
+def held_lease(place: Path) -> Lease | None:
+    """The lease of the folder that `place` lies in, if this process holds one."""
+    is_around = (
         lease
         for lease in _HELD
         if is_remote(place) == is_remote(lease.folder) and place.is_relative_to(lease.folder)
-    ]
-    return Fence(held[0].folder, held[0].number, held[0].token) if held else None
+    )
+    return next(is_around, None)
 
 
 def still_ours(place: Path) -> None:
     """Raise LeaseLostError if the folder that `place` lies in was taken over from this process."""
-    if found := fence(place):
-        found.check()
+    if lease := held_lease(place):
+        lease.check()
 
 
 @dataclass(frozen=True, slots=True)
-class Fence:
-    """The lease that a piece of work belongs to; it can be sent to workers."""
-
-    folder: Path
-    number: int
-    token: str
-
-    def check(self) -> None:
-        """Raise LeaseLostError if another process has taken over since."""
-        if _highest(self.folder) != self.number or _Lease(self.folder, self.number).read().get(
-            "token"
-        ) not in (self.token, None):
-            raise LeaseLostError(
-                f"{self.folder} was taken over by another process, since this one gave no sign of life for "
-                f"{LEASE_S:.0f} s: it stops, and whatever it finished stays"
-            )
-
-
-@dataclass
-class _Lease:
-    """The file of one number."""
+class Lease:
+    """One number of a folder and its file; it can be sent to workers, which ask whether it is still held."""
 
     folder: Path
     number: int
@@ -168,6 +145,14 @@ class _Lease:
     @property
     def path(self) -> Path:
         return self.folder / LEASES / f"{self.number:08d}.json"
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another process has taken over since."""
+        if _highest(self.folder) != self.number or self.read().get("token") not in (self.token, None):
+            raise LeaseLostError(
+                f"{self.folder} was taken over by another process, since this one gave no sign of life for "
+                f"{LEASE_S:.0f} s: it stops, and whatever it finished stays"
+            )
 
     def content(self) -> bytes:
         return json_text({"holder": _about_us(), "token": self.token, "time": time.time()})
@@ -195,7 +180,7 @@ class _Lease:
         write_bytes(self.path, json_text({"holder": None, "token": self.token}))
         for number in _numbers(self.folder):
             if number < self.number:
-                _Lease(self.folder, number).path.unlink(missing_ok=True)
+                Lease(self.folder, number).path.unlink(missing_ok=True)
 
     def read(self) -> dict[str, Any]:
         try:
@@ -206,27 +191,19 @@ class _Lease:
             return {"holder": {}}
         return content if isinstance(content, dict) else {}
 
-    def modified(self) -> float:
-        """When it was written, in seconds, by the clock of the store."""
-        return _modified(self.path)
-
     def age(self) -> float:
         """Seconds since it was written, by the clock of the store, which a second file tells."""
         probe = self.path.with_name(f"now-{self.token}")
         write_bytes(probe, self.token.encode())
         try:
-            return _modified(probe) - self.modified()
+            return _modified(probe) - _modified(self.path)
         except FileNotFoundError:
             return 0.0
         finally:
             probe.unlink(missing_ok=True)
 
-    def owner(self, content: dict[str, Any]) -> str:
-        about = content.get("holder") or {}
-        return f"process {about.get('process', '?')} of {about.get('host', '?')}"
 
-
-_HELD: list[_Lease] = []
+_HELD: list[Lease] = []
 """Leases of this process."""
 
 
@@ -251,17 +228,15 @@ def _leased(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"{folder} stays marked as being written for up to {LEASE_S:.0f} s: {error}")
 
 
-def _taken(folder: Path, say: Callable[[str], None], pause: Callable[[float], None] = time.sleep) -> _Lease:
+def _taken(folder: Path, say: Callable[[str], None]) -> Lease:
     """A new lease of a folder, when the last one was released or left. Raises BusyError if it is renewed meanwhile."""
     while True:
         number = _highest(folder)
         if number is not None:
-            busy = _Lease(folder, number)
-            content = busy.read()
-            holder = content.get("holder")
-            if holder is not None and not _is_dead(holder) and not _is_abandoned(content):
-                _wait_until_left(busy, content, say, pause)
-        lease = _Lease(folder, (number or 0) + 1)
+            busy = Lease(folder, number)
+            if _may_be_held(content := busy.read()):
+                _wait_until_left(busy, content, say)
+        lease = Lease(folder, (number or 0) + 1)
         _HELD.append(lease)
         try:
             if lease.create():
@@ -274,32 +249,34 @@ def _taken(folder: Path, say: Callable[[str], None], pause: Callable[[float], No
         _HELD.remove(lease)
 
 
-def _wait_until_left(
-    lease: _Lease, content: dict[str, Any], say: Callable[[str], None], pause: Callable[[float], None]
-) -> None:
+def _wait_until_left(lease: Lease, content: dict[str, Any], say: Callable[[str], None]) -> None:
     """Return when a lease was not renewed for LEASE_S. Raises BusyError as soon as it is renewed."""
-    seen, waited = content.get("time"), 0.0
+    is_said = False
     while (age := lease.age()) < LEASE_S:
-        if not waited:
+        if not is_said:
             say(
-                f"{lease.folder} was being written by {lease.owner(content)} {max(age, 0):.0f} s ago: "
+                f"{lease.folder} was being written by {_holder_of(content)} {max(age, 0):.0f} s ago: "
                 f"waiting for at most {LEASE_S - age:.0f} s whether it still is"
             )
-        step = LEASE_S / RENEWALS / 2
-        pause(step)
-        waited += step
+            is_said = True
+        time.sleep(LEASE_S / RENEWALS / 2)
         now = lease.read()
         if now.get("holder") is None:
             return
-        if now.get("time") != seen:
-            raise BusyError(f"{lease.folder} is being written by {lease.owner(now)}")
+        if now.get("time") != content.get("time"):
+            raise BusyError(f"{lease.folder} is being written by {_holder_of(now)}")
 
 
-def _keep(lease: _Lease, stop: threading.Event) -> None:
+def _holder_of(content: dict[str, Any]) -> str:
+    about = content.get("holder") or {}
+    return f"process {about.get('process', '?')} of {about.get('host', '?')}"
+
+
+def _keep(lease: Lease, stop: threading.Event) -> None:
     """Renew a lease until it is released or lost; what fails is tried again, since `still_ours` tells what is lost."""
     while not stop.wait(LEASE_S / RENEWALS):
         try:
-            Fence(lease.folder, lease.number, lease.token).check()
+            lease.check()
             lease.renew()
         except LeaseLostError:
             return
@@ -317,9 +294,13 @@ def _about_us() -> dict[str, Any]:
     return {"host": socket.gethostname(), "process": os.getpid(), "started": _process_start()}
 
 
-def _is_abandoned(content: dict[str, Any]) -> bool:
-    """Whether this process wrote the lease and holds it no more: the store was away when it was to be released."""
-    return content.get("holder") == _about_us() and content.get("token") not in {held.token for held in _HELD}
+def _may_be_held(content: dict[str, Any]) -> bool:
+    """Whether somebody may hold a lease: it was not released, and its holder is not known to have ended."""
+    holder = content.get("holder")
+    if holder is None or _is_dead(holder):
+        return False
+    # A lease that this process wrote and holds no more could not be released, as the store was away.
+    return holder != _about_us() or content.get("token") in {held.token for held in _HELD}
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

@@ -37,7 +37,7 @@ from hierarchy_builder.files import (
 from hierarchy_builder.images.table import ImageTable, describe_changes
 from hierarchy_builder.machine.process import ahead
 from hierarchy_builder.places import remote
-from hierarchy_builder.places.exclusion import Fence, still_ours
+from hierarchy_builder.places.exclusion import Lease, still_ours
 from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder
@@ -78,7 +78,7 @@ class Ledger:
 
     folder: Path
     stage_hash: str
-    lease: Fence | None = None
+    lease: Lease | None = None
     """That of the driver, which a worker has to ask for; None where this process is the writer."""
 
     def marker(self, unit: int) -> Path:

@@ -21,7 +21,14 @@ from object_store import Store, served
 from hierarchy_builder.errors import InterruptedRunError, UserError
 from hierarchy_builder.files import write_bytes
 from hierarchy_builder.places import exclusion
-from hierarchy_builder.places.exclusion import BusyError, Fence, LeaseLostError, exclusive, fence, is_taken
+from hierarchy_builder.places.exclusion import (
+    BusyError,
+    Lease,
+    LeaseLostError,
+    exclusive,
+    held_lease,
+    is_taken,
+)
 from hierarchy_builder.places.paths import a_folder
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
@@ -82,9 +89,9 @@ def test_a_lease_is_taken_and_released(place: Path) -> None:
     assert not is_taken(place)
     with exclusive(place):
         assert is_taken(place)
-        assert fence(place / "ledger" / "extract") is not None
+        assert held_lease(place / "ledger" / "extract") is not None
     assert not is_taken(place)
-    assert fence(place) is None
+    assert held_lease(place) is None
     with exclusive(place):
         assert numbers(place) == [1, 2]
     assert numbers(place) == [2]  # a number is never given twice
@@ -131,7 +138,7 @@ def test_a_silent_holder_of_another_machine_is_replaced_and_stops(place: Path) -
     with exclusive(place, heard.append):
         assert "by process 1 of elsewhere" in heard[0]
         with pytest.raises(LeaseLostError, match="was taken over"):
-            Fence(place, 7, "of 7").check()
+            Lease(place, 7, "of 7").check()
         assert numbers(place) == [7, 8]
 
 
@@ -139,7 +146,7 @@ def test_a_writer_that_was_replaced_writes_no_marker(place: Path) -> None:
     ledger = Ledger(BuildFolder(place).ledger("extract"), "hash")
     with exclusive(place):
         ledger.finish(0, {"images": 1})
-        work = Ledger(ledger.folder, "hash", fence(ledger.folder))  # as a worker gets it
+        work = Ledger(ledger.folder, "hash", held_lease(ledger.folder))  # as a worker gets it
         lease_of(place, 2, host="elsewhere")
         for each in (ledger, work):
             with pytest.raises(InterruptedRunError):
@@ -149,7 +156,7 @@ def test_a_writer_that_was_replaced_writes_no_marker(place: Path) -> None:
 
 
 def test_of_two_that_take_over_one_wins(place: Path) -> None:
-    first, second = exclusion._Lease(place, 1), exclusion._Lease(place, 1)
+    first, second = Lease(place, 1), Lease(place, 1)
     assert first.create()
     assert not second.create()
     assert first.read()["token"] == first.token
@@ -175,7 +182,7 @@ def test_who_looked_too_early_does_not_write_beside_the_next(
 
 
 def test_a_lost_answer_is_no_other_writer(store: Store) -> None:
-    lease = exclusion._Lease(a_folder(f"{store.bucket('lost')}/folder"), 1)
+    lease = Lease(a_folder(f"{store.bucket('lost')}/folder"), 1)
     write_bytes(lease.path, lease.content())  # the request that was answered by silence
     assert lease.create()
 
