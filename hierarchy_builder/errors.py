@@ -8,6 +8,10 @@ import errno
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+ResultT = TypeVar("ResultT")
 
 
 class UserError(Exception):
@@ -73,6 +77,14 @@ class DamagedShardError(UserError):
 
 class NonFiniteLossError(UserError):
     """The loss or a gradient became NaN or infinite; the message names step, seed and sample keys."""
+
+
+def or_none(read: Callable[..., ResultT], *given: Any) -> ResultT | None:
+    """What a call returns, or None where it raises UserError."""
+    try:
+        return read(*given)
+    except UserError:
+        return None
 
 
 ADVICE = {

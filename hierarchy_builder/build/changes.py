@@ -54,7 +54,6 @@ from hierarchy_builder.terminal import counted
 
 BY_BLOCK = ("extract", "cluster", "covariance")
 """Stages whose units depend on one block of rows."""
-PENDING = {"status": status_name(Status.PENDING)}
 BY_SET = ("vocabulary", "link", "shard")
 """Stages whose units depend on all images: a tar begins where the previous one ends."""
 
@@ -73,7 +72,7 @@ def reopen_failed(
     listed = {"listing_hash": "", "num_images": 0}
     if {**entry["inputs"], **listed} != {**inputs, **listed}:
         return 0  # another configuration or encoder: the ledger refuses it, key by key
-    statuses, ok = [outcome.get("status") for outcome in outcomes], status_name(Status.OK)
+    statuses, ok = outcomes.column("status").to_pylist(), status_name(Status.OK)
     _refuse_other_changes(
         folder, before, records, {row for row, status in enumerate(statuses) if status != ok}
     )
@@ -263,7 +262,7 @@ def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[
     if "cluster" in stages:
         settle_recut(folder)  # new levels that are not in place yet, before their store grows
     num_before, block_rows = stages["extract"]["inputs"]["num_images"], inputs["config"]["block_rows"]
-    outcomes = [outcome or PENDING for outcome in outcomes_so_far(folder)]
+    outcomes = outcomes_so_far(folder)
     growth = growth_of(folder, inputs)
     assert growth is not None
     num_blocks = len(blocks_of(len(records), block_rows))
@@ -271,7 +270,7 @@ def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[
         if store.exists():
             stores.grow(store, num_rows=len(records), num_blocks=num_blocks)
     write_index(folder.listing, records)
-    write_index(folder.index, records, [*outcomes, *[PENDING] * (len(records) - num_before)])
+    write_index(folder.index, records, outcomes)
     carry_over(folder, inputs, growth.touched, kept_tars=growth.kept_tars)
     return len(records) - num_before
 

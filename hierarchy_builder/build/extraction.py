@@ -8,14 +8,13 @@ from typing import Any
 
 from hierarchy_builder.build.changes import append, finish_carrying, parts_of, reopen_failed
 from hierarchy_builder.build.inputs import (
-    check_skipped,
-    count_statuses,
+    begin_images,
+    end_images,
     extract_inputs,
     list_images,
     probe_of,
     refuse_changed_images,
     settle_rows,
-    smaller_batches,
 )
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, extract_bytes
@@ -23,14 +22,12 @@ from hierarchy_builder.build.stages import ExtractStage, asked_encoder
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.files import size_on_disk, write_json
+from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import write_index
-from hierarchy_builder.store.ledger import begin_stage
-from hierarchy_builder.store.units import gathered, layout_of, relative_source
+from hierarchy_builder.store.units import layout_of
 from hierarchy_builder.terminal import counted
 
 
@@ -56,7 +53,7 @@ def extract(
     """
     if retry_failed and session.fresh:
         raise UsageError("--retry-failed goes on with what --fresh removes: give one of them")
-    images = source if isinstance(source, ImageSource) else list_images(folder, source, config, class_map)
+    images = list_images(folder, source, config, class_map)
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
     accepts = accept_new_files and not session.fresh
@@ -73,39 +70,25 @@ def extract(
     needed = extract_bytes(len(records), encoder.describe(), config.block_rows)
     following = {} if later is None else later(len(records), encoder.describe())
     check_space(folder, {**needed, **following}, force=session.force)
-    facts = {
-        "source": relative_source(folder, images.location),
-        "probe": probe_of(folder, encoder, config, session),
-        "request": to_mapping(config),
-        "class_map": images.class_map,
-        "left_out": images.left_out,
-    }
+    facts = {"request": to_mapping(config), "probe": probe_of(folder, encoder, config, session)}
     if retry_failed:
         again = reopen_failed(folder, records, images, inputs)
         session.reporter.say(f"tried again: {counted(again, 'image')} that could not be used")
     if accepts:
         session.reporter.say(f"{append(folder, records, inputs)} new images are appended")
-    ledger = begin_stage(
-        folder, "extract", inputs, facts, fresh=session.fresh, repairs=session.repairs, records=records
-    )
-    write_json(folder.class_map, images.class_map)
-    write_index(folder.listing, records)
+    ledger = begin_images(folder, "extract", images, inputs, facts, session)
     blocks = blocks_of(len(records), config.block_rows)
-    if not folder.index.exists():
-        write_index(folder.index, records)
     stores.create(*layout_of(folder, "extract"))
     del encoder
     load = partial(ExtractStage.load, folder, images.location, config)
     apart = partial(asked_encoder, config)
     done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True, encoder=apart)
-    outcomes, results = gathered(ledger, blocks)
-    write_index(folder.index, records, outcomes)
-    check_skipped(folder, outcomes, config.max_bad_fraction, session)
+    notes = end_images(folder, ledger, blocks, records, config, session)
     return StageSummary(
         stage="extract",
         images=len(records),
         new_images=done,
         seconds=seconds,
         num_bytes=size_on_disk(folder.features),
-        notes={**count_statuses(outcomes), **smaller_batches(results, config)},
+        notes=notes,
     )

@@ -20,39 +20,37 @@ import numpy as np
 
 from hierarchy_builder.build.clustering import cluster_inputs
 from hierarchy_builder.build.inputs import (
-    check_skipped,
-    count_statuses,
+    begin_images,
+    end_images,
     extract_inputs,
     list_images,
     probe_of,
     refuse_changed_images,
     settle,
-    smaller_batches,
 )
 from hierarchy_builder.build.parts import Assembly
 from hierarchy_builder.build.session import Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, later_bytes
-from hierarchy_builder.build.stages import asked_encoder, count_regions, label_maps, set_status
+from hierarchy_builder.build.stages import asked_encoder, count_regions, image_encoder, label_maps, set_status
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome
-from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
-from hierarchy_builder.files import atomic_file, size_on_disk, write_json
+from hierarchy_builder.files import atomic_file, size_on_disk
 from hierarchy_builder.images.masks import MaskFolder, open_masks
-from hierarchy_builder.images.sources import ImageSource, open_reader
+from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.images.table import COLUMNS, ImageTable
 from hierarchy_builder.machine.process import ahead
-from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, ImageRecord, Status, blocks_of
+from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import StoredIndex, in_build_order, write_index
-from hierarchy_builder.store.ledger import Ledger, begin_stage, hash_of, stage_entry, with_licence
+from hierarchy_builder.store.index import StoredIndex, in_build_order
+from hierarchy_builder.store.ledger import Ledger, hash_of, stage_entry, with_licence
 from hierarchy_builder.store.samples import make_sample, picture_of
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import TarWriter, encode_sample
 from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of, write_part_moments
-from hierarchy_builder.store.units import gathered, relative_source, samples_per_shard
+from hierarchy_builder.store.units import samples_per_shard
 
 
 @dataclass(slots=True)
@@ -77,11 +75,9 @@ class FuseStage:
         encoder: Encoder | None = None,
     ) -> FuseStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the build began with."""
-        encoder = encoder or asked_encoder(extract)
-        check_probe(encoder, probe_value(encoder), extract.precision, stage_entry(folder, "fuse")["probe"])
-        images = ImageEncoder(encoder, open_reader(source), extract.batch_size, extract.max_pixels)
+        images = image_encoder(folder, "fuse", source, extract, encoder)
         if config.images:
-            px = encoder.image_size_px
+            px = images.encoder.image_size_px
             images.keep = lambda image, crop: picture_of(image, px, config, crop)
         masks = None if recipe.masks is None else open_masks(Path(recipe.masks))
         return cls(folder, recipe, config, images, StoredIndex(folder.listing, COLUMNS), masks)
@@ -110,12 +106,12 @@ class FuseStage:
             drawn = label_maps(self.masks, photos, encoder.image_size_px, encoder.grid)
             hierarchy = build_hierarchy(batch.features[batch.finite], self.recipe, drawn, threads=1)
             regions[rows], flags[rows] = hierarchy.regions, hierarchy.flags
-            return [
-                self._members(
-                    records[row], outcomes[row], pictures[row], features[row], regions[row], flags[row]
-                )
-                for row in rows.tolist()
-            ]
+            samples = []
+            for row in rows.tolist():
+                arrays = {"features": features[row], "regions": regions[row], "flags": flags[row]}
+                sample = make_sample(records[row], outcomes[row], arrays, self.config, pictures[row])
+                samples.append((sample.key, encode_sample(sample)))
+            return samples
 
         # Every thread enters and leaves the limit of build_hierarchy at its own time; this limit always holds.
         with (
@@ -130,34 +126,19 @@ class FuseStage:
             facts = writer.close()
         set_status(outcomes, status)
         usable = status == Status.OK
-        digest = self._write_moments(unit, features[usable] if not usable.all() else features, threads)
+        kept = features if usable.all() else features[usable]
+        moments, scatter = moments_of(kept, threads), None
+        if self.config.covariance:
+            scatter = scatter_of(kept, per_channel(moments).mean, threads)
         return {
             **count_regions(regions[usable], flags[usable]),
             **facts,
             "images": len(unit),
             "sizes": writer.sizes,
             "outcomes": outcomes,
-            "moments_sha256": digest,
+            "moments_sha256": write_part_moments(self.folder, unit.number, moments, scatter),
             "batch_size": self.images.batch_size,
         }
-
-    def _members(
-        self,
-        record: ImageRecord,
-        outcome: Outcome,
-        image: bytes | None,
-        features: np.ndarray,
-        regions: np.ndarray,
-        flags: np.ndarray,
-    ) -> tuple[str, dict[str, bytes]]:
-        row = {"features": features, "regions": regions, "flags": flags}
-        return record.key, encode_sample(make_sample(record, outcome, row, self.config, image))
-
-    def _write_moments(self, unit: Block, usable: np.ndarray, threads: int) -> str:
-        moments, scatter = moments_of(usable, threads), None
-        if self.config.covariance:
-            scatter = scatter_of(usable, per_channel(moments).mean, threads)
-        return write_part_moments(self.folder, unit.number, moments, scatter)
 
 
 def fuse(
@@ -176,7 +157,7 @@ def fuse(
     """
     if config.feature_dtype == "int8":
         raise UsageError("--fused keeps no features to measure what int8 costs: build without --fused")
-    images = source if isinstance(source, ImageSource) else list_images(folder, source, extract, class_map)
+    images = list_images(folder, source, extract, class_map)
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
     images, extract = settle_fused_rows(folder, images, extract, config, session)
@@ -189,24 +170,12 @@ def fuse(
     inputs = fused_inputs(extract_inputs(images, extract, encoder), recipe, config, images)
     needed = later_bytes(recipe, None, config, len(records), encoder.describe())
     check_space(folder, {"shards": needed["shards"]}, force=session.force)
+    asked = {"extract": extract, "cluster": recipe, "shard": config}
     facts = {
-        "source": relative_source(folder, images.location),
+        "request": {stage: to_mapping(part) for stage, part in asked.items()},
         "probe": probe_of(folder, encoder, extract, session),
-        "request": {
-            "extract": to_mapping(extract),
-            "cluster": to_mapping(recipe),
-            "shard": to_mapping(config),
-        },
-        "class_map": images.class_map,
-        "left_out": images.left_out,
     }
-    ledger = begin_stage(
-        folder, "fuse", inputs, facts, fresh=session.fresh, repairs=session.repairs, records=records
-    )
-    write_json(folder.class_map, images.class_map)
-    write_index(folder.listing, records)
-    if not folder.index.exists():
-        write_index(folder.index, records)
+    ledger = begin_images(folder, "fuse", images, inputs, facts, session)
     blocks = blocks_of(len(records), extract.block_rows)
     per_shard = samples_per_shard(config, {"inputs": inputs["extract"]}, {"inputs": inputs["cluster"]})
     shards = Ledger(folder.ledger("shard"), hash_of("shard", inputs["shard"]))
@@ -225,9 +194,7 @@ def fuse(
         after_unit=assembly.advance,
     )
     assembly.advance()
-    outcomes, results = gathered(ledger, blocks)
-    write_index(folder.index, records, outcomes)
-    check_skipped(folder, outcomes, extract.max_bad_fraction, session)
+    notes = end_images(folder, ledger, blocks, records, extract, session)
     publish_shards(folder, config, assembly.results())
     folder.remove_leftovers(folder.part(0).parent)
     return StageSummary(
@@ -236,11 +203,7 @@ def fuse(
         new_images=done,
         seconds=seconds,
         num_bytes=size_on_disk(folder.shards),
-        notes={
-            **count_statuses(outcomes),
-            **smaller_batches(results, extract),
-            "shards": len(assembly.results()),
-        },
+        notes={**notes, "shards": len(assembly.results())},
     )
 
 

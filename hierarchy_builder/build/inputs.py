@@ -22,25 +22,27 @@ from hierarchy_builder.encoders.onnx import OnnxEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError, VerificationError
 from hierarchy_builder.fields import identity
-from hierarchy_builder.files import readable_json, repair_of
+from hierarchy_builder.files import readable_json, repair_of, write_json
 from hierarchy_builder.images.originals import changed_images, modified_ns, refuse_changed
 from hierarchy_builder.images.sources import ImageSource, open_reader, open_source
 from hierarchy_builder.images.table import ImageTable
-from hierarchy_builder.records import Status
+from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import in_build_order, read_images, read_index, status_name
-from hierarchy_builder.store.ledger import recorded_stages, stage_entry
-from hierarchy_builder.store.units import stored_source, told_blocks
+from hierarchy_builder.store.index import in_build_order, read_images, read_index, status_name, write_index
+from hierarchy_builder.store.ledger import Ledger, begin_stage, recorded_stages, stage_entry
+from hierarchy_builder.store.units import gathered, relative_source, stored_source, told_blocks
 from hierarchy_builder.terminal import counted
 
 
 def list_images(
-    folder: BuildFolder, source: str | None, config: ExtractConfig, class_map: str | None = None
+    folder: BuildFolder, source: str | ImageSource | None, config: ExtractConfig, class_map: str | None = None
 ) -> ImageSource:
     """List the images of a build; without `source` those in its manifest, with the class map it began with.
 
     Raises UsageError if the build folder lies among the images, VerificationError if the class map is another one.
     """
+    if isinstance(source, ImageSource):
+        return source
     if source is None:
         source, class_map = stored_source(folder), str(folder.class_map)
         began = stage_entry(folder, "extract").get("class_map")
@@ -123,7 +125,7 @@ def refuse_changed_images(folder: BuildFolder, images: ImageSource, config: Extr
     if (inputs["listing_hash"], inputs["config"].get("order")) == (images.listing_hash, config.order):
         before = now
     else:
-        before = _listed(folder)[: inputs["num_images"]]
+        before = read_images(folder.listing)[: inputs["num_images"]]
         place = pc.index_in(before.column("path"), value_set=now.column("path"))
         # the listing tells of images that have another size or are gone
         same = pc.equal(now.column("bytes").take(place), before.column("bytes")).fill_null(False).to_numpy()
@@ -138,7 +140,7 @@ def refuse_lost_images(folder: BuildFolder) -> None:
 
     Images on a remote file system are left out, as in `refuse_changed_images`.
     """
-    place, before = stored_source(folder), _listed(folder)
+    place, before = stored_source(folder), read_images(folder.listing)
     reader, changed, gone = open_reader(place), list[str](), list[str]()
     for paths, outcomes in _encoded(folder, before, np.ones(len(before), bool)):
         changed += changed_images(paths, outcomes, reader)
@@ -163,32 +165,61 @@ def _encoded(
         yield paths[block.start : block.stop].filter(known).to_pylist(), told.filter(known).to_pylist()
 
 
-def _listed(folder: BuildFolder) -> ImageTable:
-    return read_images(folder.listing)
+def begin_images(
+    folder: BuildFolder,
+    stage: str,
+    images: ImageSource,
+    inputs: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    session: Session,
+) -> Ledger:
+    """Record the stage that encodes the images, and the images as listed; see `begin_stage`."""
+    facts = {
+        **facts,
+        "source": relative_source(folder, images.location),
+        "class_map": images.class_map,
+        "left_out": images.left_out,
+    }
+    records = images.records
+    ledger = begin_stage(
+        folder, stage, inputs, facts, fresh=session.fresh, repairs=session.repairs, records=records
+    )
+    write_json(folder.class_map, images.class_map)
+    write_index(folder.listing, records)
+    if not folder.index.exists():
+        write_index(folder.index, records)
+    return ledger
 
 
-def count_statuses(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    return dict(sorted(Counter(outcome["status"] for outcome in outcomes).items()))
+def end_images(
+    folder: BuildFolder,
+    ledger: Ledger,
+    blocks: Sequence[Block],
+    records: ImageTable,
+    config: ExtractConfig,
+    session: Session,
+) -> dict[str, int]:
+    """Write the index when all images are encoded; returns how many have which status, and a batch size if it shrank.
+
+    Raises TooManySkippedError, see `check_skipped`.
+    """
+    outcomes, results = gathered(ledger, blocks)
+    write_index(folder.index, records, outcomes)
+    check_skipped(folder, outcomes, config.max_bad_fraction, session)
+    notes = dict(sorted(Counter(outcomes.column("status").to_pylist()).items()))
+    batch_size = min(result.get("batch_size", config.batch_size) for result in results)
+    return notes | ({"batch_size": batch_size} if batch_size < config.batch_size else {})
 
 
-def smaller_batches(results: Sequence[Mapping[str, Any]], config: ExtractConfig) -> dict[str, int]:
-    """The smallest batch size, if memory ran out and the batch was halved; otherwise nothing."""
-    sizes = [result["batch_size"] for result in results if "batch_size" in result]
-    return {"batch_size": min(sizes)} if sizes and min(sizes) < config.batch_size else {}
-
-
-def check_skipped(
-    folder: BuildFolder, outcomes: Sequence[Mapping[str, Any]], allowed: float, session: Session
-) -> None:
+def check_skipped(folder: BuildFolder, outcomes: pa.Table, allowed: float, session: Session) -> None:
     """Report how many images could not be used and why; raises TooManySkippedError above the allowed share."""
-    bad = [row for row, outcome in enumerate(outcomes) if outcome["status"] != status_name(Status.OK)]
+    is_bad = pc.not_equal(outcomes.column("status"), status_name(Status.OK))
+    bad = outcomes.column("reason").filter(is_bad).to_pylist()
     if not bad:
         return
     if len(bad) == len(outcomes):
-        raise BuilderError(
-            f"{folder.index}: no image could be used, the first failed with: {outcomes[0]['reason']}"
-        )
-    reasons = Counter(outcomes[row]["reason"].partition(":")[0] for row in bad)
+        raise BuilderError(f"{folder.index}: no image could be used, the first failed with: {bad[0]}")
+    reasons = Counter(reason.partition(":")[0] for reason in bad)
     by_reason = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     advice = f"see {folder.index}, repair them and repeat with --retry-failed"
     if len(bad) <= allowed * len(outcomes):
@@ -196,8 +227,8 @@ def check_skipped(
             f"{len(bad)} of {len(outcomes)} images could not be used ({by_reason}): {advice}"
         )
         return
-    paths = read_index(folder.index, ["path"]).column("path")
-    named = [f"{paths[row]} ({outcomes[row]['reason']})" for row in bad[:5]]
+    paths = read_index(folder.index, ["path"]).column("path").filter(is_bad)[:5].to_pylist()
+    named = [f"{path} ({reason})" for path, reason in zip(paths, bad, strict=False)]
     raise TooManySkippedError(
         f"{len(bad)} of {len(outcomes)} images could not be used, allowed is {allowed:.2%} ({by_reason}): "
         f"{'; '.join(named)}{' …' if len(bad) > 5 else ''}; {advice}, or raise --max-bad-fraction"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hierarchy_builder.errors import BuilderError, VerificationError
+from hierarchy_builder.errors import VerificationError, or_none
 from hierarchy_builder.files import atomic_file, move, sha256_file, write_json
 from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import Block
@@ -62,7 +62,8 @@ class Assembly:
                     for shard in range(start // self.samples_per_shard, -(-stop // self.samples_per_shard))
                 )
                 start = stop
-            if not self._has_moments(block.number) or (needed and not self._is_as_written(block.number)):
+            has_moments = or_none(read_part_moments, self.folder, block.number, marker) is not None
+            if not has_moments or (needed and not self._is_as_written(block.number)):
                 self.folder.remove(self.parts.marker(block.number))
 
     def advance(self) -> None:
@@ -140,13 +141,6 @@ class Assembly:
             ):
                 return False
             self._compared.add(part)
-        return True
-
-    def _has_moments(self, part: int) -> bool:
-        try:
-            read_part_moments(self.folder, part, self.parts.result(part))
-        except BuilderError:
-            return False
         return True
 
     def _is_whole(self, shard: int) -> bool:

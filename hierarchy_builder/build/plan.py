@@ -46,7 +46,7 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import Outcomes, read_index, status_name, write_index
+from hierarchy_builder.store.index import outcomes_of, read_index, status_name, write_index
 from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest, read_marker
 from hierarchy_builder.store.samples import PART_LEVEL
 from hierarchy_builder.store.shards import TAR_BLOCK, shard_name, sidecar
@@ -378,20 +378,16 @@ def _sizes(
 
 
 def _index_bytes(trial: _Trial, images: ImageTable, *, is_done: bool) -> int:
-    """Write the index of the first images; those that were not tried get the outcome of a random one that was."""
+    """Write the index of the first images, each with the outcome of a random one that was tried."""
     num_images, images, outcomes = len(images), images[:WRITTEN], None
     if is_done:
-        tried, generator = list(trial.outcomes), np.random.default_rng(0)
-        own = pc.index_in(images.column("path"), value_set=pa.array(tried, pa.large_string()))
-        drawn = pa.array(generator.integers(0, len(tried), len(images)), pa.int32())
-        known = Outcomes([Outcomes.of(list(trial.outcomes.values()), len(tried))]).table
-        found = known.take(pc.coalesce(own, drawn))
+        generator, tried = np.random.default_rng(0), list(trial.outcomes.values())
+        drawn = generator.integers(0, len(tried), len(images))
         # no two hashes are alike, so none compresses
-        text = np.random.default_rng(1).bytes(16 * len(images)).hex()
-        hashes = pa.array((text[32 * row : 32 * row + 32] for row in range(len(images))), pa.string())
-        hashes = pc.if_else(pc.is_valid(own), found.column("file_hash"), hashes)
-        place = found.schema.get_field_index("file_hash")
-        outcomes = Outcomes(found.set_column(place, "file_hash", hashes).combine_chunks().to_batches())
+        hashes = pa.array((generator.bytes(16).hex() for _ in drawn), pa.string())
+        outcomes = pa.Table.from_batches([outcomes_of(tried, len(tried))]).take(drawn)
+        place = outcomes.schema.get_field_index("file_hash")
+        outcomes = outcomes.set_column(place, "file_hash", hashes)
     path = trial.folder.root / "whole.parquet"
     write_index(path, images, outcomes)
     return round(path.stat().st_size * num_images / len(images))

@@ -86,6 +86,15 @@ def asked_encoder(config: ExtractConfig) -> Encoder:
     return load_encoder(config.encoder, weights=config.weights, precision=config.precision)
 
 
+def image_encoder(
+    folder: BuildFolder, stage: str, source: str, config: ExtractConfig, encoder: Encoder | None
+) -> ImageEncoder:
+    """What encodes the images of `source`, if the encoder has the probe value that the stage began with."""
+    encoder = encoder or asked_encoder(config)
+    check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, stage)["probe"])
+    return ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
+
+
 @dataclass(slots=True)
 class ExtractStage:
     """A block of images → features, status and statistics of features.zarr; the marker keeps the outcomes.
@@ -94,8 +103,6 @@ class ExtractStage:
     """
 
     folder: BuildFolder
-    source: str
-    config: ExtractConfig
     images: ImageEncoder
     index: StoredIndex
 
@@ -104,10 +111,8 @@ class ExtractStage:
         cls, folder: BuildFolder, source: str, config: ExtractConfig, encoder: Encoder | None = None
     ) -> ExtractStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the stage began with."""
-        encoder = encoder or asked_encoder(config)
-        check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
-        images = ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
-        return cls(folder, source, config, images, StoredIndex(folder.listing, COLUMNS))
+        images = image_encoder(folder, "extract", source, config, encoder)
+        return cls(folder, images, StoredIndex(folder.listing, COLUMNS))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         records = list(ImageTable(self.index.rows(unit.start, unit.stop)))
@@ -117,12 +122,10 @@ class ExtractStage:
                 features[batch.rows] = batch.features
                 status[batch.rows] = np.where(batch.finite, Status.OK, Status.NONFINITE)
         set_status(outcomes, status)
-        written = stores.write_block(self.folder.features, unit, {"features": features, "status": status})
-        moments = stores.write_block_moments(
-            self.folder.features, unit, moments_of(features[status == Status.OK], threads)
-        )
-        facts = {name: {**written[name], **moments[name]} for name in written}
-        return {"images": len(unit), "outcomes": outcomes, **facts, "batch_size": self.images.batch_size}
+        moments = stores.moment_arrays(moments_of(features[status == Status.OK], threads))
+        arrays = {"features": features, "status": status, **moments}
+        written = stores.write_block(self.folder.features, unit, arrays)
+        return {"images": len(unit), "outcomes": outcomes, **written, "batch_size": self.images.batch_size}
 
     def _kept(self, unit: Block) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Features, status and outcomes of the block to begin with; pending outcomes are empty."""
@@ -134,7 +137,7 @@ class ExtractStage:
             marker = Ledger(self.folder.ledger("extract"), REOPENED).result(unit.number)
             known = marker["outcomes"]
             before = replace(unit, stop=unit.start + len(known))
-            kept, digest = stores.read_written(self.folder.features, before, "features")
+            kept, digest = stores.read_written(stores.open_store(self.folder.features), "features", before)
         except BuilderError:
             return features, status, outcomes
         if digest == marker["digests"].get("features"):

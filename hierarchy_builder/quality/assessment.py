@@ -29,6 +29,7 @@ from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import Reader, open_reader
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.report import choose_rows
 from hierarchy_builder.quality.scores import (
@@ -43,7 +44,7 @@ from hierarchy_builder.quality.scores import (
 )
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import finished_stage, stored_source, usable_rows
@@ -115,7 +116,7 @@ def assess_build(
     clustered = finished_stage(folder, "cluster")
     recipe = from_mapping(HierarchyRecipe, clustered["request"], str(folder.manifest))
     index = read_index(folder.index)
-    rows = sorted(set(choose_rows(folder, records_of(index), limit, keys)))
+    rows = sorted(set(choose_rows(folder, ImageTable(index), limit, keys)))
     index = index.take(rows)
     photos = _Photos(why_not=FROM_MAPS) if recipe.masks else _open_photos(folder, trust_encoder)
     drawn = None if masks is None else _open_maps(folder, masks, index)

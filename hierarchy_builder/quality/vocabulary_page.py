@@ -16,10 +16,11 @@ from PIL import Image
 from hierarchy_builder.canvases.gallery import Facts, Page, Plots, Section, Strip, Strips, write_page
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.quality.report import photo_reader, read_photo
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index, records_of
+from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.ledger import read_manifest, stage_entry
 from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import finished_stage, refuse_fused, stage_units
@@ -207,7 +208,7 @@ def _pictures(folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray)
     stored.rows("regions", np.unique(parts.rows[needed]))  # compared here, before threads read single rows
 
     def draw(row: int) -> dict[int, np.ndarray]:
-        photo = read_photo(reader, records_of(index.slice(row, 1))[0], size_px)
+        photo = read_photo(reader, ImageTable(index.slice(row, 1))[0], size_px)
         ids = stored.rows("regions", slice(row, row + 1))[0, level]
         mine = needed[parts.rows[needed] == row].tolist()
         return {part: part_picture(photo, ids == parts.regions[part]) for part in mine}

@@ -9,6 +9,7 @@ or missing file would otherwise be read as zeros. `stored.py` compares the two.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -24,7 +25,7 @@ from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
-from hierarchy_builder.errors import BuilderError, VerificationError
+from hierarchy_builder.errors import BuilderError, VerificationError, or_none
 from hierarchy_builder.files import decoding, repair_of, require_regular, sync
 from hierarchy_builder.places.remote import is_remote, store_error
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
@@ -149,7 +150,7 @@ def damaged_layout(path: Path, layout: Layout, group: zarr.Group | None = None) 
     group: the store, where it is open already.
     """
     expected = zarr.create_group(MemoryStore(), zarr_format=3)
-    damaged = [] if group is not None or is_store(path) else ["."]
+    damaged = [] if group is not None or or_none(open_store, path) is not None else ["."]
     place = StorePath(_place(path)) if group is None else group.store_path
     for name, array in layout.items():
         try:
@@ -202,25 +203,27 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> W
     Returns `digests` and `files` by array. Raises BuilderError on a wrong shape.
     """
     group, written = open_store(path, "r+"), Written(digests={}, files={})
-    files = list[Path]()
+    store, files = _store_of(group), list[Path]()
     for name, values in arrays.items():
         target, rows = array_of(group, name), rows_of(name, block)
+        file = shard_file(path, name, block.number)
         expected = (rows.stop - rows.start, *target.shape[1:])
         if values.shape != expected:
             raise BuilderError(
                 f"{path}/{name}: block {block.number} has shape {values.shape}, expected {expected}"
             )
         # zarr reads the last shard, which is short, before it writes it, and fails if the shard is damaged.
-        file = _shard_file(path, name, target, block.number)
-        if is_remote(path):  # and an object is replaced by one request, or removed where all values are 0
-            Fetched.in_group(group).forget(file)
+        if isinstance(
+            store, Fetched
+        ):  # an object is replaced by one request, or removed where all values are 0
+            store.forget(file)
         else:
             file.unlink(missing_ok=True)
         target[rows] = values
         if not is_remote(path) and file.exists():
             files.append(file)
         written["digests"][name] = _digest(values, target.dtype)
-        written["files"][name] = _file_digest(_content(group, file), target)
+        written["files"][name] = file_digest(group, name, block.number)
     _sync_below(path, files)
     return written
 
@@ -236,41 +239,24 @@ def _sync_below(path: Path, files: Sequence[Path]) -> None:
             list(pool.map(sync, places))
 
 
-def shard_file(path: Path, name: str, number: int, group: zarr.Group | None = None) -> Path:
+def shard_file(path: Path, name: str, number: int) -> Path:
     """Return the file that holds the rows of block `number` of one array; there is none where all values are 0."""
-    return _shard_file(path, name, array_of(group or open_store(path), name), number)
+    return path.joinpath(name, "c", str(number), *"0" * (len(DIMENSIONS[name]) - 1))
 
 
-def _shard_file(path: Path, name: str, array: zarr.Array, number: int) -> Path:
-    return path.joinpath(name, "c", str(number), *"0" * (len(array.shape) - 1))
-
-
-def file_digest(path: Path, name: str, number: int, group: zarr.Group | None = None) -> str:
+def file_digest(group: zarr.Group, name: str, number: int) -> str:
     """Return the SHA-256 over the length, the index and the crc32c of every chunk of the file of a block.
 
     Since zarr checks a chunk and the index with their crc32c when it reads them, this stands for every byte of the file
     and costs a few small reads. A file that is not there gives the digest of an empty one.
     """
-    group = (
-        open_store(path) if group is None else group
-    )  # asked whether it is true, zarr would count its arrays
-    array = array_of(group, name)
-    return _file_digest(_content(group, _shard_file(path, name, array, number)), array)
-
-
-def _content(group: zarr.Group, file: Path) -> BinaryIO | None:
-    """The content of the file of a block, open for reading; None where there is none. An object is fetched whole."""
-    if is_remote(file):
-        data = Fetched.in_group(group).content(file)
-        return None if data is None else io.BytesIO(data)
-    return file.open("rb") if file.is_file() else None
-
-
-def _file_digest(content: BinaryIO | None, array: zarr.Array) -> str:
     digest = hashlib.sha256()
-    if content is not None:
-        with content:
-            length, (index, places) = content.seek(0, os.SEEK_END), _shard_index(content, array)
+    with _content(group, name, number) as content:
+        if content is not None:
+            length, (index, places) = (
+                content.seek(0, os.SEEK_END),
+                _shard_index(content, array_of(group, name)),
+            )
             digest.update(length.to_bytes(8, "little") + index)
             for offset, size in places[places[:, 1] != NOT_STORED].tolist():
                 if offset + size <= length and size >= CHECKSUM_BYTES:  # else the index itself is damaged
@@ -279,29 +265,38 @@ def _file_digest(content: BinaryIO | None, array: zarr.Array) -> str:
     return digest.hexdigest()
 
 
+def _content(group: zarr.Group, name: str, number: int) -> contextlib.AbstractContextManager[BinaryIO | None]:
+    """The content of the file of a block, open for reading; None where there is none. An object is fetched whole."""
+    store = _store_of(group)
+    file = shard_file(store.root, name, number)
+    if isinstance(store, Fetched):
+        data = store.content(file)
+        return contextlib.nullcontext(None if data is None else io.BytesIO(data))
+    return file.open("rb") if file.is_file() else contextlib.nullcontext()
+
+
 def _shard_index(content: BinaryIO, array: zarr.Array) -> tuple[bytes, np.ndarray]:
     """Return the bytes at the end of the file of a shard, and offset and length of each chunk, uint64 [chunks, 2]."""
     length = content.seek(0, os.SEEK_END)
     if array.shards is None:  # the file of a `block_` array is one chunk
         return b"", np.array([[0, length]], np.uint64)
     per_shard = array.shards[0] // array.chunks[0]
-    content.seek(max(0, length - shard_index_bytes(per_shard)))
+    index_bytes = 16 * per_shard + CHECKSUM_BYTES
+    content.seek(max(0, length - index_bytes))
     index = content.read()
-    whole = index.ljust(shard_index_bytes(per_shard), b"\0")
+    whole = index.ljust(index_bytes, b"\0")
     return index, np.frombuffer(whole[: 16 * per_shard], "<u8").reshape(per_shard, 2)
 
 
-def write_block_moments(path: Path, block: Block, moments: Moments) -> Written:
-    """Write count, mean and M2 (float64 [H,W,C]) of the usable rows of `block`; returns what `write_block` returns."""
+def moment_arrays(moments: Moments) -> dict[str, np.ndarray]:
+    """Return the arrays of count, mean and M2 (float64 [H,W,C]) of the usable rows of a block, for `write_block`."""
     values = zip(MOMENTS, (moments.count, moments.mean, moments.m2), strict=True)
-    return write_block(path, block, {name: np.asarray(value)[None] for name, value in values})
+    return {name: np.asarray(value)[None] for name, value in values}
 
 
-def read_written(
-    path: Path, block: Block, name: str, group: zarr.Group | None = None
-) -> tuple[np.ndarray, str]:
-    """Return what `read_block` reads, and its SHA-256. group: the store, if it is open."""
-    values = read_rows(open_store(path) if group is None else group, name, rows_of(name, block))
+def read_written(group: zarr.Group, name: str, block: Block) -> tuple[np.ndarray, str]:
+    """Return what `read_block` reads, and its SHA-256."""
+    values = read_rows(group, name, rows_of(name, block))
     return values, _digest(values, values.dtype)
 
 
@@ -328,17 +323,11 @@ def chunk_bytes(path: Path, name: str) -> np.ndarray:
     per_shard = array.shards[0] // array.chunks[0]
     sizes = np.zeros((-(-array.shape[0] // array.shards[0]), per_shard), np.int64)
     for number, row in enumerate(sizes):
-        content = _content(group, _shard_file(path, name, array, number))
-        if content is not None:
-            with content:
+        with _content(group, name, number) as content:
+            if content is not None:
                 found = _shard_index(content, array)[1][:, 1]
-            row[:] = np.where(found == NOT_STORED, 0, found)
+                row[:] = np.where(found == NOT_STORED, 0, found)
     return sizes.ravel()[: -(-array.shape[0] // array.chunks[0])]
-
-
-def shard_index_bytes(num_chunks: int) -> int:
-    """Return the bytes of the index of a shard with `num_chunks` chunks."""
-    return 16 * num_chunks + CHECKSUM_BYTES
 
 
 def open_store(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
@@ -377,13 +366,8 @@ class _Files(LocalStore):
             require_regular(path)
 
 
-def is_store(path: Path) -> bool:
-    """Whether `open_store` can open `path`."""
-    try:
-        open_store(path)
-    except BuilderError:
-        return False
-    return True
+def _store_of(group: zarr.Group) -> _Files | Fetched:
+    return cast(_Files | Fetched, group.store)
 
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array:
@@ -391,7 +375,7 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array:
 
     Its description is read once while the store is open, which takes longer than to read a small block.
     """
-    opened = cast(_Files | Fetched, group.store).opened
+    opened = _store_of(group).opened
     if name in opened:
         return opened[name]
     with decoding(f"{group.store_path}/{name} is"):

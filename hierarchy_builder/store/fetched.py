@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
@@ -25,9 +25,9 @@ KEPT = 2
 class Fetched(WrapperStore[FsspecStore]):
     """The store; `kept` holds what was fetched or written, by key, and None for what is not there."""
 
-    def __init__(self, store: FsspecStore, place: Path) -> None:
+    def __init__(self, store: FsspecStore, root: Path) -> None:
         super().__init__(store)
-        self.place, self.kept = place, dict[str, Buffer | None]()
+        self.root, self.kept = root, dict[str, Buffer | None]()
         self.opened = dict[str, zarr.Array]()  # see `arrays.array_of`
 
     @classmethod
@@ -35,17 +35,12 @@ class Fetched(WrapperStore[FsspecStore]):
         """The store at a URL."""
         return cls(FsspecStore.from_url(str(place), storage_options=remote.options()), place)
 
-    @classmethod
-    def in_group(cls, group: zarr.Group) -> Fetched:
-        """The store that an open group reads from."""
-        return cast(Fetched, group.store)
-
     def with_read_only(self, read_only: bool = False) -> Fetched:
         """The same store, which may or may not be written to."""
-        return type(self)(self._store.with_read_only(read_only), self.place)
+        return type(self)(self._store.with_read_only(read_only), self.root)
 
     def __str__(self) -> str:
-        return str(self.place)
+        return str(self.root)
 
     def content(self, file: Path) -> bytes | None:
         """The bytes of an object, or None where there is none."""
@@ -68,7 +63,7 @@ class Fetched(WrapperStore[FsspecStore]):
         """What zarr asks for: an object or a part of one."""
         if key not in self.kept:
             if key.endswith("zarr.json"):  # small, so one request in a thread instead of two
-                await asyncio.to_thread(self.content, self.place / key)
+                await asyncio.to_thread(self.content, self.root / key)
             else:
                 self._keep(key, await self._store.get(key, prototype))
         found = self.kept[key]
@@ -86,7 +81,7 @@ class Fetched(WrapperStore[FsspecStore]):
     async def delete(self, key: str) -> None:
         """Remove an object."""
         # that of zarr takes the key for a pattern
-        await asyncio.to_thread(remote.remove, [self.place / key])
+        await asyncio.to_thread(remote.remove, [self.root / key])
         self._keep(key, None)
 
     def _keep(self, key: str, value: Any) -> None:
@@ -101,7 +96,7 @@ class Fetched(WrapperStore[FsspecStore]):
                 del self.kept[old]
 
     def _key(self, file: Path) -> str:
-        return file.relative_to(self.place).as_posix()
+        return file.relative_to(self.root).as_posix()
 
 
 def _slice(part: ByteRequest, length: int) -> slice:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,47 +49,19 @@ CAME_LATER = ("file_hash",)
 """Columns that files of version 1 lack; they are read as null."""
 
 
-class Outcomes(Sequence[Mapping[str, Any]]):
-    """What became of every row, as columns: a mapping of what is told for each, empty for a row that is not done."""
-
-    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
-        spool = Spool(OUTCOMES)
-        for batch in batches:
-            spool.add(batch)
-        self.table = spool.table()
-
-    @staticmethod
-    def of(rows: Sequence[Mapping[str, Any]], count: int) -> pa.RecordBatch:
-        """The columns of a unit of `count` rows, of which the first ones are told."""
-        empty = [None] * (count - len(rows))
-        columns = [
-            pa.array([*(row.get(field.name) for row in rows), *empty], field.type) for field in OUTCOMES
-        ]
-        return pa.record_batch(columns, schema=OUTCOMES)
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    @overload
-    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Mapping[str, Any]]: ...
-
-    def __getitem__(self, place: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
-        if isinstance(place, slice):
-            start, stop, step = place.indices(len(self))
-            assert step == 1
-            return _told(self.table.slice(start, max(0, stop - start)))
-        return _told(self.table.slice(place % len(self), 1))[0]
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for batch in self.table.to_batches():
-            yield from _told(batch)
+def outcomes_of(rows: Sequence[Mapping[str, Any]], count: int) -> pa.RecordBatch:
+    """What became of the `count` rows of a unit, as columns; only the first of them are told, by mappings."""
+    empty = [None] * (count - len(rows))
+    columns = [pa.array([*(row.get(field.name) for row in rows), *empty], field.type) for field in OUTCOMES]
+    return pa.record_batch(columns, schema=OUTCOMES)
 
 
-def _told(rows: pa.Table | pa.RecordBatch) -> list[Mapping[str, Any]]:
-    return [{name: value for name, value in row.items() if value is not None} for row in rows.to_pylist()]
+def joined(batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """What became of the rows of all units, with columns `OUTCOMES`; all are null in a row that is not done."""
+    spool = Spool(OUTCOMES)
+    for batch in batches:
+        spool.add(batch)
+    return spool.table()
 
 
 def in_build_order(records: Sequence[ImageRecord], order: str) -> ImageTable:
@@ -109,26 +81,18 @@ def _shuffled(table: ImageTable) -> np.ndarray:
     return rows
 
 
-def write_index(
-    path: Path, records: Sequence[ImageRecord], outcomes: Sequence[Mapping[str, Any]] | None = None
-) -> None:
-    """Write the index as a whole; without `outcomes` every row is pending.
-
-    outcomes: one mapping per row with `OUTCOME_COLUMNS`.
-    """
-    images, pending = ImageTable.of(records), pa.array([status_name(Status.PENDING)])
-    if outcomes is not None and not isinstance(outcomes, Outcomes):
-        outcomes = Outcomes([Outcomes.of(outcomes, len(images))])
+def write_index(path: Path, records: Sequence[ImageRecord], outcomes: pa.Table | None = None) -> None:
+    """Write the index as a whole. outcomes: columns `OUTCOMES` of the first rows; rows without a status are pending."""
+    images, told = ImageTable.of(records), OUTCOMES.empty_table() if outcomes is None else outcomes
 
     def group(name: str, start: int) -> pa.ChunkedArray:
         """A column of a row group; columns made whole would take the memory of the images again."""
         kind, count = SCHEMA.field(name).type, min(ROWS_AT_ONCE, len(images) - start)
         if name in COLUMNS:
             return images.table.column(name).slice(start, count).cast(kind)
-        if outcomes is not None:
-            return outcomes.table.column(name).slice(start, count)
-        told = pending.take(pa.array(np.zeros(count, np.int8))) if name == "status" else pa.nulls(count, kind)
-        return pa.chunked_array([told])
+        known = told.column(name).slice(min(start, len(told)), count)
+        rows = pa.chunked_array([*known.chunks, pa.nulls(count - len(known), kind)])
+        return rows.fill_null(status_name(Status.PENDING)) if name == "status" else rows
 
     starts = range(0, len(images), ROWS_AT_ONCE)
     digest = _rows_digest(lambda name: lambda: (group(name, start) for start in starts))
@@ -230,9 +194,9 @@ def _rows_digest(column: Callable[[str], Callable[[], Iterable[pa.ChunkedArray]]
     return digest.hexdigest()
 
 
-def settle_index(path: Path, listing: Path, outcomes: Outcomes) -> None:
+def settle_index(path: Path, listing: Path, outcomes: pa.Table) -> None:
     """Write the index from the listing and these outcomes where it holds others: a run ended before it wrote it."""
-    wanted = outcomes.table.select(OUTCOME_COLUMNS)
+    wanted = outcomes.select(OUTCOME_COLUMNS)
     if not path.exists() or read_index(path, OUTCOME_COLUMNS).cast(wanted.schema) != wanted:
         write_index(path, read_images(listing), outcomes)
 
@@ -244,11 +208,6 @@ def _text_of(strings: pa.StringArray) -> memoryview:
         return memoryview(b"")
     places = np.frombuffer(offsets, np.int32)[strings.offset : strings.offset + len(strings) + 1]
     return memoryview(text)[places[0] : places[-1]]
-
-
-def records_of(table: pa.Table) -> ImageTable:
-    """Return the rows of an index, or of a slice of it, as records."""
-    return ImageTable(table)
 
 
 def status_name(status: Status) -> str:

@@ -14,12 +14,13 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hierarchy_builder import __version__
 from hierarchy_builder.config import ShardConfig
-from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError
+from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError, or_none
 from hierarchy_builder.fields import config_hash, difference, from_mapping, to_mapping
 from hierarchy_builder.files import (
     RECORD_VERSION,
@@ -100,14 +101,14 @@ class Ledger:
             if int(found["format_version"]) == RECORD_VERSION:
                 return (found["stage_hash"], int(found["unit"])) == (self.stage_hash, unit)
         # no seal was found: a marker of an earlier release, or one that is damaged
-        return self._marker(unit) is not None
+        return or_none(self.result, unit) is not None
 
     def finished(self, units: Iterable[int]) -> Iterator[Marker]:
         """Yield the markers of those of `units` that were finished with this configuration, in order.
 
         At a URL one listing tells which of them exist, and the next ones are under way while one is used.
         """
-        yield from filter(None, self._of_existing(self._marker, units))
+        yield from filter(None, self._of_existing(partial(or_none, self.result), units))
 
     def glances(self, units: Iterable[int]) -> Iterator[dict[str, float]]:
         """Yield what `glance` tells of those of `units` that are finished, in order."""
@@ -125,12 +126,6 @@ class Ledger:
             return
         there = {path.name for path in remote.files_below(self.folder)}
         yield from _at_once(look, (unit for unit in units if self.marker(unit).name in there))
-
-    def _marker(self, unit: int) -> Marker | None:
-        try:
-            return self.result(unit)
-        except BuilderError:
-            return None
 
     def finish(self, unit: int, result: Mapping[str, Any]) -> None:
         """Write the marker of `unit`; call this only after everything the unit wrote is on disk.
@@ -182,7 +177,7 @@ class Ledger:
         return {"images": int(found["images"]), "seconds": float(found["seconds"])}
 
     def _glance_at_all(self, unit: int) -> dict[str, float] | None:
-        marker = self._marker(unit)
+        marker = or_none(self.result, unit)
         return None if marker is None else {name: marker[name] for name in ("images", "seconds")}
 
     def each(self, units: Iterable[int]) -> Iterator[Marker]:

@@ -99,7 +99,7 @@ class Stored:
             marker = self._told.get(stage)
             if marker is None or marker["unit"] != number:
                 marker = self._told[stage] = self._ledgers[stage].result(number)
-            if not is_as_written(self._path(name), name, block, marker, self._group(name)):
+            if not is_as_written(self._group(name), name, block, marker):
                 raise VerificationError(
                     f"{stores.shard_file(self._path(name), name, number)} is missing or not the file that {stage} "
                     f"wrote: run `hierarchy-builder repair {self.folder.root}`"
@@ -107,16 +107,14 @@ class Stored:
             self._compared.add((name, number))
 
 
-def is_as_written(
-    path: Path, name: str, block: Block, marker: Mapping[str, Any], group: zarr.Group | None = None
-) -> bool:
-    """Whether the file of a block of one array is the one its marker tells of. group: the store, if it is open.
+def is_as_written(group: zarr.Group, name: str, block: Block, marker: Mapping[str, Any]) -> bool:
+    """Whether the file of a block of one array is the one its marker tells of.
 
     A marker of an earlier release tells only the SHA-256 of the values, so the block is read as a whole.
     """
     if "files" in marker:
-        return bool(marker["files"].get(name) == stores.file_digest(path, name, block.number, group))
-    return bool(marker["digests"].get(name) == stores.read_written(path, block, name)[1])
+        return bool(marker["files"].get(name) == stores.file_digest(group, name, block.number))
+    return bool(marker["digests"].get(name) == stores.read_written(group, name, block)[1])
 
 
 def fitted_vocabulary(folder: BuildFolder) -> Path:

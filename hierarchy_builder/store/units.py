@@ -18,7 +18,7 @@ from hierarchy_builder.files import decoding, readable_json, size_on_disk
 from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import Outcomes, status_name
+from hierarchy_builder.store.index import joined, outcomes_of, status_name
 from hierarchy_builder.store.ledger import (
     REOPENED,
     STAGES,
@@ -140,31 +140,31 @@ def relative_source(folder: BuildFolder, source: str) -> str:
     return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
 
 
-def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[Outcomes, list[dict[str, Any]]]:
+def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Return the outcomes of all rows of finished units, and what else is in their markers, one marker at a time."""
     facts = list[dict[str, Any]]()
 
     def told() -> Iterator[pa.RecordBatch]:
         for unit, marker in zip(units, ledger.each(unit.number for unit in units), strict=True):
             with decoding(marker.path):
-                batch = Outcomes.of(marker["outcomes"], len(unit))
+                batch = outcomes_of(marker["outcomes"], len(unit))
             yield batch
             facts.append({name: value for name, value in marker.items() if name not in ("outcomes", "sizes")})
 
-    return Outcomes(told()), facts
+    return joined(told()), facts
 
 
-def outcomes_so_far(folder: BuildFolder) -> Outcomes:
-    """Return the outcome of every row as the markers tell it, empty for rows that are not done."""
+def outcomes_so_far(folder: BuildFolder) -> pa.Table:
+    """Return the outcome of every row as the markers tell it, null for rows that are not done."""
     units = stage_units(folder, "fuse" if is_fused(folder) else "extract")
-    batches = {unit.number: Outcomes.of([], len(unit)) for unit in units}
+    batches = {unit.number: outcomes_of([], len(unit)) for unit in units}
     for block, told in told_blocks(folder):
         batches[block.number] = told
-    return Outcomes(batches.values())
+    return joined(batches.values())
 
 
 def told_blocks(folder: BuildFolder) -> Iterator[tuple[Block, pa.RecordBatch]]:
-    """Yield the blocks of which a marker tells, with the outcomes of their rows as columns of `Outcomes`.
+    """Yield the blocks of which a marker tells, with the outcomes of their rows as columns.
 
     Those of units that were reopened (`ledger.REOPENED`) come last.
     """
@@ -173,7 +173,7 @@ def told_blocks(folder: BuildFolder) -> Iterator[tuple[Block, pa.RecordBatch]]:
     for each in (ledger, Ledger(ledger.folder, REOPENED)):
         for marker in each.finished(list(blocks)):
             with contextlib.suppress(BuilderError), decoding(marker.path):
-                told = Outcomes.of(marker["outcomes"], len(blocks[marker["unit"]]))
+                told = outcomes_of(marker["outcomes"], len(blocks[marker["unit"]]))
                 yield blocks.pop(marker["unit"]), told
 
 

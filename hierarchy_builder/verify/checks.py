@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+import pyarrow.compute as pc
 import zarr
 
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
-from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.errors import BuilderError, or_none
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import decoding, fetched, read_json, readable_json, sha256_file
 from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.records import REGION_DTYPE, Block, Sample, Status, spread_evenly
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BEGUN, BuildFolder
-from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_images, read_index, records_of, status_name
+from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_images, read_index, status_name
 from hierarchy_builder.store.ledger import (
     Ledger,
     again_command,
@@ -129,7 +131,7 @@ def find_damage(folder: BuildFolder, *, quick: bool = False) -> Iterator[Damage]
             text = f"{stage} is out of date, since an earlier stage has changed: run `{again_command(folder, stage)}`"
             yield Damage(stage=stage, text=text, is_stale=True)
             continue
-        if stage == "shard" and not _rows_are_known(folder):
+        if stage == "shard" and or_none(usable_rows, folder) is None:
             continue  # which rows a tar holds is known when the markers of extract are whole
         for damage in _check_stage(folder, stage, checks[stage]):
             if stage != "shard" and not damage.is_stale:
@@ -140,14 +142,6 @@ def find_damage(folder: BuildFolder, *, quick: bool = False) -> Iterator[Damage]
 def _check_quickly(stage: str, folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
     for unit, text in missing_files(folder, stage, stages):
         yield Damage(stage=stage, unit=unit, text=text)
-
-
-def _rows_are_known(folder: BuildFolder) -> bool:
-    try:
-        usable_rows(folder)
-    except BuilderError:
-        return False
-    return True
 
 
 def _check_stage(folder: BuildFolder, stage: str, check: Check) -> Iterator[Damage]:
@@ -169,6 +163,11 @@ def _then_error(texts: Iterator[str]) -> Iterator[str]:
         yield from texts
     except BuilderError as error:
         yield str(error)
+
+
+def _damages(stage: str, texts: Iterator[str], unit: int | None = None, place: str = "") -> Iterator[Damage]:
+    """Yield what `_then_error` does as damage of a unit. place: begins each text."""
+    return (Damage(stage=stage, unit=unit, text=place + text) for text in _then_error(texts))
 
 
 def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
@@ -197,11 +196,11 @@ def _check_blocks(
     ledger = ledger or open_ledger(folder, stage)
     path, layout = layout_of(folder, stage)
     blocks = {block.number: block for block in stage_units(folder, "extract")}
-    group = stores.open_store(path) if stores.is_store(path) else None
+    group = or_none(stores.open_store, path)
     for marker in ledger.finished(blocks):
         block = blocks[marker["unit"]]
-        for text in _block_problems(path, group, layout, block, marker, check):
-            yield Damage(stage=stage, unit=block.number, text=f"{path}, block {block.number}: {text}")
+        problems = _block_problems(path, group, layout, block, marker, check)
+        yield from _damages(stage, problems, block.number, f"{path}, block {block.number}: ")
 
 
 def _block_problems(
@@ -215,14 +214,15 @@ def _block_problems(
     arrays: dict[str, np.ndarray] = {}
     for name in layout:
         try:
-            arrays[name], digest = stores.read_written(path, block, name, group)
+            opened = stores.open_store(path) if group is None else group
+            arrays[name], digest = stores.read_written(opened, name, block)
         except BuilderError as error:
             yield str(error)
             continue
-        if marker["digests"].get(name) != digest or not is_as_written(path, name, block, marker, group):
+        if marker["digests"].get(name) != digest or not is_as_written(opened, name, block, marker):
             yield f"{name} are not those that were written"
     if len(arrays) == len(layout):
-        yield from _then_error(check(block, arrays, marker))
+        yield from check(block, arrays, marker)
 
 
 def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
@@ -241,7 +241,7 @@ def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[D
             yield "features of usable rows are all zeros"
 
     yield from _check_blocks(folder, "extract", check)
-    if stores.is_store(folder.features) and stores.has_scatter(folder.features):
+    if or_none(stores.has_scatter, folder.features):
         ledger = Ledger(folder.ledger("covariance"), stages["extract"]["hash"])
         yield from _check_blocks(folder, "covariance", lambda *_: iter(()), ledger)
 
@@ -256,7 +256,7 @@ def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Dam
             read_part_moments(folder, marker["unit"], marker)
         except BuilderError as error:
             lost.append(Damage(stage="fuse", unit=marker["unit"], text=str(error)))
-    if lost or not _rows_are_known(folder):
+    if lost or or_none(usable_rows, folder) is None:
         yield from lost
         return
     yield from _check_markers(folder, "shard")
@@ -266,19 +266,17 @@ def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Dam
 def _check_listing(folder: BuildFolder, stage: str, entry: Mapping[str, Any]) -> Iterator[Damage]:
     """Check the listing and the index against the manifest and the markers, and the class map."""
     for path in (folder.listing, folder.index):
-        for text in _then_error(_listing_problems(path, entry)):
-            yield Damage(stage="extract", text=text)
+        yield from _damages("extract", _listing_problems(path, entry))
     try:
         listing, index = read_images(folder.listing), read_index(folder.index)
-        if records_of(index) != listing:
+        if ImageTable(index) != listing:
             text = f"{folder.index}: rows are in another order than in {folder.listing.name}"
             yield Damage(stage="extract", text=text)
         yield from _check_outcomes(folder, stage, index.select(OUTCOME_COLUMNS).to_pylist())
     except BuilderError:
         pass  # said above
     if "class_map" in entry:
-        for text in _then_error(_class_map_problems(folder.class_map, entry["class_map"])):
-            yield Damage(stage="extract", text=text)
+        yield from _damages("extract", _class_map_problems(folder.class_map, entry["class_map"]))
 
 
 def _listing_problems(path: Path, entry: Mapping[str, Any]) -> Iterator[str]:
@@ -312,14 +310,18 @@ def _check_outcomes(folder: BuildFolder, stage: str, rows: Sequence[Mapping[str,
 
 def _check_photos(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     """Say which photographs are not the files that were encoded, where they are still there; the build is whole."""
-    outcomes = [outcome if "modified" in outcome else {} for outcome in outcomes_so_far(folder)]
-    if not any(outcomes):
+    outcomes = outcomes_so_far(folder)
+    is_told = outcomes.column("modified").is_valid()
+    if not pc.any(is_told).as_py():
         return
     try:
         reader, paths = open_reader(stored_source(folder)), read_images(folder.listing).column("path")
     except (BuilderError, OSError):
         return
-    if len(outcomes) == len(paths) and (changed := changed_images(paths.to_pylist(), outcomes, reader)):
+    if len(outcomes) != len(paths):
+        return
+    known, told = (part.filter(is_told).to_pylist() for part in (paths, outcomes))
+    if changed := changed_images(known, told, reader):
         yield Damage(stage=stage, text=describe_changed(stored_source(folder), changed), is_stale=True)
 
 
@@ -366,8 +368,8 @@ def _check_links(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Dam
 def _check_vocabulary(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
     ledger = open_ledger(folder, "vocabulary")
     if ledger.is_done(0):
-        for text in _then_error(_vocabulary_problems(folder, stages, ledger.result(0))):
-            yield Damage(stage="vocabulary", unit=0, text=f"{folder.vocabulary}: {text}")
+        problems = _vocabulary_problems(folder, stages, ledger.result(0))
+        yield from _damages("vocabulary", problems, 0, f"{folder.vocabulary}: ")
 
 
 def _vocabulary_problems(
@@ -458,7 +460,7 @@ class _ExpectedTar(Layout):
         intact: np.ndarray,
     ) -> None:
         self.config, self.rows = config, rows
-        self.records = list(records_of(table))
+        self.records = list(ImageTable(table))
         self.facts = table.select(FACTS).to_pylist()
         extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
         encoder, num_levels = extracted["encoder"], len(recipe["cuts"]) + 2

@@ -109,5 +109,5 @@ def _is_there(path: Path, name: str, block: Block, marker: Mapping[str, Any], gr
     if written is None:  # by an earlier release, whose markers do not tell
         return True
     if there is None:
-        return is_as_written(path, name, block, marker, group)
-    return written == NOTHING or stores.shard_file(path, name, block.number, group) in there
+        return is_as_written(group, name, block, marker)
+    return written == NOTHING or stores.shard_file(path, name, block.number) in there

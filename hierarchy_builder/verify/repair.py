@@ -19,7 +19,7 @@ from hierarchy_builder.build.pipeline import shard, sum_covariance
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.encoders import check_stored_encoder
-from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
+from hierarchy_builder.errors import BuilderError, UsageError, VerificationError, or_none
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import read_json, readable_json, write_bytes, write_json, write_sealed_json
 from hierarchy_builder.records import Block
@@ -61,7 +61,7 @@ def repair(folder: BuildFolder, session: Session) -> list[Damage]:
     """
     session = replace(session, repairs=True)
     folder.remove_leftovers()
-    if _whole_manifest(folder.manifest) is not None:
+    if or_none(check_manifest, folder.manifest) is not None:
         finish_carrying(folder)
     found: list[Damage] = []
     for _ in range(ROUNDS):
@@ -146,7 +146,7 @@ def _check_encoder(folder: BuildFolder, session: Session) -> None:
 def _restore_manifest(folder: BuildFolder) -> None:
     """Copy the manifest over its copy, or the other way round: whichever of the two proves itself whole."""
     pair = folder.manifest, folder.manifest_copy
-    found = [_whole_manifest(path) for path in pair]
+    found = [or_none(check_manifest, path) for path in pair]
     if found[0] is None and found[1] is None:
         raise VerificationError(
             f"{pair[0]} is damaged, and so is its copy {pair[1]}: remove both and repeat the command that made the "
@@ -162,13 +162,6 @@ def _restore_manifest(folder: BuildFolder) -> None:
         write_bytes(pair[0], pair[1].read_bytes())
     else:
         write_bytes(pair[1], pair[0].read_bytes())
-
-
-def _whole_manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        return check_manifest(path)
-    except BuilderError:
-        return None
 
 
 def _restore_listing(folder: BuildFolder) -> None:
@@ -232,10 +225,12 @@ def _marked(folder: BuildFolder, stage: str, unit: Block) -> Any:
 def _held(folder: BuildFolder, stage: str, unit: Block) -> Any:
     """Return the SHA-256 of what a store holds for a unit now; None where that cannot be read."""
     path, layout = layout_of(folder, stage)
-    try:
-        return {name: stores.read_written(path, unit, name)[1] for name in layout} or None
-    except BuilderError:
-        return None
+
+    def digests() -> dict[str, str]:
+        group = stores.open_store(path)
+        return {name: stores.read_written(group, name, unit)[1] for name in layout}
+
+    return or_none(digests) if layout else None
 
 
 def _is_changed(folder: BuildFolder, stage: str, unit: Block, before: dict[str, Any]) -> bool:

@@ -27,7 +27,8 @@ from hierarchy_builder.errors import BuilderError, ImageError, UsageError
 from hierarchy_builder.images.keys import plain_key, unique_keys
 from hierarchy_builder.images.listings import list_folder, list_table
 from hierarchy_builder.images.sources import open_reader, open_source
-from hierarchy_builder.store.index import read_index, records_of, write_index
+from hierarchy_builder.images.table import ImageTable
+from hierarchy_builder.store.index import read_index, write_index
 
 
 def tree(root: Path, *paths: str) -> Path:
@@ -315,7 +316,7 @@ def test_text_of_a_listing_is_not_limited_to_two_gibibytes(tmp_path: Path) -> No
     write_index(tmp_path / "index.parquet", records)
     table = read_index(tmp_path / "index.parquet")
     assert table.schema.field("path").type == pa.string()  # on disk as before
-    for images in (records, records_of(table), records_of(table).take(np.array([2, 0]))):
+    for images in (records, ImageTable(table), ImageTable(table).take(np.array([2, 0]))):
         kinds = [images.column(name).type for name in ("key", "path", "class_name")]
         assert kinds == [pa.large_string()] * 3
 

@@ -58,7 +58,7 @@ def test_threads_and_blocks_of_places_change_no_bit_of_the_moments() -> None:
 
 
 def moments_in(store: Path, block: Block) -> Moments:
-    """What `write_block_moments` wrote."""
+    """The moments of a block as they were written."""
     count, mean, m2 = (stores.read_block(store, name, block)[0] for name in stores.MOMENTS)
     return Moments(int(count), mean, m2)
 
@@ -142,7 +142,7 @@ def test_bytes_do_not_depend_on_the_order_of_completion(
         stores.create(store, layout | stores.scatter_layout(num_blocks=len(blocks), width=3))
         for block in order:
             part = features[block.start : block.stop]
-            stores.write_block_moments(store, block, moments_of(part))
+            stores.write_block(store, block, stores.moment_arrays(moments_of(part)))
             stores.write_block(store, block, {"block_scatter": joint_moments(part).m2[None]})
         position = merge_tree(moments_in(store, block) for block in blocks)
         joint = merge_tree(

@@ -21,11 +21,12 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import ConfigMismatchError, TooManySkippedError, UsageError, VerificationError
 from hierarchy_builder.files import read_json, read_record, sha256_file, write_json, write_record
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_index, records_of, write_index
+from hierarchy_builder.store.index import read_index, write_index
 from hierarchy_builder.store.ledger import Ledger, write_manifest
 from hierarchy_builder.store.shards import read_shard, write_shard
 from hierarchy_builder.verify.checks import find_damage, find_problems
@@ -108,15 +109,16 @@ def overwrite(store: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
 def relabel(folder: BuildFolder) -> None:
     """Another label, with a checksum that fits it."""
     table = read_index(folder.index)
-    records = list(records_of(table))
+    records = list(ImageTable(table))
     records[3] = replace(records[3], label=(records[3].label + 1) % 3)
-    write_index(folder.index, records, table.select(OUTCOME_COLUMNS).to_pylist())
+    write_index(folder.index, records, table)
 
 
 def other_reason(folder: BuildFolder) -> None:
     table = read_index(folder.index)
-    outcomes = [{**row, "reason": "because"} for row in table.select(OUTCOME_COLUMNS).to_pylist()]
-    write_index(folder.index, records_of(table), outcomes)
+    place = table.schema.get_field_index("reason")
+    because = table.set_column(place, "reason", [["because"] * len(table)])
+    write_index(folder.index, ImageTable(table), because)
 
 
 def forge_tar(folder: BuildFolder, number: int = 1) -> None:
