@@ -42,7 +42,6 @@ from hierarchy_builder.terminal import (
     say,
     say_next,
     show_config,
-    stderr,
     stdout,
 )
 
@@ -64,20 +63,19 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
     from hierarchy_builder.encoders import check_stored_encoder
     from hierarchy_builder.store.units import refuse_fused
 
-    folder, source = (BuildFolder(out), images) if out else (BuildFolder(a_folder(images)).require(), None)
-    if source is None:
-        refuse_fused(folder, "extract")
-    stored = _stored(folder, "extract") if source is None else None
-    resolved = opt.resolve(
-        ExtractConfig, "extract", opt.of_config(ExtractConfig, given), given["config"], stored
-    )
+    folder, stored = BuildFolder(out or a_folder(images)), dict[str, Any]()
+    if out is None:
+        refuse_fused(folder.require(), "extract")
+        stored = _stored(folder, "extract")
+    resolved = opt.resolve(ExtractConfig, "extract", given, stored)
     if stored and given["encoder"] is None:
         check_stored_encoder(resolved.encoder, folder.root, trusted=given["trust_encoder"])
     show_config({"extract": to_mapping(resolved)}, given["quiet"])
     once = {name: given[name] for name in ("retry_failed", "accept_new_files")}
     with folder.locked(say):
         _confirm_fresh(folder, "extract", given)
-        summary = steps.extract(folder, source, resolved, _session(**given), class_map=class_map, **once)
+        source = images if out else None
+        summary = steps.extract(folder, source, resolved, _session(given), class_map=class_map, **once)
         print_stages([summary], given["as_json"])
     say_next(f"features lie in {folder.features}", [(PROGRAM, "cluster", folder.root)], given["quiet"])
 
@@ -98,16 +96,15 @@ def cluster(folder: Path, recut: str | None, **given: Any) -> None:
     """Cluster features into nested regions: features.zarr → regions.zarr; with --vocabulary also prototypes."""
     from hierarchy_builder.build import pipeline as steps
 
-    build_folder, config = BuildFolder(folder).require(), given["config"]
+    build_folder, fresh = BuildFolder(folder).require(), given["fresh"]
     if recut is not None:
         _recut(build_folder, recut, given)
         return
-    fresh = given["fresh"]
-    recipe = opt.resolve_recipe(given, config, _stored(build_folder, "cluster", fresh))
-    vocabulary = opt.resolve_vocabulary(given, config, _stored(build_folder, "vocabulary", fresh))
+    recipe = opt.resolve_recipe(given, _stored(build_folder, "cluster", fresh))
+    vocabulary = opt.resolve_vocabulary(given, _stored(build_folder, "vocabulary", fresh))
     sections = {"hierarchy": recipe} | ({"vocabulary": vocabulary} if vocabulary else {})
     show_config({name: to_mapping(section) for name, section in sections.items()}, given["quiet"])
-    session = _session(**given)
+    session = _session(given)
     with build_folder.locked(say):
         _confirm_fresh(build_folder, "vocabulary" if vocabulary else "cluster", given)
         summaries = [steps.vocabulary(build_folder, vocabulary, session)] if vocabulary else []
@@ -129,18 +126,20 @@ def shard(folder: Path, publish: str | None, **given: Any) -> None:
     _check_url(publish)
     from hierarchy_builder.build import pipeline as steps
 
-    build_folder, chosen = BuildFolder(folder).require(), opt.of_config(ShardConfig, given)
-    resolved = opt.resolve_shard(chosen, given["config"], _stored(build_folder, "shard", given["fresh"]))
+    build_folder = BuildFolder(folder).require()
+    stored = _stored(build_folder, "shard", given["fresh"])
+    if given["images"] is False:
+        stored.pop("image_px", None)  # the size of stored pictures goes with them
+    resolved = opt.resolve(ShardConfig, "shard", given, stored)
     show_config({"shard": to_mapping(resolved)}, given["quiet"])
-    session = _session(**given)
+    session = _session(given)
     with build_folder.locked(say):
         _confirm_fresh(build_folder, "shard", given)
         summaries = [steps.shard(build_folder, resolved, session)]
-        print_stages(summaries + _publish(build_folder, publish, session), given["as_json"])
+        print_stages(summaries + _publish(build_folder, publish, given["quiet"]), given["as_json"])
     _say_after_shards(build_folder, given["quiet"], has_stores=True)
 
 
-SPLIT = option("First part of the shard names; IMAGES/SPLIT is taken where it exists. Default: train.")
 OF_BUILD: dict[str, Any] = (
     opt.BUILD
     | opt.ENCODING
@@ -150,7 +149,7 @@ OF_BUILD: dict[str, Any] = (
     )
     | opt.RECIPE
     | opt.VOCABULARY
-    | {"with_images" if name == "images" else name: each for name, each in opt.SHARDS.items()}
+    | opt.SHARDS
     | grouped(
         "Workers",
         gpus_per_worker=option(
@@ -178,32 +177,32 @@ OF_BUILD: dict[str, Any] = (
 
 @app.command(rich_help_panel=WHOLE)
 @takes(**OF_BUILD)
-def build(images: str, out: Path, publish: str | None, **given: Any) -> None:
+def build(source: str, out: Path, publish: str | None, **given: Any) -> None:
     """Turn photographs into shards: extract, cluster and shard in one; the same command resumes."""
     from hierarchy_builder.build import pipeline as steps
 
     _check_url(publish)
-    folder, plan = BuildFolder(out), _build_plan(images, given)
+    folder, plan = BuildFolder(out), _build_plan(source, given)
     show_config(plan.as_mapping(), given["quiet"])
-    session = _session(**given)
+    session = _session(given)
     with folder.locked(say):
         _confirm_fresh(folder, "extract", given)
         once = {name: given[name] for name in ("class_map", "retry_failed", "accept_new_files", "fused")}
-        summaries = steps.build(folder, images, plan, session, **once)
-        print_stages(summaries + _publish(folder, publish, session), given["as_json"])
+        summaries = steps.build(folder, source, plan, session, **once)
+        print_stages(summaries + _publish(folder, publish, given["quiet"]), given["as_json"])
     _say_after_shards(folder, given["quiet"], has_stores=not given["fused"])
 
 
 @app.command(rich_help_panel=WHOLE)
 @takes(**{name: OF_BUILD[name] for name in OF_BUILD if name not in ("retry_failed", "publish", "yes")})
-def plan(images: str, out: Path, **given: Any) -> None:
+def plan(source: str, out: Path, **given: Any) -> None:
     """Estimate what build would do with the same options: images, bytes, seconds, shards; tries at most 128 images."""
     from hierarchy_builder.build.plan import make_plan, plan_tables
 
-    folder, config = BuildFolder(out), _build_plan(images, given)
+    folder, config = BuildFolder(out), _build_plan(source, given)
     show_config(config.as_mapping(), given["quiet"])
     once = {name: given[name] for name in ("class_map", "fused", "accept_new_files")}
-    found = make_plan(folder, images, config, _session(**given), **once)
+    found = make_plan(folder, source, config, _session(given), **once)
     if given["as_json"]:
         print_json(found.as_json())
     else:
@@ -234,25 +233,24 @@ def publish_shards(folder: Path, url: str, as_json: bool, quiet: bool) -> None:
     """Upload finished shards to another file system; the same command uploads what is missing."""
     build_folder = BuildFolder(folder).require()
     with build_folder.locked(say):
-        print_stages(_publish(build_folder, url, _session(workers=0, quiet=quiet)), as_json)
+        print_stages(_publish(build_folder, url, quiet), as_json)
     say_next(f"shards lie in {url}", [("trainer", "train", url, "--out", "RUN")], quiet)
 
 
 @app.command(rich_help_panel=CHECKS)
 @takes(folder=opt.FOLDER, **(opt.ENCODER_AT | opt.WORKERS | opt.TRUST | OUTPUT))
-def repair(folder: Path, as_json: bool, encoder: str | None, weights: str | None, **given: Any) -> None:
+def repair(folder: Path, **given: Any) -> None:
     """Rebuild what verify finds damaged, and only that; exit code 4 if something could not be repaired."""
     from hierarchy_builder.verify.repair import repair as run_repair
 
     build_folder = BuildFolder(folder).require(damaged=True)
     with build_folder.locked(say):
-        found = {"encoder": encoder, "weights": weights}
-        encoder_at = {name: place for name, place in found.items() if place is not None}
-        repaired = run_repair(build_folder, dataclasses.replace(_session(**given), encoder_at=encoder_at))
-    if as_json:
+        encoder_at = {name: given[name] for name in opt.ENCODER_AT if given[name] is not None}
+        repaired = run_repair(build_folder, dataclasses.replace(_session(given), encoder_at=encoder_at))
+    if given["as_json"]:
         print_json({"repaired": [dataclasses.asdict(damage) for damage in repaired]})
     else:
-        stdout.print(f"{folder}: {counted(len(repaired), 'problem')} repaired", highlight=False)
+        stdout.print(f"{folder}: {counted(len(repaired), 'problem')} repaired")
     say_next("", [(PROGRAM, "verify", folder)], given["quiet"])
 
 
@@ -278,47 +276,34 @@ def _stored(folder: BuildFolder, stage: str, fresh: bool = False) -> dict[str, A
     return {} if fresh else read_manifest(folder)["stages"].get(stage, {}).get("request", {})
 
 
-def _build_plan(images: str, given: Mapping[str, Any]) -> Any:
+def _build_plan(source: str, given: Mapping[str, Any]) -> Any:
     """The configuration of every step from the options of `build`."""
     from hierarchy_builder.build.pipeline import BuildPlan
 
-    config, split = given["config"], given["split"]
-    input_split = split if split and os.path.isdir(os.path.join(images, split)) else None
-    extract_flags = {**opt.of_config(ExtractConfig, given), "split": input_split}
-    shard_flags = {**opt.of_config(ShardConfig, given), "images": given["with_images"]}
+    split = given["split"] if os.path.isdir(os.path.join(source, given["split"] or "")) else None
     return BuildPlan(
-        extract=opt.resolve(ExtractConfig, "extract", extract_flags, config),
-        hierarchy=opt.resolve_recipe(given, config),
-        vocabulary=opt.resolve_vocabulary(given, config),
-        shard=opt.resolve_shard(shard_flags, config),
+        extract=opt.resolve(ExtractConfig, "extract", {**given, "split": split}),
+        hierarchy=opt.resolve_recipe(given),
+        vocabulary=opt.resolve_vocabulary(given),
+        shard=opt.resolve(ShardConfig, "shard", given),
     )
 
 
-def _session(
-    *,
-    workers: int | None,
-    quiet: bool,
-    address: str | None = None,
-    gpus_per_worker: float | None = None,
-    encoding_workers: int | None = None,
-    fresh: bool = False,
-    force: bool = False,
-    trust_encoder: bool = False,
-    **others: Any,
-) -> Any:
-    """The session that these options of a command ask for; its other options are ignored."""
+def _session(given: Mapping[str, Any]) -> Any:
+    """The session that the options of a command ask for; what it does not take has its default."""
     from hierarchy_builder.build.session import Session
     from hierarchy_builder.build.workers import Workers
     from hierarchy_builder.progress import Reporter
 
     return Session(
         workers=Workers(
-            count=workers, address=address, gpus_per_worker=gpus_per_worker, encoding=encoding_workers
+            count=given["workers"],
+            address=given.get("address"),
+            gpus_per_worker=given.get("gpus_per_worker"),
+            encoding=given.get("encoding_workers"),
         ),
-        reporter=Reporter(quiet=quiet, console=stderr),
-        fresh=fresh,
-        force=force,
-        trust_encoder=trust_encoder,
+        reporter=Reporter(quiet=given["quiet"]),
+        **{name: given.get(name, False) for name in ("fresh", "force", "trust_encoder")},
     )
 
 
@@ -331,10 +316,11 @@ def _confirm_fresh(folder: BuildFolder, stage: str, given: Mapping[str, Any]) ->
     if not places:
         return
     samples = count_samples(folder.shards) if folder.shards in places else 0
-    sizes = [f"{place.relative_to(folder.root)} ({size_on_disk(place):,} bytes)" for place in places]
-    if samples:
-        shards = f"{folder.shards.name} ({size_on_disk(folder.shards):,} bytes, {counted(samples, 'sample')})"
-        sizes[places.index(folder.shards)] = shards
+    more = {folder.shards: f", {counted(samples, 'sample')}"} if samples else {}
+    sizes = (
+        f"{place.relative_to(folder.root)} ({size_on_disk(place):,} bytes{more.get(place, '')})"
+        for place in places
+    )
     say(f"--fresh removes from {folder.root}: {', '.join(sizes)}")
     if not samples or given["yes"]:
         return
@@ -368,10 +354,11 @@ def _check_url(url: str | None) -> None:
         open_url(url)
 
 
-def _publish(folder: BuildFolder, url: str | None, session: Any) -> list[Any]:
+def _publish(folder: BuildFolder, url: str | None, quiet: bool) -> list[Any]:
     from hierarchy_builder.build.publish import publish_to
+    from hierarchy_builder.progress import Reporter
 
-    return [publish_to(folder, url, session.reporter)] if url else []
+    return [publish_to(folder, url, Reporter(quiet=quiet))] if url else []
 
 
 def _recut(folder: BuildFolder, heights: str, given: Mapping[str, Any]) -> None:
@@ -383,7 +370,7 @@ def _recut(folder: BuildFolder, heights: str, given: Mapping[str, Any]) -> None:
             f"--recut keeps the stored trees and takes no --{others[0].replace('_', '-')}: "
             "cluster with --fresh for another recipe"
         )
-    cuts, session = opt.numbers(heights, "--recut") or [], _session(**{**given, "fresh": False})
+    cuts, session = opt.numbers(heights, "--recut") or [], _session({**given, "fresh": False})
     with folder.locked(say):
         summaries = [steps.recut(folder, cuts, session)]
         if folder.vocabulary.exists():

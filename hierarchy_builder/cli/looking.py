@@ -15,7 +15,7 @@ from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, argument, flags, optio
 from hierarchy_builder.places.paths import a_folder, may_hold_builds
 from hierarchy_builder.places.remote import keeping
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stderr, stdout
+from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stdout
 
 
 @takes(folders=opt.FOLDERS, **OUTPUT)
@@ -50,7 +50,7 @@ def status(folders: list[Path], as_json: bool, quiet: bool) -> None:
     titles = ("stage", "units", "images", "unit seconds", "bytes", "state")
     print_cells(titles if len(folders) == 1 else ("build", *titles), cells)
     for text in notes:
-        stdout.print(text, markup=False, highlight=False, soft_wrap=True)
+        stdout.print(text, soft_wrap=True)
 
 
 def _of_running(running: Mapping[str, Any]) -> str:
@@ -79,15 +79,15 @@ def verify(places: list[str], quick: bool, as_json: bool, quiet: bool) -> None:
     if len(places) == 1 and errors and not looked[0][0]:
         raise errors[0]  # it cannot be verified
     if as_json:
-        unread = ({"error": str(error)} if error and not problems else {} for problems, error in looked)
-        _print_of_builds(
-            places,
-            [{"problems": problems, **more} for (problems, _), more in zip(looked, unread, strict=True)],
-            len(places) == 1,
-        )
-    for place, (problems, error) in zip(places, looked, strict=True) if not as_json else ():
-        for line in problems if error else [f"{place}: everything is {'there' if quick else 'in order'}"]:
-            stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+        rows = [
+            {"problems": problems, **({"error": str(error)} if error and not problems else {})}
+            for problems, error in looked
+        ]
+        _print_of_builds(places, rows, len(places) == 1)
+    else:
+        for place, (problems, error) in zip(places, looked, strict=True):
+            for line in problems if error else [f"{place}: everything is {'there' if quick else 'in order'}"]:
+                stdout.print(line, soft_wrap=True)
     if errors:
         worst = max(errors, key=lambda error: error.exit_code)
         raise type(worst)("\n".join(map(str, errors)))
@@ -147,31 +147,28 @@ def report(folders: list[Path], out: Path | None, quality: bool, vocabulary: boo
         if len(builds) > 1:
             raise UsageError("--out is one page, and each build gets its own: leave it out")
         target_of(out)  # refused before anything is read
+    kind = "quality_page" if quality else "vocabulary_page" if vocabulary else "report"
     for folder in builds:
-        _refuse_foreign_pages(folder, out, quality=quality, vocabulary=vocabulary)
+        _refuse_foreign(folder, None if out else getattr(folder, kind), quality)
     chosen = _keys_by_build(builds, given["keys"].split(",") if given["keys"] else None)
-    is_one = len(builds) == 1
-    if quality:
-        _report_quality(chosen, out, is_one, **given)
-        return
-    pages = []
-    for folder, some in chosen.items():
-        if vocabulary:
+    rows = list[dict[str, Any]]()
+    for folder, keys in chosen.items():
+        page = out or getattr(folder, kind)
+        rows.append({"page": str(page)})
+        if quality:
+            rows[-1] = _score(folder, keys, page, "" if len(builds) == 1 else f" of {folder.root}", given)
+        elif vocabulary:
             from hierarchy_builder.quality.vocabulary_page import write_vocabulary_page
 
-            pages.append(
-                write_vocabulary_page(folder, out or folder.vocabulary_page, limit=given["prototypes"])
-            )
+            write_vocabulary_page(folder, page, limit=given["prototypes"])
         else:
             from hierarchy_builder.quality.report import write_report
 
-            limit = given["samples"] or 48
-            pages.append(write_report(folder, out or folder.report, limit=limit, keys=some))
+            write_report(folder, page, limit=given["samples"] or 48, keys=keys)
+        if not given["as_json"]:
+            stdout.print(str(page), soft_wrap=True)
     if given["as_json"]:
-        _print_of_builds((folder.root for folder in chosen), [{"page": str(page)} for page in pages], is_one)
-        return
-    for page in pages:
-        stdout.print(str(page), markup=False, highlight=False, soft_wrap=True)
+        _print_of_builds((folder.root for folder in chosen), rows, len(builds) == 1)
 
 
 @takes(
@@ -196,7 +193,7 @@ def compare(a: Path, b: Path, out: Path | None, as_json: bool, quiet: bool) -> N
     for title, rows in comparison_tables(*folders, found).items():
         print_table(title, rows)
     if out is not None:
-        stdout.print(str(out), markup=False, highlight=False, soft_wrap=True)
+        stdout.print(str(out), soft_wrap=True)
 
 
 @takes(
@@ -257,40 +254,37 @@ def _refuse_running(folder: BuildFolder) -> None:
         )
 
 
-def _refuse_foreign_pages(folder: BuildFolder, out: Path | None, *, quality: bool, vocabulary: bool) -> None:
-    """Raise UsageError where the page would replace a file that no report wrote; --out names its file by itself."""
+def _refuse_foreign(folder: BuildFolder, page: Path | None, quality: bool) -> None:
+    """Raise UsageError where a page, or the scores beside it, would replace a file that no report wrote."""
     from hierarchy_builder.canvases.gallery import is_page
 
-    page = folder.quality_page if quality else folder.vocabulary_page if vocabulary else folder.report
-    foreign = [page] if out is None and page.exists() and not is_page(page) else []
+    what = "is there, and no report of this program wrote it: move it away"
+    if page is not None and page.exists() and not is_page(page):
+        raise UsageError(f"{page} {what}, or choose another file with --out")
     if quality and folder.quality.exists() and "num_sampled" not in readable_json(folder.quality):
-        foreign.append(folder.quality)
-    if foreign:
-        raise UsageError(
-            f"{foreign[0]} is there, and no report of this program wrote it: move it away"
-            + ("" if foreign[0] == folder.quality else ", or choose another file with --out")
-        )
+        raise UsageError(f"{folder.quality} {what}")
 
 
-def _report_quality(
-    chosen: Mapping[BuildFolder, Sequence[str] | None], out: Path | None, is_one: bool, **given: Any
-) -> None:
+def _score(
+    folder: BuildFolder, keys: Sequence[str] | None, page: Path, of_build: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Score a build, write its page, print the tables unless JSON is asked for, and return what quality.json holds."""
     from hierarchy_builder.progress import Reporter
     from hierarchy_builder.quality.assessment import assess_build
     from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
 
-    as_json, rows = given["as_json"], []
-    how = {"masks": given["masks"], "trust_encoder": given["trust_encoder"]}
-    how |= {"limit": given["samples"] or 200, "reporter": Reporter(quiet=given["quiet"], console=stderr)}
-    for folder, keys in chosen.items():
-        found = assess_build(folder, keys=keys, **how)
-        page, named = write_quality(folder, found, out or folder.quality_page), f" of {folder.root}"
-        rows.append(found.as_json())
-        if as_json:
-            continue
+    found = assess_build(
+        folder,
+        keys=keys,
+        limit=given["samples"] or 200,
+        masks=given["masks"],
+        reporter=Reporter(quiet=given["quiet"]),
+        trust_encoder=given["trust_encoder"],
+    )
+    write_quality(folder, found, page)
+    if not given["as_json"]:
         summed = [{"name": name, "value": value} for name, value in summary(found).items()]
         for title, table in {"Summary": summed, **score_tables(found)}.items():
-            print_table(title + ("" if is_one else named), table)
-        stdout.print(f"{folder.quality}\n{page}", markup=False, highlight=False, soft_wrap=True)
-    if as_json:
-        _print_of_builds((folder.root for folder in chosen), rows, is_one)
+            print_table(title + of_build, table)
+        stdout.print(str(folder.quality), soft_wrap=True)
+    return found.as_json()

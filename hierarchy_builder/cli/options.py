@@ -35,7 +35,7 @@ BUILDS_AND_SETS = argument(
     **PLACE | {"kind": list[str], "metavar": "DIR"},
 )
 BUILD: dict[str, Parameter] = {
-    "images": argument(
+    "source": argument(
         "Folder of class folders, a tar, a CSV or parquet listing, or an fsspec URL of one.",
         **PLACE | {"metavar": "IMAGES"},
     ),
@@ -84,7 +84,7 @@ SHARDS = grouped(
 )
 PUBLISH = grouped(
     "Shards",
-    **{"publish": option("Also copy the shards to this fsspec URL, for example s3://bucket/set.", **PLACE)},
+    publish=option("Also copy the shards to this fsspec URL, for example s3://bucket/set.", **PLACE),
 )
 WORKERS = grouped(
     "Workers",
@@ -133,55 +133,39 @@ ONCE = grouped(
     force=switch("Start even if the disk seems to have too little space.", "--force"),
 )
 
-
 RECIPES = {"paper": HierarchyRecipe.paper, "stable": HierarchyRecipe.stable}
 
 
-def of_config(cls: type[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of a command that are fields of a config: the flags have the names of the fields."""
-    return {field.name: arguments[field.name] for field in dataclasses.fields(cls) if field.name in arguments}
-
-
 def resolve(
-    cls: type[Any],
-    section: str,
-    given: Mapping[str, Any],
-    file: Path | None,
-    stored: Mapping[str, Any] | None = None,
+    cls: type[Any], section: str, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None
 ) -> Any:
     """Flag > environment > config file > `stored` (a build that is taken up again) > default.
 
-    given: values of flags; those that were not given are None. Raises UsageError for what does not fit `cls`.
+    given: the arguments of a command. Those with the name of a field of `cls` are its flags, None where one was not
+    given; `config` is the file. Raises UsageError for what does not fit `cls`.
     """
-    in_file = load_yaml(str(file)).get(section) if file is not None else None
-    asked = {name: value for name, value in given.items() if value is not None}
     in_file = {
         name: a_place(value) if name in FILES and isinstance(value, str) else value
-        for name, value in (in_file or {}).items()
+        for name, value in (_in_file(given).get(section) or {}).items()
     }
+    fields = {field.name for field in dataclasses.fields(cls)}
+    asked = {name: value for name, value in given.items() if name in fields and value is not None}
     return from_mapping(cls, {**(stored or {}), **in_file, **asked}, section)
 
 
-def resolve_shard(
-    given: Mapping[str, Any], file: Path | None, stored: Mapping[str, Any] | None = None
-) -> ShardConfig:
-    """The shards that a command asks for; `--no-images` also drops the stored size of the pictures."""
-    if given["images"] is False and stored is not None:
-        stored = {name: value for name, value in stored.items() if name != "image_px"}
-    return resolve(ShardConfig, "shard", given, file, stored)
+def _in_file(given: Mapping[str, Any]) -> dict[str, Any]:
+    return load_yaml(str(given["config"])) if given["config"] is not None else {}
 
 
-def resolve_recipe(
-    arguments: Mapping[str, Any], file: Path | None, stored: Mapping[str, Any] | None = None
-) -> HierarchyRecipe:
+def resolve_recipe(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> HierarchyRecipe:
     """The recipe of a command's arguments; `recipe` among them names what everything else changes."""
-    named = arguments["recipe"]
+    named = given["recipe"]
     if named not in (None, *RECIPES):
         raise UsageError(f"--recipe is {named!r}, expected {' or '.join(RECIPES)}")
-    given = {**of_config(HierarchyRecipe, arguments), "cuts": numbers(arguments["cuts"])}
     base = stored if named is None else to_mapping(RECIPES[named]())
-    recipe: HierarchyRecipe = resolve(HierarchyRecipe, "hierarchy", given, file, base)
-    if recipe.masks is None and (recipe.masks_level or given.get("masks_level") is not None):
+    flags = {**given, "cuts": numbers(given["cuts"])}
+    recipe: HierarchyRecipe = resolve(HierarchyRecipe, "hierarchy", flags, base)
+    if recipe.masks is None and (recipe.masks_level or given["masks_level"] is not None):
         raise UsageError(
             f"--masks-level is {recipe.masks_level}, the level that label maps give, and no --masks FOLDER names any"
         )
@@ -189,17 +173,16 @@ def resolve_recipe(
 
 
 def resolve_vocabulary(
-    given: Mapping[str, Any], file: Path | None, stored: Mapping[str, Any] | None = None
+    given: Mapping[str, Any], stored: Mapping[str, Any] | None = None
 ) -> VocabularyConfig | None:
     """The vocabulary's configuration, or None when neither flag, file nor the stored build asks for one."""
     sizes, backend = given["vocabulary"], given["backend"]
-    asked = sizes is not None or bool(stored) or (file is not None and "vocabulary" in load_yaml(str(file)))
-    if not asked:
+    if sizes is None and not stored and "vocabulary" not in _in_file(given):
         if backend is not None:
             raise UsageError("--backend chooses the engine of --vocabulary, which is not given")
         return None
-    chosen = {"sizes": numbers(sizes, "--vocabulary", "256 or 64,512,4096", int), "backend": backend}
-    return resolve(VocabularyConfig, "vocabulary", chosen, file, stored)
+    flags = {"sizes": numbers(sizes, "--vocabulary", "256 or 64,512,4096", int), "backend": backend}
+    return resolve(VocabularyConfig, "vocabulary", {**flags, "config": given["config"]}, stored)
 
 
 def numbers(

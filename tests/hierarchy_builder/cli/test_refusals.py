@@ -173,11 +173,11 @@ def test_the_level_of_label_maps_asks_for_label_maps(tmp_path: Path) -> None:
     photos, out = str(write_tree(tmp_path / "photos", per_class=1)), str(tmp_path / "build")
     with pytest.raises(UsageError, match=r"--masks-level is 1.* no --masks FOLDER names any"):
         CliRunner().invoke(app, ["build", photos, "--out", out, "--masks-level", "1"], catch_exceptions=False)
-    given = {"recipe": None, "cuts": None, "masks": None, "masks_level": 0}
+    given = {"config": None, "recipe": None, "cuts": None, "masks": None, "masks_level": 0}
     with pytest.raises(UsageError, match="--masks-level is 0"):
-        resolve_recipe(given, None)
-    assert resolve_recipe({**given, "masks": photos}, None).masks_level == 0
-    assert resolve_recipe({**given, "masks_level": None}, None).masks is None
+        resolve_recipe(given)
+    assert resolve_recipe({**given, "masks": photos}).masks_level == 0
+    assert resolve_recipe({**given, "masks_level": None}).masks is None
     assert not Path(out).exists()
 
 
