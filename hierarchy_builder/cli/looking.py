@@ -181,16 +181,16 @@ def compare(a: Path, b: Path, out: Path | None, as_json: bool, quiet: bool) -> N
     """Compare the regions of two builds: agreement per level, counts, and the images that differ most."""
     from hierarchy_builder.quality.comparison import compare_builds, comparison_tables, write_comparison
 
-    folders = BuildFolder(a).require(), BuildFolder(b).require()
+    builds = BuildFolder(a).require(), BuildFolder(b).require()
     if out is not None:
         target_of(out)  # refused before anything is read
-    found = compare_builds(*folders)
+    found = compare_builds(*builds)
     if out is not None:
-        write_comparison(*folders, found, out)
+        write_comparison(found, out)
     if as_json:
         print_json(found.as_json())
         return
-    for title, rows in comparison_tables(*folders, found).items():
+    for title, rows in comparison_tables(found).items():
         print_table(title, rows)
     if out is not None:
         stdout.print(str(out), soft_wrap=True)
@@ -233,9 +233,9 @@ def _keys_by_build(
     """The builds that have any of the keys, each with those it has. Raises UsageError for a key that none has."""
     if keys is None or len(builds) == 1:
         return dict.fromkeys(builds, keys)
-    from hierarchy_builder.quality.report import usable_keys
+    from hierarchy_builder.quality.report import rows_by_key
 
-    known = {folder: set(usable_keys(folder)) for folder in builds}
+    known = {folder: rows_by_key(folder) for folder in builds}
     if missing := [key for key in keys if not any(key in each for each in known.values())]:
         raise UsageError(
             f"none of the {len(builds)} builds has a usable image {', '.join(missing)}; {builds[0].index.name} of each "

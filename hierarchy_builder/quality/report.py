@@ -23,7 +23,7 @@ from hierarchy_builder.quality.scores import flag_names
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_images, read_index
-from hierarchy_builder.store.ledger import read_manifest
+from hierarchy_builder.store.ledger import read_manifest, stage_entry
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import finished_stage, progress_of, stored_source, usable_rows
 
@@ -48,7 +48,7 @@ def write_report(
     rows = choose_rows(folder, records, limit, keys)
     stages = read_manifest(folder)["stages"]
     encoder = stages["extract"]["inputs"]["encoder"]
-    views = hierarchy_views(folder, records, rows, encoder)
+    views = hierarchy_views(folder, records, rows)
     facts = {
         "images": f"{len(usable_rows(folder)):,} of {len(records):,} usable",
         "classes": stages["extract"]["inputs"]["num_classes"],
@@ -97,10 +97,10 @@ def hierarchy_page(
 
 
 def hierarchy_views(
-    folder: BuildFolder, records: Sequence[ImageRecord], rows: Sequence[int], encoder: Mapping[str, Any]
+    folder: BuildFolder, records: Sequence[ImageRecord], rows: Sequence[int]
 ) -> list[HierarchyView]:
     """Return what a page shows of the given rows; a photo is None where it cannot be read any more."""
-    stored = Stored(folder)
+    stored, encoder = Stored(folder), stage_entry(folder, "extract")["inputs"]["encoder"]
     basis = DctBasis.from_spec(encoder["decoder"]) if encoder["decoder"] else None
     reader = photo_reader(folder)
     views = []
@@ -123,10 +123,11 @@ def hierarchy_views(
     return views
 
 
-def usable_keys(folder: BuildFolder) -> list[str]:
-    """The keys of the images that a page can show."""
-    keys: list[str] = read_index(folder.index, ["key"]).column("key").take(usable_rows(folder)).to_pylist()
-    return keys
+def rows_by_key(folder: BuildFolder) -> dict[str, int]:
+    """The images that a page can show: their rows, rising, by key."""
+    rows = usable_rows(folder)
+    keys = read_index(folder.index, ["key"]).column("key").take(rows).to_pylist()
+    return dict(zip(keys, rows.tolist(), strict=True))
 
 
 def choose_rows(

@@ -26,7 +26,6 @@ from hierarchy_builder.quality.assessment import Assessment
 from hierarchy_builder.quality.report import hierarchy_views
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_images
-from hierarchy_builder.store.ledger import stage_entry
 
 WORST_IMAGES = 12
 NUM_BINS = 20
@@ -177,9 +176,7 @@ def _worst(folder: BuildFolder, found: Assessment, names: Sequence[str]) -> Gall
     worst = [n for n in np.argsort(means, kind="stable")[:WORST_IMAGES].tolist() if means[n] < 1]
     if not worst:
         return None
-    encoder = stage_entry(folder, "extract")["inputs"]["encoder"]
-    records = read_images(folder.index)
-    views = hierarchy_views(folder, records, [found.rows[n] for n in worst], encoder)
+    views = hierarchy_views(folder, read_images(folder.index), [found.rows[n] for n in worst])
     noted = [
         replace(view, notes={**view.notes, **{name: _short(values[n]) for name, values in scores.items()}})
         for view, n in zip(views, worst, strict=True)

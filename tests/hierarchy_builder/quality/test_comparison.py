@@ -58,13 +58,13 @@ def test_comparison_of_a_build_with_itself_finds_no_difference(first) -> None:
 
 def test_images_are_matched_by_key_and_levels_from_the_coarsest(first, second) -> None:
     found = compare_builds(first, second)
-    assert (len(found.keys), found.only_a, found.only_b, found.num_levels) == (9, 0, 0, (4, 3))
-    assert found.rows_a.tolist() != found.rows_b.tolist()
+    assert (len(found.keys), found.only, found.num_levels) == (9, (0, 0), (4, 3))
+    assert found.rows[0].tolist() != found.rows[1].tolist()
     ours, theirs = (stores.open_store(folder.regions)["regions"][:] for folder in (first, second))
     for n, level in np.ndindex(9, 2):
-        a, b = ours[found.rows_a[n], level], theirs[found.rows_b[n], level]
+        a, b = ours[found.rows[0, n], level], theirs[found.rows[1, n], level]
         assert found.adjusted_rand[n, level] == pytest.approx(adjusted_rand_score(a.ravel(), b.ravel()))
-        assert (found.counts_a[n, level], found.counts_b[n, level]) == (len(np.unique(a)), len(np.unique(b)))
+        assert found.counts[:, n, level].tolist() == [len(np.unique(a)), len(np.unique(b))]
     coarse, fine = found.by_level()
     assert (coarse["adjusted_rand"], coarse["variation_of_information"], coarse["count_changed"]) == (1, 0, 0)
     assert fine["adjusted_rand"] < 1
@@ -94,7 +94,7 @@ def test_images_of_one_build_alone_are_counted(first, photos, tmp_path) -> None:
     (tmp_path / "photos" / "circle" / "001.png").unlink()
     other = built(tmp_path / "photos", tmp_path / "build")
     found = compare_builds(first, other)
-    assert (len(found.keys), found.only_a, found.only_b) == (7, 2, 1)
+    assert (len(found.keys), found.only) == (7, (2, 1))
     assert (found.adjusted_rand == 1).all()
 
 
@@ -117,7 +117,7 @@ def test_builds_of_different_grids_are_refused(first, photos, tmp_path) -> None:
 
 
 def test_page_and_command(first, second, tmp_path) -> None:
-    page = write_comparison(first, second, compare_builds(first, second), tmp_path / "page.html").read_text()
+    page = write_comparison(compare_builds(first, second), tmp_path / "page.html").read_text()
     assert page.count('<article class="card') == len(compare_builds(first, second).most_changed())
     assert "Most changed" in page
     assert all(
