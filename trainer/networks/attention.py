@@ -5,6 +5,8 @@ B batch, N tokens, D width, H heads, d head width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from trainer.networks.layers import (
     detach_tangent,
     linear,
     make_dual,
+    recomputed,
     unpack_dual,
 )
 
@@ -31,11 +34,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width // num_heads, norm_eps)
         self.k_norm = RMSNorm(width // num_heads, norm_eps)
 
-    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, *cache: Any) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), rotations).to(v.dtype), rotate(self.k_norm(k), rotations).to(v.dtype)
-        heads = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        heads = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *cache)
         return self.out(heads.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mix the values of all tokens, [B, H, N, d]."""
+        return attend(q, k, v)
 
 
 class Block(nn.Module):
@@ -50,10 +57,24 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, int(mlp_ratio * width))
         self.mlp_gate = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotations) * self.attention_gate
+    def forward(self, x: Tensor, rotations: Tensor, *cache: Any) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations, *cache) * self.attention_gate
         x = x + self.mlp(self.mlp_norm(x)) * self.mlp_gate
         return detach_tangent(x)
+
+
+class Blocks(nn.ModuleList):
+    """Blocks that tokens pass one after the other."""
+
+    recompute: bool = False
+    """Whether blocks are recomputed in the backward pass instead of storing activations."""
+
+    def forward(self, x: Tensor, rotations: Tensor, *more: Tensor, part: slice = slice(None)) -> Tensor:
+        """Pass x [B, N, D] through all blocks, or some; rotations: see `sequence_rotations`, more: of the blocks."""
+        rotations = torch.view_as_complex(at_least_float32(rotations))
+        for block in list(self)[part]:
+            x = recomputed(block, x, rotations, *more) if self.recompute else block(x, rotations, *more)
+        return x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,3 +130,9 @@ def grid_rotations(rows: int, columns: int, head_width: int, theta: float) -> Te
     along_columns = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies
     angles = torch.cat([along_rows.repeat_interleave(columns, dim=0), along_columns.repeat(rows, 1)], dim=-1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def sequence_rotations(still: int, *grids: Tensor) -> Tensor:
+    """Rotary factors of tokens that are not rotated and then of grids, as pairs of real numbers: [N, 1, d/2, 2]."""
+    unmoved = torch.ones(still, grids[0].shape[-1], dtype=grids[0].dtype)
+    return torch.view_as_real(torch.cat([unmoved, *grids])[:, None])

@@ -105,41 +105,41 @@ class SwiGLU(nn.Module):
 
 
 class _Recomputed(torch.autograd.Function):
-    """A node of the graph that replaces a block: it keeps only the input, and runs the block again for gradients."""
+    """A node of the graph that replaces a block: it keeps only the inputs, and runs the block again for gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, block: nn.Module, out: Tensor, x: Tensor, rotations: Tensor, *weights: Tensor
-    ) -> Tensor:
-        ctx.block, ctx.weights = block, weights
-        ctx.autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
-        ctx.save_for_backward(x, rotations)
+    def forward(ctx: Any, block: nn.Module, out: Tensor, count: int, *inputs_and_weights: Tensor) -> Tensor:
+        ctx.block, ctx.weights = block, inputs_and_weights[count:]
+        ctx.autocast = (torch.is_autocast_enabled(out.device.type), torch.get_autocast_dtype(out.device.type))
+        ctx.save_for_backward(*inputs_and_weights[:count])
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, rotations = ctx.saved_tensors
-        x = x.detach().requires_grad_()
+        needed = ctx.needs_input_grad[3:]
+        pairs = zip(ctx.saved_tensors, needed, strict=False)  # the rest of `needed` is of the weights
+        inputs = [x.detach().requires_grad_(is_needed) for x, is_needed in pairs]
         enabled, dtype = ctx.autocast
-        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
-            out = ctx.block(x, rotations)
-        found = torch.autograd.grad(out, [x, *ctx.weights], gradients)
-        return (None, None, found[0], None, *found[1:])
+        with torch.enable_grad(), torch.autocast(gradients[0].device.type, dtype, enabled=enabled):
+            out = ctx.block(*inputs)
+        sought = [x for x in (*inputs, *ctx.weights) if x.requires_grad]
+        found = iter(torch.autograd.grad(out, sought, gradients))
+        return None, None, None, *(next(found) if is_needed else None for is_needed in needed)
 
 
-def recomputed(block: nn.Module, x: Tensor, rotations: Tensor) -> Tensor:
-    """Compute `block(x, rotations)` and keep only x for reverse mode; this is exact, and costs one more forward pass.
+def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """Compute `block(*inputs)` and keep only the inputs for reverse mode: exact, at the cost of one more forward pass.
 
     The activation checkpointing of torch cannot do this: it saves tensors in a pass with tangents, and fails to match
     them in the pass without tangents that reverse mode runs.
     """
     if not torch.is_grad_enabled():
-        return block(x, rotations)
+        return block(*inputs)
     with torch.no_grad():
-        out, tangent = unpack_dual(block(x, rotations))
-    x = unpack_dual(x)[0]
+        out, tangent = unpack_dual(block(*inputs))
+    values = [unpack_dual(x)[0] for x in inputs]
     trained = [p for p in block.parameters() if p.requires_grad]
-    out = _Recomputed.apply(block, out, x, rotations, *trained)
+    out = _Recomputed.apply(block, out, len(values), *values, *trained)
     return out if tangent is None else make_dual(out, tangent)
 
 
@@ -150,6 +150,16 @@ def linear(fan_in: int, fan_out: int, scale: float = 1.0, *, bias: bool = True) 
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def learned_tokens(count: int, width: int) -> nn.Parameter:
+    """Make tokens [1, count, width]; with three dimensions, so that Muon does not treat them as a matrix."""
+    return nn.Parameter(torch.randn(1, count, width) / width**0.5)
+
+
+def per_sample(value: Tensor) -> Tensor:
+    """Reshape a number per sample [B] to multiply canvases [B, H, W, C]."""
+    return value[:, None, None, None]
 
 
 def make_dual(value: Tensor, tangent: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Source: Trajectory Forcing (2026), with the network of pixel MeanFlow (2026), ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from trainer.networks.attention import Block, grid_rotations
+from trainer.networks.attention import Block, Blocks, grid_rotations, sequence_rotations
 from trainer.networks.config import ModelConfig
 from trainer.networks.gaussian_start import GaussianStart, Seen
 from trainer.networks.layers import (
@@ -32,9 +33,10 @@ from trainer.networks.layers import (
     ScalarEmbedding,
     at_least_float32,
     detach_tangent,
+    learned_tokens,
     linear,
     make_dual,
-    recomputed,
+    per_sample,
     unpack_dual,
 )
 
@@ -63,16 +65,16 @@ class Guidance(NamedTuple):
     t_max: Tensor
 
 
+GuidanceLike = Mapping[str, object] | Sequence[object]
+"""What `as_guidance` takes."""
+
+
 def velocity(z: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Return the velocity at z [B, H, W, C] that leads to the clean canvas x: (z − x)/clip(t, 0.05, 1)."""
-    return (z - x) / _clipped(t)
+    return (z - x) / per_sample(t.clamp(TIME_FLOOR, 1.0))
 
 
-def _clipped(t: Tensor) -> Tensor:
-    return t.clamp(TIME_FLOOR, 1.0)[:, None, None, None]
-
-
-def as_guidance(guidance: Mapping[str, object] | Sequence[object], like: Tensor) -> Guidance:
+def as_guidance(guidance: GuidanceLike, like: Tensor) -> Guidance:
     """Make Guidance from a mapping or a triple of numbers or tensors, expanded to the shape [B] of `like`."""
     values = (
         [guidance[name] for name in Guidance._fields] if isinstance(guidance, Mapping) else list(guidance)
@@ -88,8 +90,6 @@ class TrajectoryTransformer(nn.Module):
     """The network of `ModelConfig`, float32, initialised from torch's global generator."""
 
     rotations: Tensor
-    recompute: bool = False
-    """Whether blocks are recomputed in the backward pass instead of storing activations."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,20 +100,22 @@ class TrajectoryTransformer(nn.Module):
         self.prev_embedder = linear(channels, D)
         if c.fusion == "fused":
             self.fusion = linear(2 * D, D)
-        self.class_tokens = _tokens(c.num_class_tokens, D)
-        self.class_table = _tokens(c.num_classes + 1, D)
+        self.class_tokens = learned_tokens(c.num_class_tokens, D)
+        self.class_table = learned_tokens(c.num_classes + 1, D)
         if c.guidance:
-            self.omega_tokens = _tokens(c.num_guidance_tokens, D)
-            self.t_min_tokens = _tokens(c.num_interval_tokens, D)
-            self.t_max_tokens = _tokens(c.num_interval_tokens, D)
+            self.omega_tokens = learned_tokens(c.num_guidance_tokens, D)
+            self.t_min_tokens = learned_tokens(c.num_interval_tokens, D)
+            self.t_max_tokens = learned_tokens(c.num_interval_tokens, D)
             self.omega_embedder, self.t_min_embedder, self.t_max_embedder = (
                 ScalarEmbedding(D) for _ in range(3)
             )
-        self.time_tokens = _tokens(c.num_time_tokens, D)
+        self.time_tokens = learned_tokens(c.num_time_tokens, D)
         self.time_embedder = ScalarEmbedding(D)
-        self.level_tokens = _tokens(c.num_level_tokens, D)
-        self.level_table = _tokens(c.num_levels + 1, D)
-        rotations = self._rotations()
+        self.level_tokens = learned_tokens(c.num_level_tokens, D)
+        self.level_table = learned_tokens(c.num_levels + 1, D)
+        grid = grid_rotations(*self._network_grid, D // c.num_heads, c.rope_theta)
+        grids = [grid] if c.fusion == "fused" else [grid, grid]
+        rotations = sequence_rotations(self.num_conditioning_tokens, *grids)
         self.register_buffer("rotations", rotations, persistent=False)
         self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
         self.shared_blocks = self._blocks(c.depth - c.head_depth)
@@ -141,7 +143,7 @@ class TrajectoryTransformer(nn.Module):
         label: Tensor,
         level: Tensor,
         prev: Tensor,
-        guidance: Guidance | Mapping[str, object] | Sequence[object] | None = None,
+        guidance: GuidanceLike | None = None,
         heads: Heads = "uv",
     ) -> Prediction:
         """Predict from the canvas z at time t.
@@ -152,12 +154,12 @@ class TrajectoryTransformer(nn.Module):
         heads: evaluate both heads or only one of them.
         Raises MismatchError if z does not fit the network, UsageError if guidance does not.
         """
-        x, rotations, seen = self._trunk(z, t, r, label, level, prev, guidance)
+        x, seen = self._trunk(z, t, r, label, level, prev, guidance)
         x_u, u, v = None, None, None
         if "u" in heads:
-            x_u, u = self._towards(self._u_head(x, rotations), z, t, r, seen)
+            x_u, u = self._u_head(x, z, t, r, seen)
         if "v" in heads:
-            _, v = self._towards(self._v_head(x, rotations), z, t, t, seen)
+            v, _ = self._v_head(x, z, t, seen)
         return Prediction(x_u, u, v)  # type: ignore[arg-type]
 
     def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
@@ -165,10 +167,8 @@ class TrajectoryTransformer(nn.Module):
 
         inputs: label, level and prev as for `forward`.
         """
-        x, rotations, seen = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
-        hidden = self.v_norm(self._image(self._pass(self.v_blocks, x, rotations)))
-        _, v = self._towards(self.canvas(self.v_out(hidden)), z, t, t, seen)
-        return v, hidden
+        x, seen = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
+        return self._v_head(x, z, t, seen)
 
     def forward_with_derivative(
         self,
@@ -189,29 +189,42 @@ class TrajectoryTransformer(nn.Module):
         with forward_ad.dual_level():
             z_dual = make_dual(z, direction.to(z.dtype))
             t_dual = make_dual(t, torch.ones_like(t))
-            x, rotations, seen = self._trunk(z_dual, t_dual, r, label, level, prev, guidance)
-            x_u_dual, u_dual = self._towards(self._u_head(x, rotations), z_dual, t_dual, r, seen)
+            x, seen = self._trunk(z_dual, t_dual, r, label, level, prev, guidance)
+            x_u_dual, u_dual = self._u_head(x, z_dual, t_dual, r, seen)
             u, du_dt = unpack_dual(u_dual)
             x_u, x = unpack_dual(x_u_dual)[0], unpack_dual(x)[0]
             assert du_dt is not None  # t is dual
             du_dt = du_dt.detach()
             seen = seen and Seen(*(unpack_dual(part)[0] for part in seen))
-        _, v = self._towards(self._v_head(x, rotations), z, t, t, seen)
+        v, _ = self._v_head(x, z, t, seen)
         return Prediction(x_u, u, v), du_dt
 
+    def _u_head(self, x: Tensor, z: Tensor, t: Tensor, r: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor]:
+        """Return the clean canvas and the average velocity from t to r, float32 [B, H, W, C] each."""
+        return self._towards(self.u_out(self._hidden(x, self.u_blocks, self.u_norm)), z, t, r, seen)
+
+    def _v_head(self, x: Tensor, z: Tensor, t: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor]:
+        """Return the instantaneous velocity float32 [B, H, W, C], and the hidden tokens [B, N, D]."""
+        hidden = self._hidden(x, self.v_blocks, self.v_norm)
+        return self._towards(self.v_out(hidden), z, t, t, seen)[1], hidden
+
+    def _hidden(self, x: Tensor, blocks: Blocks, norm: RMSNorm) -> Tensor:
+        image = blocks(x, self.rotations)[:, self.num_conditioning_tokens :]
+        return norm(image[:, : math.prod(self._network_grid)])
+
     def _towards(
-        self, predicted: Tensor, z: Tensor, t: Tensor, r: Tensor, seen: Seen | None
+        self, tokens: Tensor, z: Tensor, t: Tensor, r: Tensor, seen: Seen | None
     ) -> tuple[Tensor, Tensor]:
         """Return the clean canvas that a head leads to from z, and the velocity there, float32 [B, H, W, C] each.
 
-        predicted: what the head returned, the clean canvas or, with a Gaussian start, what it adds to the start's.
+        tokens: what the head returned, the clean canvas or, with a Gaussian start, what it adds to the start's.
         """
-        z = at_least_float32(z)
+        predicted, z = self.canvas(tokens), at_least_float32(z)
         if self.start is None or seen is None:
             return predicted, velocity(z, predicted, t)
         with torch.autocast(z.device.type, enabled=False):
             u = self.start.velocity(seen, r, predicted)
-        return z - _clipped(t) * u, u
+        return z - per_sample(t.clamp(TIME_FLOOR, 1.0)) * u, u
 
     def _trunk(
         self,
@@ -221,24 +234,20 @@ class TrajectoryTransformer(nn.Module):
         label: Tensor,
         level: Tensor,
         prev: Tensor,
-        guidance: Guidance | Mapping[str, object] | Sequence[object] | None = None,
-    ) -> tuple[Tensor, Tensor, Seen | None]:
+        guidance: GuidanceLike | None = None,
+    ) -> tuple[Tensor, Seen | None]:
         self._check(z, prev, guidance)
         seen = None
         if self.start is not None:
             with torch.autocast(z.device.type, enabled=False):
                 seen = self.start.see(at_least_float32(z), t=t, label=label, level=level, prev=prev)
                 z = self.start.drawn(seen)
-        image = self._fuse(*(_joined(canvas, self.config.patch_size) for canvas in (z, prev)))
+        p = self.config.patch_size
+        both = self.x_embedder(_joined(z, p)), self.prev_embedder(_joined(prev, p))
+        is_fused = self.config.fusion == "fused"
+        image = self.fusion(torch.cat(both, dim=-1)) if is_fused else torch.cat(both, dim=1)
         x = torch.cat([*self._conditioning(t, r, label, level, guidance), image], dim=1) + self.positions
-        rotations = torch.view_as_complex(at_least_float32(self.rotations))
-        return detach_tangent(self._pass(self.shared_blocks, x, rotations)), rotations, seen
-
-    def _fuse(self, z_BNC: Tensor, prev_BNC: Tensor) -> Tensor:
-        z, prev = self.x_embedder(z_BNC), self.prev_embedder(prev_BNC)
-        if self.config.fusion == "fused":
-            return self.fusion(torch.cat([z, prev], dim=-1))
-        return torch.cat([z, prev], dim=1)
+        return detach_tangent(self.shared_blocks(x, self.rotations)), seen
 
     def _conditioning(
         self,
@@ -246,7 +255,7 @@ class TrajectoryTransformer(nn.Module):
         r: Tensor,
         label: Tensor,
         level: Tensor,
-        guidance: Guidance | Mapping[str, object] | Sequence[object] | None,
+        guidance: GuidanceLike | None,
     ) -> list[Tensor]:
         tokens = [self.class_tokens + F.embedding(label, self.class_table[0])[:, None]]
         if self.config.guidance:
@@ -261,23 +270,6 @@ class TrajectoryTransformer(nn.Module):
         tokens.append(self.level_tokens + F.embedding(level, self.level_table[0])[:, None])
         return tokens
 
-    def _u_head(self, x: Tensor, rotations: Tensor) -> Tensor:
-        x = self._pass(self.u_blocks, x, rotations)
-        return self.canvas(self.u_out(self.u_norm(self._image(x))))
-
-    def _v_head(self, x: Tensor, rotations: Tensor) -> Tensor:
-        x = self._pass(self.v_blocks, x, rotations)
-        return self.canvas(self.v_out(self.v_norm(self._image(x))))
-
-    def _pass(self, blocks: nn.ModuleList, x: Tensor, rotations: Tensor) -> Tensor:
-        for block in blocks:
-            x = recomputed(block, x, rotations) if self.recompute else block(x, rotations)
-        return x
-
-    def _image(self, x: Tensor) -> Tensor:
-        rows, columns = self._network_grid
-        return x[:, self.num_conditioning_tokens :][:, : rows * columns]
-
     def canvas(self, x_BNC: Tensor) -> Tensor:
         """Lay out p²·C numbers for each of the network's tokens, [B, N, p²·C], as a canvas float32 [B, H, W, C]."""
         return _split(at_least_float32(x_BNC).unflatten(1, self._network_grid), self.config.patch_size)
@@ -288,17 +280,9 @@ class TrajectoryTransformer(nn.Module):
         rows, columns = (side // self.config.patch_size for side in self.config.grid)
         return rows, columns
 
-    def _blocks(self, count: int) -> nn.ModuleList:
+    def _blocks(self, count: int) -> Blocks:
         c = self.config
-        return nn.ModuleList(Block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(count))
-
-    def _rotations(self) -> Tensor:
-        """Return real and imaginary parts for the whole sequence; conditioning tokens are not rotated."""
-        c = self.config
-        grid = grid_rotations(*self._network_grid, c.width // c.num_heads, c.rope_theta)
-        still = torch.ones(self.num_conditioning_tokens, grid.shape[-1], dtype=grid.dtype)
-        copies = [grid] if c.fusion == "fused" else [grid, grid]
-        return torch.view_as_real(torch.cat([still, *copies])[:, None])
+        return Blocks(Block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(count))
 
     def _check(self, z: Tensor, prev: Tensor, guidance: object) -> None:
         expected = (len(z), *self.config.grid, self.config.in_channels)
@@ -313,11 +297,6 @@ class TrajectoryTransformer(nn.Module):
                 "guidance was given to a network trained without it: leave it out, or train with "
                 "model.guidance=true"
             )
-
-
-def _tokens(count: int, width: int) -> nn.Parameter:
-    """Create learned tokens [1, count, D]; with three dimensions, so that Muon does not treat them as a matrix."""
-    return nn.Parameter(torch.randn(1, count, width) / width**0.5)
 
 
 def _joined(canvas: Tensor, p: int) -> Tensor:

@@ -22,6 +22,7 @@ from trainer.methods import registry
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig
 from trainer.methods.trajectory_forcing import objective as tf
 from trainer.methods.trajectory_forcing.config import MethodConfig
+from trainer.networks.attention import Blocks
 from trainer.networks.config import ModelConfig
 from trainer.training.log import read_metrics
 from trainer.training.method_run import compiled
@@ -55,7 +56,9 @@ def terms_and_gradients(
     recompute: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model = awake(config)
-    model.recompute = recompute
+    for module in model.modules():
+        if isinstance(module, Blocks):
+            module.recompute = recompute
     generator = torch.Generator().manual_seed(3)
     x, prev = torch.randn(2, 4, 2, 2, 4, generator=generator)
     draws = tf.draw_batch(4, (2, 2, 4), MethodConfig(), seed=0, step=0)

@@ -20,11 +20,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hierarchy_builder.errors import MismatchError
 from trainer.methods.latent_forcing.config import LatentModelConfig
-from trainer.networks.attention import Attention, grid_rotations
+from trainer.networks.attention import Attention, Blocks, grid_rotations, sequence_rotations
 from trainer.networks.layers import RMSNorm, ScalarEmbedding, SwiGLU, at_least_float32, grid_positions, linear
 
 PIXEL_CHANNELS = 3
@@ -54,7 +53,7 @@ class AdaptiveBlock(nn.Module):
         self.mlp = SwiGLU(width, int(config.mlp_ratio * width), bias=True)
         self.modulation = linear(config.width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, rotations: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, condition: Tensor) -> Tensor:
         for_attention, for_mlp = self.modulation(condition)[:, None].chunk(2, dim=-1)
         shift, scale, gate = for_attention.chunk(3, dim=-1)
         x = x + gate * self.attention(_modulated(self.attention_norm(x), shift, scale), rotations)
@@ -84,8 +83,11 @@ class Expert(nn.Module):
         c, width = config, config.expert_width
         self.projection = linear(c.width, width)
         num_heads = width * c.num_heads // c.width
-        self.blocks = nn.ModuleList(AdaptiveBlock(c, width, num_heads) for _ in range(c.expert_depth))
+        self.blocks = Blocks(AdaptiveBlock(c, width, num_heads) for _ in range(c.expert_depth))
         self.output = Output(c, width, fan_out)
+
+    def forward(self, x: Tensor, rotations: Tensor, condition: Tensor) -> Tensor:
+        return self.output(self.blocks(self.projection(x), rotations, condition), condition)
 
 
 class PixelLatentTransformer(nn.Module):
@@ -93,8 +95,6 @@ class PixelLatentTransformer(nn.Module):
 
     rotations: Tensor
     positions: Tensor
-    recompute: bool = False
-    """Whether blocks are recomputed in the backward pass instead of storing activations."""
 
     def __init__(self, config: LatentModelConfig) -> None:
         super().__init__()
@@ -107,16 +107,14 @@ class PixelLatentTransformer(nn.Module):
         self.latent_clocks = nn.ModuleList(ScalarEmbedding(D) for _ in range(c.num_canvases))
         self.class_table = nn.Embedding(c.num_classes + 1, D)
         self.class_tokens = nn.Parameter(torch.empty(1, c.num_class_tokens, D))
-        self.blocks = nn.ModuleList(AdaptiveBlock(c, D, c.num_heads) for _ in range(c.depth))
+        self.blocks = Blocks(AdaptiveBlock(c, D, c.num_heads) for _ in range(c.depth))
         if c.expert_depth:
             self.pixel_expert, self.latent_expert = Expert(c, patch), Expert(c, c.latent_channels)
         else:
             self.output = Output(c, D, patch + c.latent_channels)
         self.register_buffer("positions", grid_positions(*c.grid, D), persistent=False)
         grid = grid_rotations(*c.grid, D // c.num_heads, c.rope_theta)
-        still = torch.ones(c.num_class_tokens, grid.shape[-1], dtype=grid.dtype)
-        rotations = torch.view_as_real(torch.cat([still, grid])[:, None])
-        self.register_buffer("rotations", rotations, persistent=False)
+        self.register_buffer("rotations", sequence_rotations(c.num_class_tokens, grid), persistent=False)
         self._initialise()
 
     def forward(
@@ -130,47 +128,28 @@ class PixelLatentTransformer(nn.Module):
         Raises MismatchError if pixels or latents do not fit the network.
         """
         self._check(pixels, latents)
-        condition, label_BD = self._condition(t_pixels, t_latents, label)
+        c, label_BD = self.config, self.class_table(label)
+        condition = self._condition(t_pixels, t_latents, label_BD)
+        rotations = self.rotations[c.num_class_tokens :]
         x = self.pixel_embedder(self._patches(pixels)) + self.latent_embedder(latents.flatten(1, 2))
-        x = self._trunk(x + self.positions, condition, label_BD)
-        if self.config.expert_depth:
-            patches, canvas = (self._expert(e, x, condition) for e in (self.pixel_expert, self.latent_expert))
+        x = self.blocks(x + self.positions, rotations, condition, part=slice(c.class_tokens_at))
+        x = torch.cat([(label_BD[:, None] + self.class_tokens).to(x.dtype), x], dim=1)
+        x = self.blocks(x, self.rotations, condition, part=slice(c.class_tokens_at, None))
+        x = x[:, c.num_class_tokens :]
+        if c.expert_depth:
+            patches, canvas = (e(x, rotations, condition) for e in (self.pixel_expert, self.latent_expert))
         else:
             both = self.output(x, condition)
-            patches, canvas = both.tensor_split([both.shape[-1] - self.config.latent_channels], dim=-1)
-        return self._picture(patches), canvas.unflatten(1, self.config.grid)
+            patches, canvas = both.tensor_split([both.shape[-1] - c.latent_channels], dim=-1)
+        return self._picture(patches), canvas.unflatten(1, c.grid)
 
-    def _condition(self, t_pixels: Tensor, t_latents: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the condition of the norms [B, D] and the embedded class [B, D]; in the weights, data have time 1."""
-        label_BD = self.class_table(label)
+    def _condition(self, t_pixels: Tensor, t_latents: Tensor, label_BD: Tensor) -> Tensor:
+        """Return the condition of the norms, [B, D]; in the weights, data have time 1."""
         clocks = t_latents[:, None].expand(-1, len(self.latent_clocks)) if t_latents.ndim == 1 else t_latents
         total = self.pixel_clock(1 - t_pixels) + label_BD
         for embed, t in zip(self.latent_clocks, clocks.unbind(dim=1), strict=True):
             total = total + embed(1 - t)
-        return F.silu(total), label_BD
-
-    def _trunk(self, x: Tensor, condition: Tensor, label_BD: Tensor) -> Tensor:
-        c = self.config
-        everything = torch.view_as_complex(at_least_float32(self.rotations))
-        rotations = everything[c.num_class_tokens :]
-        for number, block in enumerate(self.blocks):
-            if number == c.class_tokens_at and c.num_class_tokens:
-                x = torch.cat([(label_BD[:, None] + self.class_tokens).to(x.dtype), x], dim=1)
-                rotations = everything
-            x = self._pass(block, x, condition, rotations)
-        return x[:, x.shape[1] - len(self.positions) :]
-
-    def _expert(self, expert: Expert, x: Tensor, condition: Tensor) -> Tensor:
-        x = expert.projection(x)
-        rotations = torch.view_as_complex(at_least_float32(self.rotations))[self.config.num_class_tokens :]
-        for block in expert.blocks:
-            x = self._pass(block, x, condition, rotations)
-        return expert.output(x, condition)
-
-    def _pass(self, block: nn.Module, x: Tensor, condition: Tensor, rotations: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, condition, rotations, use_reentrant=False, preserve_rng_state=False)
-        return block(x, condition, rotations)
+        return F.silu(total)
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Cut [B, H·P, W·P, 3] into patches [B, N, P·P·3], each in the order rows, columns, channels."""

@@ -22,8 +22,15 @@ from hierarchy_builder.errors import MismatchError
 from trainer.methods.normalizing_trajectory.chains import posterior
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
 from trainer.methods.normalizing_trajectory.transporter import Transporter, bounded
-from trainer.networks.attention import Block, grid_rotations
-from trainer.networks.layers import RMSNorm, ScalarEmbedding, at_least_float32, linear, recomputed
+from trainer.networks.attention import Block, Blocks, grid_rotations, sequence_rotations
+from trainer.networks.layers import (
+    RMSNorm,
+    ScalarEmbedding,
+    at_least_float32,
+    learned_tokens,
+    linear,
+    per_sample,
+)
 from trainer.networks.trajectory_transformer import TrajectoryTransformer
 
 TIME_SCALE = 100.0
@@ -52,34 +59,30 @@ class Given(NamedTuple):
 
 
 class SpatialTransformer(nn.Module):
-    """Maps canvases [B, H, W, C_in] to tokens [B, N, D] by blocks over class tokens and image tokens."""
+    """Maps states u [B, H, W, C] to tokens [B, N, D] by blocks over class tokens and image tokens."""
 
     rotations: Tensor
-    recompute: bool = False
 
-    def __init__(self, config: NormalizingModelConfig, depth: int, channels_in: int) -> None:
+    def __init__(self, config: NormalizingModelConfig, depth: int) -> None:
         super().__init__()
         c, D = config, config.width
-        self.num_class_tokens = c.num_class_tokens
-        self.embedder = linear(channels_in, D)
-        self.class_tokens = nn.Parameter(torch.randn(1, c.num_class_tokens, D) / D**0.5)
-        self.class_table = nn.Parameter(torch.randn(1, c.num_classes + 1, D) / D**0.5)
+        self.config = config
+        self.embedder = linear(2 * c.in_channels if c.knows_levels else c.in_channels, D)
+        self.class_tokens = learned_tokens(c.num_class_tokens, D)
+        self.class_table = learned_tokens(c.num_classes + 1, D)
         grid = grid_rotations(*c.grid, D // c.num_heads, c.rope_theta)
-        still = torch.ones(c.num_class_tokens, grid.shape[-1], dtype=grid.dtype)
-        rotations = torch.view_as_real(torch.cat([still, grid])[:, None])
+        rotations = sequence_rotations(c.num_class_tokens, grid)
         self.register_buffer("rotations", rotations, persistent=False)
         self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
-        self.blocks = nn.ModuleList(Block(D, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(depth))
+        self.blocks = Blocks(Block(D, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(depth))
         self.norm = RMSNorm(D, c.norm_eps)
 
-    def forward(self, canvases: Tensor, label: Tensor, condition: Tensor) -> Tensor:
-        image = self.embedder(canvases.flatten(1, 2)) + condition[:, None]
-        classes = self.class_tokens + self.class_table[0][label][:, None]
-        x = torch.cat([classes, image], dim=1) + self.positions
-        rotations = torch.view_as_complex(at_least_float32(self.rotations))
-        for block in self.blocks:
-            x = recomputed(block, x, rotations) if self.recompute else block(x, rotations)
-        return self.norm(x[:, self.num_class_tokens :])
+    def forward(self, u: Tensor, given: Given, condition: Tensor) -> Tensor:
+        seen = torch.cat([u, given.prev], dim=-1) if self.config.knows_levels else u
+        image = self.embedder(seen.flatten(1, 2)) + condition[:, None]
+        classes = self.class_tokens + self.class_table[0][given.label][:, None]
+        x = self.blocks(torch.cat([classes, image], dim=1) + self.positions, self.rotations)
+        return self.norm(x[:, classes.shape[1] :])
 
 
 class Predictor(nn.Module):
@@ -88,18 +91,16 @@ class Predictor(nn.Module):
     def __init__(self, config: NormalizingModelConfig) -> None:
         super().__init__()
         self.config = config
-        channels = config.in_channels * (2 if config.knows_levels else 1)
-        self.trunk = SpatialTransformer(config, config.depth, channels)
+        self.trunk = SpatialTransformer(config, config.depth)
         self.target_time = ScalarEmbedding(config.width)
         self.condition = Condition(config, config.width)
         self.out = linear(config.width, 2 * config.in_channels, 0.0)
 
     def forward(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
         condition = self.condition(t, given.level, num_steps) + self.target_time(TIME_SCALE * s)
-        seen = torch.cat([u, given.prev], dim=-1) if self.config.knows_levels else u
-        tokens = self.trunk(seen, given.label, condition)
+        tokens = self.trunk(u, given, condition)
         mean, scale = at_least_float32(self.out(tokens)).unflatten(1, self.config.grid).chunk(2, dim=-1)
-        return Gaussian(_per_sample(self._skip(t, s)) * u + mean, bounded(scale))
+        return Gaussian(per_sample(self._skip(t, s)) * u + mean, bounded(scale))
 
     def _skip(self, t: Tensor, s: Tensor) -> Tensor:
         """Return the factor of u_t in the mean: the posterior's; with `levels` 1, except for the coarsest level."""
@@ -122,9 +123,9 @@ class FlowPredictor(nn.Module):
 
     def forward(self, u: Tensor, t: Tensor, s: Tensor, given: Given, num_steps: int) -> Gaussian:
         v, hidden = self.backbone.velocity_and_hidden(u, t=t, **given._asdict())
-        a, b, c = (_per_sample(factor) for factor in posterior(t, s))
+        a, b, c = (per_sample(factor) for factor in posterior(t, s))
         delta = self.backbone.canvas(self.delta(hidden))
-        return Gaussian(a * u + b * (u - _per_sample(t) * v), torch.log(c) + bounded(delta))
+        return Gaussian(a * u + b * (u - per_sample(t) * v), torch.log(c) + bounded(delta))
 
 
 class Denoiser(nn.Module):
@@ -132,16 +133,13 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: NormalizingModelConfig) -> None:
         super().__init__()
-        self.config = config
-        channels = config.in_channels * (2 if config.knows_levels else 1)
-        self.trunk = SpatialTransformer(config, config.denoiser_depth, channels)
+        self.trunk = SpatialTransformer(config, config.denoiser_depth)
         self.condition = Condition(config, config.width)
         self.out = linear(config.width, config.in_channels, 0.0)
 
     def forward(self, u: Tensor, t: Tensor, given: Given, num_steps: int) -> Tensor:
-        seen = torch.cat([u, given.prev], dim=-1) if self.config.knows_levels else u
-        tokens = self.trunk(seen, given.label, self.condition(t, given.level, num_steps))
-        return u + at_least_float32(self.out(tokens)).unflatten(1, self.config.grid)
+        tokens = self.trunk(u, given, self.condition(t, given.level, num_steps))
+        return u + at_least_float32(self.out(tokens)).unflatten(1, u.shape[1:3])
 
 
 class Condition(nn.Module):
@@ -151,9 +149,8 @@ class Condition(nn.Module):
         super().__init__()
         self.num_steps = config.num_steps
         self.time = ScalarEmbedding(width)
-        several, levels = len(config.num_steps) > 1, config.knows_levels
-        self.steps = _table(len(config.num_steps), width) if several else None
-        self.levels = _table(config.num_levels, width) if levels else None
+        self.steps = learned_tokens(len(self.num_steps), width) if len(self.num_steps) > 1 else None
+        self.levels = learned_tokens(config.num_levels, width) if config.knows_levels else None
 
     def forward(self, t: Tensor, level: Tensor, num_steps: int) -> Tensor:
         condition = self.time(TIME_SCALE * t)
@@ -212,11 +209,3 @@ class NormalizingNetwork(nn.Module):
                 f"{num_steps} transitions, the network was trained on {known}: use {known}, or train one with "
                 f"model.num_steps=[{num_steps}]"
             )
-
-
-def _table(count: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(1, count, width) / width**0.5)
-
-
-def _per_sample(value: Tensor) -> Tensor:
-    return value[:, None, None, None]

@@ -14,15 +14,13 @@ arXiv 2506.06276, for the start token and the bounded scales.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
-from trainer.networks.attention import Attention, Block, grid_rotations, rotate
-from trainer.networks.layers import RMSNorm, at_least_float32, linear, recomputed
+from trainer.networks.attention import Attention, Block, Blocks, grid_rotations, sequence_rotations
+from trainer.networks.layers import RMSNorm, at_least_float32, learned_tokens, linear
 
 LOG_SCALE_BOUND = 4.0
 """Log-scales are c·tanh(a/c) with this c, so elements are scaled by a factor between e^−4 and e^4."""
@@ -48,14 +46,10 @@ class KeyValues:
 class CausalAttention(Attention):
     """Attention of each token to itself and the tokens before it; with a cache, x is the one next token."""
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: KeyValues | None = None) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        q, k = rotate(self.q_norm(q), rotations).to(v.dtype), rotate(self.k_norm(k), rotations).to(v.dtype)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValues | None = None) -> Tensor:
         if cache is not None:
             k, v = cache.append(k, v)
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
-        return self.out(heads.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
 
 
 class CausalBlock(Block):
@@ -65,35 +59,23 @@ class CausalBlock(Block):
         super().__init__(width, num_heads, mlp_ratio, norm_eps)
         self.attention = CausalAttention(width, num_heads, norm_eps)
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: KeyValues | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotations, cache) * self.attention_gate
-        return x + self.mlp(self.mlp_norm(x)) * self.mlp_gate
-
-
-class Affine(NamedTuple):
-    """Shift and log-scale of each token, float32 [B, N, C]."""
-
-    mean: Tensor
-    log_scale: Tensor
-
 
 class AutoregressiveBlock(nn.Module):
     """One affine autoregressive map; with `flipped` it processes the tokens from the last to the first."""
 
     rotations: Tensor
-    recompute: bool = False
 
     def __init__(self, config: NormalizingModelConfig, flipped: bool) -> None:
         super().__init__()
         c, D = config, config.flow_width
         self.flipped, self.max_log_scale = flipped, c.flow_max_log_scale
         self.embedder = linear(c.in_channels, D)
-        self.start = nn.Parameter(torch.randn(1, 1, D) / D**0.5)
+        self.start = learned_tokens(1, D)
         rotations = grid_rotations(*c.grid, D // c.flow_heads, c.rope_theta)
-        rotations = rotations.flip(0) if flipped else rotations
-        self.register_buffer("rotations", torch.view_as_real(rotations[:, None]), persistent=False)
+        rotations = sequence_rotations(0, rotations.flip(0) if flipped else rotations)
+        self.register_buffer("rotations", rotations, persistent=False)
         self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             CausalBlock(D, c.flow_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.flow_depth)
         )
         self.norm = RMSNorm(D, c.norm_eps)
@@ -122,18 +104,14 @@ class AutoregressiveBlock(nn.Module):
             before = self.embedder(x[:, n : n + 1])
         return self._ordered(x)
 
-    def _affine(self, x: Tensor, condition: Tensor) -> Affine:
-        """Compute shift and scale of every token from the tokens before it, in this block's order."""
+    def _affine(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and log-scale of every token, [B, N, C] each, from the tokens before it in this block's order."""
         h = torch.cat([self.start.expand(len(x), 1, -1), self.embedder(x[:, :-1])], dim=1)
-        h = h + self.positions[:, : x.shape[1]] + condition[:, None]
-        rotations = torch.view_as_complex(at_least_float32(self.rotations[: x.shape[1]]))
-        for block in self.blocks:
-            h = recomputed(block, h, rotations) if self.recompute else block(h, rotations)
-        return self._read(h)
+        return self._read(self.blocks(h + self.positions + condition[:, None], self.rotations))
 
-    def _read(self, h: Tensor) -> Affine:
+    def _read(self, h: Tensor) -> tuple[Tensor, Tensor]:
         mean, scale = at_least_float32(self.out(self.norm(h))).chunk(2, dim=-1)
-        return Affine(mean, bounded(scale, self.max_log_scale))
+        return mean, bounded(scale, self.max_log_scale)
 
     def _ordered(self, x: Tensor) -> Tensor:
         return x.flip(1) if self.flipped else x

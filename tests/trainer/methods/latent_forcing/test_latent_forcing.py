@@ -235,7 +235,8 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
     gradients = []
     for recompute in (False, True):
         network = filled(TINY)
-        network.recompute = recompute
+        network.blocks.recompute = recompute
+        network.pixel_expert.blocks.recompute = recompute
         pixels, latents = network(**inputs(TINY))
         (pixels.square().sum() + latents.square().sum()).backward()
         gradients.append([p.grad for p in network.parameters()])

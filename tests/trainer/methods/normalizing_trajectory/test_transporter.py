@@ -39,8 +39,8 @@ def test_cached_inverse_equals_the_slow_one() -> None:
     u, condition = normal(2, 6, C), normal(2, 16)
     x = torch.zeros_like(u)
     for _ in range(6):  # each pass of the parallel map puts one more token right
-        affine = block._affine(x.flip(1), condition)
-        x = (u.flip(1) * affine.log_scale.exp() + affine.mean).flip(1)
+        mean, log_scale = block._affine(x.flip(1), condition)
+        x = (u.flip(1) * log_scale.exp() + mean).flip(1)
     with torch.no_grad():
         torch.testing.assert_close(block.inverse(u, condition), x, atol=1e-12, rtol=1e-12)
 
