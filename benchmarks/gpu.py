@@ -53,7 +53,7 @@ try:
     from trainer.methods.trajectory_forcing import objective
     from trainer.methods.trajectory_forcing.config import MethodConfig
     from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-    from trainer.methods.trajectory_forcing.presets import preset
+    from trainer.methods.trajectory_forcing.presets import PRESETS
     from trainer.methods.trajectory_forcing.sample import sample_levels
     from trainer.post_training.distance import Target
     from trainer.training.config import OptimConfig
@@ -823,7 +823,7 @@ def tests(bench: Bench) -> None:
 def small_network(device: torch.device | str) -> TrajectoryTransformer:
     """Two blocks and two heads of width 64 on 32 channels, with gates that are open."""
     config = dataclasses.replace(
-        preset("TF-B").model, width=64, depth=2, head_depth=1, num_heads=2, in_channels=32, num_classes=10
+        PRESETS["TF-B"]().model, width=64, depth=2, head_depth=1, num_heads=2, in_channels=32, num_classes=10
     )
     torch.manual_seed(0)
     model = TrajectoryTransformer(config)
@@ -839,7 +839,7 @@ def network(bench: Bench, name: str) -> TrajectoryTransformer:
         return small_network(bench.device)
     torch.manual_seed(0)
     with torch.device(bench.device):
-        return TrajectoryTransformer(preset(name).model)
+        return TrajectoryTransformer(PRESETS[name]().model)
 
 
 def canvases(model: TrajectoryTransformer, images: int, device: torch.device | str) -> dict[str, Tensor]:

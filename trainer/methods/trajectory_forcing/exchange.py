@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -30,7 +29,7 @@ from trainer.data.normalisation import RAW
 from trainer.methods.trajectory_forcing import release as official
 from trainer.methods.trajectory_forcing.config import RELEASE_SHIFT, MethodConfig, TrainConfig, from_mapping
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
-from trainer.methods.trajectory_forcing.presets import preset
+from trainer.methods.trajectory_forcing.presets import PRESETS
 from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved
 from trainer.training.config import checked
@@ -73,23 +72,25 @@ def import_official(
     does not fit it, or lacks the average.
     """
     place = config or _find_config(file)
-    given = read_fields(place) if place else _fields_of(file)
+    given = read_fields(place) if place else official.config_of(official.read_part(file, "params"), file)
     where = str(place or file)
     model_config = official.read_config(given, where)
     names = [name for name, _ in official.read_parts(file, lambda name: False)]
-    for needed in (None, ema):
-        if official.part_name(needed) not in names:
-            raise official.missing_weights(names, file, needed)
+    for needed in ("params", official.part_name(ema)):
+        if needed not in names:
+            raise official.missing_part(needed, names, file)
     halflives = [name.removeprefix(official.AVERAGE) for name in names if name.startswith(official.AVERAGE)]
     halflives.sort(key=lambda name: name != ema)
     train_config = _train_config(model_config, given, [_halflife(name, file) for name in halflives], where)
     if saved.list_checkpoints(out) or (out / CONFIG).exists():
         raise UsageError(f"{out} holds a run, its checkpoints or {CONFIG}; import into another folder")
+    step, shards = official.read_part(file, "step"), _unknown_shards(model_config, encoder)
     state = saved.RunState(
-        step=0, images_seen=0, config=to_mapping(train_config), shards=_unknown_shards(model_config, encoder)
+        step=step,
+        images_seen=step * train_config.batch_size,
+        config=to_mapping(train_config),
+        shards=shards,
     )
-    state.step = _step(file)
-    state.images_seen = state.step * train_config.batch_size
     _write_run(out, state, _converted(file, train_config, state))
     return {
         "run": str(out),
@@ -97,7 +98,9 @@ def import_official(
         "sizes_from": str(place)
         if place
         else "the shapes of its weights, as no config.json of the release lies beside it",
-        "class_names": _names_note(model_config.num_classes),
+        "class_names": "ImageNet's, from torchvision"
+        if shards["class_names"][0] != "0"
+        else "numbers, as the file has no names",
         "step": state.step,
         "images_seen": state.images_seen,
         "batch_size": train_config.batch_size,
@@ -171,13 +174,6 @@ def _write_run(out: Path, state: saved.RunState, files: Iterator[tuple[str, Mapp
             raise
 
 
-def _step(file: Path) -> int:
-    for name, step in official.read_parts(file, "step".__eq__):
-        if name == "step":
-            return int(step)
-    raise MismatchError(f"{file} is not a checkpoint of the release: it holds no step")
-
-
 def _halflife(name: str, file: Path) -> float:
     """Parse the name of a weight average of the file, which is its half-life."""
     try:
@@ -199,19 +195,11 @@ def _find_config(file: Path) -> Path | None:
     return next((place for place in places if place.exists() and own & read_fields(place).keys()), None)
 
 
-def _fields_of(file: Path) -> dict[str, Any]:
-    """The configuration of a file without config.json, from the shapes of its raw weights."""
-    for name, arrays in official.read_parts(file, "params".__eq__):
-        if name == "params":
-            return official.config_of(arrays, file)
-    raise official.missing_weights([], file, None)
-
-
 def _described(model: ModelConfig, given: Mapping[str, Any]) -> str:
-    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
-    known = official.SIZES.get(letter[1]) == (model.width, model.depth, model.num_heads) if letter else False
+    letter = official.size_letter(given) or ""
+    is_known = official.SIZES.get(letter) == (model.width, model.depth, model.num_heads)
     return (
-        f"{f'TF-{letter[1]}' if letter and known else 'no released size'}: {model.depth} blocks of width {model.width} "
+        f"{f'TF-{letter}' if is_known else 'no released size'}: {model.depth} blocks of width {model.width} "
         f"with {model.num_heads} heads, {model.num_levels} levels of {model.grid[0]}×{model.grid[1]}×"
         f"{model.in_channels}, {model.num_classes} classes"
     )
@@ -231,20 +219,11 @@ def _class_names(count: int) -> list[str]:
     return [f"{name} ({label})" if name in twice else name for label, name in enumerate(names)]
 
 
-def _names_note(count: int) -> str:
-    return (
-        "ImageNet's, from torchvision"
-        if _class_names(count)[0] != "0"
-        else "numbers, as the file has no names"
-    )
-
-
 def _train_config(
     model: ModelConfig, given: Mapping[str, Any], halflives: list[float], where: str
 ) -> TrainConfig:
     """Make the configuration of the file's training: a preset, changed by the release's own configuration."""
-    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
-    base = preset(f"TF-{letter[1]}" if letter else "TF-B")
+    base = PRESETS[f"TF-{official.size_letter(given) or 'B'}"]()
     size = {BATCH_SIZE: given.get(BATCH_SIZE, base.batch_size)}
     base = checked(TrainConfig, to_mapping(base) | size, where)
     method: dict[str, Any] = {ours: given[theirs] for ours, theirs in METHOD_NAMES.items() if theirs in given}
@@ -326,7 +305,7 @@ def _moments(
             ) from None
     found = {place: content[place] for place in expected if place in content}
     check_weights(f"{file}: opt_state, expected that of Muon with Adam,", found, expected)
-    return {name: official.inward(found[place]) for name, place in places.items()}
+    return {name: official.turned(found[place]).float() for name, place in places.items()}
 
 
 def _official_weights(folder: Path, ema: str | None, model: TrajectoryTransformer) -> dict[str, Any]:

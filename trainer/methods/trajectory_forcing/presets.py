@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import named
 from trainer.decode.config import DecoderConfig, DecoderSize
 from trainer.methods.trajectory_forcing.config import MethodConfig, TrainConfig
 from trainer.networks.config import ModelConfig
@@ -109,11 +108,6 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "TF-L": TF_L,
     "TF-H": TF_H,
 }
-
-
-def preset(name: str) -> TrainConfig:
-    """Return the preset `name`. Raises UsageError with the nearest known name for an unknown one."""
-    return named(PRESETS, name, "preset")()
 
 
 def decoder_preset(size: str) -> DecoderConfig:

@@ -33,13 +33,7 @@ AVERAGE = "ema_params/"
 """Beginning of the names of weight averages."""
 CHUNK_BYTES = 2**30
 """Flax cuts arrays larger than this."""
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int32": torch.int32,
-}
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int32")
 
 DAMAGE = (RuntimeError, msgpack.UnpackException, ValueError, TypeError, KeyError, OverflowError, MemoryError)
 """Errors that reading the bytes of another or a damaged file can raise."""
@@ -116,15 +110,10 @@ def load_checkpoint(
     sizes = config if isinstance(config, ModelConfig) else read_config(config)
     with torch.device("meta"):  # a configuration of another file may ask for any memory
         shapes = TrajectoryTransformer(sizes)
-    names = []
-    for name, arrays in read_parts(path, part_name(ema).__eq__):
-        if arrays is not None:
-            weights = from_official(shapes, arrays, path)
-            model = TrajectoryTransformer(sizes)
-            model.load_state_dict(weights)
-            return model.eval()
-        names.append(name)
-    raise missing_weights(names, path, ema)
+    weights = from_official(shapes, read_part(path, part_name(ema)), path)
+    model = TrajectoryTransformer(sizes)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def from_official(
@@ -135,20 +124,17 @@ def from_official(
     Raises MismatchError unless they fit the model and are finite.
     """
     check_weights(path, arrays, official_shapes(model), _hint)
-    return {name: inward(arrays[official_name(name)]) for name, _ in model.named_parameters()}
+    return {name: turned(arrays[official_name(name)]).float() for name, _ in model.named_parameters()}
 
 
 def official_shapes(model: TrajectoryTransformer) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter in the release, by the release's path."""
-    return {
-        official_name(name): tuple(p.mT.shape if p.ndim == 2 else p.shape)
-        for name, p in model.named_parameters()
-    }
+    return {official_name(name): tuple(turned(p).shape) for name, p in model.named_parameters()}
 
 
-def inward(array: Tensor) -> Tensor:
-    """Convert an array of the release to ours: float32, and [out, in]."""
-    return array.mT.float() if array.ndim == 2 else array.float()
+def turned(array: Tensor) -> Tensor:
+    """Turn a matrix [in, out] of the release into one of ours, [out, in], or back; other arrays stay as they are."""
+    return array.mT if array.ndim == 2 else array
 
 
 def read_config(
@@ -169,18 +155,23 @@ def read_config(
     if (mode := given.get("cond_token_mode", "fused")) != "fused":
         raise UsageError(f"{where}: cond_token_mode is {mode!r}; only 'fused' checkpoints can be read")
     fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in given}
-    letter = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
-    if letter:
-        fields = dict(zip(("width", "depth", "num_heads"), SIZES[letter[1]], strict=True)) | fields
-    needed = {"input_size", *(CONFIG_NAMES[name] for name in ("in_channels", "num_classes", "num_levels"))}
-    missing = needed - given.keys()
-    missing |= {CONFIG_NAMES[name] for name in ("width", "depth", "num_heads") if name not in fields}
+    sizes = ("width", "depth", "num_heads")
+    if letter := size_letter(given):
+        fields = dict(zip(sizes, SIZES[letter], strict=True)) | fields
+    needed = ("in_channels", "num_classes", "num_levels", *sizes)
+    missing = {CONFIG_NAMES[name] for name in needed if name not in fields} | ({"input_size"} - given.keys())
     if missing:
         raise UsageError(
             f"{where} lacks {', '.join(sorted(missing))}; give the configuration it was trained with"
         )
     fields["grid"] = (given["input_size"], given["input_size"])
     return checked(ModelConfig, fields, where)
+
+
+def size_letter(given: Mapping[str, Any]) -> str | None:
+    """Return B, L or H, if a configuration of the release names one of these sizes."""
+    found = re.search(r"_([BLH])(_|$)", str(given.get("model_str", "")))
+    return found and found[1]
 
 
 def config_of(arrays: Mapping[str, Tensor], path: object) -> dict[str, Any]:
@@ -218,11 +209,10 @@ def config_of(arrays: Mapping[str, Tensor], path: object) -> dict[str, Any]:
         "use_cfg": guided,
         "mlp_ratio": MLP_RATIO if int(MLP_RATIO * width) == hidden else (hidden + 0.5) / width,
     }
-    counts = {"num_class_tokens": "class_tokens", "num_time_tokens": "time_tokens"}
-    counts |= {"num_level_tokens": "level_tokens"}
-    counts |= {"num_cfg_tokens": "omega_tokens", "num_interval_tokens": "t_min_tokens"} if guided else {}
-    fields |= {field: size(name, -2) for field, name in counts.items()}
-    prepended = sum(fields[field] for field in counts) + (fields["num_interval_tokens"] if guided else 0)
+    tokens = {"num_class_tokens": "class", "num_time_tokens": "time", "num_level_tokens": "level"}
+    tokens |= {"num_cfg_tokens": "omega", "num_interval_tokens": "t_min"} if guided else {}
+    fields |= {field: size(f"{name}_tokens", -2) for field, name in tokens.items()}
+    prepended = sum(fields[field] for field in tokens) + fields.get("num_interval_tokens", 0)
     cells = size("pos_embed", -2) - prepended
     fields["input_size"] = math.isqrt(max(cells, 0))
     if fields["input_size"] ** 2 != cells or cells == 0:
@@ -264,9 +254,17 @@ def official_config(config: ModelConfig) -> dict[str, Any]:
     return {"input_size": config.grid[0]} | {theirs: fields[ours] for ours, theirs in CONFIG_NAMES.items()}
 
 
-def read_parts(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
-) -> Iterator[tuple[str, Any]]:
+def read_part(path: str | os.PathLike[str], name: str) -> Any:
+    """Read one part of a checkpoint file, see `read_parts`. Raises MismatchError if the file lacks it."""
+    names = []
+    for found, content in read_parts(path, name.__eq__):
+        if found == name:
+            return content
+        names.append(found)
+    raise missing_part(name, names, path)
+
+
+def read_parts(path: str | os.PathLike[str], wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
     """Yield name and content of each part of a checkpoint file in its order: `step`, `params`, `ema_params/500`, …
 
     The content is a mapping of tensors by their path in the part; None for a part that is not `wanted`, which is
@@ -288,30 +286,23 @@ def part_name(ema: int | str | None) -> str:
     return "params" if ema is None else f"{AVERAGE}{ema}"
 
 
-def missing_weights(names: Iterable[str], path: object, ema: int | str | None) -> MismatchError:
-    """Make the error for a file that lacks weights; it lists the ones that are there. names: the parts of the file."""
-    there = [name.removeprefix(AVERAGE) for name in names if name.startswith(AVERAGE)]
-    if ema is None or not (there or "params" in names):
-        return MismatchError(f"{path} is not a checkpoint of the release: it holds no weights (params)")
-    return MismatchError(
-        f"{path} holds no weight average {ema}; it holds: {', '.join(there) or 'none'} "
-        "(ema=None takes the raw weights)"
-    )
+def missing_part(name: str, names: Iterable[str], path: object) -> MismatchError:
+    """Make the error for a file that lacks a part; it lists the averages that are there. names: parts of the file."""
+    there = [each.removeprefix(AVERAGE) for each in names if each.startswith(AVERAGE)]
+    if name.startswith(AVERAGE) and (there or "params" in names):
+        return MismatchError(
+            f"{path} holds no weight average {name.removeprefix(AVERAGE)}; it holds: {', '.join(there) or 'none'} "
+            "(ema=None takes the raw weights)"
+        )
+    what = "step" if name == "step" else "weights (params)"
+    return MismatchError(f"{path} is not a checkpoint of the release: it holds no {what}")
 
 
 def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
-    most = min(
-        os.fstat(file.fileno()).st_size, 2**31 - 1
-    )  # a list has at most as many entries as there are bytes
-    unpacker = msgpack.Unpacker(
-        file,
-        raw=False,
-        ext_hook=_decode,
-        max_buffer_size=0,
-        max_array_len=most,
-        max_map_len=most,
-        strict_map_key=False,
-    )
+    size = os.fstat(file.fileno()).st_size
+    most = min(size, 2**31 - 1)  # a list has at most as many entries as there are bytes
+    limits = {"max_buffer_size": 0, "max_array_len": most, "max_map_len": most}
+    unpacker = msgpack.Unpacker(file, raw=False, ext_hook=_decode, strict_map_key=False, **limits)
     for part in _keys(unpacker):
         names = (f"{AVERAGE}{halflife}" for halflife in _keys(unpacker)) if part == "ema_params" else [part]
         for name in names:
@@ -322,7 +313,7 @@ def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
             else:
                 unpacker.skip()
                 yield name, None
-    if rest := os.fstat(file.fileno()).st_size - unpacker.tell():
+    if rest := size - unpacker.tell():
         raise ValueError(f"{rest} bytes after its end")
 
 
@@ -367,13 +358,8 @@ def _decode(code: int, data: bytes) -> Tensor:
     shape, dtype, content = msgpack.unpackb(data, raw=False)
     if dtype not in DTYPES:
         raise ValueError(f"array of type {dtype}, expected one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype]
-    flat = (
-        torch.frombuffer(bytearray(memoryview(content)), dtype=kind)
-        if content
-        else torch.empty(0, dtype=kind)
-    )
-    return flat.reshape(shape)
+    kind, data = getattr(torch, dtype), bytearray(memoryview(content))
+    return (torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)).reshape(shape)
 
 
 def _pack(file: BinaryIO, content: Any, packer: msgpack.Packer) -> None:
@@ -413,10 +399,7 @@ def to_official(weights: Mapping[str, Any]) -> dict[str, Any]:
         branch = tree
         for folder in folders:
             branch = branch.setdefault(folder, {})
-        if isinstance(tensor, Tensor):
-            tensor = tensor.detach().cpu()
-            tensor = tensor.mT if tensor.ndim == 2 else tensor
-        branch[leaf] = tensor
+        branch[leaf] = turned(tensor.detach().cpu()) if isinstance(tensor, Tensor) else tensor
     return tree
 
 
