@@ -34,8 +34,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.fields import MOST, brief
-from hierarchy_builder.files import parse_json, partial_name, sealed_text, sync
+from hierarchy_builder.fields import MOST, STRICT, brief
+from hierarchy_builder.files import parse_json, partial_name, sealed_text, size_on_disk, sync
 from hierarchy_builder.terminal import say
 from hierarchy_builder.untrusted.documents import read_document
 from trainer.data.normalisation import RAW, Normaliser
@@ -70,7 +70,7 @@ class RunState:
 
     __repr__ = brief
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     step: Annotated[int, pydantic.Field(ge=0)]
     images_seen: Annotated[int, pydantic.Field(ge=0)]
@@ -175,7 +175,7 @@ def load_state(folder: Path) -> RunState:
         for name, size in state.files.items():
             if not OWN_FILE.fullmatch(name):
                 raise ValueError(f"{name!r} is no file of a checkpoint")
-            if (found := _size(folder / name)) != size:
+            if (found := size_on_disk(folder / name)) != size:
                 raise TrainerError(f"{folder / name}: {found} bytes, {STATE} says {size}; {_advice(folder)}")
         return state
     except pydantic.ValidationError as error:
@@ -253,19 +253,14 @@ def find_checkpoint(folder: str | Path, warn: bool = False) -> Path:
     warn: name newer checkpoints that are damaged on stderr. Raises TrainerError if there is none.
     """
     path = Path(folder)
-    return path if (path / STATE).exists() else _newest(path, warn)[0]
+    return path if (path / STATE).exists() else read_checkpoint(path, warn)[0]
 
 
-def read_checkpoint(folder: str | Path) -> tuple[Path, RunState]:
-    """Return the checkpoint folder that `find_checkpoint` finds, and its state, which is read once.
-
-    Newer checkpoints that are damaged are named on stderr.
-    """
-    path = Path(folder)
-    return (path, load_state(path)) if (path / STATE).exists() else _newest(path, warn=True)
-
-
-def _newest(run: Path, warn: bool) -> tuple[Path, RunState]:
+def read_checkpoint(folder: str | Path, warn: bool = True) -> tuple[Path, RunState]:
+    """Return the checkpoint folder that `find_checkpoint` finds, and its state, which is read once."""
+    run = Path(folder)
+    if (run / STATE).exists():
+        return run, load_state(run)
     found, refused = _search(run, load_state)
     if found is None:
         for error in refused.values():
@@ -324,11 +319,8 @@ def load_weights(folder: Path, ema: str | None) -> dict[str, Tensor]:
             f"{folder}: no weight average of half-life {ema} kimg, there are {known}; or use raw"
         )
     weights = load_tensors(folder / (MODEL if ema is None else f"ema-{ema}.safetensors"))
-    if any(
-        f"{name.removesuffix('deviation')}spread" not in weights
-        for name in weights
-        if name.endswith("start.deviation")
-    ):
+    starts = [name.removesuffix("deviation") for name in weights if name.endswith("start.deviation")]
+    if any(f"{start}spread" not in weights for start in starts):
         raise MismatchError(
             f"{folder}: an earlier version trained this network, and its Gaussian start (model.start) was another one: "
             "train it again, with `trainer train SHARDS --out RUN` into a new folder"
@@ -403,13 +395,6 @@ def _number(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def _load_own(folder: Path) -> RunState:
     """Raise what `load_state` raises, and ForeignCheckpointError if the folder is named for another step."""
     state = load_state(folder)
@@ -423,20 +408,16 @@ def _unremovable(folders: Iterable[Path]) -> dict[Path, TrainerError]:
     errors: dict[Path, TrainerError] = {}
     for folder in folders:
         try:
-            _check_removable(folder)
+            _load_own(folder)
+            if folder.is_symlink():
+                raise ForeignCheckpointError(f"{folder} is a symbolic link, which this program did not make")
+            if strangers := _strangers(folder):
+                raise ForeignCheckpointError(
+                    f"{folder} holds {', '.join(strangers)}, which is not part of a checkpoint"
+                )
         except TrainerError as error:
             errors[folder] = error
     return errors
-
-
-def _check_removable(folder: Path) -> None:
-    _load_own(folder)
-    if folder.is_symlink():
-        raise ForeignCheckpointError(f"{folder} is a symbolic link, which this program did not make")
-    if strangers := _strangers(folder):
-        raise ForeignCheckpointError(
-            f"{folder} holds {', '.join(strangers)}, which is not part of a checkpoint"
-        )
 
 
 def _strangers(folder: Path) -> list[str]:

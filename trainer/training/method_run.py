@@ -11,7 +11,6 @@ micro-batches and ranks: any split of the batch takes the same steps.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from hierarchy_builder.terminal import counted
+from hierarchy_builder.terminal import counted, say
 from trainer.data.normalisation import chosen_normalisation
 from trainer.data.shards import ShardIndex
 from trainer.training.config import MethodRunConfig
@@ -147,7 +146,7 @@ def compiled(objective: Objective, or_eager: bool = False) -> Objective:
             reason = str(error).strip().partition("\n")[0]
             if not or_eager:
                 raise TrainerError(f"compile: {reason}; train with --set compile=false") from error
-            print(f"training is not compiled, and slower: {reason}", file=sys.stderr)
+            say(f"training is not compiled, and slower: {reason}")
             fast = objective
             return objective(*inputs, **named)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import difference, identity, to_mapping
 from hierarchy_builder.files import guard, parse_json, refuse_links, write_bytes
 from hierarchy_builder.places.exclusion import BusyError, exclusive
-from hierarchy_builder.terminal import counted
+from hierarchy_builder.terminal import counted, say
 from hierarchy_builder.untrusted.documents import parse_yaml, read_document
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
@@ -50,7 +49,7 @@ def locked(run: Path) -> Iterator[None]:
         try:
             for place in (run, home_of(run)):
                 if place is not None:
-                    held.enter_context(exclusive(place, lambda text: print(text, file=sys.stderr)))
+                    held.enter_context(exclusive(place, say))
         except BusyError:
             raise TrainerError(
                 f"{home_of(run) or run} is locked by another process that trains in it: wait for it, or choose "
@@ -84,12 +83,8 @@ def find_origin(out: Path, resume: str, is_main: bool = True) -> Path | None:
     if asked.parent.resolve() == (out / "checkpoints").resolve():
         saved.later_checkpoints(out, saved.load_state(asked).step, asked)
         return asked
-    own = saved.checkpoint_to_resume(out)
-    if own is not None:
-        return (
-            own  # a command that started from another run is repeated: it continues from its own checkpoints
-        )
-    return saved.find_checkpoint(other, warn=is_main)
+    # A command that started from another run may be repeated: it continues from its own checkpoints.
+    return saved.checkpoint_to_resume(out) or saved.find_checkpoint(other, warn=is_main)
 
 
 def settled(config: RunT, out: Path, origin: Path | None, device: torch.device | str) -> RunT:
@@ -152,17 +147,16 @@ def _refuse_other_sets(where: Path, shards: Mapping[str, Any], index: ShardIndex
         for mine, others in ((now, known), (known, now))
     )
     if added or missing:
-        changes = [f"  added: {_set_named(each)}" for each in added]
-        changes += [f"  missing: {_set_named(each)}" for each in missing]
+        changes = [
+            f"  {change}: {each['folder']} ({counted(each['num_samples'], 'sample')}, {each['sha256'][:12]}…)"
+            for change, sets in (("added", added), ("missing", missing))
+            for each in sets
+        ]
         raise MismatchError(
             f"{where} was trained on {counted(len(known), 'set')} of shards, the command names {len(now)}; use the "
             "same sets or another folder, since the order of images is one over all sets\n"
             + "\n".join(changes)
         )
-
-
-def _set_named(each: Mapping[str, Any]) -> str:
-    return f"{each['folder']} ({counted(each['num_samples'], 'sample')}, {each['sha256'][:12]}…)"
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -234,18 +228,15 @@ def _compare(where: str, found: dict[str, Any], wanted: dict[str, Any], kind: ty
     rows = [
         f"  {difference(name, before.get(name), wanted.get(name))}"
         for name in sorted(before.keys() | wanted.keys())
-        if before.get(name) != wanted.get(name) and not _is_unknown(name, before)
+        if before.get(name) != wanted.get(name)
+        and not (name.startswith("shards.") and before.get(name) is None)  # as in imported checkpoints
     ]
     if rows:
-        differing = "\n".join(rows)
         raise MismatchError(
-            f"{where} was made with another configuration; use the same one or another folder\n{differing}"
+            "\n".join(
+                [f"{where} was made with another configuration; use the same one or another folder", *rows]
+            )
         )
-
-
-def _is_unknown(name: str, before: dict[str, Any]) -> bool:
-    """Whether this is a property of the shards that an imported checkpoint does not record."""
-    return name.startswith("shards.") and before.get(name) is None
 
 
 def _identity(config: Any, shards: dict[str, Any]) -> dict[str, Any]:

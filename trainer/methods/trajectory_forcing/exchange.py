@@ -119,8 +119,7 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
     record, or whose weights are not finite or do not fit its configuration; UsageError for other networks that the
     format cannot hold.
     """
-    folder = saved.find_checkpoint(run, warn=True)
-    state = saved.load_state(folder)
+    folder, state = saved.read_checkpoint(run)
     config = from_mapping(state.config, str(folder))
     normaliser = saved.load_normaliser(folder)
     if bool(normaliser.mean.any()) or bool((normaliser.std != 1).any()):
