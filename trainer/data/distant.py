@@ -23,6 +23,7 @@ import numpy as np
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.files import whole_file, write_bytes
+from hierarchy_builder.machine.process import give_home
 from hierarchy_builder.places.paths import filesystem_of
 from hierarchy_builder.untrusted.documents import parse_json
 from trainer.data.tars import AtMost, Members, OpenTar, ShardEntry, check_sha256
@@ -77,7 +78,14 @@ class DistantTar:
         return data
 
 
-def found_tar(entry: ShardEntry, cache: str, all_bytes: int) -> str | DistantTar:
+def default_cache() -> str:
+    """Folder for copies of remote shards: `TRAINER_CACHE`, by default a folder in the user's cache folder."""
+    give_home()
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.environ.get("TRAINER_CACHE") or str(Path(base) / "trajectory-hierarchies")
+
+
+def found_tar(entry: ShardEntry, all_bytes: int) -> str | DistantTar:
     """The path of a tar on this machine, for one at a URL after it was copied and checked; or the tar where it lies.
 
     all_bytes: all tars that are read with it. Raises DamagedShardError if the copy is not what the index lists.
@@ -85,9 +93,10 @@ def found_tar(entry: ShardEntry, cache: str, all_bytes: int) -> str | DistantTar
     filesystem, path = filesystem_of(entry.place)
     if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
         return path
-    folder = Path(cache) / hashlib.sha256(entry.folder.encode()).hexdigest()[:16]
+    cache = Path(default_cache())
+    folder = cache / hashlib.sha256(entry.folder.encode()).hexdigest()[:16]
     local = folder / f"{entry.sha256[:16]}-{PurePosixPath(entry.name).name}"  # both checked in `shards`
-    positions, fits = local.with_suffix(".json"), all_bytes <= cache_limit(Path(cache))
+    positions, fits = local.with_suffix(".json"), all_bytes <= cache_limit(cache)
     wanted = local if fits else positions
     if not wanted.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +104,7 @@ def found_tar(entry: ShardEntry, cache: str, all_bytes: int) -> str | DistantTar
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine downloads, the others wait
             if not wanted.exists():
                 if fits:
-                    _make_room(Path(cache), folder, entry.num_bytes)
+                    _make_room(cache, folder, entry.num_bytes)
                 with whole_file(local) if fits else _passing(local) as partial:
                     filesystem.get_file(path, str(partial), callback=AtMost(entry))
                     check_sha256(str(partial), entry)

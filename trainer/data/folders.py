@@ -38,7 +38,7 @@ def folders_at(places: Places) -> list[str]:
 
 
 def _folders_at(place: str) -> Iterator[str]:
-    filesystem, path = _filesystem_of(place)
+    filesystem, path = filesystem_at(place)
     if path.endswith(LISTS) and filesystem.isfile(path):
         lines = _lines(filesystem, path, place)
         base = place.rpartition("/")[0] if "://" in place else os.path.dirname(os.path.abspath(place))
@@ -55,7 +55,7 @@ def _folders_at(place: str) -> Iterator[str]:
 
 def _matches(pattern: str) -> list[str]:
     """The folders that a name with `*`, `?` or `[…]` matches, or the one folder of that name."""
-    filesystem, path = _filesystem_of(pattern)
+    filesystem, path = filesystem_at(pattern)
     if not PATTERN.search(pattern) or filesystem.exists(path):
         return [pattern]
     entries = filesystem.glob(path, detail=True)
@@ -87,7 +87,8 @@ def _lines(filesystem: AbstractFileSystem, path: str, place: str) -> list[str]:
     return found
 
 
-def _filesystem_of(place: str) -> tuple[AbstractFileSystem, str]:
+def filesystem_at(place: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a place and the path on it. Raises TrainerError for a URL that is not understood."""
     try:
         return filesystem_of(place)
     except (ImportError, ValueError) as error:

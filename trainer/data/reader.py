@@ -8,7 +8,7 @@ Tars allow random access (see `tars`), so samples come exactly in the requested 
 from __future__ import annotations
 
 import io
-import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from hierarchy_builder.errors import DamagedShardError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
-from hierarchy_builder.machine.process import give_home
 from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
@@ -54,13 +52,6 @@ LOOKED_AT = 64
 """Samples of a set that are looked at before training, and read at a time."""
 SETTLED = 16
 """Shards that are read for further classes after the last one that brought a new class."""
-
-
-def default_cache() -> str:
-    """Folder for copies of remote shards: `TRAINER_CACHE`, by default a folder in the user's cache folder."""
-    give_home()
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return os.environ.get("TRAINER_CACHE") or str(Path(base) / "trajectory-hierarchies")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,21 +109,18 @@ class ShardReader:
         index: ShardIndex,
         verifies: Callable[[int], bool] = lambda shard: True,
         max_open: int = 64,
-        cache: str | None = None,
         max_damaged: int = 0,
     ) -> None:
         self.index = index
         self._verifies = verifies
         self._max_open = max_open
-        self._cache = cache
         self._max_damaged = max_damaged
         self._open: OrderedDict[int, Tar] = OrderedDict()
         self._verified: set[int] = set()
         self._damaged: set[int] = set()
         self._order = Lock()
         self._opening = [Lock() for _ in index.shards]
-        sizes = [shard.num_samples for shard in index.shards]
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._starts = index.starts
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -198,7 +186,7 @@ class ShardReader:
             tar = self._open.get(shard) or self._opened(shard)
             keys = [] if tar is None else [found for found, _ in tar.samples]
             if key in keys:
-                return int(self._starts[shard]) + keys.index(key)
+                return self._starts[shard] + keys.index(key)
         raise UsageError(f"{self.index.url}: no sample has the key {key!r}; keys are like {keys[:1]}")
 
     def damaged_shards(self) -> list[str]:
@@ -211,8 +199,8 @@ class ShardReader:
 
     def _find(self, number: int) -> tuple[str, Tar, tuple[str, Members]]:
         """Name and tar of the shard that provides sample `number`, and the sample's key and members."""
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        row = number - int(self._starts[shard])
+        shard = bisect_right(self._starts, number) - 1
+        row = number - self._starts[shard]
         for candidate in chain(range(shard, len(self.index.shards)), range(shard)):
             tar = self._open.get(candidate) or self._opened(candidate)
             if tar is not None:
@@ -243,9 +231,7 @@ class ShardReader:
 
     def _checked(self, shard: int) -> Tar:
         entry = self.index.shards[shard]
-        path = found_tar(
-            entry, self._cache or default_cache(), sum(shard.num_bytes for shard in self.index.shards)
-        )
+        path = found_tar(entry, sum(shard.num_bytes for shard in self.index.shards))
         if isinstance(path, DistantTar):
             return path
         check_size(path, entry)
@@ -300,8 +286,7 @@ def classes_with_images(index: ShardIndex, most: int = 10_000, max_damaged: int 
     in a row brought no new one: to open a shard takes longer than to read its labels.
     """
     reader = ShardReader(index, verifies=lambda shard: False, max_damaged=max_damaged)
-    found, last_new = set[int](), 0
-    starts = np.cumsum([0, *(shard.num_samples for shard in index.shards)]).tolist()
+    found, last_new, starts = set[int](), 0, index.starts
     for turn, shard in enumerate(spread_order(len(index.shards))):
         if index.num_samples > most and (len(found) == index.num_classes or turn - last_new > SETTLED):
             break
@@ -314,10 +299,7 @@ def classes_with_images(index: ShardIndex, most: int = 10_000, max_damaged: int 
 
 def spread_samples(index: ShardIndex, most: int) -> list[int]:
     """At most `most` samples by number, spread evenly over the set, of at most MOST_OPENED shards."""
-    if len(index.shards) <= MOST_OPENED:
-        return spread_evenly(index.num_samples, most)
-    starts = np.cumsum([0, *(shard.num_samples for shard in index.shards)]).tolist()
-    chosen = spread_evenly(len(index.shards), MOST_OPENED)
+    starts, chosen = index.starts, spread_evenly(len(index.shards), MOST_OPENED)
     numbers = [number for shard in chosen for number in range(starts[shard], starts[shard + 1])]
     return [numbers[place] for place in spread_evenly(len(numbers), most)]
 

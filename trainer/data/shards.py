@@ -31,7 +31,7 @@ from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.untrusted.arrays import parse_npz
 from hierarchy_builder.untrusted.documents import read_object
 from hierarchy_builder.untrusted.pictures import SUFFIXES
-from trainer.data.folders import Places, folders_at
+from trainer.data.folders import Places, filesystem_at, folders_at
 from trainer.data.tars import ShardEntry
 
 MARKER = "_SUCCESS"
@@ -96,6 +96,11 @@ class ShardIndex:
     def num_samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def starts(self) -> list[int]:
+        """Number of the first sample of each shard, and at the end the number of samples."""
+        return list(itertools.accumulate((shard.num_samples for shard in self.shards), initial=0))
 
     @property
     def num_classes(self) -> int:
@@ -278,10 +283,7 @@ def finished_folder(url: str) -> str | None:
     Raises TrainerError for a URL that is not understood.
     """
     for folder in (url.rstrip("/"), f"{url.rstrip('/')}/shards"):
-        try:
-            filesystem, path = filesystem_of(folder)
-        except (ImportError, ValueError) as error:
-            raise TrainerError(f"{url}: {error}") from None
+        filesystem, path = filesystem_at(folder)
         if filesystem.exists(f"{path}/{MARKER}") and filesystem.exists(f"{path}/{INDEX}"):
             return folder
     return None
@@ -399,29 +401,21 @@ def _parse_index(
             raise ValueError(f"num_levels {levels}")
         if not entries or len({entry.name for entry in entries}) < len(entries):
             raise ValueError("no shards, or one name twice")
-        recipe, dtype = index.get("recipe", {}), index.get("feature_dtype", "")
-        if (
-            not isinstance(index["encoder"], dict)
-            or not isinstance(recipe, dict)
-            or not isinstance(dtype, str)
-        ):
-            raise TypeError("encoder and recipe must be mappings, feature_dtype a text")
-        if not all(isinstance(index[name], str) for name in ("name", "split", "config_hash")):
-            raise TypeError("name, split and config_hash must be text")
+        described = {name: index[name] for name in ("name", "split", "config_hash", "encoder")}
+        described |= {"recipe": index.get("recipe", {}), "feature_dtype": index.get("feature_dtype", "")}
+        for name, value in described.items():
+            kind = dict if name in ("encoder", "recipe") else str
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r}, expected {kind.__name__}")
         return ShardIndex(
             url=url,
-            name=index["name"],
-            split=index["split"],
             shards=entries,
             num_levels=levels,
             grid=(grid[0], grid[1]),
             width=width,
-            class_names=tuple(names),
-            encoder=index["encoder"],
-            config_hash=index["config_hash"],
+            class_names=names,
             digests=digests,
-            recipe=recipe,
-            feature_dtype=dtype,
+            **described,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TrainerError(f"{url}/{INDEX}: not a shard index ({error!r})") from None

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,21 +207,12 @@ class RankShare:
 class BatchDataset(RankShare):
     """Item n is rank `rank`'s share of global batch n, see `RankShare`."""
 
-    def __getitem__(self, number: int) -> Batch:
-        return self.read(number)
-
     def read(self, number: int, pin_memory: bool = False) -> Batch:
         """Read item `number`, into page-locked memory if `pin_memory`."""
         numbers, levels = self.places(number)
         rows = self._reader.read_rows(numbers.tolist(), pin_memory)
-        return Batch(
-            features=rows.features,
-            scale=rows.scale,
-            regions=rows.regions,
-            label=rows.label,
-            level=torch.from_numpy(levels),
-            keys=rows.keys,
-        )
+        stored: dict[str, Any] = {field.name: getattr(rows, field.name) for field in fields(rows)}
+        return Batch(**stored, level=torch.from_numpy(levels))
 
     @property
     def num_bytes(self) -> int:

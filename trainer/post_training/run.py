@@ -40,7 +40,7 @@ from trainer.post_training.terms import ClassTerm, Describe, Found, Term, WholeT
 from trainer.seeds import mixed_seed, row_noise
 from trainer.training import checkpoint as saved
 from trainer.training.config import PostTrainingConfig, checked, with_settings
-from trainer.training.distributed import World, joined_world
+from trainer.training.distributed import GradientSum, World, joined_world
 from trainer.training.loop import Loop, RunSummary, stop_signals
 from trainer.training.schedules import warmup_cosine
 from trainer.training.speed import counted_flops
@@ -437,7 +437,7 @@ class PostTrainingRun(Loop):
         own = [[p for p in clone.parameters() if p.requires_grad] for clone in self.networks]
         norms = []
         for level in own:
-            self.world.add_gradients(level)
+            GradientSum(self.world, level).finish()
             total = torch.stack([p.grad.double().square().sum() for p in level if p.grad is not None]).sum()
             norms.append((total + NORM_FLOOR).sqrt())
         mean = torch.stack(norms).mean()

@@ -54,10 +54,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over all ranks, in buckets; a missing gradient counts as 0."""
-        GradientSum(self, parameters).finish()
-
     def gather(self, values: Tensor) -> Tensor:
         """Collect `values` [n] of all processes in the order of ranks: [size, n]."""
         if self.size == 1:

@@ -20,7 +20,7 @@ from hierarchy_builder.places import remote
 from hierarchy_builder.places.exclusion import is_taken, of_exclusion, still_ours
 from hierarchy_builder.places.paths import a_folder
 from hierarchy_builder.places.remote import is_remote
-from trainer.data.reader import default_cache
+from trainer.data.distant import default_cache
 from trainer.training.checkpoint import STATE, STEP_FOLDER
 
 CHECKPOINTS = "checkpoints"

@@ -105,13 +105,16 @@ def test_an_unknown_protocol_is_named() -> None:
         open_index("nosuch://x")
 
 
-def test_remote_shards_are_downloaded_once(tmp_path: Path, folder: Path) -> None:
+def test_remote_shards_are_downloaded_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path))
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/stream-test", recursive=True)
     index = open_index("memory://stream-test")
-    first = ShardReader(index, cache=str(tmp_path)).read(0)
+    first = ShardReader(index).read(0)
     memory.rm("/stream-test", recursive=True)
-    again = ShardReader(index, cache=str(tmp_path)).read(0)
+    again = ShardReader(index).read(0)
     np.testing.assert_array_equal(first.features, again.features)
 
 
@@ -120,10 +123,11 @@ def test_a_set_that_does_not_fit_into_the_cache_is_read_where_it_lies(
 ) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/distant-test", recursive=True)
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path))
     monkeypatch.setenv("TRAINER_CACHE_BYTES", "100")
     near, far = open_index(str(folder)), open_index("memory://distant-test")
     expected = ShardReader(near).read_rows(range(near.num_samples))
-    reader = ShardReader(far, cache=str(tmp_path))
+    reader = ShardReader(far)
     found = reader.read_rows(range(far.num_samples))
     assert torch.equal(found.features, expected.features)
     assert torch.equal(found.regions, expected.regions)
@@ -131,7 +135,7 @@ def test_a_set_that_does_not_fit_into_the_cache_is_read_where_it_lies(
     assert reader.read(3, extras=True).metadata == ShardReader(near).read(3, extras=True).metadata
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".lock"}
     monkeypatch.setattr(memory, "get_file", pytest.fail)  # where its members lie is known now
-    assert ShardReader(far, cache=str(tmp_path)).read_rows([5]).keys == expected.keys[5:6]
+    assert ShardReader(far).read_rows([5]).keys == expected.keys[5:6]
     memory.rm("/distant-test", recursive=True)
 
 
@@ -141,10 +145,11 @@ def test_copies_of_other_sets_make_room(
     memory = fsspec.filesystem("memory")
     index = open_index(str(folder))
     size = sum(shard.num_bytes for shard in index.shards)
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path))
     monkeypatch.setenv("TRAINER_CACHE_BYTES", str(2 * size))
     for name in ("first", "second", "first", "third"):
         memory.put(str(folder), f"/{name}-set", recursive=True)
-        reader = ShardReader(open_index(f"memory://{name}-set"), cache=str(tmp_path))
+        reader = ShardReader(open_index(f"memory://{name}-set"))
         reader.read_rows(range(index.num_samples))
         for number, tar in enumerate(
             sorted(tmp_path.glob("*/*.tar"), key=lambda tar: tar.stat().st_mtime_ns)
@@ -179,15 +184,16 @@ def test_only_files_of_bounded_size_are_read_beside_the_tars(tmp_path: Path, nam
     ("end", "message"), [(b"x", "the shard is corrupt"), (bytes(2**24), "more than the .* bytes")]
 )
 def test_a_corrupt_download_leaves_nothing_behind(
-    tmp_path: Path, folder: Path, end: bytes, message: str
+    tmp_path: Path, folder: Path, end: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path))
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/corrupt-test", recursive=True)
     index = open_index("memory://corrupt-test")
     tar = f"/corrupt-test/{index.shards[0].name}"
     memory.pipe_file(tar, memory.cat_file(tar)[:-1] + end)
     with pytest.raises(TrainerError, match=message):
-        ShardReader(index, cache=str(tmp_path)).read(0)
+        ShardReader(index).read(0)
     memory.rm("/corrupt-test", recursive=True)
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
 
@@ -238,7 +244,7 @@ def test_ranks_share_the_same_global_batches(folder: Path, world_size: int, leve
     whole = BatchDataset(index, plan)
     ranks = [BatchDataset(index, plan, rank, world_size) for rank in range(world_size)]
     for number in range(6):  # across the border of an epoch (24 samples, 6 a batch)
-        expected, parts = whole[number], [dataset[number] for dataset in ranks]
+        expected, parts = whole.read(number), [dataset.read(number) for dataset in ranks]
         assert expected.keys == list(itertools.chain.from_iterable(part.keys for part in parts))
         assert torch.equal(expected.level, torch.cat([part.level for part in parts]))
         assert torch.equal(expected.features, torch.cat([part.features for part in parts]))
@@ -316,7 +322,7 @@ def test_level_per_batch_is_one_level_for_all_its_images() -> None:
 
 
 def test_targets_are_the_canvases_of_the_drawn_levels(folder: Path) -> None:
-    batch = BatchDataset(open_index(str(folder)), plan_of(batch_size=24))[0]
+    batch = BatchDataset(open_index(str(folder)), plan_of(batch_size=24)).read(0)
     x, prev, regions = batch.targets()
     assert x.dtype == prev.dtype == torch.float32
     for row in range(len(batch)):
@@ -330,8 +336,8 @@ def test_targets_are_the_canvases_of_the_drawn_levels(folder: Path) -> None:
 
 def test_int8_features_reach_the_device_as_they_are(tmp_path: Path, folder: Path) -> None:
     plan = plan_of(batch_size=24)
-    exact = BatchDataset(open_index(str(folder)), plan)[0]
-    coded = BatchDataset(open_index(str(write_shards(tmp_path, int8=True))), plan)[0].rows(3, 20)
+    exact = BatchDataset(open_index(str(folder)), plan).read(0)
+    coded = BatchDataset(open_index(str(write_shards(tmp_path, int8=True))), plan).read(0).rows(3, 20)
     assert (coded.features.dtype, coded.scale.dtype) == (torch.int8, torch.float32)
     moved = coded.to(torch.device("cpu"))
     for found, expected in zip(moved.targets()[:2], exact.rows(3, 20).targets()[:2], strict=True):
@@ -438,9 +444,9 @@ def test_readers_share_the_check_of_a_shard(tmp_path: Path) -> None:
     data[3 * 512 + 300] ^= 1  # in the padding behind a member: only the SHA-256 can tell
     shard.write_bytes(data)
     index, plan = open_index(str(tmp_path)), plan_of(batch_size=24)
-    assert BatchDataset(index, plan, rank=0, world_size=2)[0].keys
+    assert BatchDataset(index, plan, rank=0, world_size=2).read(0).keys
     with pytest.raises(TrainerError, match=r"train-000003\.tar: SHA-256"):
-        BatchDataset(index, plan, rank=1, world_size=2)[0]
+        BatchDataset(index, plan, rank=1, world_size=2).read(0)
 
 
 def test_every_flipped_bit_beside_the_tars_is_found(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from processes import run_two
 from hierarchy_builder.errors import InterruptedRunError, TrainerError
 from trainer import cli
 from trainer.training import distributed
-from trainer.training.distributed import World, check_equal, joined_world
+from trainer.training.distributed import GradientSum, World, check_equal, joined_world
 
 
 def test_numbers_that_differ_between_ranks_are_refused() -> None:
@@ -25,7 +25,7 @@ def test_numbers_that_differ_between_ranks_are_refused() -> None:
 def test_missing_gradients_count_as_zero() -> None:
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
     parameters[0].grad = torch.full((2,), 4.0)
-    World(device=torch.device("cpu")).add_gradients(parameters)
+    GradientSum(World(device=torch.device("cpu")), parameters).finish()
     assert [p.grad.tolist() for p in parameters if p.grad is not None] == [[4.0, 4.0], [0.0] * 3]
 
 
@@ -46,7 +46,7 @@ try:
             p.grad = torch.full_like(p, 10.0 * n + world.rank + 1)
         if world.rank == 1:
             parameters[2].grad = torch.ones(5)
-        world.add_gradients(parameters)
+        distributed.GradientSum(world, parameters).finish()
         assert [p.grad.unique().tolist() for p in parameters] == [[3.0], [23.0], [1.0]], parameters
         norms = world.gather(torch.nn.utils.get_total_norm([p.grad for p in parameters])[None])[:, 0]
         check_equal(norms, "the norm of the summed gradients")
