@@ -13,16 +13,15 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import whole_file, write_bytes
+from hierarchy_builder.files import whole_file
 from hierarchy_builder.machine.process import give_home
 from hierarchy_builder.places.paths import filesystem_of
 from hierarchy_builder.untrusted.documents import parse_json
@@ -39,50 +38,37 @@ class DistantTar:
     """A tar that is read where it lies: what is read of a sample comes with all of its members in one request."""
 
     def __init__(self, place: str, positions: Path) -> None:
-        self._place = place
-        self.samples: list[tuple[str, Members]] = [
-            (key, {name: (offset, size) for name, (offset, size) in members.items()})
-            for key, members in parse_json(positions.read_bytes())
-        ]
+        self.samples: list[tuple[str, Members]] = parse_json(positions.read_bytes())
         self._starts = [min(offset for offset, _ in members.values()) for _, members in self.samples]
-        self._fetched, self._order = OrderedDict[int, bytes](), threading.Lock()
+        self._fetched = lru_cache(SAMPLES_KEPT)(partial(_bytes_at, place))
 
     def read(self, offset: int, size: int) -> bytes:
         """Read bytes at `offset`, all of one sample; threads may do so at once."""
         number = bisect_right(self._starts, offset) - 1
-        start = offset - self._starts[number]
-        return self._sample(number)[start : start + size]
+        start, members = self._starts[number], self.samples[number][1]
+        data = self._fetched(start, max(place + length for place, length in members.values()))
+        return data[offset - start : offset - start + size]
 
     def read_into(self, buffers: list[np.ndarray], offset: int) -> int:
         """Read from `offset` into one uint8 buffer after the other; returns the number of bytes read."""
-        data = self.read(offset, sum(map(len, buffers)))
-        done = 0
-        for buffer in buffers:
-            part = np.frombuffer(data[done : done + len(buffer)], np.uint8)
+        lengths = [len(buffer) for buffer in buffers]
+        data = np.frombuffer(self.read(offset, sum(lengths)), np.uint8)
+        for buffer, part in zip(buffers, np.split(data, np.cumsum(lengths[:-1])), strict=True):
             buffer[: len(part)] = part
-            done += len(part)
-        return done
-
-    def _sample(self, number: int) -> bytes:
-        with self._order:
-            if number in self._fetched:
-                self._fetched.move_to_end(number)
-                return self._fetched[number]
-        end = max(offset + size for offset, size in self.samples[number][1].values())
-        filesystem, path = filesystem_of(self._place)  # its own in every process that was forked
-        data: bytes = filesystem.cat_file(path, start=self._starts[number], end=end)
-        with self._order:
-            self._fetched[number] = data
-            while len(self._fetched) > SAMPLES_KEPT:
-                self._fetched.popitem(last=False)
-        return data
+        return len(data)
 
 
-def default_cache() -> str:
+def _bytes_at(place: str, start: int, end: int) -> bytes:
+    filesystem, path = filesystem_of(place)  # its own in every process that was forked
+    data: bytes = filesystem.cat_file(path, start=start, end=end)
+    return data
+
+
+def default_cache() -> Path:
     """Folder for copies of remote shards: `TRAINER_CACHE`, by default a folder in the user's cache folder."""
     give_home()
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return os.environ.get("TRAINER_CACHE") or str(Path(base) / "trajectory-hierarchies")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TRAINER_CACHE") or Path(base, "trajectory-hierarchies"))
 
 
 def found_tar(entry: ShardEntry, all_bytes: int) -> str | DistantTar:
@@ -91,9 +77,9 @@ def found_tar(entry: ShardEntry, all_bytes: int) -> str | DistantTar:
     all_bytes: all tars that are read with it. Raises DamagedShardError if the copy is not what the index lists.
     """
     filesystem, path = filesystem_of(entry.place)
-    if "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
+    if isinstance(filesystem, LocalFileSystem):
         return path
-    cache = Path(default_cache())
+    cache = default_cache()
     folder = cache / hashlib.sha256(entry.folder.encode()).hexdigest()[:16]
     local = folder / f"{entry.sha256[:16]}-{PurePosixPath(entry.name).name}"  # both checked in `shards`
     positions, fits = local.with_suffix(".json"), all_bytes <= cache_limit(cache)
@@ -105,12 +91,12 @@ def found_tar(entry: ShardEntry, all_bytes: int) -> str | DistantTar:
             if not wanted.exists():
                 if fits:
                     _make_room(cache, folder, entry.num_bytes)
-                with whole_file(local) if fits else _passing(local) as partial:
-                    filesystem.get_file(path, str(partial), callback=AtMost(entry))
-                    check_sha256(str(partial), entry)
+                with whole_file(wanted) as copy:
+                    filesystem.get_file(path, str(copy), callback=AtMost(entry))
+                    check_sha256(str(copy), entry)
                     if not fits:
-                        samples = OpenTar(str(partial), entry).samples
-                        write_bytes(positions, json.dumps(samples, separators=(",", ":")).encode())
+                        samples = OpenTar(str(copy), entry).samples
+                        copy.write_text(json.dumps(samples, separators=(",", ":")))
     if not fits:
         return DistantTar(entry.place, positions)
     with contextlib.suppress(OSError):  # a cache of another user
@@ -141,13 +127,3 @@ def _make_room(cache: Path, folder: Path, needed: int) -> None:
 
 def _cached_bytes(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.glob("*/*.tar"))
-
-
-@contextlib.contextmanager
-def _passing(local: Path) -> Iterator[Path]:
-    """A name for a copy that does not stay."""
-    partial = local.with_name(f"{local.name}.passing-{os.getpid()}")
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ def run_folder(place: Path, is_new: bool = False, step: str = "") -> Path:
             raise UsageError(f"{place} holds no whole checkpoint, of which a run keeps the newest few")
         return checkpoint
     name = hashlib.sha256(str(place).encode()).hexdigest()[:16]
-    folder = Path(default_cache()) / "runs" / f"{name}-{place.name}"
+    folder = default_cache() / "runs" / f"{name}-{place.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one machine share the folder
