@@ -35,7 +35,7 @@ from trainer.cli import options as opt
 from trainer.cli import post_training as post_train_commands
 from trainer.cli import training as train_commands
 from trainer.cli.options import A_TRAJECTORY, names_given, reads
-from trainer.evaluation.tables import metric_tables
+from trainer.evaluation.tables import VARIETY, metric_tables, variety_verdict
 from trainer.seeds import parse_seeds
 
 app = new_app("trainer", "Train, sample and measure hierarchy-conditioned one-step flow models.")
@@ -445,8 +445,10 @@ def _print_metrics(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_result(rows, as_json)
         return
+    verdict = variety_verdict({row["name"]: row["value"] for row in rows})
     for topic, own in metric_tables(rows).items():
-        print_result(own, as_json, topic.title, topic.note)
+        note = f"{topic.note} {verdict}" if topic is VARIETY else topic.note
+        print_result(own, as_json, topic.title, note)
 
 
 def _load_rows(path: Path) -> list[dict[str, Any]]:

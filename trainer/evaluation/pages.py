@@ -5,10 +5,9 @@ L levels (coarse → fine) or T transitions (noisy → clean), H×W grid of toke
 
 from __future__ import annotations
 
-import numbers
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ from trainer.evaluation.studies import LIKELIHOOD
 from trainer.evaluation.sweep import BASELINES, SETTING, table_in_words
 from trainer.evaluation.tables import VARIETY, metric_tables, numbered, variety_verdict
 from trainer.methods import registry
-from trainer.methods.normalizing_trajectory.likelihood import Measured, measure
+from trainer.methods.normalizing_trajectory.likelihood import measure
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
 from trainer.metrics.edit_locality import token_change
 from trainer.training import checkpoint as saved
@@ -132,7 +131,6 @@ def run_page(
     state = saved.load_state(saved.find_checkpoint(run))
     seen = state.shards.get("num_samples")  # an imported checkpoint does not say
     method = registry.method_in(state.config, run)
-    title = method.title
     facts = {
         "preset": state.config["preset"],
         "parameters": f"{pipe.num_parameters:,}",
@@ -146,34 +144,22 @@ def run_page(
     if colder := {f"{each.temperature:g}" for each in trajectories if each.temperature != 1}:
         facts["temperature of the samples"] = ", ".join(sorted(colder))
     trained_on = "unknown images" if seen is None else counted(seen, "image")
-    kept = kept_metrics(run / EVALUATION, run / LIKELIHOOD)
-    evaluation = read_kept(run / EVALUATION)
-    judged = str(evaluation.get("judged_on", ""))
-    if (measured_at := evaluation.get("temperature", 1)) != 1:
-        judged += f" Its samples were drawn at temperature {measured_at}."
-    tables = {topic.title: (topic.note, rows) for topic, rows in metric_tables(kept).items()}
-    _, varied = tables.pop(VARIETY.title, ("", []))
-    page = training_page(
-        title=f"{title}: {state.config['preset']} on {trained_on}",
-        intro=INTRO.format(title=title, trained_on=trained_on, seen=f"{state.images_seen:,}"),
+    log = read_metrics(run) if (run / METRICS).exists() else []
+    has_maps = index is not None and isinstance(pipe, NormalizingPipeline)
+    return training_page(
+        title=f"{method.title}: {state.config['preset']} on {trained_on}",
+        intro=INTRO.format(title=method.title, trained_on=trained_on, seen=f"{state.images_seen:,}"),
         facts=facts,
         trajectories=[trajectory.view() for trajectory in trajectories],
         teachers=[] if index is None else teacher_views(index, pipe.decoder, pipe.normaliser.to("cpu")),
-        metrics=[
-            Table(rows=FIGURES.in_words(rows), caption=f"{name}. {note}".rstrip())
-            for name, (note, rows) in tables.items()
+        measured=[
+            *_score_sections(run, more),
+            *curves_section([row for row in log if "loss" in row], method.losses_text),
+            *([Section(title="Stages", blocks=[Table(rows=stages)])] if stages else []),
         ],
-        metrics_text=judged,
-        log=[row for row in (read_metrics(run) if (run / METRICS).exists() else []) if "loss" in row],
-        stages=stages,
-        more=[*([variety_section(varied, kept, judged)] if varied else []), *more],
+        maps=likelihood_sections(run, pipe, index) if has_maps else (),
         config=content["config"],
-        losses_text=method.losses_text,
     )
-    if index is None or not isinstance(pipe, NormalizingPipeline):
-        return page
-    *sections, configuration = page.sections
-    return replace(page, sections=[*sections, *likelihood_sections(run, pipe, index), configuration])
 
 
 def training_page(
@@ -182,74 +168,67 @@ def training_page(
     facts: Mapping[str, Any],
     trajectories: Sequence[TrajectoryView] = (),
     teachers: Sequence[HierarchyView] = (),
-    metrics: Sequence[Table] = (),
-    metrics_text: str = "",
-    log: Sequence[Mapping[str, Any]] = (),
-    stages: Sequence[Mapping[str, Any]] = (),
+    measured: Sequence[Section] = (),
+    maps: Sequence[Section] = (),
     config: Mapping[str, Any] | None = None,
-    more: Sequence[Section] = (),
     intro: str = "",
-    losses_text: str = "",
 ) -> Page:
     """The page of a run; parts that are empty are left out.
 
-    facts: name → value. metrics: tables, one below the other, under `metrics_text`. stages: rows of column → value.
-    log: the rows of metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve). config:
-    plain data, shown as YAML. more: sections after the samples. losses_text: what the method says about its losses. The
-    palette is fitted on the tokens of the teachers if there are any, since early samples may lie anywhere.
+    facts: name → value. measured: sections after samples and teachers; what their figures mean follows them. maps:
+    sections after that. config: plain data, shown as YAML. The palette is fitted on the tokens of the teachers if
+    there are any, since early samples may lie anywhere.
     """
     palette = page_palette(trajectories, teachers)
-    teacher_gallery = Gallery(viewers=hierarchy_viewers(teachers, palette), start=1)
-    configuration = yaml.safe_dump(dict(config or {}), sort_keys=False, allow_unicode=True)
-    code = Code(summary="Resolved configuration", text=configuration)
-    plots = training_plots(log)
-    curves_text = " ".join(filter(None, ("From metrics.jsonl.", losses_text, CURVES_TEXT)))
-    after_samples = [
-        (teachers, Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[teacher_gallery])),
-        *((section, section) for section in more),
-        (metrics, Section(title="Metrics", text=metrics_text, blocks=metrics)),
-        (plots, Section(title="Curves", text=curves_text, blocks=[Plots(plots=plots)])),
-        (stages, Section(title="Stages", blocks=[Table(rows=stages)])),
-        (config, Section(title="Configuration", blocks=[code])),
-    ]
     sections = [*facts_section(facts), *samples_section(trajectories, palette)]
-    sections += [section for content, section in after_samples if content]
-    where = -1 if config else len(sections)
-    sections[where:where] = FIGURES.meanings(sections, TITLE, TEXT)
+    if teachers:
+        gallery = Gallery(viewers=hierarchy_viewers(teachers, palette), start=1)
+        sections.append(Section(title="Teacher hierarchies", text=TEACHER_TEXT, blocks=[gallery]))
+    sections += measured
+    sections += FIGURES.meanings(sections, TITLE, TEXT)
+    sections += maps
+    if config:
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        code = Code(summary="Resolved configuration", text=text)
+        sections.append(Section(title="Configuration", blocks=[code]))
     return Page(title=title, intro=intro, sections=sections)
+
+
+def curves_section(log: Sequence[Mapping[str, Any]], losses_text: str = "") -> list[Section]:
+    """The curves of a training, if there are any.
+
+    log: the rows of metrics.jsonl (`images`, or else `step`, is the x axis; every other number is a curve).
+    losses_text: what the method says about its losses.
+    """
+    text = " ".join(filter(None, ("From metrics.jsonl.", losses_text, CURVES_TEXT)))
+    plots = training_plots(log)
+    return [Section(title="Curves", text=text, blocks=[Plots(plots=plots)])] if plots else []
 
 
 def training_plots(log: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """One plot of the losses, one per measure that has a curve for each level, and one per remaining number."""
     x_name = "images" if any("images" in row for row in log) else "step"
-    groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for row in log for name in row):
-        if name not in NOT_PLOTTED and any(_is_number(row.get(name)) for row in log):
-            groups.setdefault(_group(name), []).append(name)
-    first = (FALLING_TITLE, LOSS_TITLE)
-    ordered = sorted(
-        groups.items(), key=lambda item: first.index(item[0]) if item[0] in first else len(first)
-    )
-    return [_plot(title, names, log, x_name) for title, names in ordered]
-
-
-def _group(name: str) -> str:
-    """Losses share one plot; `name_level_0`, `name/level1`, `name/0` share one per name."""
-    if name in FALLING:
-        return FALLING_TITLE
-    if name in LOSSES:
-        return LOSS_TITLE
-    per_level = PER_LEVEL.fullmatch(name)
-    return f"{per_level[1]} per level" if per_level else name
-
-
-def _plot(title: str, names: Sequence[str], log: Sequence[Mapping[str, Any]], x_name: str) -> Plot:
-    series = []
-    for name in names:
+    plots: dict[str, list[Series]] = {FALLING_TITLE: [], LOSS_TITLE: []}
+    for name in dict.fromkeys(name for row in log for name in row if name not in NOT_PLOTTED):
         rows = [row for row in log if _is_number(row.get(name)) and _is_number(row.get(x_name))]
-        per_level = PER_LEVEL.fullmatch(name)
-        label = f"level {per_level[2]}" if per_level else FALLING.get(name, name)
-        series.append(Series(name=label, x=[row[x_name] for row in rows], y=[row[name] for row in rows]))
+        if rows:
+            title, label = _place(name)
+            line = Series(name=label, x=[row[x_name] for row in rows], y=[row[name] for row in rows])
+            plots.setdefault(title, []).append(line)
+    return [_plot(title, series, x_name) for title, series in plots.items() if series]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The title of a curve's plot, and its own name there: losses share one, and the levels of one measure do."""
+    if name in FALLING:
+        return FALLING_TITLE, FALLING[name]
+    if name in LOSSES:
+        return LOSS_TITLE, name
+    per_level = PER_LEVEL.fullmatch(name)
+    return (f"{per_level[1]} per level", f"level {per_level[2]}") if per_level else (name, name)
+
+
+def _plot(title: str, series: Sequence[Series], x_name: str) -> Plot:
     values = np.array([y for line in series for y in line.y if np.isfinite(y)])
     log_y = len(values) > 0 and values.min() > 0 and values.max() / values.min() > LOG_RATIO
     x_label = "images seen" if x_name == "images" else x_name
@@ -258,7 +237,7 @@ def _plot(title: str, names: Sequence[str], log: Sequence[Mapping[str, Any]], x_
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return type(value) in (int, float)
 
 
 def shown_labels(classes: Sequence[int]) -> list[int]:
@@ -276,11 +255,6 @@ def known_classes(run: Path, pipe: TrajectoryPipeline, index: ShardIndex | None 
     if index is not None and not index.is_remote:
         return classes_with_images(index, LABELS_READ)
     return pipe.classes
-
-
-def kept_metrics(*paths: Path) -> list[dict[str, Any]]:
-    """Rows name/value of the last `trainer evaluate` in these files of a run; none from a file that is not there."""
-    return [row for path in paths for row in read_kept(path)["metrics"]]
 
 
 def teacher_views(
@@ -312,14 +286,30 @@ def teacher_views(
     return views
 
 
-def variety_section(
-    rows: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], judged: str
-) -> Section:
+def _score_sections(run: Path, more: Sequence[Section]) -> Iterator[Section]:
+    """What `trainer evaluate` kept in a run, its variety in words before `more`, and tables of the rest after it."""
+    evaluation = read_kept(run / EVALUATION)
+    judged = str(evaluation.get("judged_on", ""))
+    if (measured_at := evaluation.get("temperature", 1)) != 1:
+        judged += f" Its samples were drawn at temperature {measured_at}."
+    kept = [*evaluation["metrics"], *read_kept(run / LIKELIHOOD)["metrics"]]
+    tables = metric_tables(kept)
+    if VARIETY in tables:
+        yield _variety_section(tables.pop(VARIETY), {row["name"]: row["value"] for row in kept}, judged)
+    yield from more
+    if tables:
+        blocks = [
+            Table(rows=FIGURES.in_words(rows), caption=f"{topic.title}. {topic.note}".rstrip())
+            for topic, rows in tables.items()
+        ]
+        yield Section(title="Metrics", text=judged, blocks=blocks)
+
+
+def _variety_section(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any], judged: str) -> Section:
     """What the metrics of variety mean in words, their table, and a plot over levels.
 
-    rows: those of the topic, see `metric_tables`. metrics: rows name/value. judged: which images judged the run.
+    rows: those of the topic, see `metric_tables`. values: all metrics by name. judged: which images judged the run.
     """
-    values = {row["name"]: row["value"] for row in metrics}
     endings = {"samples": "", "one half of the real images": "_real"}
     curves = {title: numbered(values, "variety_", ending) for title, ending in endings.items()}
     series = [Series(name=title, x=list(found), y=list(found.values())) for title, found in curves.items()]
@@ -399,17 +389,12 @@ def sweep_section(summary: Sequence[Mapping[str, Any]]) -> Section:
         rows = [row for row in summary if row["level"] == level and row["strength"] == strongest]
         for name, title in PLOTTED.items():
             if f"{name}_mean" in summary[0]:
-                series = [
-                    _series([row for row in rows if row["arm"] == arm], name, arm) for arm in _arms(rows)
-                ]
+                arms = dict.fromkeys(row["arm"] for row in rows)
+                series = [_series([row for row in rows if row["arm"] == arm], name, arm) for arm in arms]
                 where = f"{title}; level {level} edited"
                 plots.append(Plot(title=where, x_label="measured level", series=series))
     table = Table(rows=table_in_words(summary), caption=BASELINES)
     return Section(title="Sweep of edits", text=SWEEP_TEXT, blocks=[Plots(plots=plots), table])
-
-
-def _arms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["arm"] for row in rows))
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str, arm: str) -> Series:
@@ -428,61 +413,40 @@ def likelihood_sections(run: Path, pipe: NormalizingPipeline, index: ShardIndex)
     listed = content["images"]
     chosen = listed if len(listed) <= 2 * SHOWN_IMAGES else listed[:SHOWN_IMAGES] + listed[-SHOWN_IMAGES:]
     images = list(measure(pipe, index, [image["number"] for image in chosen], content["num_steps"]))
-    maps = [_map(image) for image in images]
-    peak = np.quantile(np.stack(maps), 0.995, axis=(0, 2, 3))[:, None, None].clip(1e-9)
-    reader = ShardReader(index)
-    cards = [
-        _surprise_card(image, bits, bits / peak, index, reader)
-        for image, bits in zip(images, maps, strict=True)
-    ]
-    reader.close()
-    text = SURPRISE_TEXT.format(count=f"{len(listed):,}")
-    names = _map_names(images[0])
+    # Added bits of tokens by level, or by transition where there is only one level: [N, L or T, H, W].
+    has_levels = len(images[0].added) > 1
+    maps = np.stack([image.added.sum(axis=1) if has_levels else image.added[0, ::-1] for image in images])
+    count = maps.shape[1]
+    names = level_names(count) if has_levels else [f"transition {k + 1}" for k in range(count)]
+    peak = np.quantile(maps, 0.995, axis=(0, 2, 3)).clip(1e-9)
+    cards = []
+    with contextlib.closing(ShardReader(index)) as reader:
+        for image, bits in zip(images, maps, strict=True):
+            views = [View(name="added bits", layers=_bits_colours(bits / peak[:, None, None]))]
+            if has_levels:
+                views.insert(0, View(name=REGIONS, layers=hierarchy_colours(image.regions)))
+            card = LevelViewer(
+                title=index.class_names[image.label],
+                subtitle=image.key,
+                level_names=names,
+                captions=[f"{total:,.0f} bits" for total in bits.sum(axis=(1, 2))],
+                views=views,
+                reveal=_photo(reader.read(image.number, extras=True).image),
+                notes={"added bits": f"{image.added_total:,.0f}"},
+            )
+            cards.append(card)
+    colours = _bits_colours(np.linspace(0, 1, SCALE_STEPS)).tolist()
     scales = [
-        Scale(
-            name=f"Added bits of a token, {name}", low="0", high=f"{most:.3g} or more", colours=BITS_COLOURS
-        )
-        for name, most in zip(names, peak.flatten(), strict=True)
+        Scale(name=f"Added bits of a token, {name}", low="0", high=f"{most:.3g} or more", colours=colours)
+        for name, most in zip(names, peak, strict=True)
     ]
+    text = SURPRISE_TEXT.format(count=f"{len(listed):,}")
     return [Section(title="Surprise", text=text, blocks=[*scales, Gallery(viewers=cards, start=-1)])]
 
 
-def _map(image: Measured) -> np.ndarray:
-    """Added bits of tokens by level, or by transition where there is only one level: [L or T, H, W]."""
-    return image.added.sum(axis=1) if len(image.added) > 1 else image.added[0, ::-1]
-
-
-def _map_names(image: Measured) -> Sequence[str]:
-    """Names of the maps of `_map`."""
-    count = len(_map(image))
-    return level_names(count) if len(image.added) > 1 else [f"transition {k + 1}" for k in range(count)]
-
-
-def _surprise_card(
-    image: Measured, bits: np.ndarray, share: np.ndarray, index: ShardIndex, reader: ShardReader
-) -> LevelViewer:
-    colours = _bits_colours(share)
-    views = [View(name="added bits", layers=np.rint(colours).astype(np.uint8))]
-    if len(image.added) > 1:
-        views.insert(0, View(name=REGIONS, layers=hierarchy_colours(image.regions)))
-    return LevelViewer(
-        title=index.class_names[image.label],
-        subtitle=image.key,
-        level_names=_map_names(image),
-        captions=[f"{total:,.0f} bits" for total in bits.sum(axis=(1, 2))],
-        views=views,
-        reveal=_photo(reader.read(image.number, extras=True).image),
-        notes={"added bits": f"{image.added_total:,.0f}"},
-    )
-
-
 def _bits_colours(share: np.ndarray) -> np.ndarray:
-    """Shares of the most bits as colours [..., 3]; the root makes small differences visible."""
-    return PALE + np.sqrt(share.clip(0, 1))[..., None] * (DEEP - PALE)
-
-
-BITS_COLOURS = np.rint(_bits_colours(np.linspace(0, 1, SCALE_STEPS))).astype(int).tolist()
-"""Colours of equal steps of bits, from none to the most."""
+    """Shares of the most bits as colours, uint8 [..., 3]; the root makes small differences visible."""
+    return np.rint(PALE + np.sqrt(share.clip(0, 1))[..., None] * (DEEP - PALE)).astype(np.uint8)
 
 
 def _photo(stored: bytes | None) -> np.ndarray | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -17,8 +17,6 @@ class Topic:
     """Regular expression that matches the beginning of its names."""
     note: str = ""
     """Explanation under the title, in a sentence or two."""
-    verdict: Callable[[Mapping[str, Any]], str] | None = None
-    """What its values mean, in a sentence or two for the end of the note: name → value in, text out."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """Ending of a name → column for its value, in the row of the name without the ending."""
 
@@ -66,7 +64,6 @@ VARIETY = Topic(
     note="variety: variance within classes on each level, divided by that of real images; 0 means that all samples "
     "of a class are equal. Precision: share of samples near a real image. Recall and coverage: share of real "
     "images near a sample. The column real images compares one half of them with the other half.",
-    verdict=variety_verdict,
     beside=REAL,
 )
 TOPICS = (
@@ -104,16 +101,14 @@ OTHER = Topic(title="Other", names="")
 def metric_tables(rows: Iterable[Mapping[str, Any]]) -> dict[Topic, list[dict[str, Any]]]:
     """Sort rows name/value into tables by topic, in the order of `TOPICS`, without empty ones.
 
-    The note of a topic ends in what its `verdict` says of the values. A cell in a column of `Topic.beside` is "" if
-    there is no such value.
+    A cell in a column of `Topic.beside` is "" if there is no such value.
     """
     values = {row["name"]: row["value"] for row in rows}
     tables = {}
     for topic in (*TOPICS, OTHER):
         own = {name: values.pop(name) for name in list(values) if re.match(topic.names, name)}
         if own:
-            said = topic.verdict(own) if topic.verdict else ""
-            tables[replace(topic, note=f"{topic.note} {said}".strip())] = _folded(own, topic.beside)
+            tables[topic] = _folded(own, topic.beside)
     return tables
 
 

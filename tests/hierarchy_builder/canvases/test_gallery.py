@@ -39,7 +39,7 @@ from hierarchy_builder.canvases.views import (
 )
 from hierarchy_builder.quality.report import hierarchy_page
 from hierarchy_builder.terminal import show_value
-from trainer.evaluation.pages import training_page, training_plots
+from trainer.evaluation.pages import curves_section, training_page, training_plots
 from trainer.trajectories.view import (
     CELL_PX,
     GAP_PX,
@@ -134,8 +134,10 @@ def test_text_from_data_is_escaped() -> None:
         intro=attack,
         facts={attack: attack},
         teachers=[view],
-        metrics=[Table(rows=[{attack: attack}])],
-        log=log,
+        measured=[
+            Section(title=attack, text=attack, blocks=[Table(rows=[{attack: attack}])]),
+            *curves_section(log),
+        ],
         config={"name": attack},
     )
     text = render(page)

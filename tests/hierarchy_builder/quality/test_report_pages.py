@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hierarchy_builder.canvases.gallery import Table, write_page
+from hierarchy_builder.canvases.gallery import Section, Table, write_page
 from hierarchy_builder.canvases.views import HierarchyView
 from hierarchy_builder.quality.report import hierarchy_page
-from trainer.evaluation.pages import training_page
+from trainer.evaluation.pages import curves_section, training_page
 from trainer.trajectories.view import TrajectoryView
 
 PHONE = {"width": 375, "height": 812}
@@ -50,8 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         facts=facts,
         trajectories=trajectories,
         teachers=views,
-        metrics=[Table(rows=stages)],
-        log=log,
+        measured=[Section(title="Metrics", blocks=[Table(rows=stages)]), *curves_section(log)],
         config=config,
     )
     write_page(page, folder / "training.html")

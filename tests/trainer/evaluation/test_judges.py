@@ -153,6 +153,7 @@ def test_training_images_are_named_as_such(runs: dict[str, Path], splits: Path) 
     words = ("--shards", splits, "--split", "train", "--samples-per-class", 2)
     done = call("evaluate", runs["trajectory-forcing"], *words)
     assert "Judged on the training images (24 images of split train)" in done.stderr
+    assert "Samples of one class are " in " ".join(done.stdout.split())
 
 
 def test_words_follow_from_the_least_level_and_from_recall() -> None:
@@ -165,11 +166,10 @@ def test_words_follow_from_the_least_level_and_from_recall() -> None:
     for ratio, expected in words.items():
         assert f"are {expected}" in variety_verdict({"variety_0": ratio})
     assert "was not measured" in variety_verdict({"precision": 1.0})
-    rows = [{"name": "variety_0", "value": 0.5}, {"name": "recall", "value": 0.1}]
-    rows += [{"name": "recall_real", "value": 0.8}]
-    (topic,) = metric_tables(rows)
-    assert topic.title == VARIETY.title
-    assert "They come near 10% of the real images (recall); as many real images come near 80%" in topic.note
+    values = {"variety_0": 0.5, "recall": 0.1, "recall_real": 0.8}
+    assert list(metric_tables({"name": name, "value": value} for name, value in values.items())) == [VARIETY]
+    said = variety_verdict(values)
+    assert "They come near 10% of the real images (recall); as many real images come near 80%" in said
 
 
 def test_a_report_shows_only_classes_with_images(runs: dict[str, Path], splits: Path, tmp_path: Path) -> None:
