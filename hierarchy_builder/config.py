@@ -9,16 +9,15 @@ import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import pydantic
+from typing import Any, Literal
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, brief, nearest, require
+from hierarchy_builder.fields import CAME_LATER, EXECUTION, CheckedFields, nearest, require
 from hierarchy_builder.untrusted.documents import parse_yaml, read_document
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""
+MAX_SEED = 2**32 - 1
 MOST_PARTITIONS = 1_000_000
 MOST_PARTS = 255
 """Largest number of regions to aim at: ids are stored in one byte."""
@@ -57,12 +56,8 @@ class Partition:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExtractConfig:
+class ExtractConfig(CheckedFields):
     """Images → features."""
-
-    __repr__ = brief
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     encoder: str = "dinov2-reg-base"
     """Name of an encoder (`hierarchy-builder encoders` lists them), `NAME@K` for a ViT after its first K blocks,
@@ -89,18 +84,11 @@ class ExtractConfig:
     """Images in one evaluation of the encoder."""
 
     def __post_init__(self) -> None:
-        require(
-            self.block_rows is None or 1 <= self.block_rows <= 1_000_000,
-            f"block_rows is {self.block_rows}, expected 1 to 1000000",
-        )
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected 1 or more")
+        self.check_between(1, 1_000_000, "block_rows")
+        self.check_least(1, "batch_size", "max_pixels")
+        self.check_shares("max_bad_fraction")
         if self.partition is not None:
             Partition.parse(self.partition)
-        require(self.max_pixels >= 1, f"max_pixels is {self.max_pixels}, expected 1 or more")
-        require(
-            0 <= self.max_bad_fraction <= 1,
-            f"max_bad_fraction is {self.max_bad_fraction}, expected a share from 0 to 1",
-        )
 
     def for_images(self, num_images: int) -> ExtractConfig:
         """The same with block_rows settled: at least 16 blocks where the set is not tiny, whole chunks of 8 rows."""
@@ -111,12 +99,8 @@ class ExtractConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HierarchyRecipe:
+class HierarchyRecipe(CheckedFields):
     """Features → nested regions. The defaults are the published recipe."""
-
-    __repr__ = brief
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     cuts: tuple[float, ...] = (0.65, 0.35)
     """Where trees are cut into parts, coarse → fine; each cut adds one level. Either relative merge heights from 0 to
@@ -173,8 +157,8 @@ class HierarchyRecipe:
             self.spatial_weight <= 3 or not (self.connected or self.masks_level),
             f"spatial_weight is {self.spatial_weight}, expected 3 or less with connected or masks_level",
         )
-        require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
-        require(0 <= self.min_spread <= 1, f"min_spread is {self.min_spread}, expected 0 to 1")
+        self.check_between(0, MAX_SEED, "seed")
+        self.check_between(0, 1, "min_spread")
         require(
             0 <= self.masks_level <= len(self.cuts),
             f"masks_level is {self.masks_level}, expected 0 to {len(self.cuts)}: these levels have regions",
@@ -206,12 +190,8 @@ class HierarchyRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VocabularyConfig:
+class VocabularyConfig(CheckedFields):
     """Features → dataset-wide prototypes."""
-
-    __repr__ = brief
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     sizes: tuple[int, ...] = (256,)
     """Prototypes of each level, coarse → fine (rising); those of a level are grouped into those before it."""
@@ -225,18 +205,14 @@ class VocabularyConfig:
     """k-means engine: torch on all workers, on GPUs where they have any; faiss and cuml in one process."""
 
     def __post_init__(self) -> None:
-        rising = all(coarse < fine for coarse, fine in zip(self.sizes, self.sizes[1:], strict=False))
+        rising = all(coarse < fine for coarse, fine in pairwise(self.sizes))
         require(
             bool(self.sizes) and rising and self.sizes[0] >= 1 and self.sizes[-1] <= 65_535,
             f"sizes are {self.sizes}, expected rising numbers (coarse → fine) from 1 to 65535, for example"
             " 64,512,4096",
         )
-        require(self.iterations >= 1, f"iterations is {self.iterations}, expected 1 or more")
-        require(
-            self.sampled_tokens is None or self.sampled_tokens >= 1,
-            f"sampled_tokens is {self.sampled_tokens}, expected 1 or more",
-        )
-        require(0 <= self.seed < 2**32, f"seed is {self.seed}, expected 0 to 2³² − 1")
+        self.check_least(1, "iterations", "sampled_tokens")
+        self.check_between(0, MAX_SEED, "seed")
 
     @property
     def num_prototypes(self) -> int:
@@ -245,12 +221,8 @@ class VocabularyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardConfig:
+class ShardConfig(CheckedFields):
     """Features and regions → webdataset tars."""
-
-    __repr__ = brief
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     split: str = "train"
     """First part of the shard names, `<split>-000000.tar`."""
@@ -279,16 +251,10 @@ class ShardConfig:
             self.licence is None or bool(self.licence.strip() and self.licence.isprintable()),
             f"licence is {self.licence!r}, expected a name on one line, such as cc-by-4.0",
         )
-        require(self.samples_per_shard >= 1, f"samples_per_shard is {self.samples_per_shard}, expected ≥ 1")
-        require(
-            self.shard_bytes is None or self.shard_bytes >= 10_000,
-            f"shard_bytes is {self.shard_bytes}, expected at least 10000",
-        )
-        require(1 <= self.image_quality <= 100, f"image_quality is {self.image_quality}, expected 1 to 100")
-        require(
-            self.image_px is None or 1 <= self.image_px <= MAX_IMAGE_PX,
-            f"image_px is {self.image_px}, expected 1 to {MAX_IMAGE_PX}",
-        )
+        self.check_least(1, "samples_per_shard")
+        self.check_least(10_000, "shard_bytes")
+        self.check_between(1, 100, "image_quality")
+        self.check_between(1, MAX_IMAGE_PX, "image_px")
         require(
             self.images or self.image_px is None,
             f"image_px is {self.image_px}, the size of stored pictures, and none are stored: expected it with images"

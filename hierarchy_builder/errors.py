@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 ResultT = TypeVar("ResultT")
@@ -107,13 +107,24 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 LITTLE_BYTES = 2**20
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """`a, b and 1,204 more`: the first names, at most so many, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def given_words() -> list[str]:
+    """The arguments of the command line, and the values of the options in it."""
+    words = (word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:])
+    return list(filter(None, words))
+
+
 def full_places(error: OSError) -> str | None:
     """The places among those on the command line, and the temporary folder, whose disk is full; None if unknown."""
     if error.errno not in FULL:
         return None
-    given = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
     found = []
-    for place in [*filter(None, given), tempfile.gettempdir()]:
+    for place in [*given_words(), tempfile.gettempdir()]:
         folder = os.path.abspath(os.path.expanduser(place))
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)

@@ -14,14 +14,15 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import textwrap
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
-from hierarchy_builder.errors import UsageError
+from hierarchy_builder.errors import UsageError, some
 
 ConfigT = TypeVar("ConfigT")
 Entry = TypeVar("Entry")
@@ -164,18 +165,20 @@ def by_meaning(name: str, known: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: `did you mean 'x'?`, or known names (at most 20) if none is close."""
-    known = list(known)
+def closest(name: str, known: Collection[str]) -> str | None:
+    """The known name that means what `name` means elsewhere, or that is spelled almost like it."""
     if (meant := by_meaning(name, known)) is not None:
-        return f"did you mean {meant!r}?"
+        return meant
     by_fold = {each.casefold(): each for each in known}
-    close = difflib.get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {by_fold[close[0]]!r}?"
-    names = list(by_fold.values())
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"known are {', '.join(names[:20])}{more}"
+    found = difflib.get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.5)
+    return by_fold[found[0]] if found else None
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: `did you mean 'x'?`, or known names (at most 20) if none is close."""
+    if (found := closest(name, known)) is not None:
+        return f"did you mean {found!r}?"
+    return f"known are {some(list(known), 20)}"
 
 
 def named(entries: Mapping[str, Entry], name: str, what: str) -> Entry:
@@ -232,6 +235,46 @@ def require(condition: bool, message: str) -> None:
 def require_size(name: str, value: float, most: int = MOST) -> None:
     """Refuse a size of a network that is not above 0, or larger than any network has."""
     require(0 < value <= most, f"{name} is {value}, expected above 0 and at most {most:,}")
+
+
+class CheckedFields:
+    """Base of configurations: unknown fields are refused, `brief` shows them, and each check names the wrong field."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = brief  # type: ignore[assignment]  # in the class itself, or `dataclass` makes another
+
+    def check_shares(self, *names: str) -> None:
+        """Refuse fields that are not between 0 and 1."""
+        for name in names:
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
+
+    def check_above_zero(self, *names: str) -> None:
+        """Refuse fields that are not finite numbers above 0; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
+
+    def check_least(self, least: int, *names: str) -> None:
+        """Refuse fields below `least`; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value >= least, f"{name} is {value}, expected {least} or more")
+
+    def check_between(self, least: float, most: float, *names: str) -> None:
+        """Refuse fields below `least` or above `most`; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or least <= value <= most, f"{name} is {value}, expected {least} to {most}")
+
+    def check_finite(self, *names: str) -> None:
+        """Refuse fields that are infinite or NaN."""
+        for name in names:
+            value = getattr(self, name)
+            require(math.isfinite(value), f"{name} is {value}, expected a finite number")
 
 
 def _explain(problem: dict[str, Any], known: list[str]) -> str:

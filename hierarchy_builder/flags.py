@@ -17,7 +17,7 @@ from typer.models import OptionInfo
 
 from hierarchy_builder import __version__
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import MEANINGS, by_meaning, nearest, sentences
+from hierarchy_builder.fields import MEANINGS, by_meaning, closest, sentences
 from hierarchy_builder.places.paths import a_folder, a_path, a_place
 
 REQUIRED = inspect.Parameter.empty
@@ -192,9 +192,8 @@ def _about_option(error: Any) -> str:
         return (
             f"{start}: fields are set by name, for example --set optim.lr=0.005; --dry-run prints all of them"
         )
-    hint = nearest(asked, names)
-    if hint.startswith("did you mean"):
-        return f"{start}, did you mean {names[hint.split(chr(39))[1]]}?"
+    if (meant := closest(asked, names)) is not None:
+        return f"{start}, did you mean {names[meant]}?"
     return f"{start}; `{error.ctx.command_path} --help` lists its options"
 
 

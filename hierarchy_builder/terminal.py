@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hierarchy_builder.errors import InterruptedRunError, UserError, explained
+from hierarchy_builder.errors import InterruptedRunError, UserError, explained, given_words
 from hierarchy_builder.fields import flattened
 from hierarchy_builder.files import without_nan
 from hierarchy_builder.places.paths import shown
@@ -61,8 +61,7 @@ def run(command: Callable[[], Any], *, continues: bool = False, who: str = "") -
         _end(f"{who}{error}", error.exit_code)
     except Exception as error:
         if (told := store_error(error)) is not None:
-            words = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
-            urls = ", ".join(shown(word) for word in words if "://" in word)
+            urls = ", ".join(shown(word) for word in given_words() if "://" in word)
             _end(f"{who}{urls}: {told}" if urls and not told.place else f"{who}{told}", told.exit_code)
         if not isinstance(error, OSError):
             raise

@@ -31,7 +31,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.config import Partition
-from hierarchy_builder.errors import BuilderError, UsageError, UserError
+from hierarchy_builder.errors import BuilderError, UsageError, UserError, some
 from hierarchy_builder.images.table import AT_ONCE, Collected, Size, give_back, in_batches, sorted_by_path
 from hierarchy_builder.places.paths import printable
 from hierarchy_builder.terminal import counted
@@ -451,8 +451,7 @@ def _is_picture(suffix: str) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f", and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(map(printable, sorted(names)[:NAMED])) + more
+    return printable(some(sorted(names)))
 
 
 def list_table(

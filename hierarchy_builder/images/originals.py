@@ -10,7 +10,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from hierarchy_builder.errors import ConfigMismatchError, ImageError
+from hierarchy_builder.errors import ConfigMismatchError, ImageError, some
 from hierarchy_builder.images.sources import FileReader, Reader, TarReader
 from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.terminal import counted
@@ -74,8 +74,7 @@ def refuse_changed(place: str, changed: Sequence[str]) -> None:
 
 def describe_changed(place: str, changed: Sequence[str]) -> str:
     """Return the message about changed images: how many, the first five of them, and what to do."""
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     return (
-        f"{place}: {counted(len(changed), 'image')} changed after being encoded: {', '.join(changed[:5])}{more}; "
+        f"{place}: {counted(len(changed), 'image')} changed after being encoded: {some(changed)}; "
         "restore what was encoded, or repeat the `build` command with --fresh, which starts over"
     )

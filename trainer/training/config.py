@@ -10,53 +10,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
-
-import pydantic
+from typing import Any, Literal, TypeVar
 
 from hierarchy_builder import fields
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.fields import CAME_LATER, EXECUTION, STRICT, brief, require, to_mapping
+from hierarchy_builder.fields import CAME_LATER, EXECUTION, CheckedFields, require, to_mapping
 
 Config = TypeVar("Config")
-
-
-class CheckedFields:
-    """Base of configurations: unknown fields are refused, and each check raises UsageError with the field's name."""
-
-    __slots__ = ()
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
-
-    def check_shares(self, *names: str) -> None:
-        """Refuse fields that are not between 0 and 1."""
-        for name in names:
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}, expected a share from 0 to 1")
-
-    def check_above_zero(self, *names: str) -> None:
-        """Refuse fields that are not finite numbers above 0; None is accepted."""
-        for name in names:
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"{name} is {value}, expected above 0, and finite")
-
-    def check_least(self, least: int, *names: str) -> None:
-        """Refuse fields below `least`; None is accepted."""
-        for name in names:
-            value = getattr(self, name)
-            require(value is None or value >= least, f"{name} is {value}, expected {least} or more")
-
-    def check_finite(self, *names: str) -> None:
-        """Refuse fields that are infinite or NaN."""
-        for name in names:
-            value = getattr(self, name)
-            require(math.isfinite(value), f"{name} is {value}, expected a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AveragedOptimConfig(CheckedFields):
     """The learning rate and the weight averages of every optimiser."""
-
-    __repr__ = brief
 
     lr: float = 1e-4
     """Learning rate after the warm-up."""
@@ -75,8 +40,6 @@ class AveragedOptimConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig(AveragedOptimConfig):
     """Muon for matrices, Adam with Nesterov momentum for all other parameters, and the weight averages."""
-
-    __repr__ = brief
 
     lr: float = 1e-2
     """Learning rate of Muon and Adam, constant until the cooldown."""
@@ -103,8 +66,6 @@ class OptimConfig(AveragedOptimConfig):
 class RuledOptimConfig(AveragedOptimConfig):
     """AdamW or Muon, and the weight averages; each method adds its own schedule of the learning rate."""
 
-    __repr__ = brief
-
     rule: Literal["adamw", "muon"] = "adamw"
     """AdamW as in the paper, or Muon as in Trajectory Forcing, with which small networks learn in minutes."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -126,8 +87,6 @@ class RuledOptimConfig(AveragedOptimConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig(CheckedFields):
     """Fields of every training run: length, batches, seed, execution and logging."""
-
-    __repr__ = brief
 
     total_images: int = field(default=102_400_000, metadata=EXECUTION)  # 80 epochs of ImageNet
     """Images after which the run ends."""
@@ -180,8 +139,6 @@ class RunConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PostTrainingConfig(CheckedFields):
     """What `trainer post-train` adds to the configuration of the run it starts from: targets, statistics, gradient."""
-
-    __repr__ = brief
 
     start: str = ""
     """Checkpoint and weight average the run started from, and the checksum of that file of weights."""
@@ -247,8 +204,6 @@ class PostTrainingConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodRunConfig(RunConfig):
     """Fields of every method's run: the units of features, and how the objective is computed."""
-
-    __repr__ = brief
 
     normalise: Literal["auto", "none", "channel", "position"] = "channel"
     """Units of the network's features: raw (`none`), or of mean 0 and standard deviation 1 per channel or per position
