@@ -32,13 +32,13 @@ LIVE_INTERVAL_S = 1.0
 class Meter:
     """Counts the images of one stage: `total` to do now, `before` done by an earlier run.
 
-    failed: those among the done that could not be used. shown: called after every advance.
+    failed: those among the done that could not be used. shows: called after every advance.
     """
 
     stage: str
     total: int
     before: int = 0
-    shown: Callable[[Meter], None] = lambda meter: None
+    shows: list[Callable[[], None]] = field(default_factory=list)
     done: int = 0
     failed: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -46,7 +46,8 @@ class Meter:
     def advance(self, images: int, failed: int = 0) -> None:
         self.done += images
         self.failed += failed
-        self.shown(self)
+        for show in self.shows:
+            show()
 
     @property
     def images_per_second(self) -> float:
@@ -100,22 +101,16 @@ class Reporter:
         """
         meter = Meter(name, total - done, done)
         with contextlib.ExitStack() as stack:
-            shows = [] if live is None else [stack.enter_context(_shared(live, meter))]
+            if live is not None:
+                meter.shows.append(stack.enter_context(_shared(live, meter)))
             if not self.quiet:
-                shows.append(
-                    stack.enter_context(self._bar() if self.console.is_terminal else self._lines(meter))
-                )
-
-            def show(meter: Meter) -> None:
-                for one in shows:
-                    one(meter)
-
-            meter.shown = show
-            show(meter)
+                shown = self._bar(meter) if self.console.is_terminal else self._lines(meter)
+                meter.shows.append(stack.enter_context(shown))
+            meter.advance(0)
             yield meter
 
     @contextlib.contextmanager
-    def _bar(self) -> Iterator[Callable[[Meter], None]]:
+    def _bar(self, meter: Meter) -> Iterator[Callable[[], None]]:
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(),
@@ -127,7 +122,7 @@ class Reporter:
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("", total=None, rate=0.0, failed="")
 
-            def show(meter: Meter) -> None:
+            def show() -> None:
                 progress.update(
                     task,
                     description=meter.stage,
@@ -140,10 +135,10 @@ class Reporter:
             yield show
 
     @contextlib.contextmanager
-    def _lines(self, meter: Meter) -> Iterator[Callable[[Meter], None]]:
+    def _lines(self, meter: Meter) -> Iterator[Callable[[], None]]:
         is_due = _every(PLAIN_INTERVAL_S, lambda: meter.seconds)
 
-        def show(meter: Meter) -> None:
+        def show() -> None:
             if is_due():
                 left = "" if meter.remaining_s is None else f", {as_duration(meter.remaining_s)} left"
                 self.say(f"{meter.as_text()}, {meter.images_per_second:.1f} images/s{left}")
@@ -154,10 +149,10 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def _shared(path: Path, meter: Meter) -> Iterator[Callable[[Meter], None]]:
+def _shared(path: Path, meter: Meter) -> Iterator[Callable[[], None]]:
     is_due = _every(LIVE_INTERVAL_S, lambda: meter.seconds, at_once=True)
 
-    def show(meter: Meter) -> None:
+    def show() -> None:
         if is_due():
             still_ours(path)
             write_json(path, {**meter.as_row(), "time": time.time()})
@@ -178,14 +173,14 @@ class Follow(Protocol):
 
 def unseen(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     """Items as they come; shows nothing."""
-    yield from items
+    return iter(items)
 
 
 def shown_on(console: Console, clock: Callable[[], float] = time.monotonic) -> Follow:
     """Shows on `console`. clock: seconds, from any start."""
 
     def bar(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-        yield from track(items, what, total, console=console)
+        return iter(track(items, what, total, console=console))
 
     def lines(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
         is_due = _every(PLAIN_INTERVAL_S, clock)
