@@ -276,7 +276,7 @@ def repair_of(place: Path | str) -> str:
 
 def _are_shards(path: Path) -> bool:
     """Whether this is the folder of the shards of a build, which may also have been copied away from it."""
-    return path.name == "shards" and not is_remote(path) and (path.parent / "ledger").is_dir()
+    return path.name == "shards" and (path.parent / "ledger").is_dir()
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def decoding(place: Path | str, advice: str | None = None) -> Iterator[None]:
     """
     what = place if isinstance(place, str) else f"{place} is"
     advice = advice or repair_of(place)
-    if isinstance(place, Path) and not is_remote(place):
+    if isinstance(place, Path):
         require_regular(place)
     try:
         yield
@@ -299,15 +299,10 @@ def decoding(place: Path | str, advice: str | None = None) -> Iterator[None]:
             raise VerificationError(f"{what} missing: {advice}") from None
         if told := store_error(error):
             raise told from error
-        if error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # a decoder that seeks where there is no file asks for EINVAL
+        if error.errno not in (None, errno.EINVAL):  # a decoder that seeks beyond the file gets EINVAL
             raise
         raise VerificationError(f"{what} damaged ({error}): {advice}") from None
-    except (
-        Exception
-    ) as error:  # decoders of zarr, parquet, npz and tar each raise what their bytes lead them to
+    except Exception as error:  # each decoder raises what its bytes lead it to
         if told := store_error(error):
             raise told from error
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
@@ -334,14 +329,14 @@ def fetched(path: Path) -> Iterator[BinaryIO]:
     """
     if not is_remote(path):
         require_regular(path)
-    with path.open("rb") as source:
-        if not is_remote(path):
-            yield source
-            return
-        with tempfile.TemporaryFile() as file:
-            shutil.copyfileobj(source, file, remote.PART_BYTES)
-            file.seek(0)
+        with path.open("rb") as file:
             yield file
+        return
+    with tempfile.TemporaryFile() as copy:
+        with path.open("rb") as source:
+            shutil.copyfileobj(source, copy, remote.PART_BYTES)
+        copy.seek(0)
+        yield copy
 
 
 def size_on_disk(path: Path) -> int:
@@ -365,8 +360,8 @@ def _bytes_below(folder: Path | str) -> int:
 def sizes_in(folder: Path) -> dict[str, int]:
     """Bytes of the files directly in a folder, by name; at a URL from one listing."""
     if is_remote(folder):
-        found = {path: size for path, size in remote.files_below(folder).items() if path.parent == folder}
-        return {path.name: size for path, size in found.items()}
+        found = remote.files_below(folder).items()
+        return {path.name: size for path, size in found if path.parent == folder}
     if not folder.is_dir():
         return {}
     return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}

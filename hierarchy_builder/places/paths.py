@@ -6,11 +6,11 @@ import importlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.machine.installing import install_extras
-from hierarchy_builder.places.remote import CLIENTS, options
+from hierarchy_builder.places.remote import CLIENTS, OPTIONS
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -85,7 +85,7 @@ def remote_place(url: str) -> Path:
         raise UsageError(
             f"{url}: {error.name or package} is not installed: {install_extras(extra)}"
         ) from None
-    return cast(Path, RemotePath(url.rstrip("/"), **options()))
+    return cast(Path, RemotePath(url.rstrip("/"), **OPTIONS))
 
 
 def refuse_password(url: str) -> None:
@@ -126,10 +126,9 @@ def filesystem_of(place: str) -> tuple[AbstractFileSystem, str]:
         return LocalFileSystem(), os.path.abspath(place)
     refuse_password(place)
     scheme = place.partition("://")[0]
-    of_web: dict[str, Any] = (
-        {"client_kwargs": {"trust_env": True}} if scheme in ("http", "https") else {}
-    )  # ~/.netrc
-    return url_to_fs(place, **(options() if scheme in CLIENTS else of_web))
+    if scheme in ("http", "https"):
+        return url_to_fs(place, client_kwargs={"trust_env": True})  # reads ~/.netrc
+    return url_to_fs(place, **(OPTIONS if scheme in CLIENTS else {}))
 
 
 def printable(text: str) -> str:

@@ -13,6 +13,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -29,6 +30,9 @@ CLIENTS = {
     "memory": ("fsspec", "remote"),
 }
 """Package of each scheme that artefacts may be written to, and the extra of this project that installs it."""
+
+OPTIONS: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": False}
+"""Options of every file system: listings are not kept, since other machines write there too."""
 
 PART_BYTES = 16 * 2**20
 """Bytes of a part of a multipart upload; object stores take 10,000 parts, so a file may have 160 GB."""
@@ -139,11 +143,6 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
-def options() -> dict[str, Any]:
-    """Options of every file system: listings are not kept, since other machines write there too."""
-    return {"use_listings_cache": False, "skip_instance_cache": False}
-
-
 def put(path: Path, data: bytes) -> None:
     """Write an object with one request."""
     _fs(path).pipe_file(_key(path), data)
@@ -177,27 +176,23 @@ def keeping() -> Iterator[None]:
         _KEPT.clear()
 
 
-def create(path: Path, data: bytes) -> bool:
-    """Write an object if there is none, in one conditional request; returns whether the store said it was written.
+def create(path: Path, data: bytes) -> None:
+    """Write an object if there is none, in one conditional request. Read what is there to know whose it is.
 
-    The answer to a request that wrote it may have been lost, and the repeated one is then refused: read what is there.
+    The answer to a request that wrote it may have been lost, and the repeated one is then refused.
     """
     try:
         _fs(path).pipe_file(_key(path), data, mode="create")
     except FileExistsError:
-        return False
-    except OSError as error:
-        if store_error(error) is not None and any(_status(one) == 409 for one in _chain(error)):
-            return False  # another request for the same object came in between
-        raise
-    return True
+        pass
+    except OSError as error:  # 409: another request for the same object came in between
+        if store_error(error) is None or all(_status(one) != 409 for one in _chain(error)):
+            raise
 
 
-@contextlib.contextmanager
-def upload(path: Path) -> Iterator[BinaryIO]:
+def upload(path: Path) -> AbstractContextManager[BinaryIO]:
     """A file open for writing, sent part by part; the object appears when the block ends without an exception."""
-    with upload_to(_fs(path), _key(path)) as file:
-        yield file
+    return upload_to(_fs(path), _key(path))
 
 
 @contextlib.contextmanager

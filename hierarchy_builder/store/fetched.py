@@ -33,7 +33,7 @@ class Fetched(WrapperStore[FsspecStore]):
     @classmethod
     def of(cls, place: Path) -> Fetched:
         """The store at a URL."""
-        return cls(FsspecStore.from_url(str(place), storage_options=remote.options()), place)
+        return cls(FsspecStore.from_url(str(place), storage_options=remote.OPTIONS), place)
 
     def with_read_only(self, read_only: bool = False) -> Fetched:
         """The same store, which may or may not be written to."""

@@ -32,9 +32,8 @@ def read_document(path: Path, most: int = DOCUMENT_BYTES) -> bytes:
     """
     if isinstance(path, Path):  # a place at a URL is none, and holds neither devices nor pipes
         status = path.stat()
-        if not (
-            stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-        ):  # reading a folder fails by itself
+        # Reading a folder fails by itself.
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise ValueError("it is no regular file")
         _check_length(status.st_size, most)
     return path.read_bytes()
@@ -42,9 +41,8 @@ def read_document(path: Path, most: int = DOCUMENT_BYTES) -> bytes:
 
 def read_object(filesystem: AbstractFileSystem, path: str, most: int = DOCUMENT_BYTES) -> bytes:
     """Read a file of any file system. Raises ValueError for more than `most` bytes, which are not fetched."""
-    from fsspec.implementations.local import (
-        LocalFileSystem,
-    )  # imported here because --help must start at once
+    # imported here because --help must start at once
+    from fsspec.implementations.local import LocalFileSystem
 
     if isinstance(filesystem, LocalFileSystem):
         return read_document(Path(path), most)
