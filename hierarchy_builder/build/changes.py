@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hierarchy_builder.build.clustering import settle_recut
 from hierarchy_builder.config import ExtractConfig, ShardConfig
@@ -118,8 +117,7 @@ def _readable(
         return True
 
     with ThreadPoolExecutor(num_cpus()) as pool:
-        worth = list(pool.map(is_worth_it, failed))
-    return np.asarray(failed, np.int64)[np.asarray(worth, bool)].tolist()
+        return list(itertools.compress(failed, pool.map(is_worth_it, failed)))
 
 
 def carry_over(
@@ -180,7 +178,7 @@ def _remove_markers(folder: BuildFolder, blocks: Collection[int], kept_tars: int
     folder.remove(folder.shards / SUCCESS)
     for name in BY_BLOCK:
         for block in blocks:
-            marker = Ledger(folder.ledger(name), "").marker(block)
+            marker = folder.marker(name, block)
             if name != "extract":
                 folder.remove(marker)
             elif marker.exists():  # the rows that are usable stay, see ExtractStage
@@ -256,23 +254,20 @@ def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[
     records: all rows. inputs: what `extract` is made with now. The call can be repeated if the process ends in
     between. Differences other than in the listing are left for the ledger to refuse.
     """
-    if growth_of(folder, inputs) is None:
-        return 0
-    stages = read_manifest(folder)["stages"]
-    if "cluster" in stages:
-        settle_recut(folder)  # new levels that are not in place yet, before their store grows
-    num_before, block_rows = stages["extract"]["inputs"]["num_images"], inputs["config"]["block_rows"]
-    outcomes = outcomes_so_far(folder)
     growth = growth_of(folder, inputs)
-    assert growth is not None
-    num_blocks = len(blocks_of(len(records), block_rows))
+    if growth is None:
+        return 0
+    if "cluster" in growth.stages:
+        settle_recut(folder)  # new levels that are not in place yet, before their store grows
+    outcomes = outcomes_so_far(folder)
+    num_blocks = len(blocks_of(len(records), inputs["config"]["block_rows"]))
     for store in (folder.features, folder.regions):
         if store.exists():
             stores.grow(store, num_rows=len(records), num_blocks=num_blocks)
     write_index(folder.listing, records)
     write_index(folder.index, records, outcomes)
     carry_over(folder, inputs, growth.touched, kept_tars=growth.kept_tars)
-    return len(records) - num_before
+    return len(records) - len(outcomes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import move, sha256_file, size_on_disk
 from hierarchy_builder.images.masks import open_masks
-from hierarchy_builder.records import Block, Status, blocks_of
+from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, settle_index
@@ -62,10 +62,10 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     inputs = cluster_inputs(recipe, extracted["hash"], paths)
     ledger = begin_stage(folder, "cluster", inputs, {"request": to_mapping(recipe)}, fresh=session.fresh)
     settle_recut(folder)
-    num_rows, block_rows, encoder = store_layout(extracted)
     stores.create(*layout_of(folder, "cluster"))
-    blocks = blocks_of(num_rows, block_rows)
-    load = partial(ClusterStage.load, folder, recipe, encoder["image_size_px"])
+    blocks = stage_units(folder, "cluster")
+    image_size_px = extracted["inputs"]["encoder"]["image_size_px"]
+    load = partial(ClusterStage.load, folder, recipe, image_size_px)
     done, seconds = do_units(load, ledger, blocks, session, "cluster")
     return _regions_summary(folder, ledger, blocks, done, seconds)
 
@@ -88,7 +88,7 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
     recipe = from_mapping(HierarchyRecipe, {**clustered["request"], "cuts": list(cuts)}, "--recut")
     inputs = {**clustered["inputs"], "config": identity(recipe)}
     num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
-    blocks = blocks_of(num_rows, block_rows)
+    blocks = stage_units(folder, "cluster")
     done, seconds = 0, 0.0
     if inputs != clustered["inputs"]:
         ledger = Ledger(folder.ledger("recut"), hash_of("cluster", inputs))
@@ -97,10 +97,8 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
         ):  # levels of an unfinished run with other cuts
             folder.remove(folder.recut)
             folder.remove(ledger.folder)
-        grid = tuple(encoder["grid"])
-        layout = stores.regions_layout(
-            num_rows=num_rows, block_rows=block_rows, grid=grid, num_levels=recipe.num_levels
-        )
+        shape = {"num_rows": num_rows, "block_rows": block_rows, "grid": encoder["grid"]}
+        layout = stores.stage_layout("cluster", **shape, num_levels=recipe.num_levels)
         stores.create(folder.recut, {"regions": layout["regions"]})
         done, seconds = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session, "recut")
         replace_regions(folder, inputs, {"request": to_mapping(recipe)})
@@ -161,9 +159,8 @@ def link(folder: BuildFolder, session: Session) -> StageSummary:
     level = min(PART_LEVEL, len(clustered["inputs"]["config"]["cuts"]))
     inputs = {"config": {"level": level}, "vocabulary": fitted["hash"], "cluster": clustered["hash"]}
     ledger = begin_stage(folder, "link", inputs, {}, fresh=session.fresh)
-    num_rows, block_rows, _ = store_layout(stage_entry(folder, "extract"))
     stores.create(*layout_of(folder, "link"))
-    blocks = blocks_of(num_rows, block_rows)
+    blocks = stage_units(folder, "link")
     done, seconds = do_units(partial(LinkStage.load, folder, level), ledger, blocks, session, "link")
     return StageSummary(
         stage="link",

@@ -25,7 +25,7 @@ from hierarchy_builder.records import Block, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import settle_index
-from hierarchy_builder.store.ledger import Ledger, begin_stage, read_manifest, with_licence
+from hierarchy_builder.store.ledger import Ledger, begin_stage, open_ledger, read_manifest, with_licence
 from hierarchy_builder.store.shard_set import publish_shards
 from hierarchy_builder.store.shards import shard_name, sidecar
 from hierarchy_builder.store.units import (
@@ -141,7 +141,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     done, seconds = do_units(load, ledger, units, session, "shard")
     results = ledger.results(range(len(units)))
     if config.covariance:
-        sum_covariance(folder, extracted["hash"], session)
+        sum_covariance(folder, session)
     publish_shards(folder, config, results)
     return StageSummary(
         stage="shard",
@@ -153,9 +153,9 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     )
 
 
-def sum_covariance(folder: BuildFolder, features_hash: str, session: Session) -> None:
+def sum_covariance(folder: BuildFolder, session: Session) -> None:
     """Compute the missing scatter matrices of the blocks of features.zarr."""
-    ledger = Ledger(folder.ledger("covariance"), features_hash)
+    ledger = open_ledger(folder, "covariance")
     if not stores.has_scatter(folder.features):  # the features were rebuilt
         folder.remove(ledger.folder)
         stores.create(*layout_of(folder, "covariance"))

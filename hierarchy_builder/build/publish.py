@@ -19,7 +19,7 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,6 @@ from hierarchy_builder.files import (
     json_text,
     parse_json,
     read_json,
-    readable_json,
     refuse_links,
     sha256_file,
 )
@@ -53,7 +52,7 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import shard_set
 from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.shard_set import SUCCESS, success_problems
-from hierarchy_builder.store.shards import sidecar
+from hierarchy_builder.store.shards import sidecar, sidecar_problems
 
 PUBLISHING = "_PUBLISHING"
 """Names the files of a set whose transfer began."""
@@ -87,15 +86,11 @@ def publish_to(folder: BuildFolder, url: str, reporter: Reporter) -> StageSummar
             f"{problem}: run `hierarchy-builder repair {folder.root}`, then publish again"
         )
     counts = {folder.shards / entry["url"]: entry["nsamples"] for entry in index["shardlist"]}
+    beside = (folder.shards / name for name in sorted(shard_set.ABOUT))
+    about = [path for path in beside if path.is_file() and is_own_about(path)]
+    files = [*counts, *map(sidecar, counts), *about, folder.shards / SUCCESS]
     with answers_of(url), _one_writer(url, reporter) as is_alone:
-        sent = list(_send(folder, counts, _Place.of(url), reporter, is_alone=is_alone))
-    names = {
-        *(path.name for path in counts),
-        *(sidecar(path).name for path in counts),
-        *_about(folder.shards),
-        SUCCESS,
-    }
-    files = [path for path in folder.shards.iterdir() if path.name in names]
+        sent = list(_send(files, counts, _Place.of(url), reporter, is_alone=is_alone))
     return StageSummary(
         stage="publish",
         images=index["num_samples"],
@@ -153,32 +148,30 @@ def _one_writer(url: str, reporter: Reporter) -> Iterator[bool]:
 
 
 def _send(
-    folder: BuildFolder, counts: Mapping[Path, int], place: _Place, reporter: Reporter, *, is_alone: bool
+    files: Sequence[Path], counts: Mapping[Path, int], place: _Place, reporter: Reporter, *, is_alone: bool
 ) -> Iterator[Path]:
-    """Send what is not there yet, markers last; yields the files sent. counts: samples of each tar.
+    """Send what is not there yet; yields the files sent.
 
+    files: the tars, their sidecars, what describes the set, and `_SUCCESS`. counts: samples of each tar.
     is_alone: whether it is certain that no other process sends to this place now.
     """
-    shards, tars = folder.shards, list(counts)
-    markers = [sidecar(tar) for tar in tars]
-    about = sorted(shards / name for name in _about(shards))
-    changed = [path for path in [*markers, *about, shards / SUCCESS] if not place.holds(path)]
+    *_, success = files
+    changed = [path for path in files if path not in counts and not place.holds(path)]
     own = place.own_names()
     if not changed:
         if PUBLISHING in own:
             place.remove(PUBLISHING)
         return
-    files, split = (
-        [*tars, *markers, *about, shards / SUCCESS],
-        tars[0].name.rpartition("-")[0] if tars else "",
-    )
-    names = {path.name for path in files}
-    strays = place.tars_of(split) - names
-    theirs = [*files, shards / PUBLISHING, *(shards / name for name in sorted(strays))]
+    names, split = {path.name for path in files}, files[0].name.rpartition("-")[0]
+    of_split = {
+        name for name in place.kinds if SHARD_FILE.fullmatch(name) and name.rpartition("-")[0] == split
+    }
+    strays = sorted(of_split - names)
+    theirs = [*files, *map(success.with_name, (PUBLISHING, *strays))]
     place.refuse_foreign([path for path in theirs if path.name not in own])
     if isinstance(place.fs, LocalFileSystem):
         refuse_links(Path(place.root), [path.name for path in theirs])
-    digest, begun = sha256_file(shards / SUCCESS), place.begun()
+    digest, begun = sha256_file(success), place.begun()
     if not is_alone and begun.get("set", digest) != digest:
         raise BuilderError(
             f"{place.root} holds {PUBLISHING} of another set, whose transfer is going on or was stopped: wait until it "
@@ -187,8 +180,8 @@ def _send(
     told = {"publishes": "hierarchy-builder", "set": digest, "files": sorted(names | own)}
     place.claim(json_text(told))
     place.remove(SUCCESS)
-    waiting = [tar for tar in tars if sidecar(tar) in changed]
-    done = sum(counts[tar] for tar in tars if tar not in waiting)
+    waiting = [tar for tar in counts if sidecar(tar) in changed]
+    done = sum(counts.values()) - sum(counts[tar] for tar in waiting)
     with (
         reporter.stage("publish", sum(counts.values()), done) as meter,
         ThreadPoolExecutor(1 if "hf" in place.fs.protocol else TRANSFERS) as pool,
@@ -196,34 +189,27 @@ def _send(
         for tar in pool.map(place.send_tar, waiting):
             meter.advance(counts[tar])
             yield from (tar, sidecar(tar))
-    for path in about:
-        if path in changed:
+    for path in changed:
+        if path.name in shard_set.ABOUT:
             place.send(path)
             yield path
     if place.begun() != told:
         raise BuilderError(
             f"{place.root}: another process publishes to it: wait until that has ended, then repeat this"
         )
-    for name in sorted(strays):
+    for name in strays:
         place.remove(name)
-    place.send(shards / SUCCESS)
-    yield shards / SUCCESS
+    place.send(success)
+    yield success
     place.remove(PUBLISHING)
-
-
-def _about(shards: Path) -> list[str]:
-    """Names of the files beside the tars that belong to the set, but for `_SUCCESS`."""
-    return [name for name in shard_set.ABOUT if (shards / name).is_file() and is_own_about(shards / name)]
 
 
 def _problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
     """Compare every file of a set with what vouches for it, but for the tars: each is read before it is sent."""
     yield from success_problems(shards, index)
     for entry in index["shardlist"]:
-        expected = {"count": entry["nsamples"], "bytes": entry["filesize"], "sha256": entry["sha256"]}
-        path = sidecar(shards / entry["url"])
-        if readable_json(path) != {**expected, "config_hash": index["config_hash"]}:
-            yield f"{path} is missing or belongs to another tar"
+        told = {"count": entry["nsamples"], "bytes": entry["filesize"]}
+        yield from sidecar_problems(shards / entry["url"], {**index, **entry, **told})
 
 
 def open_url(url: str) -> tuple[AbstractFileSystem, str]:
@@ -317,11 +303,6 @@ class _Place:
         except (FileNotFoundError, ValueError):
             return {}
         return told if told.get("publishes") == "hierarchy-builder" else {}
-
-    def tars_of(self, split: str) -> set[str]:
-        """Names there of tars of a split, and of their sidecars."""
-        shard_files = (name for name in self.kinds if SHARD_FILE.fullmatch(name))
-        return {name for name in shard_files if name.rpartition("-")[0] == split}
 
     def refuse_foreign(self, paths: Iterable[Path]) -> None:
         """Raise UsageError where other things than these files have their names there."""

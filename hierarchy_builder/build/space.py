@@ -20,7 +20,7 @@ from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyCon
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.places.remote import is_remote
-from hierarchy_builder.records import MAX_REGIONS
+from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import sample_bytes
 
@@ -30,12 +30,9 @@ LISTED_BYTES = 400
 
 def extract_bytes(num_images: int, encoder: Mapping[str, Any], block_rows: int) -> dict[str, int]:
     """Upper bound of what `extract` writes, by name in the build folder; `encoder` is its description."""
-    values = math.prod(encoder["grid"]) * encoder["width"]
-    blocks = -(-num_images // block_rows)
-    return {
-        "index.parquet": num_images * LISTED_BYTES,
-        "features.zarr": num_images * (values * 2 + 1) + blocks * values * 16,
-    }
+    shape = {"num_rows": num_images, "block_rows": block_rows, "grid": encoder["grid"]}
+    layout = stores.stage_layout("extract", **shape, width=encoder["width"])
+    return {"index.parquet": num_images * LISTED_BYTES, "features.zarr": stores.layout_bytes(layout)}
 
 
 def later_bytes(
@@ -47,10 +44,12 @@ def later_bytes(
 ) -> dict[str, int]:
     """Upper bound of what the later stages of `build` write, by name in the build folder."""
     tokens, width = math.prod(encoder["grid"]), encoder["width"]
-    row = tokens * (recipe.num_levels - 1) + (tokens - 1) * 12 + 9
-    needed = {"regions.zarr": num_images * row, "vocabulary.npz": 0, "vocabulary": 0}
+    shape = {"num_rows": num_images, "block_rows": num_images, "grid": encoder["grid"]}
+    layout = stores.stage_layout("cluster", **shape, num_levels=recipe.num_levels)
     if vocabulary is not None:
-        needed["regions.zarr"] += num_images * MAX_REGIONS * 6
+        layout |= stores.stage_layout("link", **shape)
+    needed = {"regions.zarr": stores.layout_bytes(layout), "vocabulary.npz": 0, "vocabulary": 0}
+    if vocabulary is not None:
         needed["vocabulary.npz"] = sum(vocabulary.sizes) * (width * 4 + 16)
         needed["vocabulary"] = fitting_bytes(vocabulary, num_images * tokens, width)
     size = sample_bytes(

@@ -75,7 +75,7 @@ FEW_IMAGES = 2048
 """Up to so many images, work begins in this process if the user does not say where."""
 
 RAY_START_S = 12.0
-"""Seconds that a stage takes longer for starting Ray and workers: benchmarks/builder/ray_start.py; see `_Beginning`."""
+"""Seconds that a stage takes longer for starting Ray and workers: benchmarks/builder/ray_start.py; see `_Here`."""
 
 MAX_WORKERS_PER_CPU = 16
 """Workers of a local Ray for each CPU; it starts a process for each, and with far more it never answers."""
@@ -160,17 +160,14 @@ def open_pool(
     encoder: loads what `load` may be given as `encoder`, where other processes encode for the workers.
     Raises BuilderError if the cluster cannot place a worker.
     """
-    if workers.count == 0:
-        yield _InProcess(load())
-    elif workers.begins_here(sum(map(len, units))):
-        with contextlib.ExitStack() as started:
-            yield _Beginning(
-                _InProcess(load()),
-                lambda: started.enter_context(_ray_pool(load, workers, len(units), uses_gpu, encoder)),
-            )
-    else:
-        with _ray_pool(load, workers, len(units), uses_gpu, encoder) as pool:
-            yield pool
+    on_ray = partial(_ray_pool, load, workers, len(units), uses_gpu, encoder)
+    with contextlib.ExitStack() as started:
+        if workers.count == 0:
+            yield _Here(load())
+        elif workers.begins_here(sum(map(len, units))):
+            yield _Here(load(), lambda: started.enter_context(on_ray()))
+        else:
+            yield started.enter_context(on_ray())
 
 
 @contextlib.contextmanager
@@ -342,49 +339,37 @@ def shutdown() -> None:
         ray.shutdown()
 
 
-@dataclass(frozen=True, slots=True)
-class _InProcess:
-    loaded: Any
+class _Here:
+    """Runs units in this process, and those that are left on Ray as soon as that is expected to end sooner.
 
-    def map(
-        self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
-    ) -> Iterator[ResultT]:
-        for unit in units:
-            with one_thread():
-                result = function(self.loaded, unit, num_cpus(), *shared)
-            yield result
-
-
-class _Beginning:
-    """Begins in this process and goes on with Ray as soon as that is expected to end sooner.
-
-    The last unit says how long each of the others takes here, and how many seconds of CPUs, since it may use several
-    threads: n workers share these seconds, after RAY_START_S. The first unit does not count, since libraries compile
-    and warm up in it. Few images have units of at most 128 rows, so that no single unit keeps the other CPUs waiting
-    for long. Where the work happens changes no result.
+    start: starts Ray; without it all units run here. The last unit says how long each of the others takes here, and how
+    many seconds of CPUs, since it may use several threads: n workers share these seconds, after RAY_START_S. The first
+    unit does not count, since libraries compile and warm up in it. Few images have units of at most 128 rows, so that
+    no single unit keeps the other CPUs waiting for long. Where the work happens changes no result.
     """
 
     def __init__(
         self,
-        here: Pool,
-        start: Callable[[], Pool],
+        loaded: Any,
+        start: Callable[[], Pool] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         cpu_clock: Callable[[], float] = time.process_time,
     ) -> None:
-        self.here: Pool | None = here
-        self.start, self.clock, self.cpu_clock = start, clock, cpu_clock
+        self.loaded, self.start, self.clock, self.cpu_clock = loaded, start, clock, cpu_clock
         self.pool: Pool | None = None
 
     def map(
         self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
     ) -> Iterator[ResultT]:
         done, since = 0, (self.clock(), self.cpu_clock())
-        while self.here is not None and done < len(units):
-            yield from self.here.map(function, units[done : done + 1], *shared)
+        while self.pool is None and done < len(units):
+            with one_thread():
+                result = function(self.loaded, units[done], num_cpus(), *shared)
+            yield result
             now = self.clock(), self.cpu_clock()
             done, spent, since = done + 1, (now[0] - since[0], now[1] - since[1]), now
-            if done > 1 and saves_time(*spent, len(units) - done):
-                self.here = None  # and with it what it loaded
+            if self.start is not None and done > 1 and saves_time(*spent, len(units) - done):
+                self.loaded = None
                 if torch.cuda.is_initialized():
                     torch.cuda.empty_cache()  # for the workers that share the GPU
                 self.pool = self.start()
@@ -516,11 +501,11 @@ class _Worker:
         self.loaded, self.threads, self.metrics = None, threads, _Metrics()
 
     def load(self, load: Callable[[], Any]) -> None:
-        with _told_to_the_driver(), _ending_with_its_device():
+        with _told_to_the_driver():
             self.loaded = load()
 
     def call(self, function: Callable[..., Any], unit: Block, *shared: Any) -> Any:
-        with _told_to_the_driver(), _ending_with_its_device(), one_thread():
+        with _told_to_the_driver(), one_thread():
             result = function(self.loaded, unit, self.threads, *shared)
         if function is perform:
             self.metrics.count(type(self.loaded).__name__, result)
@@ -533,27 +518,21 @@ class _StoppedError(Exception):
 
 @contextlib.contextmanager
 def _told_to_the_driver() -> Iterator[None]:
-    """Raise what means the same in the driver: errors of a store lose their cause there, or cannot be pickled."""
+    """Raise what means the same in the driver: errors of a store lose their cause there, or cannot be pickled.
+
+    A process whose GPU has failed ends: every later call would fail, and another worker repeats the unit.
+    """
     try:
         yield
     except LeaseLostError as error:
         raise _StoppedError(str(error)) from None
     except Exception as error:
+        if is_broken_device(error):
+            logging.getLogger(__name__).error("this worker ends, since its GPU failed: %s", error)
+            os._exit(1)
         if told := store_error(error):
             raise told from None
         raise
-
-
-@contextlib.contextmanager
-def _ending_with_its_device() -> Iterator[None]:
-    """End this process if its GPU has failed: every later call would fail, and another worker repeats the unit."""
-    try:
-        yield
-    except Exception as error:
-        if not is_broken_device(error):
-            raise
-        logging.getLogger(__name__).error("this worker ends, since its GPU failed: %s", error)
-        os._exit(1)
 
 
 def is_broken_device(error: BaseException | None) -> bool:
@@ -601,7 +580,7 @@ class _Encoding:
 
     @cached_property
     def encoder(self) -> Encoder:
-        with _ending_with_its_device():
+        with _told_to_the_driver():
             return self.load()
 
     def facts(self) -> dict[str, Any]:
@@ -609,7 +588,7 @@ class _Encoding:
         return {**{name: getattr(self.encoder, name) for name in names}, "described": self.encoder.describe()}
 
     def encode(self, images: np.ndarray, half: bool) -> np.ndarray:
-        with _ending_with_its_device(), one_thread():
+        with _told_to_the_driver(), one_thread():
             try:
                 return encode(self.encoder, images, half=half)
             except BuilderError as error:

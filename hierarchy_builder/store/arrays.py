@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 import zarr
@@ -43,78 +44,85 @@ ROWS_PER_CHUNK = 8
 """Rows of a chunk, which are read together; a block is a whole number of chunks or a single short one."""
 
 MOMENTS = ("block_count", "block_mean", "block_m2")
-"""Arrays of features.zarr with one value per block."""
+"""Count, mean and sum of squared deviations of the usable rows of a block."""
+
+
+class ArrayKind(NamedTuple):
+    """The stage that writes an array, its dimensions, and its dtype."""
+
+    stage: str
+    dimensions: tuple[str, ...]
+    dtype: np.dtype
+
+
+ARRAYS = {
+    "features": ArrayKind("extract", ("image", "row", "column", "channel"), FEATURE_DTYPE),
+    "status": ArrayKind("extract", ("image",), np.dtype("uint8")),
+    "block_count": ArrayKind("extract", ("block",), np.dtype("int64")),
+    "block_mean": ArrayKind("extract", ("block", "row", "column", "channel"), np.dtype("float64")),
+    "block_m2": ArrayKind("extract", ("block", "row", "column", "channel"), np.dtype("float64")),
+    "block_scatter": ArrayKind("covariance", ("block", "channel", "other_channel"), np.dtype("float64")),
+    "regions": ArrayKind("cluster", ("image", "level", "row", "column"), REGION_DTYPE),
+    "merges": ArrayKind("cluster", ("image", "merge", "field"), np.dtype("float32")),
+    "flags": ArrayKind("cluster", ("image",), np.dtype("uint8")),
+    "scores": ArrayKind("cluster", ("image", "score"), np.dtype("float32")),
+    "prototypes": ArrayKind("link", ("image", "region"), np.dtype("uint16")),
+    "prototype_distances": ArrayKind("link", ("image", "region"), np.dtype("float32")),
+}
+"""The arrays of both stores. By the names of the dimensions `xarray.open_zarr` reads a store.
+
+`block_scatter` is the scatter matrix of the tokens of a block. `hierarchy.Hierarchy` documents what `cluster` writes.
+What `link` writes is the nearest prototype of each part, by region id, and the squared distance to it.
+"""
 
 Layout = dict[str, dict[str, Any]]
 """Shape, shards, chunks and dtype of the arrays of a store, by name."""
 
-DIMENSIONS = {
-    "features": ("image", "row", "column", "channel"),
-    "status": ("image",),
-    "block_count": ("block",),
-    "block_mean": ("block", "row", "column", "channel"),
-    "block_m2": ("block", "row", "column", "channel"),
-    "block_scatter": ("block", "channel", "other_channel"),
-    "regions": ("image", "level", "row", "column"),
-    "merges": ("image", "merge", "field"),
-    "flags": ("image",),
-    "scores": ("image", "score"),
-    "prototypes": ("image", "region"),
-    "prototype_distances": ("image", "region"),
-}
-"""Names of the dimensions of each array, by which `xarray.open_zarr` reads a store."""
 
-
-def features_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], width: int) -> Layout:
-    """Return the arrays `features` float16 [N,H,W,C], `status` uint8 [N], and the statistics of each block.
-
-    `block_count` int64 [blocks], `block_mean` and `block_m2` float64 [blocks,H,W,C] hold count, mean and sum of
-    squared deviations of the usable rows of a block.
-    """
-    token_shape = (*grid, width)
-    num_blocks = -(-num_rows // block_rows)
-    return {
-        "features": _by_rows(num_rows, block_rows, token_shape, FEATURE_DTYPE),
-        "status": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
-        "block_count": _by_blocks(num_blocks, (), np.dtype("int64")),
-        "block_mean": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
-        "block_m2": _by_blocks(num_blocks, token_shape, np.dtype("float64")),
+def stage_layout(
+    stage: str,
+    *,
+    num_rows: int,
+    block_rows: int,
+    grid: Sequence[int],
+    width: int = 0,
+    num_levels: int = 0,
+) -> Layout:
+    """Return the arrays that a stage (or `covariance`) writes; none if it writes no arrays."""
+    sizes = {
+        "image": num_rows,
+        "block": -(-num_rows // block_rows),
+        "row": grid[0],
+        "column": grid[1],
+        "channel": width,
+        "other_channel": width,
+        "level": num_levels - 1,
+        "merge": grid[0] * grid[1] - 1,
+        "field": 3,
+        "score": 2,
+        "region": MAX_REGIONS,
     }
+    layout = Layout()
+    for name, kind in ARRAYS.items():
+        if kind.stage == stage:
+            length, *row = (sizes[dimension] for dimension in kind.dimensions)
+            layout[name] = {"shape": (length, *row), "dtype": kind.dtype}
+            if kind.dimensions[0] == "block":
+                layout[name]["chunks"] = (1, *row)
+            else:
+                chunk = ROWS_PER_CHUNK if row and block_rows % ROWS_PER_CHUNK == 0 else block_rows
+                layout[name] |= {"shards": (block_rows, *row), "chunks": (chunk, *row)}
+    return layout
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Return the bytes of all values of some arrays, without compression."""
+    return sum(math.prod(array["shape"]) * array["dtype"].itemsize for array in layout.values())
 
 
 def has_scatter(path: Path) -> bool:
-    """Whether features.zarr has scatter matrices, see `scatter_layout`."""
+    """Whether features.zarr has scatter matrices, the array `block_scatter`."""
     return "block_scatter" in open_store(path)
-
-
-def scatter_layout(*, num_blocks: int, width: int) -> Layout:
-    """Return the array `block_scatter` float64 [blocks,C,C], the scatter matrix of the tokens of each block."""
-    return {"block_scatter": _by_blocks(num_blocks, (width, width), np.dtype("float64"))}
-
-
-def regions_layout(*, num_rows: int, block_rows: int, grid: tuple[int, int], num_levels: int) -> Layout:
-    """Return the arrays of regions.zarr, which `hierarchy.Hierarchy` documents.
-
-    `regions` uint8 [N,L−1,H,W], `merges` float32 [N,T−1,3], `flags` uint8 [N] and `scores` float32 [N,2].
-    """
-    return {
-        "regions": _by_rows(num_rows, block_rows, (num_levels - 1, *grid), REGION_DTYPE),
-        "merges": _by_rows(num_rows, block_rows, (grid[0] * grid[1] - 1, 3), np.dtype("float32")),
-        "flags": _by_rows(num_rows, block_rows, (), np.dtype("uint8")),
-        "scores": _by_rows(num_rows, block_rows, (2,), np.dtype("float32")),
-    }
-
-
-def prototypes_layout(*, num_rows: int, block_rows: int) -> Layout:
-    """Return the arrays `prototypes` uint16 [N,256] and `prototype_distances` float32 [N,256].
-
-    They hold the nearest prototype of each part, by region id, and the squared distance to it.
-    """
-    row = (MAX_REGIONS,)
-    return {
-        "prototypes": _by_rows(num_rows, block_rows, row, np.dtype("uint16")),
-        "prototype_distances": _by_rows(num_rows, block_rows, row, np.dtype("float32")),
-    }
 
 
 def create(path: Path, layout: Layout) -> None:
@@ -241,7 +249,7 @@ def _sync_below(path: Path, files: Sequence[Path]) -> None:
 
 def shard_file(path: Path, name: str, number: int) -> Path:
     """Return the file that holds the rows of block `number` of one array; there is none where all values are 0."""
-    return path.joinpath(name, "c", str(number), *"0" * (len(DIMENSIONS[name]) - 1))
+    return path.joinpath(name, "c", str(number), *"0" * (len(ARRAYS[name].dimensions) - 1))
 
 
 def file_digest(group: zarr.Group, name: str, number: int) -> str:
@@ -394,22 +402,9 @@ def array_of(group: zarr.Group, name: str) -> zarr.Array:
 
 def rows_of(name: str, block: Block) -> slice:
     """Return where one array holds the values of `block`."""
-    is_per_block = name.startswith("block_")
-    return slice(block.number, block.number + 1) if is_per_block else slice(block.start, block.stop)
-
-
-def _by_rows(num_rows: int, block_rows: int, row: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    chunk = ROWS_PER_CHUNK if row and block_rows % ROWS_PER_CHUNK == 0 else block_rows
-    return {
-        "shape": (num_rows, *row),
-        "shards": (block_rows, *row),
-        "chunks": (chunk, *row),
-        "dtype": dtype,
-    }
-
-
-def _by_blocks(num_blocks: int, value: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    return {"shape": (num_blocks, *value), "chunks": (1, *value), "dtype": dtype}
+    if ARRAYS[name].dimensions[0] == "block":
+        return slice(block.number, block.number + 1)
+    return slice(block.start, block.stop)
 
 
 def _create_array(group: zarr.Group, name: str, layout: dict[str, Any]) -> zarr.Array:
@@ -417,7 +412,7 @@ def _create_array(group: zarr.Group, name: str, layout: dict[str, Any]) -> zarr.
         name,
         fill_value=0,
         compressors=[ZstdCodec(level=1), Crc32cCodec()],
-        dimension_names=DIMENSIONS[name],
+        dimension_names=ARRAYS[name].dimensions,
         overwrite=False,
         **layout,
     )

@@ -10,6 +10,11 @@ from hierarchy_builder.terminal import counted
 
 CROISSANT = "croissant.json"
 
+PREFIXED = """
+extract field fileProperty fileObject fileSet format includes isLiveDataset jsonPath key md5 parentField path
+recordSet references regex repeated replace samplingRate separator source subField transform
+"""
+"""Names that the context takes from the vocabulary of Croissant itself."""
 CONTEXT = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -24,33 +29,7 @@ CONTEXT = {
     "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "sc": "https://schema.org/",
-    **{
-        name: f"cr:{name}"
-        for name in (
-            *(
-                "extract",
-                "field",
-                "fileProperty",
-                "fileObject",
-                "fileSet",
-                "format",
-                "includes",
-                "isLiveDataset",
-            ),
-            *(
-                "jsonPath",
-                "key",
-                "md5",
-                "parentField",
-                "path",
-                "recordSet",
-                "references",
-                "regex",
-                "repeated",
-            ),
-            *("replace", "samplingRate", "separator", "source", "subField", "transform"),
-        )
-    },
+    **{name: f"cr:{name}" for name in PREFIXED.split()},
 }
 """The JSON-LD context that the Croissant specification 1.0 prescribes."""
 

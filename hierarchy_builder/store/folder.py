@@ -113,6 +113,10 @@ class BuildFolder:
         """Return the folder of the markers of one stage."""
         return self.root / "ledger" / stage
 
+    def marker(self, stage: str, unit: int) -> Path:
+        """Return the marker of one unit, which may not be there."""
+        return self.ledger(stage) / f"{unit:06d}.json"
+
     def markers(self, stage: str) -> list[Path]:
         """Return the markers of the finished units of one stage in order, or of all stages for `*`."""
         return sorted((self.root / "ledger").glob(f"{stage}/{MARKERS}"))
@@ -250,15 +254,17 @@ class BuildFolder:
     def check_apart(self, images: str) -> None:
         """Raise UsageError if the build lies in the folder `images`, where it would be listed as a class."""
         if is_remote(self.root):
-            place = _place_of(images)
-            if place is None or not (self.root == place or self.root.is_relative_to(place)):
+            scheme, separator, _ = images.partition("://")
+            if not separator or scheme not in remote.CLIENTS:  # no URL that a build may have too
                 return
-            inside = list(self.root.relative_to(place).parts) if self.root != place else []
+            root, place = self.root, remote_place(images)
         else:
-            root, local = self.root.resolve(), Path(images).resolve()
-            if not local.is_dir() or not root.is_relative_to(local):
+            root, place = self.root.resolve(), Path(images).resolve()
+            if not place.is_dir():
                 return
-            inside = list(root.relative_to(local).parts)
+        if not (root == place or root.is_relative_to(place)):
+            return
+        inside = root.relative_to(place).parts if root != place else ()
         if not inside or not inside[0].startswith("."):
             raise UsageError(
                 f"--out {self.root} lies inside the images {images}, where its folders would be taken for "
@@ -270,12 +276,6 @@ def is_own_about(path: Path) -> bool:
     """Whether a build wrote this file beside the tars, or may: not if it has the name of one, and not its mark."""
     mark = MARKS.get(path.name)
     return mark is None or not path.is_file() or mark in path.read_bytes()
-
-
-def _place_of(images: str) -> Path | None:
-    """The place of images that lie at a URL that a build may have too."""
-    scheme, separator, _ = images.partition("://")
-    return remote_place(images) if separator and scheme in remote.CLIENTS else None
 
 
 @functools.cache

@@ -284,8 +284,9 @@ def is_fused(folder: BuildFolder) -> bool:
 
 
 def open_ledger(folder: BuildFolder, stage: str) -> Ledger:
-    """Open the ledger of a stage that is in the manifest."""
-    return Ledger(folder.ledger(stage), stage_entry(folder, stage)["hash"])
+    """Open the ledger of a stage that is in the manifest; `covariance` is recorded there as part of `extract`."""
+    recorded_as = "extract" if stage == "covariance" else stage
+    return Ledger(folder.ledger(stage), stage_entry(folder, recorded_as)["hash"])
 
 
 def begin_stage(
@@ -311,15 +312,14 @@ def begin_stage(
     known = {path for one in _begun(folder, manifest) for path in _outputs_of(folder, one)}
     outputs = [path for path in _outputs_of(folder, stage) if path not in known]
     folder.refuse_foreign(path for place in outputs for path in folder.own_files(place))
-    if fresh and stage in ("extract", "fuse"):
-        _forget(folder, manifest, _stages_from(stage))
-    elif ("fuse" in manifest["stages"]) != (stage == "fuse") and manifest["stages"]:
+    starts_over = fresh and stage in ("extract", "fuse")
+    if not starts_over and manifest["stages"] and ("fuse" in manifest["stages"]) != (stage == "fuse"):
         made, now = ("in stages", "fused") if stage == "fuse" else ("fused", "in stages")
         raise ConfigMismatchError(
             f"{folder.root} was built {made} and cannot be continued {now}: repeat the command that made it, choose "
             "another --out, or start over with --fresh"
         )
-    elif fresh:
+    if fresh:
         _forget(folder, manifest, _stages_from(stage))
     if not all(path.exists() for path in _stores_of(folder, stage)):
         folder.remove(folder.ledger(stage))
@@ -424,16 +424,11 @@ def _outputs_of(folder: BuildFolder, stage: str) -> list[Path]:
     return [folder.ledger(stage), *outputs[stage]]
 
 
-def _split_of(manifest: Mapping[str, Any], stage: str) -> str | None:
-    """Return the split in the names of the tars that a stage made, if it is recorded."""
-    inputs = manifest["stages"].get(stage, {}).get("inputs", {})
-    return inputs.get("shard", inputs).get("config", {}).get("split")
-
-
 def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]) -> None:
     """Remove what these stages made, if they have started, and their entries in the manifest."""
     for stage in (stage for stage in STAGES if stage in stages and stage in _begun(folder, manifest)):
-        split = _split_of(manifest, stage)
+        inputs = manifest["stages"].get(stage, {}).get("inputs", {})
+        split = inputs.get("shard", inputs).get("config", {}).get("split")  # begins the names of its tars
         for path in _outputs_of(folder, stage):
             folder.remove(path, split)
     for stage in stages:

@@ -35,7 +35,7 @@ from hierarchy_builder.records import (
 )
 from hierarchy_builder.store.croissant import CROISSANT, croissant_of
 from hierarchy_builder.store.folder import BuildFolder, is_own_about
-from hierarchy_builder.store.ledger import is_fused, open_ledger, read_manifest, stage_entry
+from hierarchy_builder.store.ledger import is_fused, open_ledger, recorded_stages, stage_entry
 from hierarchy_builder.store.preview import PREVIEW, preview_of
 from hierarchy_builder.store.quantisation import measure_quantisation
 from hierarchy_builder.store.shards import read_shard, shard_name, sidecar
@@ -66,11 +66,12 @@ def publish_shards(folder: BuildFolder, config: ShardConfig, results: Sequence[M
     remove_surplus(folder, config.split, len(results))
     index = index_of(folder, config, results)
     if config.feature_dtype == "int8":
-        index["quantisation"] = _quantisation(folder, index["recipe"])
+        recipe = from_mapping(HierarchyRecipe, index["recipe"])  # without label maps
+        index["quantisation"] = measure_quantisation(folder, recipe, usable_rows(folder))
     write_json(shards / "index.json", index)
     ids = stage_entry(folder, "extract").get("class_map") or read_json(folder.class_map)
     write_json(shards / "class_map.json", ids)
-    joint = dataset_joint_moments(folder) if config.covariance else None
+    joint = dataset_moments(folder, joint=True) if config.covariance else None
     write_statistics(shards / "statistics.npz", dataset_moments(folder), joint)
     if index["vocabulary"]:
         write_bytes(shards / folder.vocabulary.name, fitted_vocabulary(folder).read_bytes())
@@ -116,40 +117,26 @@ def success_problems(shards: Path, index: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path}: {found.get('count')} samples, the markers have {index['num_samples']}"
 
 
-def dataset_moments(folder: BuildFolder) -> Moments:
-    """Merge the moments of all usable features by position and channel over a fixed tree of blocks."""
-    stored = _stored(folder)
-    return merge_tree(_moments(folder, block, stored) for block in stage_units(folder, "extract"))
+def dataset_moments(folder: BuildFolder, *, joint: bool = False) -> Moments:
+    """Merge the moments of all usable features by position and channel over a fixed tree of blocks.
 
-
-def dataset_joint_moments(folder: BuildFolder) -> Moments:
-    """Merge mean [C] and scatter matrix [C, C] of all usable tokens over the same tree.
-
-    Raises BuilderError when the scatter matrices of the blocks were not computed.
+    joint: merge mean [C] and scatter matrix [C, C] of all usable tokens instead. Raises BuilderError when the scatter
+    matrices of the blocks were not computed.
     """
-    stored = _stored(folder)
-    return merge_tree(_joint_moments(folder, block, stored) for block in stage_units(folder, "extract"))
+    ledger = open_ledger(folder, "fuse") if is_fused(folder) else None  # its parts take the place of stores
+    stored = Stored(folder)
 
+    def of_block(block: Block) -> Moments:
+        marker = {} if ledger is None else ledger.result(block.number)
+        found = read_part_moments(folder, block.number, marker) if marker else stored.moments(block)
+        if not joint:
+            return found
+        channel = per_channel(found)
+        if marker:
+            return Moments(channel.count, channel.mean, read_part_scatter(folder, block.number, marker))
+        return Moments(channel.count, channel.mean, stored.block("block_scatter", block)[0])
 
-def _joint_moments(folder: BuildFolder, block: Block, stored: Stored | None) -> Moments:
-    channel = per_channel(_moments(folder, block, stored))
-    if stored is None:
-        marker = open_ledger(folder, "fuse").result(block.number)
-        scatter = read_part_scatter(folder, block.number, marker)
-    else:
-        scatter = stored.block("block_scatter", block)[0]
-    return Moments(channel.count, channel.mean, scatter)
-
-
-def _moments(folder: BuildFolder, block: Block, stored: Stored | None) -> Moments:
-    if stored is not None:
-        return stored.moments(block)
-    return read_part_moments(folder, block.number, open_ledger(folder, "fuse").result(block.number))
-
-
-def _stored(folder: BuildFolder) -> Stored | None:
-    """The stores of a build, or None for a fused one, whose parts take their place."""
-    return None if is_fused(folder) else Stored(folder)
+    return merge_tree(map(of_block, stage_units(folder, "extract")))
 
 
 def remove_surplus(folder: BuildFolder, split: str, num_shards: int) -> None:
@@ -166,8 +153,9 @@ def index_of(
     folder: BuildFolder, config: ShardConfig, results: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the content of index.json, except the measured error of int8."""
-    extracted, clustered = stage_entry(folder, "extract")["inputs"], stage_entry(folder, "cluster")["inputs"]
-    encoder, recipe = extracted["encoder"], clustered["config"]
+    stages = recorded_stages(folder)
+    extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
+    encoder = extracted["encoder"]
     members = [FEATURES_MEMBER, REGIONS_MEMBER, LABEL_MEMBER, METADATA_MEMBER]
     is_int8 = config.feature_dtype == "int8"
     members += [SCALE_MEMBER] * is_int8 + [CANVASES_MEMBER] * config.canvases + [IMAGE_MEMBER] * config.images
@@ -197,22 +185,11 @@ def index_of(
         "quantisation": None,
         "encoder": encoder,
         "recipe": recipe,
-        "vocabulary": _vocabulary_sizes(folder),
-        "config_hash": stage_entry(folder, "shard")["hash"],
+        "vocabulary": stages["vocabulary"]["inputs"]["config"]["sizes"] if "link" in stages else None,
+        "config_hash": stages["shard"]["hash"],
         **({"image_px": config.image_px} if config.image_px is not None else {}),
         **({"licence": config.licence} if config.licence is not None else {}),
     }
-
-
-def _quantisation(folder: BuildFolder, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure the error of int8 on this build with the recipe of its regions, without label maps."""
-    return measure_quantisation(folder, from_mapping(HierarchyRecipe, recipe), usable_rows(folder))
-
-
-def _vocabulary_sizes(folder: BuildFolder) -> list[int] | None:
-    """Return the number of prototypes of each level if parts are linked to them."""
-    stages = read_manifest(folder)["stages"]
-    return stages["vocabulary"]["inputs"]["config"]["sizes"] if "link" in stages else None
 
 
 def has_earlier_card(shards: Path, index: Mapping[str, Any]) -> bool:

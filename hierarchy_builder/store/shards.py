@@ -54,6 +54,14 @@ def sidecar(tar: Path) -> Path:
     return tar.with_suffix(".json")
 
 
+def sidecar_problems(tar: Path, told: Mapping[str, Any]) -> Iterator[str]:
+    """Compare the sidecar of a tar with the fields of the same names in what is told of the tar."""
+    if readable_json(sidecar(tar)) != {
+        name: told[name] for name in ("count", "bytes", "sha256", "config_hash")
+    }:
+        yield f"{sidecar(tar)} is missing or belongs to another tar"
+
+
 def encode_sample(sample: Sample) -> dict[str, bytes]:
     """Return the members of a sample by name: arrays as .npy without pickle, label as text, JSON with sorted keys."""
     arrays = {

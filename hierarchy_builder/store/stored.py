@@ -20,14 +20,6 @@ from hierarchy_builder.store.ledger import Ledger, Marker, open_ledger, recorded
 from hierarchy_builder.store.statistics import Moments
 from hierarchy_builder.store.units import layout_of, store_layout
 
-WRITTEN_BY = {
-    **dict.fromkeys(("features", "status", *stores.MOMENTS), "extract"),
-    "block_scatter": "covariance",
-    **dict.fromkeys(("regions", "merges", "flags", "scores"), "cluster"),
-    **dict.fromkeys(("prototypes", "prototype_distances"), "link"),
-}
-"""The stage whose markers tell of an array."""
-
 
 @dataclass
 class Stored:
@@ -76,7 +68,8 @@ class Stored:
         return store_layout(self._entries["extract"])
 
     def _path(self, name: str) -> Path:
-        return self.folder.features if WRITTEN_BY[name] in ("extract", "covariance") else self.folder.regions
+        is_of_features = stores.ARRAYS[name].stage in ("extract", "covariance")
+        return self.folder.features if is_of_features else self.folder.regions
 
     def _group(self, name: str) -> zarr.Group:
         path = self._path(name)
@@ -85,7 +78,7 @@ class Stored:
         return self._groups[path]
 
     def _compare(self, name: str, numbers: Iterable[int]) -> None:
-        stage, (num_rows, block_rows, _) = WRITTEN_BY[name], self._layout
+        stage, (num_rows, block_rows, _) = stores.ARRAYS[name].stage, self._layout
         if name not in self._described:
             path, layout = layout_of(self.folder, stage)
             stores.require_layout(path, {name: layout[name]}, self._group(name))

@@ -208,16 +208,15 @@ def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, Layout]:
     from hierarchy_builder.store import arrays as stores  # loads zarr, which `status` does not need
 
     num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
-    rows, grid = {"num_rows": num_rows, "block_rows": block_rows}, tuple(encoder["grid"])
-    if stage == "extract":
-        return folder.features, stores.features_layout(**rows, grid=grid, width=encoder["width"])
-    if stage == "covariance":
-        blocks = len(blocks_of(num_rows, block_rows))
-        return folder.features, stores.scatter_layout(num_blocks=blocks, width=encoder["width"])
-    if stage == "cluster":
-        num_levels = len(stage_entry(folder, "cluster")["inputs"]["config"]["cuts"]) + 2
-        return folder.regions, stores.regions_layout(**rows, grid=grid, num_levels=num_levels)
-    return folder.regions, stores.prototypes_layout(**rows) if stage == "link" else {}
+    cuts = stage_entry(folder, "cluster")["inputs"]["config"]["cuts"] if stage == "cluster" else ()
+    return folder.features if stage in ("extract", "covariance") else folder.regions, stores.stage_layout(
+        stage,
+        num_rows=num_rows,
+        block_rows=block_rows,
+        grid=encoder["grid"],
+        width=encoder["width"],
+        num_levels=len(cuts) + 2,
+    )
 
 
 def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], clustered: Mapping[str, Any]) -> int:

@@ -6,7 +6,6 @@ flipped bit. What can be computed from other files of the build is compared with
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import zarr
 
@@ -31,7 +31,6 @@ from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BEGUN, BuildFolder
 from hierarchy_builder.store.index import OUTCOME_COLUMNS, read_images, read_index, status_name
 from hierarchy_builder.store.ledger import (
-    Ledger,
     again_command,
     check_manifest,
     is_fused,
@@ -43,13 +42,12 @@ from hierarchy_builder.store.samples import FACTS, make_sample
 from hierarchy_builder.store.shard_set import (
     SUCCESS,
     card_of,
-    dataset_joint_moments,
     dataset_moments,
     has_earlier_card,
     index_of,
     success_problems,
 )
-from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name, sidecar
+from hierarchy_builder.store.shards import encode_sample, read_shard, shard_name, sidecar_problems
 from hierarchy_builder.store.statistics import read_part_moments, statistics_arrays
 from hierarchy_builder.store.stored import Stored, is_as_written
 from hierarchy_builder.store.units import (
@@ -189,15 +187,12 @@ def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
         yield Damage(stage=stage, text=str(error))
 
 
-def _check_blocks(
-    folder: BuildFolder, stage: str, check: BlockCheck, ledger: Ledger | None = None
-) -> Iterator[Damage]:
+def _check_blocks(folder: BuildFolder, stage: str, check: BlockCheck) -> Iterator[Damage]:
     """Compare the arrays of each finished block with their SHA-256, then run `check(block, arrays, marker)`."""
-    ledger = ledger or open_ledger(folder, stage)
     path, layout = layout_of(folder, stage)
     blocks = {block.number: block for block in stage_units(folder, "extract")}
     group = or_none(stores.open_store, path)
-    for marker in ledger.finished(blocks):
+    for marker in open_ledger(folder, stage).finished(blocks):
         block = blocks[marker["unit"]]
         problems = _block_problems(path, group, layout, block, marker, check)
         yield from _damages(stage, problems, block.number, f"{path}, block {block.number}: ")
@@ -242,8 +237,7 @@ def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[D
 
     yield from _check_blocks(folder, "extract", check)
     if or_none(stores.has_scatter, folder.features):
-        ledger = Ledger(folder.ledger("covariance"), stages["extract"]["hash"])
-        yield from _check_blocks(folder, "covariance", lambda *_: iter(()), ledger)
+        yield from _check_blocks(folder, "covariance", lambda *_: iter(()))
 
 
 def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
@@ -407,21 +401,22 @@ def _check_shards(
     units = {unit.number: unit for unit in stage_units(folder, "shard")}
     rows, index, seen = usable_rows(folder), read_index(folder.index), set[str]()
     stored = None if is_fused(folder) else Stored(folder)  # a fused build has no stores
-    damaged = [block for block in damaged_blocks if block is not None]
+    extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
+    encoder, num_levels = extracted["encoder"], len(recipe["cuts"]) + 2
+    arrays = arrays_of(encoder["grid"], encoder["width"], num_levels, config.feature_dtype)
+    layout = Layout(arrays, extracted["num_classes"])
     markers = list[Mapping[str, Any]]()
     for marker in ledger.finished(units):
         unit = units[marker["unit"]]
         tar = folder.shards / shard_name(config.split, unit.number)
         markers.append(marker)
         tar_rows = rows[unit.start : unit.stop]
-        blocks = tar_rows // stages["extract"]["inputs"]["config"]["block_rows"]
-        intact = np.flatnonzero(~np.isin(blocks, damaged))
-        expected = _ExpectedTar(stored, stages, config, index.take(tar_rows), tar_rows, intact)
-        for text in _tar_problems(tar, marker, expected, seen):
-            yield Damage(stage="shard", unit=unit.number, text=text)
+        blocks = tar_rows // extracted["config"]["block_rows"]
+        intact = np.flatnonzero(~np.isin(blocks, [block for block in damaged_blocks if block is not None]))
+        expected = _ExpectedTar(stored, config, index.take(tar_rows), tar_rows, intact)
+        yield from _damages("shard", _tar_problems(tar, marker, layout, expected, seen), unit.number)
     if len(markers) == len(units):
-        for text in _set_problems(folder, config, markers):
-            yield Damage(stage="shard", text=text)
+        yield from _damages("shard", _set_problems(folder, config, markers))
 
 
 @dataclass
@@ -443,7 +438,7 @@ def arrays_of(
     }
 
 
-class _ExpectedTar(Layout):
+class _ExpectedTar:
     """What a tar should hold: rows of the index, and samples that are made from the stores again.
 
     stored: the stores of the build, if it has them. table, rows: the rows of the index in this tar and their numbers.
@@ -453,72 +448,72 @@ class _ExpectedTar(Layout):
     def __init__(
         self,
         stored: Stored | None,
-        stages: Mapping[str, Any],
         config: ShardConfig,
-        table: Any,
+        table: pa.Table,
         rows: np.ndarray,
         intact: np.ndarray,
     ) -> None:
-        self.config, self.rows = config, rows
-        self.records = list(ImageTable(table))
-        self.facts = table.select(FACTS).to_pylist()
-        extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
-        encoder, num_levels = extracted["encoder"], len(recipe["cuts"]) + 2
-        arrays = arrays_of(encoder["grid"], encoder["width"], num_levels, config.feature_dtype)
-        super().__init__(arrays, extracted["num_classes"])
-        self.sampled: set[int] = set()
-        if stored is not None:
-            self.stored = stored
-            self.sampled = {int(intact[n]) for n in spread_evenly(len(intact), SAMPLED_SAMPLES)}
+        self.stored, self.config, self.rows = stored, config, rows
+        self.records, self.facts = list(ImageTable(table)), table.select(FACTS).to_pylist()
+        spread = spread_evenly(len(intact), SAMPLED_SAMPLES) if stored is not None else []
+        self.sampled = set(intact[spread].tolist())
 
-    def sample(self, number: int, image: bytes | None) -> Sample:
-        """Make sample `number` of the tar; `image` is the crop that the tar has."""
-        row = slice(int(self.rows[number]), int(self.rows[number]) + 1)
-        arrays = {name: self.stored.rows(name, row)[0] for name in ("features", *self.stored.region_arrays())}
-        return make_sample(self.records[number], self.facts[number], arrays, self.config, image)
+    def problem(self, number: int, sample: Sample) -> str | None:
+        """Compare key, label and path with the index, and every member of a sampled one with the stores."""
+        if number >= len(self.records):
+            return "more samples than rows"
+        record, row = self.records[number], int(self.rows[number])
+        if (sample.key, sample.label, sample.metadata.get("path")) != (record.key, record.label, record.path):
+            return f"not row {row} of the index, {record.key} of class {record.label}"
+        if self.stored is None or number not in self.sampled:
+            return None
+        names = ("features", *self.stored.region_arrays())
+        arrays = {name: self.stored.rows(name, slice(row, row + 1))[0] for name in names}
+        again = make_sample(record, self.facts[number], arrays, self.config, sample.image)
+        found, made = encode_sample(sample), encode_sample(again)
+        different = sorted(name for name in found.keys() | made.keys() if found.get(name) != made.get(name))
+        return f"{', '.join(different)} differ from what the stores give" if different else None
 
 
 def _tar_problems(
-    tar: Path, marker: Mapping[str, Any], expected: _ExpectedTar, seen: set[str]
+    tar: Path, marker: Mapping[str, Any], layout: Layout, expected: _ExpectedTar, seen: set[str]
 ) -> Iterator[str]:
     """Check one tar. seen: keys of the tars before it; those of this tar are added."""
-    with contextlib.ExitStack() as opened:
-        try:
-            file = opened.enter_context(fetched(tar))
-        except FileNotFoundError:
-            yield f"{tar} is missing"
-            return
-        yield from _open_tar_problems(tar, file, marker, expected, seen)
-
-
-def _open_tar_problems(
-    tar: Path, file: BinaryIO, marker: Mapping[str, Any], expected: _ExpectedTar, seen: set[str]
-) -> Iterator[str]:
-    digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-    if digest != marker["sha256"]:
-        yield f"{tar}: sha256 {digest[:12]}…, expected {marker['sha256'][:12]}…"
-    yield from _sidecar_problems(sidecar(tar), marker)
+    if not tar.exists():
+        yield f"{tar} is missing"
+        return
     keys = list[str]()
-    try:
-        yield from header_problems(tar, file)
-        file.seek(0)
-        for number, sample in enumerate(read_shard(tar, file)):
-            keys.append(sample.key)
-            if sample.key in seen:
-                yield f"{tar}: key {sample.key} occurs twice in the set"
-            seen.add(sample.key)
-            if problem := array_problem(sample, expected) or _content_problem(sample, number, expected):
-                yield f"{tar}: {sample.key}: {problem}"
-    except BuilderError as error:
-        yield str(error)
+    with fetched(tar) as file:
+        digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        if digest != marker["sha256"]:
+            yield f"{tar}: sha256 {digest[:12]}…, expected {marker['sha256'][:12]}…"
+        yield from sidecar_problems(tar, marker)
+        yield from _then_error(sample_problems(tar, file, layout, seen, keys, expected.problem))
     if keys != [record.key for record in expected.records]:
         yield f"{tar}: {len(keys)} samples, expected the {len(expected.records)} of its rows of the index"
 
 
-def _sidecar_problems(path: Path, marker: Mapping[str, Any]) -> Iterator[str]:
-    found = readable_json(path)
-    if found != {name: marker[name] for name in ("count", "bytes", "sha256", "config_hash")}:
-        yield f"{path} is missing or belongs to another tar"
+def sample_problems(
+    tar: Path,
+    file: BinaryIO,
+    layout: Layout,
+    seen: set[str],
+    keys: list[str],
+    more: Callable[[int, Sample], str | None] = lambda number, sample: None,
+) -> Iterator[str]:
+    """Check the headers and samples of an open tar, and `more` of each sample.
+
+    seen: keys of the tars before it. Those of this tar are added, and appended to `keys` in their order.
+    """
+    yield from header_problems(tar, file)
+    file.seek(0)
+    for number, sample in enumerate(read_shard(tar, file)):
+        keys.append(sample.key)
+        if sample.key in seen:
+            yield f"{tar}: key {sample.key} occurs twice in the set"
+        seen.add(sample.key)
+        if problem := array_problem(sample, layout) or more(number, sample):
+            yield f"{tar}: {sample.key}: {problem}"
 
 
 def header_problems(tar: Path, file: BinaryIO) -> Iterator[str]:
@@ -548,20 +543,6 @@ def array_problem(sample: Sample, expected: Layout) -> str | None:
     if np.asarray(check_nesting(sample.regions[None])).any():
         return "region ids are not dense or not nested"
     return None
-
-
-def _content_problem(sample: Sample, number: int, expected: _ExpectedTar) -> str | None:
-    """Compare key, label and path with the index, and every member of a sampled one with the stores."""
-    if number >= len(expected.records):
-        return "more samples than rows"
-    record = expected.records[number]
-    if (sample.key, sample.label, sample.metadata.get("path")) != (record.key, record.label, record.path):
-        return f"not row {int(expected.rows[number])} of the index, {record.key} of class {record.label}"
-    if number not in expected.sampled:
-        return None
-    found, made = encode_sample(sample), encode_sample(expected.sample(number, sample.image))
-    different = sorted(name for name in found.keys() | made.keys() if found.get(name) != made.get(name))
-    return f"{', '.join(different)} differ from what the stores give" if different else None
 
 
 def _set_problems(
@@ -602,7 +583,7 @@ def _index_problems(path: Path, expected: Mapping[str, Any], class_map: Mapping[
 
 
 def _statistics_problems(folder: BuildFolder, path: Path, config: ShardConfig) -> Iterator[str]:
-    joint = dataset_joint_moments(folder) if config.covariance else None
+    joint = dataset_moments(folder, joint=True) if config.covariance else None
     expected = statistics_arrays(dataset_moments(folder), joint)
     with decoding(path):
         stored = parse_npz(path.read_bytes())

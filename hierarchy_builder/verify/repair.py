@@ -6,7 +6,7 @@ can no longer be read, or another machine rounds differently), repair also remov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BEGUN, MARKS, BuildFolder, is_own_about
 from hierarchy_builder.store.index import read_images, write_index
 from hierarchy_builder.store.ledger import (
-    Ledger,
     check_manifest,
     differences,
     is_fused,
+    open_ledger,
     read_marker,
     stage_entry,
 )
@@ -105,7 +105,7 @@ def _repair_round(folder: BuildFolder, damages: Iterable[Damage], session: Sessi
             stores.repair_layout(path, layout)
         if stage == "extract":
             _restore_listing(folder)
-        units = [unit for unit in stage_units(folder, _recorded_as(stage)) if unit.number in damaged]
+        units = [unit for unit in stage_units(folder, stage) if unit.number in damaged]
         before = {unit.number: _before(folder, stage, unit) for unit in units}
         _remove_markers(folder, stage, damaged)
         if stage == "shard":
@@ -158,10 +158,8 @@ def _restore_manifest(folder: BuildFolder) -> None:
             f"{pair[0]} and {pair[1]} differ ({', '.join(names[:5])}), and an earlier release wrote no checksum that "
             "tells which is right: repeat the command that made the build"
         )
-    if found[0] is None:
-        write_bytes(pair[0], pair[1].read_bytes())
-    else:
-        write_bytes(pair[1], pair[0].read_bytes())
+    whole, other = pair if found[0] is not None else reversed(pair)
+    write_bytes(other, whole.read_bytes())
 
 
 def _restore_listing(folder: BuildFolder) -> None:
@@ -179,8 +177,7 @@ def _restore_listing(folder: BuildFolder) -> None:
 
 def _rewrite_index(folder: BuildFolder) -> bool:
     """Write the index from the listing and the markers; returns whether all of them exist."""
-    ledger = Ledger(folder.ledger("extract"), stage_entry(folder, "extract")["hash"])
-    units = stage_units(folder, "extract")
+    ledger, units = open_ledger(folder, "extract"), stage_units(folder, "extract")
     if not folder.listing.exists() or ledger.missing(unit.number for unit in units):
         return False
     outcomes, _ = gathered(ledger, units)
@@ -190,12 +187,7 @@ def _rewrite_index(folder: BuildFolder) -> bool:
 
 def _remove_markers(folder: BuildFolder, stage: str, units: Iterable[int]) -> None:
     for number in units:
-        folder.remove(Ledger(folder.ledger(stage), "").marker(number))
-
-
-def _recorded_as(stage: str) -> str:
-    """Return the stage under which the manifest records `stage`."""
-    return "extract" if stage == "covariance" else stage
+        folder.remove(folder.marker(stage, number))
 
 
 def _before(folder: BuildFolder, stage: str, unit: Block) -> dict[str, Any]:
@@ -210,13 +202,13 @@ def _before(folder: BuildFolder, stage: str, unit: Block) -> dict[str, Any]:
 
 
 def _begun(folder: BuildFolder, stage: str, unit: Block) -> Path:
-    return Ledger(folder.ledger(stage), "").marker(unit.number).with_suffix(BEGUN)
+    return folder.marker(stage, unit.number).with_suffix(BEGUN)
 
 
 def _marked(folder: BuildFolder, stage: str, unit: Block) -> Any:
     """Return the SHA-256 of what a unit wrote, as its marker tells; None without a whole marker."""
     try:
-        marker = read_marker(Ledger(folder.ledger(stage), "").marker(unit.number))
+        marker = read_marker(folder.marker(stage, unit.number))
         return marker["digests"] if layout_of(folder, stage)[1] else marker["sha256"]
     except BuilderError:
         return None
@@ -267,18 +259,17 @@ def _set_aside(folder: BuildFolder) -> None:
 
 def _run_again(folder: BuildFolder, stage: str, session: Session) -> None:
     """Run the units of a stage that have no marker, with the configuration in the manifest."""
-    entry = stage_entry(folder, _recorded_as(stage))
-    request: Callable[[type[Any]], Any] = lambda cls: from_mapping(cls, entry["request"], stage)  # noqa: E731
+    if stage == "covariance":
+        return sum_covariance(folder, session)
+    request = stage_entry(folder, stage).get("request", {})
     match stage:
         case "extract":
-            extract(folder, None, session.asked_to_extract(entry["request"]), session)
-        case "covariance":
-            sum_covariance(folder, entry["hash"], session)
+            extract(folder, None, session.asked_to_extract(request), session)
         case "vocabulary":
-            vocabulary(folder, request(VocabularyConfig), session)
+            vocabulary(folder, from_mapping(VocabularyConfig, request, stage), session)
         case "cluster":
-            cluster(folder, request(HierarchyRecipe), session)
+            cluster(folder, from_mapping(HierarchyRecipe, request, stage), session)
         case "link":
             link(folder, session)
         case _:
-            shard(folder, request(ShardConfig), session)
+            shard(folder, from_mapping(ShardConfig, request, stage), session)

@@ -25,9 +25,9 @@ from hierarchy_builder.places.remote import PART_BYTES
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import MARKS
 from hierarchy_builder.store.shard_set import ABOUT, SUCCESS
-from hierarchy_builder.store.shards import read_shard, sidecar
+from hierarchy_builder.store.shards import sidecar
 from hierarchy_builder.untrusted.documents import read_object
-from hierarchy_builder.verify.checks import Layout, array_problem, arrays_of, header_problems
+from hierarchy_builder.verify.checks import Layout, arrays_of, sample_problems
 from hierarchy_builder.verify.quick import size_problems
 
 EARLIER = {"count", "index_sha256"}
@@ -186,23 +186,15 @@ def _tar_problems(
 ) -> Iterator[str]:
     """Check one tar and its sidecar. seen: keys of the tars before it; those of this tar are added."""
     name, count, size, digest = entry
-    found = {"count": count, "bytes": size, "sha256": digest, "config_hash": config_hash}
+    found, keys = {"count": count, "bytes": size, "sha256": digest, "config_hash": config_hash}, list[str]()
     try:
         if given.json(sidecar(Path(name)).name) != found:
             yield f"{sidecar(Path(name)).name} belongs to another tar: {AGAIN}"
         with given.opened(name, size) as file:
             if hashlib.file_digest(cast(Any, file), "sha256").hexdigest() != digest:
                 yield f"{name} is not the tar of index.json, its SHA-256 differs: {AGAIN}"
-            yield from header_problems(Path(name), file)
-            file.seek(0)
-            before = len(seen)
-            for sample in read_shard(Path(name), file):
-                if sample.key in seen:
-                    yield f"{name}: key {sample.key} occurs twice in the set"
-                seen.add(sample.key)
-                if problem := array_problem(sample, layout):
-                    yield f"{name}: {sample.key}: {problem}"
-            if (found_count := len(seen) - before) != count:
-                yield f"{name}: {found_count} samples, index.json says {count}"
+            yield from sample_problems(Path(name), file, layout, seen, keys)
+            if len(keys) != count:
+                yield f"{name}: {len(keys)} samples, index.json says {count}"
     except BuilderError as error:
         yield str(error)

@@ -354,12 +354,12 @@ def test_slow_units_move_to_workers_and_keep_their_order(seconds, threads, moved
     monkeypatch.setattr(workers, "num_cpus", lambda: 2)
     now, used, there = iter(range(100)), iter(range(100)), []
 
-    def start() -> workers._InProcess:
+    def start() -> workers._Here:
         there.append("started")
-        return workers._InProcess("there")
+        return workers._Here("there")
 
     clocks = (lambda: next(now) * seconds), (lambda: next(used) * seconds * threads)
-    pool = workers._Beginning(workers._InProcess("here"), start, *clocks)
+    pool = workers._Here("here", start, *clocks)
     units = [Block(number=n, start=n, stop=n + 1) for n in range(9)]
     found = list(pool.map(lambda loaded, unit, threads: (loaded, unit.number), units))
     assert [number for _, number in found] == list(range(9))

@@ -138,8 +138,9 @@ def test_bytes_do_not_depend_on_the_order_of_completion(
     for order in (blocks, data.draw(st.permutations(blocks))):
         folder = tmp_path_factory.mktemp("order")
         store = folder / "features.zarr"
-        layout = stores.features_layout(num_rows=num_rows, block_rows=block_rows, grid=(2, 2), width=3)
-        stores.create(store, layout | stores.scatter_layout(num_blocks=len(blocks), width=3))
+        shape = {"num_rows": num_rows, "block_rows": block_rows, "grid": (2, 2), "width": 3}
+        layout = stores.stage_layout("extract", **shape) | stores.stage_layout("covariance", **shape)
+        stores.create(store, layout)
         for block in order:
             part = features[block.start : block.stop]
             stores.write_block(store, block, stores.moment_arrays(moments_of(part)))
