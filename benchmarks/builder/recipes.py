@@ -24,14 +24,16 @@ import numpy as np
 from benchmarks import records
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.encoders import Encoder, encode, load_encoder
-from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting, cut_levels
+from hierarchy_builder.hierarchy.recipe import build_hierarchy, cut_levels
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.quality.assessment import NUM_SEEDS, Views, encode_views, seed_scores, view_scores
-from hierarchy_builder.quality.scores import Quality, baselines, cells_of, human_scores, region_scores
+from hierarchy_builder.quality.scores import baselines, by_level, cells_of, human_scores, region_scores
 from hierarchy_builder.records import FEATURE_DTYPE
 
+Scores = dict[str, np.ndarray]
+"""By name, float64 [N, L−1]."""
 PAPER, STABLE = HierarchyRecipe.paper(), HierarchyRecipe.stable()
 RECIPES = {
     "paper": [PAPER],
@@ -79,8 +81,8 @@ def score_recipe(
     recipe: HierarchyRecipe,
     humans: list[np.ndarray] | None = None,
     objects: list[np.ndarray] | None = None,
-) -> Quality:
-    """All scores of one recipe; `.by_level()` has their means over the photos."""
+) -> Scores:
+    """All scores of one recipe."""
     features = views.plain.astype(FEATURE_DTYPE)
     found = build_hierarchy(features, recipe)
     scores = region_scores(features, found.regions)
@@ -93,7 +95,7 @@ def score_recipe(
             recipe.num_levels - 1, 1
         )
         scores["object_iou"][:, 1:] = np.nan
-    return Quality(scores=scores, violations=check_nesting(found.regions), flags=found.flags)
+    return scores
 
 
 def ablations() -> dict[str, list[HierarchyRecipe]]:
@@ -106,12 +108,9 @@ def ablations() -> dict[str, list[HierarchyRecipe]]:
     }
 
 
-def mean_quality(qualities: list[Quality]) -> Quality:
+def mean_scores(found: list[Scores]) -> Scores:
     """Scores averaged image by image over recipes."""
-    scores = {
-        name: np.mean([quality.scores[name] for quality in qualities], axis=0) for name in qualities[0].scores
-    }
-    return dataclasses.replace(qualities[0], scores=scores)
+    return {name: np.mean([scores[name] for scores in found], axis=0) for name in found[0]}
 
 
 def predicted_objects(
@@ -152,16 +151,16 @@ def with_as_many(views: Views, recipe: HierarchyRecipe, counts: np.ndarray) -> n
     return np.stack(levels)
 
 
-def difference(ours: Quality, theirs: Quality) -> list[list[str]]:
+def difference(ours: Scores, theirs: Scores) -> list[list[str]]:
     """Mean over photos of the paired difference of each column, ± its standard error; one list per level."""
     levels = []
-    for level in range(ours.scores["regions"].shape[1]):
+    for level in range(ours["regions"].shape[1]):
         cells = []
         for key in COLUMNS:
-            if key not in ours.scores or key not in theirs.scores:
+            if key not in ours or key not in theirs:
                 cells.append("–")
                 continue
-            gap = (ours.scores[key] - theirs.scores[key])[:, level].astype(np.float64)
+            gap = (ours[key] - theirs[key])[:, level].astype(np.float64)
             gap = gap[np.isfinite(gap)]
             error = gap.std(ddof=1) / np.sqrt(gap.size) if gap.size > 1 else 0.0
             cells.append(f"{gap.mean():+.3f} ± {error:.3f}" if gap.size > 1 else "–")
@@ -185,36 +184,33 @@ def main() -> None:
         objects = predicted_objects(options.objects, options.images, cells, options.slice)
         print(f"{sum(map(len, objects))} photos with an object", file=sys.stderr)
     for name, recipes in asked(options).items():
-        rows[name] = mean_quality([score_recipe(views, recipe, humans, objects) for recipe in recipes])
+        rows[name] = mean_scores([score_recipe(views, recipe, humans, objects) for recipe in recipes])
         if len(recipes) > 1 or name not in RECIPES:
             continue
-        counts = rows[name].scores["regions"]
+        counts = rows[name]["regions"]
         blind = baselines(views.plain, counts, humans)
         if objects is not None:
             seen = baselines(views.plain, counts, objects)
-            for kind, quality in blind.items():
-                quality.scores["object_iou"] = seen[kind].scores["object_iou"]
-        rows |= {f"{kind} as {name}": quality for kind, quality in blind.items()}
+            for kind, scores in blind.items():
+                scores["object_iou"] = seen[kind]["object_iou"]
+        rows |= {f"{kind} as {name}": scores for kind, scores in blind.items()}
     gaps = {}
     if {"stable", "paper-seeds"} <= rows.keys():
         gaps["stable − paper-seeds"] = difference(rows["stable"], rows["paper-seeds"])
         if humans is not None:
-            counts = rows["stable"].scores["regions"]
+            counts = rows["stable"]["regions"]
             equal = [
                 human_scores(with_as_many(views, recipe, counts), humans) for recipe in RECIPES["paper-seeds"]
             ]
-            scores = {"regions": counts} | {
-                key: np.mean([one[key] for one in equal], axis=0) for key in equal[0]
-            }
+            as_many = {"regions": counts} | mean_scores(equal)
             if objects is not None:
-                scores["object_iou"] = rows["paper-seeds"].scores["object_iou"]
-            as_many = dataclasses.replace(rows["stable"], scores=scores)
+                as_many["object_iou"] = rows["paper-seeds"]["object_iou"]
             rows["paper-seeds, as many regions as stable"] = as_many
             gaps["stable − paper-seeds, equal counts"] = difference(rows["stable"], as_many)
     shown = table(rows, gaps)
     print(shown)
     seconds = {"encode": encoded - started, "score": time.perf_counter() - encoded}
-    figures = {name: quality.by_level() for name, quality in rows.items()}
+    figures = {name: by_level(scores) for name, scores in rows.items()}
     print(json.dumps({"seconds": seconds, **figures}))
     lines = [line.strip("| ").split(" | ") for line in shown.splitlines()[2:]]
     records.write(
@@ -231,11 +227,11 @@ def asked(options: argparse.Namespace) -> dict[str, list[HierarchyRecipe]]:
     return named | (ablations() if options.ablate else {})
 
 
-def table(rows: dict[str, Quality], gaps: dict[str, list[list[str]]]) -> str:
+def table(rows: dict[str, Scores], gaps: dict[str, list[list[str]]]) -> str:
     """Markdown: one row per partition and level, then one per difference and level."""
     lines = ["| | level | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---|" * len(COLUMNS)]
-    for name, quality in rows.items():
-        for level, means in enumerate(quality.by_level()):
+    for name, scores in rows.items():
+        for level, means in enumerate(by_level(scores)):
             cells = ["–" if means.get(key) is None else f"{means[key]:.3f}" for key in COLUMNS]
             lines.append(f"| {name} | {level} | " + " | ".join(cells) + " |")
     for name, levels in gaps.items():

@@ -33,12 +33,14 @@ from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.report import choose_rows
 from hierarchy_builder.quality.scores import (
-    Quality,
     baselines,
+    by_level,
     cells_of,
+    flag_names,
     flag_shares,
     human_scores,
     join,
+    mean_of,
     region_scores,
     stability,
 )
@@ -74,25 +76,40 @@ class Views:
 class Assessment:
     """The result of `assess_build`.
 
-    rows, keys: the sampled images. quality: their scores. baselines: scores of partitions with as many regions that
-    do not depend on the image. facts: plain data on what was scored, and on what could not be.
+    rows, keys: the sampled images. scores: name → float64 [N, L−1]. violations: of the rules of region ids, int64 [N].
+    flags: uint8 [N], of `Flag`. baselines: scores of partitions with as many regions that do not depend on the image.
+    facts: plain data on what was scored, and on what could not be.
     """
 
     rows: list[int]
     keys: list[str]
-    quality: Quality
-    baselines: Mapping[str, Quality]
+    scores: Mapping[str, np.ndarray]
+    violations: np.ndarray
+    flags: np.ndarray
+    baselines: Mapping[str, Mapping[str, np.ndarray]]
     facts: Mapping[str, Any]
+
+    def of_image(self, number: int) -> dict[str, Any]:
+        """Return all scores of one image as plain data, each a list over levels."""
+        return {
+            "key": self.keys[number],
+            "violations": int(self.violations[number]),
+            "flags": flag_names(int(self.flags[number])),
+            **{
+                name: [mean_of(one) for one in values[number, :, None]]
+                for name, values in self.scores.items()
+            },
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of quality.json."""
         return {
             "format_version": FORMAT_VERSION,
             **self.facts,
-            "violations": int(self.quality.violations.sum()),
-            "levels": self.quality.by_level(),
-            "baselines": {name: quality.by_level() for name, quality in self.baselines.items()},
-            "per_image": [{"key": key, **self.quality.of_image(n)} for n, key in enumerate(self.keys)],
+            "violations": int(self.violations.sum()),
+            "levels": by_level(self.scores),
+            "baselines": {name: by_level(scores) for name, scores in self.baselines.items()},
+            "per_image": [self.of_image(number) for number in range(len(self.keys))],
         }
 
 
@@ -120,27 +137,33 @@ def assess_build(
     index = index.take(rows)
     photos = _Photos(why_not=FROM_MAPS) if recipe.masks else _open_photos(folder, trust_encoder)
     drawn = None if masks is None else _open_maps(folder, masks, index)
-    batches: list[tuple[Quality, dict[str, Quality]]] = []
+    stored, batches = Stored(folder), []
     with (reporter or Reporter(quiet=True)).stage("quality", len(rows)) as meter:
         for start in range(0, len(rows), BATCH_IMAGES):
-            some = slice(start, start + BATCH_IMAGES)
-            images = index.slice(start, BATCH_IMAGES)
-            batches.append(_assess_batch(folder, np.array(rows[some]), images, recipe, photos, drawn))
+            some, images = np.array(rows[start : start + BATCH_IMAGES]), index.slice(start, BATCH_IMAGES)
+            batches.append(_assess_batch(stored, some, images, recipe, photos, drawn))
             meter.advance(len(images))
-    every = Stored(folder).rows("flags", usable_rows(folder))
+    scores, blind, violations = zip(*batches, strict=True)
+    every = stored.rows("flags", usable_rows(folder))
     facts = {
         "cluster": clustered["hash"],
         "num_images": len(every),
         "num_sampled": len(rows),
         "flagged": flag_shares(every),
-        "photos": photos.facts(),
-        "masks": None if drawn is None else drawn.facts(),
+        "photos": {
+            "read": photos.num_read,
+            "unreadable": dict(photos.unreadable),
+            "why_not": photos.why_not,
+        },
+        "masks": None if drawn is None else drawn.facts,
     }
     return Assessment(
         rows=rows,
         keys=index.column("key").to_pylist(),
-        quality=join([scored for scored, _ in batches]),
-        baselines={name: join([scored[name] for _, scored in batches]) for name in batches[0][1]},
+        scores=join(scores),
+        violations=np.concatenate(violations),
+        flags=stored.rows("flags", np.array(rows)),
+        baselines={name: join([each[name] for each in blind]) for name in blind[0]},
         facts=facts,
     )
 
@@ -202,23 +225,20 @@ class _Photos:
     reader: Reader | None = None
     max_pixels: int = 0
     why_not: str = ""
-    num_seen: int = 0
+    num_read: int = 0
     unreadable: Counter[str] = field(default_factory=Counter)
 
     def views(self, paths: Sequence[str]) -> tuple[np.ndarray, Views | None]:
         """Read and encode photos; returns which of them could be read (bool [n]) and the views of these."""
-        if self.encoder is None or self.reader is None:
+        if self.encoder is None:
             return np.zeros(len(paths), dtype=bool), None
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
             found = list(pool.map(self._read, paths))
         photos = [photo for photo in found if not isinstance(photo, ImageError)]
-        self.num_seen += len(photos)
+        self.num_read += len(photos)
         self.unreadable.update(error.reason for error in found if isinstance(error, ImageError))
         seen = np.array([not isinstance(photo, ImageError) for photo in found])
         return seen, encode_views(self.encoder, photos) if photos else None
-
-    def facts(self) -> dict[str, Any]:
-        return {"read": self.num_seen, "unreadable": dict(self.unreadable), "why_not": self.why_not}
 
     def _read(self, path: str) -> Image.Image | ImageError:
         assert self.reader is not None
@@ -230,14 +250,12 @@ class _Photos:
 
 @dataclass(kw_only=True, slots=True)
 class _LabelMaps:
-    """The label maps that people drew of the photos of a build."""
+    """The label maps that people drew of the photos of a build. facts: what of them was read, and what was refused."""
 
     masks: MaskFolder
     image_size_px: int
     cells: tuple[int, int]
-    num_images: int = 0
-    num_maps: int = 0
-    refused: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=lambda: {"images": 0, "maps": 0, "refused": []})
 
     def read(self, images: pa.Table) -> list[np.ndarray]:
         """Return the maps of each row of the index, int64 [M, h, w]."""
@@ -245,27 +263,23 @@ class _LabelMaps:
         found = []
         for path, width, height in zip(*columns, strict=True):
             maps, refused = self.masks.read(path, (width, height), self.image_size_px, self.cells)
-            self.num_images += bool(len(maps))
-            self.num_maps += len(maps)
-            self.refused += map(str, refused)
+            self.facts["images"] += bool(len(maps))
+            self.facts["maps"] += len(maps)
+            self.facts["refused"] += map(str, refused)
             found.append(maps)
         return found
 
-    def facts(self) -> dict[str, Any]:
-        return {"images": self.num_images, "maps": self.num_maps, "refused": self.refused}
-
 
 def _assess_batch(
-    folder: BuildFolder,
+    stored: Stored,
     rows: np.ndarray,
     images: pa.Table,
     recipe: HierarchyRecipe,
     photos: _Photos,
     drawn: _LabelMaps | None,
-) -> tuple[Quality, dict[str, Quality]]:
-    """Return the scores of some images, and those of the baselines."""
-    stored = Stored(folder)
-    features, regions, flags = (stored.rows(name, rows) for name in ("features", "regions", "flags"))
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]], np.ndarray]:
+    """Return the scores of some images, those of the baselines, and the violations."""
+    features, regions = stored.rows("features", rows), stored.rows("regions", rows)
     humans = None if drawn is None else drawn.read(images)
     seen, views = photos.views(images.column("path").to_pylist())
     scores = region_scores(features, regions)
@@ -277,8 +291,8 @@ def _assess_batch(
             scores[name][seen] = values
     if humans is not None:
         scores |= human_scores(regions, humans)
-    scored = Quality(scores=scores, violations=np.asarray(check_nesting(regions)), flags=flags)
-    return scored, baselines(features, scores["regions"], humans, seed=int(rows[0]))
+    blind = baselines(features, scores["regions"], humans, seed=int(rows[0]))
+    return scores, blind, check_nesting(regions)
 
 
 def _open_photos(folder: BuildFolder, trust_encoder: bool) -> _Photos:

@@ -9,8 +9,6 @@ and level, float64 [N, L−1], NaN where it is not defined.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -29,37 +27,21 @@ from hierarchy_builder.hierarchy.recipe import Flag
 NORM_EPSILON = 1e-8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Quality:
-    """Scores of N images. scores: name → float64 [N, L−1]. violations: int64 [N]. flags: uint8 [N], of `Flag`."""
-
-    scores: Mapping[str, np.ndarray]
-    violations: np.ndarray
-    flags: np.ndarray
-
-    def by_level(self) -> list[dict[str, float | None]]:
-        """Return the mean of every score over the images that have it, one mapping per level; None if no image has."""
-        num_levels = next(iter(self.scores.values())).shape[1]
-        return [
-            {name: _mean(values[:, level]) for name, values in self.scores.items()}
-            for level in range(num_levels)
-        ]
-
-    def of_image(self, row: int) -> dict[str, Any]:
-        """Return all scores of one image as plain data, each a list over levels."""
-        facts = {"violations": int(self.violations[row]), "flags": flag_names(int(self.flags[row]))}
-        return facts | {
-            name: [_mean(v) for v in values[row, :, None]] for name, values in self.scores.items()
-        }
+def by_level(scores: Mapping[str, np.ndarray]) -> list[dict[str, float | None]]:
+    """Return the mean of every score over the images that have it, one mapping per level; None if no image has."""
+    levels = zip(*(values.T for values in scores.values()), strict=True)
+    return [dict(zip(scores, map(mean_of, level), strict=True)) for level in levels]
 
 
-def join(parts: Sequence[Quality]) -> Quality:
+def mean_of(values: np.ndarray) -> float | None:
+    """Return the mean of the values that are defined, to 6 digits; None if there are none."""
+    finite = values[np.isfinite(values)]
+    return round(float(finite.mean()), 6) if len(finite) else None
+
+
+def join(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Concatenate the images of `parts`, which have the same scores and levels."""
-    return Quality(
-        scores={name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
-        violations=np.concatenate([part.violations for part in parts]),
-        flags=np.concatenate([part.flags for part in parts]),
-    )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def flag_names(value: int) -> list[str]:
@@ -123,7 +105,7 @@ def cells_of(grid: Sequence[int]) -> tuple[int, int]:
 
 def baselines(
     features: np.ndarray, counts: np.ndarray, humans: Sequence[np.ndarray] | None, seed: int = 0
-) -> dict[str, Quality]:
+) -> dict[str, dict[str, np.ndarray]]:
     """Compute the same scores for partitions that do not depend on the image: `grid` and `random`.
 
     counts: number of regions of every image and level, integer [N, L−1]; a level has at least as many as a coarser one.
@@ -131,12 +113,7 @@ def baselines(
     counts, grid = np.maximum.accumulate(counts.astype(np.int64), axis=1), features.shape[1:3]
     found = {"grid": grid_regions(counts, grid), "random": random_regions(counts, grid, seed)}
     return {
-        name: Quality(
-            scores=region_scores(features, regions)
-            | (human_scores(regions, humans) if humans is not None else {}),
-            violations=np.zeros(len(counts), np.int64),
-            flags=np.zeros(len(counts), np.uint8),
-        )
+        name: region_scores(features, regions) | ({} if humans is None else human_scores(regions, humans))
         for name, regions in found.items()
     }
 
@@ -148,14 +125,15 @@ def grid_regions(counts: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
     side until there are enough, so 4 and 16 blocks of a square are 2×2 and 4×4, and levels are nested.
     Returns int64 [N, L−1, H, W], ids from 0.
     """
-    blocks = [(slice(0, grid[0]), slice(0, grid[1]))]
-    planes = np.zeros((int(counts.max()), *grid), dtype=np.int64)
+    blocks = [np.arange(np.prod(grid)).reshape(grid)]
+    planes = np.zeros((int(counts.max()), blocks[0].size), dtype=np.int64)
     for number in range(1, len(planes)):
-        largest = max(range(number), key=lambda n: _length(blocks[n][0]) * _length(blocks[n][1]))
-        blocks[largest], half = _halve(*blocks[largest])
+        largest = max(range(number), key=lambda n: blocks[n].size)
+        height, width = blocks[largest].shape
+        blocks[largest], half = np.array_split(blocks[largest], 2, axis=int(width > height))
         blocks.append(half)
-        planes[number:, half[0], half[1]] = number
-    return planes[counts - 1]
+        planes[number:, half.ravel()] = number
+    return planes[counts - 1].reshape(*counts.shape, *grid)
 
 
 def random_regions(counts: np.ndarray, grid: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -214,20 +192,3 @@ def _count_connected(regions: np.ndarray) -> np.ndarray:
     region_of_piece[piece] = region.ravel()
     pieces = np.bincount(region_of_piece, minlength=len(planes) * num_ids)
     return (pieces == 1).reshape(*regions.shape[:2], num_ids).sum(axis=2)
-
-
-def _halve(rows: slice, columns: slice) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    if _length(rows) >= _length(columns):
-        middle = (rows.start + rows.stop + 1) // 2
-        return (slice(rows.start, middle), columns), (slice(middle, rows.stop), columns)
-    middle = (columns.start + columns.stop + 1) // 2
-    return (rows, slice(columns.start, middle)), (rows, slice(middle, columns.stop))
-
-
-def _length(span: slice) -> int:
-    return int(span.stop - span.start)
-
-
-def _mean(values: np.ndarray) -> float | None:
-    finite = values[np.isfinite(values)]
-    return round(float(finite.mean()), 6) if len(finite) else None

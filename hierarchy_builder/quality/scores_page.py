@@ -24,6 +24,7 @@ from hierarchy_builder.canvases.views import hierarchy_viewers, level_names, sha
 from hierarchy_builder.files import write_json
 from hierarchy_builder.quality.assessment import Assessment
 from hierarchy_builder.quality.report import hierarchy_views
+from hierarchy_builder.quality.scores import by_level
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_images
 
@@ -63,8 +64,9 @@ def score_tables(found: Assessment) -> dict[str, list[dict[str, Any]]]:
 
     Scores that no image has are left out, and so are tables without scores.
     """
-    partitions = {BUILD: found.quality.by_level()}
-    partitions |= {name: quality.by_level() for name, quality in found.baselines.items()}
+    partitions = {
+        name: by_level(scores) for name, scores in ({BUILD: found.scores} | found.baselines).items()
+    }
     names = level_names(len(partitions[BUILD]) + 1)
     tables = {}
     for title, scores in TABLES.items():
@@ -88,7 +90,7 @@ def write_quality(folder: BuildFolder, found: Assessment, path: Path) -> Path:
     sections = [Section(title="Summary", blocks=[Facts(entries=summary(found))])]
     for title, rows in score_tables(found).items():
         sections.append(Section(title=title, text=TEXTS[title], blocks=[Table(rows=SCORES.in_words(rows))]))
-    sections.append(Section(title="Distributions", blocks=[Plots(plots=_plots(found.quality.scores))]))
+    sections.append(Section(title="Distributions", blocks=[Plots(plots=_plots(found.scores))]))
     for title, text, names in (
         (
             "Least stable",
@@ -119,7 +121,7 @@ def summary(found: Assessment) -> dict[str, Any]:
     facts = found.facts
     entries = {
         "images": f"{facts['num_sampled']:,} of {facts['num_images']:,}",
-        "nesting violations": int(found.quality.violations.sum()),
+        "nesting violations": int(found.violations.sum()),
         **{FLAGS.get(name, name): f"{share:.2%}" for name, share in facts["flagged"].items()},
         "photos encoded again": facts["photos"]["read"],
     }
@@ -169,7 +171,7 @@ def _histogram(name: str, values: np.ndarray, span: tuple[float, float] | None) 
 
 def _worst(folder: BuildFolder, found: Assessment, names: Sequence[str]) -> Gallery | None:
     """Return cards of the images with the smallest mean of the named scores, or None if no mean is below 1."""
-    scores = {name: found.quality.scores[name] for name in names if name in found.quality.scores}
+    scores = {name: found.scores[name] for name in names if name in found.scores}
     if not scores:
         return None
     means = np.ma.masked_invalid(np.stack(list(scores.values()))).mean(axis=(0, 2)).filled(1.0)

@@ -25,6 +25,7 @@ from hierarchy_builder.files import read_json, write_sealed_json
 from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.assessment import Views, assess_build, encode_views, seed_scores, view_scores
+from hierarchy_builder.quality.scores import by_level
 from hierarchy_builder.quality.scores_page import score_tables, summary, write_quality
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -110,9 +111,9 @@ def test_seed_scores_are_the_mean_over_other_seeds() -> None:
 
 def test_assessment_of_a_build(built) -> None:
     found = assess_build(built)
-    scores = found.quality.scores
+    scores = found.scores
     assert all(values.shape == (9, 2) and np.isfinite(values).all() for values in scores.values())
-    assert not found.quality.violations.any()
+    assert not found.violations.any()
     assert (scores["regions"][:, 0] == 2).all()
     assert (scores["float16"] > 0.9).all()
     assert (scores["flip"] < 1).any()
@@ -122,7 +123,7 @@ def test_assessment_of_a_build(built) -> None:
     }  # fmt: skip
     assert found.facts["photos"] == {"read": 9, "unreadable": {}, "why_not": ""}
     assert (found.facts["num_images"], found.facts["num_sampled"], found.facts["masks"]) == (9, 9, None)
-    assert found.quality.by_level() == assess_build(built).quality.by_level()
+    assert by_level(found.scores) == by_level(assess_build(built).scores)
 
 
 def test_limit_and_keys_choose_the_images(built) -> None:
@@ -132,16 +133,16 @@ def test_limit_and_keys_choose_the_images(built) -> None:
     assert sorted(chosen.keys) == ["circle/001", "square/002"]
     everything = assess_build(built)
     for n, key in enumerate(chosen.keys):
-        whole = everything.quality.of_image(everything.keys.index(key))
+        whole = everything.of_image(everything.keys.index(key))
         for score in ("within", "flip", "seed"):
-            assert chosen.quality.of_image(n)[score] == pytest.approx(whole[score])
+            assert chosen.of_image(n)[score] == pytest.approx(whole[score])
     with pytest.raises(UsageError, match="no usable image no/such"):
         assess_build(built, keys=["no/such"])
 
 
 def test_human_scores_exist_only_for_images_with_label_maps(built, masks) -> None:
     found = assess_build(built, masks=masks)
-    drawn = np.isfinite(found.quality.scores["covering"][:, 0])
+    drawn = np.isfinite(found.scores["covering"][:, 0])
     assert [key for key, has in zip(found.keys, drawn, strict=True) if has] == ["circle/000"]
     assert found.facts["masks"] == {
         "images": 1,
@@ -149,7 +150,7 @@ def test_human_scores_exist_only_for_images_with_label_maps(built, masks) -> Non
         "refused": ["wrong_size: 001.png has 50×80 pixels, expected 96×80 as its photo"],
     }
     assert "Agreement with people" in score_tables(found)
-    assert found.baselines["grid"].by_level()[0]["covering"] > 0
+    assert by_level(found.baselines["grid"])[0]["covering"] > 0
 
 
 def test_missing_photo_is_counted_and_left_out(copied) -> None:
@@ -157,8 +158,8 @@ def test_missing_photo_is_counted_and_left_out(copied) -> None:
     found = assess_build(copied)
     gone = found.keys.index("circle/001")
     assert found.facts["photos"] == {"read": 8, "unreadable": {"missing": 1}, "why_not": ""}
-    assert np.isnan(found.quality.scores["flip"]).all(axis=1).nonzero()[0].tolist() == [gone]
-    assert np.isfinite(found.quality.scores["within"]).all()
+    assert np.isnan(found.scores["flip"]).all(axis=1).nonzero()[0].tolist() == [gone]
+    assert np.isfinite(found.scores["within"]).all()
     assert summary(found)["photos not readable"] == {"missing": 1}
 
 
@@ -168,7 +169,7 @@ def test_assessment_without_encoder_scores_the_regions(copied) -> None:
     write_sealed_json(copied.manifest, manifest)
     found = assess_build(copied)
     assert "gone.onnx" in summary(found)["photos not encoded again"]
-    assert np.isnan(found.quality.scores["shift"]).all()
+    assert np.isnan(found.scores["shift"]).all()
     assert [row["score"] for row in score_tables(found)["Stability"]] == ["other seeds"]
 
 

@@ -8,9 +8,10 @@ from scipy import ndimage
 
 from hierarchy_builder.config import HierarchyRecipe
 from hierarchy_builder.hierarchy.recipe import Flag, build_hierarchy
+from hierarchy_builder.quality.assessment import Assessment
 from hierarchy_builder.quality.scores import (
-    Quality,
     baselines,
+    by_level,
     count_regions,
     flag_names,
     flag_shares,
@@ -127,20 +128,24 @@ def test_random_regions_are_drawn_by_seed() -> None:
 def test_baselines_take_counts_from_the_regions(features, regions) -> None:
     found = baselines(features, count_regions(regions), None)
     assert list(found) == ["grid", "random"]
-    for quality in found.values():
-        np.testing.assert_array_equal(quality.scores["regions"], count_regions(regions))
+    for scores in found.values():
+        np.testing.assert_array_equal(scores["regions"], count_regions(regions))
 
 
 def test_means_ignore_undefined_scores() -> None:
-    scores = np.array([[0.5, np.nan], [np.nan, np.nan], [1.0, np.nan]])
-    quality = Quality(
-        scores={"s": scores}, violations=np.array([0, 2, 0]), flags=np.array([0, 1, 0], np.uint8)
+    scores = {"s": np.array([[0.5, np.nan], [np.nan, np.nan], [1.0, np.nan]])}
+    assert by_level(scores) == [{"s": 0.75}, {"s": None}]
+    assert by_level(join([scores, scores])) == by_level(scores)
+    found = Assessment(
+        rows=[0, 1, 2],
+        keys=["a", "b", "c"],
+        scores=scores,
+        violations=np.array([0, 2, 0]),
+        flags=np.array([0, 1, 0], np.uint8),
+        baselines={},
+        facts={},
     )
-    assert quality.by_level() == [{"s": 0.75}, {"s": None}]
-    assert quality.of_image(1) == {"violations": 2, "flags": ["degenerate"], "s": [None, None]}
-    joined = join([quality, quality])
-    assert joined.by_level() == quality.by_level()
-    assert len(joined.flags) == len(joined.violations) == 6
+    assert found.of_image(1) == {"key": "b", "violations": 2, "flags": ["degenerate"], "s": [None, None]}
 
 
 def test_flags_have_names_and_shares() -> None:
