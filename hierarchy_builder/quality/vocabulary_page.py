@@ -5,7 +5,7 @@ N images, P parts of all images, K prototypes of the finest level, H×W grid, S 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,15 @@ from PIL import Image
 from hierarchy_builder.canvases.gallery import Facts, Page, Plots, Section, Strip, Strips, write_page
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.quality.report import photo_reader, read_photo
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import read_index
+from hierarchy_builder.store.index import read_images
 from hierarchy_builder.store.ledger import read_manifest, stage_entry
 from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import finished_stage, refuse_fused, stage_units
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, Vocabulary, load_vocabulary
-
-Groups = dict[int, list[int]]
-"""Finest prototypes by prototype of the coarsest level."""
 
 PICTURE_PX = 144
 MARGIN_TOKENS = 1
@@ -85,7 +81,18 @@ def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, e
     parts = Parts.read(folder)
     uses = np.bincount(parts.prototypes, minlength=config.num_prototypes)
     groups = choose_prototypes(vocabulary, uses, limit)
-    strips = _strips(folder, linked["inputs"]["config"]["level"], parts, vocabulary, groups, examples)
+    nearest = {k: parts.nearest(k, examples) for members in groups.values() for k in members}
+    needed = np.concatenate(list(nearest.values()))
+    pictures = _pictures(folder, linked["inputs"]["config"]["level"], parts, needed)
+    strips = {
+        k: Strip(
+            title=" › ".join(map(str, _lineage(vocabulary, k))),
+            subtitle=counted(int(uses[k]), "part"),
+            pictures=[pictures[part][1] for part in found.tolist()],
+            captions=[pictures[part][0] for part in found.tolist()],
+        )
+        for k, found in nearest.items()
+    }
     num_tokens = int(vocabulary.counts[-1].sum())
     facts = {
         "prototypes": " → ".join(f"{size:,}" for size in vocabulary.sizes),
@@ -95,20 +102,26 @@ def write_vocabulary_page(folder: BuildFolder, path: Path, *, limit: int = 64, e
         "engine": config.backend,
         "prototypes shown": sum(map(len, groups.values())),
     }
-    summary = Section(
-        title="Summary", blocks=[Facts(entries=facts), _inertia_plot(vocabulary.inertia, num_tokens)]
+    curve = Series(
+        name="inertia",
+        x=list(range(len(vocabulary.inertia))),
+        y=[value / max(num_tokens, 1) for value in vocabulary.inertia],
     )
+    plot = Plot(
+        title="Mean squared distance of a token to its prototype", x_label="iteration", series=[curve]
+    )
+    summary = Section(title="Summary", blocks=[Facts(entries=facts), Plots(plots=[plot])])
     page = Page(
         title=f"Vocabulary: {folder.root.resolve().name}",
         intro="Prototypes of the whole data set, and the image parts nearest to each: the region is outlined, and the "
         "rest of the photo is dimmed.",
-        sections=[summary, *_sections(vocabulary, uses, strips)],
+        sections=[summary, *_sections(vocabulary, uses, groups, strips)],
     )
     write_page(page, path)
     return path
 
 
-def choose_prototypes(vocabulary: Vocabulary, uses: np.ndarray, limit: int) -> Groups:
+def choose_prototypes(vocabulary: Vocabulary, uses: np.ndarray, limit: int) -> dict[int, list[int]]:
     """Choose the finest prototypes to show, by prototype of the coarsest level, the most used first.
 
     uses: int64 [K]. With one level all are in group 0. Prototypes that no part has are left out.
@@ -119,7 +132,7 @@ def choose_prototypes(vocabulary: Vocabulary, uses: np.ndarray, limit: int) -> G
     ancestors = vocabulary.climb(np.arange(len(uses)), 0)
     totals = np.bincount(ancestors, uses, vocabulary.sizes[0])
     share = max(GROUP_ROWS, limit // vocabulary.sizes[0])
-    groups: Groups = {}
+    groups: dict[int, list[int]] = {}
     for group in np.argsort(-totals, kind="stable").tolist():
         left = limit - sum(map(len, groups.values()))
         if members := [k for k in used if ancestors[k] == group][: min(share, left)]:
@@ -174,47 +187,22 @@ def _highlight(picture: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.where((inside & ~kept)[..., None], 255, shown).astype(np.uint8)
 
 
-def _strips(
-    folder: BuildFolder, level: int, parts: Parts, vocabulary: Vocabulary, groups: Groups, examples: int
-) -> dict[int, list[Strip]]:
-    chosen = {k: parts.nearest(k, examples) for members in groups.values() for k in members}
-    needed = np.concatenate(list(chosen.values()))
-    rows = np.unique(parts.rows[needed])
-    keys = dict(
-        zip(
-            rows.tolist(), read_index(folder.index, ["key"]).column("key").take(rows).to_pylist(), strict=True
-        )
-    )
-    pictures = _pictures(folder, level, parts, needed)
-    strips = {}
-    for k, found in chosen.items():
-        strips[k] = Strip(
-            title=" › ".join(map(str, _lineage(vocabulary, k))),
-            subtitle=counted(int(np.count_nonzero(parts.prototypes == k)), "part"),
-            pictures=[pictures[part] for part in found.tolist()],
-            captions=[keys[row] for row in parts.rows[found].tolist()],
-        )
-    return {
-        group: [strips[k] for k in sorted(members, key=lambda k: _lineage(vocabulary, k)[:-1])]
-        for group, members in groups.items()
-    }
-
-
-def _pictures(folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the picture of each needed part; threads decode every photo once."""
-    index, reader = read_index(folder.index), photo_reader(folder)
+def _pictures(
+    folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray
+) -> dict[int, tuple[str, np.ndarray]]:
+    """Return the key of the image and the picture of each needed part; threads decode every photo once."""
+    records, reader = read_images(folder.index), photo_reader(folder)
     size_px = stage_entry(folder, "extract")["inputs"]["encoder"]["image_size_px"]
-    stored = Stored(folder)
-    stored.rows("regions", np.unique(parts.rows[needed]))  # compared here, before threads read single rows
+    rows = np.unique(parts.rows[needed])
+    regions = Stored(folder).rows("regions", rows)[:, level]
 
-    def draw(row: int) -> dict[int, np.ndarray]:
-        photo = read_photo(reader, ImageTable(index.slice(row, 1))[0], size_px)
-        ids = stored.rows("regions", slice(row, row + 1))[0, level]
-        mine = needed[parts.rows[needed] == row].tolist()
-        return {part: part_picture(photo, ids == parts.regions[part]) for part in mine}
+    def draw(row: int, ids: np.ndarray) -> dict[int, tuple[str, np.ndarray]]:
+        record, mine = records[row], needed[parts.rows[needed] == row]
+        photo = read_photo(reader, record, size_px)
+        return {part: (record.key, part_picture(photo, ids == parts.regions[part])) for part in mine.tolist()}
 
     with ThreadPoolExecutor(num_cpus()) as pool:
-        drawn = pool.map(draw, np.unique(parts.rows[needed]).tolist())
+        drawn = pool.map(draw, rows.tolist(), regions)
         return {part: picture for some in drawn for part, picture in some.items()}
 
 
@@ -224,14 +212,17 @@ def _lineage(vocabulary: Vocabulary, prototype: int) -> tuple[int, ...]:
     return tuple(int(vocabulary.climb(finest, level)[0]) for level in range(len(vocabulary.sizes)))
 
 
-def _sections(vocabulary: Vocabulary, uses: np.ndarray, strips: dict[int, list[Strip]]) -> Iterator[Section]:
+def _sections(
+    vocabulary: Vocabulary, uses: np.ndarray, groups: dict[int, list[int]], strips: dict[int, Strip]
+) -> Iterator[Section]:
     """Yield one section for each group of the coarsest level, or a single one if there is only one level."""
     if len(vocabulary.sizes) == 1:
         text = "The most used prototype comes first; the number is its id."
-        yield Section(title="Prototypes", text=text, blocks=[Strips(strips=strips[0])])
+        yield Section(title="Prototypes", text=text, blocks=[Strips(strips=list(strips.values()))])
         return
     ancestors = vocabulary.climb(np.arange(len(uses)), 0)
-    for group, rows in strips.items():
+    for group, members in groups.items():
+        rows = [strips[k] for k in sorted(members, key=lambda k: _lineage(vocabulary, k)[:-1])]
         mine = uses[ancestors == group]
         text = (
             f"{counted(int(mine.sum()), 'part')} of images belong to the {counted(int((mine > 0).sum()), 'prototype')} "
@@ -239,18 +230,3 @@ def _sections(vocabulary: Vocabulary, uses: np.ndarray, strips: dict[int, list[S
             "after the last › is the prototype's own, those before it are the prototypes that it belongs to."
         )
         yield Section(title=f"Group {group}", text=text, blocks=[Strips(strips=rows)])
-
-
-def _inertia_plot(inertia: Sequence[float], num_tokens: int) -> Plots:
-    points = Series(
-        name="inertia", x=list(range(len(inertia))), y=[value / max(num_tokens, 1) for value in inertia]
-    )
-    return Plots(
-        plots=[
-            Plot(
-                title="Mean squared distance of a token to its prototype",
-                x_label="iteration",
-                series=[points],
-            )
-        ]
-    )
