@@ -63,19 +63,24 @@ class Palette:
 def fit_palette(features: np.ndarray) -> Palette:
     """Fit a palette: the first three PCA axes become red, green and blue, and PERCENTILES set their ranges.
 
-    features: [..., C], any float dtype. At most FIT_TOKENS rows, spread over all, are used, except those that are not
-    finite. The largest loading of each axis is made positive, so that equal features give equal colours.
+    features: [..., C], any float dtype, of which `finite_tokens` takes FIT_TOKENS. The largest loading of each axis is
+    made positive, so that equal features give equal colours.
     Raises ValueError if no finite token is left.
     """
-    tokens_MC = np.asarray(features).reshape(-1, np.shape(features)[-1])
-    tokens_MC = tokens_MC[spread_rows(len(tokens_MC), FIT_TOKENS)].astype(np.float32)
-    tokens_MC = tokens_MC[np.isfinite(tokens_MC).all(axis=1)]
+    tokens_MC = finite_tokens(features, FIT_TOKENS)
     if not len(tokens_MC):
         raise ValueError("no finite token to fit a palette on: pass finite features of at least one image")
     mean = tokens_MC.mean(axis=0, dtype=np.float64).astype(np.float32)
     axes = _principal_axes(tokens_MC - mean)
     low, high = np.percentile((tokens_MC - mean) @ axes, PERCENTILES, axis=0).astype(np.float32)
     return Palette(mean=mean, axes=axes, low=low, high=high)
+
+
+def finite_tokens(features: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
+    """At most `limit` tokens of features [..., C], spread over all, without any not finite: float32 [M, C]."""
+    tokens_MC = np.asarray(features).reshape(-1, np.shape(features)[-1])
+    tokens_MC = tokens_MC[spread_rows(len(tokens_MC), limit, seed)].astype(np.float32)
+    return tokens_MC[np.isfinite(tokens_MC).all(axis=1)]
 
 
 def spread_rows(num_rows: int, limit: int, seed: int = 0) -> np.ndarray:

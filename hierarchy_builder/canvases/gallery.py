@@ -15,7 +15,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -91,8 +91,6 @@ class Gallery:
 
     __repr__ = brief
 
-    kind: ClassVar[str] = "gallery"
-
     viewers: Sequence[LevelViewer]
     start: int = 0
 
@@ -113,16 +111,12 @@ class Term(str):
 class Definitions:
     """Names and what they mean; a `Term` anywhere on the page links to its name."""
 
-    kind: ClassVar[str] = "definitions"
-
     entries: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
     """What the colours of a map mean: a bar of colours (uint8 RGB) from the value `low` to the value `high`."""
-
-    kind: ClassVar[str] = "scale"
 
     name: str
     low: str
@@ -140,16 +134,12 @@ class Scale:
 class Facts:
     """Names and values of the most important facts."""
 
-    kind: ClassVar[str] = "facts"
-
     entries: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """Rows of named cells; columns appear in the order in which rows first name them."""
-
-    kind: ClassVar[str] = "table"
 
     rows: Sequence[Mapping[str, Any]]
     caption: str = ""
@@ -169,8 +159,6 @@ class Table:
 class Code:
     """Preformatted text that is collapsed until the reader opens it."""
 
-    kind: ClassVar[str] = "code"
-
     summary: str
     text: str
 
@@ -178,8 +166,6 @@ class Code:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plots:
     """Plots in a row as wide as the page allows."""
-
-    kind: ClassVar[str] = "plots"
 
     plots: Sequence[Plot]
 
@@ -203,8 +189,6 @@ class Strip:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strips:
     """A column of strips."""
-
-    kind: ClassVar[str] = "strips"
 
     strips: Sequence[Strip]
 
@@ -298,7 +282,9 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(data_uri=data_uri, show=show_value, draw=draw, anchor=_anchor)
+    environment.filters.update(
+        data_uri=data_uri, show=show_value, draw=draw, anchor=_anchor, kind=lambda block: type(block).__name__
+    )
     environment.tests.update(token_grid=is_token_grid, term=lambda value: isinstance(value, Term))
     return environment
 

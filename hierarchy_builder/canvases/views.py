@@ -14,9 +14,9 @@ import numpy as np
 from hierarchy_builder.canvases.colours import (
     FIT_TOKENS,
     Palette,
+    finite_tokens,
     fit_palette,
     hierarchy_colours,
-    spread_rows,
 )
 from hierarchy_builder.canvases.gallery import LevelViewer, View
 from hierarchy_builder.canvases.means import level_canvases
@@ -75,26 +75,38 @@ def shared_palette(feature_maps: Iterable[np.ndarray | None]) -> Palette | None:
     """
     maps = [features for features in feature_maps if features is not None]
     share = -(-FIT_TOKENS // max(len(maps), 1))
-    sampled = []
-    for number, features in enumerate(maps):
-        tokens_MC = np.asarray(features).reshape(-1, np.shape(features)[-1])
-        tokens_MC = tokens_MC[spread_rows(len(tokens_MC), share, seed=number)].astype(np.float32)
-        sampled.append(tokens_MC[np.isfinite(tokens_MC).all(axis=1)])
-    if not any(len(tokens) for tokens in sampled):
-        return None
-    return fit_palette(np.concatenate(sampled))
+    sampled = [finite_tokens(features, share, seed) for seed, features in enumerate(maps)]
+    return fit_palette(np.concatenate(sampled)) if any(map(len, sampled)) else None
 
 
 def hierarchy_viewers(views: Sequence[HierarchyView], palette: Palette | None) -> list[LevelViewer]:
     """One card per image with its region map and, if given, its features in palette colours and its decoded levels."""
-    return [_hierarchy_viewer(view, palette) for view in views]
+    return [
+        LevelViewer(
+            title=view.class_name,
+            subtitle=view.key,
+            level_names=level_names(len(view.regions) + 1),
+            captions=region_captions(view.regions),
+            views=[
+                View(name=REGIONS, layers=hierarchy_colours(view.regions)),
+                *latent_views(view.levels(), view.decoded, palette),
+            ],
+            reveal=view.photo,
+            notes=view.notes,
+        )
+        for view in views
+    ]
 
 
 def region_captions(regions: np.ndarray) -> tuple[str, ...]:
     """Captions with the number of regions of object and divided background per level; regions uint8 [L−1, H, W]."""
-    is_object = regions[0] > 0
+    is_object, captions = regions[0] > 0, list[str]()
+    for level_HW in regions:
+        behind = len(np.unique(level_HW[~is_object]))
+        caption = counted(len(np.unique(level_HW[is_object])), "region")
+        captions.append(f"{caption}, background {behind}" if behind > 1 else caption)
     height, width = regions.shape[1:]
-    return (*(_count_regions(level_HW, is_object) for level_HW in regions), f"{height} × {width}")
+    return (*captions, f"{height} × {width}")
 
 
 def latent_views(
@@ -111,21 +123,3 @@ def latent_views(
     if decoded is not None:
         views.append(View(name=DECODED, layers=decoded))
     return views
-
-
-def _count_regions(level_HW: np.ndarray, is_object: np.ndarray) -> str:
-    count, behind = len(np.unique(level_HW[is_object])), len(np.unique(level_HW[~is_object]))
-    return counted(count, "region") + (f", background {behind}" if behind > 1 else "")
-
-
-def _hierarchy_viewer(view: HierarchyView, palette: Palette | None) -> LevelViewer:
-    region_map = View(name=REGIONS, layers=hierarchy_colours(view.regions))
-    return LevelViewer(
-        title=view.class_name,
-        subtitle=view.key,
-        level_names=level_names(len(view.regions) + 1),
-        captions=region_captions(view.regions),
-        views=[region_map, *latent_views(view.levels(), view.decoded, palette)],
-        reveal=view.photo,
-        notes=view.notes,
-    )

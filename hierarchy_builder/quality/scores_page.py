@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +68,19 @@ def score_tables(found: Assessment) -> dict[str, list[dict[str, Any]]]:
     partitions = {
         name: by_level(scores) for name, scores in ({BUILD: found.scores} | found.baselines).items()
     }
-    names = level_names(len(partitions[BUILD]) + 1)
-    tables = {}
+    names = level_names(len(partitions[BUILD]) + 1)[:-1]
+    tables: dict[str, list[dict[str, Any]]] = {}
     for title, scores in TABLES.items():
-        rows = []
-        for score in scores:
-            for name, means in partitions.items():
-                if name != BUILD and score in SIZES:
-                    continue
-                values = [level.get(score) for level in means]
-                if any(value is not None for value in values):
-                    cells = dict(zip(names, map(_rounded, values), strict=False))
-                    rows.append({"score": SCORES.words(score), "partition": name, **cells})
-        if rows:
-            tables[title] = rows
+        for score, (name, means) in product(scores, partitions.items()):
+            values = [level.get(score) for level in means]
+            if (name == BUILD or score not in SIZES) and any(value is not None for value in values):
+                rounded = [None if value is None else round(value, 3) for value in values]
+                row = {
+                    "score": SCORES.words(score),
+                    "partition": name,
+                    **dict(zip(names, rounded, strict=True)),
+                }
+                tables.setdefault(title, []).append(row)
     return tables
 
 
@@ -188,7 +188,3 @@ def _worst(folder: BuildFolder, found: Assessment, names: Sequence[str]) -> Gall
 
 def _short(values: np.ndarray) -> str:
     return ", ".join("–" if np.isnan(value) else f"{value:.2f}" for value in values)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
