@@ -100,12 +100,3 @@ def chain_entropy(times: Tensor) -> Tensor:
 def level_times(num_levels: int, batch: int, like: Tensor) -> Tensor:
     """Return the numbers that stand for levels, [B, L + 1]: from 0 for the tokens to 1 for the state before level 0."""
     return torch.linspace(0, 1, num_levels + 1, dtype=like.dtype, device=like.device).expand(batch, -1)
-
-
-def level_chain(canvases: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """Return states [B, L + 1, H, W, C]: canvases [B, L, H, W, C] from fine to coarse plus σ·noise, then zeros.
-
-    noise: N(0, 1) [B, L + 1, H, W, C]; the last entry is not used.
-    """
-    states = canvases.flip(1) + sigma * noise[:, :-1]
-    return torch.cat([states, torch.zeros_like(states[:, :1])], dim=1)

@@ -65,6 +65,11 @@ class NormalizingModelConfig(NetworkConfig):
         )
 
     @property
+    def drawn_levels(self) -> int:
+        """Levels of a trajectory that is drawn: one where tokens alone are modelled."""
+        return 1 if self.trajectory == "tokens" else self.num_levels
+
+    @property
     def knows_levels(self) -> bool:
         """Whether level and previous canvas are inputs of the predictor."""
         return self.trajectory == "canvases"

@@ -71,9 +71,8 @@ class Measured:
         per_level = self.added.sum(axis=1)
         finest = np.arange(per_level[0].size).reshape(1, *per_level.shape[1:])
         ids = np.concatenate([self.regions.astype(np.int64), finest])[-len(per_level) :]
-        return [
-            np.bincount(i.ravel(), weights=b.ravel()).tolist() for i, b in zip(ids, per_level, strict=True)
-        ]
+        pairs = zip(ids, per_level, strict=True)
+        return [np.bincount(i.ravel(), weights=b.ravel()).tolist() for i, b in pairs]
 
 
 def measure(
@@ -86,7 +85,7 @@ def measure(
     finite.
     """
     reader = ShardReader(index)
-    T = pipe.model.config.num_steps[0] if num_steps == 1 else num_steps
+    T = pipe.default_steps if num_steps == 1 else num_steps
     for start in range(0, len(numbers), MEASURED_TOGETHER):
         part = numbers[start : start + MEASURED_TOGETHER]
         rows = reader.read_rows(part)
@@ -136,9 +135,9 @@ def likelihood(
     bits = np.stack([image.bits.sum(axis=(2, 3)) for image in images]).mean(axis=0) / dims
     added = np.stack([image.added.sum(axis=(2, 3)) for image in images]).mean(axis=0) / dims
     bound = np.stack([image.bound for image in images]).mean(axis=0) / dims
+    gaussian, cleanest = gaussian_bits(pipe, images)
     is_hierarchy = config.trajectory == "levels"
     rows = [("noise", pipe.method.level_noise if is_hierarchy else pipe.method.sampling_t_min)]
-    gaussian, cleanest = gaussian_bits(pipe, images)
     rows += [("bits_per_dim", float(bits.mean())), ("bits_per_dim_gaussian", float(gaussian.mean()))]
     if not is_hierarchy:
         rows += [("bits_per_dim_bound", float(bound.mean()))]
@@ -158,23 +157,19 @@ def _levels(
     pipe: NormalizingPipeline, canvases: Tensor, label: Tensor, numbers: list[int], num_steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (bits, added, bound) of a batch: twice [B, levels, K, H, W], and [B, levels]."""
-    config, device = pipe.model.config, next(pipe.model.parameters()).device
-    B, L = canvases.shape[:2]
-    own_levels = L if config.trajectory == "canvases" else 1
-    noise = torch.stack(
-        [
-            level_noise([_seed(number)], own_levels * (num_steps + 1), config.grid, config.in_channels)[:, 0]
-            for number in numbers
-        ]
-    )
+    config, device = pipe.model.config, pipe.device
+    label, canvases = seen_label(label.to(device), pipe.model, pipe.method), canvases.to(device)
+    num_chains = config.num_levels if config.trajectory == "canvases" else 1
+    seeds = [_seed(number) for number in numbers]
+    noise = level_noise(seeds, num_chains * (num_steps + 1), config.grid, config.in_channels)
     nats, floors, bounds = [], [], []
-    for level in range(own_levels):
+    for level, own in enumerate(noise.to(device).transpose(0, 1).split(num_steps + 1, dim=1)):
         chain = build_chain(
-            canvases.to(device),
-            seen_label(label.to(device), pipe.model, pipe.method),
-            torch.full_like(label, level).to(device),
-            noise=noise[:, level * (num_steps + 1) : (level + 1) * (num_steps + 1)].to(device),
-            t_min=torch.full((B,), pipe.method.sampling_t_min, device=device),
+            canvases,
+            label,
+            torch.full_like(label, level),
+            noise=own,
+            t_min=torch.full((len(label),), pipe.method.sampling_t_min, device=device),
             trajectory=config.trajectory,
             level_noise=pipe.method.level_noise,
         )
@@ -187,8 +182,7 @@ def _levels(
     bound = torch.stack(bounds, dim=1) + scale.expand(config.grid).sum()
     if config.trajectory == "levels":  # the chain runs through the levels, with one transition each
         bits, added = (value[:, 0].flip(1)[:, :, None] for value in (bits, added))
-        bound = bits.sum(dim=(2, 3, 4)) * math.log(2)
-        return bits.cpu() / math.log(2), added.cpu() / math.log(2), bound.cpu() / math.log(2)
+        bound = bits.sum(dim=(2, 3, 4))
     return tuple(value.cpu() / math.log(2) for value in (bits, added, bound))  # type: ignore[return-value]
 
 

@@ -26,6 +26,7 @@ from hierarchy_builder.machine.transfers import sent
 from trainer.methods.normalizing_trajectory import chains
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, Trajectory
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork
+from trainer.networks.layers import per_sample
 from trainer.seeds import mixed_seed, row_noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -34,7 +35,7 @@ SCORED_TOGETHER = 16
 
 
 class Chain(NamedTuple):
-    """States of a batch, the cleanest first, and their conditions."""
+    """States of a batch, the cleanest first, and their conditions; part of a chain has K states for T."""
 
     states: Tensor
     """float32 [B, T+1, H, W, C]."""
@@ -63,20 +64,16 @@ def build_chain(
     trajectory `canvases` uses the canvas of `level`. noise: N(0, 1) [B, T+1, H, W, C]. t_min: [B].
     """
     B, L, H, W, _ = canvases.shape
-    if trajectory == "levels":
+    if trajectory == "levels":  # from fine to coarse, and zeros before the coarsest
+        noisy = canvases.flip(1) + level_noise * noise[:, :-1]
+        states = torch.cat([noisy, torch.zeros_like(noisy[:, :1])], dim=1)
         times = chains.level_times(L, B, canvases)
-        covariance = level_noise**2 * torch.eye(L, device=canvases.device).expand(B, L, L)
         given = Given(label, torch.zeros_like(label), torch.zeros_like(canvases[:, 0]))
-        return Chain(
-            chains.level_chain(canvases, noise, level_noise),
-            times,
-            given,
-            covariance,
-            torch.ones_like(times[:, 1:]),
-        )
+        covariance = level_noise**2 * torch.eye(L, device=canvases.device).expand(B, L, L)
+        return Chain(states, times, given, covariance, torch.ones_like(times[:, 1:]))
     level = torch.full_like(level, L - 1) if trajectory == "tokens" else level
     row = torch.arange(B, device=label.device)
-    prev = canvases[row, (level - 1).clamp(min=0)].masked_fill((level == 0)[:, None, None, None], 0.0)
+    prev = canvases[row, (level - 1).clamp(min=0)].masked_fill(per_sample(level == 0), 0.0)
     times = chains.noise_times(t_min, noise.shape[1] - 1, H * W)
     states = chains.noise_chain(canvases[row, level], times, noise)
     return Chain(states, times, Given(label, level, prev), chains.noise_covariance(times), 1 - times[:, :-1])
@@ -124,7 +121,7 @@ def _carried(network: Any, state: Tensor, t: Tensor, given: Given, num_steps: in
     """Return u of states at t ≤ 1; at t = 1 it is the state itself."""
     is_end = t >= 1
     u, _ = network.transport(state, torch.where(is_end, 0.5, t), given.level, num_steps)
-    return torch.where(is_end[:, None, None, None], state, u)
+    return torch.where(per_sample(is_end), state, u)
 
 
 def loss(
@@ -180,53 +177,28 @@ def guided(law: Gaussian, unconditional: Gaussian, scale: float) -> Gaussian:
     return Gaussian(mean, law.log_sigma - 0.5 * torch.log(precision))
 
 
-def denoised(
-    network: Any,
-    states: Tensor,
-    times: Tensor,
-    given: Given,
-    num_steps: int,
-    covariance: Tensor,
-    scale: Tensor,
-    clip: float | None = None,
-) -> Tensor:
+def denoised(network: Any, chain: Chain, num_steps: int) -> Tensor:
     """Estimate E[clean canvas | trajectory] from each state with the score of the trajectory: float32 [B, K, H, W, C].
 
-    states: [B, K+1, H, W, C], times: [B, K+1], as for `transitions`. covariance: [B, K, K] of states 0 … K−1 given the
-    clean canvas; scale: [B, K], the factor of the clean canvas in these states. With the exact density all K estimates
-    of a noise chain are equal. clip: quantile of a sample's absolute scores above which scores are clipped to it.
+    chain: a whole one, or K + 1 states in a row with what belongs to them. With the exact density all K estimates of a
+    noise chain are equal.
     Source: equation 3.5 and Algorithm 3, with −log p summed over dimensions.
     """
-    together = max(1, SCORED_TOGETHER // covariance.shape[1])  # images are independent
-    parts = (value.split(together) for value in (states, times, *given, covariance, scale))
-    return torch.cat(
-        [
-            _denoised(network, states, times, Given(label, level, prev), num_steps, covariance, scale, clip)
-            for states, times, label, level, prev, covariance, scale in zip(*parts, strict=True)
-        ]
-    )
-
-
-def _denoised(
-    network: Any,
-    states: Tensor,
-    times: Tensor,
-    given: Given,
-    num_steps: int,
-    covariance: Tensor,
-    scale: Tensor,
-    clip: float | None,
-) -> Tensor:
-    with torch.enable_grad():
-        seen = states.detach()[:, :-1].requires_grad_()
-        chain = torch.cat([seen, states[:, -1:].detach()], dim=1)
-        nats = transitions(network, chain, times, given, num_steps).nats().sum()
-        (score,) = torch.autograd.grad(nats, seen)
-    if clip is not None:
-        largest = torch.quantile(score.abs().flatten(1), clip, dim=1)[:, None, None, None, None]
-        score = score.clamp(-largest, largest)
-    moved = states[:, :-1] - torch.einsum("bij,bjhwc->bihwc", covariance, score)
-    return (moved / scale[..., None, None, None]).detach()
+    together = max(1, SCORED_TOGETHER // chain.scale.shape[1])  # images are independent
+    states, times, given, covariance, scale = chain
+    found = []
+    for part in zip(
+        *(each.split(together) for each in (states, times, covariance, scale, *given)), strict=True
+    ):
+        states, times, covariance, scale, *conditions = part
+        with torch.enable_grad():
+            seen = states.detach()[:, :-1].requires_grad_()
+            whole = torch.cat([seen, states[:, -1:].detach()], dim=1)
+            nats = transitions(network, whole, times, Given(*conditions), num_steps).nats().sum()
+            (score,) = torch.autograd.grad(nats, seen)
+        moved = states[:, :-1] - torch.einsum("bij,bjhwc->bihwc", covariance, score)
+        found.append((moved / scale[..., None, None, None]).detach())
+    return torch.cat(found)
 
 
 def denoiser_loss(network: NormalizingNetwork, chain: Chain, num_steps: int) -> Tensor:
@@ -235,9 +207,7 @@ def denoiser_loss(network: NormalizingNetwork, chain: Chain, num_steps: int) -> 
     A noise chain trains its cleanest state; a chain of levels trains all states. Only the denoiser gets gradients.
     Source: §3.4 and C.3.
     """
-    target = denoised(
-        network, chain.states, chain.times, chain.given, num_steps, chain.covariance, chain.scale
-    )
+    target = denoised(network, chain, num_steps)
     K = target.shape[1] if network.config.trajectory == "levels" else 1
     times, many = chain.times[:, :K].flatten(), chain.given.repeated(K)
     with torch.no_grad():

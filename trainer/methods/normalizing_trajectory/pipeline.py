@@ -48,8 +48,7 @@ class NormalizingPipeline(LevelPipeline):
     @property
     def drawn_levels(self) -> int:
         """Levels of the trajectories it draws: one where the network models tokens alone."""
-        config = self.model.config
-        return 1 if config.trajectory == "tokens" else config.num_levels
+        return self.model.config.drawn_levels
 
     @property
     def default_steps(self) -> int:

@@ -24,7 +24,7 @@ from trainer.data.normalisation import RAW, Normaliser
 from trainer.methods.normalizing_trajectory.chains import level_times, noise_covariance, noise_times
 from trainer.methods.normalizing_trajectory.config import Ending, NormalizingMethodConfig
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork
-from trainer.methods.normalizing_trajectory.objective import denoised, guided
+from trainer.methods.normalizing_trajectory.objective import Chain, denoised, guided
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +37,6 @@ class HowToSample:
     """How the cleanest states are turned into canvases."""
     guidance: float = 0.0
     """Weight w of guidance on means and deviations; 0 turns it off."""
-    clip: float | None = None
-    """Share of the scores of an image that is not clipped to the largest of them; None clips none."""
 
 
 def seen_label(label: Tensor, network: NormalizingNetwork, method: NormalizingMethodConfig) -> Tensor:
@@ -62,9 +60,7 @@ def check_ending(network: NormalizingNetwork, ending: Ending) -> None:
 def num_noises(network: NormalizingNetwork, num_steps: int) -> int:
     """Return the canvases of noise for one image: T + 1 for tokens, T + 1 per level for canvases, 2·L for levels."""
     config = network.config
-    if config.trajectory == "levels":
-        return 2 * config.num_levels
-    return (num_steps + 1) * (config.num_levels if config.knows_levels else 1)
+    return config.drawn_levels * (2 if config.trajectory == "levels" else num_steps + 1)
 
 
 @torch.no_grad()
@@ -94,7 +90,7 @@ def sample_canvases(
     network.check(noise[0], how.num_steps)
     prev = torch.zeros_like(noise[0]) if previous is None else normaliser.apply(previous)
     label = seen_label(label, network, method)
-    num_levels = 1 if network.config.trajectory == "tokens" else network.config.num_levels
+    num_levels = network.config.drawn_levels
     each, canvases = len(noise) // num_levels, []
     for level in range(start_level, num_levels):
         given = Given(label, torch.full_like(label, level), prev)
@@ -159,8 +155,8 @@ def _noise_trajectory(
     # The inverse of a state does not need the others, so all states form one batch.
     x = network.untransport(u[:, :-1].flatten(0, 1), times[:, :-1].flatten(), given.repeated(T).level, T)
     states = torch.cat([x.unflatten(0, (-1, T)), u[:, -1:]], dim=1)
-    scale = 1 - times[:, :-1]
-    return denoised(network, states, times, given, T, noise_covariance(times), scale, how.clip)[:, 0]
+    chain = Chain(states, times, given, noise_covariance(times), 1 - times[:, :-1])
+    return denoised(network, chain, T)[:, 0]
 
 
 def _next_level(
@@ -187,7 +183,10 @@ def _next_level(
     if how.ending == "denoiser":
         return network.denoise(u, s, given, how.num_steps)
     x = network.untransport(u, s, given.level, how.num_steps)
-    states, times = torch.stack([x, before], dim=1), torch.stack([s, t], dim=1)
-    scale = torch.ones_like(times[:, :1])
-    covariance = (sigma**2 * scale)[..., None]
-    return denoised(network, states, times, given, how.num_steps, covariance, scale, how.clip)[:, 0]
+    states, times, scale = (
+        torch.stack([x, before], dim=1),
+        torch.stack([s, t], dim=1),
+        torch.ones_like(s)[:, None],
+    )
+    chain = Chain(states, times, given, (sigma**2 * scale)[..., None], scale)
+    return denoised(network, chain, how.num_steps)[:, 0]

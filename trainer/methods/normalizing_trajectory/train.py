@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import identity
@@ -27,10 +27,14 @@ from trainer.methods.normalizing_trajectory.chains import check_first_step
 from trainer.methods.normalizing_trajectory.config import NormalizingTrainConfig
 from trainer.methods.normalizing_trajectory.network import FlowPredictor, NormalizingNetwork
 from trainer.methods.normalizing_trajectory.pipeline import NormalizingPipeline
-from trainer.methods.registry import NORMALIZING_TRAJECTORY, TRAJECTORY_FORCING, Method, method_in
-from trainer.networks.config import ModelConfig
+from trainer.methods.registry import (
+    NORMALIZING_TRAJECTORY,
+    TRAJECTORY_FORCING,
+    Method,
+    config_of,
+    method_of,
+)
 from trainer.training import checkpoint as saved
-from trainer.training.config import checked
 from trainer.training.method_run import MethodRun, with_model
 from trainer.training.schedules import warmup_cosine
 from trainer.training.weights import average_of
@@ -40,17 +44,33 @@ def _fitted(config: NormalizingTrainConfig, index: ShardIndex) -> NormalizingTra
     found: dict[str, Any] = {"num_levels": index.num_levels}
     if config.init_from is not None:
         # Resolved once, because the loss compares with this network until the end, even if that run continues.
-        source = saved.find_checkpoint(config.init_from)
-        flow = _config_of(source, "init_from", TRAJECTORY_FORCING)
-        backbone = checked(ModelConfig, flow["model"], str(source))
-        found |= {"trajectory": "canvases", "backbone": backbone}
-        config = dataclasses.replace(config, init_from=str(source), normalise=flow.get("normalise", "none"))
+        source, flow = _read_run(config.init_from, "init_from", TRAJECTORY_FORCING)
+        found |= {"trajectory": "canvases", "backbone": flow.model}
+        config = dataclasses.replace(config, init_from=str(source), normalise=flow.normalise)
     if found.get("trajectory", config.model.trajectory) == "levels":
         found["num_steps"] = (index.num_levels,)
     config = with_model(config, index, **found)
     if (trained := config.model.backbone) is not None:
         check_trained_on(index, trained, {}, str(config.init_from))
     return config
+
+
+def _distilling(config: NormalizingTrainConfig, run: str, index: ShardIndex) -> NormalizingTrainConfig:
+    """Take network and method from the run to distil; the denoiser defaults to a third of the predictor's depth."""
+    _, source = _read_run(run, "distil_from", NORMALIZING_TRAJECTORY)
+    check_trained_on(index, source.model, {}, run)
+    depth = config.model.denoiser_depth or max(1, source.model.depth // 3)
+    model = dataclasses.replace(source.model, denoiser_depth=depth)
+    return dataclasses.replace(config, model=model, method=source.method, normalise=source.normalise)
+
+
+def _read_run(run: str, field: str, method: Method) -> tuple[Path, Any]:
+    """Find the newest checkpoint of a run, and its configuration. Raises UsageError for a run of another method."""
+    folder = saved.find_checkpoint(run)
+    config = config_of(saved.load_state(folder).config, str(folder))
+    if (found := method_of(config)) is not method:
+        raise UsageError(f"{field}={folder}: found a run of {found.name}, expected one of {method.name}")
+    return folder, config
 
 
 class NormalizingRun(MethodRun):
@@ -61,6 +81,8 @@ class NormalizingRun(MethodRun):
     pipeline = NormalizingPipeline
     loss_function = staticmethod(method.loss)
     model: NormalizingNetwork
+    flow: nn.Module | None = None
+    """The predictor before training, to whose means it is pulled."""
 
     @classmethod
     def fitted(
@@ -74,7 +96,7 @@ class NormalizingRun(MethodRun):
         t_min leaves no first step.
         """
         run = config.distil_from
-        fitted = _fitted(config, index) if run is None else _distilling(config, Path(run), index)
+        fitted = _fitted(config, index) if run is None else _distilling(config, run, index)
         wanted, found = identity(config), identity(fitted)
         for name in asked:
             if name in wanted and name != "init_from" and wanted[name] != found[name]:
@@ -93,9 +115,8 @@ class NormalizingRun(MethodRun):
 
     def _network(self) -> NormalizingNetwork:
         network = fresh_network(self.config)
-        self.flow = _frozen_flow(network, self.config)
-        if self.flow is not None:
-            self.flow.to(self.world.device)
+        if self.config.init_from is not None and self.config.method.flow_weight:
+            self.flow = copy.deepcopy(network.predictor).eval().requires_grad_(False).to(self.world.device)
         return network
 
     def _first_normaliser(self, origin: Path | None) -> Normaliser:
@@ -145,58 +166,23 @@ class NormalizingRun(MethodRun):
         return self.config.method.flow_weight * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _frozen_flow(network: NormalizingNetwork, config: NormalizingTrainConfig) -> FlowPredictor | None:
-    """Copy the predictor before training, as the reference of the regulariser; None without a regulariser."""
-    if config.init_from is None or not config.method.flow_weight:
-        return None
-    assert isinstance(network.predictor, FlowPredictor)
-    return copy.deepcopy(network.predictor).eval().requires_grad_(False)
-
-
 def fresh_network(config: NormalizingTrainConfig) -> NormalizingNetwork:
     """Build the initial network: random, or with the weights of the run it starts from."""
     network = NormalizingNetwork(config.model)
     if config.init_from is not None:
-        folder = saved.find_checkpoint(config.init_from)
-        flow = _config_of(folder, "init_from", TRAJECTORY_FORCING)
-        halflives = flow["optim"]["ema_halflives_kimg"]
-        weights = saved.load_weights(folder, f"{halflives[0]:g}" if halflives else None)
+        folder, flow = _read_run(config.init_from, "init_from", TRAJECTORY_FORCING)
         assert isinstance(network.predictor, FlowPredictor)
-        network.predictor.backbone.load_state_dict(weights)
+        backbone = network.predictor.backbone
+        backbone.load_state_dict(saved.load_weights(folder, average_of(flow, "auto")))
         # The u-head is not used, so it gets no gradient; otherwise zeros would be summed over ranks at every step.
-        for module in (network.predictor.backbone.u_blocks, network.predictor.backbone.u_norm):
+        for module in (backbone.u_blocks, backbone.u_norm, backbone.u_out):
             module.requires_grad_(False)
-        network.predictor.backbone.u_out.requires_grad_(False)
     if config.distil_from is not None:
-        folder = saved.find_checkpoint(config.distil_from)
-        name = average_of(_own_config(folder), "auto")
-        weights = saved.load_weights(folder, name)
+        folder, source = _read_run(config.distil_from, "distil_from", NORMALIZING_TRAJECTORY)
+        weights = saved.load_weights(folder, average_of(source, "auto"))
         frozen = {name: weights[name] for name in network.state_dict() if not name.startswith("denoiser.")}
         network.load_state_dict(frozen, strict=False)  # the denoiser stays random; its depth may differ
         network.requires_grad_(False)
         assert network.denoiser is not None
         network.denoiser.requires_grad_(True)
     return network
-
-
-def _distilling(config: NormalizingTrainConfig, run: Path, index: ShardIndex) -> NormalizingTrainConfig:
-    """Take network and method from the run to distil; the denoiser defaults to a third of the predictor's depth."""
-    source = _own_config(saved.find_checkpoint(run))
-    model = source.model
-    check_trained_on(index, model, {}, str(run))
-    depth = config.model.denoiser_depth or max(1, model.depth // 3)
-    model = dataclasses.replace(model, denoiser_depth=depth)
-    return dataclasses.replace(config, model=model, method=source.method, normalise=source.normalise)
-
-
-def _own_config(folder: Path) -> NormalizingTrainConfig:
-    config = _config_of(folder, "distil_from", NORMALIZING_TRAJECTORY)
-    return checked(NormalizingTrainConfig, config, str(folder))
-
-
-def _config_of(run: str | Path, field: str, method: Method) -> dict[str, Any]:
-    """Read the configuration of a run from its checkpoint. Raises UsageError for a run of another method."""
-    config = saved.load_state(saved.find_checkpoint(run)).config
-    if (found := method_in(config, run)) is not method:
-        raise UsageError(f"{field}={run}: found a run of {found.name}, expected one of {method.name}")
-    return config

@@ -328,6 +328,12 @@ def test_a_hierarchy_is_held_against_gaussians_of_its_own_levels(shards: str, ru
     assert dict(rows)["bits_per_dim_gaussian"] == pytest.approx(float(bits.mean()), rel=1e-4)
 
 
+def test_the_bound_of_a_level_of_a_hierarchy_is_its_bits(shards: str, runs: dict[str, Path]) -> None:
+    """It used to be in nats."""
+    (image,) = measure(NormalizingPipeline.from_pretrained(runs["levels"]), open_index(shards), [0])
+    np.testing.assert_allclose(image.bound, image.bits.sum(axis=(1, 2, 3)), rtol=1e-5)
+
+
 def test_bits_are_of_raw_features(shards: str, runs: dict[str, Path], tmp_path: Path) -> None:
     """Ten times the features, with ten times the spread, need log₂ 10 bits more for every number of every state."""
     pipe, index = NormalizingPipeline.from_pretrained(runs["tokens"]), open_index(shards)

@@ -37,6 +37,10 @@ def chain_of(batch: int, num_steps: int, t_min: float = 0.03, seed: int = 1) -> 
     return chains.noise_chain(normal(batch, *GRID, C, seed=seed + 1), times, noise), times
 
 
+def chained(states: Tensor, times: Tensor, who: Given) -> method.Chain:
+    return method.Chain(states, times, who, chains.noise_covariance(times), 1 - times[:, :-1])
+
+
 def test_likelihood_of_a_transition_integrates_to_one() -> None:
     """By importance sampling: E_q[p/q] = 1 for q wider than p; the error of the mean is about 0.01."""
     config = dataclasses.replace(TINY, grid=(1, 2), in_channels=1)
@@ -160,8 +164,7 @@ def test_a_trained_network_comes_near_the_entropy_of_gaussian_data() -> None:
 def test_the_score_returns_the_posterior_mean_at_every_state(num_steps: int) -> None:
     s, T = 1.7, num_steps
     states, times = chain_of(3, T, t_min=0.04)
-    covariance = chains.noise_covariance(times)
-    found = method.denoised(Linear(s), states, times, given(3), T, covariance, 1 - times[:, :-1])
+    found = method.denoised(Linear(s), chained(states, times, given(3)), T)
     t = times[:, :1, None, None, None]
     expected = (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * states[:, :1]
     torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-7, atol=1e-9)
@@ -170,28 +173,12 @@ def test_the_score_returns_the_posterior_mean_at_every_state(num_steps: int) -> 
 def test_scores_of_many_images_are_those_of_each() -> None:
     """They are taken some states at a time, for their memory."""
     network, (states, times) = awake_chain(), chain_of(9, 4)
-    covariance, scale, who = chains.noise_covariance(times), 1 - times[:, :-1], given(9)
     assert 2 * method.SCORED_TOGETHER < 9 * 4
-    found = method.denoised(network, states, times, who, 4, covariance, scale, clip=0.9)
+    found = method.denoised(network, chained(states, times, given(9)), 4)
     for row in range(9):
-        one = [value[row : row + 1] for value in (states, times, covariance, scale)]
-        alone = method.denoised(
-            network, *one[:2], Given(*(v[row : row + 1] for v in who)), 4, *one[2:], clip=0.9
-        )
+        who = Given(*(part[row : row + 1] for part in given(9)))
+        alone = method.denoised(network, chained(states[row : row + 1], times[row : row + 1], who), 4)
         torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-9, atol=1e-9)
-
-
-def test_clipped_scores_move_states_less() -> None:
-    states, times = chain_of(3, 4)
-    covariance, scale = chains.noise_covariance(times), 1 - times[:, :-1]
-    full, cut = (
-        method.denoised(Linear(1.7), states, times, given(3), 4, covariance, scale, clip)
-        for clip in (1.0, 0.0)
-    )
-    whole = method.denoised(Linear(1.7), states, times, given(3), 4, covariance, scale)
-    assert torch.equal(full, whole)
-    kept = states[:, :-1] / scale[..., None, None, None]
-    assert float((cut - kept).abs().max()) < float((whole - kept).abs().max())
 
 
 def test_guidance_is_the_normalised_product_of_gaussians() -> None:
