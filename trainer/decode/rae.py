@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, brief, require, require_size
+from hierarchy_builder.fields import MOST_BLOCKS, MOST_ROWS, brief, named, require, require_size
 from trainer.decode.rae_files import POSITIONS, PUBLISHED, SIZES, decoder_fields, release_tensors
 from trainer.networks.layers import grid_positions
 from trainer.training import checkpoint as saved
@@ -108,9 +108,7 @@ class RaeDecoderConfig:
     @classmethod
     def of_size(cls, size: str, channels: int, grid: int, patch_size: int) -> RaeDecoderConfig:
         """The decoder called `size` for `channels` × `grid`² tokens. Raises UsageError naming the sizes."""
-        if size not in SIZES:
-            raise UsageError(f"decoder size {size!r}, known are {', '.join(SIZES)}")
-        depth, width, heads, hidden = SIZES[size]
+        depth, width, heads, hidden = named(SIZES, size, "decoder size")
         return cls(
             hidden_size=channels,
             patch_size=patch_size,
@@ -277,10 +275,9 @@ def _positions(config: RaeDecoderConfig) -> Tensor:
     return F.pad(grid_positions(config.grid, config.grid, config.decoder_hidden_size), (0, 0, 1, 0))[None]
 
 
-def rae_state(decoder: RaeDecoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of a decoder under the release's names; `weights` replace its parameters of the same name."""
-    state = {**decoder.state_dict(), **(weights or {})}
-    return {_release_name(name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+def rae_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a `RaeDecoder` under the release's names."""
+    return {_release_name(name): tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
 
 
 def load_decoder(path: Path, encoder: Mapping[str, Any] | None = None) -> RaeDecoder:
@@ -359,11 +356,11 @@ def _read_config(values: Mapping[str, Any], where: str) -> RaeDecoderConfig:
 
 def _release_name(name: str) -> str:
     """The name in the release's checkpoint of a tensor of `RaeDecoder`."""
-    head, _, rest = name.partition(".")
+    head, dot, rest = name.partition(".")
     if head == "blocks":
         number, layer, kind = rest.split(".")
         return f"decoder_layers.{number}.{RELEASE_BLOCK_NAMES[layer]}.{kind}"
-    return ".".join([RELEASE_NAMES[head], *([rest] if rest else [])])
+    return RELEASE_NAMES[head] + dot + rest
 
 
 def decoder_for(

@@ -13,7 +13,6 @@ parameters; decoder and discriminator are updated in the same step; the crops of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset
 from trainer.data.reader import looked_at
-from trainer.data.shards import ShardIndex, open_index, read_statistics
+from trainer.data.shards import open_index, read_statistics
 from trainer.data.stream import StreamPlan
 from trainer.data.tensor_files import tensor_bytes
 from trainer.decode.adversary import (
@@ -102,8 +101,15 @@ class DecoderRun(Loop):
     """What `_phase` said at the step before."""
 
     def _plan(self) -> StreamPlan:
-        self.shape = _decoder_shape(self.config, self.index)
-        return self._stream_plan(_trained_sizes(self.config, self.index))
+        config, index = self.config, self.index
+        rows, columns = index.grid
+        if rows != columns:
+            raise MismatchError(f"{index.url}: grid {rows}×{columns}, RAE's decoder expects a square one")
+        self.shape = RaeDecoderConfig.of_size(config.size, index.width, rows, config.patch_size)
+        sizes, held_out = tuple(shard.num_samples for shard in index.shards), config.held_out_shards
+        if held_out >= len(sizes):
+            raise UsageError(f"held_out_shards is {held_out}, {index.url} has {len(sizes)}: expected fewer")
+        return self._stream_plan(sizes[: len(sizes) - held_out])
 
     def _dataset(self) -> PictureDataset:
         config, index, world = self.config, self.index, self.world
@@ -121,7 +127,9 @@ class DecoderRun(Loop):
     def _first_normaliser(self, origin: Path | None) -> Normaliser:
         mean, variance = read_statistics(self.index, ("channel_mean", "channel_variance"))
         self.sigma = self.config.noise * float(np.sqrt((variance + mean**2).mean()))
-        return _centred(mean, variance)
+        # All channels are divided by one spread: a spread per channel would amplify noise in flat ones.
+        spread = float(np.sqrt(variance.mean())) or 1.0
+        return Normaliser(mean=torch.from_numpy(mean).float(), std=torch.tensor(spread))
 
     def _network(self) -> _Parts:
         weights = self.config.gan_weights
@@ -249,30 +257,16 @@ class DecoderRun(Loop):
         return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
 
     def _save(self) -> Path:
+        """Also write the averaged decoder, each file atomically, for `trainer.decode.rae.load_decoder`."""
         folder = super()._save()
         if self.world.is_main:
             average = self.averages.averages[self.config.ema_halflife_kimg]
             weights = {n.removeprefix("decoder."): w for n, w in average.items() if n.startswith("decoder.")}
-            publish(self.out, self.model.decoder, _folded(weights, self.normaliser), self.index.encoder)
+            tensors = rae_state(_folded(weights, self.normaliser))
+            write_bytes(self.out / WEIGHTS[0], tensor_bytes(tensors, {}))
+            config = {**dataclasses.asdict(self.shape), "encoder": dict(self.index.encoder)}
+            write_sealed_json(self.out / CONFIG, config, sort_keys=False)
         return folder
-
-
-def publish(
-    folder: Path, decoder: RaeDecoder, weights: Mapping[str, Tensor], encoder: Mapping[str, Any]
-) -> None:
-    """Write config.json and model.safetensors, each atomically, for `trainer.decode.rae.load_decoder`.
-
-    weights: written instead of those of `decoder`. encoder: description of the encoder whose features it decodes.
-    """
-    config = {**dataclasses.asdict(decoder.config), "encoder": dict(encoder)}
-    write_bytes(folder / WEIGHTS[0], tensor_bytes(rae_state(decoder, weights), {}))
-    write_sealed_json(folder / CONFIG, config, sort_keys=False)
-
-
-def _centred(mean: np.ndarray, variance: np.ndarray) -> Normaliser:
-    """Centre each channel and divide all by one spread; a spread per channel would amplify noise in flat channels."""
-    spread = float(np.sqrt(variance.mean())) or 1.0
-    return Normaliser(mean=torch.from_numpy(mean).float(), std=torch.tensor(spread))
 
 
 def _folded(weights: dict[str, Tensor], normaliser: Normaliser) -> dict[str, Tensor]:
@@ -280,19 +274,3 @@ def _folded(weights: dict[str, Tensor], normaliser: Normaliser) -> dict[str, Ten
     weight = weights["embed.weight"] / normaliser.std
     bias = weights["embed.bias"] - weight @ normaliser.mean
     return {**weights, "embed.weight": weight, "embed.bias": bias}
-
-
-def _decoder_shape(config: DecoderConfig, index: ShardIndex) -> RaeDecoderConfig:
-    rows, columns = index.grid
-    if rows != columns:
-        raise MismatchError(f"{index.url}: grid {rows}×{columns}, RAE's decoder expects a square one")
-    return RaeDecoderConfig.of_size(config.size, index.width, rows, config.patch_size)
-
-
-def _trained_sizes(config: DecoderConfig, index: ShardIndex) -> tuple[int, ...]:
-    sizes = tuple(shard.num_samples for shard in index.shards)
-    if config.held_out_shards >= len(sizes):
-        raise UsageError(
-            f"held_out_shards is {config.held_out_shards}, {index.url} has {len(sizes)}: expected fewer"
-        )
-    return sizes[: len(sizes) - config.held_out_shards]

@@ -15,7 +15,6 @@ Source: Dowson and Landau (1982); as a loss: "Representation Fréchet Loss for V
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -40,8 +39,7 @@ class Distance(NamedTuple):
     """∂FD/∂Σ […, D, D], symmetric"""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Mean and covariance of real images, with the root of the covariance. Leading dimensions are several targets."""
 
     mean: Tensor
@@ -81,7 +79,11 @@ class Target:
 
     def rows(self, chosen: Tensor) -> Target:
         """Those of several targets that the indices `chosen` name."""
-        return Target(self.mean[chosen], self.root[chosen], self.trace[chosen])
+        return Target(*(each[chosen] for each in self))
+
+    def to(self, device: torch.device) -> Target:
+        """The same on `device`."""
+        return Target(*(each.to(device) for each in self))
 
     def distance(self, mean: Tensor, covariance: Tensor) -> Distance:
         """The distance of samples with this mean […, D] and covariance […, D, D], and its derivatives."""

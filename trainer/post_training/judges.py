@@ -123,27 +123,28 @@ def load_judges(
             )
     judges = []
     for name, weight in weights.items():
-        describe = _network(name, files.get(name), device, differentiable)
-        known = KNOWN.get(name)
+        known, file = KNOWN.get(name), files.get(name)
+        describe: Callable[[Tensor], Tensor]
+        if name == "inception":
+            describe = Inception(file).to(device)
+        elif known:
+            describe = TimmJudge(name, known, file).to(device)
+        else:
+            describe = _own(name, file, differentiable)
         judge = Judge(
             name=name, describe=describe, weight=weight, of_validation=known.of_validation if known else None
         )
-        if name in references:
-            judge.reference = read_statistics(references[name], known.statistics if known else None)
-            _check_reference(judge, references[name], device)
+        if (path := references.get(name)) is not None:
+            judge.reference = read_statistics(path, known.statistics if known else None)
+            with torch.no_grad():
+                width = describe(torch.zeros(1, 3, 256, 256, device=device)).shape[1]
+            if len(judge.reference.mean) != width:
+                raise MismatchError(
+                    f"reference statistics {path} are of {len(judge.reference.mean)} numbers, the judge {name} "
+                    f"describes a picture by {width}: give those of the same network"
+                )
         judges.append(judge)
     return judges
-
-
-def _check_reference(judge: Judge, path: str, device: torch.device | str) -> None:
-    with torch.no_grad():
-        width = judge.describe(torch.zeros(1, 3, 256, 256, device=device)).shape[1]
-    assert judge.reference is not None
-    if len(judge.reference.mean) != width:
-        raise MismatchError(
-            f"reference statistics {path} are of {len(judge.reference.mean)} numbers, the judge {judge.name} describes "
-            f"a picture by {width}: give those of the same network"
-        )
 
 
 def statistics_of_shards(
@@ -169,16 +170,6 @@ def statistics_of_shards(
     reader.close()
     assert moments is not None
     return moments.gaussian()
-
-
-def _network(
-    name: str, file: str | None, device: torch.device | str, differentiable: bool
-) -> Callable[[Tensor], Tensor]:
-    if name == "inception":
-        return Inception(file).to(device)
-    if name in KNOWN:
-        return TimmJudge(name, KNOWN[name], file).to(device)
-    return _own(name, file, device, differentiable)
 
 
 class TimmJudge(nn.Module):
@@ -266,9 +257,7 @@ def resized_as_tensorflow(pictures: Tensor, side_px: int) -> Tensor:
     return pictures
 
 
-def _own(
-    name: str, file: str | None, device: torch.device | str, differentiable: bool
-) -> Callable[[Tensor], Tensor]:
+def _own(name: str, file: str | None, differentiable: bool) -> Callable[[Tensor], Tensor]:
     """An encoder by the mean of its tokens."""
     encoder: Any = load_own_encoder(name, file)
     side = (encoder.image_size_px, encoder.image_size_px)

@@ -34,6 +34,8 @@ from trainer.training.distributed import World
 READ_TOGETHER = 64
 WIDEST = 4096
 """Most numbers of a row: the decomposition of a covariance takes their cube of operations at every step."""
+PARTS = ("count", "total", "second")
+"""The names of `Sums` in the file of the moments."""
 CLASS_BYTES = 2**31
 """Most memory for the covariances of single classes of one space and level."""
 
@@ -91,8 +93,8 @@ class LevelMoments:
 
     images: Tensor
     """Images of each class, float64 [K]."""
-    sums: dict[str, tuple[Tensor, Tensor, Tensor]]
-    """By name of a space: count [K] and Σx [K, D] of each class, Σxxᵀ of all [D, D] or of each class [K, D, D]."""
+    sums: dict[str, Sums]
+    """By name of a space: number [K] and Σx [K, D] of each class, Σxxᵀ of all [D, D] or of each class [K, D, D]."""
 
     def class_means(self, space: Space) -> Tensor:
         """The mean of each class, float64 [K, D]; 0 for a class without images."""
@@ -124,10 +126,9 @@ class LevelMoments:
 
     def save(self, path: Path) -> None:
         """Write all sums as safetensors."""
-        parts = ("count", "total", "second")
         tensors = {"images": self.images}
         for name, sums in self.sums.items():
-            tensors |= {f"{name}/{part}": t.contiguous() for part, t in zip(parts, sums, strict=True)}
+            tensors |= {f"{name}/{part}": t.contiguous() for part, t in zip(PARTS, sums, strict=True)}
         write_bytes(path, save({name: tensor.cpu() for name, tensor in tensors.items()}))
 
     @classmethod
@@ -135,10 +136,7 @@ class LevelMoments:
         """Read what `save` wrote. Raises TrainerError for a damaged file, or one without these spaces."""
         tensors = load_tensors(path)
         try:
-            sums = {
-                s.name: (tensors[f"{s.name}/count"], tensors[f"{s.name}/total"], tensors[f"{s.name}/second"])
-                for s in spaces
-            }
+            sums = {s.name: Sums(*(tensors[f"{s.name}/{part}"] for part in PARTS)) for s in spaces}
             return cls(tensors["images"], sums)
         except KeyError as error:
             raise TrainerError(
@@ -156,12 +154,16 @@ def moments_of_shards(
     """Sum over all images of the shards, in one pass; the ranks share it. Canvases are in units of the network."""
     by_class, K = "each" in config.classes, index.num_classes
     images = torch.zeros(K, dtype=torch.float64, device=world.device)
-    found: dict[str, tuple[Tensor, ...]] = {}
+    found: dict[str, Sums] = {}
     for space in spaces:
         D = space.width(index.width, config.pooled_grid)
-        _check_memory(K, D, by_class)
+        if by_class and (needed := 8 * K * D**2) > CLASS_BYTES:
+            raise UsageError(
+                f"classes `each`: {K} covariances of {D} numbers take {needed / 2**30:.1f} GiB for each "
+                f"level, expected at most {CLASS_BYTES / 2**30:.0f}: set classes=[all,within]"
+            )
         shapes = ((K,), (K, D), (K, D, D) if by_class else (D, D))
-        found[space.name] = tuple(images.new_zeros(shape) for shape in shapes)
+        found[space.name] = Sums(*(images.new_zeros(shape) for shape in shapes))
     for canvases, label in _parts(index, normaliser, world):
         images += torch.bincount(label, minlength=K)
         for space in spaces:
@@ -174,8 +176,8 @@ def moments_of_shards(
             else:
                 flat = rows.flatten(0, 1)
                 second += flat.T @ flat
-    sums = {name: tuple(world.sum(tensor) for tensor in each) for name, each in found.items()}
-    return LevelMoments(world.sum(images), sums)  # type: ignore[arg-type]
+    sums = {name: Sums(*map(world.sum, each)) for name, each in found.items()}
+    return LevelMoments(world.sum(images), sums)
 
 
 def _parts(index: ShardIndex, normaliser: Normaliser, world: World) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,11 +189,3 @@ def _parts(index: ShardIndex, normaliser: Normaliser, world: World) -> Iterator[
         rows = rows.to(world.device)
         yield level_canvases(normaliser.apply(rows.raw_features()), rows.regions), rows.label
     reader.close()
-
-
-def _check_memory(num_classes: int, width: int, by_class: bool) -> None:
-    if by_class and (needed := 8 * num_classes * width**2) > CLASS_BYTES:
-        raise UsageError(
-            f"classes `each`: {num_classes} covariances of {width} numbers take {needed / 2**30:.1f} GiB for each "
-            f"level, expected at most {CLASS_BYTES / 2**30:.0f}: set classes=[all,within]"
-        )

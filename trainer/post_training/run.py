@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError, NonFiniteLossError, UsageError
 from hierarchy_builder.fields import known_fields, nearest
 from hierarchy_builder.machine.transfers import sent
+from hierarchy_builder.terminal import say
 from trainer.data.normalisation import Normaliser
 from trainer.data.shards import ShardIndex, check_trained_on
 from trainer.decode.rae import decoder_for
@@ -258,12 +258,11 @@ class PostTrainingRun(Loop):
 
     def _make_terms(self) -> Iterator[Term]:
         """The distances that the configuration asks for."""
-        device, post = self.world.device, self.post
-        moments = self.moments
+        device, post, moments = self.world.device, self.post, self.moments
         for space in self.spaces:
             tokens = int(np.prod(self.config.model.grid)) if space.kind == "tokens" else 1
             for classes in post.classes:
-                target = _moved(moments.target(space, classes), device)
+                target = moments.target(space, classes).to(device)
                 name = f"fd_{space.name}" + ("" if classes == "all" else f"_{classes}")
                 means = moments.class_means(space).to(device) if classes == "within" else None
                 describe = _level_description(space, post.pooled_grid, means)
@@ -278,7 +277,7 @@ class PostTrainingRun(Loop):
                 numbers = range(self.index.num_samples)
                 judge.reference = statistics_of_shards(judge, self.index, self._size_px(), numbers, device)
             mean, covariance = (torch.from_numpy(array) for array in judge.reference)
-            target = _moved(Target.of(mean, covariance, f"reference statistics of {judge.name}"), device)
+            target = Target.of(mean, covariance, f"reference statistics of {judge.name}").to(device)
             statistics = self._statistics(target.width, 1)
             yield WholeTerm(f"fd_{judge.name}", _picture_description(judge), target, statistics, judge.weight)
 
@@ -319,11 +318,11 @@ class PostTrainingRun(Loop):
         images = self.post.queue_images
         for term in self.terms_of_loss:
             kept = images * (int(np.prod(self.config.model.grid)) if "tokens" in term.name else 1)
-            if kept < term.target.width and self.world.is_main and not self.quiet:
-                print(
+            if kept < term.target.width and self.world.is_main:
+                say(
                     f"warning: {term.name}: {images} images begin statistics of {term.target.width} numbers, so their "
                     f"covariance has rank {kept - 1} at most; set queue_images={term.target.width + 1} or more",
-                    file=sys.stderr,
+                    self.quiet,
                 )
 
     def _fill(self) -> None:
@@ -478,12 +477,6 @@ class PostTrainingRun(Loop):
 
     def _decoder(self) -> Any:
         return self.decoder
-
-
-def _moved(target: Target, device: torch.device) -> Target:
-    return dataclasses.replace(
-        target, mean=target.mean.to(device), root=target.root.to(device), trace=target.trace.to(device)
-    )
 
 
 def _level_description(space: Space, pooled_grid: int, means: Tensor | None) -> Describe:

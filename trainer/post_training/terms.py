@@ -90,7 +90,7 @@ class Term(ABC):
     def _compare(self, sums: Sums, weighed: Weighed, floor: float) -> None: ...
 
     def _checked(self, found: Found, world: World) -> Sums:
-        sums = Sums(*(world.sum(each) for each in found.sums))
+        sums = Sums(*map(world.sum, found.sums))
         if not (sums.second.isfinite().all() & sums.total.isfinite().all()):
             raise NonFiniteLossError(
                 f"{self.name}: samples of the network are not finite; post-train into another folder with a lower "

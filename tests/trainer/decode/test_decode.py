@@ -189,7 +189,7 @@ def test_wrapped_and_prefixed_state_dicts_are_read_with_the_config_of_rae(
 
 def test_weights_without_config_are_recognised_by_their_shapes(golden: Path, tmp_path: Path) -> None:
     made = RaeDecoder(RaeDecoderConfig.of_size("tiny", channels=8, grid=2, patch_size=2))
-    torch.save(rae_state(made), tmp_path / "model.pt")
+    torch.save(rae_state(made.state_dict()), tmp_path / "model.pt")
     assert load_decoder(tmp_path / "model.pt").config == made.config
     with pytest.raises(UsageError, match=r"3 blocks of width 48, and no config\.json .* XL 28 × 1152\. Put"):
         load_rae_decoder(golden / "model.pt")
