@@ -145,7 +145,6 @@ def run_page(
         facts["temperature of the samples"] = ", ".join(sorted(colder))
     trained_on = "unknown images" if seen is None else counted(seen, "image")
     log = read_metrics(run) if (run / METRICS).exists() else []
-    has_maps = index is not None and isinstance(pipe, NormalizingPipeline)
     return training_page(
         title=f"{method.title}: {state.config['preset']} on {trained_on}",
         intro=INTRO.format(title=method.title, trained_on=trained_on, seen=f"{state.images_seen:,}"),
@@ -157,7 +156,7 @@ def run_page(
             *curves_section([row for row in log if "loss" in row], method.losses_text),
             *([Section(title="Stages", blocks=[Table(rows=stages)])] if stages else []),
         ],
-        maps=likelihood_sections(run, pipe, index) if has_maps else (),
+        maps=likelihood_sections(run, pipe, index) if index and isinstance(pipe, NormalizingPipeline) else (),
         config=content["config"],
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from trainer.studio.board import draw_board
 from trainer.studio.desk import Desk, Seat, what_was_undone
 from trainer.studio.folder import StudioFolder
 from trainer.studio.guard import Guard
-from trainer.studio.script import CSS, KEYS_TEXT, script
 from trainer.studio.tabs import compare_tab, edit_tab, files_tab, paint_tab, sweep_tab
 from trainer.studio.workbench import Workbench, quoted
 from trainer.training import checkpoint
@@ -42,12 +42,14 @@ PICKS = [
     ("similar tokens", "similar"),
     ("merge the selection into the clicked region", "give"),
 ]
-SELECTION_TIPS = {
-    "invert": "Select all tokens of the level that are not selected.",
-    "grow": "Add one token on all sides.",
-    "shrink": "Remove one token on all sides.",
-    "clear": "Select nothing.",
-}
+KEYS_TEXT = (
+    "**g** generate · **t** take mean · **a** apply features · **r** resume · **u** undo · **y** redo · **Esc** stop. "
+    "The boxes below select a token without a mouse; the choices above say how."
+)
+CSS, SCRIPT = (
+    files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("studio.css", "studio.js")
+)
+"""SCRIPT has the tooltips of all controls, by their `elem_id`, and the buttons that keys press."""
 
 
 def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None = None) -> gr.Blocks:
@@ -77,7 +79,7 @@ def build_studio(pipe: TrajectoryPipeline, folder: Path, vocabulary: Path | None
                 saved = files_tab(desk)
         page.load(lambda: gr.Dropdown(desk.folder.names()), None, saved, queue=False)
         desk.on(page.load, partial(_first, desk), [], FIRST)
-        page.load(None, None, None, js=script(desk.tips))
+        page.load(None, None, None, js=SCRIPT)
     page.queue(default_concurrency_limit=USERS_AT_ONCE)
     return page
 
@@ -88,13 +90,10 @@ def about(pipe: TrajectoryPipeline) -> str:
     folder = pipe.weights.get("folder")
     if folder:
         where = [name for name in Path(folder).parts[-3:] if name != "checkpoints"]
-        parts.insert(0, f"model {quoted(' / '.join(where))}")
         half_life = pipe.weights.get("ema", "raw")
-        raw, averaged = (
-            "raw weights",
-            f"weights averaged with a half-life of {quoted(half_life)} thousand images",
-        )
-        parts.insert(1, raw if half_life == "raw" else averaged)
+        averaged = f"weights averaged with a half-life of {quoted(half_life)} thousand images"
+        weights = "raw weights" if half_life == "raw" else averaged
+        parts = [f"model {quoted(' / '.join(where))}", weights, *parts]
         try:
             config = checkpoint.load_state(Path(folder)).config
         except (TrainerError, OSError):  # moved since it was loaded
@@ -155,81 +154,47 @@ def _generate_row(desk: Desk) -> None:
 
     with gr.Row(elem_id="drawing"):
         desk.label.render()
-        tip = desk.tip("seed", "Another seed gives another picture; the same one gives the same.")
-        seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=60, **tip)
-        steps = gr.Number(
-            1,
-            label="Steps",
-            precision=0,
-            scale=1,
-            min_width=60,
-            **desk.tip(
-                "steps", f"Network evaluations for each level, 1 to {MOST_STEPS:,}; more take longer."
-            ),
-        )
+        seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=60, elem_id="seed")
+        steps = gr.Number(1, label="Steps", precision=0, scale=1, min_width=60, elem_id="steps")
         temperature = gr.Number(
-            1,
-            label="Temperature",
-            step=0.1,
-            scale=1,
-            min_width=105,
-            **desk.tip("temperature", "Factor of the noise: below 1, pictures are cleaner and more alike."),
+            1, label="Temperature", step=0.1, scale=1, min_width=105, elem_id="temperature"
         )
         inputs, done = [desk.label, seed, steps, temperature], "Click a region on the board to select it."
-        look = desk.tip("generate", "Draw a new trajectory of this class and seed (key g).")
-        desk.button(
-            "Generate", generate, inputs, done, draws=True, variant="primary", scale=1, min_width=110, **look
-        )
-        stop = gr.Button("Stop", min_width=80, **desk.tip("stop", "End what you are drawing (key Esc)."))
+        look: dict[str, Any] = {"variant": "primary", "scale": 1, "min_width": 110, "elem_id": "generate"}
+        desk.button("Generate", generate, inputs, done, draws=True, **look)
+        stop = gr.Button("Stop", min_width=80, elem_id="stop")
         desk.wait(stop, "Stopping…")
         stop.click(desk.stop, desk.seat, desk.status, queue=False, show_progress="hidden")
 
 
 def _first(desk: Desk, bench: Workbench) -> Workbench:
     """A trajectory to look at when the page opens."""
-    return (
-        bench if bench.trajectory is not None else bench.open(desk.pipe(label=desk.pipe.classes[0], seed=0))
-    )
+    return bench if bench.trajectory else bench.open(desk.pipe(label=desk.pipe.classes[0], seed=0))
 
 
 def _selection_row(desk: Desk) -> None:
     with gr.Row(equal_height=True):
-        tip = desk.tip("pick", "What a click on the board selects.")
-        pick = gr.Radio(PICKS, value="region", label="A click means", scale=3, **tip)
+        pick = gr.Radio(PICKS, value="region", label="A click means", scale=3, elem_id="pick")
         desk.join.render()
-        cosine = gr.Slider(
-            0.0,
-            1.0,
-            0.9,
-            step=0.01,
-            label="Similarity threshold (cosine)",
-            scale=2,
-            min_width=260,
-            **desk.tip("cosine", "For 'similar tokens': least cosine with the clicked token."),
-        )
+        text = "Similarity threshold (cosine)"
+        cosine = gr.Slider(0.0, 1.0, 0.9, step=0.01, label=text, scale=2, min_width=260, elem_id="cosine")
     with gr.Row():
         for how in ("invert", "grow", "shrink", "clear"):
+            look: dict[str, Any] = {"size": "sm", "min_width": 90, "elem_id": f"{how}-selection"}
             step = partial(Workbench.reshape_selection, how=how)
-            tip = desk.tip(f"{how}-selection", SELECTION_TIPS[how])
-            desk.button(f"{how.capitalize()} selection", step, size="sm", min_width=90, **tip)
-        tip = desk.tip("undo", "Take back the last edit, drawing or opening (key u).")
-        desk.button("Undo", Workbench.undo, (), what_was_undone, size="sm", min_width=70, **tip)
-        tip = desk.tip("redo", "Repeat what was undone last (key y).")
-        desk.button("Redo", Workbench.redo, (), "Repeated.", size="sm", min_width=70, **tip)
+            desk.button(f"{how.capitalize()} selection", step, **look)
+        desk.button("Undo", Workbench.undo, (), what_was_undone, size="sm", min_width=70, elem_id="undo")
+        desk.button("Redo", Workbench.redo, (), "Repeated.", size="sm", min_width=70, elem_id="redo")
     with gr.Accordion("Keys, and selection without a mouse", open=False):
         gr.Markdown(KEYS_TEXT)
         with gr.Row(elem_id="typed"):
             # No number has bounds of its own: Gradio would print a traceback for others, and the actions say more.
-            look: dict[str, Any] = {"precision": 0, "min_width": 80}
-            tip = desk.tip("at-level", "Level of the token, 0 is the coarsest.")
-            level = gr.Number(0, label="Level", **look, **tip)
-            tip = desk.tip("at-row", "Row of the token, from above.")
-            row = gr.Number(0, label="Row", **look, **tip)
-            tip = desk.tip("at-column", "Column of the token, from the left.")
-            column = gr.Number(0, label="Column", **look, **tip)
+            look = {"precision": 0, "min_width": 80}
+            level = gr.Number(0, label="Level", **look, elem_id="at-level")
+            row = gr.Number(0, label="Row", **look, elem_id="at-row")
+            column = gr.Number(0, label="Column", **look, elem_id="at-column")
             inputs = [level, row, column, pick, desk.join, cosine]
-            tip = desk.tip("select-token", "Does what a click on this token would do.")
-            desk.button("Select", partial(_typed, desk), inputs, min_width=90, **tip)
+            desk.button("Select", _typed, inputs, min_width=90, elem_id="select-token")
 
     def click(seat: Seat, pick: str, join: str, cosine: float, event: gr.SelectData) -> tuple[Any, ...]:
         return desk.take(seat, lambda bench: _clicked(bench, event.index, pick, join, cosine))
@@ -238,7 +203,7 @@ def _selection_row(desk: Desk) -> None:
 
 
 def _typed(
-    desk: Desk, bench: Workbench, level: Any, row: Any, column: Any, pick: Any, join: Any, cosine: float
+    bench: Workbench, level: Any, row: Any, column: Any, pick: Any, join: Any, cosine: float
 ) -> Workbench:
     place = int(level or 0), int(row or 0), int(column or 0)
     most = bench.current().num_levels - 1, *(side - 1 for side in bench.current().grid)

@@ -66,7 +66,6 @@ class Desk:
         self.levels = list(range(pipe.drawn_levels))
         names = [pipe.class_name(label) for label in pipe.classes]
         self._work = threading.local()
-        self.tips: dict[str, str] = {}
         pipe.model.register_forward_pre_hook(self._check_stop)
         self.seat = gr.State(Seat())
         self.unsaved = gr.Markdown("", elem_id="unsaved", render=False)
@@ -80,7 +79,7 @@ class Desk:
             scale=2,
             min_width=130,
             render=False,
-            **self.tip("class", "The class to draw; type to search by name or id."),
+            elem_id="class",
         )
         self.join = gr.Radio(
             JOINS,
@@ -88,7 +87,7 @@ class Desk:
             label="The selection so far",
             scale=3,
             render=False,
-            **self.tip("join", "How a new selection is combined with the one before."),
+            elem_id="join",
         )
         self.board = gr.Image(
             show_label=False,
@@ -104,11 +103,6 @@ class Desk:
     def shows(self) -> list[Any]:
         """The components that `shown` and `take` return values for."""
         return [self.board, self.status, self.history, self.unsaved]
-
-    def tip(self, name: str, text: str) -> dict[str, Any]:
-        """The id of a control as an option of its component, with the tooltip that the page shows for it."""
-        self.tips[name] = text
-        return {"elem_id": name}
 
     def stop(self, seat: Seat) -> Any:
         """End what this user is drawing or waits to draw, at the next evaluation of the network.

@@ -12,10 +12,13 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hierarchy_builder.terminal import say
 
@@ -32,10 +35,6 @@ SWEEP_SECONDS = 60.0
 OWN_NAME = re.compile(r"[0-9a-f]{20,}")
 """Gradio names the folder of each file by a hash."""
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 
 class TooLargeError(Exception):
     """A request has more bytes than BODY_BYTES."""
@@ -45,7 +44,7 @@ class Guard:
     """ASGI middleware around the studio, see the module."""
 
     def __init__(
-        self, app: Any, host: str = "127.0.0.1", allowed: Iterable[str] = (), served: Path | None = None
+        self, app: ASGIApp, host: str = "127.0.0.1", allowed: Iterable[str] = (), served: Path | None = None
     ) -> None:
         """host: the address that is served on. allowed: more names of this server, such as that of a proxy.
 
@@ -62,26 +61,12 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
-        if refusal := self.refusal(headers, scope.get("method", "GET")):
-            await _answer(send, 403, refusal)
-            return
-        self._sweep()
-        is_upload = str(scope.get("path", "")).rstrip("/").endswith("/upload")
-        if is_upload and self.served is not None and kept_bytes(self.served) > SERVED_BYTES:
-            await _answer(send, 507, f"uploads take more than {SERVED_BYTES:,} bytes: try again in an hour")
-            return
-        if (
-            int(headers["content-length"] if headers.get("content-length", "").isdecimal() else 0)
-            > BODY_BYTES
-        ):
-            await _answer(send, 413, f"a request has at most {BODY_BYTES:,} bytes")
-            return
         received, began = 0, False
 
-        async def counted() -> MutableMapping[str, Any]:
+        async def answer(status: int, text: str) -> None:
+            await PlainTextResponse(text, status)(scope, receive, send)
+
+        async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body") or b"")
@@ -89,23 +74,35 @@ class Guard:
                 raise TooLargeError
             return message
 
-        async def noted(message: MutableMapping[str, Any]) -> None:
+        async def noted(message: Message) -> None:
             nonlocal began
             began = True
             await send(message)
 
+        headers = Headers(scope=scope)
+        if refusal := self.refusal(headers, scope.get("method", "GET")):
+            await answer(403, refusal)
+            return
+        self._sweep()
+        is_upload = str(scope.get("path", "")).rstrip("/").endswith("/upload")
+        if is_upload and self.served is not None and kept_bytes(self.served) > SERVED_BYTES:
+            await answer(507, f"uploads take more than {SERVED_BYTES:,} bytes: try again in an hour")
+            return
         try:
+            length = headers.get("content-length", "")
+            if length.isdecimal() and int(length) > BODY_BYTES:
+                raise TooLargeError
             await self.app(scope, counted, noted)
         except TooLargeError:
             if not began:
-                await _answer(send, 413, f"a request has at most {BODY_BYTES:,} bytes")
+                await answer(413, f"a request has at most {BODY_BYTES:,} bytes")
         except Exception as error:  # whatever a request leads Gradio to that its own page never sends
             failed = f"a request to {scope['path']} failed: {type(error).__name__}: {error}"
             say(f"warning: {failed}")
             if not began:
-                await _answer(send, 400, failed)
+                await answer(400, failed)
 
-    def refusal(self, headers: MutableMapping[str, str], method: str = "GET") -> str | None:
+    def refusal(self, headers: Mapping[str, str], method: str = "GET") -> str | None:
         """Why a request with these headers is refused, or None. A form of another site is no visit, a link is."""
         host = headers.get("host", "")
         if not self._is_own(_hostname(host)):
@@ -157,9 +154,3 @@ def _hostname(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:
         return ""
-
-
-async def _answer(send: Send, status: int, text: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})

@@ -44,72 +44,45 @@ def edit_tab(desk: Desk) -> None:
             "**Features.** Select tokens and take their features; select other tokens and apply the features there."
         )
         with gr.Row():
-            tip = desk.tip("take", "Remember the mean of the selected tokens (key t).")
-            desk.button("Take mean", partial(Workbench.take, how="mean"), done=TAKEN, **tip)
-            tip = desk.tip("take-tokens", "Remember the selected tokens one by one.")
-            desk.button("Take token by token", partial(Workbench.take, how="tokens"), done=TAKEN, **tip)
+            mean, tokens = (partial(Workbench.take, how=how) for how in ("mean", "tokens"))
+            desk.button("Take mean", mean, done=TAKEN, elem_id="take")
+            desk.button("Take token by token", tokens, done=TAKEN, elem_id="take-tokens")
         if desk.vocabulary is not None:
             with gr.Row(equal_height=True):
-                number = gr.Number(
-                    0,
-                    label="Prototype of the vocabulary",
-                    precision=0,
-                    **desk.tip("prototype", "Number of a prototype, as on the page of the vocabulary."),
-                )
-                tip = desk.tip("take-prototype", "Remember the features of this prototype.")
-                desk.button("Take prototype", partial(_take_prototype, desk), [number], TAKEN, **tip)
-        strength = gr.Slider(
-            -1.0,
-            2.0,
-            1.0,
-            step=0.05,
-            label="Strength (0: no change, 1: the taken features)",
-            **desk.tip("strength", "How far tokens move to the taken features; below 0 they move away."),
+                text = "Prototype of the vocabulary"
+                number = gr.Number(0, label=text, precision=0, elem_id="prototype")
+                take = partial(_take_prototype, desk)
+                desk.button("Take prototype", take, [number], TAKEN, elem_id="take-prototype")
+        text = "Strength (0: no change, 1: the taken features)"
+        strength = gr.Slider(-1.0, 2.0, 1.0, step=0.05, label=text, elem_id="strength")
+        desk.button(
+            "Apply features", Workbench.apply_features, [strength], EDITED, variant="primary", elem_id="apply"
         )
-        tip = desk.tip("apply", "Put the taken features into the selected tokens (key a).")
-        desk.button("Apply features", Workbench.apply_features, [strength], EDITED, variant="primary", **tip)
         gr.Markdown(
             "**Shape.** Merge the selected tokens into their neighbouring regions, or move the border of a region."
         )
         with gr.Row(elem_classes="narrow"):
-            tip = desk.tip("give", "Merge each selected token into the region next to it.")
-            desk.button("Give to neighbours", Workbench.apply_shape, done=EDITED, **tip)
-            tip = desk.tip("grow-region", "Move the border of the selected region outwards by one token.")
-            desk.button("Grow region", partial(Workbench.reshape_region, how="grow"), done=EDITED, **tip)
-            tip = desk.tip("shrink-region", "Move the border of the selected region inwards by one token.")
-            desk.button("Shrink region", partial(Workbench.reshape_region, how="shrink"), done=EDITED, **tip)
+            desk.button("Give to neighbours", Workbench.apply_shape, done=EDITED, elem_id="give")
+            for how in ("grow", "shrink"):
+                step = partial(Workbench.reshape_region, how=how)
+                desk.button(f"{how.capitalize()} region", step, done=EDITED, elem_id=f"{how}-region")
         gr.Markdown("**Resume.** Levels up to the chosen one stay identical, bit for bit.")
         with gr.Row(equal_height=True):
-            level = gr.Radio(
-                [EDITED_LEVEL, *desk.levels[:-1]],
-                value=EDITED_LEVEL,
-                label="Keep levels up to",
-                **desk.tip("keep", "This level and coarser ones stay; the finer ones are drawn again."),
-            )
-            seeds = gr.Textbox(
-                label="Seeds of the other levels (empty: unchanged)",
-                placeholder="7, or 1,2",
-                **desk.tip("resume-seeds", "One seed for all finer levels, or one for each."),
-            )
-        desk.button(
-            "Resume",
-            _resume,
-            [level, seeds],
-            "Drawn. Compare shows what changed.",
-            draws=True,
-            variant="primary",
-            **desk.tip("resume", "Draw the finer levels again from the kept ones (key r)."),
-        )
+            look: dict[str, Any] = {"value": EDITED_LEVEL, "label": "Keep levels up to", "elem_id": "keep"}
+            level = gr.Radio([EDITED_LEVEL, *desk.levels[:-1]], **look)
+            text = "Seeds of the other levels (empty: unchanged)"
+            seeds = gr.Textbox(label=text, placeholder="7, or 1,2", elem_id="resume-seeds")
+        done = "Drawn. Compare shows what changed."
+        look = {"variant": "primary", "elem_id": "resume"}
+        desk.button("Resume", _resume, [level, seeds], done, draws=True, **look)
         gr.Markdown("**Steps**")
         desk.history.render()
 
 
 def paint_tab(desk: Desk) -> None:
-    def picture(seat: Seat, level: int) -> Any:
-        bench = seat.bench
-        if bench.trajectory is None:
-            return None
-        return draw_board(bench.trajectory, None, bench.reference).cell(level)
+    def picture(seat: Seat, level: int) -> np.ndarray | None:
+        shown = seat.bench.trajectory
+        return None if shown is None else draw_board(shown, None, seat.bench.reference).cell(level)
 
     def paint(bench: Workbench, painting: dict[str, Any] | None, level: int, join: Join) -> Workbench:
         layers = [np.asarray(layer) for layer in (painting or {}).get("layers", [])]
@@ -117,8 +90,7 @@ def paint_tab(desk: Desk) -> None:
 
     with gr.Tab("Paint") as tab:
         gr.Markdown("Choose the brush at the left of the picture, and paint over the tokens to select.")
-        tip = desk.tip("paint-level", "The level whose tokens are painted.")
-        level = gr.Radio(desk.levels, value=min(1, desk.levels[-1]), label="Level", **tip)
+        level = gr.Radio(desk.levels, value=min(1, desk.levels[-1]), label="Level", elem_id="paint-level")
         editor = gr.ImageEditor(
             show_label=False,
             type="numpy",
@@ -132,8 +104,9 @@ def paint_tab(desk: Desk) -> None:
         )
         for shows in (tab.select, level.input):
             shows(picture, [desk.seat, level], editor)
-        tip = desk.tip("use-painting", "Select the tokens under the paint.")
-        desk.button("Use painting", paint, [editor, level, desk.join], variant="primary", **tip)
+        desk.button(
+            "Use painting", paint, [editor, level, desk.join], variant="primary", elem_id="use-painting"
+        )
 
 
 def compare_tab(desk: Desk) -> None:
@@ -155,10 +128,8 @@ def compare_tab(desk: Desk) -> None:
         gr.Markdown("Compares with the trajectory as it was generated, loaded, or last pinned.")
         with gr.Row():
             done = "Pinned: comparisons are with this trajectory from now on."
-            tip = desk.tip("pin", "Compare with the trajectory as it is now from here on.")
-            desk.button("Pin this one", Workbench.pin, done=done, **tip)
-            tip = desk.tip("compare", "Show what changed since the pinned trajectory.")
-            compare = gr.Button("Compare", variant="primary", **tip)
+            desk.button("Pin this one", Workbench.pin, done=done, elem_id="pin")
+            compare = gr.Button("Compare", variant="primary", elem_id="compare")
         slider = gr.ImageSlider(
             label="Finest level before | after: drag the divider",
             interactive=False,
@@ -186,17 +157,13 @@ def compare_tab(desk: Desk) -> None:
 def sweep_tab(desk: Desk) -> None:
     with gr.Tab("Sweep"):
         gr.Markdown(SWEEP_TEXT)
-        tip = desk.tip("sweep-kind", "Change features, or grow the region.")
-        kind = gr.Radio(["features", "shape"], value="features", label="Edit", **tip)
-        seeds = gr.Textbox("0-3", label="Seeds", **desk.tip("sweep-seeds", "Such as 0-3 or 0,5,9."))
-        tip = desk.tip("sweep-levels", "Levels that are edited, one after the other.")
+        kind = gr.Radio(["features", "shape"], value="features", label="Edit", elem_id="sweep-kind")
+        seeds = gr.Textbox("0-3", label="Seeds", elem_id="sweep-seeds")
         levels = gr.CheckboxGroup(
-            desk.levels[:-1], value=[min(1, desk.levels[-1])], label="Levels to edit", **tip
+            desk.levels[:-1], value=[min(1, desk.levels[-1])], label="Levels to edit", elem_id="sweep-levels"
         )
-        tip = desk.tip("sweep-strengths", "Strengths of the edit, such as 0.5,1.")
-        strengths = gr.Textbox("0.5,1", label="Strengths", **tip)
-        tip = desk.tip("run-sweep", "Draw and measure all of them; Stop ends it.")
-        run = gr.Button("Run the sweep", variant="primary", **tip)
+        strengths = gr.Textbox("0.5,1", label="Strengths", elem_id="sweep-strengths")
+        run = gr.Button("Run the sweep", variant="primary", elem_id="run-sweep")
         progress_bar = gr.Markdown(elem_id="sweeping", min_height=44)
         table = gr.Markdown(elem_id="swept", visible=False)
 
@@ -243,36 +210,30 @@ def files_tab(desk: Desk) -> gr.Dropdown:
     """The list of saved trajectories is returned, since the page reads the folder again when it is loaded."""
     with gr.Tab("Files"):
         gr.Markdown(f"All files are saved in `{desk.folder.root.name}/`.")
-        tip = desk.tip("file-name", "Name of the files, without folder and ending.")
-        name = gr.Textbox("trajectory", label="Name", **tip)
+        name = gr.Textbox("trajectory", label="Name", elem_id="file-name")
         with gr.Row(elem_classes="narrow"):
             writers = (
                 (
-                    gr.Button("Save", variant="primary", **desk.tip("save", "Write a file to load again.")),
+                    gr.Button("Save", variant="primary", elem_id="save"),
                     SUFFIX,
                     lambda bench, path: bench.current().save(path),
                 ),
                 (
-                    gr.Button("Export HTML", **desk.tip("export", "Write a page that opens in any browser.")),
+                    gr.Button("Export HTML", elem_id="export"),
                     ".html",
                     lambda bench, path: bench.current().to_html(path),
                 ),
                 (
-                    gr.Button(
-                        "Export report (Markdown)", **desk.tip("report", "Write its edits and numbers.")
-                    ),
+                    gr.Button("Export report (Markdown)", elem_id="report"),
                     ".md",
                     lambda bench, path: write_bytes(path, markdown_report(bench).encode()),
                 ),
             )
-        tip = desk.tip("download", "Copy the file that was written or chosen last to your own machine.")
-        download = gr.DownloadButton("Download", visible=False, **tip)
-        tip = desk.tip("saved", "Trajectories in the folder of the studio.")
-        saved = gr.Dropdown(desk.folder.names(), label="Saved trajectories", **tip)
+        download = gr.DownloadButton("Download", visible=False, elem_id="download")
+        saved = gr.Dropdown(desk.folder.names(), label="Saved trajectories", elem_id="saved")
         with gr.Row():
-            tip = desk.tip("load", "Open the chosen trajectory in place of the one on the board.")
-            desk.button("Load", partial(_load, desk), [saved], "Loaded.", **tip)
-            refresh = gr.Button("Refresh list", **desk.tip("refresh", "Read the folder again."))
+            desk.button("Load", partial(_load, desk), [saved], "Loaded.", elem_id="load")
+            refresh = gr.Button("Refresh list", elem_id="refresh")
             refresh.click(lambda: gr.Dropdown(desk.folder.names()), None, saved)
 
         def offered(path: Path) -> gr.DownloadButton:
@@ -282,12 +243,12 @@ def files_tab(desk: Desk) -> gr.Dropdown:
             )
 
         def choose(seat: Seat, name: str | None) -> tuple[Any, ...]:
-            outputs = [download, desk.status]
             return desk.attempt(
-                seat, lambda bench: (offered(desk.folder.trajectory(name)), gr.skip()), outputs
+                seat, lambda bench: (offered(desk.folder.trajectory(name)), gr.skip()), chosen
             )
 
-        saved.input(choose, [desk.seat, saved], [download, desk.status])
+        chosen = [download, desk.status]
+        saved.input(choose, [desk.seat, saved], chosen)
         outputs = [saved, download, desk.unsaved, desk.status]
         for button, suffix, write in writers:
 

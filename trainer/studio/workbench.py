@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,13 +131,8 @@ class Workbench:
         """Grow or shrink the selection by one token on all sides, invert it, or clear it."""
         if how == "clear":
             return replace(self, selection=None)
-        before = self.chosen()
-        changes: dict[str, Callable[[], Selection]] = {
-            "grow": before.grow,
-            "shrink": before.shrink,
-            "invert": before.__invert__,
-        }
-        return replace(self, selection=changes[how]())
+        changes = {"grow": Selection.grow, "shrink": Selection.shrink, "invert": Selection.__invert__}
+        return replace(self, selection=changes[how](self.chosen()))
 
     def chosen(self) -> Selection:
         """The selection. Raises UsageError if no token is selected."""

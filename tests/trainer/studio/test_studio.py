@@ -228,6 +228,19 @@ def test_every_control_has_a_tooltip_and_fits_its_box(page: Any) -> None:
     assert not page.locator("#scores, #comparison, #slider").first.is_visible()
 
 
+def test_every_control_has_an_entry_in_the_script(tmp_path: Path) -> None:
+    from trainer.studio.app import MOST_STEPS, SCRIPT, build_studio
+
+    tips = set(re.findall(r'^    "?([\w-]+)"?: ".*",$', SCRIPT, re.MULTILINE))
+    kinds = {"button", "downloadbutton", "number", "radio", "slider", "textbox", "dropdown", "checkboxgroup"}
+    parts = build_studio(tiny_pipeline(), tmp_path).get_config_file()["components"]
+    assert {part["props"]["elem_id"] for part in parts if part["type"] in kinds} == tips - {
+        "prototype",
+        "take-prototype",  # of a vocabulary, which this page has not
+    }
+    assert f"1 to {MOST_STEPS:,};" in SCRIPT
+
+
 def test_the_studio_answers_on_this_machine_alone(studio: tuple[str, Path]) -> None:
     assert studio[0].startswith("http://127.0.0.1:")
 
