@@ -134,35 +134,31 @@ def load_encoder(
 def _load(name: str, weights: str | None, precision: Precision, device: torch.device) -> Encoder:
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
+    whole = name.partition("@")[0]
+    if name.startswith("dinov2-") and whole not in {row.name for row in list_encoders()}:
+        raise _unknown(whole)
     if name.startswith(("dinov2-", "timm:")):
-        return _load_timm(name, weights, precision, device)
+        from hierarchy_builder.encoders.timm_vit import load_timm
+
+        return load_timm(name, weights=weights, precision=precision, device=device)
     if weights is not None and (name == DctEncoder.name or name.startswith("onnx:")):
         raise UsageError(f"encoder {name} takes no weight file, found {weights!r}: omit --weights")
     if name == DctEncoder.name:
         return DctEncoder(device)
     if name.startswith("onnx:"):
-        onnx = importlib.import_module("hierarchy_builder.encoders.onnx")
-        return _require_grid(onnx.load_onnx(name, device), name)
-    if ":" in name:
-        return _require_grid(_load_custom(name, weights), name)
-    raise _unknown(name)
+        from hierarchy_builder.encoders.onnx import load_onnx
 
-
-def _require_grid(encoder: Encoder, origin: str) -> Encoder:
+        encoder: Encoder = load_onnx(name, device)
+    elif ":" in name:
+        encoder = _load_custom(name, weights)
+    else:
+        raise _unknown(name)
     if encoder.grid[0] * encoder.grid[1] < 2:
         raise UsageError(
-            f"encoder {origin!r} gives one token per image, expected a grid of tokens: choose an output that is a "
+            f"encoder {name!r} gives one token per image, expected a grid of tokens: choose an output that is a "
             "feature map"
         )
     return encoder
-
-
-def _load_timm(name: str, weights: str | None, precision: str, device: torch.device) -> Encoder:
-    whole = name.partition("@")[0]
-    if not name.startswith("timm:") and whole not in {row.name for row in list_encoders()}:
-        raise _unknown(whole)
-    timm_vit = importlib.import_module("hierarchy_builder.encoders.timm_vit")
-    return timm_vit.load_timm(name, weights=weights, precision=precision, device=device)
 
 
 def _unknown(name: str) -> UsageError:
@@ -190,7 +186,7 @@ def _load_custom(name: str, weights: str | None) -> Encoder:
 
 
 def check_encoder(encoder: object, origin: str) -> None:
-    """Check the attributes of a custom encoder, and shape and dtype of its output for one grey image.
+    """Check attributes and description of a custom encoder, and shape and dtype of its output for one grey image.
 
     Raises BuilderError with `origin` and everything that is missing or wrong.
     """
@@ -209,20 +205,15 @@ def check_encoder(encoder: object, origin: str) -> None:
             "expected positive integers and a tuple (rows, columns)"
         )
     encode(encoder, np.full((1, shape[0], shape[0], 3), 128, np.uint8))
-    _check_description(encoder, origin)
-
-
-def _check_description(encoder: Encoder, origin: str) -> None:
     keys = {"name", "image_size_px", "grid", "width", "normalisation", "weights_hash", "decoder"}
-    found = encoder.describe()
     try:
-        missing = keys - json.loads(json.dumps(found)).keys()
+        absent = keys - json.loads(json.dumps(encoder.describe())).keys()
     except (TypeError, ValueError, AttributeError) as error:
         raise BuilderError(
             f"encoder {origin!r}: describe() must return a dict that JSON can hold: {error}"
         ) from None
-    if missing:
-        raise BuilderError(f"encoder {origin!r}: describe() has no {', '.join(sorted(missing))}")
+    if absent:
+        raise BuilderError(f"encoder {origin!r}: describe() has no {', '.join(sorted(absent))}")
 
 
 def encode(encoder: Encoder, images: np.ndarray, *, half: bool = False) -> np.ndarray:

@@ -27,6 +27,8 @@ from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord
 FLOAT16_EXPONENT = np.uint16(0x7C00)
 """Exponent bits of a float16; all of them are set in NaN and infinity."""
 
+_Loaded = tuple[np.ndarray, bytes | None]
+"""A crop uint8 [S,S,3] and the result of `ImageEncoder.keep` for it."""
 Outcome = dict[str, Any]
 """Columns of index.parquet for one image from `status` on, and `modified`; empty until the image has been processed."""
 
@@ -42,14 +44,6 @@ class EncodedBatch:
     features: np.ndarray
     finite: np.ndarray
     pictures: list[bytes | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A crop uint8 [S,S,3] and the result of `ImageEncoder.keep` for it."""
-
-    crop: np.ndarray
-    picture: bytes | None
 
 
 @dataclass(slots=True)
@@ -75,10 +69,11 @@ class ImageEncoder:
         Raises BuilderError if the encoder fails; an unusable image is only skipped, with the reason in its outcome.
         """
         todo = [row for row, outcome in enumerate(outcomes) if not outcome]
-        crops = ahead(pool, self._load, (records[row] for row in todo), 2 * self.batch_size)
-        at_once = batches_at_once(self.encoder)
+        loaded = ahead(pool, self._load, (records[row] for row in todo), 2 * self.batch_size)
+        # with two batches at once a GPU has the next when it ends one
+        at_once = 2 if torch.device(getattr(self.encoder, "device", "cpu")).type == "cuda" else 1
         with ThreadPoolExecutor(at_once) as device:
-            yield from ahead(device, self._encode, self._gather(todo, crops, outcomes), at_once)
+            yield from ahead(device, self._encode, self._gather(todo, loaded, outcomes), at_once)
 
     def _gather(
         self, todo: list[int], loaded: Iterator[tuple[_Loaded | None, Outcome]], outcomes: list[Outcome]
@@ -97,13 +92,12 @@ class ImageEncoder:
             yield rows, found
 
     def _encode(self, batch: tuple[list[int], list[_Loaded]]) -> EncodedBatch:
-        rows, loaded = batch
-        parts = list(self._evaluate(np.stack([one.crop for one in loaded])))
+        rows, (crops, pictures) = batch[0], zip(*batch[1], strict=True)
+        parts = list(self._evaluate(np.stack(crops)))
         stored, finite = (np.concatenate(found) for found in zip(*map(stored_rows, parts), strict=True))
         if not finite.all():
             stored[~finite] = 0
-        pictures = [one.picture for one in loaded]
-        return EncodedBatch(rows=rows, features=stored, finite=finite, pictures=pictures)
+        return EncodedBatch(rows=rows, features=stored, finite=finite, pictures=list(pictures))
 
     def _evaluate(self, crops: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the features of a batch, in several consecutive parts if memory runs out."""
@@ -130,7 +124,7 @@ class ImageEncoder:
             with ExitStack() as turn:
                 image, facts = decode_image(data, self.max_pixels, turn)
                 crop = crop_square(image, self.encoder.image_size_px)
-                return _Loaded(crop, self.keep(image, crop)), asdict(facts) | known
+                return (crop, self.keep(image, crop)), asdict(facts) | known
         except ImageError as error:
             return None, {"reason": str(error)}
         except StoreError:
@@ -139,11 +133,6 @@ class ImageEncoder:
             return None, {"reason": f"unreadable: {error.strerror or error}"}
         except MemoryError:
             return None, {"reason": "too_large: preparing it needs more memory than there is"}
-
-
-def batches_at_once(encoder: Encoder) -> int:
-    """Batches that are given to the device of an encoder at once: with two, a GPU has the next when it ends one."""
-    return 2 if torch.device(getattr(encoder, "device", "cpu")).type == "cuda" else 1
 
 
 def stored_rows(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -41,11 +41,12 @@ class OnnxEncoder:
         self.input, self.batch, self.image_size_px = self._read_input()
         self.mean = self._three_numbers("mean")
         self.std = self._three_numbers("std")
-        probe = np.full((1, self.image_size_px, self.image_size_px, 3), 128, np.uint8)
+        self.outputs = {each.name: each.shape for each in self.session.get_outputs()}
         self.output = self._choose_output(output or self.metadata.get("output"))
         if output == self.output == LAST:
             self.name += f":{LAST}"
-        _, *grid, self.width = self.encode(probe).shape
+        grey = np.full((1, self.image_size_px, self.image_size_px, 3), 128, np.uint8)
+        _, *grid, self.width = self.encode(grey).shape
         self.grid: tuple[int, int] = (grid[0], grid[1])
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -104,40 +105,33 @@ class OnnxEncoder:
         return values
 
     def _choose_output(self, wanted: str | None) -> str:
-        outputs = {output.name: output.shape for output in self.session.get_outputs()}
-        if wanted == LAST and wanted not in outputs:
-            if fitting := self._fitting():
-                return fitting[-1]
-            wanted = None
-        if wanted is not None:
-            if wanted not in outputs:
-                raise UsageError(f"{self.name}: unknown output {wanted!r}, {nearest(wanted, outputs)}")
+        outputs, fitting = self.outputs, self._fitting()
+        if wanted in outputs:
             return wanted
-        fitting = self._fitting()
+        if wanted not in (None, LAST):
+            raise UsageError(f"{self.name}: unknown output {wanted!r}, {nearest(wanted, outputs)}")
         if not fitting:
             raise UsageError(
                 f"{self.name}: outputs are {outputs}, expected one [N, C, H, W] or [N, tokens, C]"
             )
-        if len(fitting) > 1:
+        if len(fitting) > 1 and wanted is None:
             shown = ", ".join(f"{name} {outputs[name]}" for name in fitting)
             raise UsageError(
                 f"{self.name} has {len(fitting)} outputs that fit, and its metadata names none: {shown}. Say which by "
                 f"--encoder onnx:{self.path}:{fitting[-1]} (the last is often the deepest); a build that was begun "
                 f"without a name goes on with onnx:{self.path}:{LAST}"
             )
-        return fitting[0]
+        return fitting[-1]
 
     def _fitting(self) -> list[str]:
         """The outputs that can be features, in their order."""
-        outputs = {output.name: output.shape for output in self.session.get_outputs()}
-        maps = [name for name, shape in outputs.items() if len(shape) == 4]
+        maps = {name: shape[1] for name, shape in self.outputs.items() if len(shape) == 4}
         wide = [
             name
-            for name in maps
-            if isinstance(outputs[name][1], int) and outputs[name][1] >= MIN_FEATURE_CHANNELS
+            for name, channels in maps.items()
+            if isinstance(channels, int) and channels >= MIN_FEATURE_CHANNELS
         ]
-        tokens = [name for name, shape in outputs.items() if len(shape) == 3]
-        return wide or maps or tokens
+        return wide or [*maps] or [name for name, shape in self.outputs.items() if len(shape) == 3]
 
     def choices(self) -> str:
         """One sentence: which output is taken, how pixels are normalised, and what says so."""
