@@ -65,9 +65,7 @@ def score_tables(found: Assessment) -> dict[str, list[dict[str, Any]]]:
 
     Scores that no image has are left out, and so are tables without scores.
     """
-    partitions = {
-        name: by_level(scores) for name, scores in ({BUILD: found.scores} | found.baselines).items()
-    }
+    partitions = {name: by_level(scores) for name, scores in {BUILD: found.scores, **found.baselines}.items()}
     names = level_names(len(partitions[BUILD]) + 1)[:-1]
     tables: dict[str, list[dict[str, Any]]] = {}
     for title, scores in TABLES.items():

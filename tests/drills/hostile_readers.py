@@ -99,7 +99,7 @@ def of_class_map(index: dict[str, Any], data: bytes) -> object:
 
 
 def of_release(path: Path) -> object:
-    return [dict(part) if isinstance(part, dict) else part for _, part in read_parts(path)]
+    return [dict(part) if isinstance(part, dict) else part for _, part in read_parts(path, lambda name: True)]
 
 
 def of_pt(path: Path) -> object:

@@ -358,8 +358,8 @@ def _decode(code: int, data: bytes) -> Tensor:
     shape, dtype, content = msgpack.unpackb(data, raw=False)
     if dtype not in DTYPES:
         raise ValueError(f"array of type {dtype}, expected one of {', '.join(DTYPES)}")
-    kind, data = getattr(torch, dtype), bytearray(memoryview(content))
-    return (torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)).reshape(shape)
+    kind, values = getattr(torch, dtype), bytearray(memoryview(content))
+    return (torch.frombuffer(values, dtype=kind) if values else torch.empty(0, dtype=kind)).reshape(shape)
 
 
 def _pack(file: BinaryIO, content: Any, packer: msgpack.Packer) -> None:
