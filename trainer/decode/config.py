@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hierarchy_builder.fields import EXECUTION, brief, require
+from hierarchy_builder.fields import EXECUTION, require
 from trainer.training.config import RunConfig
 
 DecoderSize = Literal["tiny", "B", "L", "XL"]
@@ -17,8 +17,6 @@ class DecoderConfig(RunConfig):
 
     Defaults are those of the code of RAE (Zheng et al. 2025), first stage, for features of ImageNet.
     """
-
-    __repr__ = brief
 
     size: DecoderSize = "XL"
     """Shape of the decoder; B, L and XL are RAE's, tiny is made for a CPU."""

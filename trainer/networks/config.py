@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-import pydantic
-
-from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, STRICT, brief, require, require_size
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, CheckedFields, require, require_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NetworkConfig:
+class NetworkConfig(CheckedFields):
     """A transformer over a grid of tokens; every checkpoint stores it, so the network can be rebuilt."""
-
-    __repr__ = brief
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     grid: tuple[int, int] = (16, 16)
     """Rows and columns of tokens; comes from the shards."""
@@ -44,9 +37,7 @@ class NetworkConfig:
         self.check_sizes("in_channels", "num_classes", "mlp_ratio")
         self.check_counts("num_class_tokens")
         self.check_heads("width", "num_heads")
-        require(
-            0 < self.rope_theta < math.inf, f"rope_theta is {self.rope_theta}, expected above 0, and finite"
-        )
+        self.check_above_zero("rope_theta")
         for side in self.grid:
             require_size("a side of the grid", side, MOST_ROWS)
         require_size("depth", self.depth, MOST_BLOCKS)
@@ -76,8 +67,6 @@ class NetworkConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(NetworkConfig):
     """The network of Trajectory Forcing. Defaults are TF-B on DINOv2-B features."""
-
-    __repr__ = brief
 
     num_levels: int = 4
     """L, levels of the hierarchy including the raw tokens; comes from the shards."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hierarchy_builder.fields import MOST_BLOCKS, brief, require
+from hierarchy_builder.fields import MOST_BLOCKS, CheckedFields, require
 from trainer.networks.config import NetworkConfig
-from trainer.training.config import CheckedFields, MethodRunConfig, RuledOptimConfig
+from trainer.training.config import MethodRunConfig, RuledOptimConfig
 
 Schedule = Literal[
     "cascaded", "cascaded-noised", "shifted", "offset", "independent", "latents-only", "pixels-only"
@@ -20,8 +20,6 @@ class LatentModelConfig(NetworkConfig):
 
     `depth` counts the blocks of the trunk; attention heads of output experts are as wide as those of the trunk.
     """
-
-    __repr__ = brief
 
     width: int = 1024
     depth: int = 20
@@ -81,8 +79,6 @@ class LatentMethodConfig(CheckedFields):
     mirrored.
     """
 
-    __repr__ = brief
-
     schedule: Schedule = "cascaded-noised"
     """Joint distribution of the two times, see `trainer.methods.latent_forcing.clocks`."""
     latent_share: float = 0.4
@@ -132,8 +128,6 @@ class LatentMethodConfig(CheckedFields):
 class LatentOptimConfig(RuledOptimConfig):
     """Warm-up, then a constant learning rate and an optional cooldown. Defaults are the paper's."""
 
-    __repr__ = brief
-
     lr: float = 2e-4
     """Learning rate after the warm-up, constant until the cooldown; the paper uses 5e-5 · batch size / 256."""
     warmup_images: int = 5 * 1_281_167
@@ -154,8 +148,6 @@ class LatentOptimConfig(RuledOptimConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentTrainConfig(MethodRunConfig):
     """One run of Latent Forcing."""
-
-    __repr__ = brief
 
     method_name: Literal["latent-forcing"] = "latent-forcing"
     """Method of the run."""

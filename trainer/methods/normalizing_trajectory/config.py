@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hierarchy_builder.fields import MOST, MOST_BLOCKS, brief, require
+from hierarchy_builder.fields import MOST, MOST_BLOCKS, CheckedFields, require
 from trainer.networks.config import ModelConfig, NetworkConfig
-from trainer.training.config import CheckedFields, MethodRunConfig, RuledOptimConfig
+from trainer.training.config import MethodRunConfig, RuledOptimConfig
 
 Trajectory = Literal["tokens", "canvases", "levels"]
 """Kind of trajectory: growing noise on the tokens, growing noise on each level's canvas given the level before, or the
@@ -23,8 +23,6 @@ class NormalizingModelConfig(NetworkConfig):
 
     `width`, `depth` and `num_heads` are those of the predictor, whose blocks attend to all tokens.
     """
-
-    __repr__ = brief
 
     num_levels: int = 4
     """L, levels of the hierarchy including the raw tokens; comes from the shards."""
@@ -79,8 +77,6 @@ class NormalizingModelConfig(NetworkConfig):
 class NormalizingMethodConfig(CheckedFields):
     """The objective of Normalizing Trajectory Models."""
 
-    __repr__ = brief
-
     pairs: Literal["all", "one"] = "all"
     """Transitions of a sample that a step trains: all of its trajectory, or one at random."""
     t_min: tuple[float, float] = (0.0, 0.05)
@@ -110,8 +106,6 @@ class NormalizingMethodConfig(CheckedFields):
 class NormalizingOptimConfig(RuledOptimConfig):
     """Warm-up and cosine. Defaults are the paper's, except warm-up and averages, which it does not state."""
 
-    __repr__ = brief
-
     lr: float = 1e-4
     """Learning rate after the warm-up; the paper uses 5e-5 when it starts from a flow-matching network."""
     final_lr_fraction: float = 0.01
@@ -129,8 +123,6 @@ class NormalizingOptimConfig(RuledOptimConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizingTrainConfig(MethodRunConfig):
     """One run of Normalizing Trajectory Models."""
-
-    __repr__ = brief
 
     method_name: Literal["normalizing-trajectory"] = "normalizing-trajectory"
     """Method of the run."""

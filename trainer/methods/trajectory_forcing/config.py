@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hierarchy_builder.fields import brief
+from hierarchy_builder.fields import CheckedFields
 from trainer.networks.config import ModelConfig
-from trainer.training.config import CheckedFields, MethodRunConfig, OptimConfig, checked
+from trainer.training.config import MethodRunConfig, OptimConfig, checked
 
 RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
 """The time shift that the paper chose, and the numbers in one of its canvases."""
@@ -17,8 +17,6 @@ RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig(CheckedFields):
     """Trajectory Forcing's objective: the distribution of (t, r), guidance, and the weight of the region loss."""
-
-    __repr__ = brief
 
     time_mean: float = 0.0
     """Mean of logit(t) before the shift."""
@@ -57,8 +55,6 @@ class MethodConfig(CheckedFields):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(MethodRunConfig):
     """One run of Trajectory Forcing."""
-
-    __repr__ = brief
 
     preset: str = "TF-B"
     """Name of the preset the run started from."""
