@@ -20,7 +20,6 @@ import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.build.clustering import settle_recut
@@ -38,8 +37,8 @@ from hierarchy_builder.store.index import in_build_order, read_images, status_na
 from hierarchy_builder.store.ledger import (
     REOPENED,
     STAGES,
-    Ledger,
     hash_of,
+    open_ledger,
     read_manifest,
     read_marker,
     rewrite_marker,
@@ -149,8 +148,10 @@ def finish_carrying(folder: BuildFolder) -> None:
     if "shard" in carried:
         split = manifest["stages"]["shard"]["inputs"]["config"]["split"]
         for number in range(kept_tars):
-            tar = folder.shards / shard_name(split, number)
-            _rename_sidecar(tar, Ledger(folder.ledger("shard"), carried["shard"][1]), number)
+            side, ledger = sidecar(folder.shards / shard_name(split, number)), open_ledger(folder, "shard")
+            if ledger.is_done(number) and side.exists():
+                write_json(side, {**read_json(side), "config_hash": ledger.stage_hash})
+                ledger.finish(number, {**ledger.result(number), "config_hash": ledger.stage_hash})
     write_manifest(folder, manifest)
 
 
@@ -185,13 +186,6 @@ def _remove_markers(folder: BuildFolder, blocks: Collection[int], kept_tars: int
                 rewrite_marker(marker, {**read_marker(marker), "stage_hash": REOPENED})
 
 
-def _rename_sidecar(tar: Path, ledger: Ledger, number: int) -> None:
-    """Write the new configuration hash into the marker and the sidecar of a tar that stays."""
-    if ledger.is_done(number) and sidecar(tar).exists():
-        write_json(sidecar(tar), {**read_json(sidecar(tar)), "config_hash": ledger.stage_hash})
-        ledger.finish(number, {**ledger.results([number])[0], "config_hash": ledger.stage_hash})
-
-
 def _rename_markers(folder: BuildFolder, name: str, old: str, new: str) -> None:
     if old == new:
         return
@@ -205,13 +199,19 @@ LISTING = ("listing_hash", "num_images", "num_classes", "parts")
 """Inputs of extract that change when images are added."""
 
 
+def _with_kept_rows(folder: BuildFolder, *, accept: bool) -> Mapping[str, Any] | None:
+    """The manifest's entry of an extraction whose rows keep their place, since images may be or have been added."""
+    began = read_manifest(folder)["stages"].get("extract")
+    return began if began and (accept or "parts" in began["inputs"]) else None
+
+
 def in_row_order(folder: BuildFolder, images: ImageSource, order: str, *, accept: bool) -> ImageSource:
     """The images with `records` in the order of rows; those that the build has come first if images may be added.
 
     accept: whether images may be added now. Raises ConfigMismatchError if an existing one changed or is missing.
     """
-    began = read_manifest(folder)["stages"].get("extract")
-    if began is None or not (accept or "parts" in began["inputs"]) or not folder.listing.exists():
+    began = _with_kept_rows(folder, accept=accept)
+    if began is None or not folder.listing.exists():
         return dataclasses.replace(images, records=in_build_order(images.records, order))
     before = read_images(folder.listing)[: began["inputs"]["num_images"]]
     ids = _grown_classes(began["class_map"], images.class_map)
@@ -228,10 +228,10 @@ def in_row_order(folder: BuildFolder, images: ImageSource, order: str, *, accept
 
 def parts_of(folder: BuildFolder, images: ImageSource, *, accept: bool) -> dict[str, Any]:
     """The input `parts`: number and listing hash of each addition; empty before images were added."""
-    began = read_manifest(folder)["stages"].get("extract", {"inputs": {}})["inputs"]
-    if not (accept or "parts" in began) or not began:
+    began = _with_kept_rows(folder, accept=accept)
+    if began is None:
         return {}
-    sizes = [size for size, _ in began.get("parts", [[began["num_images"], ""]])]
+    sizes = [size for size, _ in began["inputs"].get("parts", [[began["inputs"]["num_images"], ""]])]
     sizes.append(len(images.records) - sum(sizes))
     parts, start = [], 0
     for size in (size for size in sizes if size > 0):
@@ -242,8 +242,8 @@ def parts_of(folder: BuildFolder, images: ImageSource, *, accept: bool) -> dict[
 
 def same_blocks(folder: BuildFolder, config: ExtractConfig, *, accept: bool) -> ExtractConfig:
     """The configuration with the block size of the existing build, which must not change when images are added."""
-    began = read_manifest(folder)["stages"].get("extract")
-    if began is None or config.block_rows is not None or not (accept or "parts" in began["inputs"]):
+    began = _with_kept_rows(folder, accept=accept)
+    if began is None or config.block_rows is not None:
         return config
     return dataclasses.replace(config, block_rows=began["inputs"]["config"]["block_rows"])
 
@@ -274,12 +274,11 @@ def append(folder: BuildFolder, records: Sequence[ImageRecord], inputs: Mapping[
 class Growth:
     """What appending images changes in a build.
 
-    stages: the future entries of its manifest. hashes: stage → hash in its present markers. touched: blocks that are
-    done again. kept_tars: number of tars at the beginning that stay.
+    stages: the future entries of its manifest. touched: blocks that are done again. kept_tars: number of tars at the
+    beginning that stay.
     """
 
     stages: Mapping[str, Mapping[str, Any]]
-    hashes: Mapping[str, str]
     touched: Collection[int]
     kept_tars: int
 
@@ -301,7 +300,6 @@ def growth_of(folder: BuildFolder, inputs: Mapping[str, Any]) -> Growth | None:
     num_before, block_rows = began["inputs"]["num_images"], inputs["config"]["block_rows"]
     return Growth(
         stages=followed(stages, inputs),
-        hashes={stage: entry["hash"] for stage, entry in stages.items()},
         touched={num_before // block_rows} if num_before % block_rows else set(),
         kept_tars=_whole_tars(folder),
     )

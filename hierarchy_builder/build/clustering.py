@@ -8,15 +8,15 @@ new ones and `settle_recut` finishes the replacement.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from hierarchy_builder.build.session import Session, StageSummary, do_units
+from hierarchy_builder.build.session import BuildPlan, Session, StageSummary, do_units
 from hierarchy_builder.build.stages import ClusterStage, LinkStage, count_regions, scatter_rows
 from hierarchy_builder.build.vocabulary import fit_vocabulary
 from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
@@ -24,6 +24,7 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import move, sha256_file, size_on_disk
 from hierarchy_builder.images.masks import open_masks
+from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -66,8 +67,7 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     blocks = stage_units(folder, "cluster")
     image_size_px = extracted["inputs"]["encoder"]["image_size_px"]
     load = partial(ClusterStage.load, folder, recipe, image_size_px)
-    done, seconds = do_units(load, ledger, blocks, session, "cluster")
-    return _regions_summary(folder, ledger, blocks, done, seconds)
+    return _with_regions(do_units(load, ledger, blocks, session, "cluster"), folder)
 
 
 def cluster_inputs(recipe: HierarchyRecipe, extract_hash: str, paths: pa.ChunkedArray) -> dict[str, Any]:
@@ -80,6 +80,31 @@ def cluster_inputs(recipe: HierarchyRecipe, extract_hash: str, paths: pa.Chunked
     return inputs
 
 
+def stage_inputs(
+    extracted: Mapping[str, Any],
+    plan: BuildPlan,
+    images: ImageTable,
+    link_hash: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What each stage of a build would be made with, in order, as the manifest would hold it.
+
+    extracted: that of `extract`. link_hash: that of links which are there already.
+    """
+    extract_hash = hash_of("extract", extracted)
+    clustered = cluster_inputs(plan.hierarchy, extract_hash, images.column("path"))
+    found, cluster_hash = {"extract": dict(extracted)}, hash_of("cluster", clustered)
+    if plan.vocabulary is not None:
+        found["vocabulary"] = {"config": identity(plan.vocabulary), "extract": extract_hash}
+    found["cluster"] = clustered
+    if plan.vocabulary is not None:
+        level = min(PART_LEVEL, len(plan.hierarchy.cuts))
+        fitted_hash = hash_of("vocabulary", found["vocabulary"])
+        found["link"] = {"config": {"level": level}, "vocabulary": fitted_hash, "cluster": cluster_hash}
+        link_hash = hash_of("link", found["link"])
+    found["shard"] = {"config": identity(plan.shard), "cluster": cluster_hash, "link": link_hash}
+    return found
+
+
 def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> StageSummary:
     """Make other levels of regions.zarr from its stored trees, without reading features."""
     settle_recut(folder)
@@ -88,36 +113,31 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
     recipe = from_mapping(HierarchyRecipe, {**clustered["request"], "cuts": list(cuts)}, "--recut")
     inputs = {**clustered["inputs"], "config": identity(recipe)}
     num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
-    blocks = stage_units(folder, "cluster")
-    done, seconds = 0, 0.0
+    blocks, summary = stage_units(folder, "cluster"), StageSummary(stage="cluster", images=num_rows)
     if inputs != clustered["inputs"]:
         ledger = Ledger(folder.ledger("recut"), hash_of("cluster", inputs))
-        if not any(
-            ledger.finished(block.number for block in blocks)
-        ):  # levels of an unfinished run with other cuts
+        if not any(ledger.finished(blocks)):  # levels of an unfinished run with other cuts
             folder.remove(folder.recut)
             folder.remove(ledger.folder)
         shape = {"num_rows": num_rows, "block_rows": block_rows, "grid": encoder["grid"]}
         layout = stores.stage_layout("cluster", **shape, num_levels=recipe.num_levels)
         stores.create(folder.recut, {"regions": layout["regions"]})
-        done, seconds = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session, "recut")
+        summary = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session, "recut")
         replace_regions(folder, inputs, {"request": to_mapping(recipe)})
         settle_recut(folder)
-    return _regions_summary(folder, open_ledger(folder, "cluster"), blocks, done, seconds)
+    return _with_regions(summary, folder)
 
 
-def _regions_summary(
-    folder: BuildFolder, ledger: Ledger, blocks: Sequence[Block], done: int, seconds: float
-) -> StageSummary:
-    results = ledger.results(range(len(blocks)))
+def _with_regions(summary: StageSummary, folder: BuildFolder) -> StageSummary:
+    """The summary of `cluster` or `recut`, with bytes and counts of regions from the markers."""
+    results = list(open_ledger(folder, "cluster").results(len(stage_units(folder, "cluster"))))
     images = sum(result["images"] for result in results)
     totals = [sum(level) for level in zip(*(result["regions"] for result in results), strict=True)]
     flagged = {name: sum(result["flags"][name] for result in results) for name in results[0]["flags"]}
-    return StageSummary(
+    return replace(
+        summary,
         stage="cluster",
         images=images,
-        new_images=done,
-        seconds=seconds,
         num_bytes=size_on_disk(folder.regions),
         notes={
             "regions_per_image": [round(total / max(images, 1), 2) for total in totals],
@@ -142,7 +162,7 @@ def vocabulary(folder: BuildFolder, config: VocabularyConfig, session: Session) 
             "sha256": sha256_file(folder.vocabulary),
         }
         ledger.finish(0, {"images": images, "seconds": seconds, **facts})
-    (result,) = ledger.results([0])
+    result = ledger.result(0)
     return StageSummary(
         stage="vocabulary",
         images=images,
@@ -161,14 +181,9 @@ def link(folder: BuildFolder, session: Session) -> StageSummary:
     ledger = begin_stage(folder, "link", inputs, {}, fresh=session.fresh)
     stores.create(*layout_of(folder, "link"))
     blocks = stage_units(folder, "link")
-    done, seconds = do_units(partial(LinkStage.load, folder, level), ledger, blocks, session, "link")
-    return StageSummary(
-        stage="link",
-        images=sum(result["images"] for result in ledger.results(range(len(blocks)))),
-        new_images=done,
-        seconds=seconds,
-        num_bytes=size_on_disk(folder.regions / "prototypes"),
-    )
+    summary = do_units(partial(LinkStage.load, folder, level), ledger, blocks, session, "link")
+    images = sum(result["images"] for result in ledger.results(len(blocks)))
+    return replace(summary, images=images, num_bytes=size_on_disk(folder.regions / "prototypes"))
 
 
 @dataclass(slots=True)
@@ -193,7 +208,7 @@ def settle_recut(folder: BuildFolder) -> None:
     """Replace the old levels by finished new ones, if the manifest asks for them already."""
     stage_hash = stage_entry(folder, "cluster")["hash"]
     done, units = Ledger(folder.ledger("recut"), stage_hash), stage_units(folder, "cluster")
-    if done.missing(unit.number for unit in units):
+    if done.missing(units):
         return
     if (folder.recut / "regions" / "zarr.json").exists():
         folder.remove(folder.regions / "regions")
@@ -203,7 +218,7 @@ def settle_recut(folder: BuildFolder) -> None:
             )
         move(folder.recut / "regions", folder.regions / "regions")
     clustered = Ledger(folder.ledger("cluster"), stage_hash)
-    for unit, result in zip(units, done.results([unit.number for unit in units]), strict=True):
+    for unit, result in zip(units, done.results(len(units)), strict=True):
         before = read_marker(clustered.marker(unit.number))
         # Markers of earlier releases have no `files`; those of the other arrays are then not known here either.
         both = {name: {**before[name], **result.pop(name)} for name in ("digests", "files") if name in before}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,13 +83,6 @@ def extract(
     del encoder
     load = partial(ExtractStage.load, folder, images.location, config)
     apart = partial(asked_encoder, config)
-    done, seconds = do_units(load, ledger, blocks, session, "extract", uses_gpu=True, encoder=apart)
+    summary = do_units(load, ledger, blocks, session, "extract", uses_gpu=True, encoder=apart)
     notes = end_images(folder, ledger, blocks, records, config, session)
-    return StageSummary(
-        stage="extract",
-        images=len(records),
-        new_images=done,
-        seconds=seconds,
-        num_bytes=size_on_disk(folder.features),
-        notes=notes,
-    )
+    return replace(summary, num_bytes=size_on_disk(folder.features), notes=notes)

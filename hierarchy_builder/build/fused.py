@@ -9,7 +9,6 @@ holds the inputs of each stage, and their hashes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hierarchy_builder.build.clustering import cluster_inputs
+from hierarchy_builder.build.clustering import stage_inputs
 from hierarchy_builder.build.inputs import (
     begin_images,
     end_images,
@@ -26,17 +25,17 @@ from hierarchy_builder.build.inputs import (
     list_images,
     probe_of,
     refuse_changed_images,
-    settle,
+    settle_rows,
 )
 from hierarchy_builder.build.parts import Assembly
-from hierarchy_builder.build.session import Session, StageSummary, do_units
+from hierarchy_builder.build.session import BuildPlan, Session, StageSummary, do_units
 from hierarchy_builder.build.space import check_space, later_bytes
 from hierarchy_builder.build.stages import asked_encoder, count_regions, image_encoder, label_maps, set_status
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
+from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import from_mapping, identity, to_mapping
+from hierarchy_builder.fields import from_mapping, to_mapping
 from hierarchy_builder.files import atomic_file, size_on_disk
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import ImageSource
@@ -44,7 +43,7 @@ from hierarchy_builder.images.table import COLUMNS, ImageTable
 from hierarchy_builder.machine.process import ahead
 from hierarchy_builder.records import FEATURE_DTYPE, REGION_DTYPE, Block, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import StoredIndex, in_build_order
+from hierarchy_builder.store.index import StoredIndex
 from hierarchy_builder.store.ledger import Ledger, hash_of, stage_entry, with_licence
 from hierarchy_builder.store.samples import make_sample, picture_of
 from hierarchy_builder.store.shard_set import publish_shards
@@ -69,13 +68,12 @@ class FuseStage:
         cls,
         folder: BuildFolder,
         source: str,
-        extract: ExtractConfig,
-        recipe: HierarchyRecipe,
-        config: ShardConfig,
+        plan: BuildPlan,
         encoder: Encoder | None = None,
     ) -> FuseStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the build began with."""
-        images = image_encoder(folder, "fuse", source, extract, encoder)
+        images = image_encoder(folder, "fuse", source, plan.extract, encoder)
+        recipe, config = plan.hierarchy, plan.shard
         if config.images:
             px = images.encoder.image_size_px
             images.keep = lambda image, crop: picture_of(image, px, config, crop)
@@ -144,9 +142,7 @@ class FuseStage:
 def fuse(
     folder: BuildFolder,
     source: str | ImageSource | None,
-    extract: ExtractConfig,
-    recipe: HierarchyRecipe,
-    config: ShardConfig,
+    plan: BuildPlan,
     session: Session,
     *,
     class_map: str | None = None,
@@ -155,22 +151,23 @@ def fuse(
 
     Raises what `extract` raises, and UsageError for options that need stored features.
     """
-    if config.feature_dtype == "int8":
+    if plan.shard.feature_dtype == "int8":
         raise UsageError("--fused keeps no features to measure what int8 costs: build without --fused")
-    images = list_images(folder, source, extract, class_map)
+    images = list_images(folder, source, plan.extract, class_map)
     for warning in images.warnings:
         session.reporter.say(f"warning: {warning}")
-    images, extract = settle_fused_rows(folder, images, extract, config, session)
-    config = with_licence(folder, config, fresh=session.fresh)
+    images, extract = settle_rows(folder, images, plan.extract, session, fused=plan.shard)
+    config = with_licence(folder, plan.shard, fresh=session.fresh)
+    plan = replace(plan, extract=extract, shard=config)
     if not session.fresh:
         refuse_changed_images(folder, images, extract)
     records = images.records
     assert extract.block_rows is not None
     encoder = asked_encoder(extract)
-    inputs = fused_inputs(extract_inputs(images, extract, encoder), recipe, config, images)
-    needed = later_bytes(recipe, None, config, len(records), encoder.describe())
+    inputs = stage_inputs(extract_inputs(images, extract, encoder), plan, records)
+    needed = later_bytes(plan, len(records), encoder.describe())
     check_space(folder, {"shards": needed["shards"]}, force=session.force)
-    asked = {"extract": extract, "cluster": recipe, "shard": config}
+    asked = {"extract": extract, "cluster": plan.hierarchy, "shard": config}
     facts = {
         "request": {stage: to_mapping(part) for stage, part in asked.items()},
         "probe": probe_of(folder, encoder, extract, session),
@@ -182,8 +179,8 @@ def fuse(
     assembly = Assembly(folder, config.split, per_shard, blocks, ledger, shards)
     assembly.forget_lost()
     del encoder
-    load = partial(FuseStage.load, folder, images.location, extract, recipe, config)
-    done, seconds = do_units(
+    load = partial(FuseStage.load, folder, images.location, plan)
+    summary = do_units(
         load,
         ledger,
         blocks,
@@ -196,54 +193,17 @@ def fuse(
     assembly.advance()
     notes = end_images(folder, ledger, blocks, records, extract, session)
     publish_shards(folder, config, assembly.results())
-    folder.remove_leftovers(folder.part(0).parent)
-    return StageSummary(
-        stage="fuse",
-        images=len(records),
-        new_images=done,
-        seconds=seconds,
-        num_bytes=size_on_disk(folder.shards),
-        notes={**notes, "shards": len(assembly.results())},
-    )
+    folder.remove_leftovers(folder.parts)
+    notes["shards"] = len(assembly.results())
+    return replace(summary, num_bytes=size_on_disk(folder.shards), notes=notes)
 
 
 def fuse_again(folder: BuildFolder, session: Session) -> StageSummary:
     """Run the missing units of a fused build with the configuration in its manifest."""
     asked = stage_entry(folder, "fuse")["request"]
-    return fuse(
-        folder,
-        None,
-        session.asked_to_extract(asked["extract"]),
-        from_mapping(HierarchyRecipe, asked["cluster"], "cluster"),
-        from_mapping(ShardConfig, asked["shard"], "shard"),
-        session,
+    plan = BuildPlan(
+        extract=session.asked_to_extract(asked["extract"]),
+        hierarchy=from_mapping(HierarchyRecipe, asked["cluster"], "cluster"),
+        shard=from_mapping(ShardConfig, asked["shard"], "shard"),
     )
-
-
-def settle_fused_rows(
-    folder: BuildFolder, images: ImageSource, extract: ExtractConfig, config: ShardConfig, session: Session
-) -> tuple[ImageSource, ExtractConfig]:
-    """Put the images into the order of rows, and settle the open options."""
-    images = replace(images, records=in_build_order(images.records, extract.order))
-    return images, settle(folder, _blocks_as_shards(extract, config, len(images.records)), session)
-
-
-def _blocks_as_shards(extract: ExtractConfig, config: ShardConfig, num_images: int) -> ExtractConfig:
-    """Settle block_rows: if there are many shards, a block is one shard, which saves a copy."""
-    if (
-        extract.block_rows is None
-        and config.shard_bytes is None
-        and num_images >= 16 * config.samples_per_shard
-    ):
-        return replace(extract, block_rows=config.samples_per_shard)
-    return extract.for_images(num_images)
-
-
-def fused_inputs(
-    extracted: Mapping[str, Any], recipe: HierarchyRecipe, config: ShardConfig, images: ImageSource
-) -> dict[str, Any]:
-    """The inputs of each stage, as a staged build would record them."""
-    paths = images.records.column("path")
-    clustered = cluster_inputs(recipe, hash_of("extract", extracted), paths)
-    sharded = {"config": identity(config), "cluster": hash_of("cluster", clustered), "link": None}
-    return {"extract": dict(extracted), "cluster": clustered, "shard": sharded}
+    return fuse(folder, None, plan, session)

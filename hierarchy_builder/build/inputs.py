@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from hierarchy_builder.build.changes import in_row_order, same_blocks
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.workers import has_gpu
-from hierarchy_builder.config import ExtractConfig
+from hierarchy_builder.config import ExtractConfig, ShardConfig
 from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.onnx import OnnxEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
@@ -73,25 +73,35 @@ def extract_inputs(images: ImageSource, config: ExtractConfig, encoder: Encoder)
 
 
 def settle_rows(
-    folder: BuildFolder, images: ImageSource, config: ExtractConfig, session: Session, *, accept: bool
+    folder: BuildFolder,
+    images: ImageSource,
+    config: ExtractConfig,
+    session: Session,
+    *,
+    accept: bool = False,
+    fused: ShardConfig | None = None,
 ) -> tuple[ImageSource, ExtractConfig]:
-    """Put the images into the order of rows, and settle the open options; see `in_row_order`."""
-    if session.fresh:
+    """Put the images into the order of rows, and settle the open options; see `in_row_order`.
+
+    fused: that of the shards of a fused build. If there are many, a block is one shard, which saves a copy.
+    """
+    if session.fresh or fused is not None:
         images = replace(images, records=in_build_order(images.records, config.order))
     else:
         images = in_row_order(folder, images, config.order, accept=accept)
         config = same_blocks(folder, config, accept=accept)
-    return images, settle(folder, config.for_images(len(images.records)), session)
-
-
-def settle(folder: BuildFolder, config: ExtractConfig, session: Session) -> ExtractConfig:
-    """Settle the precision `auto`, so that a build is never resumed in another precision."""
-    if config.precision != "auto":
-        return config
-    began = None if session.fresh else recorded_stages(folder).get("extract")
-    if began:
-        return replace(config, precision=began["inputs"]["config"]["precision"])
-    return replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
+    count = len(images.records)
+    has_many = fused is not None and fused.shard_bytes is None and count >= 16 * fused.samples_per_shard
+    if fused is not None and has_many and config.block_rows is None:
+        config = replace(config, block_rows=fused.samples_per_shard)
+    config = config.for_images(count)
+    if config.precision == "auto":  # a build is never resumed in another precision
+        began = None if session.fresh else recorded_stages(folder).get("extract")
+        if began:
+            config = replace(config, precision=began["inputs"]["config"]["precision"])
+        else:
+            config = replace(config, precision="bfloat16" if has_gpu(session.workers) else "float32")
+    return images, config
 
 
 def probe_of(folder: BuildFolder, encoder: Encoder, config: ExtractConfig, session: Session) -> list[float]:

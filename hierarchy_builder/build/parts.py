@@ -83,7 +83,7 @@ class Assembly:
 
     def results(self) -> Sequence[Mapping[str, Any]]:
         """Contents of the markers of the shards, when all are cut."""
-        return self.shards.results(range(self._next_shard))
+        return list(self.shards.results(self._next_shard))
 
     def _cut(self, count: int) -> None:
         spans, self._waiting = self._waiting[:count], self._waiting[count:]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hierarchy_builder.build.clustering import cluster, link, vocabulary
 from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.fused import fuse
 from hierarchy_builder.build.inputs import refuse_lost_images
-from hierarchy_builder.build.session import Session, StageSummary, do_units
+from hierarchy_builder.build.session import BuildPlan, Session, StageSummary, do_units
 from hierarchy_builder.build.space import later_bytes
 from hierarchy_builder.build.stages import CovarianceStage, ShardStage
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
+from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import brief, identity, to_mapping
+from hierarchy_builder.fields import identity, to_mapping
 from hierarchy_builder.files import sizes_in
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
@@ -39,22 +38,6 @@ from hierarchy_builder.store.units import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildPlan:
-    """The configuration of every step of one build."""
-
-    __repr__ = brief
-
-    extract: ExtractConfig
-    hierarchy: HierarchyRecipe
-    shard: ShardConfig
-    vocabulary: VocabularyConfig | None = None
-
-    def as_mapping(self) -> dict[str, Any]:
-        """All sections as plain data, as a config file holds them."""
-        return to_mapping(self)
-
-
 def build(
     folder: BuildFolder,
     source: str | ImageSource,
@@ -74,9 +57,7 @@ def build(
         open_masks(Path(plan.hierarchy.masks))  # refused before any image is read
     if fused:
         check_fused(plan, retry_failed=retry_failed, accept_new_files=accept_new_files)
-        sections = (plan.extract, plan.hierarchy, plan.shard)
-        return [fuse(folder, source, *sections, session, class_map=class_map)]
-    later = partial(later_bytes, plan.hierarchy, plan.vocabulary, plan.shard)
+        return [fuse(folder, source, plan, session, class_map=class_map)]
     summaries = [
         extract(
             folder,
@@ -86,7 +67,7 @@ def build(
             class_map=class_map,
             retry_failed=retry_failed,
             accept_new_files=accept_new_files,
-            later=later,
+            later=partial(later_bytes, plan),
         )
     ]
     session = replace(session, fresh=False)
@@ -138,18 +119,13 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
         extracted["inputs"]["config"]["max_pixels"],
         ledger.stage_hash,
     )
-    done, seconds = do_units(load, ledger, units, session, "shard")
-    results = ledger.results(range(len(units)))
+    summary = do_units(load, ledger, units, session, "shard")
+    results = list(ledger.results(len(units)))
     if config.covariance:
         sum_covariance(folder, session)
     publish_shards(folder, config, results)
-    return StageSummary(
-        stage="shard",
-        images=sum(result["images"] for result in results),
-        new_images=done,
-        seconds=seconds,
-        num_bytes=sum(result["bytes"] for result in results),
-        notes={"shards": len(units)},
+    return replace(
+        summary, num_bytes=sum(result["bytes"] for result in results), notes={"shards": len(units)}
     )
 
 
@@ -167,7 +143,7 @@ def _forget_lost_tars(
 ) -> None:
     """Remove the markers of tars that are missing, truncated or without their sidecar."""
     sizes = sizes_in(folder.shards)
-    for marker in ledger.finished(unit.number for unit in units):
-        tar = folder.shards / shard_name(config.split, marker["unit"])
+    for unit, marker in ledger.finished(units):
+        tar = folder.shards / shard_name(config.split, unit.number)
         if sizes.get(tar.name) != marker["bytes"] or sidecar(tar).name not in sizes:
             folder.remove(marker.path)

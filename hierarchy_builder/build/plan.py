@@ -25,18 +25,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hierarchy_builder.build.changes import Growth, growth_of, parts_of
-from hierarchy_builder.build.clustering import cluster_inputs
-from hierarchy_builder.build.fused import fused_inputs, settle_fused_rows
+from hierarchy_builder.build.clustering import stage_inputs
 from hierarchy_builder.build.inputs import extract_inputs, list_images, settle_rows
-from hierarchy_builder.build.pipeline import BuildPlan, build, check_fused
-from hierarchy_builder.build.session import Session, StageSummary
+from hierarchy_builder.build.pipeline import build, check_fused
+from hierarchy_builder.build.session import BuildPlan, Session, StageSummary
 from hierarchy_builder.build.space import fitting_bytes, free_bytes, nearest_folder
-from hierarchy_builder.build.stages import one_thread
+from hierarchy_builder.build.stages import asked_encoder, one_thread
 from hierarchy_builder.build.workers import RAY_START_S, saves_time
 from hierarchy_builder.config import VocabularyConfig
-from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
-from hierarchy_builder.fields import difference, identity
+from hierarchy_builder.fields import difference
 from hierarchy_builder.files import json_text, read_json, sealed_text, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
@@ -48,7 +46,6 @@ from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import outcomes_of, read_index, status_name, write_index
 from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest, read_marker
-from hierarchy_builder.store.samples import PART_LEVEL
 from hierarchy_builder.store.shards import TAR_BLOCK, shard_name, sidecar
 from hierarchy_builder.store.units import samples_per_shard
 from hierarchy_builder.terminal import counted
@@ -64,8 +61,6 @@ WRITTEN = 2**17
 """Rows of the index that are written to see how many bytes they take, at most."""
 TIMED_TOKENS = 4_096
 """Tokens that are clustered once to estimate the time of a vocabulary."""
-TAR_RECORD, TAR_END = 10_240, 1_024
-"""A tar ends in two empty blocks and is padded to whole records."""
 LISTED = 20
 """Classes and unreadable images that the tables list, at most."""
 
@@ -207,15 +202,15 @@ def make_plan(
     accept = accept_new_files and not session.fresh
     if fused:
         check_fused(plan, accept_new_files=accept_new_files)
-        images, config = settle_fused_rows(folder, images, plan.extract, plan.shard, session)
-    else:
-        images, config = settle_rows(folder, images, plan.extract, session, accept=accept)
+    shards = plan.shard if fused else None
+    images, config = settle_rows(folder, images, plan.extract, session, accept=accept, fused=shards)
     assert config.block_rows is not None
     plan, records = replace(plan, extract=config), images.records
     blocks = blocks_of(len(records), config.block_rows)
-    progress = _progress(folder, images, plan, session, fused=fused, accept=accept)
-    encoder = progress.inputs_of("extract")["encoder"]
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=nearest_folder(folder.root)) as place:
+        there = BuildFolder(Path(place) / "none") if session.fresh else folder
+        progress = _progress(there, images, plan, fused=fused, accept=accept)
+        encoder = progress.inputs_of("extract")["encoder"]
         trial = _run_trial(BuildFolder(Path(place) / "build"), images, plan, session, fused=fused)
         usable = progress.usable(records, blocks, trial)
         made_of = [{"inputs": progress.inputs_of(stage)} for stage in ("extract", "cluster")]
@@ -223,7 +218,9 @@ def make_plan(
         tars = blocks_of(usable, per_shard)
         sizes = _sizes(trial, images, plan, len(blocks), tars)
         uncertainty = trial.uncertainty(len(records))
-        stages = [_stage_plan(progress, stage, trial, session, blocks, tars) for stage in progress.inputs]
+        stages = [
+            _stage_plan(folder, progress, stage, trial, session, blocks, tars) for stage in progress.inputs
+        ]
     todo, tokens = {stage.stage for stage in stages if stage.seconds}, usable * math.prod(encoder["grid"])
     scratch = 0  # tokens a vocabulary is fitted to, or rows that are copied from parts to a shard
     if "vocabulary" in todo and plan.vocabulary is not None:
@@ -365,8 +362,8 @@ def _sizes(
         for array in arrays:
             more = blocks if array.name.startswith("block_") else ratio
             sizes[store.name] += round(size_on_disk(array / "c") * more)
-    if folder.part(0).parent.exists():
-        sizes["parts"] = round(size_on_disk(folder.part(0).parent) * blocks)
+    if folder.parts.exists():
+        sizes["parts"] = round(size_on_disk(folder.parts) * blocks)
     if plan.vocabulary is not None:
         sizes["vocabulary.npz"] = _vocabulary_bytes(trial, plan.vocabulary)
     sizes["ledger"] = listing + size_on_disk(folder.manifest_copy)
@@ -448,8 +445,9 @@ def few_tars(count: int, samples: int, shard_bytes: int | None = None) -> list[s
 
 
 def _tar_bytes(num_samples: int, trial: _Trial) -> int:
-    content = num_samples * float(trial.samples.mean()) + TAR_END
-    return math.ceil(content / TAR_RECORD) * TAR_RECORD
+    """A tar ends in two empty blocks and is padded to whole records."""
+    content = num_samples * float(trial.samples.mean()) + 2 * TAR_BLOCK
+    return math.ceil(content / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 # What the folder holds already, and the time that the rest takes
@@ -459,15 +457,14 @@ def _tar_bytes(num_samples: int, trial: _Trial) -> int:
 class _Progress:
     """What each stage would be made with, and what the folder holds of it.
 
-    inputs: stage → what the manifest would hold, in order; a fused build has the stage `fuse` alone. stored: the
-    entries of the manifest, with appended images. growth: what appending images changes.
+    inputs: stage → what the manifest would hold, in order; a fused build has the stage `fuse` alone. recorded: the
+    entries of the manifest. growth: what appending images changes.
     """
 
     folder: BuildFolder
     inputs: Mapping[str, Mapping[str, Any]]
-    stored: Mapping[str, Mapping[str, Any]]
+    recorded: Mapping[str, Mapping[str, Any]]
     growth: Growth | None
-    fresh: bool
 
     def inputs_of(self, stage: str) -> Mapping[str, Any]:
         """Inputs of a stage, also of one that is part of a fused build."""
@@ -475,30 +472,25 @@ class _Progress:
         return found
 
     def ledger(self, stage: str) -> Ledger:
-        """The markers of a stage as they are now."""
-        asked = hash_of(stage, self.inputs[stage])
-        return Ledger(
-            self.folder.ledger(stage), self.growth.hashes.get(stage, asked) if self.growth else asked
-        )
+        """The markers of a stage as they are now, which get another hash when images are appended."""
+        asked = {"hash": hash_of(stage, self.inputs[stage])}
+        entry = self.recorded.get(stage, asked) if self.growth else asked
+        return Ledger(self.folder.ledger(stage), entry["hash"])
 
     def is_done(self, stage: str, unit: int) -> bool:
         """Whether the build would leave a unit as it is."""
-        if self.fresh or (self.growth and not self.growth.keeps(stage, unit)):
-            return False
-        return self.ledger(stage).is_done(unit)
+        is_kept = self.growth is None or self.growth.keeps(stage, unit)
+        return is_kept and self.ledger(stage).is_done(unit)
 
     def differences(self, stage: str) -> tuple[str, ...]:
         """Why the build would refuse the folder, one line each."""
-        made, asked = (
-            "in one pass" if "fuse" in stages else "by stages" for stages in (self.stored, self.inputs)
-        )
-        if self.fresh or not self.stored:
-            return ()
-        if made != asked:
+        stored = self.growth.stages if self.growth else self.recorded
+        made, asked = ("in one pass" if "fuse" in stages else "by stages" for stages in (stored, self.inputs))
+        if stored and made != asked:
             return (f"made {made} there, {asked} now",)
         if not self.folder.markers(stage):
             return ()
-        entry = self.stored.get(stage, {}).get("inputs", {})
+        entry = stored.get(stage, {}).get("inputs", {})
         return tuple(
             difference(name, before, now) for name, before, now in differences(entry, self.inputs[stage])
         )
@@ -507,7 +499,7 @@ class _Progress:
         """Usable images, at least one: counted where done or tried, else the share of the trial."""
         ledger, ok = self.ledger("fuse" if "fuse" in self.inputs else "extract"), status_name(Status.OK)
         usable, unknown = 0, np.ones(len(records), bool)
-        for block in blocks if not self.fresh else ():
+        for block in blocks:
             if ledger.is_done(block.number):
                 rows = ledger.result(block.number)["outcomes"]
                 unknown[block.start : block.start + len(rows)] = False
@@ -521,49 +513,26 @@ class _Progress:
 
 
 def _progress(
-    folder: BuildFolder, images: ImageSource, plan: BuildPlan, session: Session, *, fused: bool, accept: bool
+    folder: BuildFolder, images: ImageSource, plan: BuildPlan, *, fused: bool, accept: bool
 ) -> _Progress:
     """Compare what is asked for with what `folder` holds; nothing is changed.
 
     images, plan: in the order of rows, with open options settled. accept: whether images may be appended.
     """
-    config, fresh = plan.extract, session.fresh
-    encoder = load_encoder(config.encoder, weights=config.weights, precision=config.precision)
-    extracted = extract_inputs(images, config, encoder)
-    stored: Mapping[str, Any] = {} if fresh else read_manifest(folder)["stages"]
-    growth = None
-    if fused:
-        inputs = {"fuse": fused_inputs(extracted, plan.hierarchy, plan.shard, images)}
-    else:
-        if not fresh:
-            extracted |= parts_of(folder, images, accept=accept)
+    extracted = extract_inputs(images, plan.extract, asked_encoder(plan.extract))
+    recorded, growth = read_manifest(folder)["stages"], None
+    if not fused:
+        extracted |= parts_of(folder, images, accept=accept)
         growth = growth_of(folder, extracted) if accept else None
-        stored = growth.stages if growth else stored
-        inputs = _inputs_of_stages(plan, images, extracted, stored)
-    return _Progress(folder=folder, inputs=inputs, stored=stored, growth=growth, fresh=fresh)
-
-
-def _inputs_of_stages(
-    plan: BuildPlan, images: ImageSource, extracted: Mapping[str, Any], stored: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """What each stage would be made with, in order, as the manifest would hold it."""
-    extract_hash, paths = hash_of("extract", extracted), images.records.column("path")
-    clustered = cluster_inputs(plan.hierarchy, extract_hash, paths)
-    cluster_hash, link_hash = hash_of("cluster", clustered), stored.get("link", {}).get("hash")
-    found = {"extract": dict(extracted)}
-    if plan.vocabulary is not None:
-        found["vocabulary"] = {"config": identity(plan.vocabulary), "extract": extract_hash}
-    found["cluster"] = clustered
-    if plan.vocabulary is not None:
-        level = min(PART_LEVEL, len(plan.hierarchy.cuts))
-        fitted_hash = hash_of("vocabulary", found["vocabulary"])
-        found["link"] = {"config": {"level": level}, "vocabulary": fitted_hash, "cluster": cluster_hash}
-        link_hash = hash_of("link", found["link"])
-    found["shard"] = {"config": identity(plan.shard), "cluster": cluster_hash, "link": link_hash}
-    return found
+    link_hash = (growth.stages if growth else recorded).get("link", {}).get("hash")
+    inputs = stage_inputs(extracted, plan, images.records, link_hash)
+    if fused:
+        inputs = {"fuse": inputs}
+    return _Progress(folder=folder, inputs=inputs, recorded=recorded, growth=growth)
 
 
 def _stage_plan(
+    folder: BuildFolder,
     progress: _Progress,
     stage: str,
     trial: _Trial,
@@ -576,7 +545,7 @@ def _stage_plan(
     units = {"vocabulary": whole, "shard": tars}.get(stage, blocks)
     todo = [unit for unit in units if not progress.is_done(stage, unit.number)]
     differs = progress.differences(stage)
-    if session.fresh and progress.folder.markers(stage):
+    if session.fresh and folder.markers(stage):
         state = "starts over"
     elif differs:
         state = "refused"

@@ -296,12 +296,7 @@ class _Place:
 
     def begun(self) -> dict[str, Any]:
         """What a transfer wrote that has not ended; nothing where there is none."""
-        if self.kinds.get(PUBLISHING, "file") != "file":  # reading a pipe would never end
-            return {}
-        try:
-            told = parse_json(self._read(PUBLISHING))
-        except (FileNotFoundError, ValueError):
-            return {}
+        told = self._told(PUBLISHING)
         return told if told.get("publishes") == "hierarchy-builder" else {}
 
     def refuse_foreign(self, paths: Iterable[Path]) -> None:
@@ -372,11 +367,11 @@ class _Place:
 
     def _told(self, name: str) -> dict[str, Any]:
         """What a JSON object there holds; nothing where there is none."""
-        if self.kinds.get(name) != "file":
+        if self.kinds.get(name, "file") != "file":  # reading a pipe would never end
             return {}
         try:
             return parse_json(self._read(name))
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             return {}
 
     def _name(self, name: str) -> str:

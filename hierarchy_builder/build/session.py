@@ -1,4 +1,4 @@
-"""How a step runs: its workers and its reporter, and the summary that it returns."""
+"""What a build is asked for, how a step runs (its workers and its reporter), and the summary that it returns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from hierarchy_builder.build.stages import Stage
 from hierarchy_builder.build.workers import Workers, map_units
-from hierarchy_builder.config import ExtractConfig
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.encoders import Encoder
-from hierarchy_builder.fields import from_mapping
+from hierarchy_builder.fields import brief, from_mapping, to_mapping
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.folder import BuildFolder
@@ -23,9 +23,9 @@ class StageSummary:
 
     stage: str
     images: int
-    new_images: int
-    seconds: float
-    num_bytes: int
+    new_images: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -35,6 +35,22 @@ class StageSummary:
     def as_row(self) -> dict[str, Any]:
         """The summary as plain data."""
         return {**asdict(self), "images_per_second": round(self.images_per_second, 2)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    """The configuration of every step of one build."""
+
+    __repr__ = brief
+
+    extract: ExtractConfig
+    hierarchy: HierarchyRecipe
+    shard: ShardConfig
+    vocabulary: VocabularyConfig | None = None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """All sections as plain data, as a config file holds them."""
+        return to_mapping(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,14 +84,13 @@ def do_units(
     uses_gpu: bool = False,
     encoder: Callable[[], Encoder] | None = None,
     after_unit: Callable[[], None] = lambda: None,
-) -> tuple[int, float]:
-    """Run the units that are not marked as done; returns (images done in this run, seconds).
+) -> StageSummary:
+    """Run the units that are not marked as done; the summary that is returned lacks bytes and notes.
 
     encoder: what other processes may encode with, see `workers.open_pool`.
     after_unit: called in this process after each unit, in their order.
     """
-    missing = set(ledger.missing(unit.number for unit in units))
-    todo = [unit for unit in units if unit.number in missing]
+    todo = ledger.missing(units)
     total, waiting = sum(map(len, units)), sum(map(len, todo))
     live = BuildFolder(ledger.folder.parents[1]).live
     if 0 < waiting < total:
@@ -86,4 +101,4 @@ def do_units(
         for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu, encoder=encoder):
             meter.advance(result["images"], result["failed"])
             after_unit()
-        return meter.done, meter.seconds
+        return StageSummary(stage=stage, images=total, new_images=meter.done, seconds=meter.seconds)

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig
+from hierarchy_builder.build.session import BuildPlan
+from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import size_on_disk
 from hierarchy_builder.places.remote import is_remote
@@ -35,30 +36,24 @@ def extract_bytes(num_images: int, encoder: Mapping[str, Any], block_rows: int) 
     return {"index.parquet": num_images * LISTED_BYTES, "features.zarr": stores.layout_bytes(layout)}
 
 
-def later_bytes(
-    recipe: HierarchyRecipe,
-    vocabulary: VocabularyConfig | None,
-    shard: ShardConfig,
-    num_images: int,
-    encoder: Mapping[str, Any],
-) -> dict[str, int]:
+def later_bytes(plan: BuildPlan, num_images: int, encoder: Mapping[str, Any]) -> dict[str, int]:
     """Upper bound of what the later stages of `build` write, by name in the build folder."""
     tokens, width = math.prod(encoder["grid"]), encoder["width"]
     shape = {"num_rows": num_images, "block_rows": num_images, "grid": encoder["grid"]}
-    layout = stores.stage_layout("cluster", **shape, num_levels=recipe.num_levels)
-    if vocabulary is not None:
+    layout = stores.stage_layout("cluster", **shape, num_levels=plan.hierarchy.num_levels)
+    if plan.vocabulary is not None:
         layout |= stores.stage_layout("link", **shape)
     needed = {"regions.zarr": stores.layout_bytes(layout), "vocabulary.npz": 0, "vocabulary": 0}
-    if vocabulary is not None:
-        needed["vocabulary.npz"] = sum(vocabulary.sizes) * (width * 4 + 16)
-        needed["vocabulary"] = fitting_bytes(vocabulary, num_images * tokens, width)
+    if plan.vocabulary is not None:
+        needed["vocabulary.npz"] = sum(plan.vocabulary.sizes) * (width * 4 + 16)
+        needed["vocabulary"] = fitting_bytes(plan.vocabulary, num_images * tokens, width)
     size = sample_bytes(
         grid=tuple(encoder["grid"]),
         width=width,
-        num_levels=recipe.num_levels,
-        canvases=shard.canvases,
-        image_size_px=shard.stored_px(encoder["image_size_px"]),
-        feature_dtype=shard.feature_dtype,
+        num_levels=plan.hierarchy.num_levels,
+        canvases=plan.shard.canvases,
+        image_size_px=plan.shard.stored_px(encoder["image_size_px"]),
+        feature_dtype=plan.shard.feature_dtype,
     )
     return {**needed, "shards": num_images * size}
 

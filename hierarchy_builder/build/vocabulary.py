@@ -9,7 +9,6 @@ centroids are saved after every move, so an interrupted fit resumes there and en
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import store_layout, usable_rows
-from hierarchy_builder.untrusted.arrays import parse_npz
+from hierarchy_builder.untrusted.arrays import npz_of, parse_npz
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,
@@ -103,9 +102,7 @@ class TokenSource:
         shares = self.drawn[block.start : block.stop]
         features = Stored(self.folder).block("features", block)
         tokens = draw_tokens(features, range(block.start, block.stop), shares, self.config.seed)
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, tokens=tokens)  # the zip holds a checksum of the tokens
-        write_bytes(self.file(block), buffer.getvalue())
+        write_bytes(self.file(block), npz_of(tokens=tokens))
         return len(block)
 
     def drawn_tokens(self, block: Block) -> np.ndarray:
@@ -166,7 +163,7 @@ def _iterate(source: TokenSource, pool: Pool, reporter: Reporter) -> Prototypes:
     centroids, inertia = _read_state(state, reporter) or (_first_centroids(source), [])
 
     def after_move(centroids: np.ndarray, inertia: list[float]) -> None:
-        _write_state(state, centroids, inertia)
+        write_bytes(state, npz_of(centroids=centroids, inertia=np.asarray(inertia)))
         reporter.say(
             f"vocabulary: iteration {len(inertia)} of at most {config.iterations}, inertia"
             f" {inertia[-1] / source.num_tokens:.6g} per token before it"
@@ -191,12 +188,6 @@ def _first_centroids(source: TokenSource) -> np.ndarray:
         chosen.append(tokens[inside - passed])
         passed += len(tokens)
     return first_centroids(np.concatenate(chosen), source.config)
-
-
-def _write_state(path: Path, centroids: np.ndarray, inertia: list[float]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, centroids=centroids, inertia=np.asarray(inertia))
-    write_bytes(path, buffer.getvalue())
 
 
 def _read_state(path: Path, reporter: Reporter) -> tuple[np.ndarray, list[float]] | None:

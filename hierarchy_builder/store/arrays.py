@@ -177,14 +177,6 @@ def damaged_layout(path: Path, layout: Layout, group: zarr.Group | None = None) 
     return damaged
 
 
-def require_layout(path: Path, layout: Layout, group: zarr.Group | None = None) -> None:
-    """Raise VerificationError unless the arrays of a store are described as `create` writes them."""
-    if damaged := damaged_layout(path, layout, group):
-        raise VerificationError(
-            f"{path / damaged[0] / 'zarr.json'} is missing or not as it was written: {repair_of(path)}"
-        )
-
-
 def repair_layout(path: Path, layout: Layout) -> None:
     """Write every damaged `zarr.json` of a store again; the chunks stay as they are."""
     for name in damaged_layout(path, layout):

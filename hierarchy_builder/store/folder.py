@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -155,10 +156,9 @@ class BuildFolder:
         if is_remote(self.root):
             return
         own = _own_pattern()
+        beside = [path for path in self.root.iterdir() if not path.is_dir()] if place is None else []
         places = [self.root / name for name in self._own_names()] if place is None else [place]
-        files = [*_files_of(self.root, is_deep=False)] if place is None else []
-        files += [file for place in places for file in _files_of(place)]
-        for path in files:
+        for path in itertools.chain(beside, *map(_files_of, places)):
             found = LEFTOVER.fullmatch(self._name(path))
             if found and (found["store"] or own.fullmatch(found["whole"])):
                 path.unlink(missing_ok=True)
@@ -284,7 +284,7 @@ def _own_pattern(split: str | None = None) -> re.Pattern[str]:
     return re.compile(names, re.VERBOSE | re.ASCII)
 
 
-def _files_of(place: Path, *, is_deep: bool = True) -> Iterator[Path]:
+def _files_of(place: Path) -> Iterator[Path]:
     """Yield `place` if it is a file, or else the files below it, without following links."""
     if is_remote(place):
         yield from remote.files_below(place)
@@ -292,7 +292,5 @@ def _files_of(place: Path, *, is_deep: bool = True) -> Iterator[Path]:
     if not place.is_dir():
         yield from [place] if os.path.lexists(place) else []
         return
-    for parent, folders, names in os.walk(place):
+    for parent, _, names in os.walk(place):
         yield from (Path(parent, name) for name in sorted(names))
-        if not is_deep:
-            folders.clear()

@@ -40,7 +40,7 @@ from hierarchy_builder.machine.process import ahead
 from hierarchy_builder.places import remote
 from hierarchy_builder.places.exclusion import Lease, still_ours
 from hierarchy_builder.places.remote import is_remote
-from hierarchy_builder.records import FORMAT_VERSION
+from hierarchy_builder.records import FORMAT_VERSION, Block
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_images
 
@@ -95,7 +95,7 @@ class Ledger:
         except OSError:
             text = b""
         ends = text if len(text) <= HEAD_BYTES + TAIL_BYTES else text[:HEAD_BYTES] + text[-TAIL_BYTES:]
-        found = {name.decode(): value.decode() for name, value in TOP_LEVEL.findall(ends)}
+        found = _top_level(ends)
         with contextlib.suppress(ValueError, KeyError):
             check_seal(text, found[SEAL])
             if int(found["format_version"]) == RECORD_VERSION:
@@ -103,29 +103,42 @@ class Ledger:
         # no seal was found: a marker of an earlier release, or one that is damaged
         return or_none(self.result, unit) is not None
 
-    def finished(self, units: Iterable[int]) -> Iterator[Marker]:
-        """Yield the markers of those of `units` that were finished with this configuration, in order.
+    def finished(self, units: Iterable[Block]) -> Iterator[tuple[Block, Marker]]:
+        """Yield those of `units` that were finished with this configuration, each with its marker, in order.
 
-        At a URL one listing tells which of them exist, and the next ones are under way while one is used.
+        At a URL one listing tells which markers exist, and the next ones are under way while one is used.
         """
-        yield from filter(None, self._of_existing(partial(or_none, self.result), units))
+        looked = self._of_existing(partial(or_none, self.result), units)
+        return ((unit, marker) for unit, marker in looked if marker is not None)
 
-    def glances(self, units: Iterable[int]) -> Iterator[dict[str, float]]:
+    def glances(self, units: Iterable[Block]) -> Iterator[dict[str, float]]:
         """Yield what `glance` tells of those of `units` that are finished, in order."""
-        yield from filter(None, self._of_existing(self.glance, units))
+        return (found for _, found in self._of_existing(self.glance, units) if found is not None)
 
-    def missing(self, units: Iterable[int]) -> list[int]:
+    def missing(self, units: Sequence[Block]) -> list[Block]:
         """Return those of `units` that were not finished with this configuration."""
-        units = list(units)
-        done = set(self._of_existing(lambda unit: unit if self.is_done(unit) else None, units))
-        return [unit for unit in units if unit not in done]
+        done = {unit.number for unit, is_done in self._of_existing(self.is_done, units) if is_done}
+        return [unit for unit in units if unit.number not in done]
 
-    def _of_existing(self, look: Callable[[int], ResultT], units: Iterable[int]) -> Iterator[ResultT]:
+    def results(self, count: int) -> Iterator[Marker]:
+        """Yield the markers of the first `count` units in order; see `result`."""
+        return self._of_each(self.result, range(count))
+
+    def _of_existing(
+        self, look: Callable[[int], ResultT], units: Iterable[Block]
+    ) -> Iterator[tuple[Block, ResultT]]:
+        units = list(units)
+        if is_remote(self.folder):
+            there = {path.name for path in remote.files_below(self.folder)}
+            units = [unit for unit in units if self.marker(unit.number).name in there]
+        return zip(units, self._of_each(look, [unit.number for unit in units]), strict=True)
+
+    def _of_each(self, look: Callable[[int], ResultT], numbers: Iterable[int]) -> Iterator[ResultT]:
         if not is_remote(self.folder):
-            yield from map(look, units)
+            yield from map(look, numbers)
             return
-        there = {path.name for path in remote.files_below(self.folder)}
-        yield from _at_once(look, (unit for unit in units if self.marker(unit).name in there))
+        with ThreadPoolExecutor(remote.AT_ONCE) as pool:
+            yield from ahead(pool, look, numbers, remote.AT_ONCE)
 
     def finish(self, unit: int, result: Mapping[str, Any]) -> None:
         """Write the marker of `unit`; call this only after everything the unit wrote is on disk.
@@ -154,44 +167,31 @@ class Ledger:
 
         The outcomes of its images between them, a hundred times as long, are neither read nor checked.
         """
-        if is_remote(self.folder):  # one request, as for a part of it
-            return self._glance_at_all(unit)
-        require_regular(self.marker(unit))
-        try:
-            with self.marker(unit).open("rb") as file:
-                text = file.read(HEAD_BYTES)
-                if len(text) == HEAD_BYTES:
-                    if file.seek(0, os.SEEK_END) > HEAD_BYTES + TAIL_BYTES:
-                        text = text[: text.rfind(b"\n") + 1]  # whole lines
-                        file.seek(-TAIL_BYTES, os.SEEK_END)
-                    else:
-                        file.seek(HEAD_BYTES)
-                    text += file.read()
-        except OSError:
-            return None
-        found = {name.decode(): value for name, value in TOP_LEVEL.findall(text)}
-        if not found.keys() >= {"images", "seconds", "stage_hash", "unit"}:
-            return self._glance_at_all(unit)
-        if (found["stage_hash"].decode(), int(found["unit"])) != (self.stage_hash, unit):
-            return None
-        return {"images": int(found["images"]), "seconds": float(found["seconds"])}
-
-    def _glance_at_all(self, unit: int) -> dict[str, float] | None:
-        marker = or_none(self.result, unit)
+        found = {} if is_remote(self.folder) else _top_level(_ends_of(self.marker(unit)))
+        if found.keys() >= {"images", "seconds", "stage_hash", "unit"}:
+            if (found["stage_hash"], int(found["unit"])) != (self.stage_hash, unit):
+                return None
+            return {"images": int(found["images"]), "seconds": float(found["seconds"])}
+        marker = or_none(self.result, unit)  # at a URL a part of it takes one request too
         return None if marker is None else {name: marker[name] for name in ("images", "seconds")}
 
-    def each(self, units: Iterable[int]) -> Iterator[Marker]:
-        """Yield the markers of `units`, in that order; see `result`."""
-        yield from (_at_once if is_remote(self.folder) else map)(self.result, units)
 
-    def results(self, units: Iterable[int]) -> list[Marker]:
-        """Return the same as a list."""
-        return list(self.each(units))
+def _top_level(text: bytes) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in TOP_LEVEL.findall(text)}
 
 
-def _at_once(look: Callable[[int], ResultT], units: Iterable[int]) -> Iterator[ResultT]:
-    with ThreadPoolExecutor(remote.AT_ONCE) as pool:
-        yield from ahead(pool, look, units, remote.AT_ONCE)
+def _ends_of(path: Path) -> bytes:
+    """Both ends of a marker in whole lines, or all of a short one; nothing where there is none."""
+    require_regular(path)
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head, size = file.read(HEAD_BYTES), file.seek(0, os.SEEK_END)
+        if size > HEAD_BYTES + TAIL_BYTES:
+            head = head[: head.rfind(b"\n") + 1]
+            file.seek(-TAIL_BYTES, os.SEEK_END)
+        else:
+            file.seek(len(head))
+        return head + file.read()
+    return b""
 
 
 class Marker(dict[str, Any]):
@@ -309,8 +309,8 @@ def begin_stage(
     writes.
     """
     manifest = read_manifest(folder)
-    known = {path for one in _begun(folder, manifest) for path in _outputs_of(folder, one)}
-    outputs = [path for path in _outputs_of(folder, stage) if path not in known]
+    known = {path for one in _begun(folder, manifest) for path in outputs_of(folder, one)}
+    outputs = [path for path in outputs_of(folder, stage) if path not in known]
     folder.refuse_foreign(path for place in outputs for path in folder.own_files(place))
     starts_over = fresh and stage in ("extract", "fuse")
     if not starts_over and manifest["stages"] and ("fuse" in manifest["stages"]) != (stage == "fuse"):
@@ -321,8 +321,12 @@ def begin_stage(
         )
     if fresh:
         _forget(folder, manifest, _stages_from(stage))
-    if not all(path.exists() for path in _stores_of(folder, stage)):
-        folder.remove(folder.ledger(stage))
+    markers, *others = outputs_of(folder, stage)
+    num_stores = {"extract": 1, "vocabulary": 1, "cluster": 1, "link": 2}.get(
+        stage, 0
+    )  # each tar is checked alone
+    if not all(path.exists() for path in others[:num_stores]):
+        folder.remove(markers)
     stored = manifest["stages"].get(stage)
     if stored is not None and stored["inputs"] != dict(inputs):
         if repairs or folder.markers(stage):
@@ -339,7 +343,7 @@ def removed_by_fresh(folder: BuildFolder, stage: str) -> list[Path]:
     if "fuse" in manifest["stages"] and stage not in ("extract", "fuse"):
         return []  # refused: a fused build has no stores to go on from
     begun = _begun(folder, manifest)
-    places = [path for one in _stages_from(stage) if one in begun for path in _outputs_of(folder, one)]
+    places = [path for one in _stages_from(stage) if one in begun for path in outputs_of(folder, one)]
     ledgers = folder.manifest_copy.parent
     return [
         path for path in dict.fromkeys(places) if folder.own_files(path) and not path.is_relative_to(ledgers)
@@ -387,20 +391,6 @@ def _record(
     return Ledger(folder.ledger(stage), stage_hash)
 
 
-def _stores_of(folder: BuildFolder, stage: str) -> list[Path]:
-    """Return the stores that the units of a stage write to; tars are not among them, since each is checked alone."""
-    return {
-        "extract": [folder.features],
-        "vocabulary": [folder.vocabulary],
-        "cluster": [folder.regions],
-        "link": _links_of(folder),
-    }.get(stage, [])
-
-
-def _links_of(folder: BuildFolder) -> list[Path]:
-    return [folder.regions / "prototypes", folder.regions / "prototype_distances"]
-
-
 def _begun(folder: BuildFolder, manifest: Mapping[str, Any]) -> set[str]:
     """Return the stages that have started, from the manifest and the markers; without a manifest from its copy."""
     copy = folder.manifest_copy
@@ -408,18 +398,16 @@ def _begun(folder: BuildFolder, manifest: Mapping[str, Any]) -> set[str]:
     return {*manifest["stages"], *kept, *(stage for stage in STAGES if folder.markers(stage))}
 
 
-def _outputs_of(folder: BuildFolder, stage: str) -> list[Path]:
-    """Return the files and folders that a stage writes, its markers included."""
+def outputs_of(folder: BuildFolder, stage: str) -> list[Path]:
+    """Return the folder of the markers of a stage, then the files and folders that it writes, the largest first."""
+    lists = [folder.listing, folder.index, folder.class_map]
     outputs = {
-        "extract": [folder.listing, folder.index, folder.class_map, folder.features],
+        "extract": [folder.features, *lists],
         "vocabulary": [folder.vocabulary, folder.vocabulary_work],
         "cluster": [folder.regions, folder.recut, folder.ledger("recut")],
-        "link": _links_of(folder),
+        "link": [folder.regions / "prototypes", folder.regions / "prototype_distances"],
         "shard": [folder.shards],
-        "fuse": [
-            *(folder.listing, folder.index, folder.class_map, folder.shards, folder.parts),
-            folder.ledger("shard"),
-        ],
+        "fuse": [folder.shards, folder.parts, *lists, folder.ledger("shard")],
     }
     return [folder.ledger(stage), *outputs[stage]]
 
@@ -429,7 +417,7 @@ def _forget(folder: BuildFolder, manifest: dict[str, Any], stages: Sequence[str]
     for stage in (stage for stage in STAGES if stage in stages and stage in _begun(folder, manifest)):
         inputs = manifest["stages"].get(stage, {}).get("inputs", {})
         split = inputs.get("shard", inputs).get("config", {}).get("split")  # begins the names of its tars
-        for path in _outputs_of(folder, stage):
+        for path in outputs_of(folder, stage):
             folder.remove(path, split)
     for stage in stages:
         manifest["stages"].pop(stage, None)

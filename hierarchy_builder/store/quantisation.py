@@ -75,15 +75,14 @@ def changed_share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
     before, after: uint8 [N, H, W]. The numbering of the ids does not matter.
     """
-    return np.array([_changed_share(a.ravel(), b.ravel()) for a, b in zip(before, after, strict=True)])
-
-
-def _changed_share(before: np.ndarray, after: np.ndarray) -> float:
     from scipy.optimize import linear_sum_assignment
 
-    table = np.zeros((int(before.max()) + 1, int(after.max()) + 1), np.int64)
-    np.add.at(table, (before, after), 1)
-    return 1 - table[linear_sum_assignment(table, maximize=True)].sum() / before.size
+    shares = np.empty(len(before))
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        table = np.zeros((int(old.max()) + 1, int(new.max()) + 1), np.int64)
+        np.add.at(table, (old, new), 1)
+        shares[number] = 1 - table[linear_sum_assignment(table, maximize=True)].sum() / old.size
+    return shares
 
 
 def _digits(value: float) -> float:

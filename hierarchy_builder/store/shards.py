@@ -41,7 +41,13 @@ JPEG_BYTES_PER_PIXEL = 0.55
 Single photos differ by 30 %. Small images take more per pixel (64 px: 0.9), large ones less (512 px: 0.35).
 """
 
-ARRAY_MEMBERS = (FEATURES_MEMBER, SCALE_MEMBER, REGIONS_MEMBER, CANVASES_MEMBER)
+ARRAY_MEMBERS = {
+    FEATURES_MEMBER: "features",
+    SCALE_MEMBER: "scale",
+    REGIONS_MEMBER: "regions",
+    CANVASES_MEMBER: "canvases",
+}
+"""Fields of `Sample` that are arrays, by member."""
 
 
 def shard_name(split: str, number: int) -> str:
@@ -64,12 +70,7 @@ def sidecar_problems(tar: Path, told: Mapping[str, Any]) -> Iterator[str]:
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
     """Return the members of a sample by name: arrays as .npy without pickle, label as text, JSON with sorted keys."""
-    arrays = {
-        FEATURES_MEMBER: sample.features,
-        SCALE_MEMBER: sample.scale,
-        REGIONS_MEMBER: sample.regions,
-        CANVASES_MEMBER: sample.canvases,
-    }
+    arrays = {name: getattr(sample, field) for name, field in ARRAY_MEMBERS.items()}
     members = {name: _npy(array) for name, array in arrays.items() if array is not None}
     members[LABEL_MEMBER] = str(sample.label).encode()
     members[METADATA_MEMBER] = json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False).encode()
@@ -84,23 +85,14 @@ def decode_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         if name not in members:
             raise BuilderError(f"sample {key} has no {name}, found {', '.join(sorted(members)) or 'nothing'}")
     with decoding(f"sample {key} is"):
-        arrays = {name: parse_npy(members[name]) for name in ARRAY_MEMBERS if name in members}
+        arrays = {field: parse_npy(members[name]) for name, field in ARRAY_MEMBERS.items() if name in members}
         label, metadata = int(members[LABEL_MEMBER]), parse_json(members[METADATA_MEMBER])
-    if (arrays[FEATURES_MEMBER].dtype == np.int8) != (SCALE_MEMBER in arrays):
+    if (arrays["features"].dtype == np.int8) != ("scale" in arrays):
         raise BuilderError(
-            f"sample {key} has {FEATURES_MEMBER} of {arrays[FEATURES_MEMBER].dtype} "
-            f"{'with' if SCALE_MEMBER in arrays else 'without'} {SCALE_MEMBER}, which belongs to int8 only"
+            f"sample {key} has {FEATURES_MEMBER} of {arrays['features'].dtype} "
+            f"{'with' if 'scale' in arrays else 'without'} {SCALE_MEMBER}, which belongs to int8 only"
         )
-    return Sample(
-        key=key,
-        label=label,
-        features=arrays[FEATURES_MEMBER],
-        scale=arrays.get(SCALE_MEMBER),
-        regions=arrays[REGIONS_MEMBER],
-        canvases=arrays.get(CANVASES_MEMBER),
-        metadata=metadata,
-        image=members.get(IMAGE_MEMBER),
-    )
+    return Sample(key=key, label=label, metadata=metadata, image=members.get(IMAGE_MEMBER), **arrays)
 
 
 def write_shard(tar: Path, samples: Iterable[Sample], *, config_hash: str) -> dict[str, Any]:

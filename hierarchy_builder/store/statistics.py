@@ -9,7 +9,6 @@ Source: Chan, Golub and LeVeque (1979), pairwise update of mean and M2.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import decoding, read_bytes, write_bytes
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.untrusted.arrays import parse_npz
+from hierarchy_builder.untrusted.arrays import npz_of, parse_npz
 
 SCATTER_VALUES = 2**22
 """Values that a thread converts to float64 at a time (32 MiB); fixed, since the order of a sum changes its bits."""
@@ -124,9 +123,7 @@ def per_channel(position: Moments) -> Moments:
 
 def write_statistics(path: Path, position: Moments, joint: Moments | None = None) -> None:
     """Write statistics.npz, see `statistics_arrays`."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **statistics_arrays(position, joint))
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, npz_of(**statistics_arrays(position, joint)))
 
 
 def statistics_arrays(position: Moments, joint: Moments | None) -> dict[str, Any]:
@@ -161,10 +158,9 @@ def write_part_moments(
     arrays: dict[str, Any] = {"count": np.int64(moments.count), "mean": moments.mean, "m2": moments.m2}
     if scatter is not None:
         arrays["scatter"] = scatter
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_bytes(folder.part_moments(part), buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    content = npz_of(**arrays)
+    write_bytes(folder.part_moments(part), content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_part_moments(folder: BuildFolder, part: int, marker: Mapping[str, Any]) -> Moments:

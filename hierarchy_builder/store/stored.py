@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 
 from hierarchy_builder.errors import VerificationError
-from hierarchy_builder.files import sha256_file
+from hierarchy_builder.files import repair_of, sha256_file
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
@@ -81,7 +81,9 @@ class Stored:
         stage, (num_rows, block_rows, _) = stores.ARRAYS[name].stage, self._layout
         if name not in self._described:
             path, layout = layout_of(self.folder, stage)
-            stores.require_layout(path, {name: layout[name]}, self._group(name))
+            if damaged := stores.damaged_layout(path, {name: layout[name]}, self._group(name)):
+                described = path / damaged[0] / "zarr.json"
+                raise VerificationError(f"{described} is missing or not as it was written: {repair_of(path)}")
             self._described.add(name)
         if stage not in self._ledgers:
             entry = self._entries["extract" if stage == "covariance" else stage]

@@ -26,6 +26,7 @@ from hierarchy_builder.store.ledger import (
     Ledger,
     is_fused,
     open_ledger,
+    outputs_of,
     read_manifest,
     stage_entry,
 )
@@ -45,7 +46,7 @@ def finished_stage(folder: BuildFolder, stage: str) -> dict[str, Any]:
         refuse_fused(folder, stage)
     ledger = open_ledger(folder, stage)
     units = stage_units(folder, stage)
-    missing = ledger.missing(unit.number for unit in units)
+    missing = ledger.missing(units)
     require_all(folder, stage, len(units) - len(missing), len(units))
     return entry
 
@@ -85,18 +86,10 @@ def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
 
 def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
     """Return one row per stage: units, finished ones, images, seconds summed over units, bytes on disk and state."""
-    outputs = {
-        "extract": folder.features,
-        "vocabulary": folder.vocabulary,
-        "cluster": folder.regions,
-        "link": folder.regions / "prototypes",
-        "shard": folder.shards,
-        "fuse": folder.shards,
-    }
     rows = []
     for stage in (name for name in STAGES if name in read_manifest(folder)["stages"]):
         ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-        results = list(ledger.glances(unit.number for unit in units))
+        results = list(ledger.glances(units))
         rows.append(
             {
                 "stage": stage,
@@ -104,7 +97,7 @@ def progress_of(folder: BuildFolder) -> list[dict[str, Any]]:
                 "units_done": len(results),
                 "images": sum(int(result["images"]) for result in results),
                 "seconds": round(sum(result["seconds"] for result in results), 3),
-                "bytes": size_on_disk(outputs[stage]),
+                "bytes": size_on_disk(outputs_of(folder, stage)[1]),
                 "state": state_of(folder, stage, len(units) - len(results)),
             }
         )
@@ -145,7 +138,7 @@ def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[pa.Table, list[dic
     facts = list[dict[str, Any]]()
 
     def told() -> Iterator[pa.RecordBatch]:
-        for unit, marker in zip(units, ledger.each(unit.number for unit in units), strict=True):
+        for unit, marker in zip(units, ledger.results(len(units)), strict=True):
             with decoding(marker.path):
                 batch = outcomes_of(marker["outcomes"], len(unit))
             yield batch
@@ -171,10 +164,10 @@ def told_blocks(folder: BuildFolder) -> Iterator[tuple[Block, pa.RecordBatch]]:
     stage = "fuse" if is_fused(folder) else "extract"
     ledger, blocks = open_ledger(folder, stage), {unit.number: unit for unit in stage_units(folder, stage)}
     for each in (ledger, Ledger(ledger.folder, REOPENED)):
-        for marker in each.finished(list(blocks)):
+        for block, marker in each.finished(list(blocks.values())):
             with contextlib.suppress(BuilderError), decoding(marker.path):
-                told = outcomes_of(marker["outcomes"], len(blocks[marker["unit"]]))
-                yield blocks.pop(marker["unit"]), told
+                told = outcomes_of(marker["outcomes"], len(block))
+                yield blocks.pop(block.number), told
 
 
 def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
@@ -183,18 +176,17 @@ def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
     unfinished: leave out blocks without a whole marker; otherwise they raise BuilderError.
     """
     stage, ok = "fuse" if is_fused(folder) else "extract", status_name(Status.OK)
-    ledger, usable = open_ledger(folder, stage), [np.empty(0, np.int64)]
-    starts = {block.number: block.start for block in stage_units(folder, stage)}
-    for marker in ledger.finished([*starts]):
+    ledger, units, usable = open_ledger(folder, stage), stage_units(folder, stage), list[np.ndarray]()
+    for block, marker in ledger.finished(units):
         with decoding(marker.path):
-            outcomes = enumerate(marker["outcomes"], starts.pop(marker["unit"]))
+            outcomes = enumerate(marker["outcomes"], block.start)
             rows = [row for row, outcome in outcomes if outcome["status"] == ok]
             usable.append(np.array(rows, np.int64))
-    if starts and not unfinished:
+    if len(usable) < len(units) and not unfinished:
         if stage == "extract":
             finished_stage(folder, stage)  # says how to finish it
-        ledger.results(starts)
-    return np.concatenate(usable)
+        list(ledger.results(len(units)))  # says what is wrong with the first that is not whole
+    return np.concatenate(usable) if usable else np.empty(0, np.int64)
 
 
 def store_layout(extracted: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:

@@ -6,7 +6,7 @@ import io
 import math
 import zipfile
 from collections.abc import Collection
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,6 +37,13 @@ def parse_npy(data: bytes) -> np.ndarray:
         raise ValueError(f"{len(content)} bytes follow the header of {dtype} {shape}, expected {expected}")
     flat = np.frombuffer(bytearray(content), dtype=dtype) if content else np.empty(0, dtype)
     return flat.reshape(shape[::-1]).T if is_fortran else flat.reshape(shape)
+
+
+def npz_of(**arrays: Any) -> bytes:
+    """The .npz file of some arrays, which holds no pickle; its zip holds a checksum of each. `parse_npz` reads it."""
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **arrays)
+    return stream.getvalue()
 
 
 def parse_npz(file: BinaryIO | bytes, names: Collection[str] | None = None) -> dict[str, np.ndarray]:

@@ -170,12 +170,12 @@ def _damages(stage: str, texts: Iterator[str], unit: int | None = None, place: s
 
 def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
     ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-    numbers, found = [unit.number for unit in units], {int(path.stem): path for path in folder.markers(stage)}
-    for number in sorted(found.keys() - set(numbers)):
+    found = {int(path.stem): path for path in folder.markers(stage)}
+    for number in sorted(found.keys() - {unit.number for unit in units}):
         text = f"{found[number]} is the marker of a unit that {stage} does not have"
         yield Damage(stage=stage, unit=number, text=text)
-    missing = ledger.missing(numbers)
-    for number in (number for number in missing if number in found):
+    missing = ledger.missing(units)
+    for number in (unit.number for unit in missing if unit.number in found):
         text = f"{found[number]} is damaged or belongs to another configuration"
         yield Damage(stage=stage, unit=number, text=text)
     for path in sorted(folder.ledger(stage).glob(f"*{BEGUN}")):
@@ -190,10 +190,8 @@ def _check_markers(folder: BuildFolder, stage: str) -> Iterator[Damage]:
 def _check_blocks(folder: BuildFolder, stage: str, check: BlockCheck) -> Iterator[Damage]:
     """Compare the arrays of each finished block with their SHA-256, then run `check(block, arrays, marker)`."""
     path, layout = layout_of(folder, stage)
-    blocks = {block.number: block for block in stage_units(folder, "extract")}
     group = or_none(stores.open_store, path)
-    for marker in open_ledger(folder, stage).finished(blocks):
-        block = blocks[marker["unit"]]
+    for block, marker in open_ledger(folder, stage).finished(stage_units(folder, stage)):
         problems = _block_problems(path, group, layout, block, marker, check)
         yield from _damages(stage, problems, block.number, f"{path}, block {block.number}: ")
 
@@ -245,11 +243,11 @@ def _check_fused(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Dam
     yield from _check_listing(folder, "fuse", stages["extract"])
     yield from _check_photos(folder, "fuse")
     lost, ledger = list[Damage](), open_ledger(folder, "fuse")
-    for marker in ledger.finished(block.number for block in stage_units(folder, "fuse")):
+    for block, marker in ledger.finished(stage_units(folder, "fuse")):
         try:
-            read_part_moments(folder, marker["unit"], marker)
+            read_part_moments(folder, block.number, marker)
         except BuilderError as error:
-            lost.append(Damage(stage="fuse", unit=marker["unit"], text=str(error)))
+            lost.append(Damage(stage="fuse", unit=block.number, text=str(error)))
     if lost or or_none(usable_rows, folder) is None:
         yield from lost
         return
@@ -291,9 +289,9 @@ def is_listing(path: Path, entry: Mapping[str, Any]) -> bool:
 def _check_outcomes(folder: BuildFolder, stage: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Damage]:
     """Compare the outcomes in the index with those of finished units; in an unfinished build they come later."""
     ledger, units = open_ledger(folder, stage), stage_units(folder, stage)
-    if ledger.missing(unit.number for unit in units):
+    if ledger.missing(units):
         return
-    for unit, marker in zip(units, ledger.finished(unit.number for unit in units), strict=True):
+    for unit, marker in ledger.finished(units):
         told = [{name: row.get(name) for name in OUTCOME_COLUMNS} for row in marker["outcomes"]]
         if told != rows[unit.start : unit.stop]:
             # Without a seal nothing tells which of the two is right, so the images are looked at again.
@@ -398,7 +396,7 @@ def _check_shards(
         return
     config = from_mapping(ShardConfig, stages["shard"]["request"])
     ledger = open_ledger(folder, "shard")
-    units = {unit.number: unit for unit in stage_units(folder, "shard")}
+    units = stage_units(folder, "shard")
     rows, index, seen = usable_rows(folder), read_index(folder.index), set[str]()
     stored = None if is_fused(folder) else Stored(folder)  # a fused build has no stores
     extracted, recipe = stages["extract"]["inputs"], stages["cluster"]["inputs"]["config"]
@@ -406,8 +404,7 @@ def _check_shards(
     arrays = arrays_of(encoder["grid"], encoder["width"], num_levels, config.feature_dtype)
     layout = Layout(arrays, extracted["num_classes"])
     markers = list[Mapping[str, Any]]()
-    for marker in ledger.finished(units):
-        unit = units[marker["unit"]]
+    for unit, marker in ledger.finished(units):
         tar = folder.shards / shard_name(config.split, unit.number)
         markers.append(marker)
         tar_rows = rows[unit.start : unit.stop]

@@ -18,7 +18,6 @@ from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import decoding, read_json, sizes_in
 from hierarchy_builder.places import remote
 from hierarchy_builder.places.remote import is_remote
-from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import open_ledger
@@ -54,11 +53,10 @@ def missing_files(
 
 def _missing_tars(folder: BuildFolder, request: Mapping[str, Any]) -> Iterator[str]:
     config, ledger = from_mapping(ShardConfig, request), open_ledger(folder, "shard")
-    units = [unit.number for unit in stage_units(folder, "shard")]
-    shards, there = folder.shards, sizes_in(folder.shards)
+    units, shards, there = stage_units(folder, "shard"), folder.shards, sizes_in(folder.shards)
     if ledger.missing(units):
-        for marker in ledger.finished(units):
-            tar = shards / shard_name(config.split, marker["unit"])
+        for unit, marker in ledger.finished(units):
+            tar = shards / shard_name(config.split, unit.number)
             yield from size_problems(tar, marker["bytes"], there)
         return
     index = read_json(shards / "index.json")
@@ -94,20 +92,15 @@ def _missing_blocks(folder: BuildFolder, stage: str) -> Iterator[tuple[int, str]
     ledger, (path, layout) = open_ledger(folder, stage), layout_of(folder, stage)
     group = stores.open_store(path)
     there = remote.files_below(path) if is_remote(path) else None
-    blocks = {block.number: block for block in stage_units(folder, stage)}
-    for marker in ledger.finished(blocks):
-        block = blocks[marker["unit"]]
+    for block, marker in ledger.finished(stage_units(folder, stage)):
         for name in layout:
-            if not _is_there(path, name, block, marker, group, there):
+            written = marker.get("files", {}).get(name)
+            if written is None:  # by an earlier release, whose markers do not tell
+                continue
+            if there is None:
+                is_there = is_as_written(group, name, block, marker)
+            else:
+                is_there = written == NOTHING or stores.shard_file(path, name, block.number) in there
+            if not is_there:
                 text = f"{path}, block {block.number}: the file of {name} is missing or not the one that was written"
                 yield block.number, text
-
-
-def _is_there(path: Path, name: str, block: Block, marker: Mapping[str, Any], group: Any, there: Any) -> bool:
-    """Whether the file of a block of one array is there. there: the objects of the store, where it is at a URL."""
-    written = marker.get("files", {}).get(name)
-    if written is None:  # by an earlier release, whose markers do not tell
-        return True
-    if there is None:
-        return is_as_written(group, name, block, marker)
-    return written == NOTHING or stores.shard_file(path, name, block.number) in there

@@ -178,7 +178,7 @@ def _restore_listing(folder: BuildFolder) -> None:
 def _rewrite_index(folder: BuildFolder) -> bool:
     """Write the index from the listing and the markers; returns whether all of them exist."""
     ledger, units = open_ledger(folder, "extract"), stage_units(folder, "extract")
-    if not folder.listing.exists() or ledger.missing(unit.number for unit in units):
+    if not folder.listing.exists() or ledger.missing(units):
         return False
     outcomes, _ = gathered(ledger, units)
     write_index(folder.index, read_images(folder.listing), outcomes)

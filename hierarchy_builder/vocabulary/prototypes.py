@@ -9,7 +9,6 @@ units of the raw features.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import brief, from_mapping, to_mapping
 from hierarchy_builder.files import decoding, write_bytes
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
-from hierarchy_builder.untrusted.arrays import parse_npz
+from hierarchy_builder.untrusted.arrays import npz_of, parse_npz
 from hierarchy_builder.untrusted.documents import parse_json
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
@@ -154,9 +153,7 @@ def save_vocabulary(
         "inertia": np.asarray(vocabulary.inertia, dtype=np.float64),
         "description": np.array(json.dumps(described, sort_keys=True)),
     }
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_bytes(Path(path) if isinstance(path, str) else path, buffer.getvalue())
+    write_bytes(Path(path) if isinstance(path, str) else path, npz_of(**arrays))
 
 
 def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str]:

@@ -298,9 +298,7 @@ def test_existing_files_count_as_free_space(
 
 def test_the_bound_from_shapes_holds(built: BuildFolder) -> None:
     encoder = {"grid": (16, 16), "width": 48, "image_size_px": 256}
-    bound = space.extract_bytes(36, encoder, 16) | space.later_bytes(
-        PLAN.hierarchy, PLAN.vocabulary, PLAN.shard, 36, encoder
-    )
+    bound = space.extract_bytes(36, encoder, 16) | space.later_bytes(PLAN, 36, encoder)
     assert size_on_disk(built.index) <= bound["index.parquet"]
     for name, slack in (("features.zarr", 1.5), ("regions.zarr", 8)):
         stored = [path for path in (built.root / name).rglob("c/**/*") if path.is_file()]

@@ -171,15 +171,15 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bytes(
 
 def test_a_damaged_state_is_said_and_changes_nothing(folder: BuildFolder, monkeypatch) -> None:
     expected = fit(copy_of(folder, "whole"))
-    write, states = vocabulary_fit._write_state, []
+    write, states = vocabulary_fit.write_bytes, []
 
-    def stop(path: Path, *content) -> None:
-        write(path, *content)
-        states.append(path)
+    def stop(path: Path, content: bytes) -> None:
+        write(path, content)
+        states.extend([path] * (path.name == "state.npz"))
         if len(states) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(vocabulary_fit, "_write_state", stop)
+    monkeypatch.setattr(vocabulary_fit, "write_bytes", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(folder)
     states[0].write_bytes(states[0].read_bytes()[:-30])

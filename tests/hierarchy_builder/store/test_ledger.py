@@ -22,7 +22,7 @@ def test_units_stay_done_for_the_same_inputs(folder) -> None:
     ledger.finish(0, {"images": 3})
     again = begin_stage(folder, "extract", {"a": 1}, {}, fresh=False)
     assert again.is_done(0)
-    assert again.results([0])[0]["images"] == 3
+    assert again.result(0)["images"] == 3
 
 
 def test_other_inputs_are_refused_with_a_list_of_differences(folder) -> None:
@@ -67,7 +67,7 @@ def test_marker_of_another_configuration_is_ignored(folder) -> None:
     new = Ledger(folder.ledger("extract"), "new")
     assert not new.is_done(0)
     with pytest.raises(BuilderError, match="another configuration"):
-        new.results([0])
+        new.result(0)
 
 
 def test_missing_stage_names_the_command(folder) -> None:

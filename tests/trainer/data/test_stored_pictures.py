@@ -227,7 +227,7 @@ def test_plan_and_room_count_the_size(built: BuildFolder, photos: Path, tmp_path
     assert abs(plan.sizes["shards"] / real - 1) < 0.01
     encoder = json.loads(built.manifest.read_text())["stages"]["extract"]["inputs"]["encoder"]
     small, large = (
-        later_bytes(PLAN.hierarchy, None, replace(PLAN.shard, image_px=px), 1, encoder)["shards"]
+        later_bytes(replace(PLAN, shard=replace(PLAN.shard, image_px=px)), 1, encoder)["shards"]
         for px in (None, 1024)
     )
     assert large - small > 0.5 * (1024**2 - 128**2)
