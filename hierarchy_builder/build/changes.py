@@ -71,8 +71,18 @@ def reopen_failed(
     if {**entry["inputs"], **listed} != {**inputs, **listed}:
         return 0  # another configuration or encoder: the ledger refuses it, key by key
     statuses, ok = outcomes.column("status").to_pylist(), status_name(Status.OK)
-    _refuse_other_changes(
-        folder, before, records, {row for row, status in enumerate(statuses) if status != ok}
+    now = {record.path: record for record in records}
+    changed = sorted({record.path for record in before} ^ now.keys())
+    changed += [
+        was.path
+        for was, status in zip(before, statuses, strict=True)
+        if status == ok and now.get(was.path, was) != was
+    ]
+    _refuse(
+        folder,
+        changed,
+        "besides the failed ones (added, removed or changed)",
+        "--retry-failed only repeats failed images; restore the others",
     )
     failed = [row for row, status in enumerate(statuses) if status not in (None, ok)]
     readable = _readable(failed, before, records, images, inputs["config"]["max_pixels"])
@@ -82,18 +92,11 @@ def reopen_failed(
     return len(readable)
 
 
-def _refuse_other_changes(
-    folder: BuildFolder, before: Sequence[ImageRecord], now: Sequence[ImageRecord], failed: Collection[int]
-) -> None:
-    old = {record.path: (row, record) for row, record in enumerate(before)}
-    new = {record.path: record for record in now}
-    changed = sorted(old.keys() ^ new.keys())
-    changed += [path for path, (row, was) in old.items() if row not in failed and new.get(path, was) != was]
+def _refuse(folder: BuildFolder, changed: Sequence[str], which: str, advice: str) -> None:
     if changed:
         raise ConfigMismatchError(
-            f"{folder.root}: found changes of {counted(len(changed), 'image')} besides the failed ones (added, removed "
-            f"or changed), for example {changed[0]}: --retry-failed only repeats failed images; restore the others, "
-            "or start over with --fresh"
+            f"{folder.root}: found changes of {counted(len(changed), 'image')} {which}, for example {changed[0]}: "
+            f"{advice}, or start over with --fresh"
         )
 
 
@@ -218,7 +221,9 @@ def in_row_order(folder: BuildFolder, images: ImageSource, order: str, *, accept
     named = images.records.relabelled(ids)
     now = {record.path: record for record in named}
     if accept:
-        _refuse_changes(folder, before, now)
+        changed = [old.path for old in before if _looks(now.get(old.path)) != _looks(old)]
+        advice = "--accept-new-files only adds images; restore them"
+        _refuse(folder, changed, "of this build (changed or missing)", advice)
     kept = [dataclasses.replace(now[old.path], key=old.key) for old in before if old.path in now]
     old_paths, taken = {old.path for old in before}, {old.key for old in before}
     new = [_with_free_key(record, taken) for record in named if record.path not in old_paths]
@@ -315,18 +320,8 @@ def _grown_classes(before: Mapping[str, int], now: Mapping[str, int]) -> dict[st
     return ids
 
 
-def _refuse_changes(
-    folder: BuildFolder, before: Sequence[ImageRecord], now: Mapping[str, ImageRecord]
-) -> None:
-    def looks(record: ImageRecord | None) -> tuple[str, int, int] | None:
-        return None if record is None else (record.class_name, record.label, record.num_bytes)
-
-    changed = [old.path for old in before if looks(now.get(old.path)) != looks(old)]
-    if changed:
-        raise ConfigMismatchError(
-            f"{folder.root}: found changes of {counted(len(changed), 'image')} of this build (changed or missing), for "
-            f"example {changed[0]}: --accept-new-files only adds images; restore them, or start over with --fresh"
-        )
+def _looks(record: ImageRecord | None) -> tuple[str, int, int] | None:
+    return None if record is None else (record.class_name, record.label, record.num_bytes)
 
 
 def _with_free_key(record: ImageRecord, taken: set[str]) -> ImageRecord:
@@ -344,5 +339,5 @@ def _whole_tars(folder: BuildFolder) -> int:
         return 0
     config = ShardConfig(**stages["shard"]["inputs"]["config"])
     return len(usable_rows(folder, unfinished=True)) // samples_per_shard(
-        config, stages["extract"], stages["cluster"]
+        config, stages["extract"]["inputs"], stages["cluster"]["inputs"]
     )

@@ -174,7 +174,7 @@ def fuse(
     }
     ledger = begin_images(folder, "fuse", images, inputs, facts, session)
     blocks = blocks_of(len(records), extract.block_rows)
-    per_shard = samples_per_shard(config, {"inputs": inputs["extract"]}, {"inputs": inputs["cluster"]})
+    per_shard = samples_per_shard(config, inputs["extract"], inputs["cluster"])
     shards = Ledger(folder.ledger("shard"), hash_of("shard", inputs["shard"]))
     assembly = Assembly(folder, config.split, per_shard, blocks, ledger, shards)
     assembly.forget_lost()

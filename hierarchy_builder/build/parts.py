@@ -8,6 +8,7 @@ from it, a part is compared with the SHA-256 in its marker, since it may have wa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,35 +97,31 @@ class Assembly:
 
     def _write(self, spans: Sequence[_Span]) -> dict[str, Any]:
         tar = self.folder.shards / shard_name(self.split, self._next_shard)
-        marker = self.parts.result(spans[0].part)
-        facts = {name: marker[name] for name in ("count", "bytes", "sha256")}
         if not is_remote(tar):
             tar.parent.mkdir(parents=True, exist_ok=True)
-        for part in range(spans[0].part, spans[-1].part + 1):
+        by_part = {part: list(own) for part, own in itertools.groupby(spans, lambda span: span.part)}
+        for part in by_part:
             self._require(part)
-        if marker["count"] == len(spans) and spans[0].part == spans[-1].part:
+        marker = self.parts.result(spans[0].part)
+        if len(by_part) == 1 and marker["count"] == len(spans):
             move(self.folder.part(spans[0].part), tar)
+            facts = {name: marker[name] for name in ("count", "bytes", "sha256")}
         else:
             with atomic_file(tar) as file:
                 writer = TarWriter(file)
-                for part in range(spans[0].part, spans[-1].part + 1):
-                    self._copy(writer, [span for span in spans if span.part == part])
+                for part, own in by_part.items():
+                    with self.folder.part(part).open("rb") as source:
+                        source.seek(own[0].offset)
+                        for span in own:
+                            writer.copy(source.read(span.size))
                 facts = writer.close()
-        facts = {**facts, "config_hash": self.shards.stage_hash}
+        facts["config_hash"] = self.shards.stage_hash
         write_json(sidecar(tar), facts)
         return facts
 
-    def _copy(self, writer: TarWriter, spans: Sequence[_Span]) -> None:
-        if not spans:
-            return
-        with self.folder.part(spans[0].part).open("rb") as file:
-            file.seek(spans[0].offset)
-            for span in spans:
-                writer.copy(file.read(span.size), [span.size])
-
     def _require(self, part: int) -> None:
         """Raise VerificationError, and forget a part, if it is not what its unit wrote."""
-        if self.parts.result(part)["sizes"] and not self._is_as_written(part):
+        if not self._is_as_written(part):
             self.folder.remove(self.parts.marker(part))
             raise VerificationError(
                 f"{self.folder.part(part)} was changed after it was written: the same command makes it again"

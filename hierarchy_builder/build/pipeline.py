@@ -108,7 +108,9 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     if config.images and session.fresh:  # said before anything is removed
         refuse_lost_images(folder)
     ledger = begin_stage(folder, "shard", inputs, {"request": to_mapping(config)}, fresh=session.fresh)
-    units = blocks_of(len(usable_rows(folder)), samples_per_shard(config, extracted, clustered))
+    units = blocks_of(
+        len(usable_rows(folder)), samples_per_shard(config, extracted["inputs"], clustered["inputs"])
+    )
     _forget_lost_tars(folder, config, ledger, units)
     load = partial(
         ShardStage,

@@ -213,30 +213,26 @@ def make_plan(
         encoder = progress.inputs_of("extract")["encoder"]
         trial = _run_trial(BuildFolder(Path(place) / "build"), images, plan, session, fused=fused)
         usable = progress.usable(records, blocks, trial)
-        made_of = [{"inputs": progress.inputs_of(stage)} for stage in ("extract", "cluster")]
-        per_shard = samples_per_shard(plan.shard, made_of[0], made_of[1])
+        per_shard = samples_per_shard(plan.shard, *map(progress.inputs_of, ("extract", "cluster")))
         tars = blocks_of(usable, per_shard)
         sizes = _sizes(trial, images, plan, len(blocks), tars)
         uncertainty = trial.uncertainty(len(records))
         stages = [
-            _stage_plan(folder, progress, stage, trial, session, blocks, tars) for stage in progress.inputs
+            _stage_plan(folder, progress, stage, trial, plan, session, blocks, tars)
+            for stage in progress.inputs
         ]
-    todo, tokens = {stage.stage for stage in stages if stage.seconds}, usable * math.prod(encoder["grid"])
+    todo = {stage.stage for stage in stages if stage.seconds}
     scratch = 0  # tokens a vocabulary is fitted to, or rows that are copied from parts to a shard
     if "vocabulary" in todo and plan.vocabulary is not None:
-        place_of = [stage.stage for stage in stages].index("vocabulary")
-        fitting = _fitting_seconds(plan.vocabulary, tokens, encoder["width"], session)
-        stages[place_of] = replace(stages[place_of], seconds=round(stages[place_of].seconds + fitting, 1))
-        scratch = fitting_bytes(plan.vocabulary, tokens, encoder["width"])
+        scratch = fitting_bytes(plan.vocabulary, usable * math.prod(encoder["grid"]), encoder["width"])
     elif "fuse" in todo:
         scratch = math.ceil(min(usable, per_shard + config.block_rows) * trial.samples.mean())
-    counted_names = records.column("class_name").value_counts()
-    counts = Counter(dict(zip(*(part.to_pylist() for part in counted_names.flatten()), strict=True)))
+    counts = {row["values"]: row["counts"] for row in records.column("class_name").value_counts().to_pylist()}
     return Plan(
         source=images.location,
         num_images=len(records),
         input_bytes=pc.sum(records.column("bytes")).as_py(),
-        classes={name: counts[name] for name in images.class_map},
+        classes={name: counts.get(name, 0) for name in images.class_map},
         warnings=(*images.warnings, *few_tars(len(tars), usable, plan.shard.shard_bytes)),
         tried=len(trial.outcomes),
         unreadable=trial.unreadable,
@@ -265,9 +261,11 @@ class _Trial:
     """A finished build of a few images.
 
     outcomes: path → its row of the index. samples: bytes of each sample in the tars, with headers and padding.
+    index: that of its shards.
     """
 
     folder: BuildFolder
+    index: Mapping[str, Any]
     outcomes: Mapping[str, Mapping[str, Any]]
     samples: np.ndarray
     summaries: Mapping[str, StageSummary]
@@ -312,6 +310,7 @@ def _run_trial(
     table = read_index(folder.index)
     return _Trial(
         folder=folder,
+        index=read_json(folder.shards / "index.json"),
         outcomes=dict(zip(table.column("path").to_pylist(), table.to_pylist(), strict=True)),
         samples=np.concatenate([_sample_sizes(tar) for tar in sorted(folder.shards.glob("*.tar"))]),
         summaries={summary.stage: summary for summary in summaries},
@@ -392,10 +391,9 @@ def _index_bytes(trial: _Trial, images: ImageTable, *, is_done: bool) -> int:
 
 def _vocabulary_bytes(trial: _Trial, config: VocabularyConfig) -> int:
     """Arrays of known shapes, and headers as in the trial."""
-    index = read_json(trial.folder.shards / "index.json")
     arrays = [
-        sum(sizes) * (index["width"] * 4 + 8) + sum(sizes[1:]) * 2
-        for sizes in (config.sizes, index["vocabulary"])
+        sum(sizes) * (trial.index["width"] * 4 + 8) + sum(sizes[1:]) * 2
+        for sizes in (config.sizes, trial.index["vocabulary"])
     ]
     return size_on_disk(trial.folder.vocabulary) + arrays[0] - arrays[1]
 
@@ -412,8 +410,7 @@ def _marker_bytes(folder: BuildFolder, stage: str, num_units: int, ratio: float)
 def _shard_set_bytes(trial: _Trial, plan: BuildPlan, tars: Sequence[Block], sizes: Mapping[str, int]) -> int:
     """Tars with their sidecars, and the files that describe the set."""
     shards, known = trial.folder.shards, ("class_map.json", "vocabulary.npz")
-    index = read_json(shards / "index.json")
-    total = len(json_text({**index, "shardlist": index["shardlist"][:1] * len(tars)}))
+    total = len(json_text({**trial.index, "shardlist": trial.index["shardlist"][:1] * len(tars)}))
     total += sum(sizes.get(name, 0) for name in known)
     for path in shards.iterdir():
         if not path.name.startswith(f"{plan.shard.split}-") and path.name not in ("index.json", *known):
@@ -536,6 +533,7 @@ def _stage_plan(
     progress: _Progress,
     stage: str,
     trial: _Trial,
+    plan: BuildPlan,
     session: Session,
     blocks: Sequence[Block],
     tars: Sequence[Block],
@@ -557,25 +555,26 @@ def _stage_plan(
         units_done=len(units) - len(todo),
         images=sum(map(len, todo)),
         state=state,
-        seconds=round(_seconds(trial, stage, todo, session), 1) if todo else 0.0,
+        seconds=round(_seconds(trial, stage, todo, plan, session), 1) if todo else 0.0,
         differs=differs,
     )
 
 
-def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], session: Session) -> float:
+def _seconds(trial: _Trial, stage: str, todo: Sequence[Block], plan: BuildPlan, session: Session) -> float:
     """Time of the units `todo`: start-up as in the trial, then as many units at once as there are workers.
 
     An image takes what it takes in the middle one of the trial's units: in the first, code is compiled, which the build
     then finds compiled. A stage that begins in this process starts workers only where they save time.
     """
     total = trial.summaries[stage].seconds
+    images = sum(map(len, todo))
     if stage == "vocabulary":  # the small one of the trial is all start-up
-        return total
+        assert plan.vocabulary is not None
+        return total + _fitting_seconds(plan.vocabulary, images, trial, session)
     units = [read_marker(path) for path in trial.folder.markers(stage)]
     working = sum(float(unit["seconds"]) for unit in units)
     per_image = median_low(float(unit["seconds"]) / max(1, unit["images"]) for unit in units)
     workers = _num_workers(session) or max(1.0, working / total)
-    images = sum(map(len, todo))
     at_once = 1 if session.workers.begins_here(images) else min(workers, len(units))
     start_up = max(0.0, total - working / at_once)
     alone = images * per_image
@@ -593,14 +592,15 @@ def _num_workers(session: Session) -> int | None:
     return None if session.workers.cluster else session.workers.count or num_cpus()
 
 
-def _fitting_seconds(config: VocabularyConfig, num_tokens: int, width: int, session: Session) -> float:
+def _fitting_seconds(config: VocabularyConfig, num_images: int, trial: _Trial, session: Session) -> float:
     """Time of all iterations, from one over a few tokens here; k-means++ takes about as long as one of them."""
-    tokens = np.random.default_rng(0).standard_normal((TIMED_TOKENS, width), np.float32)
+    tokens = np.random.default_rng(0).standard_normal((TIMED_TOKENS, trial.index["width"]), np.float32)
     centroids = tokens[: min(config.num_prototypes, TIMED_TOKENS)]
     with one_thread():
         started = time.perf_counter()
         sum_clusters(tokens, centroids, threads=1)
         spent = time.perf_counter() - started
+    num_tokens = num_images * math.prod(trial.index["grid"])
     products = min(config.sampled_tokens or num_tokens, num_tokens) * config.num_prototypes
     each = spent * products / (len(tokens) * len(centroids))
     return (config.iterations + 1) * each / (_num_workers(session) or 1)

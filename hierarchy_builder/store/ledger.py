@@ -284,7 +284,12 @@ def is_fused(folder: BuildFolder) -> bool:
 
 
 def open_ledger(folder: BuildFolder, stage: str) -> Ledger:
-    """Open the ledger of a stage that is in the manifest; `covariance` is recorded there as part of `extract`."""
+    """Open the ledger of a stage that is in the manifest.
+
+    `covariance` is recorded there as part of `extract`; the units of a fused build tell of its extraction.
+    """
+    if stage == "extract" and is_fused(folder):
+        stage = "fuse"
     recorded_as = "extract" if stage == "covariance" else stage
     return Ledger(folder.ledger(stage), stage_entry(folder, recorded_as)["hash"])
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -206,10 +206,10 @@ class TarWriter:
                 size += len(piece)
         self.sizes.append(size)
 
-    def copy(self, samples: bytes, sizes: Sequence[int]) -> None:
-        """Write the bytes of samples of another tar, which have lengths `sizes`."""
-        self._write(samples)
-        self.sizes += sizes
+    def copy(self, sample: bytes) -> None:
+        """Write the bytes of a sample of another tar."""
+        self._write(sample)
+        self.sizes.append(len(sample))
 
     def close(self) -> dict[str, Any]:
         """Write the end of the tar; returns `count`, `bytes` and `sha256` of the file."""

@@ -80,7 +80,7 @@ def stage_units(folder: BuildFolder, stage: str) -> list[Block]:
     config = ShardConfig(**stage_entry(folder, "shard")["inputs"]["config"])
     return blocks_of(
         len(usable_rows(folder, unfinished=True)),
-        samples_per_shard(config, extracted, stage_entry(folder, "cluster")),
+        samples_per_shard(config, extracted["inputs"], stage_entry(folder, "cluster")["inputs"]),
     )
 
 
@@ -149,8 +149,7 @@ def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[pa.Table, list[dic
 
 def outcomes_so_far(folder: BuildFolder) -> pa.Table:
     """Return the outcome of every row as the markers tell it, null for rows that are not done."""
-    units = stage_units(folder, "fuse" if is_fused(folder) else "extract")
-    batches = {unit.number: outcomes_of([], len(unit)) for unit in units}
+    batches = {unit.number: outcomes_of([], len(unit)) for unit in stage_units(folder, "extract")}
     for block, told in told_blocks(folder):
         batches[block.number] = told
     return joined(batches.values())
@@ -161,8 +160,8 @@ def told_blocks(folder: BuildFolder) -> Iterator[tuple[Block, pa.RecordBatch]]:
 
     Those of units that were reopened (`ledger.REOPENED`) come last.
     """
-    stage = "fuse" if is_fused(folder) else "extract"
-    ledger, blocks = open_ledger(folder, stage), {unit.number: unit for unit in stage_units(folder, stage)}
+    ledger = open_ledger(folder, "extract")
+    blocks = {unit.number: unit for unit in stage_units(folder, "extract")}
     for each in (ledger, Ledger(ledger.folder, REOPENED)):
         for block, marker in each.finished(list(blocks.values())):
             with contextlib.suppress(BuilderError), decoding(marker.path):
@@ -175,16 +174,16 @@ def usable_rows(folder: BuildFolder, *, unfinished: bool = False) -> np.ndarray:
 
     unfinished: leave out blocks without a whole marker; otherwise they raise BuilderError.
     """
-    stage, ok = "fuse" if is_fused(folder) else "extract", status_name(Status.OK)
-    ledger, units, usable = open_ledger(folder, stage), stage_units(folder, stage), list[np.ndarray]()
+    ledger, units = open_ledger(folder, "extract"), stage_units(folder, "extract")
+    usable, ok = list[np.ndarray](), status_name(Status.OK)
     for block, marker in ledger.finished(units):
         with decoding(marker.path):
             outcomes = enumerate(marker["outcomes"], block.start)
             rows = [row for row, outcome in outcomes if outcome["status"] == ok]
             usable.append(np.array(rows, np.int64))
     if len(usable) < len(units) and not unfinished:
-        if stage == "extract":
-            finished_stage(folder, stage)  # says how to finish it
+        if not is_fused(folder):
+            finished_stage(folder, "extract")  # says how to finish it
         list(ledger.results(len(units)))  # says what is wrong with the first that is not whole
     return np.concatenate(usable) if usable else np.empty(0, np.int64)
 
@@ -212,14 +211,17 @@ def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, Layout]:
 
 
 def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], clustered: Mapping[str, Any]) -> int:
-    """Return the samples of every tar but the last: as configured, or estimated from the configured bytes of a tar."""
+    """Return the samples of every tar but the last: as configured, or estimated from the configured bytes of a tar.
+
+    extracted, clustered: the inputs of these stages.
+    """
     if config.shard_bytes is None:
         return config.samples_per_shard
-    encoder = extracted["inputs"]["encoder"]
+    encoder = extracted["encoder"]
     size = sample_bytes(
         grid=tuple(encoder["grid"]),
         width=encoder["width"],
-        num_levels=len(clustered["inputs"]["config"]["cuts"]) + 2,
+        num_levels=len(clustered["config"]["cuts"]) + 2,
         canvases=config.canvases,
         image_size_px=config.stored_px(encoder["image_size_px"]),
         feature_dtype=config.feature_dtype,
