@@ -21,7 +21,6 @@ import math
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -287,11 +286,13 @@ IN_PARTITION = 20_000_000
 
 def costs(name: str | None) -> None:
     """Bytes, units, requests and dollars of sets, from unit costs."""
+    from hierarchy_builder.config import ShardConfig
     from hierarchy_builder.store.shards import sample_bytes
 
     prices, columns = Prices(), ["", *SETS]
-    size = partial(sample_bytes, grid=(16, 16), width=768, num_levels=4, canvases=False, image_size_px=None)
-    each = {kind: size(feature_dtype=kind) for kind in ("float16", "int8")}
+    encoder = {"grid": (16, 16), "width": 768, "image_size_px": 224}
+    kinds = ("float16", "int8")
+    each = {kind: sample_bytes(ShardConfig(feature_dtype=kind), encoder, num_levels=4) for kind in kinds}
     table: dict[str, list[str]] = {}
     for images in SETS.values():
         tars = math.ceil(images / PER_TAR)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -221,7 +222,8 @@ def in_row_order(folder: BuildFolder, images: ImageSource, order: str, *, accept
     named = images.records.relabelled(ids)
     now = {record.path: record for record in named}
     if accept:
-        changed = [old.path for old in before if _looks(now.get(old.path)) != _looks(old)]
+        looks = operator.attrgetter("class_name", "label", "num_bytes")
+        changed = [old.path for old in before if old.path not in now or looks(now[old.path]) != looks(old)]
         advice = "--accept-new-files only adds images; restore them"
         _refuse(folder, changed, "of this build (changed or missing)", advice)
     kept = [dataclasses.replace(now[old.path], key=old.key) for old in before if old.path in now]
@@ -318,10 +320,6 @@ def _grown_classes(before: Mapping[str, int], now: Mapping[str, int]) -> dict[st
     for name in sorted(now.keys() - before.keys()):
         ids[name] = max(ids.values()) + 1
     return ids
-
-
-def _looks(record: ImageRecord | None) -> tuple[str, int, int] | None:
-    return None if record is None else (record.class_name, record.label, record.num_bytes)
 
 
 def _with_free_key(record: ImageRecord, taken: set[str]) -> ImageRecord:

@@ -25,7 +25,7 @@ from hierarchy_builder.fields import from_mapping, identity, to_mapping
 from hierarchy_builder.files import move, sha256_file, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.table import ImageTable
-from hierarchy_builder.records import Block, Status
+from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index, settle_index
@@ -112,15 +112,14 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
     clustered = finished_stage(folder, "cluster")
     recipe = from_mapping(HierarchyRecipe, {**clustered["request"], "cuts": list(cuts)}, "--recut")
     inputs = {**clustered["inputs"], "config": identity(recipe)}
-    num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
-    blocks, summary = stage_units(folder, "cluster"), StageSummary(stage="cluster", images=num_rows)
+    blocks, summary = stage_units(folder, "cluster"), StageSummary(stage="cluster", images=0)
     if inputs != clustered["inputs"]:
         ledger = Ledger(folder.ledger("recut"), hash_of("cluster", inputs))
         if not any(ledger.finished(blocks)):  # levels of an unfinished run with other cuts
             folder.remove(folder.recut)
             folder.remove(ledger.folder)
-        shape = {"num_rows": num_rows, "block_rows": block_rows, "grid": encoder["grid"]}
-        layout = stores.stage_layout("cluster", **shape, num_levels=recipe.num_levels)
+        shape = store_layout(stage_entry(folder, "extract"))
+        layout = stores.stage_layout("cluster", *shape, recipe.num_levels)
         stores.create(folder.recut, {"regions": layout["regions"]})
         summary = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session, "recut")
         replace_regions(folder, inputs, {"request": to_mapping(recipe)})
@@ -196,9 +195,7 @@ class RecutStage:
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         from hierarchy_builder.hierarchy.recipe import cut_levels, given_levels
 
-        stored = Stored(self.folder)
-        usable = stored.block("status", unit) == Status.OK
-        objects, merges, flags = (stored.block(name, unit)[usable] for name in ("regions", "merges", "flags"))
+        usable, objects, merges, flags = Stored(self.folder).usable(unit, "regions", "merges", "flags")
         regions = cut_levels(objects[:, 0], merges, self.recipe.cuts, given_levels(flags, self.recipe))
         written = stores.write_block(self.folder.recut, unit, {"regions": scatter_rows(regions, usable)})
         return {**count_regions(regions, flags), **written}

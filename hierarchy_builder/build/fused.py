@@ -180,16 +180,8 @@ def fuse(
     assembly.forget_lost()
     del encoder
     load = partial(FuseStage.load, folder, images.location, plan)
-    summary = do_units(
-        load,
-        ledger,
-        blocks,
-        session,
-        "fuse",
-        uses_gpu=True,
-        encoder=partial(asked_encoder, extract),
-        after_unit=assembly.advance,
-    )
+    apart, cut = partial(asked_encoder, extract), assembly.advance
+    summary = do_units(load, ledger, blocks, session, "fuse", encoder=apart, after_unit=cut)
     assembly.advance()
     notes = end_images(folder, ledger, blocks, records, extract, session)
     publish_shards(folder, config, assembly.results())

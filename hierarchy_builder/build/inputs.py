@@ -213,11 +213,11 @@ def end_images(
 
     Raises TooManySkippedError, see `check_skipped`.
     """
-    outcomes, results = gathered(ledger, blocks)
+    outcomes, batch_sizes = gathered(ledger, blocks)
     write_index(folder.index, records, outcomes)
     check_skipped(folder, outcomes, config.max_bad_fraction, session)
     notes = dict(sorted(Counter(outcomes.column("status").to_pylist()).items()))
-    batch_size = min(result.get("batch_size", config.batch_size) for result in results)
+    batch_size = min([config.batch_size, *batch_sizes])
     return notes | ({"batch_size": batch_size} if batch_size < config.batch_size else {})
 
 

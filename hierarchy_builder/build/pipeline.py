@@ -33,7 +33,6 @@ from hierarchy_builder.store.units import (
     outcomes_so_far,
     samples_per_shard,
     stage_units,
-    stored_source,
     usable_rows,
 )
 
@@ -112,15 +111,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
         len(usable_rows(folder)), samples_per_shard(config, extracted["inputs"], clustered["inputs"])
     )
     _forget_lost_tars(folder, config, ledger, units)
-    load = partial(
-        ShardStage,
-        folder,
-        stored_source(folder),
-        config,
-        extracted["inputs"]["encoder"]["image_size_px"],
-        extracted["inputs"]["config"]["max_pixels"],
-        ledger.stage_hash,
-    )
+    load = partial(ShardStage, folder, config, ledger.stage_hash)
     summary = do_units(load, ledger, units, session, "shard")
     results = list(ledger.results(len(units)))
     if config.covariance:

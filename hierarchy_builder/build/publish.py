@@ -141,10 +141,8 @@ def _one_writer(url: str, reporter: Reporter) -> Iterator[bool]:
             held.enter_context(exclusive(place, reporter.say))
         except BusyError as error:
             raise BusyError(f"{error}: wait until it has ended, or publish to another place") from None
-        try:
-            yield True
-        finally:
-            discard(place)  # a published set holds the files of the set alone
+        held.callback(discard, place)  # a published set holds the files of the set alone
+        yield True
 
 
 def _send(

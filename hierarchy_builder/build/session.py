@@ -81,7 +81,6 @@ def do_units(
     session: Session,
     stage: str,
     *,
-    uses_gpu: bool = False,
     encoder: Callable[[], Encoder] | None = None,
     after_unit: Callable[[], None] = lambda: None,
 ) -> StageSummary:
@@ -98,7 +97,7 @@ def do_units(
             f"{stage}: goes on after {total - waiting:,} of {total:,} images, which are done"
         )
     with session.reporter.stage(stage, total, total - waiting, live) as meter:
-        for result in map_units(load, ledger, todo, session.workers, uses_gpu=uses_gpu, encoder=encoder):
+        for result in map_units(load, ledger, todo, session.workers, encoder):
             meter.advance(result["images"], result["failed"])
             after_unit()
         return StageSummary(stage=stage, images=total, new_images=meter.done, seconds=meter.seconds)

@@ -31,30 +31,21 @@ LISTED_BYTES = 400
 
 def extract_bytes(num_images: int, encoder: Mapping[str, Any], block_rows: int) -> dict[str, int]:
     """Upper bound of what `extract` writes, by name in the build folder; `encoder` is its description."""
-    shape = {"num_rows": num_images, "block_rows": block_rows, "grid": encoder["grid"]}
-    layout = stores.stage_layout("extract", **shape, width=encoder["width"])
+    layout = stores.stage_layout("extract", num_images, block_rows, encoder)
     return {"index.parquet": num_images * LISTED_BYTES, "features.zarr": stores.layout_bytes(layout)}
 
 
 def later_bytes(plan: BuildPlan, num_images: int, encoder: Mapping[str, Any]) -> dict[str, int]:
     """Upper bound of what the later stages of `build` write, by name in the build folder."""
     tokens, width = math.prod(encoder["grid"]), encoder["width"]
-    shape = {"num_rows": num_images, "block_rows": num_images, "grid": encoder["grid"]}
-    layout = stores.stage_layout("cluster", **shape, num_levels=plan.hierarchy.num_levels)
+    layout = stores.stage_layout("cluster", num_images, num_images, encoder, plan.hierarchy.num_levels)
     if plan.vocabulary is not None:
-        layout |= stores.stage_layout("link", **shape)
+        layout |= stores.stage_layout("link", num_images, num_images, encoder)
     needed = {"regions.zarr": stores.layout_bytes(layout), "vocabulary.npz": 0, "vocabulary": 0}
     if plan.vocabulary is not None:
         needed["vocabulary.npz"] = sum(plan.vocabulary.sizes) * (width * 4 + 16)
         needed["vocabulary"] = fitting_bytes(plan.vocabulary, num_images * tokens, width)
-    size = sample_bytes(
-        grid=tuple(encoder["grid"]),
-        width=width,
-        num_levels=plan.hierarchy.num_levels,
-        canvases=plan.shard.canvases,
-        image_size_px=plan.shard.stored_px(encoder["image_size_px"]),
-        feature_dtype=plan.shard.feature_dtype,
-    )
+    size = sample_bytes(plan.shard, encoder, plan.hierarchy.num_levels)
     return {**needed, "shards": num_images * size}
 
 

@@ -38,7 +38,7 @@ from hierarchy_builder.store.samples import FACTS, make_sample, picture_of
 from hierarchy_builder.store.shards import shard_name, write_shard
 from hierarchy_builder.store.statistics import moments_of, per_channel, scatter_of
 from hierarchy_builder.store.stored import Stored, fitted_vocabulary
-from hierarchy_builder.store.units import usable_rows
+from hierarchy_builder.store.units import stored_source, usable_rows
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary, part_prototypes
 
 PHOTO = ("path", "width", "height")
@@ -164,9 +164,7 @@ class ClusterStage:
         return cls(folder, recipe, image_size_px, masks, StoredIndex(folder.index, PHOTO))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        stored = Stored(self.folder)
-        usable = stored.block("status", unit) == Status.OK
-        features = stored.block("features", unit)[usable]
+        usable, features = Stored(self.folder).usable(unit, "features")
         photos = self.index.rows(unit.start, unit.stop).filter(pa.array(usable))
         labels = label_maps(self.masks, photos.to_pylist(), self.image_size_px, features.shape[1:3])
         from hierarchy_builder.hierarchy import build_hierarchy  # loads numba, which a driver does not need
@@ -207,9 +205,7 @@ class LinkStage:
         return cls(folder, level, load_vocabulary(fitted_vocabulary(folder))[0].centroids[-1])
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
-        stored = Stored(self.folder)
-        usable = stored.block("status", unit) == Status.OK
-        features, regions = (stored.block(name, unit)[usable] for name in ("features", "regions"))
+        usable, features, regions = Stored(self.folder).usable(unit, "features", "regions")
         found, distances = part_prototypes(features, regions, self.centroids, level=self.level)
         rows = {
             "prototypes": scatter_rows(found, usable, fill=NO_REGION),
@@ -226,10 +222,8 @@ class CovarianceStage:
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
         stored = Stored(self.folder)
-        usable = stored.block("status", unit) == Status.OK
-        scatter = scatter_of(
-            stored.block("features", unit)[usable], per_channel(stored.moments(unit)).mean, threads
-        )
+        _, features = stored.usable(unit, "features")
+        scatter = scatter_of(features, per_channel(stored.moments(unit)).mean, threads)
         return {
             "images": len(unit),
             **stores.write_block(self.folder.features, unit, {"block_scatter": scatter[None]}),
@@ -241,10 +235,7 @@ class ShardStage:
     """A range of usable rows → one tar. `start` and `stop` of a unit count usable rows, not rows of the index."""
 
     folder: BuildFolder
-    source: str
     config: ShardConfig
-    image_size_px: int
-    max_pixels: int
     stage_hash: str
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:
@@ -285,7 +276,7 @@ class ShardStage:
         usable = self.usable_rows[unit.start : unit.stop]
         rows = self.index.rows(usable[0], usable[-1] + 1).take(pa.array(usable - usable[0]))
         refuse_changed(
-            self.source, changed_images(rows.column("path").to_pylist(), rows.to_pylist(), self._reader)
+            self._source, changed_images(rows.column("path").to_pylist(), rows.to_pylist(), self._reader)
         )
 
     def _jpeg(self, record: ImageRecord, expected: str | None, unit: Block) -> bytes:
@@ -293,16 +284,24 @@ class ShardStage:
             data = self._reader.read(record.path)
             if expected is not None and file_hash(data) != expected:
                 self._refuse_changed(unit)
-            image, _ = decode_image(data, max_pixels=self.max_pixels)
+            image, _ = decode_image(data, max_pixels=self._extracted["config"]["max_pixels"])
         except ImageError as error:
             raise BuilderError(
-                f"{record.path} of {self.source}: {error}; restore it, or shard with --no-images"
+                f"{record.path} of {self._source}: {error}; restore it, or shard with --no-images"
             ) from None
-        return picture_of(image, self.image_size_px, self.config)
+        return picture_of(image, self._extracted["encoder"]["image_size_px"], self.config)
+
+    @cached_property
+    def _extracted(self) -> dict[str, Any]:
+        return stage_entry(self.folder, "extract")["inputs"]
+
+    @cached_property
+    def _source(self) -> str:
+        return stored_source(self.folder)
 
     @cached_property
     def _reader(self) -> Reader:
-        return open_reader(self.source)
+        return open_reader(self._source)
 
 
 def count_regions(regions: np.ndarray, flags: np.ndarray) -> dict[str, Any]:

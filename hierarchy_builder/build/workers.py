@@ -103,11 +103,10 @@ class Workers:
     two for each GPU of a cluster that has more CPUs than those beside its GPUs, and else 0."""
 
     def __post_init__(self) -> None:
-        if self.encoding is not None and self.encoding < 0:
-            raise UsageError(f"--encoding-workers is {self.encoding}, expected 0 or more")
+        for flag, asked in (("--encoding-workers", self.encoding), ("--workers", self.count)):
+            if asked is not None and asked < 0:
+                raise UsageError(f"{flag} is {asked}, expected 0 or more")
         most = MAX_WORKERS_PER_CPU * num_cpus()
-        if self.count is not None and self.count < 0:
-            raise UsageError(f"--workers is {self.count}, expected 0 or more")
         if self.count is not None and self.count > most and self.cluster is None:
             raise UsageError(
                 f"--workers is {self.count:,}, expected at most {most:,}: this process may use "
@@ -181,10 +180,26 @@ def _ray_pool(
     # Ray reports lost workers on stdout, which is reserved for results.
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as started:
         _start_ray(workers)
-        count = 0 if encoder is None else _num_encoding(workers, _cpus_and_gpus())
-        if encoder is not None and count:
-            load = partial(load, encoder=started.enter_context(_encoding_apart(encoder, count)))
-        pool = _start_workers(load, workers, num_units, uses_gpu and not count, count)
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus_and_gpus = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+        num_encoding = 0 if encoder is None else _num_encoding(workers, cpus_and_gpus)
+        if encoder is not None and num_encoding:
+            load = partial(load, encoder=started.enter_context(_encoding_apart(encoder, num_encoding)))
+            uses_gpu = False
+        resources = ray.cluster_resources()
+        cpus, available = int(resources.get("CPU", 0)) - num_encoding, resources.get("GPU", 0)
+        gpus = _gpus_per_worker(workers, uses_gpu, available, cpus)
+        count = min(workers.count or cpus, num_units, cpus, _that_fit(available, gpus) if gpus else cpus)
+        if count < 1:
+            raise BuilderError(
+                f"the Ray cluster has {cpus} CPUs and {available:g} GPUs, a worker needs 1 CPU"
+                f" and {gpus:g} GPUs: add a node, or use --workers 0"
+            )
+        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
+        start = partial(actor.remote, threads_per_worker(cpus, count, uses_gpu and gpus > 0))
+        pool = _RayPool(load, start, count)
         started.callback(pool.close)
         yield pool
 
@@ -194,17 +209,16 @@ def map_units(
     ledger: Ledger,
     units: Sequence[Block],
     workers: Workers,
-    *,
-    uses_gpu: bool = False,
     encoder: Callable[[], Encoder] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Run all `units` and mark each as done; yields what `perform` returns of each, in order. encoder: see `open_pool`.
+    """Run all `units` and mark each as done; yields what `perform` returns of each, in order.
 
-    Raises what a unit raises; finished units stay marked.
+    encoder: loads the one that the units need, if they do; see `open_pool`. Raises what a unit raises; finished units
+    stay marked.
     """
     if units:
         workers = workers.that_see(ledger.folder)
-        with open_pool(load, workers, units, uses_gpu=uses_gpu, encoder=encoder) as pool:
+        with open_pool(load, workers, units, uses_gpu=encoder is not None, encoder=encoder) as pool:
             yield from pool.map(perform, units, replace(ledger, lease=held_lease(ledger.folder)))
 
 
@@ -348,25 +362,19 @@ class _Here:
     no single unit keeps the other CPUs waiting for long. Where the work happens changes no result.
     """
 
-    def __init__(
-        self,
-        loaded: Any,
-        start: Callable[[], Pool] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-        cpu_clock: Callable[[], float] = time.process_time,
-    ) -> None:
-        self.loaded, self.start, self.clock, self.cpu_clock = loaded, start, clock, cpu_clock
+    def __init__(self, loaded: Any, start: Callable[[], Pool] | None = None) -> None:
+        self.loaded, self.start = loaded, start
         self.pool: Pool | None = None
 
     def map(
         self, function: Callable[..., ResultT], units: Sequence[Block], *shared: Any
     ) -> Iterator[ResultT]:
-        done, since = 0, (self.clock(), self.cpu_clock())
+        done, since = 0, (time.perf_counter(), time.process_time())
         while self.pool is None and done < len(units):
             with one_thread():
                 result = function(self.loaded, units[done], num_cpus(), *shared)
             yield result
-            now = self.clock(), self.cpu_clock()
+            now = time.perf_counter(), time.process_time()
             done, spent, since = done + 1, (now[0] - since[0], now[1] - since[1]), now
             if self.start is not None and done > 1 and saves_time(*spent, len(units) - done):
                 self.loaded = None
@@ -664,42 +672,12 @@ def _encoding_apart(load: Callable[[], Encoder], count: int) -> Iterator[_FarEnc
             ray.kill(actor)
 
 
-def _cpus_and_gpus() -> list[tuple[float, float]]:
-    """CPUs and GPUs of each node of the cluster."""
-    import ray
-
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [(each.get("CPU", 0), each.get("GPU", 0)) for each in resources]
-
-
 def _num_encoding(workers: Workers, nodes: Sequence[tuple[float, float]]) -> int:
     """Processes that only encode. nodes: CPUs and GPUs of each."""
     if workers.encoding is not None:
         return workers.encoding
     is_fed_by_others = any(cpus and not gpus for cpus, gpus in nodes)
     return ENCODING_PER_GPU * int(sum(gpus for _, gpus in nodes)) if is_fed_by_others else 0
-
-
-def _start_workers(
-    load: Callable[[], Any], workers: Workers, num_units: int, uses_gpu: bool, num_encoding: int = 0
-) -> _RayPool:
-    import ray
-
-    resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 0)) - num_encoding
-    gpus = _gpus_per_worker(workers, uses_gpu, resources.get("GPU", 0), cpus)
-    count = min(
-        workers.count or cpus, num_units, cpus, _that_fit(resources.get("GPU", 0), gpus) if gpus else cpus
-    )
-    if count < 1:
-        raise BuilderError(
-            f"the Ray cluster has {cpus} CPUs and {resources.get('GPU', 0):g} GPUs, a worker needs 1 CPU"
-            f" and {gpus:g} GPUs: add a node, or use --workers 0"
-        )
-    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
-    return _RayPool(
-        load, partial(actor.remote, threads_per_worker(cpus, count, uses_gpu and gpus > 0)), count
-    )
 
 
 def threads_per_worker(cpus: int, workers: int, uses_gpu: bool) -> int:

@@ -80,24 +80,22 @@ Layout = dict[str, dict[str, Any]]
 
 
 def stage_layout(
-    stage: str,
-    *,
-    num_rows: int,
-    block_rows: int,
-    grid: Sequence[int],
-    width: int = 0,
-    num_levels: int = 0,
+    stage: str, num_rows: int, block_rows: int, encoder: Mapping[str, Any], num_levels: int = 0
 ) -> Layout:
-    """Return the arrays that a stage (or `covariance`) writes; none if it writes no arrays."""
+    """Return the arrays that a stage (or `covariance`) writes; none if it writes no arrays.
+
+    encoder: its description, with `grid` and `width`.
+    """
+    height, width = encoder["grid"]
     sizes = {
         "image": num_rows,
         "block": -(-num_rows // block_rows),
-        "row": grid[0],
-        "column": grid[1],
-        "channel": width,
-        "other_channel": width,
+        "row": height,
+        "column": width,
+        "channel": encoder["width"],
+        "other_channel": encoder["width"],
         "level": num_levels - 1,
-        "merge": grid[0] * grid[1] - 1,
+        "merge": height * width - 1,
         "field": 3,
         "score": 2,
         "region": MAX_REGIONS,
@@ -213,18 +211,15 @@ def write_block(path: Path, block: Block, arrays: Mapping[str, np.ndarray]) -> W
                 f"{path}/{name}: block {block.number} has shape {values.shape}, expected {expected}"
             )
         # zarr reads the last shard, which is short, before it writes it, and fails if the shard is damaged.
-        if isinstance(
-            store, Fetched
-        ):  # an object is replaced by one request, or removed where all values are 0
-            store.forget(file)
+        if isinstance(store, Fetched):
+            store.forget(file)  # it is replaced by one request, or removed where all values are 0
         else:
             file.unlink(missing_ok=True)
-        target[rows] = values
-        if not is_remote(path) and file.exists():
             files.append(file)
+        target[rows] = values
         written["digests"][name] = _digest(values, target.dtype)
         written["files"][name] = file_digest(group, name, block.number)
-    _sync_below(path, files)
+    _sync_below(path, [file for file in files if file.exists()])
     return written
 
 
@@ -253,10 +248,8 @@ def file_digest(group: zarr.Group, name: str, number: int) -> str:
     digest = hashlib.sha256()
     with _content(group, name, number) as content:
         if content is not None:
-            length, (index, places) = (
-                content.seek(0, os.SEEK_END),
-                _shard_index(content, array_of(group, name)),
-            )
+            length = content.seek(0, os.SEEK_END)
+            index, places = _shard_index(content, array_of(group, name))
             digest.update(length.to_bytes(8, "little") + index)
             for offset, size in places[places[:, 1] != NOT_STORED].tolist():
                 if offset + size <= length and size >= CHECKSUM_BYTES:  # else the index itself is damaged

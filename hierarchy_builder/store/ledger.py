@@ -63,6 +63,8 @@ VERBS = {
 }
 """The command that runs a stage; `cluster DIR` also continues the vocabulary and the links of a build."""
 
+NUM_STORES = {"extract": 1, "vocabulary": 1, "cluster": 1, "link": 2}
+"""How many of the first outputs of a stage hold the work of all its units; tars are checked one by one."""
 
 HEAD_BYTES, TAIL_BYTES = 8_192, 32_768
 """Bytes at both ends of a marker, which hold all of its fields but the outcomes of images and the sizes of samples."""
@@ -327,10 +329,7 @@ def begin_stage(
     if fresh:
         _forget(folder, manifest, _stages_from(stage))
     markers, *others = outputs_of(folder, stage)
-    num_stores = {"extract": 1, "vocabulary": 1, "cluster": 1, "link": 2}.get(
-        stage, 0
-    )  # each tar is checked alone
-    if not all(path.exists() for path in others[:num_stores]):
+    if not all(path.exists() for path in others[: NUM_STORES.get(stage, 0)]):
         folder.remove(markers)
     stored = manifest["stages"].get(stage)
     if stored is not None and stored["inputs"] != dict(inputs):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.files import atomic_file, decoding, parse_json, readable_json, write_json
 from hierarchy_builder.images.keys import check_key
@@ -147,25 +149,20 @@ def count_samples(folder: Path) -> int:
     return sum(count for count in counts if isinstance(count, int))
 
 
-def sample_bytes(
-    *,
-    grid: tuple[int, int],
-    width: int,
-    num_levels: int,
-    canvases: bool,
-    image_size_px: int | None,
-    feature_dtype: str = "float16",
-) -> int:
-    """Estimate the bytes of one sample in a tar: members with headers and padding; images by their average size."""
-    tokens = grid[0] * grid[1]
-    feature_bytes = tokens * width * np.dtype(feature_dtype).itemsize
+def sample_bytes(config: ShardConfig, encoder: Mapping[str, Any], num_levels: int) -> int:
+    """Estimate the bytes of one sample in a tar: members with headers and padding; images by their average size.
+
+    encoder: its description, with `grid`, `width` and `image_size_px`.
+    """
+    tokens = math.prod(encoder["grid"])
+    feature_bytes = tokens * encoder["width"] * np.dtype(config.feature_dtype).itemsize
     members = [128 + feature_bytes, 128 + tokens * (num_levels - 1), 4, 512]
-    if feature_dtype == "int8":
+    if config.feature_dtype == "int8":
         members.append(128 + tokens * 4)
-    if canvases:
-        members.append(128 + num_levels * tokens * width * 2)
-    if image_size_px is not None:
-        members.append(int(image_size_px**2 * JPEG_BYTES_PER_PIXEL))
+    if config.canvases:
+        members.append(128 + num_levels * tokens * encoder["width"] * 2)
+    if (image_px := config.stored_px(encoder["image_size_px"])) is not None:
+        members.append(int(image_px**2 * JPEG_BYTES_PER_PIXEL))
     return sum(TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK for size in members)
 
 

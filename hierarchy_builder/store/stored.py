@@ -13,7 +13,7 @@ import zarr
 
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import repair_of, sha256_file
-from hierarchy_builder.records import Block
+from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger, Marker, open_ledger, recorded_stages
@@ -41,6 +41,11 @@ class Stored:
         """Return the rows of a block of one array, one of a `block_` array."""
         self._compare(name, [block.number])
         return stores.read_rows(self._group(name), name, stores.rows_of(name, block))
+
+    def usable(self, block: Block, *names: str) -> tuple[np.ndarray, ...]:
+        """Return which rows of a block are usable, as bool, and these rows of each array."""
+        is_usable = self.block("status", block) == Status.OK
+        return is_usable, *(self.block(name, block)[is_usable] for name in names)
 
     def rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
         """Return rows of one array; an index array must rise."""
@@ -86,8 +91,7 @@ class Stored:
                 raise VerificationError(f"{described} is missing or not as it was written: {repair_of(path)}")
             self._described.add(name)
         if stage not in self._ledgers:
-            entry = self._entries["extract" if stage == "covariance" else stage]
-            self._ledgers[stage] = Ledger(self.folder.ledger(stage), entry["hash"])
+            self._ledgers[stage] = open_ledger(self.folder, stage)
         for number in (number for number in numbers if (name, number) not in self._compared):
             start = number * block_rows
             block = Block(number=number, start=start, stop=min(start + block_rows, num_rows))

@@ -133,18 +133,18 @@ def relative_source(folder: BuildFolder, source: str) -> str:
     return source if "://" in source else os.path.relpath(Path(source).resolve(), folder.root.resolve())
 
 
-def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Return the outcomes of all rows of finished units, and what else is in their markers, one marker at a time."""
-    facts = list[dict[str, Any]]()
+def gathered(ledger: Ledger, units: Sequence[Block]) -> tuple[pa.Table, list[int]]:
+    """Return the outcomes of all rows of finished units, and the batch sizes that their markers tell."""
+    batch_sizes = list[int]()
 
     def told() -> Iterator[pa.RecordBatch]:
         for unit, marker in zip(units, ledger.results(len(units)), strict=True):
             with decoding(marker.path):
                 batch = outcomes_of(marker["outcomes"], len(unit))
             yield batch
-            facts.append({name: value for name, value in marker.items() if name not in ("outcomes", "sizes")})
+            batch_sizes.extend([marker["batch_size"]] if "batch_size" in marker else [])
 
-    return joined(told()), facts
+    return joined(told()), batch_sizes
 
 
 def outcomes_so_far(folder: BuildFolder) -> pa.Table:
@@ -198,16 +198,10 @@ def layout_of(folder: BuildFolder, stage: str) -> tuple[Path, Layout]:
     """Return the store that a stage (or `covariance`) writes to and its arrays; none if it writes no arrays."""
     from hierarchy_builder.store import arrays as stores  # loads zarr, which `status` does not need
 
-    num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
+    shape = store_layout(stage_entry(folder, "extract"))
     cuts = stage_entry(folder, "cluster")["inputs"]["config"]["cuts"] if stage == "cluster" else ()
-    return folder.features if stage in ("extract", "covariance") else folder.regions, stores.stage_layout(
-        stage,
-        num_rows=num_rows,
-        block_rows=block_rows,
-        grid=encoder["grid"],
-        width=encoder["width"],
-        num_levels=len(cuts) + 2,
-    )
+    path = folder.features if stage in ("extract", "covariance") else folder.regions
+    return path, stores.stage_layout(stage, *shape, len(cuts) + 2)
 
 
 def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], clustered: Mapping[str, Any]) -> int:
@@ -217,16 +211,8 @@ def samples_per_shard(config: ShardConfig, extracted: Mapping[str, Any], cluster
     """
     if config.shard_bytes is None:
         return config.samples_per_shard
-    encoder = extracted["encoder"]
-    size = sample_bytes(
-        grid=tuple(encoder["grid"]),
-        width=encoder["width"],
-        num_levels=len(clustered["config"]["cuts"]) + 2,
-        canvases=config.canvases,
-        image_size_px=config.stored_px(encoder["image_size_px"]),
-        feature_dtype=config.feature_dtype,
-    )
-    return max(1, config.shard_bytes // size)
+    num_levels = len(clustered["config"]["cuts"]) + 2
+    return max(1, config.shard_bytes // sample_bytes(config, extracted["encoder"], num_levels))
 
 
 def running_stage(folder: BuildFolder) -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import zarr
 
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, or_none
@@ -191,31 +190,24 @@ def _check_blocks(folder: BuildFolder, stage: str, check: BlockCheck) -> Iterato
     """Compare the arrays of each finished block with their SHA-256, then run `check(block, arrays, marker)`."""
     path, layout = layout_of(folder, stage)
     group = or_none(stores.open_store, path)
+
+    def problems(block: Block, marker: Mapping[str, Any]) -> Iterator[str]:
+        arrays: dict[str, np.ndarray] = {}
+        for name in layout:
+            try:
+                opened = stores.open_store(path) if group is None else group
+                arrays[name], digest = stores.read_written(opened, name, block)
+            except BuilderError as error:
+                yield str(error)
+                continue
+            if marker["digests"].get(name) != digest or not is_as_written(opened, name, block, marker):
+                yield f"{name} are not those that were written"
+        if len(arrays) == len(layout):
+            yield from check(block, arrays, marker)
+
     for block, marker in open_ledger(folder, stage).finished(stage_units(folder, stage)):
-        problems = _block_problems(path, group, layout, block, marker, check)
-        yield from _damages(stage, problems, block.number, f"{path}, block {block.number}: ")
-
-
-def _block_problems(
-    path: Path,
-    group: zarr.Group | None,
-    layout: stores.Layout,
-    block: Block,
-    marker: Mapping[str, Any],
-    check: BlockCheck,
-) -> Iterator[str]:
-    arrays: dict[str, np.ndarray] = {}
-    for name in layout:
-        try:
-            opened = stores.open_store(path) if group is None else group
-            arrays[name], digest = stores.read_written(opened, name, block)
-        except BuilderError as error:
-            yield str(error)
-            continue
-        if marker["digests"].get(name) != digest or not is_as_written(opened, name, block, marker):
-            yield f"{name} are not those that were written"
-    if len(arrays) == len(layout):
-        yield from check(block, arrays, marker)
+        place = f"{path}, block {block.number}: "
+        yield from _damages(stage, problems(block, marker), block.number, place)
 
 
 def _check_extract(folder: BuildFolder, stages: Mapping[str, Any]) -> Iterator[Damage]:
@@ -502,7 +494,12 @@ def sample_problems(
 
     seen: keys of the tars before it. Those of this tar are added, and appended to `keys` in their order.
     """
-    yield from header_problems(tar, file)
+    file.seek(0)
+    with decoding(f"{tar}: not a whole tar, it is"), tarfile.open(fileobj=file, mode="r:") as archive:
+        for info in archive:  # as `write_shard` makes them: plain files without time, owner or parent folders
+            owner = (info.mtime, info.uid, info.gid)
+            if not info.isfile() or owner != (0, 0, 0) or info.name.startswith("/") or ".." in info.name:
+                yield f"{tar}: member {info.name} is not as it was written"
     file.seek(0)
     for number, sample in enumerate(read_shard(tar, file)):
         keys.append(sample.key)
@@ -511,16 +508,6 @@ def sample_problems(
         seen.add(sample.key)
         if problem := array_problem(sample, layout) or more(number, sample):
             yield f"{tar}: {sample.key}: {problem}"
-
-
-def header_problems(tar: Path, file: BinaryIO) -> Iterator[str]:
-    """Check that headers are as `write_shard` makes them: plain files without time, owner or parent folders."""
-    file.seek(0)
-    with decoding(f"{tar}: not a whole tar, it is"), tarfile.open(fileobj=file, mode="r:") as archive:
-        for info in archive:
-            owner = (info.mtime, info.uid, info.gid)
-            if not info.isfile() or owner != (0, 0, 0) or info.name.startswith("/") or ".." in info.name:
-                yield f"{tar}: member {info.name} is not as it was written"
 
 
 def array_problem(sample: Sample, expected: Layout) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -358,8 +359,12 @@ def test_slow_units_move_to_workers_and_keep_their_order(seconds, threads, moved
         there.append("started")
         return workers._Here("there")
 
-    clocks = (lambda: next(now) * seconds), (lambda: next(used) * seconds * threads)
-    pool = workers._Here("here", start, *clocks)
+    clocks = {
+        "perf_counter": lambda: next(now) * seconds,
+        "process_time": lambda: next(used) * seconds * threads,
+    }
+    monkeypatch.setattr(workers, "time", SimpleNamespace(**clocks))
+    pool = workers._Here("here", start)
     units = [Block(number=n, start=n, stop=n + 1) for n in range(9)]
     found = list(pool.map(lambda loaded, unit, threads: (loaded, unit.number), units))
     assert [number for _, number in found] == list(range(9))

@@ -223,7 +223,7 @@ def test_an_upload_to_memory_that_fails_leaves_what_was_there() -> None:
 
 def test_a_block_is_replaced_without_being_removed(store: Store) -> None:
     place, block = a_folder(f"{store.bucket('blocks')}/set[1].zarr"), Block(number=0, start=0, stop=8)
-    layout = stores.stage_layout("extract", num_rows=8, block_rows=8, grid=(2, 2), width=3)
+    layout = stores.stage_layout("extract", 8, 8, {"grid": (2, 2), "width": 3})
     stores.create(place, layout)
     ones = np.ones((8, 2, 2, 3), np.float16)
     stores.write_block(place, block, {"features": ones})

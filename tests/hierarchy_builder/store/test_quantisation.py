@@ -71,9 +71,8 @@ def test_predicted_size_is_the_size_in_the_tar(tmp_path: Path) -> None:
         Sample(key=f"c/{n}", label=0, features=features, scale=scale, regions=regions) for n in range(9)
     ]
     facts = write_shard(tmp_path / "train-000000.tar", samples, config_hash="")
-    predicted = sample_bytes(
-        grid=(4, 4), width=300, num_levels=4, canvases=False, image_size_px=None, feature_dtype="int8"
-    )
+    encoder = {"grid": (4, 4), "width": 300, "image_size_px": 64}
+    predicted = sample_bytes(ShardConfig(feature_dtype="int8"), encoder, 4)
     assert 0 <= facts["bytes"] - 9 * predicted <= 10_240
 
 

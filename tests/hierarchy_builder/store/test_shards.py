@@ -12,6 +12,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.records import Sample
 from hierarchy_builder.store.shards import (
@@ -130,7 +131,7 @@ def test_pickled_arrays_are_refused() -> None:
 def test_predicted_size_of_a_sample_is_the_size_in_the_tar(tmp_path) -> None:
     samples = [make_sample(f"c/{n}", n, image=None) for n in range(40)]
     facts = write_shard(tmp_path / "train-000000.tar", samples, config_hash="")
-    predicted = sample_bytes(grid=(4, 4), width=8, num_levels=4, canvases=False, image_size_px=None)
+    predicted = sample_bytes(ShardConfig(), {"grid": (4, 4), "width": 8, "image_size_px": 64}, 4)
     assert abs(facts["bytes"] - 40 * predicted) <= 0.02 * facts["bytes"] + 10_240
 
 

@@ -138,8 +138,8 @@ def test_bytes_do_not_depend_on_the_order_of_completion(
     for order in (blocks, data.draw(st.permutations(blocks))):
         folder = tmp_path_factory.mktemp("order")
         store = folder / "features.zarr"
-        shape = {"num_rows": num_rows, "block_rows": block_rows, "grid": (2, 2), "width": 3}
-        layout = stores.stage_layout("extract", **shape) | stores.stage_layout("covariance", **shape)
+        shape = (num_rows, block_rows, {"grid": (2, 2), "width": 3})
+        layout = stores.stage_layout("extract", *shape) | stores.stage_layout("covariance", *shape)
         stores.create(store, layout)
         for block in order:
             part = features[block.start : block.stop]

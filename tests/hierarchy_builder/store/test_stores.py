@@ -14,7 +14,7 @@ from hierarchy_builder.store import arrays as stores
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "features.zarr"
-    stores.create(path, stores.stage_layout("extract", num_rows=21, block_rows=8, grid=(2, 3), width=4))
+    stores.create(path, stores.stage_layout("extract", 21, 8, {"grid": (2, 3), "width": 4}))
     return path
 
 
@@ -37,10 +37,10 @@ def test_round_trip_in_any_order(path) -> None:
 def test_create_keeps_existing_arrays(path) -> None:
     block = Block(number=0, start=0, stop=8)
     stores.write_block(path, block, {"status": np.ones(8, np.uint8)})
-    stores.create(path, stores.stage_layout("extract", num_rows=21, block_rows=8, grid=(2, 3), width=4))
+    stores.create(path, stores.stage_layout("extract", 21, 8, {"grid": (2, 3), "width": 4}))
     assert stores.read_block(path, "status", block).all()
     with pytest.raises(BuilderError, match=r"shape \(21, 2, 3, 4\), expected \(20, 2, 3, 4\).*--fresh"):
-        stores.create(path, stores.stage_layout("extract", num_rows=20, block_rows=8, grid=(2, 3), width=4))
+        stores.create(path, stores.stage_layout("extract", 20, 8, {"grid": (2, 3), "width": 4}))
 
 
 def test_wrong_shape_is_refused(path) -> None:
@@ -80,7 +80,7 @@ def test_store_with_foreign_description_is_damaged(tmp_path) -> None:
 
 
 def test_every_field_of_the_description_of_a_store_is_compared(path) -> None:
-    layout = stores.stage_layout("extract", num_rows=21, block_rows=8, grid=(2, 3), width=4)
+    layout = stores.stage_layout("extract", 21, 8, {"grid": (2, 3), "width": 4})
     described = path / "zarr.json"
     whole = described.read_bytes()
     described.write_bytes(whole.replace(b'"zarr_format"', b'"zarr_fosmat"'))
@@ -90,7 +90,7 @@ def test_every_field_of_the_description_of_a_store_is_compared(path) -> None:
 
 
 def test_arrays_name_their_dimensions_and_earlier_stores_without_names_are_whole(tmp_path) -> None:
-    layout = stores.stage_layout("cluster", num_rows=4, block_rows=4, num_levels=4, grid=(3, 2))
+    layout = stores.stage_layout("cluster", 4, 4, {"grid": (3, 2), "width": 8}, 4)
     stores.create(tmp_path / "regions.zarr", layout)
     array = zarr.open_group(tmp_path / "regions.zarr")["regions"]
     assert array.metadata.dimension_names == ("image", "level", "row", "column")
