@@ -231,9 +231,9 @@ def render(page: Page) -> str:
     )
 
 
-def write_page(page: Page, path: str | Path) -> None:
+def write_page(page: Page, path: Path) -> None:
     """Render the page to `path` (UTF-8), whole or not at all."""
-    write_bytes(Path(path) if isinstance(path, str) else path, render(page).encode())
+    write_bytes(path, render(page).encode())
 
 
 def is_page(path: Path) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.machine.transfers import as_tensor
 
 ArrayT = TypeVar("ArrayT", np.ndarray, torch.Tensor)
 
@@ -66,13 +67,7 @@ def region_means(features: ArrayT, regions: np.ndarray | torch.Tensor) -> tuple[
 def _as_tensors(
     features: np.ndarray | torch.Tensor, regions: np.ndarray | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, ids = (
-        # torch warns about read-only memory, so such arrays are copied.
-        torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        if isinstance(array, np.ndarray)
-        else array
-        for array in (features, regions)
-    )
+    tokens, ids = (as_tensor(each) if isinstance(each, np.ndarray) else each for each in (features, regions))
     if tokens.ndim != 4:
         raise BuilderError(f"features have shape {tuple(tokens.shape)}, expected [N, H, W, C]")
     return tokens, ids.to(tokens.device, torch.int64)

@@ -25,7 +25,6 @@ def average_linkage(
     object_mask: np.ndarray,
     penalty: np.ndarray,
     *,
-    out: np.ndarray | None = None,
     divide_background: bool = False,
     connected_width: int | None = None,
     given: np.ndarray | None = None,
@@ -33,7 +32,7 @@ def average_linkage(
     """Merge the object tokens of each image, nearest clusters first, until one cluster is left.
 
     gram: float64 [N, T, T], symmetric, cosine similarities. object_mask: bool or uint8 [N, T].
-    penalty: float64 [T, T], added to the cosine distance 1 − gram (spatial term). out: array to fill with the result.
+    penalty: float64 [T, T], added to the cosine distance 1 − gram (spatial term).
     divide_background: also merge the background tokens, in rows after those of the object. connected_width: columns
     of the grid if only neighbours may merge. given: int [N, T], regions whose tokens merge with each other before they
     merge with other tokens (`constrained_linkage` defines the heights in both cases).
@@ -44,15 +43,13 @@ def average_linkage(
     (Sokal and Michener 1958).
     """
     num_images, num_tokens = object_mask.shape
-    if out is None:
-        out = np.empty((num_images, num_tokens - 1, 3), dtype=np.float32)
-    out[:] = -1
+    merges = np.full((num_images, num_tokens - 1, 3), -1, dtype=np.float32)
     mask = np.asarray(object_mask, dtype=np.uint8)
     constrained, connected = connected_width is not None or given is not None, connected_width is not None
     regions = np.zeros(mask.shape, dtype=np.int32) if given is None else np.asarray(given, dtype=np.int32)
     width = connected_width or num_tokens
-    _link_images(gram, mask, penalty, divide_background, constrained, width, connected, regions, out)
-    return out
+    _link_images(gram, mask, penalty, divide_background, constrained, width, connected, regions, merges)
+    return merges
 
 
 def cut_merges(

@@ -96,7 +96,7 @@ def build_hierarchy(
     num_images, height, width, _ = features.shape
     given = _given_labels(masks, (num_images, height, width), recipe)
     mask = np.empty((num_images, height * width), dtype=np.uint8)
-    merges = np.full((num_images, height * width - 1, 3), -1, dtype=np.float32)
+    merges = np.empty((num_images, height * width - 1, 3), dtype=np.float32)
     flags = np.zeros(num_images, dtype=np.uint8)
     scores = np.zeros((num_images, 2), dtype=np.float32)
 
@@ -140,11 +140,10 @@ def _divide(
         usable = drawn.any(axis=1) & (drawn != NO_MASK_LABEL).all(axis=1)
         flags |= np.where(usable, 0, Flag.NO_MASK).astype(np.uint8)
         mask[:] = np.where((usable & ~undivided)[:, None], drawn > 0, mask)
-    average_linkage(
+    merges[:] = average_linkage(
         gram,
         mask,
         recipe.spatial_weight * _token_distances(height, width),
-        out=merges,
         divide_background=recipe.divide_background,
         connected_width=width if recipe.connected else None,
         given=drawn if recipe.masks_level else None,

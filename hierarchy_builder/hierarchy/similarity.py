@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 
+from hierarchy_builder.machine.transfers import as_tensor
+
 SINGLE_PRECISION_SPREAD = 1e-2
 """Spread above which float32 products, with errors of 1e-7, are accurate enough."""
 NO_SPREAD = 1e-12
 """Spread up to which all tokens of an image count as equal."""
 NORM_EPSILON = 1e-8
+_blas = functools.cache(ThreadpoolController)
 
 
 def similarities(features: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -28,7 +31,10 @@ def similarities(features: np.ndarray | torch.Tensor) -> np.ndarray:
 
     features: float16 or float32 [N, H, W, C], numpy or torch. NaN or infinity in an image gives NaN similarities.
     """
-    tokens = _as_tensor(features).flatten(1, 2)
+    if isinstance(features, np.ndarray):
+        features = as_tensor(features)
+    # on the CPU: products of a GPU have other last bits, and results must not depend on it
+    tokens = features.detach().cpu().flatten(1, 2)
     gram = _cosines(tokens, torch.float32)
     close = ~(spread(gram) > SINGLE_PRECISION_SPREAD)
     if close.any():
@@ -47,21 +53,6 @@ def single_threaded_blas() -> contextlib.AbstractContextManager[object]:
     BLAS threads would also compete with the threads that process different images.
     """
     return _blas().limit(limits=1, user_api="blas")
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-def _as_tensor(features: np.ndarray | torch.Tensor) -> torch.Tensor:
-    if isinstance(features, torch.Tensor):
-        return (
-            features.detach().cpu()
-        )  # products of a GPU have other last bits, and results must not depend on it
-    return torch.from_numpy(
-        np.require(features, requirements=["C", "W"])
-    )  # torch warns about read-only memory
 
 
 def _cosines(tokens_NTC: torch.Tensor, dtype: torch.dtype) -> np.ndarray:

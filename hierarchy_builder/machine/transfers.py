@@ -1,9 +1,15 @@
-"""Copies between a device and the memory of the host that do not wait for other work of the device."""
+"""Arrays as tensors, and copies between a device and the memory of the host that wait for no other work of it."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor in the same memory; read-only memory, of which torch warns, is copied."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def sent(values: Tensor, device: torch.device | str) -> Tensor:

@@ -8,6 +8,7 @@ tokens, in any process; `lloyd` adds the sums of all parts in a fixed order and 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ import torch
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.machine.installing import install_extras
+from hierarchy_builder.machine.transfers import as_tensor
 
 SLAB_TOKENS = 8192
 """Tokens per float64 sum: sums of up to 8,192 float16 are exact in any order (2¹³ · 2¹⁶ = 2⁵³ · 2⁻²⁴)."""
@@ -63,17 +65,6 @@ class ClusterSums:
     far_tokens: np.ndarray
     far_distances: np.ndarray
 
-    @classmethod
-    def nothing(cls, shape: tuple[int, ...]) -> ClusterSums:
-        """Sums over no tokens, for centroids of `shape` [K, C]."""
-        return cls(
-            sums=np.zeros(shape),
-            counts=np.zeros(shape[0], np.int64),
-            inertia=0.0,
-            far_tokens=np.zeros((0, shape[1]), np.float32),
-            far_distances=np.zeros(0, np.float32),
-        )
-
     def add(self, other: ClusterSums) -> None:
         """Add the sums over further tokens."""
         self.sums += other.sums
@@ -107,13 +98,13 @@ def sum_clusters(
     Distances are float32, sums float64. The result does not depend on `threads` and, for float16 tokens, not on the
     order of additions on a GPU.
     """
-    table = _tensor(centroids).to(_device())
-    rows, shares = _tensor(tokens), np.ones(len(tokens), np.int64) if weights is None else weights
+    table = as_tensor(centroids).to(_device())
+    rows, shares = as_tensor(tokens), np.ones(len(tokens), np.int64) if weights is None else weights
     sums = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
     counts = torch.zeros(len(table), dtype=torch.float64, device=table.device)
     distances = []
     with ThreadPoolExecutor(1 if table.is_cuda else threads) as pool:
-        slabs = rows.split(SLAB_TOKENS), _tensor(shares).split(SLAB_TOKENS)
+        slabs = rows.split(SLAB_TOKENS), as_tensor(shares).split(SLAB_TOKENS)
         for slab_sums, slab_counts, slab_distances in pool.map(partial(_sum_slab, table), *slabs):
             sums += slab_sums
             counts += slab_counts
@@ -146,8 +137,9 @@ def lloyd(
     """
     centroids, history = start, list(inertia)
     while True:
-        total = ClusterSums.nothing(centroids.shape)
-        for part in assess(centroids):
+        parts = iter(assess(centroids))
+        total = copy.deepcopy(next(parts))  # arrays that come from another process are read-only
+        for part in parts:
             total.add(part)
         if not math.isfinite(total.inertia):
             raise BuilderError("tokens hold NaN or infinity, expected finite numbers: leave those images out")
@@ -176,7 +168,8 @@ def fit_prototypes(tokens: np.ndarray, config: VocabularyConfig, threads: int = 
         return lloyd(
             lambda centroids: [sum_clusters(tokens, centroids, threads=threads)], start, config.iterations
         )
-    centroids, inertia = _LIBRARIES[config.backend](np.ascontiguousarray(tokens, dtype=np.float32), config)
+    fit = _fit_faiss if config.backend == "faiss" else _fit_cuml
+    centroids, inertia = fit(np.ascontiguousarray(tokens, dtype=np.float32), config)
     total = sum_clusters(tokens, centroids)
     return Prototypes(centroids=centroids, counts=total.counts, inertia=(*inertia, total.inertia))
 
@@ -217,8 +210,8 @@ def plus_plus(
     moment, and each is accepted with probability current distance / distance when drawn, which keeps the distribution.
     One matrix product then replaces many passes over the tokens: a quarter of the time for 4,096 clusters.
     """
-    rows = _tensor(tokens).to(_device()).float()
-    shares = torch.ones(len(rows)) if weights is None else _tensor(weights)
+    rows = as_tensor(tokens).to(_device()).float()
+    shares = torch.ones(len(rows)) if weights is None else as_tensor(weights)
     shares, norms = shares.to(rows.device), rows.square().sum(dim=1)
 
     def draw(mass: torch.Tensor, count: int) -> torch.Tensor:
@@ -252,8 +245,8 @@ def nearest_prototype(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.nd
     vectors: float [M, C]. centroids: float32 [K, C]. Returns int64 [M] and float64 [M]. Distances are computed in
     float64, so that the result for a vector does not depend on the other vectors of the call.
     """
-    table = _tensor(np.asarray(centroids, dtype=np.float64))
-    chunks = _tensor(vectors).split(max(256, 2**22 // len(centroids)))
+    table = as_tensor(np.asarray(centroids, dtype=np.float64))
+    chunks = as_tensor(vectors).split(max(256, 2**22 // len(centroids)))
     found = [_assign(chunk.double(), table) for chunk in chunks]
     labels, distances = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     return labels, distances
@@ -303,12 +296,6 @@ def _fit_cuml(tokens: np.ndarray, config: VocabularyConfig) -> tuple[np.ndarray,
     return np.asarray(kmeans.cluster_centers_, dtype=np.float32), []
 
 
-_LIBRARIES: dict[str, Callable[[np.ndarray, VocabularyConfig], tuple[np.ndarray, list[float]]]] = {
-    "faiss": _fit_faiss,
-    "cuml": _fit_cuml,
-}
-
-
 def _library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
@@ -341,10 +328,6 @@ def _assign(rows_MC: torch.Tensor, table_KC: torch.Tensor) -> tuple[torch.Tensor
     """Nearest centroid of each row, int64 [M], and the squared distance to it, [M]."""
     closeness, label = torch.addmm(-0.5 * table_KC.square().sum(dim=1), rows_MC, table_KC.T).max(dim=1)
     return label, (rows_MC.square().sum(dim=1) - 2 * closeness).clamp(min=0)
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch warns about read-only memory
 
 
 def _device() -> torch.device:

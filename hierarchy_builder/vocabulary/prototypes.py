@@ -134,7 +134,7 @@ def part_prototypes(
 
 
 def save_vocabulary(
-    path: str | Path, vocabulary: Vocabulary, config: VocabularyConfig, *, config_hash: str = ""
+    path: Path, vocabulary: Vocabulary, config: VocabularyConfig, *, config_hash: str = ""
 ) -> None:
     """Write all levels and the configuration to one .npz (without pickle), whole or not at all.
 
@@ -153,15 +153,14 @@ def save_vocabulary(
         "inertia": np.asarray(vocabulary.inertia, dtype=np.float64),
         "description": np.array(json.dumps(described, sort_keys=True)),
     }
-    write_bytes(Path(path) if isinstance(path, str) else path, npz_of(**arrays))
+    write_bytes(path, npz_of(**arrays))
 
 
-def load_vocabulary(path: str | Path) -> tuple[Vocabulary, VocabularyConfig, str]:
+def load_vocabulary(path: Path) -> tuple[Vocabulary, VocabularyConfig, str]:
     """Read the vocabulary, configuration and configuration hash that `save_vocabulary` wrote.
 
     Raises BuilderError if the file is missing, damaged or of another format version.
     """
-    path = Path(path) if isinstance(path, str) else path
     with decoding(path, "fit the vocabulary again, or run `hierarchy-builder repair` on its build"):
         with path.open("rb") as file:
             content = parse_npz(file)

@@ -120,8 +120,8 @@ def test_any_split_of_stored_tokens_gives_the_same_sums(cuts: list[int], seed: i
     whole = sum_clusters(tokens, centroids)
     parts = [sum_clusters(part, centroids) for part in np.split(tokens, sorted(cuts)) if len(part)]
     random.shuffle(parts)  # type: ignore[arg-type]
-    total = ClusterSums.nothing(centroids.shape)
-    for part in parts:
+    total, *others = parts
+    for part in others:
         total.add(part)
     np.testing.assert_array_equal(total.sums, whole.sums)
     np.testing.assert_array_equal(total.counts, whole.counts)
@@ -175,6 +175,20 @@ def test_resumed_fit_gives_the_same_bits() -> None:
     rest = lloyd(lambda centroids: [sum_clusters(tokens, centroids)], centroids, 6, inertia=inertia)
     np.testing.assert_array_equal(rest.centroids, whole.centroids)
     assert rest.inertia == whole.inertia
+
+
+def test_sums_of_other_processes_need_not_be_writable() -> None:
+    """Ray gives arrays that share its memory and are read-only."""
+    tokens = blobs()
+
+    def assess(centroids: np.ndarray) -> list[ClusterSums]:
+        parts = [sum_clusters(part, centroids) for part in np.array_split(tokens, 3)]
+        for part in parts:
+            part.sums.flags.writeable = part.counts.flags.writeable = False
+        return parts
+
+    found = lloyd(assess, tokens[:5], 3)
+    np.testing.assert_array_equal(found.counts.sum(), len(tokens))
 
 
 def test_second_start_is_drawn_by_squared_distance() -> None:
