@@ -14,19 +14,12 @@ from trainer.data.folders import Places
 from trainer.data.shards import ShardIndex
 from trainer.methods import registry
 from trainer.methods.registry import TRAJECTORY_FORCING, Method
-from trainer.methods.suggestion import Data, Device, Size, Suggestion, suggest
+from trainer.methods.suggestion import Device, Size, Suggestion, suggest
 from trainer.training.distributed import environment_number
 from trainer.training.log import read_metrics
+from trainer.training.speed import PEAKS
 
-PEAK = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "A6000": 155e12,
-    "T4": 65e12,
-}
+PEAK = PEAKS | {"3090": 71e12, "A6000": 155e12, "T4": 65e12}
 """Operations per second of GPUs at 16 bits, dense, from their data sheets; by a part of their names."""
 UNKNOWN_PEAK = 70e12
 """Assumed of a GPU that is not in PEAK."""
@@ -46,9 +39,7 @@ def device_at_hand() -> Device:
 
 def suggestion_for(method: Method, index: ShardIndex, device: Device) -> Suggestion:
     """What to train on these shards by this method; see `suggestion.suggest`."""
-    height, width = index.grid
-    data = Data(images=index.num_samples, tokens=height * width)
-    return suggest(data, device, sizes_of(method, index))
+    return suggest(index.num_samples, device, sizes_of(method, index))
 
 
 def sizes_of(method: Method, index: ShardIndex) -> list[Size]:

@@ -16,6 +16,7 @@ The limits between these points are ours, and unmeasured: no run here compared s
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +39,6 @@ USABLE = 0.8
 """Share of a GPU's memory that is planned; the rest is for the allocator and the kernels."""
 CONDITION_TOKENS = 32
 """Tokens beside those of the grid: class, time, level."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """What the rule asks of shards."""
-
-    images: int
-    tokens: int
-    """H·W tokens of an image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,29 +81,26 @@ class Suggestion:
     """Floating-point operations of the whole run, see `flops_per_image`."""
 
 
-def suggest(data: Data, device: Device, sizes: Sequence[Size]) -> Suggestion:
-    """Choose among `sizes`, the network for CPU cores first; the others are for GPUs.
+def suggest(images: int, device: Device, sizes: Sequence[Size]) -> Suggestion:
+    """Choose for shards of so many images among `sizes`, the network for CPU cores first; the others are for GPUs.
 
     On GPUs it is the largest network that fits and that the number of images allows (IMAGES_FOR), or else the smallest
     that fits, in bfloat16. Raises UsageError without images or sizes.
     """
-    if data.images < 1 or not sizes:
-        raise UsageError(f"{counted(data.images, 'image')} and {counted(len(sizes), 'size')} to choose from")
-    small, *large = sizes[0], *map(_in_short_numbers, sizes[1:])
+    if images < 1 or not sizes:
+        raise UsageError(f"{counted(images, 'image')} and {counted(len(sizes), 'size')} to choose from")
+    small, *large = sizes
     # The most wanted first: those that the images allow from the largest down, then others from the smallest up.
-    allowed = [size for size in large if data.images >= _images_for(size.parameters)]
-    rest = [size for size in large if size not in allowed]
-    order = [
-        *sorted(allowed, key=lambda size: -size.parameters),
-        *sorted(rest, key=lambda size: size.parameters),
-    ]
-    fitting = [size for size in order if device.is_gpu and _fits(size, data, device, 1)]
+    large = sorted(map(_in_short_numbers, large), key=lambda size: size.parameters)
+    allowed = [size for size in large if images >= _images_for(size.parameters)]
+    order = [*reversed(allowed), *(size for size in large if size not in allowed)]
+    fitting = [size for size in order if _fits(size, device, 1)]
     if not fitting:
-        return _on_few(small, data, device)
-    return _on_gpu(fitting[0], data, device, fitting[0] in allowed)
+        return _on_few(small, images, device)
+    return _on_gpu(fitting[0], images, device, fitting[0] in allowed)
 
 
-def memory_bytes(size: Size, tokens: int, images: int) -> float:
+def memory_bytes(size: Size, images: int) -> float:
     """Memory of one process that takes `images` images in one backward pass.
 
     Weights, gradients, two moments and the averages in float32, and for each block and image the activations
@@ -121,45 +110,49 @@ def memory_bytes(size: Size, tokens: int, images: int) -> float:
     keep, so it is an upper estimate: 3.0 GiB for the network of docs/results.md that took 2.3 GiB.
     """
     model, optim = size.config.model, size.config.optim
-    s, w = tokens + CONDITION_TOKENS, model.width
+    s, w = _tokens(size), model.width
     blocks = max(model.depth, size.parameters / (12 * w**2))
     each = s * w * (34 + 5 * model.num_heads * s / w)
     each *= (2 if size.config.precision == "float32" else 1) * (2 if size.has_tangents else 1)
     return 4 * size.parameters * (4 + len(optim.ema_halflives_kimg)) + images * blocks * each
 
 
-def flops_per_image(size: Size, tokens: int) -> float:
+def flops_per_image(size: Size) -> float:
     """Operations of one training step for each image: 6 for each parameter and token, 8 with tangents, and attention.
 
     Source: Kaplan et al. (2020), arXiv 2001.08361, sec. 2.1: 2 forward and 4 backward; a tangent takes 2 more.
     Attention adds the share s/(6·w).
     """
-    s = tokens + CONDITION_TOKENS
+    s = _tokens(size)
     return (8 if size.has_tangents else 6) * size.parameters * s * (1 + s / (6 * size.config.model.width))
 
 
-def _on_few(size: Size, data: Data, device: Device) -> Suggestion:
+def _tokens(size: Size) -> int:
+    return math.prod(size.config.model.grid) + CONDITION_TOKENS
+
+
+def _on_few(size: Size, images: int, device: Device) -> Suggestion:
     """The network for CPU cores, as its preset has it, for longer where there are more images."""
     least = size.config.total_images
-    total = max(least, min(CPU_EPOCHS * data.images, MOST_SEEN_CPU))
-    batch = min(size.config.batch_size, _power_of_two(data.images // BATCHES_PER_EPOCH))
+    total = max(least, min(CPU_EPOCHS * images, MOST_SEEN_CPU))
+    batch = min(size.config.batch_size, _power_of_two(images // BATCHES_PER_EPOCH))
     why = "it trains on CPU" if not device.is_gpu else "no larger network fits into its memory"
     changes: dict[str, Any] = {} if total == least else _pace(size, total)
-    return _suggestion(size, data, device, why, total_images=total, batch_size=batch, **changes)
+    return _suggestion(size, images, device, why, total_images=total, batch_size=batch, **changes)
 
 
-def _on_gpu(size: Size, data: Data, device: Device, is_allowed: bool) -> Suggestion:
-    total = min(max(EPOCHS * data.images, LEAST_SEEN), MOST_EPOCHS * data.images, MOST_SEEN)
-    most = min(data.images // BATCHES_PER_EPOCH, total // STEPS)
+def _on_gpu(size: Size, images: int, device: Device, is_allowed: bool) -> Suggestion:
+    total = min(max(EPOCHS * images, LEAST_SEEN), MOST_EPOCHS * images, MOST_SEEN)
+    most = min(images // BATCHES_PER_EPOCH, total // STEPS)
     share = max(1, min(size.config.batch_size, _power_of_two(most)) // device.count)
     micro = _power_of_two(share)
-    while not _fits(size, data, device, micro):
+    while not _fits(size, device, micro):
         micro //= 2
-    why = f"it is the largest that fits and whose size is for {counted(data.images, 'image')} or fewer"
+    why = f"it is the largest that fits and whose size is for {counted(images, 'image')} or fewer"
     if not is_allowed:
         why = "it is the smallest of this method for GPUs, though its size is for more images"
     changes = {"batch_size": share * device.count, "micro_batch_size": micro, **_pace(size, total)}
-    return _suggestion(size, data, device, why, total_images=total, **changes)
+    return _suggestion(size, images, device, why, total_images=total, **changes)
 
 
 def _pace(size: Size, total: int) -> dict[str, int]:
@@ -168,24 +161,24 @@ def _pace(size: Size, total: int) -> dict[str, int]:
     return {"checkpoint_images": every} | ({"sample_images": every} if size.config.sample_images else {})
 
 
-def _suggestion(size: Size, data: Data, device: Device, why: str, **changes: int) -> Suggestion:
+def _suggestion(size: Size, images: int, device: Device, why: str, **changes: int) -> Suggestion:
     config = dataclasses.replace(size.config, **changes)
     chosen = dataclasses.replace(size, config=config)
     at_once = config.micro_batch_size or max(1, config.batch_size // (device.count if device.is_gpu else 1))
-    epochs = config.total_images / data.images
+    epochs = config.total_images / images
     shown = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
     hardware = counted(device.count, "CPU core")
     if device.memory_bytes is not None:
         hardware = f"{device.count} × {device.name} of {device.memory_bytes / 2**30:.0f} GiB"
     return Suggestion(
         config=config,
-        reason=f"{counted(data.images, 'image')} and {hardware}: {config.preset} "
+        reason=f"{counted(images, 'image')} and {hardware}: {config.preset} "
         f"({size.parameters / 1e6:,.1f} million parameters), because {why}. "
         f"It sees {counted(config.total_images, 'image')} ({shown} epochs) in batches of {config.batch_size}.",
         parameters=size.parameters,
         epochs=epochs,
-        memory_bytes=memory_bytes(chosen, data.tokens, at_once),
-        flops=flops_per_image(chosen, data.tokens) * config.total_images,
+        memory_bytes=memory_bytes(chosen, at_once),
+        flops=flops_per_image(chosen) * config.total_images,
     )
 
 
@@ -199,8 +192,8 @@ def _images_for(parameters: int) -> float:
     return next((images for most, images in IMAGES_FOR if parameters <= most), float("inf"))
 
 
-def _fits(size: Size, data: Data, device: Device, images: int) -> bool:
-    return memory_bytes(size, data.tokens, images) <= USABLE * (device.memory_bytes or 0)
+def _fits(size: Size, device: Device, images: int) -> bool:
+    return memory_bytes(size, images) <= USABLE * (device.memory_bytes or 0)
 
 
 def _power_of_two(most: int) -> int:

@@ -26,7 +26,6 @@ from trainer.methods.suggestion import (
     MOST_EPOCHS,
     MOST_SEEN,
     USABLE,
-    Data,
     Device,
     Size,
     memory_bytes,
@@ -64,7 +63,7 @@ def test_more_images_never_mean_less_and_memory_suffices(
     ladders: dict[str, list[Size]], method: str, images: int, more: int, gib: float, count: int
 ) -> None:
     sizes, device = ladders[method], gpu(gib, count)
-    few, many = (suggest(Data(images=n, tokens=256), device, sizes) for n in sorted((images, images + more)))
+    few, many = (suggest(n, device, sizes) for n in sorted((images, images + more)))
     assert few.parameters <= many.parameters
     assert few.config.total_images <= many.config.total_images
     for found, n in ((few, images), (many, images + more)):
@@ -72,7 +71,7 @@ def test_more_images_never_mean_less_and_memory_suffices(
         chosen = next(size for size in sizes if size.config.preset == found.config.preset)
         chosen = dataclasses.replace(chosen, config=found.config)
         if chosen is not sizes[0] and found.config.micro_batch_size:
-            assert found.memory_bytes == memory_bytes(chosen, 256, found.config.micro_batch_size)
+            assert found.memory_bytes == memory_bytes(chosen, found.config.micro_batch_size)
             assert found.config.total_images >= min(EPOCHS * n, MOST_SEEN)
             assert found.config.total_images >= min(LEAST_SEEN, MOST_EPOCHS * n)
             assert found.config.batch_size <= max(n, count)
@@ -85,7 +84,7 @@ def test_more_images_never_mean_less_and_memory_suffices(
 def test_without_a_gpu_it_is_the_network_for_cores(
     ladders: dict[str, list[Size]], method: str, images: int
 ) -> None:
-    found = suggest(Data(images=images, tokens=256), CPU, ladders[method])
+    found = suggest(images, CPU, ladders[method])
     preset = ladders[method][0].config
     assert found.config.preset == METHODS[method].small_preset
     assert preset.total_images <= found.config.total_images
@@ -100,7 +99,7 @@ def test_photos_of_one_person_get_the_small_network_and_imagenet_the_large_one(
     sizes = ladders["trajectory-forcing"]
 
     def preset(images: int, device: Device) -> str:
-        return suggest(Data(images=images, tokens=256), device, sizes).config.preset
+        return suggest(images, device, sizes).config.preset
 
     assert [preset(n, gpu(24)) for n in (500, 10_000, 100_000)] == ["TF-S"] * 3
     assert [preset(n, gpu(80)) for n in (200_000, 1_281_167)] == ["TF-B", "TF-L"]
@@ -108,9 +107,9 @@ def test_photos_of_one_person_get_the_small_network_and_imagenet_the_large_one(
     assert preset(1_281_167, gpu(2)) == "TF-S"
     assert preset(1_281_167, gpu(0.1)) == "tiny-cpu"
     assert preset(1_281_167, CPU) == "tiny-cpu"
-    one = suggest(Data(images=300_000, tokens=256), gpu(24), sizes).config
+    one = suggest(300_000, gpu(24), sizes).config
     assert (one.preset, one.precision, one.model) == ("TF-B", "bfloat16", sizes[2].config.model)
-    normalizing = suggest(Data(images=20_000, tokens=256), gpu(80), ladders["normalizing-trajectory"])
+    normalizing = suggest(20_000, gpu(80), ladders["normalizing-trajectory"])
     assert normalizing.config.preset == "NTM-B"
     assert "the smallest of this method for GPUs, though its size is for more images" in normalizing.reason
 
@@ -126,17 +125,17 @@ def test_the_formula_of_memory_is_above_a_measured_network() -> None:
         network = TRAJECTORY_FORCING.load("pipeline").network_type(model)
     count = sum(parameter.numel() for parameter in network.parameters())
     size = Size(config=config, parameters=count, has_tangents=True)
-    assert 2.28 * GIB < memory_bytes(size, 256, 16) < 2 * 2.28 * GIB
+    assert 2.28 * GIB < memory_bytes(size, 16) < 2 * 2.28 * GIB
 
 
 def test_hours_on_gpus_are_said_to_be_assumed(index: ShardIndex, ladders: dict[str, list[Size]]) -> None:
     for device in (gpu(80), Device(name="Unheard of", count=2, memory_bytes=24 * GIB)):
-        found = suggest(Data(images=50_000, tokens=256), device, ladders["latent-forcing"])
+        found = suggest(50_000, device, ladders["latent-forcing"])
         hours, how = hours_of(found, device, index.url)
         assert how.startswith("unmeasured: assumes 30% of ")
         assert hours > 0
     with pytest.raises(UsageError, match="0 images"):
-        suggest(Data(images=0, tokens=256), CPU, ladders["latent-forcing"])
+        suggest(0, CPU, ladders["latent-forcing"])
 
 
 @pytest.fixture
