@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from hierarchy_builder.fields import CheckedFields
 from trainer.networks.config import ModelConfig
-from trainer.training.config import MethodRunConfig, OptimConfig, checked
+from trainer.training.config import MethodRunConfig, OptimConfig
 
 RELEASE_SHIFT, RELEASE_NUMBERS = 10.0, 16 * 16 * 768
 """The time shift that the paper chose, and the numbers in one of its canvases."""
@@ -66,8 +65,3 @@ class TrainConfig(MethodRunConfig):
     or per position and channel, or `auto`: raw if their standard deviation is between 0.5 and 2, else `channel`."""
     level_per: Literal["sample", "batch"] = "sample"
     """Whether each sample draws its own level, or the whole batch shares one as in the release."""
-
-
-def from_mapping(mapping: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
-    """Build a checked TrainConfig from plain nested data; see `checked`."""
-    return checked(TrainConfig, mapping, where)

@@ -7,7 +7,7 @@ converted one by one: memory is about four times the network to import and once 
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
@@ -27,7 +27,7 @@ from hierarchy_builder.machine.vision_libraries import import_vision
 from hierarchy_builder.places.exclusion import of_exclusion
 from trainer.data.normalisation import RAW
 from trainer.methods.trajectory_forcing import release as official
-from trainer.methods.trajectory_forcing.config import RELEASE_SHIFT, MethodConfig, TrainConfig, from_mapping
+from trainer.methods.trajectory_forcing.config import RELEASE_SHIFT, TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.presets import PRESETS
 from trainer.networks.config import ModelConfig
@@ -120,7 +120,7 @@ def export_official(run: Path, out: Path) -> dict[str, Any]:
     format cannot hold.
     """
     folder, state = saved.read_checkpoint(run)
-    config = from_mapping(state.config, str(folder))
+    config = checked(TrainConfig, state.config, str(folder))
     normaliser = saved.load_normaliser(folder)
     if bool(normaliser.mean.any()) or bool((normaliser.std != 1).any()):
         raise MismatchError(
@@ -208,10 +208,8 @@ def _class_names(count: int) -> list[str]:
     """Names of the classes: torchvision's list for the 1,000 of ImageNet, which the release trains on, else numbers."""
     names: list[str] = []
     if count == IMAGENET_CLASSES:
-        try:
+        with contextlib.suppress(ImportError, AttributeError):  # another torchvision keeps them elsewhere
             names = list(import_vision("torchvision.models._meta")._IMAGENET_CATEGORIES)
-        except (ImportError, AttributeError):  # another torchvision keeps them elsewhere
-            names = []
     if len(names) != count:
         return [str(label) for label in range(count)]
     twice = {name for name in names if names.count(name) > 1}  # such as crane, a bird and a machine
@@ -223,20 +221,15 @@ def _train_config(
 ) -> TrainConfig:
     """Make the configuration of the file's training: a preset, changed by the release's own configuration."""
     base = PRESETS[f"TF-{official.size_letter(given) or 'B'}"]()
-    size = {BATCH_SIZE: given.get(BATCH_SIZE, base.batch_size)}
-    base = checked(TrainConfig, to_mapping(base) | size, where)
-    method: dict[str, Any] = {ours: given[theirs] for ours, theirs in METHOD_NAMES.items() if theirs in given}
+    fields, method = to_mapping(base), to_mapping(base.method) | {"time_shift": RELEASE_SHIFT}
+    method |= {ours: given[theirs] for ours, theirs in METHOD_NAMES.items() if theirs in given}
     if not given.get("time_shift", True):
         method["time_shift"] = 1.0
     if not given.get("tr_uniform", True):
         method["uniform_fraction"] = 0.0
-    return dataclasses.replace(
-        base,
-        normalise="none",
-        model=model,
-        method=checked(MethodConfig, to_mapping(base.method) | {"time_shift": RELEASE_SHIFT} | method, where),
-        optim=dataclasses.replace(base.optim, ema_halflives_kimg=tuple(halflives)),
-    )
+    fields |= {"model": to_mapping(model), "method": method, "normalise": "none"}
+    fields["optim"] |= {"ema_halflives_kimg": halflives}
+    return checked(TrainConfig, fields | {BATCH_SIZE: given.get(BATCH_SIZE, base.batch_size)}, where)
 
 
 def _unknown_shards(model: ModelConfig, encoder: str) -> dict[str, Any]:

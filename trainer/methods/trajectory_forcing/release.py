@@ -302,7 +302,8 @@ def _parts(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
     size = os.fstat(file.fileno()).st_size
     most = min(size, 2**31 - 1)  # a list has at most as many entries as there are bytes
     limits = {"max_buffer_size": 0, "max_array_len": most, "max_map_len": most}
-    unpacker = msgpack.Unpacker(file, raw=False, ext_hook=_decode, strict_map_key=False, **limits)
+    hooks = {"ext_hook": _decode, "object_hook": _joined}
+    unpacker = msgpack.Unpacker(file, raw=False, strict_map_key=False, **limits, **hooks)
     for part in _keys(unpacker):
         names = (f"{AVERAGE}{halflife}" for halflife in _keys(unpacker)) if part == "ema_params" else [part]
         for name in names:
@@ -334,21 +335,23 @@ def _keys(unpacker: msgpack.Unpacker) -> Iterator[str]:
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield every array under its path, joined by slashes."""
-    if isinstance(tree, Mapping) and CHUNKED not in tree:
+    if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _flatten(value, f"{prefix}/{key}" if prefix else str(key))
+    elif isinstance(tree, Tensor):
+        yield prefix, tree
     else:
-        yield prefix, _joined(tree)
+        raise ValueError(f"found {type(tree).__name__} where an array belongs")
 
 
-def _joined(value: Any) -> Tensor:
-    """Return an unpacked array, or join its chunks."""
-    if isinstance(value, Mapping):
-        chunks = [_joined(value["chunks"][str(i)]) for i in range(len(value["chunks"]))]
-        return torch.cat(chunks).reshape([value["shape"][str(i)] for i in range(len(value["shape"]))])
-    if not isinstance(value, Tensor):
-        raise ValueError(f"found {type(value).__name__} where an array belongs")
-    return value
+def _joined(content: dict[str, Any]) -> Any:
+    """Join the chunks of a large array; this happens while unpacking, and other maps stay as they are."""
+    if CHUNKED not in content:
+        return content
+    shape, chunks = (
+        [part[str(i)] for i in range(len(part))] for part in (content["shape"], content["chunks"])
+    )
+    return torch.cat(chunks).reshape(shape)
 
 
 def _decode(code: int, data: bytes) -> Tensor:

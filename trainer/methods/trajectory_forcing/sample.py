@@ -54,16 +54,12 @@ def sample_levels(
         canvas = noise[number]
         for t_now, t_next in time_steps(num_steps):
             t, r = noise.new_full((len(label),), t_now), noise.new_full((len(label),), t_next)
-            u = _average_velocity(model, canvas, t=t, r=r, **inputs)
+            u = model(canvas, t=t, r=r, **inputs, heads="u").u
             if weak_model is not None:
-                u = u + weak_scale * (u - _average_velocity(weak_model, canvas, t=t, r=r, **inputs))
+                u = u + weak_scale * (u - weak_model(canvas, t=t, r=r, **inputs, heads="u").u)
             canvas = canvas - (t_now - t_next) * u
         levels.append(canvas)
     return normaliser.undo(torch.stack(levels, dim=1))
-
-
-def _average_velocity(model: Any, z: Tensor, **inputs: Any) -> Tensor:
-    return model(z, **inputs, heads="u").u
 
 
 def time_steps(num_steps: int) -> list[tuple[float, float]]:

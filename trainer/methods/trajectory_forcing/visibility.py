@@ -39,9 +39,9 @@ class Visibility(NamedTuple):
     def warning(self) -> str | None:
         """What is wrong with this level's scale or times, and what to do; None if nothing is."""
         what = (
-            f"level {self.level}: at {self.visible_share:.1%} of the drawn times its data (standard deviation"
+            f"level {self.level}: at {self.visible_share:.1%} of the drawn times its data (standard deviation "
+            f"{self.std:.2g}, noise has 1) is visible"
         )
-        what += f" {self.std:.2g}, noise has 1) is visible"
         if self.visible_share < LEAST_VISIBLE:
             return f"{what}; it can hardly be learned: use normalise=channel or a smaller method.time_shift"
         if self.visible_share > 1 - LEAST_HIDDEN:

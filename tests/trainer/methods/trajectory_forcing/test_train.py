@@ -202,9 +202,8 @@ def test_two_processes_take_the_same_steps(shards: str, whole: Path, tmp_path: P
     script.write_text(
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from trainer.methods.trajectory_forcing.config import from_mapping\n"
         "from trainer.methods import registry\n"
-        "registry.train(from_mapping(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], quiet=True)\n"
+        "registry.train(registry.config_of(json.loads(sys.argv[1]), ''), sys.argv[2], sys.argv[3], quiet=True)\n"
         # A thread of gloo that outlives the training may free a tensor while Python ends, which aborts the process.
         "threads = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
         "assert not any('gloo' in name for name in threads), threads\n"
