@@ -56,6 +56,7 @@ try:
     from trainer.methods.trajectory_forcing.presets import PRESETS
     from trainer.methods.trajectory_forcing.sample import sample_levels
     from trainer.post_training.distance import Target
+    from trainer.seeds import StepRows
     from trainer.training.config import OptimConfig
     from trainer.training.method_run import compiled
     from trainer.training.optim import MuonAdam, orthogonalise
@@ -845,7 +846,7 @@ def network(bench: Bench, name: str) -> TrajectoryTransformer:
 def canvases(model: TrajectoryTransformer, images: int, device: torch.device | str) -> dict[str, Tensor]:
     """Arguments of the loss for random canvases, equal on every device."""
     c, generator = model.config, torch.Generator().manual_seed(0)
-    draws = objective.draw_batch(images, (1, 1, 1), MethodConfig(), seed=0, step=0)
+    draws = objective.draw_batch(StepRows(batch_size=images, seed=0, step=0), (1, 1, 1), MethodConfig())
     found = {
         "x": torch.randn(images, *c.grid, c.in_channels, generator=generator),
         "prev": torch.randn(images, *c.grid, c.in_channels, generator=generator),

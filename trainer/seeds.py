@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hierarchy_builder.errors import UsageError
@@ -67,6 +68,39 @@ def row_noise(
         generator.manual_seed(mixed_seed(seed, step, row))
         noises.append([torch.randn(*shape, generator=generator, device=device) for shape in shapes])
     return [torch.stack(each) for each in zip(*noises, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRows:
+    """Rows of the global batch of one training step, as what decides their random numbers.
+
+    A row's numbers depend only on (seed, step, row), so training is the same for any split of the batch over ranks.
+    """
+
+    batch_size: int
+    """Rows of the global batch."""
+    seed: int
+    step: int
+    rows: slice = field(default_factory=lambda: slice(None))
+    device: torch.device | str = "cpu"
+    """Where the numbers are wanted."""
+
+    def generator(self) -> torch.Generator:
+        """For numbers that are drawn for the whole batch, on the CPU."""
+        import torch
+
+        return torch.Generator().manual_seed(mixed_seed(self.seed, self.step))
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of values for the whole batch those of these rows, on their device."""
+        from hierarchy_builder.machine.transfers import sent
+
+        return sent(values[self.rows], self.device)
+
+    def noise(self, *shapes: Sequence[int]) -> list[Tensor]:
+        """N(0, 1) of these rows, float32 [rows, *shape] for each shape; see `row_noise`."""
+        rows = range(self.batch_size)[self.rows]
+        return row_noise(shapes, rows, seed=self.seed, step=self.step, device=self.device)
 
 
 def check_seed(seed: int) -> None:

@@ -31,6 +31,7 @@ from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Prediction, TrajectoryTransformer
 from trainer.networks import attention as layers
 from trainer.networks.config import ModelConfig
+from trainer.seeds import StepRows
 
 BY_HAND = layers.attend
 
@@ -148,7 +149,9 @@ def batch_of(options: argparse.Namespace) -> dict[str, Any]:
     B, shape, device = options.batch, (options.grid, options.grid, options.channels), options.device
     generator = torch.Generator().manual_seed(0)
     x, prev = (torch.randn(B, *shape, generator=generator).to(device) for _ in range(2))
-    draws = trajectory_forcing.draw_batch(B, shape, MethodConfig(), seed=0, step=0, device=device)
+    draws = trajectory_forcing.draw_batch(
+        StepRows(batch_size=B, seed=0, step=0, device=device), shape, MethodConfig()
+    )
     times = {"t": draws.t, "r": draws.r, "noise": draws.noise}
     level, label = torch.arange(B, device=device) % 4, torch.arange(B, device=device)
     return {"x": x, "prev": prev, "level": level, "label": label, **times}

@@ -20,7 +20,8 @@ from trainer.methods.normalizing_trajectory import objective as method
 from trainer.methods.normalizing_trajectory.chains import noise_times
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingModelConfig
 from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
-from trainer.methods.normalizing_trajectory.sample import HowToSample, num_noises, sample_canvases
+from trainer.methods.normalizing_trajectory.sample import Sampler, num_noises
+from trainer.seeds import StepRows
 
 
 def main() -> None:
@@ -66,9 +67,8 @@ def main() -> None:
 def training(network: NormalizingNetwork, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """Loss and gradients: all pairs folded into one batch, pair after pair, and one drawn pair a sample."""
     shape, T, B = (options.grid, options.grid, options.channels), options.transitions, options.batch
-    draws = method.draw_batch(
-        B, shape, NormalizingMethodConfig(pairs="one"), num_steps=(T,), seed=0, step=0, device=options.device
-    )
+    rows = StepRows(batch_size=B, seed=0, step=0, device=options.device)
+    draws = method.draw_batch(rows, shape, NormalizingMethodConfig(pairs="one"), (T,))
     label = torch.zeros(B, dtype=torch.int64, device=options.device)
     canvases = torch.randn(B, 1, *shape, device=options.device)
     chain = method.build_chain(
@@ -104,8 +104,8 @@ def sampling(network: NormalizingNetwork, options: argparse.Namespace) -> dict[s
     label = torch.zeros(B, dtype=torch.int64, device=options.device)
 
     def draw(ending: str) -> Callable[[], object]:
-        how = HowToSample(num_steps=T, ending=ending)
-        return lambda: sample_canvases(network, NormalizingMethodConfig(), label, noise, how)
+        sampler = Sampler(network=network, method=NormalizingMethodConfig(), num_steps=T, ending=ending)
+        return lambda: sampler.canvases(label, noise)
 
     return {
         "inverse and score denoising": draw("score"),

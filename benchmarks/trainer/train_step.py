@@ -17,6 +17,7 @@ from trainer.methods.trajectory_forcing import objective as trajectory_forcing
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.networks.config import ModelConfig
+from trainer.seeds import StepRows
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.weights import WeightAverages
@@ -77,7 +78,9 @@ def training_step(model: TrajectoryTransformer, options: argparse.Namespace):
     }
 
     def step(number: int) -> None:
-        draws = trajectory_forcing.draw_batch(B, shape, MethodConfig(), seed=0, step=number, device=device)
+        draws = trajectory_forcing.draw_batch(
+            StepRows(batch_size=B, seed=0, step=number, device=device), shape, MethodConfig()
+        )
         with torch.autocast(device, dtype=torch.bfloat16, enabled=options.precision == "bfloat16"):
             terms = trajectory_forcing.loss(
                 model, x, prev=prev, t=draws.t, r=draws.r, noise=draws.noise, **batch

@@ -19,6 +19,7 @@ from trainer.methods import registry
 from trainer.methods.trajectory_forcing import objective
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.sample import sample_levels
+from trainer.seeds import StepRows
 from trainer.training.config import OptimConfig
 from trainer.training.log import read_metrics
 from trainer.training.method_run import compiled
@@ -30,7 +31,9 @@ pytestmark = pytest.mark.cuda
 def gradients(device: str, *, loss: Any = objective.loss, bf16: bool = False) -> dict[str, torch.Tensor]:
     model = awake().to(device)
     c, generator = model.config, torch.Generator().manual_seed(1)
-    draws = objective.draw_batch(4, (*c.grid, c.in_channels), MethodConfig(), seed=0, step=0)
+    draws = objective.draw_batch(
+        StepRows(batch_size=4, seed=0, step=0), (*c.grid, c.in_channels), MethodConfig()
+    )
     given = {
         "prev": torch.randn(4, *c.grid, c.in_channels, generator=generator),
         "level": torch.arange(4),

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import DamagedShardError, TrainerError, UsageError
 from hierarchy_builder.files import parse_json
 from hierarchy_builder.places.remote import store_error
@@ -41,6 +42,7 @@ from hierarchy_builder.records import (
 from hierarchy_builder.terminal import say
 from hierarchy_builder.untrusted.arrays import parse_npy
 from trainer.data.distant import SAMPLES_KEPT, DistantTar, found_tar
+from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.shards import INDEX, ShardIndex
 from trainer.data.tars import Members, OpenTar, check_sha256, check_size
 
@@ -74,6 +76,14 @@ class Rows:
     def raw_features(self) -> Tensor:
         """The features as the encoder wrote them, float32 [B, H, W, C]."""
         return self.features.float() if self.scale is None else self.features * self.scale
+
+    def tokens(self, normaliser: Normaliser = RAW) -> Tensor:
+        """Normalised features, float32 [B, H, W, C]."""
+        return normaliser.apply(self.raw_features())
+
+    def canvases(self, normaliser: Normaliser = RAW) -> Tensor:
+        """Canvases of all levels, float32 [B, L, H, W, C]: means of normalised features."""
+        return level_canvases(self.tokens(normaliser), self.regions)
 
     def rows(self, start: int, stop: int) -> Self:
         """Rows `start` ≤ i < `stop`."""

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.fields import brief
 from trainer.data.normalisation import RAW, Normaliser
@@ -41,14 +40,6 @@ class Batch(Rows):
 
     level: Tensor
     """int64 [b]"""
-
-    def tokens(self, normaliser: Normaliser = RAW) -> Tensor:
-        """Normalised features, float32 [b, H, W, C]."""
-        return normaliser.apply(self.raw_features())
-
-    def canvases(self, normaliser: Normaliser = RAW) -> Tensor:
-        """Canvases of all levels, float32 [b, L, H, W, C]: means of normalised features."""
-        return level_canvases(self.tokens(normaliser), self.regions)
 
     def targets(self, normaliser: Normaliser = RAW) -> tuple[Tensor, Tensor, Tensor]:
         """(x, prev, regions) of each row's level: its canvas, the one before, and the level's region ids.

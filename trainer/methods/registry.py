@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from trainer.data.shards import ShardIndex
     from trainer.training.loop import RunSummary
 
-Presets = Mapping[str, Callable[[], Any]]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
@@ -49,11 +47,6 @@ class Method:
     options: Mapping[str, str] = field(default_factory=dict)
     """Options that its pipelines alone take: name → why they need a run of this method."""
 
-    one_step: str = ""
-    """The module with `draw`, `num_noises` and `refusal`: samples with their gradient, for post-training; or none."""
-    no_gradient: str = ""
-    """Why there is no such module."""
-
     @property
     def title(self) -> str:
         """Its name as a heading."""
@@ -75,7 +68,6 @@ TRAJECTORY_FORCING = Method(
     small_preset="tiny-cpu",
     run="trainer.methods.trajectory_forcing.train:TrajectoryForcingRun",
     pipeline="trainer.methods.trajectory_forcing.pipeline:TrajectoryForcingPipeline",
-    one_step="trainer.methods.trajectory_forcing.one_step",
     losses_text="The losses of u and v are divided by their own size and stay near 1; the squared errors behind them "
     "are what falls.",
 )
@@ -90,8 +82,6 @@ LATENT_FORCING = Method(
     pipeline="trainer.methods.latent_forcing.pipeline:LatentPipeline",
     losses_text="loss_pixels and loss_latents are squared errors of v, averaged over the whole batch: a sample that "
     "does not train one of the two counts as 0 in its average.",
-    no_gradient="one of its samples takes dozens of evaluations of the network, one after the other, and a gradient "
-    "through all of them would have to keep their activations",
     options={"shift": "only Latent Forcing draws latents ahead of pixels"},
 )
 NORMALIZING_TRAJECTORY = Method(
@@ -106,10 +96,9 @@ NORMALIZING_TRAJECTORY = Method(
     losses_text="bits are −log₂ of the density of chains of normalised features, per number of a canvas, and may fall "
     "below 0: fit + log_sigma − log_det, which are in nats as the loss is. The loss of a learned denoiser is its "
     "squared distance to what the scores say.",
-    one_step="trainer.methods.normalizing_trajectory.one_step",
     options={"ending": "only Normalizing Trajectory Models can end a trajectory in several ways"},
 )
-METHODS: dict[str, Method] = {}
+METHODS = {row.name: row for row in (TRAJECTORY_FORCING, LATENT_FORCING, NORMALIZING_TRAJECTORY)}
 """The rows by name. Trajectory Forcing comes first: runs that name no method are its runs."""
 
 
@@ -118,10 +107,6 @@ def register(method: Method) -> None:
     if method.name in METHODS:
         raise UsageError(f"method {method.name!r} is registered already: give the row another name")
     METHODS[method.name] = method
-
-
-for _method in (TRAJECTORY_FORCING, LATENT_FORCING, NORMALIZING_TRAJECTORY):
-    register(_method)
 
 
 def method_named(name: str) -> Method:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.files import write_bytes
 from trainer.data.normalisation import Normaliser
@@ -187,5 +186,5 @@ def _parts(index: ShardIndex, normaliser: Normaliser, world: World) -> Iterator[
     for start in starts[world.rank :: world.size]:
         rows = reader.read_rows(range(start, min(start + READ_TOGETHER, index.num_samples)))
         rows = rows.to(world.device)
-        yield level_canvases(normaliser.apply(rows.raw_features()), rows.regions), rows.label
+        yield rows.canvases(normaliser), rows.label
     reader.close()

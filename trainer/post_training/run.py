@@ -71,8 +71,7 @@ class Start:
         folder, state = saved.read_checkpoint(run)
         method = registry.method_in(state.config, str(run))
         config = registry.config_of(state.config, str(folder))
-        reason = method.load("one_step").refusal(config) if method.one_step else method.no_gradient
-        if reason:
+        if reason := method.load("pipeline").no_gradient(config):
             raise UsageError(f"{run} is a run of {method.name}, which cannot be post-trained: {reason}")
         return cls(folder=folder, state=state, config=config, average=average_of(config, ema))
 
@@ -204,9 +203,7 @@ class PostTrainingRun(Loop):
     def __init__(self, start: Start, config: Any, *others: Any, decoder: str | Path | None = None) -> None:
         self.start, self.post, self.given_decoder = start, config.post_training, decoder
         self.one_backward_pass = not self.post.balanced  # which scales gradients before they are added
-        method = registry.method_of(config)
-        self.pipeline = method.load("pipeline")
-        self.one_step = method.load("one_step")
+        self.pipeline = registry.method_of(config).load("pipeline")
         self.spaces = spaces_of(self.post, config.model.num_levels)
         super().__init__(config, *others)
 
@@ -347,14 +344,14 @@ class PostTrainingRun(Loop):
     def _noise(self, rows: range, seed: int, step: int) -> Tensor:
         """float32 [noises, b, H, W, C]"""
         model = self.config.model
-        shape = (self.one_step.num_noises(self.model, self.config.method), *model.grid, model.in_channels)
+        shape = (self.pipeline.noises_of(self.model), *model.grid, model.in_channels)
         (noise,) = row_noise([shape], rows, seed=seed, step=step, device=self.world.device)
         return noise.transpose(0, 1)
 
     def _drawn(self, label: Tensor, noise: Tensor) -> Tensor:
         """Canvases float32 [b, L, H, W, C] in units of the network."""
         with self._autocast():
-            canvases: Tensor = self.one_step.draw(
+            canvases: Tensor = self.pipeline.draw(
                 self.networks, self.config.method, label, noise, self.post.per_level
             )
         return canvases.float()

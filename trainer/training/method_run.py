@@ -24,13 +24,14 @@ from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.terminal import counted, say
 from trainer.data.normalisation import chosen_normalisation
 from trainer.data.shards import ShardIndex
+from trainer.seeds import StepRows
 from trainer.training.config import MethodRunConfig
 from trainer.training.distributed import joined_world
 from trainer.training.loop import Loop, RunSummary, stop_signals
+from trainer.training.schedules import learning_rate
 
 Objective = Callable[..., dict[str, Tensor]]
 ConfigT = TypeVar("ConfigT", bound=MethodRunConfig)
-DrawsT = TypeVar("DrawsT")
 
 
 class MethodRun(Loop):
@@ -54,13 +55,16 @@ class MethodRun(Loop):
         return compiled(loss, or_eager=by_default) if config.compile or by_default else loss
 
     @abstractmethod
-    def _terms(self, part: Any, rows: slice) -> dict[str, Tensor]:
+    def _terms(self, part: Any, rows: StepRows) -> dict[str, Tensor]:
         """Compute the loss terms of `part`, which holds the rows `rows` of the global batch."""
 
-    def _draw(self, draw_batch: Callable[..., DrawsT], rows: slice, *inputs: Any, **options: Any) -> DrawsT:
-        """Call the method's `draw_batch(batch size, *inputs, **options)` for `rows` of the current step."""
-        config, place = self.config, {"step": self.step, "rows": rows, "device": self.world.device}
-        return draw_batch(config.batch_size, *inputs, seed=config.seed, **place, **options)
+    def _network(self) -> Any:
+        return self.pipeline.network_type(self.config.model)
+
+    def _rate(self) -> float:
+        """The configured rate, constant until the cooldown."""
+        config, optim = self.config, self.config.optim
+        return learning_rate(self.images_seen, config.total_images, optim.lr, optim.cooldown_fraction)
 
     def _scaled(self, terms: Mapping[str, Tensor], part: Any) -> dict[str, Tensor]:
         """Scale each of `self.terms` to its share of the mean over the global batch; `loss` is differentiated."""
@@ -85,7 +89,14 @@ class MethodRun(Loop):
     def backward(self, batch: Any, start: int, stop: int) -> Tensor:
         device, first = self.world.device, self.world.rank * len(batch)
         part = batch.rows(start, stop).to(device)
-        terms = self._scaled(self._terms(part, slice(first + start, first + stop)), part)
+        rows = StepRows(
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            step=self.step,
+            rows=slice(first + start, first + stop),
+            device=device,
+        )
+        terms = self._scaled(self._terms(part, rows), part)
         terms["loss"].backward()
         return torch.stack([terms[name] for name in self.terms]).detach().double()
 

@@ -148,7 +148,10 @@ class TrajectoryPipeline(ABC):
         if pixel_stage is not None:
             stage = TrajectoryPipeline.from_pretrained(pixel_stage, device=device)
             decoder = stage.decoder_of_canvases(encoder)
-        found = kind._decoder_for(path, encoder, decoder, device)
+        if not kind.draws_pixels:
+            decoder = decoder_for(path, encoder, decoder, device)
+        elif isinstance(decoder, str | Path):
+            raise UsageError(f"decoder {decoder}: a run of {method.title} draws its own pixels; leave it out")
         name, kept = average_of(config, ema), saved.averages_of(path)
         if ema == "auto" and name not in kept and not state.optimizer:  # what save_pretrained left out
             name = next(iter(kept), None)
@@ -156,7 +159,7 @@ class TrajectoryPipeline(ABC):
             kind._load_network(path, config, name).to(device),
             state.shards["class_names"],
             encoder,
-            found,
+            decoder,
             saved.load_normaliser(path).to(device),
             weights_note(path, name),
             method=config.method,
@@ -197,17 +200,6 @@ class TrajectoryPipeline(ABC):
     def _check_weak_method(cls, path: Path, method: Any) -> None:
         """Raise UsageError for a weak network that was trained otherwise than autoguidance needs; any will do here."""
         return
-
-    @classmethod
-    def _decoder_for(
-        cls,
-        path: Path,
-        encoder: dict[str, Any],
-        decoder: Decoder | str | Path | None,
-        device: str | torch.device,
-    ) -> Decoder | None:
-        """The decoder asked for, or the run's or the encoder's own."""
-        return decoder_for(path, encoder, decoder, device)
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is also a sequence of str
@@ -367,7 +359,8 @@ class TrajectoryPipeline(ABC):
     def adopt(self, trajectory: Trajectory) -> Trajectory:
         """Return a trajectory that was read from a file with this pipeline's model, to resume it, and its decoder.
 
-        Raises MismatchError if its levels have another shape than the model's, or were drawn by other weights.
+        Raises MismatchError if its levels have another shape than the model's, or were drawn by other weights, and
+        UsageError where a network that draws pixels lacks the weak network that drew them.
         """
         config = self.model.config
         expected = (self.drawn_levels, *config.grid, config.in_channels)
@@ -382,7 +375,8 @@ class TrajectoryPipeline(ABC):
                 f"the trajectory was drawn by {_weights_text(drawn)}, this is {_weights_text(here)}: load those, or "
                 "draw it again"
             )
-        return replace(trajectory, decoder=self.decoder or trajectory.decoder, sampler=self._draw_after)
+        decoder = self._decoder_of(trajectory.sampling) or trajectory.decoder
+        return replace(trajectory, decoder=decoder, sampler=self._draw_after)
 
     def decoder_of_canvases(self, encoder: dict[str, Any]) -> Decoder:
         """The network as a decoder of canvases of `encoder`; only Latent Forcing's pipelines have such a network.
@@ -402,6 +396,11 @@ class TrajectoryPipeline(ABC):
     def _settled(self, how: Sampling) -> Sampling:
         """With the number of steps that 1 stands for."""
         return replace(how, num_steps=self.default_steps) if how.num_steps == 1 else how
+
+    @classmethod
+    def no_gradient(cls, config: Any) -> str | None:
+        """Why the samples of a run have no gradient, so that it cannot be post-trained; None where they have one."""
+        return "its pipeline draws no samples with a gradient"
 
     @abstractmethod
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
@@ -544,6 +543,10 @@ class TrajectoryPipeline(ABC):
             )
         return self.weak if how.weak_scale else None
 
+    def _decoder_of(self, how: Sampling) -> Decoder | None:
+        """What draws the pictures of trajectories that were sampled like this."""
+        return self.decoder
+
     def _trajectory(
         self,
         levels: Tensor,
@@ -552,6 +555,7 @@ class TrajectoryPipeline(ABC):
         how: Sampling | None = None,
         origin: dict[str, Any] | None = None,
     ) -> Trajectory:
+        how = how or Sampling()
         return Trajectory(
             levels=levels,
             label=label,
@@ -560,14 +564,17 @@ class TrajectoryPipeline(ABC):
             encoder=self.encoder,
             origin=origin or {},
             model=self.weights,
-            decoder=self.decoder,
+            decoder=self._decoder_of(how),
             sampler=self._draw_after,
-            **asdict(how or Sampling()),
+            **asdict(how),
         )
 
 
 class LevelPipeline(TrajectoryPipeline):
-    """A pipeline whose samples are their levels and no more: a method's subclass defines `_levels`."""
+    """A pipeline whose samples are their levels and no more: a method's subclass defines `_levels`.
+
+    One whose runs can be post-trained also defines `no_gradient` and `_next_canvas`.
+    """
 
     @abstractmethod
     def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
@@ -585,6 +592,34 @@ class LevelPipeline(TrajectoryPipeline):
     ) -> Tensor:
         previous = trajectory.levels[level : level + 1].to(self.device)
         return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
+
+    @classmethod
+    def noises_of(cls, network: Any) -> int:
+        """Canvases of noise that `draw` takes for one image, as many for each level."""
+        return int(network.config.num_levels)
+
+    @classmethod
+    def draw(
+        cls, networks: Sequence[Any], method: Any, label: Tensor, noise: Tensor, detached: bool
+    ) -> Tensor:
+        """Draw canvases [B, L, H, W, C] in units of the network with their gradient, which post-training follows.
+
+        networks: the network that draws each level; they may be one and the same. method: the method's configuration.
+        label: int64 [B]. noise: float32 [noises_of, B, H, W, C]. detached: whether a level takes the one before as a
+        constant, so that no gradient passes between levels.
+        """
+        levels, prev = [], torch.zeros_like(noise[0])
+        for number, (network, own) in enumerate(zip(networks, noise.chunk(len(networks)), strict=True)):
+            levels.append(cls._next_canvas(network, method, label, torch.full_like(label, number), prev, own))
+            prev = levels[-1].detach() if detached else levels[-1]
+        return torch.stack(levels, dim=1)
+
+    @classmethod
+    def _next_canvas(
+        cls, network: Any, method: Any, label: Tensor, level: Tensor, prev: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Draw the canvas of one level, [B, H, W, C], from the one before; noise: [·, B, H, W, C], of this level."""
+        raise NotImplementedError
 
 
 def _listed(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from toy_method.network import ToyNetwork
 from toy_method.pipeline import ToyPipeline
 from trainer.data.stream import Batch
+from trainer.seeds import StepRows
 from trainer.training.method_run import MethodRun
 
 
@@ -24,9 +25,6 @@ class ToyRun(MethodRun):
     pipeline = ToyPipeline
     loss_function = staticmethod(squared_error)
 
-    def _network(self) -> ToyNetwork:
-        return ToyNetwork(self.config.model)
-
     def _optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             list(self.model.named_parameters()), lr=self.config.optim.lr, weight_decay=0.0
@@ -35,6 +33,6 @@ class ToyRun(MethodRun):
     def _rate(self) -> float:
         return self.config.optim.lr
 
-    def _terms(self, part: Batch, rows: slice) -> dict[str, Tensor]:
+    def _terms(self, part: Batch, rows: StepRows) -> dict[str, Tensor]:
         canvas, _, _ = part.targets(self.normaliser)
         return self.objective(self.model, canvas, part.label, part.level)

@@ -16,7 +16,6 @@ from tiny_runs import FLOW, LATENT, NORMALIZING, assert_same_state, signal_at, t
 from hierarchy_builder.errors import InterruptedRunError, MismatchError, NonFiniteLossError, UsageError
 from trainer.data.shards import open_index
 from trainer.methods import registry
-from trainer.methods.trajectory_forcing.one_step import draw
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.post_training.levels import LevelMoments, moments_of_shards, spaces_of
 from trainer.post_training.run import PostTrainingRun, Start, post_train, resolved
@@ -85,7 +84,7 @@ def _config(run: Path) -> dict[str, Any]:
 def test_levels_with_their_gradient_are_those_of_the_sampler(run: Path) -> None:
     pipe = TrajectoryPipeline.from_pretrained(run)
     noise, label = torch.randn(4, 2, 4, 4, 3), torch.tensor([0, 2])
-    drawn = draw([pipe.model] * 4, pipe.method, label, noise, detached=False)
+    drawn = pipe.draw([pipe.model] * 4, pipe.method, label, noise, detached=False)
     torch.testing.assert_close(drawn, sample_levels(pipe.model, label, noise), rtol=1e-4, atol=1e-5)
     assert drawn.requires_grad
 

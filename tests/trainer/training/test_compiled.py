@@ -24,6 +24,7 @@ from trainer.methods.trajectory_forcing import objective as tf
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.networks.attention import Blocks
 from trainer.networks.config import ModelConfig
+from trainer.seeds import StepRows
 from trainer.training.log import read_metrics
 from trainer.training.method_run import compiled
 
@@ -61,7 +62,7 @@ def terms_and_gradients(
             module.recompute = recompute
     generator = torch.Generator().manual_seed(3)
     x, prev = torch.randn(2, 4, 2, 2, 4, generator=generator)
-    draws = tf.draw_batch(4, (2, 2, 4), MethodConfig(), seed=0, step=0)
+    draws = tf.draw_batch(StepRows(batch_size=4, seed=0, step=0), (2, 2, 4), MethodConfig())
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         terms = objective(
             model,

@@ -88,10 +88,8 @@ def draw_clocks(
         follows, leads = shifted(latent, config.shift), shifted(pixel, 1 / config.shift)
     else:
         follows, leads = (latent / (1 - config.offset)).clamp(max=1.0), (1 - config.offset) * pixel
-    t_pixels, t_latents = (
-        torch.where(trains_latent, follows, pixel),
-        torch.where(trains_latent, latent, leads),
-    )
+    t_pixels = torch.where(trains_latent, follows, pixel)
+    t_latents = torch.where(trains_latent, latent, leads)
     return _clocks(t_pixels, t_latents, 1.0 - trains_latent.float(), trains_latent.float())
 
 

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hierarchy_builder.machine.transfers import sent
 from trainer.methods.latent_forcing.clocks import Clocks, draw_clocks
 from trainer.methods.latent_forcing.config import LatentMethodConfig
-from trainer.seeds import mixed_seed, row_noise
+from trainer.seeds import StepRows
 
 TIME_FLOOR = 0.05
 """Default of `LatentMethodConfig.time_floor`: velocities divide by max(t, floor)."""
@@ -98,26 +97,15 @@ class Draws(NamedTuple):
 
 
 def draw_batch(
-    global_batch_size: int,
+    rows: StepRows,
     pixel_shape: tuple[int, ...],
     latent_shape: tuple[int, ...],
     config: LatentMethodConfig,
-    *,
     num_canvases: int = 1,
-    seed: int,
-    step: int,
-    rows: slice = slice(None),
-    device: torch.device | str = "cpu",
 ) -> Draws:
-    """Draw clocks, noise and label dropout for `rows` of the batch of step `step`.
-
-    A row's draws depend only on (seed, step, row), so training is the same for any split of the batch over ranks.
-    Clocks are drawn for the whole batch on the CPU; see `row_noise` for the noise.
-    """
-    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
-    clocks = draw_clocks(global_batch_size, config, generator, num_canvases)
-    drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
-    chosen = Clocks(*(sent(values[rows], device) for values in clocks))
-    numbers = range(global_batch_size)[rows]
-    pixels, latents = row_noise((pixel_shape, latent_shape), numbers, seed=seed, step=step, device=device)
-    return Draws(chosen, pixels, latents, sent(drop[rows], device))
+    """Draw clocks, noise and label dropout for rows of a step."""
+    generator = rows.generator()
+    clocks = draw_clocks(rows.batch_size, config, generator, num_canvases)
+    drop = torch.rand(rows.batch_size, generator=generator) < config.label_dropout
+    pixels, latents = rows.noise(pixel_shape, latent_shape)
+    return Draws(Clocks(*map(rows.own, clocks)), pixels, latents, rows.own(drop))

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import MismatchError, UsageError
-from trainer.data.normalisation import Normaliser
 from trainer.methods.latent_forcing.clocks import sampling_grid
 from trainer.methods.latent_forcing.config import LatentMethodConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
@@ -45,15 +43,6 @@ PIXELS_LAST = (*CASCADED, "independent")
 SHIFTED = ("shifted", "independent")
 WEAK_LAST = 0.001
 """Time that all latents have to come to before a weak network takes part that guides the pixels alone."""
-
-
-def latents_of(features: Tensor, regions: Tensor | None, normaliser: Normaliser) -> Tensor:
-    """Raw features float32 [B, H, W, C] as the network sees them, [B, H, W, K·C].
-
-    regions: integer [B, L−1, H, W], for every level's canvas (K = L); None for the features alone (K = 1).
-    """
-    tokens = normaliser.apply(features)
-    return tokens if regions is None else side_by_side(level_canvases(tokens, regions))
 
 
 class LatentPipeline(TrajectoryPipeline):
@@ -79,20 +68,17 @@ class LatentPipeline(TrajectoryPipeline):
         A schedule other than a cascade draws latents and pixels together. Raises UsageError for a shift where the
         schedule has none.
         """
-        if shift is not None:
-            self.method = _shifted(self.method, shift)
-
-    @classmethod
-    def _decoder_for(
-        cls,
-        path: Path,
-        encoder: dict[str, Any],
-        decoder: Decoder | str | Path | None,
-        device: str | torch.device,
-    ) -> Decoder | None:
-        if isinstance(decoder, str | Path):
-            raise UsageError(f"decoder {decoder}: a run of Latent Forcing draws its own pixels; leave it out")
-        return decoder
+        if shift is None:
+            return
+        if self.method.schedule not in SHIFTED:
+            raise UsageError(
+                f"--shift {shift:g}: schedule {self.method.schedule} has none, expected one of {', '.join(SHIFTED)}"
+            )
+        if not 0 < shift < math.inf:
+            raise UsageError(
+                f"--shift {shift:g}, expected above 0, and finite: 1 draws latents and pixels together"
+            )
+        self.method = dataclasses.replace(self.method, shift=shift)
 
     @classmethod
     def _check_weak_method(cls, path: Path, method: LatentMethodConfig) -> None:
@@ -101,6 +87,14 @@ class LatentPipeline(TrajectoryPipeline):
                 f"weak model {path}: it guides without class, but was trained without label dropout; take another, or "
                 "train one with method.label_dropout=0.1"
             )
+
+    @classmethod
+    def no_gradient(cls, config: Any) -> str:
+        """Why samples have no gradient that could be kept."""
+        return (
+            "one of its samples takes dozens of evaluations of the network, one after the other, and a gradient "
+            "through all of them would have to keep their activations"
+        )
 
     def pixel_stage(self, num_steps: int = STEPS_PER_STAGE) -> PixelStage:
         """The decoder that this network is, for trajectories of any method on the same features."""
@@ -136,9 +130,8 @@ class LatentPipeline(TrajectoryPipeline):
     def _sample(self, ids: list[int], seeds: list[int], how: Sampling) -> list[Trajectory]:
         c = self.model.config
         latents = side_by_side(self._noise(seeds, how).transpose(0, 1)).to(self.device)
-        pixels = how.temperature * torch.stack([pixel_noise(seed, c.image_px) for seed in seeds]).to(
-            self.device
-        )
+        pixels = torch.stack([pixel_noise(seed, c.image_px) for seed in seeds])
+        pixels = how.temperature * pixels.to(self.device)
         # A cascade ends with its latents here: its pixel stage draws pictures when they are asked for.
         is_cascade = self.method.schedule in CASCADED
         has_pictures = not is_cascade and self.method.schedule != "latents-only"
@@ -167,20 +160,9 @@ class LatentPipeline(TrajectoryPipeline):
         _, latents = self._flow([trajectory.label], pixels, latents, part, how)
         return self.normaliser.undo(apart(latents, c.num_canvases))[:, level + 1 :]
 
-    def adopt(self, trajectory: Trajectory) -> Trajectory:
-        """As `TrajectoryPipeline.adopt`; its pictures are drawn by this network's pixel stage, where it has one.
-
-        Raises UsageError for a trajectory of autoguidance where there is no weak network.
-        """
-        return self._decoded(super().adopt(trajectory))
-
-    def _trajectory(self, *drawn: Any, **fields: Any) -> Trajectory:
-        return self._decoded(super()._trajectory(*drawn, **fields))
-
-    def _decoded(self, trajectory: Trajectory) -> Trajectory:
-        """With the pixel stage where no decoder was given."""
-        decoder = self.decoder or self._stage(self._settled(trajectory.sampling)) or trajectory.decoder
-        return dataclasses.replace(trajectory, decoder=decoder)
+    def _decoder_of(self, how: Sampling) -> Decoder | None:
+        """This network's pixel stage, where it has one and no decoder was given."""
+        return self.decoder or self._stage(self._settled(how))
 
     def _stage(self, how: Sampling) -> PixelStage | None:
         if self.method.schedule not in PIXELS_LAST:
@@ -230,15 +212,3 @@ class LatentPipeline(TrajectoryPipeline):
             clean_ends=True,
             time_floor=method.time_floor,
         )
-
-
-def _shifted(method: LatentMethodConfig, shift: float) -> LatentMethodConfig:
-    if method.schedule not in SHIFTED:
-        raise UsageError(
-            f"--shift {shift:g}: schedule {method.schedule} has none, expected one of {', '.join(SHIFTED)}"
-        )
-    if not 0 < shift < math.inf:
-        raise UsageError(
-            f"--shift {shift:g}, expected above 0, and finite: 1 draws latents and pixels together"
-        )
-    return dataclasses.replace(method, shift=shift)

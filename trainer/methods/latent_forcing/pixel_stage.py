@@ -6,7 +6,6 @@ T trajectories, K canvases, H×W grid, C channels, h×w pixels
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from hierarchy_builder.errors import MismatchError
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.decode.rae import ConditionalDecoder
-from trainer.methods.latent_forcing.config import LatentModelConfig
 from trainer.methods.latent_forcing.network import PIXEL_CHANNELS, PixelLatentTransformer
 from trainer.methods.latent_forcing.objective import TIME_FLOOR
 from trainer.methods.latent_forcing.sample import UNGUIDED, ClockGuidance, sample_pixels
@@ -96,7 +94,8 @@ class PixelStage(ConditionalDecoder):
         """Pictures RGB [T, 3, h, w] given levels 0 to `level` of T trajectories [T, H, W, K·C]."""
         c, count, device = self.network.config, len(latents), latents.device
         given = (level + 1) * c.in_channels
-        noise = latent_noise([self.seed], c, device).expand(count, -1, -1, -1)
+        noise = level_noise([self.seed], c.num_canvases, c.grid, c.in_channels).transpose(0, 1)
+        noise = side_by_side(noise).to(device).expand(count, -1, -1, -1)
         times = (torch.arange(c.num_canvases) > level).float().expand(self.num_steps + 1, -1)
         pixels, _ = sample_pixels(
             self.network,
@@ -140,12 +139,6 @@ class Drawn(ConditionalDecoder):
                 "these are not the levels that the picture was drawn with, and there is no other"
             )
         return self.stage(canvases)
-
-
-def latent_noise(seeds: Sequence[int], config: LatentModelConfig, device: torch.device) -> Tensor:
-    """The noise that the levels of trajectories are drawn from, [B, H, W, K·C]."""
-    noise = level_noise(seeds, config.num_canvases, config.grid, config.in_channels)
-    return side_by_side(noise.transpose(0, 1)).to(device)
 
 
 def side_by_side(canvases: Tensor) -> Tensor:

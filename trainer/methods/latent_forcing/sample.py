@@ -1,4 +1,4 @@
-"""Sampling of latents and pixels along the clocks of `trainer.methods.latent_forcing.clocks`, by Heun or Euler.
+"""Sampling of latents and pixels along the clocks of `trainer.methods.latent_forcing.clocks`, by Heun's method.
 
     B images, H×W grid, K canvases, C channels of one, h×w pixels, S steps
 
@@ -7,8 +7,9 @@ t = 1 is noise, t = 0 is data. Both modalities take every step; one whose clock 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from hierarchy_builder.errors import UsageError
 from trainer.methods.latent_forcing.objective import TIME_FLOOR, per_channel, velocity
 
-Solver = Literal["heun", "euler"]
+Pair = tuple[Tensor, Tensor]
+"""A tensor of the pixels, and the same of the latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,6 @@ def sample_pixels(
     noise_latents: Tensor,
     grid: tuple[Tensor, Tensor],
     *,
-    solver: Solver = "heun",
     pixel_guidance: ClockGuidance = UNGUIDED,
     latent_guidance: ClockGuidance = UNGUIDED,
     weak_network: Any = None,
@@ -71,61 +72,39 @@ def sample_pixels(
     for times in (t_pixels, t_latents):
         if len(times) < 2 or len(t_pixels) != len(t_latents) or (times.diff(dim=0) > 0).any():
             raise UsageError("the grid is not one of times that fall, as many for pixels as for latents")
-    field = _Field(network, label, pixel_guidance, latent_guidance, weak_network, weak_from, time_floor)
+
+    def guided_velocities(z: Pair, times: Pair) -> Pair:
+        guided = _velocities(network, label, z, times, time_floor)
+        pixel_scale = pixel_guidance.at(float(times[0]))
+        latent_scale = torch.tensor([[latent_guidance.at(float(t)) for t in times[1]]], device=z[1].device)
+        if pixel_scale == 1.0 and bool((latent_scale == 1.0).all()):
+            return guided
+        use_weak = weak_network is not None and float(times[1].max()) <= weak_from
+        guide = weak_network if use_weak else network
+        plain = _velocities(guide, torch.full_like(label, guide.config.num_classes), z, times, time_floor)
+        return (
+            plain[0] + pixel_scale * (guided[0] - plain[0]),
+            plain[1] + per_channel(latent_scale, z[1]) * (guided[1] - plain[1]),
+        )
+
     z: Pair = (noise_pixels, noise_latents)
     last = len(t_pixels) - 2
-    for step in range(last + 1):
-        now, then = (t_pixels[step], t_latents[step]), (t_pixels[step + 1], t_latents[step + 1])
-        v = field.velocities(z, now)
+    for step, (now, then) in enumerate(itertools.pairwise(zip(t_pixels, t_latents, strict=True))):
+        v = guided_velocities(z, now)
         ahead = _moved(z, v, now, then)
         arrives = clean_ends and bool(((then[1] == 0) & (now[1] > 0)).any())
-        if solver == "heun" and step < last and not arrives:
-            after = field.velocities(ahead, then)
+        if step < last and not arrives:
+            after = guided_velocities(ahead, then)
             v = ((v[0] + after[0]) / 2, (v[1] + after[1]) / 2)
             ahead = _moved(z, v, now, then)
         z = ahead
     return z
 
 
-Pair = tuple[Tensor, Tensor]
-"""A tensor of the pixels, and the same of the latents."""
-
-
-@dataclass(frozen=True, kw_only=False, slots=True)
-class _Field:
-    """The guided velocities of both modalities."""
-
-    network: Any
-    label: Tensor
-    pixel_guidance: ClockGuidance
-    latent_guidance: ClockGuidance
-    weak_network: Any
-    weak_from: float
-    time_floor: float
-
-    def velocities(self, z: Pair, times: Pair) -> Pair:
-        guided = self._velocities(self.network, self.label, z, times)
-        scales = [[self.latent_guidance.at(float(t)) for t in times[1]]]
-        pixel_scale, latent_scale = (
-            self.pixel_guidance.at(float(times[0])),
-            torch.tensor(scales, device=z[1].device),
-        )
-        if pixel_scale == 1.0 and bool((latent_scale == 1.0).all()):
-            return guided
-        use_weak = self.weak_network is not None and float(times[1].max()) <= self.weak_from
-        network = self.weak_network if use_weak else self.network
-        null = torch.full_like(self.label, network.config.num_classes)
-        plain = self._velocities(network, null, z, times)
-        return (
-            plain[0] + pixel_scale * (guided[0] - plain[0]),
-            plain[1] + per_channel(latent_scale, z[1]) * (guided[1] - plain[1]),
-        )
-
-    def _velocities(self, network: Any, label: Tensor, z: Pair, times: Pair) -> Pair:
-        t_pixels, t_latents = times[0].expand(len(label)), times[1].expand(len(label), -1)
-        x = network(*z, t_pixels=t_pixels, t_latents=t_latents, label=label)
-        floor = self.time_floor
-        return velocity(z[0], x[0], t_pixels, floor), velocity(z[1], x[1], t_latents, floor)
+def _velocities(network: Any, label: Tensor, z: Pair, times: Pair, floor: float) -> Pair:
+    t_pixels, t_latents = times[0].expand(len(label)), times[1].expand(len(label), -1)
+    x = network(*z, t_pixels=t_pixels, t_latents=t_latents, label=label)
+    return velocity(z[0], x[0], t_pixels, floor), velocity(z[1], x[1], t_latents, floor)
 
 
 def _moved(z: Pair, v: Pair, now: Pair, then: Pair) -> Pair:

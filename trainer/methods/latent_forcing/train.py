@@ -19,10 +19,10 @@ from trainer.data.reader import looked_at
 from trainer.data.shards import ShardIndex
 from trainer.methods.latent_forcing import objective as latent_forcing
 from trainer.methods.latent_forcing.config import LatentTrainConfig
-from trainer.methods.latent_forcing.network import PixelLatentTransformer
-from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of
+from trainer.methods.latent_forcing.pipeline import LatentPipeline
+from trainer.methods.latent_forcing.pixel_stage import side_by_side
+from trainer.seeds import StepRows
 from trainer.training.method_run import MethodRun, with_model
-from trainer.training.schedules import learning_rate
 
 
 class LatentForcingRun(MethodRun):
@@ -32,7 +32,6 @@ class LatentForcingRun(MethodRun):
     shown = ("loss_pixels", "loss_latents")
     pipeline = LatentPipeline
     loss_function = staticmethod(latent_forcing.loss)
-    model: PixelLatentTransformer
     dataset: PictureDataset
 
     @classmethod
@@ -40,9 +39,6 @@ class LatentForcingRun(MethodRun):
         cls, config: LatentTrainConfig, index: ShardIndex, asked: Collection[str] = ()
     ) -> LatentTrainConfig:
         return with_model(config, index, asked, num_canvases=index.num_levels if config.pixel_stage else 1)
-
-    def _network(self) -> PixelLatentTransformer:
-        return PixelLatentTransformer(self.config.model)
 
     def _dataset(self) -> PictureDataset:
         config, world, size_px = self.config, self.world, self.config.model.image_px
@@ -58,23 +54,16 @@ class LatentForcingRun(MethodRun):
         return plain if origin else replace(plain, std=plain.std / self.config.method.latent_scale)
 
     def _rate(self) -> float:
-        config, optim = self.config, self.config.optim
-        rate = learning_rate(self.images_seen, config.total_images, optim.lr, optim.cooldown_fraction)
-        return rate * min(1.0, (self.images_seen + config.batch_size) / max(optim.warmup_images, 1))
+        warmed_up = (self.images_seen + self.config.batch_size) / max(self.config.optim.warmup_images, 1)
+        return super()._rate() * min(1.0, warmed_up)
 
-    def _terms(self, part: PictureBatch, rows: slice) -> dict[str, Tensor]:
+    def _terms(self, part: PictureBatch, rows: StepRows) -> dict[str, Tensor]:
         config, method = self.config, self.config.method
         pixels = part.pictures.permute(0, 2, 3, 1).float() / 127.5 - 1
-        latents = latents_of(
-            part.features.float(), part.regions if config.pixel_stage else None, self.normaliser
-        )
-        draws = self._draw(
-            latent_forcing.draw_batch,
-            rows,
-            pixels.shape[1:],
-            latents.shape[1:],
-            method,
-            num_canvases=config.model.num_canvases,
+        normaliser = self.normaliser
+        latents = side_by_side(part.canvases(normaliser)) if config.pixel_stage else part.tokens(normaliser)
+        draws = latent_forcing.draw_batch(
+            rows, pixels.shape[1:], latents.shape[1:], method, config.model.num_canvases
         )
         label = torch.where(draws.drop_label, config.model.num_classes, part.label)
         with self._autocast():

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import NonFiniteLossError, UsageError
 from hierarchy_builder.progress import Follow, unseen
 from hierarchy_builder.records import spread_evenly
@@ -89,8 +88,7 @@ def measure(
     for start in range(0, len(numbers), MEASURED_TOGETHER):
         part = numbers[start : start + MEASURED_TOGETHER]
         rows = reader.read_rows(part)
-        features = rows.raw_features()
-        canvases = level_canvases(pipe.normaliser.to("cpu").apply(features), rows.regions)
+        canvases = rows.canvases(pipe.normaliser.to("cpu"))
         found = _levels(pipe, canvases, rows.label, part, T)
         moments = torch.stack([canvases.mean(dim=(2, 3)), canvases.square().mean(dim=(2, 3))], dim=2).numpy()
         for row, (number, key) in enumerate(zip(part, rows.keys, strict=True)):

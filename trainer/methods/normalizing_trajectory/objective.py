@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hierarchy_builder.machine.transfers import sent
 from trainer.methods.normalizing_trajectory import chains
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, Trajectory
 from trainer.methods.normalizing_trajectory.network import Gaussian, Given, NormalizingNetwork
 from trainer.networks.layers import per_sample
-from trainer.seeds import mixed_seed, row_noise
+from trainer.seeds import StepRows
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 SCORED_TOGETHER = 16
@@ -226,33 +225,17 @@ class Draws(NamedTuple):
 
 
 def draw_batch(
-    global_batch_size: int,
-    shape: Sequence[int],
-    config: NormalizingMethodConfig,
-    *,
-    num_steps: Sequence[int],
-    seed: int,
-    step: int,
-    rows: slice = slice(None),
-    device: torch.device | str = "cpu",
+    rows: StepRows, shape: Sequence[int], config: NormalizingMethodConfig, num_steps: Sequence[int]
 ) -> Draws:
-    """Draw T, noise of its T + 1 states, t_min, pairs and label dropout for `rows` of the batch of step `step`.
+    """Draw T, noise of its T + 1 states, t_min, pairs and label dropout for rows of a step.
 
-    The whole batch has the same T. A row's other draws depend only on (seed, step, row), so training is the same for
-    any split of the batch over ranks. noise: float32 [b, T+1, *shape].
+    The whole batch has the same T. noise: float32 [b, T+1, *shape].
     """
-    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
+    n, generator = rows.batch_size, rows.generator()
     T = num_steps[int(torch.randint(len(num_steps), (), generator=generator))]
     low, high = config.t_min
-    t_min = low + (high - low) * torch.rand(global_batch_size, generator=generator)
-    drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
-    pair = torch.randint(T, (global_batch_size,), generator=generator)[rows]
-    numbers = range(global_batch_size)[rows]
-    (noise,) = row_noise([(T + 1, *shape)], numbers, seed=seed, step=step, device=device)
-    return Draws(
-        num_steps=T,
-        t_min=sent(t_min[rows], device),
-        noise=noise,
-        pair=sent(pair, device) if config.pairs == "one" else None,
-        drop_label=sent(drop[rows], device),
-    )
+    t_min = low + (high - low) * torch.rand(n, generator=generator)
+    drop = torch.rand(n, generator=generator) < config.label_dropout
+    pair = torch.randint(T, (n,), generator=generator)
+    (noise,) = rows.noise((T + 1, *shape))
+    return Draws(T, rows.own(t_min), noise, rows.own(pair) if config.pairs == "one" else None, rows.own(drop))

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from trainer.methods.normalizing_trajectory.config import Ending, NormalizingMethodConfig
 from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
-from trainer.methods.normalizing_trajectory.sample import (
-    HowToSample,
-    check_ending,
-    num_noises,
-    sample_canvases,
-)
+from trainer.methods.normalizing_trajectory.sample import Sampler, check_ending, num_noises
 from trainer.trajectories.pipeline import LevelPipeline
 from trainer.trajectories.trajectory import Sampling
 
@@ -60,16 +55,35 @@ class NormalizingPipeline(LevelPipeline):
 
     def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
         self._weak_for(how)
-        return sample_canvases(
-            self.model,
-            self.method,
-            torch.tensor(ids, device=self.device),
-            noise,
-            HowToSample(
-                num_steps=how.num_steps,
-                ending=self.ending,
-                guidance=0.0 if how.guidance is None else how.guidance[0],
-            ),
-            normaliser=self.normaliser,
-            **start,
+        sampler = Sampler(
+            network=self.model,
+            method=self.method,
+            num_steps=how.num_steps,
+            ending=self.ending,
+            guidance=0.0 if how.guidance is None else how.guidance[0],
         )
+        return sampler.canvases(
+            torch.tensor(ids, device=self.device), noise, normaliser=self.normaliser, **start
+        )
+
+    @classmethod
+    def no_gradient(cls, config: Any) -> str | None:
+        """Why the levels of a run have no gradient: they have one where they end in the learned denoiser."""
+        if not config.model.denoiser_depth:
+            return (
+                "without a denoiser its samples end in a score, which is itself a gradient of the network; train a "
+                "denoiser with --set distil_from=RUN"
+            )
+        if config.model.trajectory == "tokens":
+            return "it draws tokens alone and no levels; train with --set model.trajectory=canvases"
+        return None
+
+    @classmethod
+    def noises_of(cls, network: NormalizingNetwork) -> int:
+        """Canvases of noise that one image takes with the first number of transitions that was trained."""
+        return num_noises(network, network.config.num_steps[0])
+
+    @classmethod
+    def _next_canvas(cls, network: NormalizingNetwork, method: Any, *given: Tensor) -> Tensor:
+        T = network.config.num_steps[0]
+        return Sampler(network=network, method=method, num_steps=T, ending="denoiser").next_canvas(*given)

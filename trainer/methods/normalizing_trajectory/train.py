@@ -34,6 +34,7 @@ from trainer.methods.registry import (
     config_of,
     method_of,
 )
+from trainer.seeds import StepRows
 from trainer.training import checkpoint as saved
 from trainer.training.method_run import MethodRun, with_model
 from trainer.training.schedules import warmup_cosine
@@ -130,13 +131,11 @@ class NormalizingRun(MethodRun):
             seen, config.total_images, optim.lr, optim.warmup_fraction, optim.final_lr_fraction
         )
 
-    def _terms(self, part: Batch, rows: slice) -> dict[str, Tensor]:
+    def _terms(self, part: Batch, rows: StepRows) -> dict[str, Tensor]:
         config = self.config
         tokens_only = config.model.trajectory == "tokens"
         canvases = part.tokens(self.normaliser)[:, None] if tokens_only else part.canvases(self.normaliser)
-        draws = self._draw(
-            method.draw_batch, rows, canvases.shape[2:], config.method, num_steps=config.model.num_steps
-        )
+        draws = method.draw_batch(rows, canvases.shape[2:], config.method, config.model.num_steps)
         chain = method.build_chain(
             canvases,
             torch.where(draws.drop_label, config.model.num_classes, part.label),

@@ -20,11 +20,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from hierarchy_builder.machine.transfers import sent
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction, as_guidance, velocity
-from trainer.networks.layers import make_dual, unpack_dual
-from trainer.seeds import mixed_seed, row_noise
+from trainer.networks.layers import make_dual, per_sample, unpack_dual
+from trainer.seeds import StepRows
 from trainer.training.schedules import plateau_logit_normal
 
 ADAPTIVE_FLOOR = 0.01
@@ -70,7 +69,7 @@ def loss(
         else:
             v_c, target = _directions(model, z, v_t, t, r, guidance, inputs)
     prediction, du_dt = _with_derivative(model, z, v_c, t=t, r=r, guidance=guidance, **inputs)
-    V = prediction.u + _per_sample(t - r) * du_dt
+    V = prediction.u + per_sample(t - r) * du_dt
     squares_u, squares_v = (V - target).square(), (prediction.v - target).square()
     terms = {
         "loss_u": _adaptive(squares_u).mean(),
@@ -115,7 +114,7 @@ def _directions(
     unguided = Guidance(torch.ones_like(t), **always)
     v_u = _instantaneous(model, z, t, guidance=unguided, **{**inputs, "label": null})
     strength = torch.where(inputs["label"] == null, 0.0, 1 - 1 / omega)
-    return v_c, v_t + _per_sample(strength) * (v_c - v_u)
+    return v_c, v_t + per_sample(strength) * (v_c - v_u)
 
 
 def _instantaneous(model: Any, z: Tensor, t: Tensor, **inputs: Any) -> Tensor:
@@ -191,11 +190,7 @@ def _adaptive(squares: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    return (1 - _per_sample(t)) * x + _per_sample(t) * noise
-
-
-def _per_sample(t: Tensor) -> Tensor:
-    return t[:, None, None, None]
+    return (1 - per_sample(t)) * x + per_sample(t) * noise
 
 
 class Draws(NamedTuple):
@@ -212,40 +207,26 @@ class Draws(NamedTuple):
         """Add the noise drawn for the canvases of the previous level [B, H, W, C]; at level 0 nothing is added."""
         if self.prev_noise is None:
             return prev
-        return prev + self.prev_noise * _per_sample(level > 0)
+        return prev + self.prev_noise * per_sample(level > 0)
 
 
-def draw_batch(
-    global_batch_size: int,
-    shape: tuple[int, ...],
-    config: MethodConfig,
-    *,
-    seed: int,
-    step: int,
-    rows: slice = slice(None),
-    device: torch.device | str = "cpu",
-) -> Draws:
-    """Draw t, r, noise [·, *shape], guidance and label dropout for `rows` of the batch of step `step`.
+def draw_batch(rows: StepRows, shape: tuple[int, ...], config: MethodConfig) -> Draws:
+    """Draw t, r, noise [·, *shape], guidance and label dropout for rows of a step.
 
-    A row's draws depend only on (seed, step, row), so training is the same for any split of the batch over ranks.
-    Scalars are drawn for the whole batch on the CPU; see `row_noise` for the noise. drop_label: bool, where to
-    replace the label by the null class; meant, like `guidance`, for networks with guidance.
+    drop_label: bool, where to replace the label by the null class; meant, like `guidance`, for networks with guidance.
     prev_noise: None if `config.prev_noise` is 0.
     """
-    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
-    t, r = draw_times(global_batch_size, config, generator)
-    guidance = draw_guidance(global_batch_size, config, generator)
-    drop = torch.rand(global_batch_size, generator=generator) < config.label_dropout
+    n, generator = rows.batch_size, rows.generator()
+    t, r = draw_times(n, config, generator)
+    guidance = draw_guidance(n, config, generator)
+    drop = torch.rand(n, generator=generator) < config.label_dropout
     # Drawn last, here and in each row, so that the other draws do not depend on it.
-    sigma = config.prev_noise * torch.rand(global_batch_size, generator=generator)
-    shapes = [shape, shape] if config.prev_noise else [shape]
-    noise, *prev = row_noise(shapes, range(global_batch_size)[rows], seed=seed, step=step, device=device)
-    t, r, omega, t_min, t_max, dropped, sigma = sent(
-        torch.stack([t, r, *guidance, drop, sigma])[:, rows], device
-    )
-    drop = dropped > 0
-    prev_noise = _per_sample(sigma) * prev[0] if prev else None
-    return Draws(t, r, noise, Guidance(omega, t_min, t_max), drop, prev_noise)
+    sigma = config.prev_noise * torch.rand(n, generator=generator)
+    noise, *prev = rows.noise(*([shape, shape] if config.prev_noise else [shape]))
+    scalars = rows.own(torch.stack([t, r, *guidance, drop, sigma], dim=1))
+    t, r, omega, t_min, t_max, dropped, sigma = scalars.unbind(1)
+    prev_noise = per_sample(sigma) * prev[0] if prev else None
+    return Draws(t, r, noise, Guidance(omega, t_min, t_max), dropped > 0, prev_noise)
 
 
 def draw_times(n: int, config: MethodConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -34,3 +34,16 @@ class TrajectoryForcingPipeline(LevelPipeline):
             normaliser=self.normaliser,
             **start,
         )
+
+    @classmethod
+    def no_gradient(cls, config: Any) -> None:
+        """Nothing: the levels of a run always have a gradient."""
+
+    @classmethod
+    def _next_canvas(
+        cls, network: Any, method: Any, label: Tensor, level: Tensor, prev: Tensor, noise: Tensor
+    ) -> Tensor:
+        # At t = 1 the step z − (t − r)·u ends in the clean canvas that the u-head predicts.
+        start, end = noise.new_ones(len(label)), noise.new_zeros(len(label))
+        drawn = network(noise[0], t=start, r=end, label=label, level=level, prev=prev, heads="u")
+        return drawn.x

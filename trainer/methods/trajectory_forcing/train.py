@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hierarchy_builder.canvases import level_canvases
-from trainer.data.reader import Rows, looked_at, spread_samples
+from trainer.data.reader import looked_at, spread_samples
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, StreamPlan, coverage
 from trainer.decode.rae import find_decoder
@@ -23,8 +21,8 @@ from trainer.methods.trajectory_forcing.config import RELEASE_NUMBERS, RELEASE_S
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.methods.trajectory_forcing.visibility import visibility_lines
+from trainer.seeds import StepRows
 from trainer.training.method_run import MethodRun, with_model
-from trainer.training.schedules import learning_rate
 
 
 def chosen_time_shift(grid: tuple[int, int], channels: int) -> float:
@@ -50,7 +48,7 @@ class TrajectoryForcingRun(MethodRun):
     pipeline = TrajectoryForcingPipeline
     loss_function = staticmethod(trajectory_forcing.loss)
     model: TrajectoryTransformer
-    counts: np.ndarray | None = None
+    counts: Any = 0
     """Images per sample and level during the first `counted` images of the run."""
     counted = 0
 
@@ -66,38 +64,29 @@ class TrajectoryForcingRun(MethodRun):
         return config
 
     def _network(self) -> TrajectoryTransformer:
-        network = TrajectoryTransformer(self.config.model)
+        network = super()._network()
         if network.start is not None and self.origin is None:  # a checkpoint holds what was fitted
             # Kept as they are stored, since canvases take eight times the memory.
             samples = list(self._samples(spread_samples(self.index, START_SAMPLES)))
-            network.start.fit(lambda: self._examples(samples), self.config.model.start_share)
+            normaliser, share = self.normaliser.to("cpu"), self.config.model.start_share
+            network.start.fit(lambda: ((rows.canvases(normaliser), rows.label) for rows in samples), share)
         return network
-
-    def _examples(self, samples: Iterable[Rows]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Canvases in the network's units and labels of samples."""
-        normaliser = self.normaliser.to("cpu")
-        for rows in samples:
-            yield level_canvases(normaliser.apply(rows.raw_features()), rows.regions), rows.label
 
     def _begin(self, origin: Path | None) -> None:
         super()._begin(origin)
         if self.world.is_main and not self.quiet:
             rows = next(self._samples(looked_at(self.index)[0][1]))
-            seen = self.normaliser.to("cpu").apply(rows.raw_features())
+            seen = rows.tokens(self.normaliser.to("cpu"))
             for line in visibility_lines(seen, rows.regions, self.config.method):
                 print(line, file=sys.stderr)
 
     def _plan(self) -> StreamPlan:
         return self._stream_plan(level_per=self.config.level_per)
 
-    def _rate(self) -> float:
-        config, optim = self.config, self.config.optim
-        return learning_rate(self.images_seen, config.total_images, optim.lr, optim.cooldown_fraction)
-
-    def _terms(self, part: Batch, rows: slice) -> dict[str, Tensor]:
+    def _terms(self, part: Batch, rows: StepRows) -> dict[str, Tensor]:
         config = self.config
         x, prev, regions = part.targets(self.normaliser)
-        draws = self._draw(trajectory_forcing.draw_batch, rows, x.shape[1:], config.method)
+        draws = trajectory_forcing.draw_batch(rows, x.shape[1:], config.method)
         label = part.label
         if config.model.guidance:
             label = torch.where(draws.drop_label, config.model.num_classes, label)
@@ -133,17 +122,12 @@ class TrajectoryForcingRun(MethodRun):
         return max(1, int((levels < self.config.model.num_levels - 1).sum()))
 
     def _audit(self) -> dict[str, Any]:
-        return {"coverage": self._coverage(), **super()._audit()}
+        """Also how many images of each level, and samples by how many of their levels, all finished epochs held."""
+        boundary = self.images_seen // self.plan.num_samples * self.plan.num_samples
+        self.counts = self.counts + self.plan.level_counts(self.counted, boundary)
+        self.counted = boundary
+        return {"coverage": coverage(self.counts), **super()._audit()}
 
     def _decoder(self) -> Any:
         decoder = find_decoder(self.out, self.index.encoder)
         return decoder and decoder.to(self.world.device)
-
-    def _coverage(self) -> dict[str, list[int]]:
-        """Count over all finished epochs: images per level, and samples by how many of their levels were trained."""
-        boundary = self.images_seen // self.plan.num_samples * self.plan.num_samples
-        if self.counts is None:
-            self.counts, self.counted = self.plan.level_counts(0, boundary), boundary
-        self.counts += self.plan.level_counts(self.counted, boundary)
-        self.counted = boundary
-        return coverage(self.counts)

@@ -18,11 +18,13 @@ from tiny_runs import LATENT as TINY
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import InterruptedRunError, MismatchError, TrainerError, UsageError
 from trainer.data.normalisation import Normaliser
+from trainer.data.reader import Rows
 from trainer.data.shards import open_index
 from trainer.evaluation.pages import run_page
 from trainer.methods import registry
 from trainer.methods.latent_forcing.config import LatentTrainConfig
-from trainer.methods.latent_forcing.pipeline import LatentPipeline, latents_of
+from trainer.methods.latent_forcing.pipeline import LatentPipeline
+from trainer.methods.latent_forcing.pixel_stage import side_by_side
 from trainer.methods.registry import all_presets, config_of, preset_of
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.training import checkpoint as saved
@@ -80,11 +82,12 @@ def test_every_level_is_a_latent_of_the_pixel_stage(shards: str) -> None:
     torch.manual_seed(0)
     features, regions = torch.randn(2, *GRID, WIDTH), torch.randint(0, 3, (2, NUM_LEVELS - 1, *GRID))
     normaliser = Normaliser(mean=torch.tensor(0.3), std=torch.tensor(2.0))
-    latents = latents_of(features, regions, normaliser)
+    rows = Rows(features=features, regions=regions, label=torch.zeros(2), keys=["a", "b"])
+    latents = side_by_side(rows.canvases(normaliser))
     canvases = level_canvases((features - 0.3) / 2.0, regions)
     for level in range(NUM_LEVELS):
         torch.testing.assert_close(latents[..., level * WIDTH : (level + 1) * WIDTH], canvases[:, level])
-    torch.testing.assert_close(latents_of(features, None, normaliser), canvases[:, -1])
+    torch.testing.assert_close(rows.tokens(normaliser), canvases[:, -1])
 
 
 def test_the_page_of_a_run_names_its_method(run: Path, shards: str) -> None:

@@ -15,14 +15,10 @@ from trainer.methods.normalizing_trajectory import chains
 from trainer.methods.normalizing_trajectory import objective as method
 from trainer.methods.normalizing_trajectory.config import NormalizingMethodConfig, NormalizingModelConfig
 from trainer.methods.normalizing_trajectory.network import FlowPredictor, Gaussian, Given, NormalizingNetwork
-from trainer.methods.normalizing_trajectory.sample import (
-    HowToSample,
-    draw_states,
-    num_noises,
-    sample_canvases,
-)
+from trainer.methods.normalizing_trajectory.sample import Sampler, num_noises
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.networks.config import ModelConfig
+from trainer.seeds import StepRows
 
 
 def given(batch: int, config: NormalizingModelConfig = TINY, seed: int = 3) -> Given:
@@ -260,7 +256,8 @@ def test_samples_of_the_exact_law_have_the_spread_of_the_data() -> None:
     """Ancestral sampling of Gaussian data ends at N(0, (1−t)²s² + t²)."""
     count, s = 4_000, 1.7
     times = chains.noise_times(torch.full((count,), 0.02, dtype=torch.float64), 4, 6)
-    states = draw_states(Linear(s), times, given(count), normal(5, count, *GRID, C), HowToSample(num_steps=4))
+    sampler = Sampler(network=Linear(s), method=NormalizingMethodConfig(), num_steps=4)  # type: ignore[arg-type]
+    states = sampler.states(times, given(count), normal(5, count, *GRID, C))
     expected = math.sqrt((0.98 * s) ** 2 + 0.02**2)
     assert float(states[:, 0].std()) == pytest.approx(expected, rel=0.01)
 
@@ -269,58 +266,52 @@ def test_samples_of_the_exact_law_have_the_spread_of_the_data() -> None:
 @pytest.mark.parametrize("ending", ["inverse", "score", "denoiser"])
 def test_sampling_with_every_ending(trajectory: str, ending: str) -> None:
     config = dataclasses.replace(TINY, trajectory=trajectory, denoiser_depth=1, num_steps=(4,), num_levels=4)
-    network, how = (
-        awake_chain(config, size=0.1).float(),
-        HowToSample(num_steps=4, ending=ending, guidance=1.0),
+    network = awake_chain(config, size=0.1).float()
+    sampler = Sampler(
+        network=network,
+        method=NormalizingMethodConfig(),
+        num_steps=4,
+        ending=ending,  # type: ignore[arg-type]
+        guidance=1.0,
     )
     label = torch.tensor([0, 2])
     noise = normal(num_noises(network, 4), 2, *GRID, C).float()
     if (trajectory, ending) == ("levels", "inverse"):
         with pytest.raises(UsageError, match="leaves the noise of a level in"):
-            sample_canvases(network, NormalizingMethodConfig(), label, noise, how)
+            sampler.canvases(label, noise)
         return
-    found = sample_canvases(network, NormalizingMethodConfig(), label, noise, how)
+    found = sampler.canvases(label, noise)
     assert found.shape == (2, 1 if trajectory == "tokens" else 4, *GRID, C)
     assert bool(found.isfinite().all())
     if trajectory != "tokens":
-        resumed = sample_canvases(
-            network, NormalizingMethodConfig(), label, noise, how, start_level=2, previous=found[:, 1]
-        )
+        resumed = sampler.canvases(label, noise, start_level=2, previous=found[:, 1])
         assert torch.equal(resumed, found[:, 2:])
 
 
 def test_guidance_without_label_dropout_is_refused() -> None:
-    network = NormalizingNetwork(TINY)
-    how = HowToSample(num_steps=4, guidance=1.0)
+    method = NormalizingMethodConfig(label_dropout=0.0)
+    sampler = Sampler(network=NormalizingNetwork(TINY), method=method, num_steps=4, guidance=1.0)
     with pytest.raises(UsageError, match="without label dropout"):
-        sample_canvases(
-            network,
-            NormalizingMethodConfig(label_dropout=0.0),
-            torch.tensor([0]),
-            normal(5, 1, *GRID, C).float(),
-            how,
-        )
+        sampler.canvases(torch.tensor([0]), normal(5, 1, *GRID, C).float())
 
 
 def test_other_numbers_of_transitions_are_refused() -> None:
     network = NormalizingNetwork(dataclasses.replace(TINY, num_steps=(4, 8)))
+    sampler = Sampler(network=network, method=NormalizingMethodConfig(), num_steps=16)
     with pytest.raises(MismatchError, match=r"16 transitions.*4 or 8"):
-        sample_canvases(
-            network,
-            NormalizingMethodConfig(),
-            torch.tensor([0]),
-            normal(17, 1, *GRID, C).float(),
-            HowToSample(num_steps=16),
-        )
+        sampler.canvases(torch.tensor([0]), normal(17, 1, *GRID, C).float())
 
 
 def test_draws_do_not_depend_on_the_split_of_the_batch() -> None:
-    arguments = {"num_steps": (4, 8), "seed": 3, "step": 9}
-    config = NormalizingMethodConfig(pairs="one")
-    whole = method.draw_batch(6, (2, 2, 1), config, **arguments)
-    halves = [
-        method.draw_batch(6, (2, 2, 1), config, rows=rows, **arguments) for rows in (slice(0, 3), slice(3, 6))
-    ]
+    whole, *halves = (
+        method.draw_batch(
+            StepRows(batch_size=6, seed=3, step=9, rows=rows),
+            (2, 2, 1),
+            NormalizingMethodConfig(pairs="one"),
+            (4, 8),
+        )
+        for rows in (slice(None), slice(0, 3), slice(3, 6))
+    )
     assert {half.num_steps for half in halves} == {whole.num_steps}
     for name in ("t_min", "noise", "pair", "drop_label"):
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))

@@ -17,6 +17,7 @@ from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
 from trainer.methods.trajectory_forcing.train import chosen_time_shift
 from trainer.networks.config import ModelConfig
+from trainer.seeds import StepRows
 from trainer.training.config import OptimConfig
 from trainer.training.optim import MuonAdam
 from trainer.training.schedules import learning_rate
@@ -81,7 +82,7 @@ def trained(
         canvases = on_grid(scale * values)
         rows = torch.arange(BATCH)
         prev = canvases[rows, (level - 1).clamp(min=0)] * (level > 0)[:, None, None, None]
-        draws = objective.draw_batch(BATCH, (*GRID, CHANNELS), config, seed=0, step=step)
+        draws = objective.draw_batch(StepRows(batch_size=BATCH, seed=0, step=step), (*GRID, CHANNELS), config)
         terms = objective.loss(
             model, canvases[rows, level], prev=prev, level=level, label=label,
             regions=torch.zeros(BATCH, *GRID, dtype=torch.int64), t=draws.t, r=draws.r, noise=draws.noise,

@@ -14,6 +14,7 @@ from trainer.methods.trajectory_forcing import objective as tf
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Guidance, Prediction
 from trainer.methods.trajectory_forcing.release import official_name
+from trainer.seeds import StepRows
 
 
 def golden_loss(golden):
@@ -190,13 +191,14 @@ def test_region_loss_by_hand():
 
 def test_draws_do_not_depend_on_how_ranks_share_the_batch():
     def draw(rows: slice) -> tf.Draws:
-        return tf.draw_batch(8, (2, 2, 3), MethodConfig(), seed=3, step=11, rows=rows)
+        return tf.draw_batch(StepRows(batch_size=8, seed=3, step=11, rows=rows), (2, 2, 3), MethodConfig())
 
     whole, parts = draw(slice(None)), [draw(slice(0, 3)), draw(slice(3, 8))]
     for field in ("t", "r", "noise", "drop_label"):
         assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)), field
     assert torch.equal(torch.cat([part.guidance.omega for part in parts]), whole.guidance.omega)
-    assert not torch.equal(tf.draw_batch(8, (2, 2, 3), MethodConfig(), seed=3, step=12).noise, whole.noise)
+    later = tf.draw_batch(StepRows(batch_size=8, seed=3, step=12), (2, 2, 3), MethodConfig())
+    assert not torch.equal(later.noise, whole.noise)
     assert len(set(whole.noise[:, 0, 0, 0].tolist())) == 8
 
 
@@ -220,7 +222,8 @@ def test_draws_follow_their_laws():
 
 def test_noise_on_the_previous_level_spares_level_0_and_the_other_draws():
     def draw(rows: slice = slice(None), **options: float) -> tf.Draws:
-        return tf.draw_batch(6, (2, 2, 3), MethodConfig(**options), seed=3, step=11, rows=rows)
+        own = StepRows(batch_size=6, seed=3, step=11, rows=rows)
+        return tf.draw_batch(own, (2, 2, 3), MethodConfig(**options))
 
     plain, noisy = draw(), draw(prev_noise=0.5)
     for field in ("t", "r", "noise", "drop_label"):
@@ -232,7 +235,7 @@ def test_noise_on_the_previous_level_spares_level_0_and_the_other_draws():
     assert (moved[level > 0].flatten(1).abs().amax(dim=1) > 0).all()
     parts = [draw(rows, prev_noise=0.5) for rows in (slice(0, 2), slice(2, 6))]
     assert torch.equal(torch.cat([part.prev_noise for part in parts]), noisy.prev_noise)
-    many = tf.draw_batch(4000, (2, 2, 3), MethodConfig(prev_noise=0.5), seed=0, step=0)
+    many = tf.draw_batch(StepRows(batch_size=4000, seed=0, step=0), (2, 2, 3), MethodConfig(prev_noise=0.5))
     # σ uniform on [0, 0.5] has E σ² = 0.25/3.
     assert float(many.prev_noise.square().mean()) == pytest.approx(0.25 / 3, rel=0.05)
     assert not torch.equal(
@@ -242,7 +245,8 @@ def test_noise_on_the_previous_level_spares_level_0_and_the_other_draws():
 
 def test_labels_are_dropped_as_often_as_asked():
     for share in (0.0, 0.1, 1.0):
-        draws = tf.draw_batch(20_000, (1, 1, 1), MethodConfig(label_dropout=share), seed=0, step=0)
+        rows = StepRows(batch_size=20_000, seed=0, step=0)
+        draws = tf.draw_batch(rows, (1, 1, 1), MethodConfig(label_dropout=share))
         assert float(draws.drop_label.float().mean()) == pytest.approx(share, abs=0.01)
 
 
