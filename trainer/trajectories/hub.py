@@ -8,11 +8,14 @@ import tempfile
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from hierarchy_builder.errors import TrainerError, UsageError
+
+if TYPE_CHECKING:
+    from trainer.trajectories.pipeline import TrajectoryPipeline
 
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)")
@@ -78,11 +81,11 @@ def _asked(ask: Callable[[], str], what: str) -> str:
         ) from None
 
 
-def card(facts: dict[str, Any]) -> str:
-    """The card of a network in Markdown, with the metadata that the hub reads. facts: see `save_pretrained`."""
-    names = [" ".join(name.split()).replace("|", "\\|") for name in facts["class_names"]]
-    tags = dict.fromkeys(["image-generation", "trajectory-forcing", facts["method"]])
+def card(pipe: TrajectoryPipeline, license: str, **facts: Any) -> str:
+    """The card of a network in Markdown, with the metadata that the hub reads. facts: what card.md shows besides."""
+    names = [" ".join(pipe.class_name(label).split()).replace("|", "\\|") for label in pipe.classes]
     text = files("trainer.trajectories").joinpath("card.md").read_text(encoding="utf-8")
     template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    more = {"license": json.dumps(facts["license"]), "first": repr(names[0]), "picture": PICTURE}
-    return template.render(facts | more, names=names, tags=tags)
+    return template.render(
+        facts, pipe=pipe, license=json.dumps(license), names=names, first=repr(names[0]), picture=PICTURE
+    )

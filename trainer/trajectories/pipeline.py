@@ -247,7 +247,7 @@ class TrajectoryPipeline(ABC):
         temperature: float = 1.0,
     ) -> Iterator[Trajectory]:
         """Yield the trajectories that a call would return, with one batch of them in memory at a time."""
-        labels, seeds = _listed(label), _listed(seed)
+        labels, seeds = ([each] if np.ndim(each) == 0 else list(each) for each in (label, seed))
         count = max(len(labels), len(seeds))
         labels, seeds = _repeated(labels, count, "labels"), _repeated(seeds, count, "seeds")
         ids = [self.label_id(each) for each in labels]
@@ -277,38 +277,39 @@ class TrajectoryPipeline(ABC):
     def label_id(self, label: int | str) -> int:
         """The id of a class given by id or name. Raises UsageError naming the nearest class."""
         last = self.model.config.num_classes - 1
-        if isinstance(label, str) and (named := self._spelled(label)) is not None:
-            return self.class_names.index(named)
+        if isinstance(label, str) and (known := self._named(label)) is not None:
+            return known
         try:
             number = int(label)
         except ValueError:
             close = difflib.get_close_matches(str(label), self.class_names, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-            few = len(self.class_names) <= FEW_CLASSES
-            known = f"classes are {', '.join(self.class_names)}" if few and self.class_names else ""
-            expected = known or f"expected a class name or 0 to {last}"
+            expected = f"expected a class name or 0 to {last}"
+            if 0 < len(self.class_names) <= FEW_CLASSES:
+                expected = f"classes are {', '.join(self.class_names)}"
             raise UsageError(f"unknown class {label!r}: {hint}{expected}") from None
         if not 0 <= number <= last:
             raise UsageError(f"label {number}, expected 0 to {last}")
         return number
 
-    def _spelled(self, name: str) -> str | None:
-        """The class called `name`, whose accents may be composed otherwise; None if there is none."""
+    def _named(self, name: str) -> int | None:
+        """The id of the class called `name`, whose accents may be composed otherwise; None if there is none."""
         if name in self.class_names:
-            return name
+            return self.class_names.index(name)
+        names = [unicodedata.normalize("NFC", each) for each in self.class_names]
         composed = unicodedata.normalize("NFC", name)
-        return next(
-            (each for each in self.class_names if unicodedata.normalize("NFC", each) == composed), None
-        )
+        return names.index(composed) if composed in names else None
 
     def label_ids(self, text: str) -> list[int]:
         """Ids of classes given as text separated by commas, which names may contain; errors are those of `label_id`."""
         parts, ids = text.split(","), []
         while parts:
-            tried = (",".join(parts[:count]).strip() for count in range(len(parts), 0, -1))
-            known = next((name for name in tried if self._spelled(name) is not None), None)
-            ids.append(self.label_id(parts[0].strip() if known is None else known))
-            del parts[: 1 if known is None else known.count(",") + 1]
+            tried = ((count, ",".join(parts[:count]).strip()) for count in range(len(parts), 0, -1))
+            count, name = next(
+                (each for each in tried if self._named(each[1]) is not None), (1, parts[0].strip())
+            )
+            ids.append(self.label_id(name))
+            del parts[:count]
         return ids
 
     @property
@@ -480,32 +481,14 @@ class TrajectoryPipeline(ABC):
                 "the pipeline was made from a network in memory; load it by from_pretrained(RUN) first"
             )
         folder, state = Path(folder), saved.load_state(self.source)
-        name, config = self.weights["ema"], self.model.config
+        name = self.weights["ema"]
         own = saved.MODEL if name == "raw" else f"ema-{name}.safetensors"
         normaliser = {"mean": self.normaliser.mean, "std": self.normaliser.std}
         written = replace(state, optimizer=[], files={}, checksums={}, format_version=saved.FORMAT_VERSION)
         decoder = saved.run_of(self.source) / RUN_DECODER
         method = registry.method_in(state.config, self.source)
-        facts = {
-            "title": f"{method.title} on features of {self.encoder.get('name', 'an unknown encoder')}",
-            "license": license,
-            "method": method.name,
-            "method_title": method.title,
-            "paper": method.paper,
-            "preset": state.config.get("preset", "none"),
-            "parameters": self.num_parameters,
-            "images_seen": state.images_seen,
-            "weights": "as trained"
-            if name == "raw"
-            else f"their average of half-life {name} thousand images",
-            "encoder": self.encoder.get("name", "unknown"),
-            "grid": config.grid,
-            "channels": config.in_channels,
-            "num_levels": config.num_levels,
-            "class_names": [self.class_name(label) for label in self.classes],
-            "decoder": "in this repository" if decoder.is_dir() else "that of the encoder, if it has one",
-        }
-        picture, text = self.sheet(), card(facts)
+        picture = self.sheet()
+        text = card(pipe=self, state=state, method=method, license=license, has_decoder=decoder.is_dir())
         saved.write_folder(folder, written, [(own, self.model.state_dict()), (saved.NORMALISER, normaliser)])
         try:
             if decoder.is_dir():
@@ -620,10 +603,6 @@ class LevelPipeline(TrajectoryPipeline):
     ) -> Tensor:
         """Draw the canvas of one level, [B, H, W, C], from the one before; noise: [·, B, H, W, C], of this level."""
         raise NotImplementedError
-
-
-def _listed(value: Any) -> list[Any]:
-    return [value] if np.ndim(value) == 0 else list(value)
 
 
 def _repeated(values: list[Any], count: int, what: str) -> list[Any]:

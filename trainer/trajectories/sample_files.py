@@ -65,10 +65,6 @@ class Drawn:
         """Where the whole trajectory is written, with the format `safetensors`."""
         return out / "trajectories" / f"{self.name}.safetensors"
 
-    def row(self) -> dict[str, Any]:
-        """Return label, class and seed as plain data."""
-        return {"label": self.label, "class": self.trajectory.class_name, "seed": self.seed}
-
 
 Add = Callable[[Drawn], None]
 """Takes one trajectory."""
@@ -243,9 +239,9 @@ def write_samples(
                     adds.append(writer.__enter__())
                     ends.push(partial(end, writer))
             drawn = Drawn(trajectory)
-            row = drawn.row()
             for add in adds:
                 add(drawn)
+            row = {"label": drawn.label, "class": trajectory.class_name, "seed": drawn.seed}
             if "safetensors" in formats:
                 row["file"] = str(drawn.file(out))
             yield row

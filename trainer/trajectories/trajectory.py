@@ -243,14 +243,12 @@ class Trajectory:
 
     def grow_region(self, region: int, *, level: int, steps: int = 1) -> Trajectory:
         """Give a region the tokens around it, `steps` deep. Raises as `edit_shape`."""
-        inside = self.region(region, level=level)
-        _check_border(inside, region)
+        inside = self._bordered(region, level)
         return self.edit_shape(inside.grow(steps) - inside, region)
 
     def shrink_region(self, region: int, *, level: int, steps: int = 1) -> Trajectory:
         """Give the outermost tokens of a region, `steps` deep, to the regions next to them. Raises as `edit_shape`."""
-        inside = self.region(region, level=level)
-        _check_border(inside, region)
+        inside = self._bordered(region, level)
         return self.edit_shape(inside - inside.shrink(steps))
 
     def resume(self, from_level: int, seeds: Seeds = None) -> Trajectory:
@@ -287,11 +285,11 @@ class Trajectory:
 
     def undo_edit(self) -> Trajectory:
         """Take back the last edit together with what was drawn again after it. Raises UsageError as `undo`."""
-        before, is_edit = self, False
-        while not is_edit and (steps := [entry for entry in before.history if "first_level" in entry]):
-            is_edit = steps[-1].get("edit") != "resume"
+        steps = [entry for entry in self.history if "first_level" in entry]
+        before = self.undo()
+        while steps.pop().get("edit") == "resume" and steps:
             before = before.undo()
-        return self.undo() if before is self else before
+        return before
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: levels, seeds and replaced levels as tensors, the rest as JSON in its metadata."""
@@ -312,6 +310,14 @@ class Trajectory:
         at = self._level(selection.level if level is None else level)
         selection.require(self.grid, at)
         return at
+
+    def _bordered(self, region: int, level: int) -> Selection:
+        inside = self.region(region, level=level)
+        if inside.mask.all():
+            raise UsageError(
+                f"region {region} is the whole of level {level} and has no border to move: choose another level"
+            )
+        return inside
 
     def _seeds(self, level: int, seeds: Seeds) -> tuple[int, ...]:
         """Seeds of all levels, new ones after `level`."""
@@ -374,10 +380,3 @@ def decode_finest(trajectories: Sequence[Trajectory]) -> np.ndarray:
         return np.stack([each.decode(level=len(each.levels) - 1) for each in trajectories])
     assert decoder is not None
     return to_uint8(decoder(torch.stack([each.levels[-1] for each in trajectories]))).cpu().numpy()
-
-
-def _check_border(inside: Selection, region: int) -> None:
-    if inside.mask.all():
-        raise UsageError(
-            f"region {region} is the whole of level {inside.level} and has no border to move: choose another level"
-        )
