@@ -66,7 +66,7 @@ app.command(rich_help_panel=TRAIN)(train_commands.presets)
     **opt.OF_METHODS,
     **OUTPUT,
 )
-def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> None:
+def sample(run: Path, labels: str, out: Path, **given: Any) -> None:
     """Draw trajectories of labels and seeds, as sheets, pages, safetensors, tars or arrays."""
     from trainer.training.mirror import named
     from trainer.trajectories.sample_files import parse_formats, write_samples
@@ -76,22 +76,19 @@ def sample(run: Path, labels: str, out: Path, as_json: bool, **given: Any) -> No
     labels_drawn = pipe.label_ids(labels)
     if unseen_classes := [*map(pipe.class_name, sorted({*labels_drawn} - {*pipe.classes}))]:
         say(f"warning: no image of {', '.join(unseen_classes)} was in the training data")
-    pairs = list(itertools.product(labels_drawn, seeds))
-    ids, numbers = [label for label, _ in pairs], [seed for _, seed in pairs]
+    ids, numbers = zip(*itertools.product(labels_drawn, seeds), strict=True)
     drawn = pipe.stream(ids, numbers, **how)
-    facts = {"run": named(run).resolve().name, "weights": given["ema"], "samples": len(pairs)}
+    facts = {"run": named(run).resolve().name, "weights": given["ema"], "samples": len(ids)}
     facts |= {"guidance": how["guidance"]} if how["guidance"] else {}
     facts |= {"autoguidance": how["weak_scale"]} if how["weak_scale"] else {}
     facts |= {"temperature": how["temperature"]} if how["temperature"] != 1 else {}
-    written = write_samples(drawn, out, formats, len(pairs), facts)
-    quiet = given["quiet"]
-    rows = list(opt.follow_unless(as_json or quiet)(written, "sampling", len(pairs)))
-    print_result(rows, as_json)
+    written = write_samples(drawn, out, formats, len(ids), facts)
+    print_result(list(opt.follow_for(given)(written, "sampling", len(ids))), given["as_json"])
     look: list[tuple[object, ...]] = [("trainer", "report", named(run))]
     if "safetensors" in formats:
         first = sorted(out.rglob("*.safetensors"))[:1]
         look = [*(("trainer", "edit", file, "--list") for file in first), *look]
-    say_next(f"wrote {', '.join(formats)} to {out}", look, quiet)
+    say_next(f"wrote {', '.join(formats)} to {out}", look, given["quiet"])
 
 
 for verb in (edit_commands.encode, edit_commands.edit, edit_commands.compare, edit_commands.sweep):
@@ -181,7 +178,7 @@ def evaluate(
         raise UsageError("--reference is of real images in the space of Inception: add --inception FILE")
     index = open_judges(shards, split)
     pipe = opt.open_run(run, given)
-    follow = opt.follow_unless(as_json or given["quiet"])
+    follow = opt.follow_for(given)
     _, trained = read_checkpoint(run)
     judged = judged_on(trained.shards, index, min(max_real, index.num_samples))
     say(f"{judged} Read from {index.url}.", given["quiet"])
@@ -193,8 +190,8 @@ def evaluate(
     if given["edits"]:
         studies.check_has_levels(pipe)
     drawing = {"samples_per_class": given["samples_per_class"], **opt.sampling_of(given, steps)}
+    classes = classes_with_images(index, max_real)
     if given["fdr"]:
-        classes = classes_with_images(index, max_real)
         rows = judging.measured(
             pipe, index, classes, trained.config, given, **drawing, max_real=max_real, follow=follow
         )
@@ -205,20 +202,18 @@ def evaluate(
         index,
         **drawing,
         max_real=max_real,
-        inception=None
-        if inception is None
-        else inception_features(None if inception == "hub" else inception),
-        reference=None if reference is None else read_reference(reference),
-        space=None if space is None else load_own_encoder(space),
+        inception=inception and inception_features(None if inception == "hub" else inception),
+        reference=reference and read_reference(reference),
+        space=space and load_own_encoder(space),
         follow=follow,
     )
     metrics = list(measured)
-    classes = classes_with_images(index, max_real)
-    settings = (pipe, run, shown_labels(classes), range(given["samples_per_class"]))
-    metrics += studies.edit_study(*settings, steps, follow, classes) if given["edits"] else []
+    labels, seeds = shown_labels(classes), range(given["samples_per_class"])
+    if given["edits"]:
+        metrics += studies.edit_study(pipe, run, labels, seeds, steps, follow, classes)
     if given["alignment"]:
-        photos = studies.photos_of(pipe, index, len(settings[2]) * given["samples_per_class"])
-        metrics += studies.alignment_study(*settings, photos=photos, follow=follow)
+        photos = studies.photos_of(pipe, index, len(labels) * len(seeds))
+        metrics += studies.alignment_study(pipe, run, labels, seeds, photos=photos, follow=follow)
     rows = [{"name": name, "value": value} for name, value in metrics]
     setup = drawing | {name: given[name] for name in ("ending", "shift", "space", "ema")}
     setup |= {"shards": index.name, "split": index.split, "judged_on": judged, "classes": classes}
@@ -273,8 +268,8 @@ def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) 
     index = open_index(shards) if shards else None
     if index is not None:
         check_fits(pipe, index)
-    pairs = list(itertools.product(pages.shown_labels(pages.known_classes(run, pipe, index)), seeds))
-    labels, numbers = [label for label, _ in pairs], [seed for _, seed in pairs]
+    shown = pages.shown_labels(pages.known_classes(run, pipe, index))
+    labels, numbers = zip(*itertools.product(shown, seeds), strict=True)
     trajectories = pipe(labels, numbers, **opt.sampling_of(given))
     rows = _load_rows(given["stages"]) if given["stages"] else []
     more = []
@@ -359,23 +354,15 @@ def studio(
             f"{error.name} is not installed, which the studio needs: {install_extras('studio')}"
         ) from None
 
-    page, url = launch(
-        opt.open_run(run, given),
-        folder or run / "studio",
-        vocabulary,
-        host=host,
-        port=port,
-        block=False,
-        allowed_hosts=allowed_hosts or (),
-    )
+    folder, pipe = folder or run / "studio", opt.open_run(run, given)
+    names = allowed_hosts or ()
+    page, url = launch(pipe, folder, vocabulary, host=host, port=port, block=False, allowed_hosts=names)
     if given["as_json"]:
-        print_json({"url": url, "folder": str(folder or run / "studio")})
+        print_json({"url": url, "folder": str(folder)})
     else:
         print(url)
     sys.stdout.flush()
-    say(
-        f"open {url} in a browser; saved work lies in {folder or run / 'studio'}; Ctrl-C ends", given["quiet"]
-    )
+    say(f"open {url} in a browser; saved work lies in {folder}; Ctrl-C ends", given["quiet"])
     with contextlib.redirect_stdout(sys.stderr):  # gradio prints a line at its end
         page.block_thread()
 

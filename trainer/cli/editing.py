@@ -215,8 +215,7 @@ def sweep(run: Path, labels: str | None, levels: str | None, out: Path | None, *
     selection = None
     if given["tokens"] or given["mask"]:
         selection = select(pipe(config.labels[0], 0), 0, given)
-    follow = opt.follow_unless(given["quiet"] or given["as_json"])
-    rows = list(sweeping.sweep(pipe, config, selection, follow=follow))
+    rows = list(sweeping.sweep(pipe, config, selection, follow=opt.follow_for(given)))
     summary = sweeping.summarise(rows)
     result = {"setup": dataclasses.asdict(config), "rows": rows, "summary": summary}
     if out is not None:

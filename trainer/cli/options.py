@@ -248,6 +248,6 @@ def sampling_of(given: Mapping[str, Any], num_steps: int = 1) -> SamplingArgumen
     }
 
 
-def follow_unless(is_quiet: bool) -> Follow:
-    """Progress bars on stderr, or none."""
-    return unseen if is_quiet else shown_on(stderr)
+def follow_for(given: Mapping[str, Any]) -> Follow:
+    """Progress bars on stderr, or none with --quiet or --json."""
+    return unseen if given["quiet"] or given["as_json"] else shown_on(stderr)

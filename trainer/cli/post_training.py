@@ -56,17 +56,16 @@ def post_train(run: Path, shards: list[str], out: Path, **given: Any) -> None:
 
     start, index = room.Start.of(run, given["ema"]), open_index(shards)
     resolved = room.resolved(start, index, asked)
-    resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
+    resume, quiet = given["resume"], given["quiet"]
     if given["dry_run"]:
         from trainer.training.run_folder import check_same_run, find_origin
 
         check_same_run(out, find_origin(out, resume), resolved, index)
-        print_result(to_mapping(resolved), as_json)
+        print_result(to_mapping(resolved), given["as_json"])
         return
     run_and_print(
         lambda: room.post_train(start, resolved, index, out, given["decoder"], resume, quiet),
         resolved,
-        as_json,
-        quiet,
+        given,
         commands_for(named(out)),
     )

@@ -56,7 +56,7 @@ def train(
     """Train a network on shards and write checkpoints; under torchrun every process is a rank."""
     from trainer.data.shards import open_index
 
-    resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
+    resume, quiet = given["resume"], given["quiet"]
     index = open_index(shards)
     base = base_config(preset_name, method, index, out, resume, given["config"] is not None, quiet)
     if pixel_stage and method_of(base) is not LATENT_FORCING:
@@ -69,7 +69,7 @@ def train(
 
         origin = find_origin(out, resume)
         check_same_run(out, origin, resolved, index)
-        print_result(to_mapping(settled(resolved, out, origin, best_device(None))), as_json)
+        print_result(to_mapping(settled(resolved, out, origin, best_device(None))), given["as_json"])
         return
     from trainer.training.mirror import named  # loads torch
 
@@ -77,9 +77,7 @@ def train(
     draws_pixels = index.encoder.get("decoder") or method_of(resolved) is LATENT_FORCING
     if not draws_pixels and not (out / "decoder").exists():
         draw.insert(0, ("trainer", "train-decoder", *shards, "--out", run / "decoder"))
-    run_and_print(
-        lambda: registry.train(resolved, index, str(out), resume, quiet), resolved, as_json, quiet, draw
-    )
+    run_and_print(lambda: registry.train(resolved, index, str(out), resume, quiet), resolved, given, draw)
 
 
 LOSSES = {
@@ -105,17 +103,15 @@ LOSSES = {
 )
 def train_decoder(shards: list[str], out: Path, size: str | None, **given: Any) -> None:
     """Train a decoder from features to pixels on shards with pictures, for `--decoder` of other verbs."""
-    resume, quiet, as_json = given["resume"], given["quiet"], given["as_json"]
+    resume, quiet = given["resume"], given["quiet"]
     given |= {name: given[name] and str(given[name]) for name in LOSSES}
     resolved = with_settings(_decoder_base(size, out, quiet), asked_fields(given, LOSSES | FIELDS))
     if given["dry_run"]:
-        print_result(to_mapping(resolved), as_json)
+        print_result(to_mapping(resolved), given["as_json"])
         return
     from trainer.decode import train as training  # loads torch, which no refusal above needs
 
-    run_and_print(
-        lambda: training.train_decoder(resolved, shards, str(out), resume, quiet), resolved, as_json, quiet
-    )
+    run_and_print(lambda: training.train_decoder(resolved, shards, str(out), resume, quiet), resolved, given)
 
 
 @takes(
@@ -208,25 +204,20 @@ def _print_suggestion(shards: list[str], method: Method, as_json: bool, quiet: b
 
 
 def _decoder_base(size: str | None, out: Path, quiet: bool) -> DecoderConfig:
-    """The configuration before file and flags: that of the size, or else what the folder holds."""
-    if size is None:
-        from trainer.training.run_folder import CONFIG, read_config  # loads torch
-
-        if (stored := out / CONFIG).exists():
-            return checked(DecoderConfig, read_config(out)["config"], str(stored))
-    if size is None and not quiet:
-        _say_without_cuda("size XL", "--size tiny")
-    return decoder_preset(size or "XL")
-
-
-def _say_without_cuda(default: str, small: str) -> None:
-    """Name the small network where nobody asked for the large one, and no device is there for it."""
+    """The configuration before file and flags: that of the size, or else what the folder holds, or else size XL."""
+    if size is not None:
+        return decoder_preset(size)
     import torch
 
-    if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+    from trainer.training.run_folder import CONFIG, read_config  # loads torch
+
+    if (stored := out / CONFIG).exists():
+        return checked(DecoderConfig, read_config(out)["config"], str(stored))
+    if not torch.cuda.is_available() and not quiet and _is_main():
         say(
-            f"{default}, the default, is made for GPUs, and this machine has no CUDA device: {small} trains on CPU"
+            "size XL, the default, is made for GPUs, and this machine has no CUDA device: --size tiny trains on CPU"
         )
+    return decoder_preset("XL")
 
 
 def commands_for(run: Path) -> list[tuple[Any, ...]]:
@@ -235,23 +226,26 @@ def commands_for(run: Path) -> list[tuple[Any, ...]]:
     return [("trainer", "sample", run, "--labels", "0", "--out", drawn), ("trainer", "report", run)]
 
 
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_and_print(
-    run: Callable[[], Any], config: Any, as_json: bool, quiet: bool, after: Sequence[Sequence[object]] = ()
+    run: Callable[[], Any], config: Any, given: Mapping[str, Any], after: Sequence[Sequence[object]] = ()
 ) -> None:
     """Train with the resolved configuration on stderr and the summary on stdout, both by the main rank.
 
-    after: commands that go on from a finished run.
+    given: the options of the verb. after: commands that go on from a finished run.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    show_config(to_mapping(config), quiet or not is_main)
+    show_config(to_mapping(config), given["quiet"] or not _is_main())
     try:
         summary = run()
     except KeyboardInterrupt:
         stderr.print("stopped; the same command goes on from the last checkpoint")
         raise typer.Exit(130) from None
-    if is_main:
-        print_result(dataclasses.asdict(summary), as_json)
-        say_next(f"{summary.checkpoint} holds the newest weights", after, quiet)
+    if _is_main():
+        print_result(dataclasses.asdict(summary), given["as_json"])
+        say_next(f"{summary.checkpoint} holds the newest weights", after, given["quiet"])
 
 
 def asked_fields(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -8,14 +8,11 @@ import tempfile
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
 from hierarchy_builder.errors import TrainerError, UsageError
-
-if TYPE_CHECKING:
-    from trainer.trajectories.pipeline import TrajectoryPipeline
 
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)")
@@ -81,8 +78,11 @@ def _asked(ask: Callable[[], str], what: str) -> str:
         ) from None
 
 
-def card(pipe: TrajectoryPipeline, license: str, **facts: Any) -> str:
-    """The card of a network in Markdown, with the metadata that the hub reads. facts: what card.md shows besides."""
+def card(pipe: Any, license: str, **facts: Any) -> str:
+    """The card of a TrajectoryPipeline in Markdown, with the metadata that the hub reads.
+
+    facts: the other variables of card.md.
+    """
     names = [" ".join(pipe.class_name(label).split()).replace("|", "\\|") for label in pipe.classes]
     text = files("trainer.trajectories").joinpath("card.md").read_text(encoding="utf-8")
     template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

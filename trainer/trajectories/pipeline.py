@@ -247,7 +247,7 @@ class TrajectoryPipeline(ABC):
         temperature: float = 1.0,
     ) -> Iterator[Trajectory]:
         """Yield the trajectories that a call would return, with one batch of them in memory at a time."""
-        labels, seeds = ([each] if np.ndim(each) == 0 else list(each) for each in (label, seed))
+        labels, seeds = _listed(label), _listed(seed)
         count = max(len(labels), len(seeds))
         labels, seeds = _repeated(labels, count, "labels"), _repeated(seeds, count, "seeds")
         ids = [self.label_id(each) for each in labels]
@@ -603,6 +603,10 @@ class LevelPipeline(TrajectoryPipeline):
     ) -> Tensor:
         """Draw the canvas of one level, [B, H, W, C], from the one before; noise: [·, B, H, W, C], of this level."""
         raise NotImplementedError
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if np.ndim(value) == 0 else list(value)
 
 
 def _repeated(values: list[Any], count: int, what: str) -> list[Any]:
