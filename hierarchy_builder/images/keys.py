@@ -50,8 +50,6 @@ def unique_keys(
         return plain  # known at a fraction of the memory of counting texts
     counts = plain.value_counts()
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    if not len(repeated):
-        return plain
     # Only keys that look like a key with a hash can be equal to one.
     taken = {
         *pc.filter(plain, pc.match_substring_regex(plain, HASHED.pattern)).to_pylist(),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import BinaryIO
 
@@ -59,7 +59,7 @@ NAMED = 5
 """Names or kinds of files that a warning lists, at most."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Listing:
     """Images, all class names, and their ids if the source defines them."""
 
@@ -67,14 +67,10 @@ class Listing:
     classes: list[str] = field(default_factory=list)
     ids: dict[str, int] | None = None
     warnings: list[str] = field(default_factory=list)
-    settled: pa.Table | None = None
-    """The images, where more was done to them than to collect them."""
 
-    @property
+    @cached_property
     def table(self) -> pa.Table:
         """The images, by path. Raises BuilderError if there are none, or for a path that comes twice."""
-        if self.settled is not None:
-            return self.settled
         table, again = self.in_order()
         if again.any():
             path = table.column("path")[int(again.argmax())]
@@ -335,7 +331,7 @@ def _from_tree(
     """
     count, unnamable, others = 0, list[str](), _LeftOut()
     plain, nested = Collected(partition), Collected(partition)
-    used, inner, is_deep = set[str](), set[str](), True
+    inner, is_deep = set[str](), True
     for path, size in files:
         count += 1
         if _is_hidden(path):
@@ -348,7 +344,6 @@ def _from_tree(
         elif is_named and "/" in path:
             name, _, below = path.partition("/")
             nested.add(prefix + path, name, size)
-            used.add(name)
             folder, is_deeper, _ = below.partition("/")
             if is_deeper:
                 inner.add(folder)
@@ -362,13 +357,16 @@ def _from_tree(
             f"one folder per class, or images ending in {', '.join(sorted(picture_suffixes()))}"
             + (f"; {_not_utf8(unnamable)}" if unnamable else "")
         )
+    left_out = [f"left out{others.shown()}"] if others.counts else []
+    if unnamable:
+        left_out.append(f"left out: {_not_utf8(unnamable)}")
     if not nested.total:
-        found = Listing(plain, [UNLABELLED])
-        found.warnings.append(
+        unlabelled = (
             f"no class folders in {source}: all images form the one class {UNLABELLED!r}; if it is one class of a data "
             "set, pass the folder above it"
         )
-        return _with_left_out(found, others, unnamable)
+        return Listing(plain, [UNLABELLED], warnings=[unlabelled, *left_out])
+    used = {*nested.classes}
     if split is None and used <= SPLITS and inner:
         raise UsageError(f"{source} holds {', '.join(sorted(used))}: choose one with --split")
     # Empty class folders get ids too, so that an incomplete copy of a data set keeps the ids of its classes.
@@ -391,7 +389,8 @@ def _from_tree(
         )
     if plain.total:
         found.warnings.append(f"left out: {counted(plain.total, 'image')} outside the class folders")
-    return _with_left_out(found, others, unnamable)
+    found.warnings += left_out
+    return found
 
 
 def in_text_order(names: Sequence[str]) -> bool:
@@ -434,15 +433,6 @@ def _not_utf8(names: Sequence[str]) -> str:
         f"{counted(len(names), 'file or folder', 'files and folders')} with a name that is not UTF-8: "
         f"{_some(names)}{advice}"
     )
-
-
-def _with_left_out(found: Listing, others: _LeftOut, unnamable: Sequence[str]) -> Listing:
-    """Add messages about files that are no images by their extension, and about names that are not UTF-8."""
-    if others.counts:
-        found.warnings.append(f"left out{others.shown()}")
-    if unnamable:
-        found.warnings.append(f"left out: {_not_utf8(unnamable)}")
-    return found
 
 
 def _is_picture(suffix: str) -> bool:
@@ -522,7 +512,7 @@ def list_table(
         )
     if gone:
         found.warnings.append(f"{gone} listed images do not exist")
-    found.settled = table.set_column(
+    found.table = table.set_column(
         table.schema.get_field_index("bytes"), "bytes", pa.array(np.frombuffer(sizes, np.int64))
     )
     return found

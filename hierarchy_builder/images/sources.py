@@ -180,8 +180,9 @@ def open_source(
             f"{unknown[0]!r}: {nearest(unknown[0], ids)}"
         )
     table = _renamed(found.table, spelled)
-    records = _records(table, ids, found.images.elsewhere)
-    del table
+    keys = unique_keys(table.column("key"), table.column("path"), found.images.elsewhere)
+    no_labels = pa.array(np.zeros(len(table), np.int32))
+    records = ImageTable(table.set_column(0, "key", keys).append_column("label", no_labels)).relabelled(ids)
     give_back()
     return ImageSource(
         records=records,
@@ -253,13 +254,6 @@ def _read_class_map(class_map: str | Mapping[str, int]) -> dict[str, int]:
             '{"cat": 0, "dog": 1}'
         )
     return dict(content)
-
-
-def _records(table: pa.Table, ids: Mapping[str, int], elsewhere: Iterable[str]) -> ImageTable:
-    """Images as they were collected, in the order of their paths, with unique keys and the ids of their classes."""
-    keys = unique_keys(table.column("key"), table.column("path"), elsewhere)
-    labels = pa.array(np.zeros(len(table), np.int32))
-    return ImageTable(table.set_column(0, "key", keys).append_column("label", labels)).relabelled(ids)
 
 
 def listing_hash(records: Iterable[ImageRecord]) -> str:
