@@ -270,13 +270,13 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 def repair_of(place: Path | str) -> str:
     """Advise the command that repairs the build which a file belongs to, as far as its path tells the build."""
     paths = [place, *place.parents] if isinstance(place, Path) else []
-    builds = [path.parent for path in paths if path.name in OF_BUILDS or _are_shards(path)]
+    builds = [
+        path.parent
+        for path in paths
+        # Shards may have been copied away from their build.
+        if path.name in OF_BUILDS or (path.name == "shards" and (path.parent / "ledger").is_dir())
+    ]
     return f"run `hierarchy-builder repair {builds[-1]}`" if builds else REPAIR_UNNAMED
-
-
-def _are_shards(path: Path) -> bool:
-    """Whether this is the folder of the shards of a build, which may also have been copied away from it."""
-    return path.name == "shards" and (path.parent / "ledger").is_dir()
 
 
 @contextmanager

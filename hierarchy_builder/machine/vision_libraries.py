@@ -56,9 +56,7 @@ def timm_model(
         check_pickle(file)
     state = timm.models.load_state_dict(str(file))  # weights_only, or safetensors
     for key, value in state.items():
-        if not isinstance(
-            value, torch.Tensor
-        ):  # timm would write it out in a message: lists of lists have no end
+        if not isinstance(value, torch.Tensor):  # timm would write out lists of lists, which have no end
             raise ValueError(f"{key!r} is a {type(value).__name__}, no tensor")
     check_sizes(file, state)
     state = {key: value for key, value in state.items() if not key.startswith(heads)}

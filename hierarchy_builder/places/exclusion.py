@@ -172,9 +172,6 @@ class Lease:
             return False
         return True
 
-    def renew(self) -> None:
-        write_bytes(self.path, self.content())
-
     def release(self) -> None:
         """Say that nobody holds it; earlier numbers go."""
         write_bytes(self.path, json_text({"holder": None, "token": self.token}))
@@ -277,7 +274,7 @@ def _keep(lease: Lease, stop: threading.Event) -> None:
     while not stop.wait(LEASE_S / RENEWALS):
         try:
             lease.check()
-            lease.renew()
+            write_bytes(lease.path, lease.content())
         except LeaseLostError:
             return
         except Exception as error:
@@ -351,6 +348,4 @@ def _highest(folder: Path) -> int | None:
 
 
 def _modified(path: Path) -> float:
-    if not is_remote(path):
-        return path.stat().st_mtime
-    return float(remote.modified(path))
+    return remote.modified(path) if is_remote(path) else path.stat().st_mtime

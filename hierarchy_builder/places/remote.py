@@ -262,8 +262,7 @@ def remove(paths: Iterable[Path]) -> None:
         for refused in answer.get("Errors", [])[:1]:  # the answer as a whole is a success
             text = f"not removed: {refused.get('Message', '')}"
             place = f"s3://{keys[0][0]}/{refused.get('Key', '')}"
-            passes = refused.get("Code") in PASSING_CODES
-            raise _told(text, str(refused.get("Code", "")), passes=passes, place=place)
+            raise _told(text, str(refused.get("Code", "")), place=place)
 
 
 def _remove(path: Path) -> None:
@@ -307,11 +306,12 @@ def store_error(error: BaseException) -> StoreError | None:
     code, status = _code(told[-1]), _status(told[-1])
     if code not in WORDS and str(status) in WORDS and code not in PASSING_CODES:
         code = str(status)
-    numbers = {getattr(one, "errno", None) for one in chain}
-    passes = bool(numbers & PASSING) or code in PASSING_CODES or (status or 0) >= 500 or status == 429
-    place = next(filter(None, map(_asked_for, chain)), "")
-    passes = passes or (status is None and any(map(_is_on_the_way, chain)))
-    return _told(text, code, passes=passes, place=place)
+    passes = any(getattr(one, "errno", None) in PASSING for one in chain)
+    if status is None:
+        passes |= any(map(_is_on_the_way, chain))
+    else:
+        passes |= status >= 500 or status == 429
+    return _told(text, code, passes=passes, place=next(filter(None, map(_asked_for, chain)), ""))
 
 
 def of_all_objects(fs: Any, error: BaseException) -> StoreError | None:
@@ -325,8 +325,9 @@ def of_all_objects(fs: Any, error: BaseException) -> StoreError | None:
     return told if isinstance(told, StoreRetryError) or (told and told.code in OF_ALL) else None
 
 
-def _told(text: str, code: str, *, passes: bool, place: str = "") -> StoreError:
-    """The error of a store with the next step. place: what was asked for."""
+def _told(text: str, code: str, *, place: str, passes: bool = False) -> StoreError:
+    """The error of a store with the next step. place: what was asked for; passes: whether it may, whatever the code."""
+    passes |= code in PASSING_CODES
     if code in WORDS:
         advice, passes = WORDS[code]
         advice = f": {advice}{'; then the same command continues' if passes else ''}"
