@@ -72,7 +72,7 @@ class FuseStage:
         encoder: Encoder | None = None,
     ) -> FuseStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the build began with."""
-        images = image_encoder(folder, "fuse", source, plan.extract, encoder)
+        images = image_encoder(folder, source, plan.extract, encoder)
         recipe, config = plan.hierarchy, plan.shard
         if config.images:
             px = images.encoder.image_size_px

@@ -101,7 +101,11 @@ class Assembly:
             tar.parent.mkdir(parents=True, exist_ok=True)
         by_part = {part: list(own) for part, own in itertools.groupby(spans, lambda span: span.part)}
         for part in by_part:
-            self._require(part)
+            if not self._is_as_written(part):
+                self.folder.remove(self.parts.marker(part))
+                raise VerificationError(
+                    f"{self.folder.part(part)} was changed after it was written: the same command makes it again"
+                )
         marker = self.parts.result(spans[0].part)
         if len(by_part) == 1 and marker["count"] == len(spans):
             move(self.folder.part(spans[0].part), tar)
@@ -118,14 +122,6 @@ class Assembly:
         facts["config_hash"] = self.shards.stage_hash
         write_json(sidecar(tar), facts)
         return facts
-
-    def _require(self, part: int) -> None:
-        """Raise VerificationError, and forget a part, if it is not what its unit wrote."""
-        if not self._is_as_written(part):
-            self.folder.remove(self.parts.marker(part))
-            raise VerificationError(
-                f"{self.folder.part(part)} was changed after it was written: the same command makes it again"
-            )
 
     def _is_as_written(self, part: int) -> bool:
         """Whether a part has the SHA-256 of its marker; it is read once."""

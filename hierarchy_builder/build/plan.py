@@ -44,7 +44,7 @@ from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, ImageRecord, Status, blocks_of
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.store.index import outcomes_of, read_index, status_name, write_index
+from hierarchy_builder.store.index import read_index, status_name, write_index
 from hierarchy_builder.store.ledger import Ledger, differences, hash_of, read_manifest, read_marker
 from hierarchy_builder.store.shards import TAR_BLOCK, shard_name, sidecar
 from hierarchy_builder.store.units import samples_per_shard
@@ -234,7 +234,7 @@ def make_plan(
         input_bytes=pc.sum(records.column("bytes")).as_py(),
         classes={name: counts.get(name, 0) for name in images.class_map},
         warnings=(*images.warnings, *few_tars(len(tars), usable, plan.shard.shard_bytes)),
-        tried=len(trial.outcomes),
+        tried=len(trial.tried),
         unreadable=trial.unreadable,
         usable=usable,
         sizes=sizes,
@@ -260,26 +260,25 @@ def make_plan(
 class _Trial:
     """A finished build of a few images.
 
-    outcomes: path → its row of the index. samples: bytes of each sample in the tars, with headers and padding.
-    index: that of its shards.
+    tried: its index.parquet. samples: bytes of each sample in the tars, with headers and padding. index: that of its
+    shards.
     """
 
     folder: BuildFolder
     index: Mapping[str, Any]
-    outcomes: Mapping[str, Mapping[str, Any]]
+    tried: pa.Table
     samples: np.ndarray
     summaries: Mapping[str, StageSummary]
 
     @property
     def unreadable(self) -> dict[str, str]:
         """Path → reason of each image that could not be used."""
-        ok = status_name(Status.OK)
-        failed = {path: row["reason"] or "" for path, row in self.outcomes.items() if row["status"] != ok}
-        return dict(sorted(failed.items()))
+        failed = self.tried.filter(pc.not_equal(self.tried.column("status"), status_name(Status.OK)))
+        return {row["path"]: row["reason"] or "" for row in failed.sort_by("path").to_pylist()}
 
     def uncertainty(self, num_images: int) -> float:
         """Two relative standard errors of the bytes of the shards, or of an array that is compressed in chunks."""
-        missing = max(0.0, 1 - len(self.outcomes) / num_images)
+        missing = max(0.0, 1 - len(self.tried) / num_images)
         errors = [
             float(sizes.std(ddof=1) / sizes.mean()) * (missing / len(sizes)) ** 0.5
             for sizes in (self.samples, *self._chunks())
@@ -307,11 +306,10 @@ def _run_trial(
         workers = replace(workers, count=num_cpus())  # as the whole build, though the trial is small
     quiet = replace(session, workers=workers, reporter=Reporter(quiet=True), fresh=False)
     summaries = build(folder, replace(images, records=records), small, quiet, fused=fused)
-    table = read_index(folder.index)
     return _Trial(
         folder=folder,
         index=read_json(folder.shards / "index.json"),
-        outcomes=dict(zip(table.column("path").to_pylist(), table.to_pylist(), strict=True)),
+        tried=read_index(folder.index),
         samples=np.concatenate([_sample_sizes(tar) for tar in sorted(folder.shards.glob("*.tar"))]),
         summaries={summary.stage: summary for summary in summaries},
     )
@@ -346,7 +344,7 @@ def _sizes(
     """Bytes of every artefact by its place in the build folder."""
     folder = trial.folder
     ratio, blocks = (
-        len(images.records) / len(trial.outcomes),
+        len(images.records) / len(trial.tried),
         num_blocks / len(folder.markers(next(iter(trial.summaries)))),
     )
     listing, index = (_index_bytes(trial, images.records, is_done=is_done) for is_done in (False, True))
@@ -377,13 +375,12 @@ def _index_bytes(trial: _Trial, images: ImageTable, *, is_done: bool) -> int:
     """Write the index of the first images, each with the outcome of a random one that was tried."""
     num_images, images, outcomes = len(images), images[:WRITTEN], None
     if is_done:
-        generator, tried = np.random.default_rng(0), list(trial.outcomes.values())
-        drawn = generator.integers(0, len(tried), len(images))
+        generator = np.random.default_rng(0)
+        drawn = generator.integers(0, len(trial.tried), len(images))
         # no two hashes are alike, so none compresses
         hashes = pa.array((generator.bytes(16).hex() for _ in drawn), pa.string())
-        outcomes = pa.Table.from_batches([outcomes_of(tried, len(tried))]).take(drawn)
-        place = outcomes.schema.get_field_index("file_hash")
-        outcomes = outcomes.set_column(place, "file_hash", hashes)
+        place = trial.tried.schema.get_field_index("file_hash")
+        outcomes = trial.tried.take(drawn).set_column(place, "file_hash", hashes)
     path = trial.folder.root / "whole.parquet"
     write_index(path, images, outcomes)
     return round(path.stat().st_size * num_images / len(images))
@@ -496,17 +493,15 @@ class _Progress:
         """Usable images, at least one: counted where done or tried, else the share of the trial."""
         ledger, ok = self.ledger("fuse" if "fuse" in self.inputs else "extract"), status_name(Status.OK)
         usable, unknown = 0, np.ones(len(records), bool)
-        for block in blocks:
-            if ledger.is_done(block.number):
-                rows = ledger.result(block.number)["outcomes"]
-                unknown[block.start : block.start + len(rows)] = False
-                usable += sum(row["status"] == ok for row in rows)
-        tried = pa.array(list(trial.outcomes), pa.large_string())
-        rows_tried = np.flatnonzero(unknown & pc.is_in(records.column("path"), value_set=tried).to_numpy())
-        statuses = [trial.outcomes[path]["status"] for path in records.take(rows_tried).values("path")]
-        share = len(trial.samples) / len(trial.outcomes)
-        others = int(unknown.sum()) - len(rows_tried)
-        return max(1, round(usable + statuses.count(ok) + share * others))
+        for block, marker in ledger.finished(blocks):
+            rows = marker["outcomes"]
+            unknown[block.start : block.start + len(rows)] = False
+            usable += sum(row["status"] == ok for row in rows)
+        paths = ImageTable(trial.tried).column("path")
+        place = pc.index_in(records.column("path"), value_set=paths).filter(pa.array(unknown))
+        tried = trial.tried.column("status").take(place)
+        usable += pc.sum(pc.equal(tried, ok)).as_py() or 0
+        return max(1, round(usable + len(trial.samples) / len(trial.tried) * tried.null_count))
 
 
 def _progress(

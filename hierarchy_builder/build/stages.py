@@ -87,11 +87,11 @@ def asked_encoder(config: ExtractConfig) -> Encoder:
 
 
 def image_encoder(
-    folder: BuildFolder, stage: str, source: str, config: ExtractConfig, encoder: Encoder | None
+    folder: BuildFolder, source: str, config: ExtractConfig, encoder: Encoder | None
 ) -> ImageEncoder:
-    """What encodes the images of `source`, if the encoder has the probe value that the stage began with."""
+    """What encodes the images of `source`, if the encoder has the probe value that the build began with."""
     encoder = encoder or asked_encoder(config)
-    check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, stage)["probe"])
+    check_probe(encoder, probe_value(encoder), config.precision, stage_entry(folder, "extract")["probe"])
     return ImageEncoder(encoder, open_reader(source), config.batch_size, config.max_pixels)
 
 
@@ -111,7 +111,7 @@ class ExtractStage:
         cls, folder: BuildFolder, source: str, config: ExtractConfig, encoder: Encoder | None = None
     ) -> ExtractStage:
         """Raises ConfigMismatchError if the probe value of the encoder differs from the one the stage began with."""
-        images = image_encoder(folder, "extract", source, config, encoder)
+        images = image_encoder(folder, source, config, encoder)
         return cls(folder, images, StoredIndex(folder.listing, COLUMNS))
 
     def run(self, unit: Block, threads: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ centroids are saved after every move, so an interrupted fit resumes there and en
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,11 @@ from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.files import decoding, write_bytes
 from hierarchy_builder.progress import Reporter
-from hierarchy_builder.records import Block, Status, blocks_of
+from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.stored import Stored
-from hierarchy_builder.store.units import store_layout, usable_rows
+from hierarchy_builder.store.units import stage_units, store_layout, usable_rows
 from hierarchy_builder.untrusted.arrays import npz_of, parse_npz
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
@@ -48,20 +49,21 @@ RUN_TOKENS = 32_768
 class TokenSource:
     """The tokens of a fit, as every worker reads them.
 
-    given, drawn: int64 [N], by row of the index: the number of tokens used in the fit, and the number drawn into files.
-    They are equal if a sample of the tokens is fitted; if all are, the files hold only the tokens for k-means++.
+    blocks: those of the store; each has one file of drawn tokens. given, drawn: int64 [N], by row of the index: the
+    number of tokens used in the fit, and the number drawn into files. They are equal if a sample of the tokens is
+    fitted; if all are, the files hold only the tokens for k-means++.
     """
 
     folder: BuildFolder
     config: VocabularyConfig
-    block_rows: int
+    blocks: Sequence[Block]
     given: np.ndarray
     drawn: np.ndarray
 
     @classmethod
     def load(cls, folder: BuildFolder, config: VocabularyConfig) -> TokenSource:
         """Choose the number of tokens of each image, evenly over all usable images."""
-        num_rows, block_rows, encoder = store_layout(stage_entry(folder, "extract"))
+        num_rows, _, encoder = store_layout(stage_entry(folder, "extract"))
         usable, per_image = usable_rows(folder), encoder["grid"][0] * encoder["grid"][1]
         available = len(usable) * per_image
         wanted = min(config.sampled_tokens or available, available)
@@ -72,17 +74,13 @@ class TokenSource:
             if wanted < available
             else token_shares(len(usable), num_start_tokens(available, config))
         )
-        return cls(folder=folder, config=config, block_rows=block_rows, given=given, drawn=drawn)
+        blocks = stage_units(folder, "extract")
+        return cls(folder=folder, config=config, blocks=blocks, given=given, drawn=drawn)
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens in the fit, M."""
         return int(self.given.sum())
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Blocks of the store; each has one file of drawn tokens."""
-        return blocks_of(len(self.given), self.block_rows)
 
     def file(self, block: Block) -> Path:
         return self.folder.vocabulary_work / f"tokens-{block.number:06d}.npz"

@@ -31,7 +31,6 @@ from hierarchy_builder.records import (
     METADATA_MEMBER,
     REGIONS_MEMBER,
     SCALE_MEMBER,
-    Block,
 )
 from hierarchy_builder.store.croissant import CROISSANT, croissant_of
 from hierarchy_builder.store.folder import BuildFolder, is_own_about
@@ -39,14 +38,7 @@ from hierarchy_builder.store.ledger import is_fused, open_ledger, recorded_stage
 from hierarchy_builder.store.preview import PREVIEW, preview_of
 from hierarchy_builder.store.quantisation import measure_quantisation
 from hierarchy_builder.store.shards import read_shard, shard_name, sidecar
-from hierarchy_builder.store.statistics import (
-    Moments,
-    merge_tree,
-    per_channel,
-    read_part_moments,
-    read_part_scatter,
-    write_statistics,
-)
+from hierarchy_builder.store.statistics import Moments, merge_tree, read_part_moments, write_statistics
 from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import stage_units, usable_rows
 from hierarchy_builder.terminal import counted
@@ -123,20 +115,12 @@ def dataset_moments(folder: BuildFolder, *, joint: bool = False) -> Moments:
     joint: merge mean [C] and scatter matrix [C, C] of all usable tokens instead. Raises BuilderError when the scatter
     matrices of the blocks were not computed.
     """
-    ledger = open_ledger(folder, "fuse") if is_fused(folder) else None  # its parts take the place of stores
-    stored = Stored(folder)
-
-    def of_block(block: Block) -> Moments:
-        marker = {} if ledger is None else ledger.result(block.number)
-        found = read_part_moments(folder, block.number, marker) if marker else stored.moments(block)
-        if not joint:
-            return found
-        channel = per_channel(found)
-        if marker:
-            return Moments(channel.count, channel.mean, read_part_scatter(folder, block.number, marker))
-        return Moments(channel.count, channel.mean, stored.block("block_scatter", block)[0])
-
-    return merge_tree(map(of_block, stage_units(folder, "extract")))
+    units, stored = stage_units(folder, "extract"), Stored(folder)
+    if is_fused(folder):  # its parts take the place of stores
+        markers = open_ledger(folder, "fuse").results(len(units))
+        parts = (read_part_moments(folder, each["unit"], each, joint=joint) for each in markers)
+        return merge_tree(parts)
+    return merge_tree(stored.moments(block, joint=joint) for block in units)
 
 
 def remove_surplus(folder: BuildFolder, split: str, num_shards: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,12 @@ def per_channel(position: Moments) -> Moments:
     return merge_tree([Moments(position.count, mean, m2) for mean, m2 in zip(tokens, squares, strict=True)])
 
 
+def joint_moments(position: Moments, scatter: np.ndarray) -> Moments:
+    """Pool the positions of moments [H, W, C] as `per_channel` does, with the scatter matrix of the tokens as m2."""
+    channel = per_channel(position)
+    return Moments(channel.count, channel.mean, scatter)
+
+
 def write_statistics(path: Path, position: Moments, joint: Moments | None = None) -> None:
     """Write statistics.npz, see `statistics_arrays`."""
     write_bytes(path, npz_of(**statistics_arrays(position, joint)))
@@ -163,21 +169,15 @@ def write_part_moments(
     return hashlib.sha256(content).hexdigest()
 
 
-def read_part_moments(folder: BuildFolder, part: int, marker: Mapping[str, Any]) -> Moments:
-    """Read what `write_part_moments` wrote. Raises BuilderError when it is not what the part's marker tells."""
-    arrays = _read_arrays(folder, part, marker, ("count", "mean", "m2"))
-    return Moments(int(arrays["count"]), arrays["mean"], arrays["m2"])
+def read_part_moments(
+    folder: BuildFolder, part: int, marker: Mapping[str, Any], *, joint: bool = False
+) -> Moments:
+    """Read what `write_part_moments` wrote; joint: as `joint_moments` of its tokens.
 
-
-def read_part_scatter(folder: BuildFolder, part: int, marker: Mapping[str, Any]) -> np.ndarray:
-    """Read the scatter matrix [C,C] of a part. Raises BuilderError when the build began without --covariance."""
-    return _read_arrays(folder, part, marker, ("scatter",))["scatter"]
-
-
-def _read_arrays(
-    folder: BuildFolder, part: int, marker: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    path = folder.part_moments(part)
+    Raises BuilderError when it is not what the part's marker tells, or holds no scatter matrix since the build began
+    without --covariance.
+    """
+    path, names = folder.part_moments(part), ("count", "mean", "m2", "scatter")[: 4 if joint else 3]
     with decoding(path):
         content = read_bytes(path)
         expected = marker.get("moments_sha256")  # absent in builds of earlier releases
@@ -189,4 +189,5 @@ def _read_arrays(
             f"{path} has no {missing[0]}: a fused build takes --covariance only from its beginning, "
             "start it over with --fresh"
         )
-    return stored
+    moments = Moments(int(stored["count"]), stored["mean"], stored["m2"])
+    return joint_moments(moments, stored["scatter"]) if joint else moments

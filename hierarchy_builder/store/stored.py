@@ -17,7 +17,7 @@ from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger, Marker, open_ledger, recorded_stages
-from hierarchy_builder.store.statistics import Moments
+from hierarchy_builder.store.statistics import Moments, joint_moments
 from hierarchy_builder.store.units import layout_of, store_layout
 
 
@@ -55,10 +55,11 @@ class Stored:
         self._compare(name, touched.tolist())
         return stores.read_rows(self._group(name), name, rows)
 
-    def moments(self, block: Block) -> Moments:
-        """Return the moments of the usable rows of a block."""
+    def moments(self, block: Block, *, joint: bool = False) -> Moments:
+        """Return the moments of the usable rows of a block; joint: as `joint_moments` of their tokens."""
         count, mean, m2 = (self.block(name, block)[0] for name in stores.MOMENTS)
-        return Moments(int(count), mean, m2)
+        moments = Moments(int(count), mean, m2)
+        return joint_moments(moments, self.block("block_scatter", block)[0]) if joint else moments
 
     def region_arrays(self) -> list[str]:
         """Return the arrays of regions.zarr that a sample is made from."""

@@ -19,7 +19,7 @@ from hierarchy_builder.build.pipeline import shard, sum_covariance
 from hierarchy_builder.build.session import Session
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.encoders import check_stored_encoder
-from hierarchy_builder.errors import BuilderError, UsageError, VerificationError, or_none
+from hierarchy_builder.errors import UsageError, VerificationError, or_none
 from hierarchy_builder.fields import from_mapping
 from hierarchy_builder.files import read_json, readable_json, write_bytes, write_json, write_sealed_json
 from hierarchy_builder.records import Block
@@ -207,11 +207,8 @@ def _begun(folder: BuildFolder, stage: str, unit: Block) -> Path:
 
 def _marked(folder: BuildFolder, stage: str, unit: Block) -> Any:
     """Return the SHA-256 of what a unit wrote, as its marker tells; None without a whole marker."""
-    try:
-        marker = read_marker(folder.marker(stage, unit.number))
-        return marker["digests"] if layout_of(folder, stage)[1] else marker["sha256"]
-    except BuilderError:
-        return None
+    marker: dict[str, Any] = or_none(read_marker, folder.marker(stage, unit.number)) or {}
+    return marker.get("digests" if layout_of(folder, stage)[1] else "sha256")
 
 
 def _held(folder: BuildFolder, stage: str, unit: Block) -> Any:
