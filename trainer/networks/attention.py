@@ -132,7 +132,10 @@ def grid_rotations(rows: int, columns: int, head_width: int, theta: float) -> Te
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
-def sequence_rotations(still: int, *grids: Tensor) -> Tensor:
-    """Rotary factors of tokens that are not rotated and then of grids, as pairs of real numbers: [N, 1, d/2, 2]."""
-    unmoved = torch.ones(still, grids[0].shape[-1], dtype=grids[0].dtype)
-    return torch.view_as_real(torch.cat([unmoved, *grids])[:, None])
+def sequence_rotations(
+    still: int, grid: tuple[int, int], head_width: int, theta: float, copies: int = 1
+) -> Tensor:
+    """Rotary factors of tokens that are not rotated, then of a grid or copies of it, as real pairs: [N, 1, d/2, 2]."""
+    turned = grid_rotations(*grid, head_width, theta)
+    unmoved = torch.ones(still, turned.shape[-1], dtype=turned.dtype)
+    return torch.view_as_real(torch.cat([unmoved, *[turned] * copies])[:, None])

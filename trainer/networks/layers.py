@@ -18,6 +18,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hierarchy_builder.errors import MismatchError
+
 NUM_SINUSOIDS = 256
 WIDTH_MULTIPLE, PADDED_ON = 64, ("cuda",)
 """Hidden widths of `SwiGLU` are padded to multiples of this many on these devices."""
@@ -155,6 +157,24 @@ def linear(fan_in: int, fan_out: int, scale: float = 1.0, *, bias: bool = True) 
 def learned_tokens(count: int, width: int) -> nn.Parameter:
     """Make tokens [1, count, width]; with three dimensions, so that Muon does not treat them as a matrix."""
     return nn.Parameter(torch.randn(1, count, width) / width**0.5)
+
+
+def to_patches(canvas: Tensor, p: int) -> Tensor:
+    """Join each square of p×p places of a canvas or picture [B, H·p, W·p, C] into one token: [B, H·W, p²·C]."""
+    squares = canvas.unflatten(2, (-1, p)).unflatten(1, (-1, p))
+    return squares.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def from_patches(tokens: Tensor, grid: tuple[int, int], p: int) -> Tensor:
+    """Undo `to_patches` for a grid of H×W tokens."""
+    squares = tokens.unflatten(-1, (p, p, -1)).unflatten(1, grid)
+    return squares.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def check_shape(what: str, found: Tensor, expected: tuple[int, ...], advice: str) -> None:
+    """Raise MismatchError unless a tensor has the shape that a network expects; what: `z has`, for example."""
+    if tuple(found.shape) != expected:
+        raise MismatchError(f"{what} shape {tuple(found.shape)}, the network expects {expected}: {advice}")
 
 
 def per_sample(value: Tensor) -> Tensor:

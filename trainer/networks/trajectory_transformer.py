@@ -17,26 +17,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hierarchy_builder.errors import MismatchError, UsageError
-from trainer.networks.attention import Block, Blocks, grid_rotations, sequence_rotations
+from hierarchy_builder.errors import UsageError
+from trainer.networks.attention import Block, Blocks, sequence_rotations
 from trainer.networks.config import ModelConfig
 from trainer.networks.gaussian_start import GaussianStart, Seen
 from trainer.networks.layers import (
     RMSNorm,
     ScalarEmbedding,
     at_least_float32,
+    check_shape,
     detach_tangent,
+    from_patches,
     learned_tokens,
     linear,
     make_dual,
     per_sample,
+    to_patches,
     unpack_dual,
 )
 
@@ -113,9 +116,8 @@ class TrajectoryTransformer(nn.Module):
         self.time_embedder = ScalarEmbedding(D)
         self.level_tokens = learned_tokens(c.num_level_tokens, D)
         self.level_table = learned_tokens(c.num_levels + 1, D)
-        grid = grid_rotations(*self._network_grid, D // c.num_heads, c.rope_theta)
-        grids = [grid] if c.fusion == "fused" else [grid, grid]
-        rotations = sequence_rotations(self.num_conditioning_tokens, *grids)
+        still, copies = self.num_conditioning_tokens, 1 if c.fusion == "fused" else 2
+        rotations = sequence_rotations(still, self._network_grid, D // c.num_heads, c.rope_theta, copies)
         self.register_buffer("rotations", rotations, persistent=False)
         self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
         self.shared_blocks = self._blocks(c.depth - c.head_depth)
@@ -162,34 +164,26 @@ class TrajectoryTransformer(nn.Module):
             v, _ = self._v_head(x, z, t, seen)
         return Prediction(x_u, u, v)  # type: ignore[arg-type]
 
-    def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
+    def velocity_and_hidden(self, z: Tensor, *, t: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Return the instantaneous velocity [B, H, W, C] at z, and the hidden tokens [B, N, D] before its output layer.
 
         inputs: label, level and prev as for `forward`.
         """
-        x, seen = self._trunk(z, t, t, **inputs)  # type: ignore[arg-type]
+        x, seen = self._trunk(z, t, t, **inputs)
         return self._v_head(x, z, t, seen)
 
     def forward_with_derivative(
-        self,
-        z: Tensor,
-        direction: Tensor,
-        *,
-        t: Tensor,
-        r: Tensor,
-        label: Tensor,
-        level: Tensor,
-        prev: Tensor,
-        guidance: Guidance | None = None,
+        self, z: Tensor, direction: Tensor, *, t: Tensor, r: Tensor, **inputs: Any
     ) -> tuple[Prediction, Tensor]:
         """Predict, and differentiate u along (direction, 1, 0) in (z, t, r): returns (Prediction, du_dt).
 
-        direction: float [B, H, W, C]; inputs as for `forward`. du_dt is detached; the v-head is not differentiated.
+        direction: float [B, H, W, C]. inputs: label, level, prev and guidance; all as for `forward`. du_dt is detached;
+        the v-head is not differentiated.
         """
         with forward_ad.dual_level():
             z_dual = make_dual(z, direction.to(z.dtype))
             t_dual = make_dual(t, torch.ones_like(t))
-            x, seen = self._trunk(z_dual, t_dual, r, label, level, prev, guidance)
+            x, seen = self._trunk(z_dual, t_dual, r, **inputs)
             x_u_dual, u_dual = self._u_head(x, z_dual, t_dual, r, seen)
             u, du_dt = unpack_dual(u_dual)
             x_u, x = unpack_dual(x_u_dual)[0], unpack_dual(x)[0]
@@ -243,19 +237,14 @@ class TrajectoryTransformer(nn.Module):
                 seen = self.start.see(at_least_float32(z), t=t, label=label, level=level, prev=prev)
                 z = self.start.drawn(seen)
         p = self.config.patch_size
-        both = self.x_embedder(_joined(z, p)), self.prev_embedder(_joined(prev, p))
+        both = self.x_embedder(to_patches(z, p)), self.prev_embedder(to_patches(prev, p))
         is_fused = self.config.fusion == "fused"
         image = self.fusion(torch.cat(both, dim=-1)) if is_fused else torch.cat(both, dim=1)
         x = torch.cat([*self._conditioning(t, r, label, level, guidance), image], dim=1) + self.positions
         return detach_tangent(self.shared_blocks(x, self.rotations)), seen
 
     def _conditioning(
-        self,
-        t: Tensor,
-        r: Tensor,
-        label: Tensor,
-        level: Tensor,
-        guidance: GuidanceLike | None,
+        self, t: Tensor, r: Tensor, label: Tensor, level: Tensor, guidance: GuidanceLike | None
     ) -> list[Tensor]:
         tokens = [self.class_tokens + F.embedding(label, self.class_table[0])[:, None]]
         if self.config.guidance:
@@ -272,7 +261,7 @@ class TrajectoryTransformer(nn.Module):
 
     def canvas(self, x_BNC: Tensor) -> Tensor:
         """Lay out p²·C numbers for each of the network's tokens, [B, N, p²·C], as a canvas float32 [B, H, W, C]."""
-        return _split(at_least_float32(x_BNC).unflatten(1, self._network_grid), self.config.patch_size)
+        return from_patches(at_least_float32(x_BNC), self._network_grid, self.config.patch_size)
 
     @property
     def _network_grid(self) -> tuple[int, int]:
@@ -287,25 +276,11 @@ class TrajectoryTransformer(nn.Module):
     def _check(self, z: Tensor, prev: Tensor, guidance: object) -> None:
         expected = (len(z), *self.config.grid, self.config.in_channels)
         for name, canvas in (("z", z), ("prev", prev)):
-            if tuple(canvas.shape) != expected:
-                raise MismatchError(
-                    f"{name} has shape {tuple(canvas.shape)}, the network expects {expected}: "
-                    "build it with the grid and in_channels of the features"
-                )
+            check_shape(
+                f"{name} has", canvas, expected, "build it with the grid and in_channels of the features"
+            )
         if guidance is not None and not self.config.guidance:
             raise UsageError(
                 "guidance was given to a network trained without it: leave it out, or train with "
                 "model.guidance=true"
             )
-
-
-def _joined(canvas: Tensor, p: int) -> Tensor:
-    """Join each square of p×p tokens of a canvas [B, H, W, C] into one: [B, H·W/p², p²·C]."""
-    squares = canvas.unflatten(2, (-1, p)).unflatten(1, (-1, p))
-    return squares.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def _split(canvas: Tensor, p: int) -> Tensor:
-    """Undo `_joined` on a canvas [B, H/p, W/p, p²·C]: returns [B, H, W, C]."""
-    squares = canvas.unflatten(3, (p, p, -1))
-    return squares.transpose(2, 3).flatten(3, 4).flatten(1, 2)

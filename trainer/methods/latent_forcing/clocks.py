@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
-from trainer.methods.latent_forcing.config import LatentMethodConfig, Schedule
+from trainer.methods.latent_forcing.config import CASCADED, LatentMethodConfig, Schedule
 from trainer.training.schedules import logit_normal
 
 PIXEL_UNIFORM_FROM = 0.5
@@ -66,7 +66,7 @@ def draw_clocks(
     uniform, use_uniform, stage, canvas, prefix, *given = torch.rand(5 + num_canvases, n, generator=generator)
     trains_latent = stage < config.latent_share
     ones = torch.ones(n)
-    if config.schedule in ("cascaded", "cascaded-noised"):
+    if config.schedule in CASCADED:
         spread = 1 - PIXEL_UNIFORM_FROM
         pixel = torch.where(
             use_uniform < config.pixel_uniform_share, PIXEL_UNIFORM_FROM + spread * uniform, pixel
@@ -79,18 +79,19 @@ def draw_clocks(
         return _cascade(latent, pixel, trains_latent, (canvas * num_canvases).long(), num_given, given_times)
     if config.schedule == "independent":
         w = config.uniform_shift
-        return _clocks(shifted(uniform, w), shifted(given[0], w), ones, ones)
-    if config.schedule == "latents-only":
-        return _clocks(ones, latent, 0 * ones, ones)
-    if config.schedule == "pixels-only":
-        return _clocks(pixel, ones, ones, 0 * ones)
-    if config.schedule == "shifted":
-        follows, leads = shifted(latent, config.shift), shifted(pixel, 1 / config.shift)
+        times, weights = (shifted(uniform, w), shifted(given[0], w)), (ones, ones)
+    elif config.schedule == "latents-only":
+        times, weights = (ones, latent), (0 * ones, ones)
+    elif config.schedule == "pixels-only":
+        times, weights = (pixel, ones), (ones, 0 * ones)
     else:
-        follows, leads = (latent / (1 - config.offset)).clamp(max=1.0), (1 - config.offset) * pixel
-    t_pixels = torch.where(trains_latent, follows, pixel)
-    t_latents = torch.where(trains_latent, latent, leads)
-    return _clocks(t_pixels, t_latents, 1.0 - trains_latent.float(), trains_latent.float())
+        if config.schedule == "shifted":
+            follows, leads = shifted(latent, config.shift), shifted(pixel, 1 / config.shift)
+        else:
+            follows, leads = (latent / (1 - config.offset)).clamp(max=1.0), (1 - config.offset) * pixel
+        times = torch.where(trains_latent, follows, pixel), torch.where(trains_latent, latent, leads)
+        weights = 1.0 - trains_latent.float(), trains_latent.float()
+    return Clocks(times[0], times[1][:, None], weights[0], weights[1][:, None])
 
 
 def _cascade(
@@ -107,10 +108,6 @@ def _cascade(
     t_latents = torch.where(is_given, given, torch.where(is_trained, latent[:, None], 1.0))
     t_pixels = torch.where(trains_latent, 1.0, pixel)
     return Clocks(t_pixels, t_latents, (~trains_latent).float(), is_trained.float())
-
-
-def _clocks(t_pixels: Tensor, t_latents: Tensor, weight_pixels: Tensor, weight_latents: Tensor) -> Clocks:
-    return Clocks(t_pixels, t_latents[:, None], weight_pixels, weight_latents[:, None])
 
 
 def sampling_grid(
@@ -131,7 +128,7 @@ def sampling_grid(
     first. Raises UsageError for fewer steps than stages.
     """
     K = num_canvases
-    if schedule in ("cascaded", "cascaded-noised"):
+    if schedule in CASCADED:
         if num_steps <= K:
             raise UsageError(
                 f"{num_steps} steps, expected {K + 1} or more: one for each canvas and one for the pixels"

@@ -12,6 +12,8 @@ from trainer.training.config import MethodRunConfig, RuledOptimConfig
 Schedule = Literal[
     "cascaded", "cascaded-noised", "shifted", "offset", "independent", "latents-only", "pixels-only"
 ]
+CASCADED = ("cascaded", "cascaded-noised")
+"""Schedules that generate one canvas after the other, and then the pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +164,7 @@ class LatentTrainConfig(MethodRunConfig):
     def __post_init__(self) -> None:
         MethodRunConfig.__post_init__(self)  # super() does not find the class that slots make
         require(
-            not self.pixel_stage or self.method.schedule in ("cascaded", "cascaded-noised"),
+            not self.pixel_stage or self.method.schedule in CASCADED,
             f"pixel_stage with schedule {self.method.schedule}, expected cascaded or cascaded-noised, which "
             "generate levels one after the other",
         )

@@ -21,10 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hierarchy_builder.errors import MismatchError
 from trainer.methods.latent_forcing.config import LatentModelConfig
-from trainer.networks.attention import Attention, Blocks, grid_rotations, sequence_rotations
-from trainer.networks.layers import RMSNorm, ScalarEmbedding, SwiGLU, at_least_float32, grid_positions, linear
+from trainer.networks.attention import Attention, Blocks, sequence_rotations
+from trainer.networks.layers import (
+    RMSNorm,
+    ScalarEmbedding,
+    SwiGLU,
+    at_least_float32,
+    check_shape,
+    from_patches,
+    grid_positions,
+    linear,
+    to_patches,
+)
 
 PIXEL_CHANNELS = 3
 EMBEDDING_STD = 0.02
@@ -113,8 +122,8 @@ class PixelLatentTransformer(nn.Module):
         else:
             self.output = Output(c, D, patch + c.latent_channels)
         self.register_buffer("positions", grid_positions(*c.grid, D), persistent=False)
-        grid = grid_rotations(*c.grid, D // c.num_heads, c.rope_theta)
-        self.register_buffer("rotations", sequence_rotations(c.num_class_tokens, grid), persistent=False)
+        rotations = sequence_rotations(c.num_class_tokens, c.grid, D // c.num_heads, c.rope_theta)
+        self.register_buffer("rotations", rotations, persistent=False)
         self._initialise()
 
     def forward(
@@ -127,11 +136,13 @@ class PixelLatentTransformer(nn.Module):
         canvas. label: int64 [B]; `num_classes` is the null class. Returns float32 of the same two shapes.
         Raises MismatchError if pixels or latents do not fit the network.
         """
-        self._check(pixels, latents)
-        c, label_BD = self.config, self.class_table(label)
+        c, advice = self.config, "build it with the grid, patch_px and in_channels of the data"
+        check_shape("pixels have", pixels, (len(pixels), *c.image_px, PIXEL_CHANNELS), advice)
+        check_shape("latents have", latents, (len(pixels), *c.grid, c.latent_channels), advice)
+        label_BD = self.class_table(label)
         condition = self._condition(t_pixels, t_latents, label_BD)
         rotations = self.rotations[c.num_class_tokens :]
-        x = self.pixel_embedder(self._patches(pixels)) + self.latent_embedder(latents.flatten(1, 2))
+        x = self.pixel_embedder(to_patches(pixels, c.patch_px)) + self.latent_embedder(latents.flatten(1, 2))
         x = self.blocks(x + self.positions, rotations, condition, part=slice(c.class_tokens_at))
         x = torch.cat([(label_BD[:, None] + self.class_tokens).to(x.dtype), x], dim=1)
         x = self.blocks(x, self.rotations, condition, part=slice(c.class_tokens_at, None))
@@ -141,7 +152,7 @@ class PixelLatentTransformer(nn.Module):
         else:
             both = self.output(x, condition)
             patches, canvas = both.tensor_split([both.shape[-1] - c.latent_channels], dim=-1)
-        return self._picture(patches), canvas.unflatten(1, c.grid)
+        return from_patches(patches, c.grid, c.patch_px), canvas.unflatten(1, c.grid)
 
     def _condition(self, t_pixels: Tensor, t_latents: Tensor, label_BD: Tensor) -> Tensor:
         """Return the condition of the norms, [B, D]; in the weights, data have time 1."""
@@ -150,18 +161,6 @@ class PixelLatentTransformer(nn.Module):
         for embed, t in zip(self.latent_clocks, clocks.unbind(dim=1), strict=True):
             total = total + embed(1 - t)
         return F.silu(total)
-
-    def _patches(self, pixels: Tensor) -> Tensor:
-        """Cut [B, H·P, W·P, 3] into patches [B, N, P·P·3], each in the order rows, columns, channels."""
-        rows, columns = self.config.grid
-        tokens = pixels.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
-        return tokens.flatten(3).flatten(1, 2)
-
-    def _picture(self, patches: Tensor) -> Tensor:
-        """Join patches [B, N, P·P·3] to pictures [B, H·P, W·P, 3]."""
-        P = self.config.patch_px
-        tokens = patches.unflatten(-1, (P, P, PIXEL_CHANNELS)).unflatten(1, self.config.grid)
-        return tokens.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def _initialise(self) -> None:
         """Initialise linear layers Xavier-uniform with bias 0, and modulations and outputs with 0."""
@@ -181,19 +180,6 @@ class PixelLatentTransformer(nn.Module):
                 nn.init.zeros_(module.modulation.weight)
             if isinstance(module, Output):
                 nn.init.zeros_(module.out.weight)
-
-    def _check(self, pixels: Tensor, latents: Tensor) -> None:
-        c = self.config
-        expected = {
-            "pixels": (pixels, (len(pixels), *c.image_px, PIXEL_CHANNELS)),
-            "latents": (latents, (len(pixels), *c.grid, c.latent_channels)),
-        }
-        for name, (found, shape) in expected.items():
-            if tuple(found.shape) != shape:
-                raise MismatchError(
-                    f"{name} have shape {tuple(found.shape)}, the network expects {shape}: build it with the grid, "
-                    "patch_px and in_channels of the data"
-                )
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

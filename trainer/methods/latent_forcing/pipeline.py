@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from trainer.methods.latent_forcing.clocks import sampling_grid
-from trainer.methods.latent_forcing.config import LatentMethodConfig
+from trainer.methods.latent_forcing.config import CASCADED, LatentMethodConfig
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
 from trainer.methods.latent_forcing.pixel_stage import (
     STEPS_PER_STAGE,
@@ -37,7 +37,6 @@ from trainer.methods.latent_forcing.sample import ClockGuidance, sample_pixels
 from trainer.trajectories.pipeline import Decoder, TrajectoryPipeline
 from trainer.trajectories.trajectory import Sampling, Trajectory
 
-CASCADED = ("cascaded", "cascaded-noised")
 PIXELS_LAST = (*CASCADED, "independent")
 """Schedules whose networks draw pictures of canvases they are given: they saw pixels as noise beside clean ones."""
 SHIFTED = ("shifted", "independent")

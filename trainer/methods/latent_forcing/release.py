@@ -146,7 +146,7 @@ def _taken(name: str, given: Mapping[str, Tensor]) -> Tensor:
     array = given[theirs]
     if array.ndim == 4:  # a convolution over a patch: [out, channels, rows, columns]
         array = array.permute(0, 2, 3, 1).flatten(1)
-    return array.chunk(parts)[part] if parts > 1 else array
+    return array.chunk(parts)[part]
 
 
 def _outward(name: str, array: Tensor, config: LatentModelConfig) -> Tensor:

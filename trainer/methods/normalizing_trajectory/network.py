@@ -22,11 +22,12 @@ from hierarchy_builder.errors import MismatchError
 from trainer.methods.normalizing_trajectory.chains import posterior
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
 from trainer.methods.normalizing_trajectory.transporter import Transporter, bounded
-from trainer.networks.attention import Block, Blocks, grid_rotations, sequence_rotations
+from trainer.networks.attention import Block, Blocks, sequence_rotations
 from trainer.networks.layers import (
     RMSNorm,
     ScalarEmbedding,
     at_least_float32,
+    check_shape,
     learned_tokens,
     linear,
     per_sample,
@@ -70,8 +71,7 @@ class SpatialTransformer(nn.Module):
         self.embedder = linear(2 * c.in_channels if c.knows_levels else c.in_channels, D)
         self.class_tokens = learned_tokens(c.num_class_tokens, D)
         self.class_table = learned_tokens(c.num_classes + 1, D)
-        grid = grid_rotations(*c.grid, D // c.num_heads, c.rope_theta)
-        rotations = sequence_rotations(c.num_class_tokens, grid)
+        rotations = sequence_rotations(c.num_class_tokens, c.grid, D // c.num_heads, c.rope_theta)
         self.register_buffer("rotations", rotations, persistent=False)
         self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
         self.blocks = Blocks(Block(D, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(depth))
@@ -100,11 +100,9 @@ class Predictor(nn.Module):
         condition = self.condition(t, given.level, num_steps) + self.target_time(TIME_SCALE * s)
         tokens = self.trunk(u, given, condition)
         mean, scale = at_least_float32(self.out(tokens)).unflatten(1, self.config.grid).chunk(2, dim=-1)
-        return Gaussian(per_sample(self._skip(t, s)) * u + mean, bounded(scale))
-
-    def _skip(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return the factor of u_t in the mean: the posterior's; with `levels` 1, except for the coarsest level."""
-        return (t < 1).to(t.dtype) if self.config.trajectory == "levels" else posterior(t, s).a
+        # The factor of u_t in the mean: the posterior's; with `levels` 1, except for the coarsest level.
+        skip = (t < 1).to(t.dtype) if self.config.trajectory == "levels" else posterior(t, s).a
+        return Gaussian(per_sample(skip) * u + mean, bounded(scale))
 
 
 class FlowPredictor(nn.Module):
@@ -198,11 +196,8 @@ class NormalizingNetwork(nn.Module):
     def check(self, x: Tensor, num_steps: int) -> None:
         """Raise MismatchError unless states and the number of transitions fit the network."""
         expected = (len(x), *self.config.grid, self.config.in_channels)
-        if tuple(x.shape) != expected:
-            raise MismatchError(
-                f"states have shape {tuple(x.shape)}, the network expects {expected}: give features of the encoder "
-                "and grid it was trained on"
-            )
+        advice = "give features of the encoder and grid it was trained on"
+        check_shape("states have", x, expected, advice)
         if num_steps not in self.config.num_steps:
             known = " or ".join(map(str, self.config.num_steps))
             raise MismatchError(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.methods.normalizing_trajectory.config import NormalizingModelConfig
-from trainer.networks.attention import Attention, Block, Blocks, grid_rotations, sequence_rotations
+from trainer.networks.attention import Attention, Block, Blocks, sequence_rotations
 from trainer.networks.layers import RMSNorm, at_least_float32, learned_tokens, linear
 
 LOG_SCALE_BOUND = 4.0
@@ -71,9 +71,8 @@ class AutoregressiveBlock(nn.Module):
         self.flipped, self.max_log_scale = flipped, c.flow_max_log_scale
         self.embedder = linear(c.in_channels, D)
         self.start = learned_tokens(1, D)
-        rotations = grid_rotations(*c.grid, D // c.flow_heads, c.rope_theta)
-        rotations = sequence_rotations(0, rotations.flip(0) if flipped else rotations)
-        self.register_buffer("rotations", rotations, persistent=False)
+        rotations = sequence_rotations(0, c.grid, D // c.flow_heads, c.rope_theta)
+        self.register_buffer("rotations", rotations.flip(0) if flipped else rotations, persistent=False)
         self.positions = nn.Parameter(0.02 * torch.randn(1, len(rotations), D))
         self.blocks = Blocks(
             CausalBlock(D, c.flow_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.flow_depth)
@@ -94,11 +93,12 @@ class AutoregressiveBlock(nn.Module):
         caches = [KeyValues(u.shape[1]) for _ in self.blocks]
         rotations = torch.view_as_complex(at_least_float32(self.rotations))
         x = torch.empty_like(u)
-        before = self.start.expand(len(u), 1, -1)
-        for n in range(u.shape[1]):
-            h = before + self.positions[:, n : n + 1] + condition[:, None]
+        before, condition = self.start.expand(len(u), 1, -1), condition[:, None]
+        places = zip(self.positions.split(1, dim=1), rotations.split(1), strict=True)
+        for n, (position, rotation) in enumerate(places):
+            h = before + position + condition
             for block, cache in zip(self.blocks, caches, strict=True):
-                h = block(h, rotations[n : n + 1], cache)
+                h = block(h, rotation, cache)
             mean, log_scale = self._read(h)
             x[:, n] = u[:, n] * torch.exp(log_scale[:, 0]) + mean[:, 0]
             before = self.embedder(x[:, n : n + 1])
@@ -107,7 +107,8 @@ class AutoregressiveBlock(nn.Module):
     def _affine(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and log-scale of every token, [B, N, C] each, from the tokens before it in this block's order."""
         h = torch.cat([self.start.expand(len(x), 1, -1), self.embedder(x[:, :-1])], dim=1)
-        return self._read(self.blocks(h + self.positions + condition[:, None], self.rotations))
+        h = h + self.positions[:, : x.shape[1]] + condition[:, None]
+        return self._read(self.blocks(h, self.rotations[: x.shape[1]]))
 
     def _read(self, h: Tensor) -> tuple[Tensor, Tensor]:
         mean, scale = at_least_float32(self.out(self.norm(h))).chunk(2, dim=-1)

@@ -224,7 +224,7 @@ def draw_batch(rows: StepRows, shape: tuple[int, ...], config: MethodConfig) -> 
     sigma = config.prev_noise * torch.rand(n, generator=generator)
     noise, *prev = rows.noise(*([shape, shape] if config.prev_noise else [shape]))
     scalars = rows.own(torch.stack([t, r, *guidance, drop, sigma], dim=1))
-    t, r, omega, t_min, t_max, dropped, sigma = scalars.unbind(1)
+    t, r, omega, t_min, t_max, dropped, sigma = scalars.T.contiguous()
     prev_noise = per_sample(sigma) * prev[0] if prev else None
     return Draws(t, r, noise, Guidance(omega, t_min, t_max), dropped > 0, prev_noise)
 

@@ -21,6 +21,7 @@ from trainer.methods.latent_forcing.config import LatentMethodConfig, LatentMode
 from trainer.methods.latent_forcing.network import PixelLatentTransformer
 from trainer.methods.latent_forcing.release import load_latent_forcing, to_official
 from trainer.methods.latent_forcing.sample import ClockGuidance, sample_pixels
+from trainer.networks.layers import from_patches, to_patches
 from trainer.seeds import StepRows
 
 TINY = LatentModelConfig(
@@ -225,11 +226,10 @@ def test_one_clock_is_shared_by_all_canvases() -> None:
 
 def test_a_patch_of_pixels_is_one_token() -> None:
     """Patches and back is the identity, also off the square."""
-    network = PixelLatentTransformer(TINY)
     pixels = inputs(TINY)["pixels"]
-    patches = network._patches(pixels)
+    patches = to_patches(pixels, 4)
     torch.testing.assert_close(patches[0, 5].view(4, 4, 3), pixels[0, 4:8, 4:8])
-    torch.testing.assert_close(network._picture(patches), pixels)
+    torch.testing.assert_close(from_patches(patches, TINY.grid, 4), pixels)
 
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
