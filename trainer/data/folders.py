@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -59,16 +58,15 @@ def _matches(pattern: str) -> list[str]:
     if not PATTERN.search(pattern) or filesystem.exists(path):
         return [pattern]
     entries = filesystem.glob(path, detail=True)
-    folders = sorted(each for each, entry in entries.items() if _is_folder(filesystem, each, entry))
+    folders = sorted(
+        each
+        for each, entry in entries.items()
+        if entry["type"] == "directory" or (entry["type"] != "file" and filesystem.isdir(each))  # or a link
+    )
     if not folders:
         raise UsageError(f"{pattern} matches no folder, expected folders of shards: check the pattern")
     is_local = isinstance(filesystem, LocalFileSystem)
     return folders if is_local else [str(filesystem.unstrip_protocol(folder)) for folder in folders]
-
-
-def _is_folder(filesystem: AbstractFileSystem, place: str, entry: Mapping[str, Any]) -> bool:
-    """Whether a match is a folder or a link to one, which file systems list as a kind of its own."""
-    return entry["type"] == "directory" or (entry["type"] != "file" and filesystem.isdir(place))
 
 
 def _lines(filesystem: AbstractFileSystem, path: str, place: str) -> list[str]:

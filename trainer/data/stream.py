@@ -11,11 +11,10 @@ levels, in a random order of its own. `level_counts` audits that.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.fields import brief
+from hierarchy_builder.machine.process import ahead
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import Rows, ShardReader
 from trainer.data.shards import ShardIndex
@@ -225,14 +225,5 @@ def batch_loader(
         yield from (dataset.read(number, pin_memory) for number in batches)
         return
     depth = max(workers, min(2 * workers, AHEAD_BYTES // dataset.num_bytes))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-    ahead: deque[Future[Batch]] = deque()
-    try:
-        for number in batches:
-            if len(ahead) == depth:
-                yield ahead.popleft().result()
-            ahead.append(pool.submit(dataset.read, number, pin_memory))
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
+        yield from ahead(pool, partial(dataset.read, pin_memory=pin_memory), batches, depth - 1)
