@@ -261,23 +261,19 @@ def _own(name: str, file: str | None, differentiable: bool) -> Callable[[Tensor]
     """An encoder by the mean of its tokens."""
     encoder: Any = load_own_encoder(name, file)
     side = (encoder.image_size_px, encoder.image_size_px)
-    if not hasattr(encoder, "tokens"):
-        if differentiable:
-            raise UsageError(
-                f"judge {name}: {type(encoder).__name__} has no method `tokens` ([B, 3, S, S] in [0, 1] → tokens) that "
-                "keeps the gradient, so it can judge (`trainer evaluate --fdr`), but not train"
-            )
-
-        def encoded(pictures: Tensor) -> Tensor:
-            resized = F.interpolate(pictures, side, mode="bicubic", antialias=True).clamp(0, 1)
-            pixels = (resized * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            return torch.from_numpy(encoded_by(encoder, pixels)).mean(dim=(1, 2)).to(pictures.device)
-
-        return encoded
+    keeps_gradient = hasattr(encoder, "tokens")
+    if differentiable and not keeps_gradient:
+        raise UsageError(
+            f"judge {name}: {type(encoder).__name__} has no method `tokens` ([B, 3, S, S] in [0, 1] → tokens) that "
+            "keeps the gradient, so it can judge (`trainer evaluate --fdr`), but not train"
+        )
 
     def described(pictures: Tensor) -> Tensor:
-        resized = F.interpolate(pictures, side, mode="bicubic", antialias=True)
-        tokens: Tensor = encoder.tokens(resized.clamp(0, 1))
-        return tokens.mean(dim=(1, 2))
+        resized = F.interpolate(pictures, side, mode="bicubic", antialias=True).clamp(0, 1)
+        if keeps_gradient:
+            tokens: Tensor = encoder.tokens(resized)
+            return tokens.mean(dim=(1, 2))
+        pixels = (resized * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return torch.from_numpy(encoded_by(encoder, pixels)).mean(dim=(1, 2)).to(pictures.device)
 
     return described

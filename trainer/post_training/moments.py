@@ -101,6 +101,8 @@ class RunningMoments(ABC):
 
     needs_rows: bool
     """Whether `begin` and `take` need the rows themselves, [N or n, D], or their sums alone."""
+    kept: tuple[str, ...]
+    """The attributes that a checkpoint holds."""
 
     @abstractmethod
     def begin(self, sums: Sums, rows: Tensor | None) -> None:
@@ -110,13 +112,18 @@ class RunningMoments(ABC):
     def take(self, sums: Sums, rows: Tensor | None) -> Weighed:
         """Take the batch of all ranks, and return the moments with it."""
 
-    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by name."""
+        return {name: getattr(self, name) for name in self.kept}
 
-    @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned. Raises MismatchError for tensors of another shape."""
+        own = self.state()
+        ours, theirs = ({name: list(t.shape) for name, t in each.items()} for each in (own, state))
+        if ours != theirs:
+            raise MismatchError(f"the checkpoint holds statistics {theirs}, this run keeps {ours}")
+        for name, tensor in own.items():
+            setattr(self, name, state[name].to(tensor.device))
 
 
 class Average(RunningMoments):
@@ -125,7 +132,7 @@ class Average(RunningMoments):
     Classes without a row in a batch stay as they are.
     """
 
-    needs_rows = False
+    needs_rows, kept = False, ("mean", "second")
 
     def __init__(self, beta: float, *shape: int, device: torch.device | str = "cpu") -> None:
         """shape: D, or K and D."""
@@ -145,23 +152,17 @@ class Average(RunningMoments):
         covariance = self.second - self.mean[..., :, None] * self.mean[..., None, :]
         return Weighed(Moments(self.mean, covariance), each, each)
 
-    def state(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "second": self.second}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        _check_shapes(self.state(), state)
-        self.mean, self.second = state["mean"].to(self.mean.device), state["second"].to(self.mean.device)
-
 
 class Queue(RunningMoments):
     """The last N rows, float32, from which moments are computed anew for each batch (`snapshot`)."""
 
     needs_rows = True
+    kept: tuple[str, ...] = ("rows", "oldest")
 
     def __init__(self, num_rows: int, width: int, device: torch.device | str = "cpu") -> None:
         self.rows = torch.zeros(num_rows, width, device=device)
-        self.oldest = 0
-        """Row that is replaced next."""
+        self.oldest = torch.tensor(0)
+        """Row that is replaced next; on the CPU."""
 
     def begin(self, sums: Sums, rows: Tensor | None) -> None:
         assert rows is not None
@@ -169,19 +170,11 @@ class Queue(RunningMoments):
             raise UsageError(
                 f"{len(rows)} rows to begin with, expected the {len(self.rows)} of the queue: draw as many"
             )
-        self.rows = rows.detach().float().clone()
-        self.oldest = 0
+        self.rows, self.oldest = rows.detach().float().clone(), torch.tensor(0)
 
     def take(self, sums: Sums, rows: Tensor | None) -> Weighed:
         self._replace(rows)
         return self._weighed(Sums.of(self.rows))
-
-    def state(self) -> dict[str, Tensor]:
-        return {"rows": self.rows, "oldest": torch.tensor(self.oldest)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        _check_shapes(self.state(), state)
-        self.rows, self.oldest = state["rows"].to(self.rows.device), int(state["oldest"])
 
     def _replace(self, rows: Tensor | None) -> Tensor:
         """Put the rows of a batch in place of the oldest ones, and return those."""
@@ -206,33 +199,20 @@ class Queue(RunningMoments):
 class OnlineQueue(Queue):
     """The last N rows, with their sums in float64, which every batch updates (`online`)."""
 
+    kept = ("rows", "oldest", "total", "second")
+
     def __init__(self, num_rows: int, width: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_rows, width, device)
-        self.sums = Sums.of(self.rows)
+        _, self.total, self.second = Sums.of(self.rows)
 
     def begin(self, sums: Sums, rows: Tensor | None) -> None:
         super().begin(sums, rows)
-        self.sums = Sums.of(self.rows)
+        _, self.total, self.second = Sums.of(self.rows)
 
     def take(self, sums: Sums, rows: Tensor | None) -> Weighed:
         before = Sums.of(self._replace(rows))
         assert rows is not None
         after = Sums.of(rows.float())
-        total = self.sums.total - before.total + after.total
-        self.sums = Sums(self.sums.number, total, self.sums.second - before.second + after.second)
-        return self._weighed(self.sums)
-
-    def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "total": self.sums.total, "second": self.sums.second}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        super().load(state)
-        device = self.rows.device
-        self.sums = Sums(self.sums.number, state["total"].to(device), state["second"].to(device))
-
-
-def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise MismatchError unless both have the same names and shapes."""
-    ours, theirs = ({name: list(t.shape) for name, t in each.items()} for each in (own, given))
-    if ours != theirs:
-        raise MismatchError(f"the checkpoint holds statistics {theirs}, this run keeps {ours}")
+        self.total = self.total - before.total + after.total
+        self.second = self.second - before.second + after.second
+        return self._weighed(Sums(self.total.new_full((), len(self.rows)), self.total, self.second))

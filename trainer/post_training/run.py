@@ -36,12 +36,13 @@ from trainer.post_training.distance import Target
 from trainer.post_training.judges import Judge, load_judges, parse_judges, statistics_of_shards
 from trainer.post_training.levels import LevelMoments, Space, check_widths, moments_of_shards, spaces_of
 from trainer.post_training.moments import Average, OnlineQueue, Queue, RunningMoments
-from trainer.post_training.terms import ClassTerm, Describe, Found, Term, WholeTerm
+from trainer.post_training.terms import ClassTerm, Describe, Term, WholeTerm
 from trainer.seeds import mixed_seed, row_noise
 from trainer.training import checkpoint as saved
-from trainer.training.config import PostTrainingConfig, checked, with_settings
+from trainer.training.config import PostTrainingConfig, RuledOptimConfig, checked, with_settings
 from trainer.training.distributed import GradientSum, World, joined_world
 from trainer.training.loop import Loop, RunSummary, stop_signals
+from trainer.training.optim import optimizer_of
 from trainer.training.schedules import warmup_cosine
 from trainer.training.speed import counted_flops
 from trainer.training.weights import average_of
@@ -239,14 +240,13 @@ class PostTrainingRun(Loop):
         else:
             normaliser = saved.load_normaliser(self.start.folder).to(world.device)
             self.moments = moments_of_shards(self.index, self.spaces, self.post, normaliser, world)
-        self.is_new = not path.exists()
         return LabelDataset(self.moments.images, config.batch_size, config.seed, world.rank, world.size)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.post.rule == "own":
             return super()._optimizer()
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        return torch.optim.AdamW(named, lr=self.config.optim.lr, betas=self.post.betas, weight_decay=0.0)
+        adamw = RuledOptimConfig(lr=self.config.optim.lr, betas=self.post.betas)
+        return optimizer_of(self.model, adamw)
 
     def _rate(self) -> float:
         config = self.config
@@ -266,9 +266,9 @@ class PostTrainingRun(Loop):
                 if classes == "each":
                     own: RunningMoments = Average(post.ema_beta, *target.mean.shape, device=device)
                     shares = (moments.images / moments.images.sum()).to(device)
-                    yield ClassTerm(name, describe, target, own, 1.0, shares)
+                    yield ClassTerm(name, describe, target, own, shares)
                 else:
-                    yield WholeTerm(name, describe, target, self._statistics(target.width, tokens), 1.0)
+                    yield WholeTerm(name, describe, target, self._statistics(target.width, tokens))
         for judge in self.judges:
             if judge.reference is None:
                 numbers = range(self.index.num_samples)
@@ -297,13 +297,6 @@ class PostTrainingRun(Loop):
             blank = self.decoder(torch.zeros(1, *model.grid, model.in_channels, device=self.world.device))
         return blank.shape[2], blank.shape[3]
 
-    def _pictures(self, canvases: Tensor, clamp: bool) -> Tensor | None:
-        """The decoded last level [b, 3, h, w], if there are judges; clamped to [0, 1] before the first step alone."""
-        if not self.judges:
-            return None
-        pictures: Tensor = self.decoder(self.normaliser.undo(canvases[:, -1]))
-        return pictures.clamp(0, 1) if clamp else pictures
-
     def _statistics(self, width: int, rows_per_image: int) -> RunningMoments:
         post, device = self.post, self.world.device
         if post.statistics == "average":
@@ -327,7 +320,6 @@ class PostTrainingRun(Loop):
         count, size = self.post.queue_images, self.config.micro_batch_size or self.config.batch_size
         world, needs_rows = self.world, self.post.statistics != "average"
         labels = self.dataset.draw(0, count, stream=1)
-        found: list[Found | None] = [None] * len(self.terms_of_loss)
         for number, first in enumerate(range(0, count, size)):
             # A queue keeps rows in order, so each process draws all of them; sums are shared between processes.
             if needs_rows or number % world.size == world.rank:
@@ -335,11 +327,9 @@ class PostTrainingRun(Loop):
                 rows = range(first, first + len(label))
                 with torch.no_grad():
                     noise = self._noise(rows, mixed_seed(self.config.seed, 1), 0)
-                    drawn = self._rows(label, noise, clamp=True)
-                self._add(drawn, label, found)
-        alone = World(device=world.device) if needs_rows else world
-        for term, each in zip(self.terms_of_loss, found, strict=True):
-            term.begin(each or term.nothing(), alone)
+                    self._add(self._rows(label, noise, clamp=True), label)
+        for term in self.terms_of_loss:
+            term.begin(World(device=world.device) if needs_rows else world)
 
     def _noise(self, rows: range, seed: int, step: int) -> Tensor:
         """float32 [noises, b, H, W, C]"""
@@ -357,32 +347,34 @@ class PostTrainingRun(Loop):
         return canvases.float()
 
     def _rows(self, label: Tensor, noise: Tensor, clamp: bool = False) -> list[Tensor]:
-        """Draw samples, and describe them by every term: rows [b, n, D]."""
-        canvases = self._drawn(label, noise)
-        pictures = self._pictures(canvases, clamp)
+        """Draw samples, and describe them by every term: rows [b, n, D].
+
+        clamp: whether decoded pictures are clamped to [0, 1], as they are before the first step alone.
+        """
+        canvases, pictures = self._drawn(label, noise), None
+        if self.judges:
+            pictures = self.decoder(self.normaliser.undo(canvases[:, -1]))
+            pictures = pictures.clamp(0, 1) if clamp else pictures
         return [term.describe(canvases, label, pictures) for term in self.terms_of_loss]
 
-    def _add(self, rows: list[Tensor], label: Tensor, found: list[Found | None]) -> None:
-        """Add samples to what each term has found, in place."""
-        for number, (term, own) in enumerate(zip(self.terms_of_loss, rows, strict=True)):
-            found[number] = term.found(own, label, found[number])
+    def _add(self, rows: list[Tensor], label: Tensor) -> None:
+        for term, own in zip(self.terms_of_loss, rows, strict=True):
+            term.add(own, label)
 
     def _compare(self, batch: Tensor) -> list[Tensor] | None:
         """Compare the whole batch of all ranks with the targets.
 
         Returns the rows of the batch with their graph if it is a single part; otherwise each part is drawn again.
         """
-        found: list[Found | None] = [None] * len(self.terms_of_loss)
         size = self._micro_batch(batch)
         rows: list[Tensor] | None = None
         for start in range(0, len(batch), size):
             label, noise = self._part(batch, start, min(start + size, len(batch)))
             with torch.set_grad_enabled(size >= len(batch)):
                 rows = self._rows(label, noise)
-            self._add(rows, label, found)
-        for term, each in zip(self.terms_of_loss, found, strict=True):
-            assert each is not None
-            term.compare(each, self.world, self.post.floor)
+            self._add(rows, label)
+        for term in self.terms_of_loss:
+            term.compare(self.world, self.post.floor)
         return rows if size >= len(batch) else None
 
     def _part(self, batch: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -454,9 +446,9 @@ class PostTrainingRun(Loop):
         return {saved.STATISTICS: tensors}
 
     def _save(self) -> Path:
-        if self.is_new and self.world.is_main and self.spaces:
-            self.moments.save(self.out / MOMENTS)
-        self.is_new = False
+        path = self.out / MOMENTS
+        if self.world.is_main and self.spaces and not path.exists():
+            self.moments.save(path)
         return super()._save()
 
     def _restore(self, folder: Path) -> None:

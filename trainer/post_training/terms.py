@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,49 +26,38 @@ Describe = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(canvases [b, L, H, W, C], labels [b], pictures [b, 3, h, w] or None) → rows [b, n, D], with their gradient."""
 
 
-@dataclass(slots=True)
-class Found:
-    """Sums and, where the statistics need them, rows of this process's part of a batch."""
-
-    sums: Sums
-    rows: list[Tensor]
-
-
 class Term(ABC):
-    """One distance. For a batch: `found` for each part, `compare` once, then `surrogate` for each part."""
+    """One distance. For a batch: `add` for each part, `compare` once, then `surrogate` for each part."""
 
     def __init__(
-        self, name: str, describe: Describe, target: Target, moments: RunningMoments, weight: float
+        self, name: str, describe: Describe, target: Target, moments: RunningMoments, weight: float = 1.0
     ) -> None:
         self.name, self.describe, self.target, self.moments = name, describe, target, moments
         self.weight = weight
         self.value = target.mean.new_zeros(())
         """FD of the newest batch, float64."""
+        self._added: Sums | None = None
+        self._rows: list[Tensor] = []
+        """Of this process's part of a batch: the sums and, where the statistics need them, the rows."""
 
-    def found(self, rows: Tensor, label: Tensor, before: Found | None) -> Found:
-        """Add the rows [b, n, D] of a part to those before it."""
+    def add(self, rows: Tensor, label: Tensor) -> None:
+        """Add the rows [b, n, D] of a part of a batch, or of the samples drawn before the first step."""
         sums = self._sums(rows, label)
-        kept = [rows.detach().flatten(0, 1).float()] if self.moments.needs_rows else []
-        return Found(sums, kept) if before is None else Found(before.sums.plus(sums), [*before.rows, *kept])
+        self._added = sums if self._added is None else self._added.plus(sums)
+        if self.moments.needs_rows:
+            self._rows.append(rows.detach().flatten(0, 1).float())
 
-    def nothing(self) -> Found:
-        """What a process has found that drew no sample."""
-        rows = self.target.mean.new_zeros(0, 1, self.target.width)
-        return Found(self._sums(rows, torch.zeros(0, dtype=torch.int64, device=rows.device)), [])
+    def begin(self, world: World) -> None:
+        """Begin the statistics with the samples of all processes that were added."""
+        self.moments.begin(*self._collected(world))
 
-    def begin(self, found: Found, world: World) -> None:
-        """Begin the statistics with the samples drawn before the first step, of all processes."""
-        sums = self._checked(found, world)
-        self.moments.begin(sums, torch.cat(found.rows) if found.rows else None)
-
-    def compare(self, found: Found, world: World, floor: float) -> None:
+    def compare(self, world: World, floor: float) -> None:
         """Take the batch of all processes into the statistics, and compute its distance and derivatives.
 
         Raises NonFiniteLossError where samples are not finite.
         """
-        sums = self._checked(found, world)
-        weighed = self.moments.take(sums, world.join(torch.cat(found.rows)) if found.rows else None)
-        self._compare(sums, weighed, floor)
+        sums, rows = self._collected(world)
+        self._compare(sums, self.moments.take(sums, rows), floor)
 
     @abstractmethod
     def surrogate(self, rows: Tensor, label: Tensor) -> Tensor:
@@ -89,14 +77,20 @@ class Term(ABC):
     @abstractmethod
     def _compare(self, sums: Sums, weighed: Weighed, floor: float) -> None: ...
 
-    def _checked(self, found: Found, world: World) -> Sums:
-        sums = Sums(*map(world.sum, found.sums))
+    def _collected(self, world: World) -> tuple[Sums, Tensor | None]:
+        """What all processes have added, the rows only where the statistics need them; the next batch begins empty."""
+        if self._added is None:  # this process drew no sample
+            nothing = self.target.mean.new_zeros(0, 1, self.target.width)
+            self._added = self._sums(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device))
+        sums = Sums(*map(world.sum, self._added))
         if not (sums.second.isfinite().all() & sums.total.isfinite().all()):
             raise NonFiniteLossError(
                 f"{self.name}: samples of the network are not finite; post-train into another folder with a lower "
                 "optim.lr"
             )
-        return sums
+        rows = world.join(torch.cat(self._rows)) if self._rows else None
+        self._added, self._rows = None, []
+        return sums, rows
 
 
 class WholeTerm(Term):
@@ -122,16 +116,10 @@ class ClassTerm(Term):
     """The mean of the distances of single classes, weighted by their shares of the real images."""
 
     def __init__(
-        self,
-        name: str,
-        describe: Describe,
-        target: Target,
-        moments: RunningMoments,
-        weight: float,
-        shares: Tensor,
+        self, name: str, describe: Describe, target: Target, moments: RunningMoments, shares: Tensor
     ) -> None:
         """shares: of each class, float64 [K]; they add up to 1."""
-        super().__init__(name, describe, target, moments, weight)
+        super().__init__(name, describe, target, moments)
         self._shares = shares
         self._values = torch.full_like(shares, torch.nan)
         """Distance of each class when it last had a sample."""
