@@ -180,20 +180,18 @@ def load_state(folder: Path) -> RunState:
         return state
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ForeignCheckpointError(
-            f"{folder} is not a checkpoint: {STATE}, {where}: {problem['msg']}"
-        ) from None
+        reason = f"{STATE}, {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
     except (FileNotFoundError, NotADirectoryError):
-        raise ForeignCheckpointError(f"{folder} is not a checkpoint: found no {STATE} in it") from None
+        reason = f"found no {STATE} in it"
     except (KeyError, TypeError) as error:
-        raise ForeignCheckpointError(f"{folder} is not a checkpoint: {STATE}: {error!r}") from None
+        reason = f"{STATE}: {error!r}"
     except ValueError as error:
         raise TrainerError(f"{folder / STATE} is damaged: {error!r}; {_advice(folder)}") from None
     except OSError as error:
         raise UnreadableCheckpointError(
             f"{error.filename or folder} cannot be read: {error}; {RETRY}"
         ) from None
+    raise ForeignCheckpointError(f"{folder} is not a checkpoint: {reason}")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -363,31 +361,28 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Return the state of an optimiser: tensors by name `<slot>/<parameter>`, and its groups as plain data."""
-    state = optimizer.state_dict()
-    names = _parameter_names(state["param_groups"])
+    groups = optimizer.param_groups
     tensors = {
-        f"{slot}/{names[number]}": tensor
-        for number, slots in state["state"].items()
-        for slot, tensor in slots.items()
+        f"{slot}/{name}": tensor
+        for group in groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for slot, tensor in optimizer.state.get(parameter, {}).items()
     }
-    return tensors, [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+    return tensors, [{k: v for k, v in group.items() if k != "params"} for group in groups]
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
     """Restore the state that `optimizer_tensors` returned. Raises MismatchError if the parameters differ."""
-    own = optimizer.state_dict()["param_groups"]
-    names = [group["param_names"] for group in own]
-    stored = {path.partition("/")[2] for path in tensors}
-    if names != [group.get("param_names") for group in groups] or not stored <= set().union(*names):
-        raise MismatchError("the checkpoint's optimiser holds other parameters than the model")
-    numbers = {name: number for number, name in _parameter_names(own).items()}
-    state: dict[int, dict[str, Tensor]] = {}
+    names = [group["param_names"] for group in optimizer.param_groups]
+    state: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         slot, _, name = path.partition("/")
-        state.setdefault(numbers[name], {})[slot] = tensor
-    merged = [{**saved, "params": mine["params"]} for saved, mine in zip(groups, own, strict=True)]
+        state.setdefault(name, {})[slot] = tensor
+    if names != [group.get("param_names") for group in groups] or not state.keys() <= set().union(*names):
+        raise MismatchError("the checkpoint's optimiser holds other parameters than the model")
+    merged = [{**group, "params": group["param_names"]} for group in groups]  # torch takes any identifiers
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 
 
@@ -497,10 +492,6 @@ def _move(folder: Path) -> str:
     names = (folder.with_name(f"{folder.name}.aside{number}") for number in ("", *range(2, 1000)))
     target = next(path for path in names if not os.path.lexists(path))
     return shlex.join(["mv", "--", str(folder), str(target)])
-
-
-def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
-    return {n: name for g in groups for n, name in zip(g["params"], g["param_names"], strict=True)}
 
 
 def _listed_checksum(path: Path) -> str | None:

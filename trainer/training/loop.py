@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class Loop(ABC):
         self.loss: float | None = None
         self.sums: dict[str, float] = {}
         self.classes: list[int] = []
-        """The classes that have images, which the main rank knows; only they are drawn."""
+        """The classes that have images, which the main rank knows; only they are drawn. A checkpoint holds them."""
         self.plan = self._plan()
         self.dataset = self._dataset()
         self.origin = origin = find_origin(out, resume, world.is_main)
@@ -230,23 +231,13 @@ class Loop(ABC):
             )
         self.world.barrier()  # all ranks must have read the folder before the main rank changes it
         if self.world.is_main:
-            self.classes = self._classes(origin)
+            if not self.classes and self.index.is_remote:  # to read labels would download every shard
+                self.classes = list(range(self.index.num_classes))
+            elif not self.classes:
+                self.classes = classes_with_images(self.index, max_damaged=self.config.max_damaged_shards)
             with locked(self.out):
                 prepare_folder(self.out, self.config, self.index, self.step)
         self.world.barrier()
-
-    def _classes(self, origin: Path | None) -> list[int]:
-        """Return the classes with images, which the checkpoint `origin` knows, or else the labels in the shards.
-
-        Labels in shards that lie elsewhere are not read, as that would download every shard: all classes are taken.
-        """
-        index = self.index
-        before = saved.load_state(origin).shards if origin else {}
-        if before.get("classes") and before["config_hash"] == index.config_hash:
-            return list(before["classes"])
-        if index.is_remote:
-            return list(range(index.num_classes))
-        return classes_with_images(index, max_damaged=self.config.max_damaged_shards)
 
     def _sum_gradients(self, parameters: list[nn.Parameter]) -> dict[str, float]:
         """Replace every gradient by its sum over all ranks; return further figures of the step, alike on all ranks."""
@@ -331,7 +322,7 @@ class Loop(ABC):
             began = now = time.monotonic()
             for batch in loader:
                 time_is_up = time.monotonic() - began > (config.max_seconds or math.inf)
-                with explained(lambda batch=batch: self._micro_batch(batch)):  # type: ignore[misc]
+                with explained(partial(self._micro_batch, batch)):
                     terms, stopped = self.take_step(batch, time_is_up)
                 elapsed, now = time.monotonic() - now, time.monotonic()
                 self.seconds += elapsed
@@ -473,3 +464,5 @@ class Loop(ABC):
         self.averages.load_state_dict({n: saved.load_weights(folder, n) for n in saved.averages_of(folder)})
         saved.restore_optimizer(self.optimizer, saved.load_tensors(folder / saved.OPTIMIZER), state.optimizer)
         self.step, self.seconds, self.loss, self.sums = state.step, state.seconds, state.loss, dict(state.log)
+        if state.shards["config_hash"] == self.index.config_hash:
+            self.classes = list(state.shards.get("classes") or [])

@@ -19,7 +19,7 @@ Source: Jordan et al. (2024), Muon, with the shape factor of its reference imple
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,18 +67,13 @@ class MuonAdam(torch.optim.Optimizer):
         self.config, self.world, self.short = config, world, short
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update every parameter once from its `.grad`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             group["step"] += 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 (self._muon if group["rule"] == "muon" else self._adam)(parameters, group)
-        return loss
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         directions = self._nesterov(parameters, self.config.momentum, group["step"])
