@@ -115,10 +115,6 @@ def check_fits(pipe: TrajectoryPipeline, index: ShardIndex) -> None:
     check_trained_on(index, pipe.model.config, pipe.encoder, "the model")
 
 
-Shown = tuple[Tensor, Tensor | None, np.ndarray | None]
-"""What `consistency` takes of a trajectory."""
-
-
 class _Kept:
     """What is kept of a set of images; few of their trajectories are in memory at a time."""
 
@@ -127,7 +123,8 @@ class _Kept:
         self.pipe, self.varied, self.space = pipe, varied, space
         self.crowd = self.new_crowd()
         self.descriptions: list[Tensor] = []
-        self.shown: list[Shown] = []
+        self.shown: list[tuple[Tensor, np.ndarray | None]] = []
+        """Levels and decoded pictures of the first few."""
 
     def new_crowd(self) -> Crowd:
         return Crowd(self.pipe.drawn_levels, self.pipe.model.config.in_channels, self.varied)
@@ -136,7 +133,7 @@ class _Kept:
         """Keep the first few for `consistency`, which finds regions of samples and of real images in the same way."""
         if self.pipe.drawn_levels > 1:
             for each in itertools.islice(trajectories, CONSISTENCY_IMAGES - len(self.shown)):
-                self.shown.append((each.levels, None, each.decode() if each.can_decode else None))
+                self.shown.append((each.levels, each.decode() if each.can_decode else None))
 
 
 class _Sampled(_Kept):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -18,7 +19,7 @@ from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.progress import Follow, unseen
 from hierarchy_builder.records import spread_evenly
 from trainer.data.shards import ShardIndex
-from trainer.metrics.frechet import Gaussian, Moments, frechet_distance
+from trainer.metrics.frechet import Moments, frechet_distance
 from trainer.post_training.judges import Judge, statistics_of_shards
 from trainer.trajectories.pipeline import SAMPLED_TOGETHER, SamplingArguments, TrajectoryPipeline
 from trainer.trajectories.trajectory import decode_finest
@@ -59,11 +60,10 @@ def ratios(
     Raises TrainerError where the model has no decoder, or shards are needed that hold no pictures.
     """
     labels = list(classes) * samples_per_class
-    seeds = range(len(labels))
     device = next(pipe.model.parameters()).device
     moments: dict[str, Moments] = {}
     size_px = (0, 0)
-    drawn = follow(pipe.stream(labels, seeds, **how), "sampling", len(labels))
+    drawn = follow(pipe.stream(labels, range(len(labels)), **how), "sampling", len(labels))
     while part := list(itertools.islice(drawn, SAMPLED_TOGETHER)):
         if not part[0].can_decode:
             raise TrainerError("judges look at pictures, and the run has no decoder: give --decoder FOLDER")
@@ -76,12 +76,8 @@ def ratios(
             moments.setdefault(judge.name, Moments(rows.shape[1])).add(rows)
     chosen = spread_evenly(index.num_samples, max_real)
     for judge in judges:
-        reference, of_validation = judge.reference, judge.of_validation
-        rest = chosen
-
-        def real(numbers: Sequence[int], judge: Judge = judge) -> Gaussian:
-            return statistics_of_shards(judge, index, size_px, numbers, device)
-
+        reference, of_validation, rest = judge.reference, judge.of_validation, chosen
+        real = partial(statistics_of_shards, judge, index, size_px, device=device)
         if reference is None:
             reference, rest, of_validation = real(chosen[::2]), chosen[1::2], None
         if of_validation is None:
@@ -94,5 +90,5 @@ def ratios(
             ratio=found / of_validation,
             trained_on=judge.name in trained_on,
             num_samples=len(labels),
-            num_seeds=len(seeds),
+            num_seeds=len(labels),
         )

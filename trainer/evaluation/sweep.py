@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,7 +29,7 @@ from trainer.trajectories.selection import Selection
 from trainer.trajectories.trajectory import Trajectory
 
 Kind = Literal["features", "shape"]
-KINDS: tuple[Kind, ...] = ("features", "shape")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 EDIT, NO_EDIT, OTHER_NOISE = "edit", "no edit", "other noise"
 OTHER_SEED = 2**31
 """Added to a seed, or subtracted from a large one, to get the seed of `other noise`."""
@@ -140,7 +140,7 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     are equal at every strength get one row, with strength "any".
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    columns = sorted({line["measured"] for line in summary})
+    columns = {level: f"on level {level}" for level in sorted({line["measured"] for line in summary})}
     for line in summary:
         for name in SHOWN:
             mean, high = line.get(f"{name}_mean", math.nan), line.get(f"{name}_high", math.nan)
@@ -152,8 +152,8 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "arm": line["arm"],
                 "strength": line["strength"],
             }
-            row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(map(_column, columns), ""))
-            row[_column(line["measured"])] = f"{mean:.2g}±{high - mean:.1g}"
+            row = rows.setdefault(tuple(place.values()), place | dict.fromkeys(columns.values(), ""))
+            row[columns[line["measured"]]] = f"{mean:.2g}±{high - mean:.1g}"
     arms = EDIT, NO_EDIT, OTHER_NOISE
     shown = _without_repeats(list(rows.values()))
     return sorted(shown, key=lambda row: (row["level"], SHOWN.index(row["measure"]), arms.index(row["arm"])))
@@ -169,7 +169,6 @@ def table_in_words(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replace the rows of a control by one if they are equal at every strength."""
-
     num_strengths = len({row["strength"] for row in rows})
     merged = [{**row, "strength": "any"} for row in rows]
     is_merged = [row["arm"] != EDIT and merged.count(row) == num_strengths > 1 for row in merged]
@@ -180,10 +179,6 @@ def _without_repeats(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _column(measured: int) -> str:
-    return f"on level {measured}"
-
-
 def _arms(
     start: Trajectory, donor: Trajectory, chosen: Selection, config: SweepConfig
 ) -> Iterator[dict[str, Any]]:
@@ -191,9 +186,7 @@ def _arms(
     level, seed = chosen.level, start.seeds[-1]
     unedited = start.resume(level)
     others = start.resume(level, seed + OTHER_SEED if seed < OTHER_SEED else seed - OTHER_SEED)
-    baselines: dict[
-        tuple[int, ...], dict[str, dict[int, dict[str, float]]]
-    ] = {}  # by the tokens an edit touches
+    baselines: dict[tuple[int, ...], dict[str, Any]] = {}  # by the tokens an edit touches
     for strength in config.strengths:
         try:
             edited, touched, source = _edited(start, donor, chosen, config.kind, strength)

@@ -8,9 +8,10 @@ nothing reads again, and that a command makes anew, are not checked; they are li
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hierarchy_builder.errors import TrainerError
 from hierarchy_builder.files import SEAL, parse_json
@@ -69,8 +70,14 @@ def verify_part(run: Path, part: Path) -> Iterator[Finding]:
     """Yield what is to be said about one of `parts_of`."""
     if part.is_dir():
         yield from _checkpoint_findings(run, part)
-    elif problem := _problem(part, part.relative_to(run)):
-        yield Finding(file=str(part.relative_to(run)), is_damaged=problem[0], text=problem[1])
+        return
+    place = part.relative_to(run)
+    try:
+        text, is_damaged = _unchecked(part, place), False
+    except (ValueError, TrainerError, OSError) as error:
+        text, is_damaged = str(error), True
+    if text:
+        yield Finding(file=str(place), is_damaged=is_damaged, text=text)
 
 
 def _checkpoint_findings(run: Path, folder: Path) -> Iterator[Finding]:
@@ -85,49 +92,37 @@ def _checkpoint_findings(run: Path, folder: Path) -> Iterator[Finding]:
     if folder != run and saved.checkpoint_folder(run, state.step) != folder:
         yield Finding(file=place, is_damaged=True, text=f"it holds step {state.step}")
     for path in sorted(folder.iterdir()):
-        if path.name != saved.STATE:
-            known = path.name in state.files
-            if problem := _tensor_problem(path) if known else f"{saved.STATE} does not list it":
-                yield Finding(file=f"{place}/{path.name}", is_damaged=known, text=problem)
+        file = f"{place}/{path.name}"
+        if path.name in state.files:
+            try:
+                saved.load_tensors(path)
+            except TrainerError as error:
+                yield Finding(file=file, is_damaged=True, text=str(error))
+        elif path.name != saved.STATE:
+            yield Finding(file=file, is_damaged=False, text=f"{saved.STATE} does not list it")
 
 
-def _tensor_problem(path: Path) -> str | None:
-    try:
-        saved.load_tensors(path)
-    except TrainerError as error:
-        return str(error)
-    return None
-
-
-def _problem(path: Path, place: Path) -> tuple[bool, str] | None:
-    """Whether a file is damaged, and what is to be said about it; None for a whole one."""
-    if of_exclusion(place.parts[0]) and place.name != LOCK:
-        return None
+def _unchecked(path: Path, place: Path) -> str | None:
+    """Why a file was not checked; None for a whole one. Raises ValueError, TrainerError or OSError for damage."""
     if place.name == LOCK:
-        return None if path.stat().st_size == 0 else (True, "expected an empty file")
+        if path.stat().st_size:
+            raise ValueError("expected an empty file")
+        return None
+    if of_exclusion(place.parts[0]):
+        return None
     if place.parts[0] == TENSORBOARD:
-        return False, f"a copy of {METRICS} and {SAMPLES}/, with checksums that TensorBoard compares"
+        return f"a copy of {METRICS} and {SAMPLES}/, with checksums that TensorBoard compares"
     if place.parts[0] == "checkpoints":
-        return False, "it is not part of a checkpoint"
-    check = _checks().get(place.name) or _checks().get(path.suffix)
+        return "it is not part of a checkpoint"
+    check = CHECKS.get(place.name) or CHECKS.get(path.suffix)
     if check is None:
-        return False, DERIVED.get(path.suffix, "it is not a file that a run writes")
-    try:
-        unchecked = check(path)
-    except (ValueError, TrainerError, OSError) as error:
-        return True, str(error)
-    return (False, unchecked) if unchecked else None
+        return DERIVED.get(path.suffix, "it is not a file that a run writes")
+    return check(path)
 
 
-def _checks() -> dict[str, Callable[[Path], str | None]]:
-    """Checks by name or suffix: each raises an error for damage, and returns why it could not tell."""
-    return {
-        CONFIG: _check_config,
-        METRICS: _check_metrics,
-        ".json": _check_json,
-        ".png": _check_png,
-        ".safetensors": _check_tensors,
-    }
+def _holds_checksum(values: Iterable[Any]) -> bool:
+    """Whether a file without a seal has one, whose name is then damaged."""
+    return any(isinstance(value, str) and UNSEALED.fullmatch(value) for value in values)
 
 
 def _check_config(path: Path) -> str | None:
@@ -139,7 +134,7 @@ def _check_json(path: Path) -> str | None:
     content = parse_json(data := read_document(path))
     if SEAL.encode() in data:
         return None
-    if any(isinstance(value, str) and UNSEALED.fullmatch(value) for value in content.values()):
+    if _holds_checksum(content.values()):
         raise ValueError(f"a checksum under another name than {SEAL}")
     return EARLIER
 
@@ -151,9 +146,7 @@ def _check_metrics(path: Path) -> str | None:
         raise ValueError(f"line {bad[0]} is damaged, of {len(lines)} lines; reports leave it out")
     if last:
         raise ValueError("its last line is not whole; training writes it again")
-    if any(
-        isinstance(each, str) and UNSEALED.fullmatch(each) for row in rows if row for each in row.values()
-    ):
+    if any(_holds_checksum(row.values()) for row in rows if row):
         raise ValueError("a line has its checksum under another name")
     return None if all(b'"crc32": ' in line for line in lines) else EARLIER
 
@@ -165,7 +158,7 @@ def _check_tensors(path: Path) -> str | None:
     if SEAL in text:
         check_tensor_seal(path, text[SEAL])
         return None
-    if text and any(UNSEALED.fullmatch(value) for value in text.values()):
+    if _holds_checksum(text.values()):
         raise ValueError(f"a checksum under another name than {SEAL}")
     return EARLIER
 
@@ -185,3 +178,13 @@ def _check_png(path: Path) -> str | None:
     if kind != b"IEND" or end != len(data):
         raise ValueError("it does not end where a PNG ends")
     return None
+
+
+CHECKS: dict[str, Callable[[Path], str | None]] = {
+    CONFIG: _check_config,
+    METRICS: _check_metrics,
+    ".json": _check_json,
+    ".png": _check_png,
+    ".safetensors": _check_tensors,
+}
+"""Checks by name or suffix: each raises an error for damage, and returns why it could not tell."""

@@ -23,32 +23,20 @@ def describe(features: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(features.float().permute(0, 3, 1, 2), POOLED_GRID).flatten(1)
 
 
-class NearestClassMean:
-    """A classifier that assigns an image to the class with the nearest mean description.
-
-    descriptions: [N, F] of real images. labels: int64 [N]. Classes without an image are never predicted.
-    """
-
-    def __init__(self, descriptions: Tensor, labels: Tensor, num_classes: int) -> None:
-        count = torch.bincount(labels, minlength=num_classes)[:, None]
-        total = torch.zeros(num_classes, descriptions.shape[1]).index_add_(0, labels, descriptions)
-        self._means = torch.where(count > 0, total / count.clamp(min=1), FAR)
-
-    def accuracy(self, descriptions: Tensor, labels: Tensor) -> float:
-        """Share of images whose nearest class mean is that of their own class."""
-        nearest = torch.cdist(descriptions, self._means).argmin(dim=1)
-        return float((nearest == labels).float().mean())
-
-
 def class_mean_accuracy(
     samples: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor], num_classes: int
 ) -> Iterator[tuple[str, float]]:
     """Accuracy of samples, of real images held out from the class means, and of guessing a class that has real images.
 
-    Both pairs are (descriptions [N, F], labels int64 [N]); every second real image is held out.
+    Both pairs are (descriptions [N, F], labels int64 [N]); every second real image is held out. The nearest class mean
+    is that of a class with real images.
     """
     descriptions, labels = real
-    classifier = NearestClassMean(descriptions[::2], labels[::2], num_classes)
-    yield "class_mean_accuracy", classifier.accuracy(*samples)
-    yield "class_mean_accuracy_real", classifier.accuracy(descriptions[1::2], labels[1::2])
+    kept, held_out = (descriptions[::2], labels[::2]), (descriptions[1::2], labels[1::2])
+    count = torch.bincount(kept[1], minlength=num_classes)[:, None]
+    total = torch.zeros(num_classes, descriptions.shape[1]).index_add_(0, kept[1], kept[0])
+    means = torch.where(count > 0, total / count.clamp(min=1), FAR)
+    for suffix, (shown, own) in (("", samples), ("_real", held_out)):
+        nearest = torch.cdist(shown, means).argmin(dim=1)
+        yield f"class_mean_accuracy{suffix}", float((nearest == own).float().mean())
     yield "class_mean_chance", 1.0 / len(labels.unique())

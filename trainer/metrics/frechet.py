@@ -9,7 +9,7 @@ Moments are updated part by part, so that N is not limited by memory.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,9 +137,8 @@ def coverage(real: Tensor, samples: Tensor, neighbours: int = 5) -> float:
             f"{len(real)} real images and {len(samples)} samples, expected more than {neighbours} real images"
         )
     real, samples = real.double(), samples.double()
-    radius, step = _radii(real, neighbours), max(1, DISTANCES_AT_ONCE // len(samples))
-    nearest = torch.cat([torch.cdist(part, samples).amin(dim=1) for part in real.split(step)])
-    return float((nearest <= radius).double().mean())
+    nearest = torch.cat([part.amin(dim=1) for part in _distances(real, samples)])
+    return float((nearest <= _radii(real, neighbours)).double().mean())
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
@@ -201,14 +200,17 @@ def load_inception(outputs: list[str], file: str | None, user: str, advice: str)
 
 def _radii(centres: Tensor, neighbours: int) -> Tensor:
     """Distance of each point to its `neighbours`-th nearest other one; the nearest to a point is itself."""
-    step = max(1, DISTANCES_AT_ONCE // len(centres))
-    return torch.cat(
-        [torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in centres.split(step)]
-    )
+    return torch.cat([part.kthvalue(neighbours + 1, dim=1).values for part in _distances(centres, centres)])
 
 
 def _within(points: Tensor, centres: Tensor, neighbours: int) -> float:
     """Share of points inside at least one ball around the centres."""
-    radius, step = _radii(centres, neighbours), max(1, DISTANCES_AT_ONCE // len(centres))
-    inside = [(torch.cdist(part, centres) <= radius).any(dim=1) for part in points.split(step)]
+    radius = _radii(centres, neighbours)
+    inside = [(part <= radius).any(dim=1) for part in _distances(points, centres)]
     return float(torch.cat(inside).double().mean())
+
+
+def _distances(points: Tensor, centres: Tensor) -> Iterator[Tensor]:
+    """Distances of points to all centres [n, M], of as many points at a time as memory is meant for."""
+    for part in points.split(max(1, DISTANCES_AT_ONCE // len(centres))):
+        yield torch.cdist(part, centres)

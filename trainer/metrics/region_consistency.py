@@ -88,34 +88,30 @@ def decoded_consistency(pictures: np.ndarray, regions: Tensor) -> dict[int, floa
 
 
 def consistency(
-    trajectories: Iterable[tuple[Tensor, Tensor | None, np.ndarray | None]], suffix: str = ""
+    trajectories: Iterable[tuple[Tensor, np.ndarray | None]], suffix: str = ""
 ) -> Iterator[tuple[str, float]]:
     """(name, value) of all these metrics, averaged over trajectories, as `trainer evaluate` prints them.
 
-    trajectories: (levels [L, H, W, C], regions [L−1, H, W] or None to find them, decoded uint8 [L, h, w, 3] or None).
+    trajectories: (levels [L, H, W, C], decoded uint8 [L, h, w, 3] or None); regions are found in the levels.
     Names: pmr_spatial_<parent>_<child>, pmr_feature_<parent>_<child>, level_consistency_<ℓ>, decoded_consistency_<ℓ>.
     The last level, whose regions are single tokens, has no spatial PMR.
     """
     measured: dict[str, list[float]] = {}
-    for levels, known, pictures in trajectories:
-        regions = extract_regions(levels) if known is None else known
-        found = {}
+    for levels, pictures in trajectories:
+        regions = extract_regions(levels)
+        found: dict[str, float] = {}
         for (coarse, fine), rates in misrouting_by_pair(levels, regions).items():
             kinds = ("feature",) if fine == len(levels) - 1 else ("spatial", "feature")
-            found.update({f"pmr_{kind}_{coarse}_{fine}": rates[kind] for kind in kinds})
-        found.update(
-            {
-                f"level_consistency_{level}": value
-                for level, value in level_consistency(levels, regions).items()
-            }
-        )
+            found |= {f"pmr_{kind}_{coarse}_{fine}": rates[kind] for kind in kinds}
+        of_levels = {"level": level_consistency(levels, regions)}
         if pictures is not None:
-            for level, value in decoded_consistency(pictures, regions).items():
-                found[f"decoded_consistency_{level}"] = value
+            of_levels["decoded"] = decoded_consistency(pictures, regions)
+        for kind, values in of_levels.items():
+            found |= {f"{kind}_consistency_{level}": value for level, value in values.items()}
         for name, value in found.items():
             measured.setdefault(name, []).append(value)
-    for name, values in measured.items():
-        yield f"{name}{suffix}", _mean(values)
+    for name, every in measured.items():
+        yield f"{name}{suffix}", _mean(every)
 
 
 def _as_images(values: Any, dimensions: int) -> Tensor:

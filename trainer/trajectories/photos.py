@@ -9,6 +9,7 @@ model was trained on has to encode. The trainer has no encoder of its own: the c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,14 +48,11 @@ def start_from_shards(
     Raises UsageError for an unknown sample, MismatchError if the shards are not of the model's encoder and recipe.
     """
     _require_encoder(pipe, index.encoder, f"{index.url} holds features of")
-    reader = ShardReader(index)
-    try:
+    with contextlib.closing(ShardReader(index)) as reader:
         number = sample if isinstance(sample, int) else reader.number_of(sample)
         if not 0 <= number < len(reader):
             raise UsageError(f"sample {number}, expected 0 to {len(reader) - 1}")
         found = reader.read(number)
-    finally:
-        reader.close()
     origin = {"source": "shards", "shards": index.name, "key": found.key}
     return pipe.from_features(found.features, found.regions, label=found.label, seed=seed, origin=origin)
 

@@ -63,9 +63,11 @@ def facts_section(facts: Mapping[str, Any]) -> list[Section]:
 
 def samples_section(trajectories: Sequence[TrajectoryView], palette: Palette | None) -> list[Section]:
     """Make the gallery of the trajectories, if there are any."""
+    if not trajectories:
+        return []
     gallery = Gallery(viewers=[_viewer(trajectory, palette) for trajectory in trajectories], start=-1)
-    section = Section(title="Generated trajectories", text=_text(trajectories), blocks=[gallery])
-    return [section] if trajectories else []
+    text = TRAJECTORY_TEXT if any(len(each.canvases) > 1 for each in trajectories) else ONE_LEVEL_TEXT
+    return [Section(title="Generated trajectories", text=text, blocks=[gallery])]
 
 
 def page_palette(
@@ -109,10 +111,6 @@ def trajectory_grid_png(
                 x = MARGIN_PX + LABEL_PX + level * column_px + j * (CELL_PX + 2)
                 sheet.paste(tile(picture), (x, MARGIN_PX + HEADER_PX + i * (CELL_PX + GAP_PX)))
     return sheet
-
-
-def _text(trajectories: Sequence[TrajectoryView]) -> str:
-    return TRAJECTORY_TEXT if any(len(each.canvases) > 1 for each in trajectories) else ONE_LEVEL_TEXT
 
 
 def _viewer(trajectory: TrajectoryView, palette: Palette | None) -> LevelViewer:

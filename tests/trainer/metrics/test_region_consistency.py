@@ -101,9 +101,9 @@ def test_consistency_sees_a_level_that_is_not_the_mean_of_the_next() -> None:
 
 
 def test_rows_of_an_evaluation() -> None:
-    levels, regions = nested()
+    levels, _ = nested()
     pictures = np.zeros((4, 16, 16, 3), dtype=np.uint8)
-    rows = dict(consistency([(levels, regions, pictures), (levels, None, None)], "_real"))
+    rows = dict(consistency([(levels, pictures), (levels, None)], "_real"))
     assert len(rows) == 3 * 2 + 3 + 3 + 3
     assert rows["pmr_spatial_0_1_real"] == 0.0
     assert rows["decoded_consistency_2_real"] == 0.0
