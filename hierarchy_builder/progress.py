@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from hierarchy_builder.files import write_json
 from hierarchy_builder.places.exclusion import LeaseLostError, still_ours
-from hierarchy_builder.terminal import stderr
+from hierarchy_builder.terminal import say, stderr
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
@@ -81,17 +80,15 @@ class Meter:
         return text + (f", {self.failed} could not be used" if self.failed else "")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Reporter:
-    """Shows the progress of stages; `quiet` shows nothing here, others can still read it."""
+    """Shows the progress of stages on stderr; `quiet` shows nothing here, others can still read it."""
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
-        self.quiet = quiet
-        self.console = console or stderr
+    quiet: bool = False
 
     def say(self, text: str) -> None:
         """One line for the user."""
-        if not self.quiet:
-            self.console.print(text, highlight=False, markup=False)
+        say(text, self.quiet)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, done: int = 0, live: Path | None = None) -> Iterator[Meter]:
@@ -104,8 +101,8 @@ class Reporter:
             if live is not None:
                 meter.shows.append(stack.enter_context(_shared(live, meter)))
             if not self.quiet:
-                shown = self._bar(meter) if self.console.is_terminal else self._lines(meter)
-                meter.shows.append(stack.enter_context(shown))
+                view = self._bar(meter) if stderr.is_terminal else self._lines(meter)
+                meter.shows.append(stack.enter_context(view))
             meter.advance(0)
             yield meter
 
@@ -119,7 +116,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[failed]}"),
         )
-        with Progress(*columns, console=self.console) as progress:
+        with Progress(*columns, console=stderr) as progress:
             task = progress.add_task("", total=None, rate=0.0, failed="")
 
             def show() -> None:
@@ -136,7 +133,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def _lines(self, meter: Meter) -> Iterator[Callable[[], None]]:
-        is_due = _every(PLAIN_INTERVAL_S, lambda: meter.seconds)
+        is_due = _every(PLAIN_INTERVAL_S)
 
         def show() -> None:
             if is_due():
@@ -150,7 +147,7 @@ class Reporter:
 
 @contextlib.contextmanager
 def _shared(path: Path, meter: Meter) -> Iterator[Callable[[], None]]:
-    is_due = _every(LIVE_INTERVAL_S, lambda: meter.seconds, at_once=True)
+    is_due = _every(LIVE_INTERVAL_S, at_once=True)
 
     def show() -> None:
         if is_due():
@@ -176,29 +173,25 @@ def unseen(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     return iter(items)
 
 
-def shown_on(console: Console, clock: Callable[[], float] = time.monotonic) -> Follow:
-    """Shows on `console`. clock: seconds, from any start."""
-
-    def bar(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-        return iter(track(items, what, total, console=console))
-
-    def lines(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-        is_due = _every(PLAIN_INTERVAL_S, clock)
-        for done, item in enumerate(items):
-            if is_due():
-                console.print(f"{what}: {done}/{total}", markup=False, highlight=False)
-            yield item
-
-    return bar if console.is_terminal else lines
+def shown(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    """Shows a bar on a terminal, and a line now and then elsewhere."""
+    if stderr.is_terminal:
+        yield from track(items, what, total, console=stderr)
+        return
+    is_due = _every(PLAIN_INTERVAL_S)
+    for done, item in enumerate(items):
+        if is_due():
+            say(f"{what}: {done}/{total}")
+        yield item
 
 
-def _every(interval_s: float, clock: Callable[[], float], *, at_once: bool = False) -> Callable[[], bool]:
+def _every(interval_s: float, *, at_once: bool = False) -> Callable[[], bool]:
     """Whether `interval_s` seconds have passed since the call that was last answered with yes."""
-    last = clock() - (interval_s if at_once else 0)
+    last = time.perf_counter() - (interval_s if at_once else 0)
 
     def is_due() -> bool:
         nonlocal last
-        if (now := clock()) - last < interval_s:
+        if (now := time.perf_counter()) - last < interval_s:
             return False
         last = now
         return True

@@ -24,8 +24,8 @@ from hierarchy_builder.flags import (
     switch,
 )
 from hierarchy_builder.places.paths import a_path
-from hierarchy_builder.progress import Follow, shown_on, unseen
-from hierarchy_builder.terminal import say, stderr
+from hierarchy_builder.progress import Follow, shown, unseen
+from hierarchy_builder.terminal import say
 from trainer.methods.normalizing_trajectory.config import Ending
 from trainer.training.config import RunConfig
 
@@ -250,4 +250,4 @@ def sampling_of(given: Mapping[str, Any], num_steps: int = 1) -> SamplingArgumen
 
 def follow_for(given: Mapping[str, Any]) -> Follow:
     """Progress bars on stderr, or none with --quiet or --json."""
-    return unseen if given["quiet"] or given["as_json"] else shown_on(stderr)
+    return unseen if given["quiet"] or given["as_json"] else shown

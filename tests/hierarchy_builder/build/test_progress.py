@@ -37,11 +37,13 @@ def test_durations(seconds: float, text: str) -> None:
     assert as_duration(seconds) == text
 
 
-def test_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
+def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch) -> None:
     for terminal in (True, False):
         screen = io.StringIO()
         console = Console(file=screen, force_terminal=terminal, width=120, color_system=None)
-        with Reporter(console=console).stage("cluster", 8, 3) as meter:
+        for module in ("progress", "terminal"):
+            monkeypatch.setattr(f"hierarchy_builder.{module}.stderr", console)
+        with Reporter().stage("cluster", 8, 3) as meter:
             meter.advance(5, failed=1)
         assert "8/8" in screen.getvalue()
         assert ("1 failed" if terminal else "1 could not be used") in screen.getvalue()

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny_pipeline import tiny_pipeline
 
 from hierarchy_builder.canvases.gallery import Page, Section, Table, render
-from hierarchy_builder.progress import shown_on, unseen
+from hierarchy_builder.progress import shown, unseen
 from trainer.evaluation import sweep as room
 from trainer.evaluation.definitions import FIGURES, TEXT, TITLE
 from trainer.evaluation.sweep import EDIT, SweepConfig, summarise, summary_table, sweep
@@ -49,13 +49,16 @@ def test_a_name_that_the_page_of_metrics_lacks_is_found() -> None:
     ]
 
 
-def test_progress_is_a_counter_on_a_terminal_and_occasional_lines_in_a_file() -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
-    assert list(shown_on(terminal)(iter("abc"), "editing", 3)) == ["a", "b", "c"]
+def test_progress_is_a_counter_on_a_terminal_and_occasional_lines_in_a_file(monkeypatch) -> None:
+    terminal, log = Console(file=io.StringIO(), force_terminal=True, width=80), Console(file=io.StringIO())
+    monkeypatch.setattr("hierarchy_builder.progress.stderr", terminal)
+    assert list(shown(iter("abc"), "editing", 3)) == ["a", "b", "c"]
     assert "editing" in terminal.file.getvalue()  # type: ignore[attr-defined]
     assert "100%" in terminal.file.getvalue()  # type: ignore[attr-defined]
-    log, times = Console(file=io.StringIO()), itertools.count(step=4)
-    assert list(shown_on(log, lambda: float(next(times)))(range(7), "editing", 7)) == list(range(7))
+    for module in ("progress", "terminal"):
+        monkeypatch.setattr(f"hierarchy_builder.{module}.stderr", log)
+    monkeypatch.setattr("hierarchy_builder.progress.time.perf_counter", itertools.count(0.0, 4.0).__next__)
+    assert list(shown(range(7), "editing", 7)) == list(range(7))
     assert log.file.getvalue() == "editing: 2/7\nediting: 5/7\n"  # type: ignore[attr-defined]
     assert list(unseen("ab", "editing", 2)) == ["a", "b"]
 
