@@ -11,7 +11,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import ConfigMismatchError, ImageError, some
-from hierarchy_builder.images.sources import FileReader, Reader, TarReader
+from hierarchy_builder.images.sources import Reader
 from hierarchy_builder.machine.process import num_cpus
 from hierarchy_builder.terminal import counted
 
@@ -28,12 +28,7 @@ def file_hash(content: bytes) -> str:
 def modified_ns(reader: Reader, path: str) -> int | None:
     """Return when the file of an image, or its tar, last changed; None where it is not on a local disk."""
     try:
-        if isinstance(reader, FileReader):
-            fs, place = reader.locate(path)
-        elif isinstance(reader, TarReader):
-            fs, place = reader.fs, reader.path
-        else:
-            return None
+        fs, place = reader.locate(path)
         return os.stat(place).st_mtime_ns if isinstance(fs, LocalFileSystem) else None
     except (OSError, ValueError, ImportError):
         return None

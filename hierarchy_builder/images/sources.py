@@ -13,7 +13,7 @@ import posixpath
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,17 +32,6 @@ from hierarchy_builder.places.remote import store_error, without_secrets
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
 from hierarchy_builder.untrusted.documents import parse_json, read_document
-
-
-class Reader(Protocol):
-    """Reads image files."""
-
-    def read(self, path: str) -> bytes:
-        """Return the bytes of the image whose record has this `path`.
-
-        Raises ImageError; see `read_file`.
-        """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +55,7 @@ class ImageSource:
         return [text for text in self.warnings if text.startswith("left out")]
 
     def read(self, path: str) -> bytes:
-        """See `Reader.read`."""
+        """See `FileReader.read`."""
         return self.reader.read(path)
 
 
@@ -78,7 +67,7 @@ class FileReader:
     root: str
 
     def read(self, path: str) -> bytes:
-        """See `Reader.read`."""
+        """The bytes of the image whose record has this `path`. Raises ImageError; see `read_file`."""
         try:
             fs, place = self.locate(path)
         except (OSError, ValueError, ImportError) as error:
@@ -121,11 +110,18 @@ class TarReader:
     members: dict[str, tuple[int, int]]
 
     def read(self, path: str) -> bytes:
-        """See `Reader.read`."""
+        """See `FileReader.read`."""
         if path not in self.members:
             raise ImageError("missing", f"{self.path} has no such member")
-        start, size = self.members[path]
-        return read_file(self.fs, self.path, start, size)
+        return read_file(self.fs, self.path, *self.members[path])
+
+    def locate(self, path: str) -> tuple[AbstractFileSystem, str]:
+        """File system and path of the tar, which holds all images."""
+        return self.fs, self.path
+
+
+Reader = FileReader | TarReader
+"""What reads the images of a source."""
 
 
 def open_source(

@@ -19,7 +19,7 @@ from hierarchy_builder.build.workers import Workers, _num_encoding, shutdown
 from hierarchy_builder.encoders.dct import DctEncoder
 from hierarchy_builder.encoders.encoding import ImageEncoder
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.images.sources import open_source
+from hierarchy_builder.images.sources import FileReader, open_source
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 
@@ -99,12 +99,13 @@ class Slow(DctEncoder):
 def test_a_worker_reads_a_bounded_number_of_images_ahead_of_the_encoder(tiny_photos) -> None:
     encoder, source = Slow(), open_source(str(tiny_photos))
 
-    class Counting:
+    class Counting(FileReader):
         def read(self, path: str) -> bytes:
             encoder.read += 1
-            return source.read(path)
+            return super().read(path)
 
-    images = ImageEncoder(encoder, Counting(), batch_size=1, max_pixels=10**9)
+    reader = Counting(source.reader.fs, source.reader.root)
+    images = ImageEncoder(encoder, reader, batch_size=1, max_pixels=10**9)
     records = list(source.records)
     with ThreadPoolExecutor(1) as pool:
         assert sum(len(batch.rows) for batch in images.batches(records, [{} for _ in records], pool)) == 18
