@@ -7,6 +7,8 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import reduce
 from typing import Any, BinaryIO, overload
 
 import numpy as np
@@ -122,9 +124,7 @@ def describe_changes(before: ImageTable, now: ImageTable) -> str:
     place = pc.index_in(left.column("path"), value_set=right.column("path"))
     is_new = pc.is_null(pc.index_in(right.column("path"), value_set=left.column("path")))
     kept, then = left.filter(pc.is_valid(place)), right.take(pc.drop_null(place))
-    is_other = pc.invert(pc.equal(kept.column("bytes"), then.column("bytes")))
-    for name in COMPARED[2:]:
-        is_other = pc.or_(is_other, pc.invert(pc.equal(kept.column(name), then.column(name))))
+    is_other = reduce(pc.or_, (pc.not_equal(kept.column(name), then.column(name)) for name in COMPARED[1:]))
     found = {
         "of another size or class": kept.filter(is_other),
         "gone": left.filter(pc.is_null(place)),
@@ -154,9 +154,7 @@ class ImageTable(Sequence[ImageRecord]):
         if isinstance(records, ImageTable):
             return records
         rows = list(records)
-        values = (
-            [getattr(row, name if name != "bytes" else "num_bytes") for row in rows] for name in COLUMNS
-        )
+        values = ([getattr(row, each.name) for row in rows] for each in fields(ImageRecord))
         kinds = (TEXT, TEXT, pa.int32(), TEXT, pa.int64())
         arrays = [pa.array(column, kind) for column, kind in zip(values, kinds, strict=True)]
         return cls(pa.table(arrays, names=COLUMNS))
@@ -188,12 +186,9 @@ class ImageTable(Sequence[ImageRecord]):
                 yield ImageRecord(key=key, path=path, label=label, class_name=class_name, num_bytes=size)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, ImageTable):
-            plain = (
-                each.table.set_column(3, "class_name", each.column("class_name")) for each in (self, other)
-            )
-            return bool(next(plain).equals(next(plain)))
-        return NotImplemented
+        if not isinstance(other, ImageTable):
+            return NotImplemented
+        return all(self.column(name).equals(other.column(name)) for name in COLUMNS)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -220,11 +215,8 @@ class ImageTable(Sequence[ImageRecord]):
 
     def relabelled(self, ids: Mapping[str, int]) -> ImageTable:
         """The same images with the ids that their classes have now."""
-        names = self.table.column("class_name").unify_dictionaries()
-        if not pa.types.is_dictionary(names.type):
-            names = names.dictionary_encode()
         chunks = []
-        for chunk in names.chunks:
+        for chunk in self.table.column("class_name").dictionary_encode().chunks:
             known = pa.array([ids[name] for name in chunk.dictionary.to_pylist()], pa.int32())
             chunks.append(known.take(chunk.indices))
         place = self.table.schema.get_field_index("label")
