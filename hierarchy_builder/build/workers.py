@@ -33,7 +33,7 @@ from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule
 from hierarchy_builder.build.stages import Stage, one_thread, perform
 from hierarchy_builder.encoders import Encoder, encode
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.machine.process import num_cpus, other_socket_folder, private_folder
+from hierarchy_builder.machine.process import num_cpus, private_folder, socket_folder
 from hierarchy_builder.places.exclusion import LeaseLostError, held_lease
 from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import Block
@@ -270,7 +270,7 @@ def _private_session() -> str:
     Ray gives all users of the machine the right to write into its folders, this one too: they could put a socket of
     their own in place of one of Ray's. So it lies in a folder that nobody else can enter.
     """
-    return private_folder(other_socket_folder() or os.environ.get("RAY_TMPDIR") or None, "r-") + "/t"
+    return private_folder(socket_folder(), "r-") + "/t"
 
 
 def join(address: str, **options: Any) -> None:

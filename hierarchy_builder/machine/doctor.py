@@ -28,7 +28,7 @@ from packaging.specifiers import SpecifierSet
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.flags import OUTPUT, PATH, argument, takes
 from hierarchy_builder.machine.installing import DISTRIBUTION, install_extras, pip_install, this_pip
-from hierarchy_builder.machine.process import num_cpus, other_socket_folder
+from hierarchy_builder.machine.process import num_cpus, socket_folder
 from hierarchy_builder.terminal import counted, print_cells, print_json, say
 
 State = Literal["ok", "note", "blocks"]
@@ -195,10 +195,10 @@ def _extras() -> Iterator[Finding]:
         "fid": ("torch_fidelity", "evaluate --inception"),
         "wandb": ("wandb", "Weights & Biases"),
     }
-    there = {extra: importlib.util.find_spec(module) is not None for extra, (module, _) in parts.items()}
-    if has := [extra for extra, is_there in there.items() if is_there]:
+    lacking = [extra for extra, (module, _) in parts.items() if importlib.util.find_spec(module) is None]
+    if has := [extra for extra in parts if extra not in lacking]:
         yield Finding("ok", f"installed: {', '.join(has)}")
-    if lacking := [extra for extra, is_there in there.items() if not is_there]:
+    if lacking:
         uses = ", ".join(f"{extra} ({parts[extra][1]})" for extra in lacking)
         yield Finding("note", f"not installed: {uses}", install_extras(*lacking))
 
@@ -309,7 +309,7 @@ def _ray() -> Iterator[Finding]:
         yield Finding("note", "not installed; only builds with --workers 0 work", pip_install("ray"))
         return
     try:
-        place = other_socket_folder() or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        place = socket_folder()
     except BuilderError as error:
         problem, _, help_with = str(error).rpartition(": ")
         yield Finding("note", f"Ray {version}: {problem}", help_with)

@@ -43,19 +43,18 @@ SHORT_FOLDER = "/tmp"
 """Used instead of a longer one."""
 
 
-def other_socket_folder() -> str | None:
-    """A folder for the sockets of Ray, if the temporary folder has too long a path for them; None if it fits.
+def socket_folder() -> str:
+    """The folder for the sockets of Ray: the temporary folder, or another one if its path is too long for them.
 
     Raises BuilderError if there is no other place.
     """
     place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(os.fsencode(place)) <= MAX_SOCKET_FOLDER:
-        return None
+        return place
     if os.environ.get("RAY_TMPDIR") or not os.access(SHORT_FOLDER, os.W_OK | os.X_OK):
         raise BuilderError(
-            f"the temporary folder {place} has a path of {len(os.fsencode(place))} bytes, and the sockets of Ray "
-            f"need one of at most {MAX_SOCKET_FOLDER}: set RAY_TMPDIR to a "
-            "folder with a shorter path, or use --workers 0"
+            f"the temporary folder {place} has a path of {len(os.fsencode(place))} bytes, and the sockets of Ray need "
+            f"one of at most {MAX_SOCKET_FOLDER}: set RAY_TMPDIR to a folder with a shorter path, or use --workers 0"
         )
     return SHORT_FOLDER
 
