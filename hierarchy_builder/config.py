@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import CAME_LATER, EXECUTION, CheckedFields, nearest, require
-from hierarchy_builder.untrusted.documents import parse_yaml, read_document
+from hierarchy_builder.fields import CAME_LATER, EXECUTION, CheckedFields, fields_of_file, nearest, require
 
 MAX_IMAGE_PX = 8192
 """Largest stored picture; more is a slip of the keyboard."""
@@ -270,18 +269,12 @@ class ShardConfig(CheckedFields):
         return (self.image_px or image_size_px) if self.images else None
 
 
-def load_yaml(path: str) -> dict[str, Any]:
+def read_sections(path: Path) -> dict[str, Any]:
     """Read a config file of sections `extract`, `hierarchy`, `vocabulary`, `shard`."""
-    try:
-        content = parse_yaml(read_document(Path(path))) or {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"config file {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"config file {path}: found {type(content).__name__}, expected sections of fields")
-    sections = ["extract", "hierarchy", "vocabulary", "shard"]
-    for name in content:
+    content, sections = fields_of_file(path), ["extract", "hierarchy", "vocabulary", "shard"]
+    for name, section in content.items():
         if name not in sections:
-            raise UsageError(f"config file {path}: unknown section {name!r}, {nearest(str(name), sections)}")
-        if not isinstance(content[name], dict | None):
-            raise UsageError(f"config file {path}: section {name} is {content[name]!r}, expected fields")
+            raise UsageError(f"config file {path}: unknown section {name!r}, {nearest(name, sections)}")
+        if not isinstance(section, dict | None):
+            raise UsageError(f"config file {path}: section {name} is {section!r}, expected fields")
     return content

@@ -18,11 +18,13 @@ import math
 import os
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
 from hierarchy_builder.errors import UsageError, some
+from hierarchy_builder.untrusted.documents import parse_yaml, read_document
 
 ConfigT = TypeVar("ConfigT")
 Entry = TypeVar("Entry")
@@ -49,6 +51,17 @@ def from_mapping(kind: type[ConfigT], mapping: Mapping[str, Any], where: str = "
     except pydantic.ValidationError as error:
         lines = [_explain(dict(problem), known_fields(kind)) for problem in error.errors()]
         raise UsageError(f"{where}: " + "; ".join(lines)) from None
+
+
+def fields_of_file(path: Path) -> dict[str, Any]:
+    """The fields in a config file (YAML), by name. Raises UsageError, which names the file."""
+    try:
+        content = parse_yaml(read_document(path)) or {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"config file {path}: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"config file {path}: found {type(content).__name__}, expected fields by name")
+    return content
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -153,9 +153,9 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
-def write_json(path: Path, content: Any, *, sort_keys: bool = True) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write JSON (UTF-8, two spaces, NaN as null), whole or not at all."""
-    write_bytes(path, json_text(content, sort_keys=sort_keys))
+    write_bytes(path, json_text(content))
 
 
 def json_text(content: Any, *, sort_keys: bool = True, indent: int | None = 2) -> bytes:

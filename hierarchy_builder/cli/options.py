@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig, load_yaml
+from hierarchy_builder.config import (
+    ExtractConfig,
+    HierarchyRecipe,
+    ShardConfig,
+    VocabularyConfig,
+    read_sections,
+)
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, to_mapping
 from hierarchy_builder.flags import (
@@ -154,7 +160,7 @@ def resolve(
 
 
 def _in_file(given: Mapping[str, Any]) -> dict[str, Any]:
-    return load_yaml(str(given["config"])) if given["config"] is not None else {}
+    return read_sections(given["config"]) if given["config"] is not None else {}
 
 
 def resolve_recipe(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> HierarchyRecipe:

@@ -17,7 +17,7 @@ from pictures import encoded
 
 from hierarchy_builder.build import pipeline as steps
 from hierarchy_builder.build.workers import Workers
-from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, load_yaml
+from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, read_sections
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.images.keys import check_key
@@ -152,7 +152,7 @@ def test_yaml_with_a_trap_is_refused(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     (tmp_path / "build.yaml").write_text(f"extract: !!python/object/apply:builtins.open ['{trap}', 'w']\n")
     with pytest.raises(UsageError, match="could not determine a constructor"):
-        load_yaml(str(tmp_path / "build.yaml"))
+        read_sections(tmp_path / "build.yaml")
     assert not trap.exists()
 
 

@@ -12,11 +12,11 @@ from typing import Any, get_args
 import typer
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.fields import flattened, sentences, to_mapping
+from hierarchy_builder.fields import fields_of_file, flattened, sentences, to_mapping
 from hierarchy_builder.flags import OUTPUT, PLACE, REQUIRED, argument, option, switch, takes
 from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.terminal import print_cells, print_result, say, say_next, show_config, stderr
-from hierarchy_builder.untrusted.documents import parse_yaml, read_document
+from hierarchy_builder.untrusted.documents import parse_yaml
 from trainer.calls import base_config
 from trainer.cli.options import FIELDS, NEW_RUN, TRAINING, reads
 from trainer.decode.config import DecoderConfig, DecoderSize
@@ -251,18 +251,8 @@ def run_and_print(
 def asked_fields(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Fields by dotted name: options of these names over --set over the file of --config."""
     options = {name: given[name] for name in names if given[name] is not None}
-    in_file = flattened(_load_yaml(given["config"])) if given["config"] else {}
+    in_file = flattened(fields_of_file(given["config"])) if given["config"] else {}
     return {**in_file, **_assignments(given["settings"] or []), **options}
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_yaml(read_document(path)) or {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"config file {path}: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UsageError(f"config file {path}: found {type(content).__name__}, expected fields by name")
-    return content
 
 
 def _assignments(settings: Sequence[str]) -> dict[str, Any]:
