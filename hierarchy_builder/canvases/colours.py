@@ -107,9 +107,15 @@ def hierarchy_colours(regions: np.ndarray) -> np.ndarray:
     painted = []
     for level_HW in regions:
         spans = _divide_spans(level_HW, parents, spans)
-        painted.append(_paint(level_HW, spans))
+        painted.append(np.empty((*level_HW.shape, 3)))
+        for region, span in spans.items():
+            painted[-1][level_HW == region] = span.colour()
         parents = level_HW
-    return np.stack([_to_srgb(lch) for lch in (*painted, _shade_tokens(painted[-1]))])
+    rows, columns = np.indices(parents.shape)
+    painted.append(painted[-1].copy())
+    # Five shades in a pattern in which none of the eight neighbours of a token has the same shade.
+    painted[-1][..., 0] += TOKEN_STEP * ((2 * rows + columns) % 5 - 2)
+    return np.stack([_to_srgb(lch) for lch in painted])
 
 
 def _principal_axes(centred_MC: np.ndarray) -> np.ndarray:
@@ -159,21 +165,6 @@ def _divide_spans(
         for parent, regions in children.items()
         for region, span in zip(regions, spans[parent].divide(len(regions)), strict=True)
     }
-
-
-def _paint(level_HW: np.ndarray, spans: Mapping[int, _Span]) -> np.ndarray:
-    lch = np.empty((*level_HW.shape, 3))
-    for region, span in spans.items():
-        lch[level_HW == region] = span.colour()
-    return lch
-
-
-def _shade_tokens(lch_HW3: np.ndarray) -> np.ndarray:
-    rows, columns = np.indices(lch_HW3.shape[:2])
-    shaded = lch_HW3.copy()
-    # Five shades in a pattern in which none of the eight neighbours of a token has the same shade.
-    shaded[..., 0] += TOKEN_STEP * ((2 * rows + columns) % 5 - 2)
-    return shaded
 
 
 def _to_srgb(lch: np.ndarray) -> np.ndarray:

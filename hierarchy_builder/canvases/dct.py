@@ -64,13 +64,18 @@ class DctBasis(nn.Module):
         for channel in channels:
             energy[channel[:3]] = energy.get(channel[:3], 0.0) + channel[3] ** 2
         energy_C = torch.tensor([energy[channel[:3]] for channel in channels], dtype=torch.float64)
-        self._constant("analysis", images * scale_C[:, None, None, None])
-        self._constant("synthesis", images * (scale_C / energy_C)[:, None, None, None])
-        self._constant("offset", torch.tensor([channel[4] for channel in channels]))
-        self._constant("rgb_to_lms", torch.tensor(RGB_TO_LMS, dtype=torch.float64))
-        self._constant("lms_to_rgb", torch.tensor(RGB_TO_LMS, dtype=torch.float64).inverse())
-        self._constant("lms_to_lab", torch.tensor(LMS_TO_LAB, dtype=torch.float64))
-        self._constant("lab_to_lms", torch.tensor(LMS_TO_LAB, dtype=torch.float64).inverse())
+        to_lms, to_lab = (torch.tensor(rows, dtype=torch.float64) for rows in (RGB_TO_LMS, LMS_TO_LAB))
+        constants = {
+            "analysis": images * scale_C[:, None, None, None],
+            "synthesis": images * (scale_C / energy_C)[:, None, None, None],
+            "offset": torch.tensor([channel[4] for channel in channels]),
+            "rgb_to_lms": to_lms,
+            "lms_to_rgb": to_lms.inverse(),
+            "lms_to_lab": to_lab,
+            "lab_to_lms": to_lab.inverse(),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value.float(), persistent=False)
 
     @classmethod
     def default(cls) -> DctBasis:
@@ -140,9 +145,6 @@ class DctBasis(nn.Module):
         # The floor keeps the gradient of the power finite at black.
         gamma = 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055
         return torch.where(linear <= 0.0031308, linear * 12.92, gamma).clamp(0, 1)
-
-    def _constant(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value.float(), persistent=False)
 
 
 def _mix(matrix: Tensor, images: Tensor) -> Tensor:

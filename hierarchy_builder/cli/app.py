@@ -57,7 +57,7 @@ WHOLE, STAGES, CHECKS = "From photos to shards", "One stage at a time", "Look, c
     out=option("Folder or URL of a new build; leave it out where IMAGES is DIR.", **FOLDER),
     **(opt.ENCODING | opt.RUN | opt.ONCE | opt.TRUST | OUTPUT),
 )
-def extract(images: str, out: Path | None, class_map: str | None, **given: Any) -> None:
+def extract(images: str, out: Path | None, **given: Any) -> None:
     """Encode images: images → index.parquet and features.zarr."""
     from hierarchy_builder.build import pipeline as steps
     from hierarchy_builder.encoders import check_stored_encoder
@@ -71,11 +71,11 @@ def extract(images: str, out: Path | None, class_map: str | None, **given: Any) 
     if stored and given["encoder"] is None:
         check_stored_encoder(resolved.encoder, folder.root, trusted=given["trust_encoder"])
     show_config({"extract": to_mapping(resolved)}, given["quiet"])
-    once = {name: given[name] for name in ("retry_failed", "accept_new_files")}
+    once = {name: given[name] for name in ("class_map", "retry_failed", "accept_new_files")}
     with folder.locked(say):
         _confirm_fresh(folder, "extract", given)
         source = images if out else None
-        summary = steps.extract(folder, source, resolved, _session(given), class_map=class_map, **once)
+        summary = steps.extract(folder, source, resolved, _session(given), **once)
         print_stages([summary], given["as_json"])
     say_next(f"features lie in {folder.features}", [(PROGRAM, "cluster", folder.root)], given["quiet"])
 

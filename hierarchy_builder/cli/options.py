@@ -169,8 +169,8 @@ def resolve_recipe(given: Mapping[str, Any], stored: Mapping[str, Any] | None = 
     if named not in (None, *RECIPES):
         raise UsageError(f"--recipe is {named!r}, expected {' or '.join(RECIPES)}")
     base = stored if named is None else to_mapping(RECIPES[named]())
-    flags = {**given, "cuts": numbers(given["cuts"])}
-    recipe: HierarchyRecipe = resolve(HierarchyRecipe, "hierarchy", flags, base)
+    asked = {**given, "cuts": numbers(given["cuts"])}
+    recipe: HierarchyRecipe = resolve(HierarchyRecipe, "hierarchy", asked, base)
     if recipe.masks is None and (recipe.masks_level or given["masks_level"] is not None):
         raise UsageError(
             f"--masks-level is {recipe.masks_level}, the level that label maps give, and no --masks FOLDER names any"
@@ -187,8 +187,8 @@ def resolve_vocabulary(
         if backend is not None:
             raise UsageError("--backend chooses the engine of --vocabulary, which is not given")
         return None
-    flags = {"sizes": numbers(sizes, "--vocabulary", "256 or 64,512,4096", int), "backend": backend}
-    return resolve(VocabularyConfig, "vocabulary", {**flags, "config": given["config"]}, stored)
+    asked = {"sizes": numbers(sizes, "--vocabulary", "256 or 64,512,4096", int), "backend": backend}
+    return resolve(VocabularyConfig, "vocabulary", {**asked, "config": given["config"]}, stored)
 
 
 def numbers(

@@ -60,18 +60,17 @@ def _cosines(tokens_NTC: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
     rows = tokens_NTC.to(dtype).numpy()
     with np.errstate(over="ignore", invalid="ignore"):  # callers detect NaN and infinity by their spread
         products = np.matmul(rows, rows.swapaxes(1, 2))  # BLAS uses syrk: half the work, symmetric result
-    cosines = np.empty(products.shape)
-    _scale(products, cosines)
-    return cosines
+    return _scaled(products)
 
 
 @numba.njit(cache=True, nogil=True)
-def _scale(products: np.ndarray, cosines: np.ndarray) -> None:
+def _scaled(products: np.ndarray) -> np.ndarray:
     num_images, num_tokens, _ = products.shape
-    inverse = np.empty(num_tokens)
+    cosines, inverse = np.empty(products.shape), np.empty(num_tokens)
     for n in range(num_images):
         for i in range(num_tokens):
             inverse[i] = 1.0 / (np.sqrt(np.float64(products[n, i, i])) + NORM_EPSILON)
         for i in range(num_tokens):
             for j in range(num_tokens):
                 cosines[n, i, j] = products[n, i, j] * (inverse[i] * inverse[j])
+    return cosines

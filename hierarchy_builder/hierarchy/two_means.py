@@ -40,20 +40,16 @@ def two_means(gram: np.ndarray, seed: int, num_channels: int, num_starts: int = 
     return labels
 
 
+@numba.njit(cache=True, nogil=True)
 def inertia(gram: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Sum of squared distances of the tokens of each image to the mean of their cluster, [N].
 
     gram: float64 [N, T, T]. labels: uint8 [N, T] of 0 and 1.
     """
     found = np.empty(len(gram))
-    _inertia_of_images(gram, labels, found)
-    return found
-
-
-@numba.njit(cache=True, nogil=True)
-def _inertia_of_images(gram: np.ndarray, labels: np.ndarray, found: np.ndarray) -> None:
-    for n in range(gram.shape[0]):
+    for n in range(len(gram)):
         found[n] = _inertia_of(gram[n], labels[n])
+    return found
 
 
 @numba.njit(cache=True, nogil=True)

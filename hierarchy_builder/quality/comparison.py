@@ -5,7 +5,7 @@ N images in both, L levels (coarse → fine), l levels that both have, H×W grid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def compare_builds(a: BuildFolder, b: BuildFolder) -> Comparison:
 def comparison_tables(found: Comparison) -> dict[str, list[dict[str, Any]]]:
     """Return the tables of the terminal and the page: title → rows."""
     builds, both, changed = found.build_names, len(found.keys), found.most_changed()
-    facts = {
+    facts: dict[str, Sequence[Any]] = {
         "folder": [str(folder.root) for folder in found.builds],
         **_differing_settings(*found.builds),
         "levels": found.num_levels,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hierarchy_builder.canvases.gallery import Code, Facts, Gallery, Page, Secti
 from hierarchy_builder.canvases.views import HierarchyView, hierarchy_viewers, shared_palette
 from hierarchy_builder.errors import BuilderError, ImageError, UsageError
 from hierarchy_builder.images.decoding import crop_square, decode_image
-from hierarchy_builder.images.sources import Reader, open_reader
+from hierarchy_builder.images.sources import open_reader
 from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.quality.scores import flag_names
 from hierarchy_builder.records import ImageRecord
@@ -100,14 +100,12 @@ def hierarchy_views(
     folder: BuildFolder, records: Sequence[ImageRecord], rows: Sequence[int]
 ) -> list[HierarchyView]:
     """Return what a page shows of the given rows; a photo is None where it cannot be read any more."""
-    stored, encoder = Stored(folder), stage_entry(folder, "extract")["inputs"]["encoder"]
-    basis = DctBasis.from_spec(encoder["decoder"]) if encoder["decoder"] else None
-    reader = photo_reader(folder)
-    views = []
+    stored, decoder = Stored(folder), stage_entry(folder, "extract")["inputs"]["encoder"]["decoder"]
+    basis = DctBasis.from_spec(decoder) if decoder else None
+    read_photo, views = photo_reader(folder), []
     for row in rows:
         one = slice(row, row + 1)
-        tokens = stored.rows("features", one)
-        ids = stored.rows("regions", one)
+        tokens, ids = stored.rows("features", one), stored.rows("regions", one)
         flags = flag_names(int(stored.rows("flags", one)[0]))
         views.append(
             HierarchyView(
@@ -115,7 +113,7 @@ def hierarchy_views(
                 class_name=records[row].class_name,
                 regions=ids[0],
                 features=tokens[0],
-                photo=read_photo(reader, records[row], encoder["image_size_px"]),
+                photo=read_photo(records[row]),
                 decoded=None if basis is None else _decode(basis, level_canvases(tokens, ids)[0]),
                 notes={"flags": ", ".join(flags)} if flags else {},
             )
@@ -153,22 +151,21 @@ def choose_rows(
     return [row for row in chain.from_iterable(turns) if row is not None][:limit]
 
 
-def photo_reader(folder: BuildFolder) -> Reader | None:
-    """Open the photos of a build; returns None where they are gone."""
+def photo_reader(folder: BuildFolder) -> Callable[[ImageRecord], np.ndarray | None]:
+    """Return what reads the crop of an image that was encoded, uint8 [S, S, 3]; it gives None where that is gone."""
+    size_px = stage_entry(folder, "extract")["inputs"]["encoder"]["image_size_px"]
     try:
-        return open_reader(stored_source(folder))
+        reader = open_reader(stored_source(folder))
     except (BuilderError, OSError):
-        return None
+        return lambda record: None
 
+    def read(record: ImageRecord) -> np.ndarray | None:
+        try:
+            return crop_square(decode_image(reader.read(record.path))[0], size_px)
+        except (ImageError, OSError):
+            return None
 
-def read_photo(reader: Reader | None, record: ImageRecord, size_px: int) -> np.ndarray | None:
-    """Return the crop that was encoded, uint8 [S, S, 3], or None where it cannot be read any more."""
-    if reader is None:
-        return None
-    try:
-        return crop_square(decode_image(reader.read(record.path))[0], size_px)
-    except (ImageError, OSError):
-        return None
+    return read
 
 
 def _decode(basis: DctBasis, canvases: np.ndarray) -> np.ndarray:

@@ -17,10 +17,10 @@ from hierarchy_builder.canvases.gallery import Facts, Page, Plots, Section, Stri
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.machine.process import num_cpus
-from hierarchy_builder.quality.report import photo_reader, read_photo
+from hierarchy_builder.quality.report import photo_reader
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_images
-from hierarchy_builder.store.ledger import read_manifest, stage_entry
+from hierarchy_builder.store.ledger import read_manifest
 from hierarchy_builder.store.stored import Stored, fitted_vocabulary
 from hierarchy_builder.store.units import finished_stage, refuse_fused, stage_units
 from hierarchy_builder.terminal import counted
@@ -191,14 +191,13 @@ def _pictures(
     folder: BuildFolder, level: int, parts: Parts, needed: np.ndarray
 ) -> dict[int, tuple[str, np.ndarray]]:
     """Return the key of the image and the picture of each needed part; threads decode every photo once."""
-    records, reader = read_images(folder.index), photo_reader(folder)
-    size_px = stage_entry(folder, "extract")["inputs"]["encoder"]["image_size_px"]
+    records, read_photo = read_images(folder.index), photo_reader(folder)
     rows = np.unique(parts.rows[needed])
     regions = Stored(folder).rows("regions", rows)[:, level]
 
     def draw(row: int, ids: np.ndarray) -> dict[int, tuple[str, np.ndarray]]:
         record, mine = records[row], needed[parts.rows[needed] == row]
-        photo = read_photo(reader, record, size_px)
+        photo = read_photo(record)
         return {part: (record.key, part_picture(photo, ids == parts.regions[part])) for part in mine.tolist()}
 
     with ThreadPoolExecutor(num_cpus()) as pool:
