@@ -127,9 +127,8 @@ def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
     shift = (torch.rand(B, 2, generator=generator, device=device) * (2 * reach + 1)).floor().long() - reach
     rows = torch.arange(height, device=device) + shift[:, :1]
     columns = torch.arange(width, device=device) + shift[:, 1:]
-    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
-        :, None, None, :
-    ]
+    near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    inside = (rows == near_rows)[:, None, :, None] & (columns == near_columns)[:, None, None, :]
     batch = torch.arange(B, device=device)[:, None, None]
-    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
-    return x.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2) * inside
+    moved = x.permute(0, 2, 3, 1)[batch, near_rows[:, :, None], near_columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2) * inside

@@ -250,7 +250,14 @@ def load_rae_decoder(weights: str | Path, config: Mapping[str, Any] | str | Path
     given = config if isinstance(config, Mapping) else read_fields(Path(config)) if config else None
     where = f"decoder config {config}" if isinstance(config, str | Path) else "decoder config"
     tensors = release_tensors(read_weights(Path(weights)), weights)
-    shape = _read_config(decoder_fields(given, tensors, where if given is not None else weights), where)
+    values = decoder_fields(given, tensors, where if given is not None else weights)
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
+    known = {field.name for field in dataclasses.fields(RaeDecoderConfig)}
+    try:
+        shape = checked(RaeDecoderConfig, {name: values[name] for name in known & values.keys()}, where)
+    except UsageError as error:
+        raise UsageError(f"{error}; {PUBLISHED}") from None
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in RaeDecoder(shape).state_dict().items()}
     picture = [tensors.pop(f"encoder_{name}", None) for name in ("mean", "std")]
@@ -342,16 +349,6 @@ def decoder_from_spec(spec: Mapping[str, Any] | None) -> DctDecoder | None:
 def to_uint8(images: Tensor) -> Tensor:
     """RGB [B, 3, h, w], clamped to [0, 1] → uint8 [B, h, w, 3]."""
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _read_config(values: Mapping[str, Any], where: str) -> RaeDecoderConfig:
-    if values.get("hidden_act", "gelu") != "gelu":
-        raise UsageError(f"{where}: hidden_act is {values['hidden_act']!r}, expected 'gelu'")
-    known = {field.name for field in dataclasses.fields(RaeDecoderConfig)}
-    try:
-        return checked(RaeDecoderConfig, {name: values[name] for name in known & values.keys()}, where)
-    except UsageError as error:
-        raise UsageError(f"{error}; {PUBLISHED}") from None
 
 
 def _release_name(name: str) -> str:
