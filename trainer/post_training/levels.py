@@ -9,7 +9,7 @@ float64, so those of two halves of the shards add up to those of the whole, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,6 +151,7 @@ def moments_of_shards(
     world: World,
 ) -> LevelMoments:
     """Sum over all images of the shards, in one pass; the ranks share it. Canvases are in units of the network."""
+    reader, starts = ShardReader(index), range(0, index.num_samples, READ_TOGETHER)
     by_class, K = "each" in config.classes, index.num_classes
     images = torch.zeros(K, dtype=torch.float64, device=world.device)
     found: dict[str, Sums] = {}
@@ -163,7 +164,10 @@ def moments_of_shards(
             )
         shapes = ((K,), (K, D), (K, D, D) if by_class else (D, D))
         found[space.name] = Sums(*(images.new_zeros(shape) for shape in shapes))
-    for canvases, label in _parts(index, normaliser, world):
+    for start in starts[world.rank :: world.size]:
+        stored = reader.read_rows(range(start, min(start + READ_TOGETHER, index.num_samples)))
+        part = stored.to(world.device)
+        canvases, label = part.canvases(normaliser), part.label
         images += torch.bincount(label, minlength=K)
         for space in spaces:
             rows = space.rows(canvases, config.pooled_grid).double()
@@ -175,16 +179,6 @@ def moments_of_shards(
             else:
                 flat = rows.flatten(0, 1)
                 second += flat.T @ flat
+    reader.close()
     sums = {name: Sums(*map(world.sum, each)) for name, each in found.items()}
     return LevelMoments(world.sum(images), sums)
-
-
-def _parts(index: ShardIndex, normaliser: Normaliser, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """Canvases [b, L, H, W, C] and labels [b] of this rank's share of the shards."""
-    reader = ShardReader(index)
-    starts = range(0, index.num_samples, READ_TOGETHER)
-    for start in starts[world.rank :: world.size]:
-        rows = reader.read_rows(range(start, min(start + READ_TOGETHER, index.num_samples)))
-        rows = rows.to(world.device)
-        yield rows.canvases(normaliser), rows.label
-    reader.close()
