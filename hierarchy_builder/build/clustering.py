@@ -67,7 +67,7 @@ def cluster(folder: BuildFolder, recipe: HierarchyRecipe, session: Session) -> S
     blocks = stage_units(folder, "cluster")
     image_size_px = extracted["inputs"]["encoder"]["image_size_px"]
     load = partial(ClusterStage.load, folder, recipe, image_size_px)
-    return _with_regions(do_units(load, ledger, blocks, session, "cluster"), folder)
+    return _with_regions(do_units(load, ledger, blocks, session), folder)
 
 
 def cluster_inputs(recipe: HierarchyRecipe, extract_hash: str, paths: pa.ChunkedArray) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def recut(folder: BuildFolder, cuts: Sequence[float], session: Session) -> Stage
         shape = store_layout(stage_entry(folder, "extract"))
         layout = stores.stage_layout("cluster", *shape, recipe.num_levels)
         stores.create(folder.recut, {"regions": layout["regions"]})
-        summary = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session, "recut")
+        summary = do_units(partial(RecutStage, folder, recipe), ledger, blocks, session)
         replace_regions(folder, inputs, {"request": to_mapping(recipe)})
         settle_recut(folder)
     return _with_regions(summary, folder)
@@ -180,7 +180,7 @@ def link(folder: BuildFolder, session: Session) -> StageSummary:
     ledger = begin_stage(folder, "link", inputs, {}, fresh=session.fresh)
     stores.create(*layout_of(folder, "link"))
     blocks = stage_units(folder, "link")
-    summary = do_units(partial(LinkStage.load, folder, level), ledger, blocks, session, "link")
+    summary = do_units(partial(LinkStage.load, folder, level), ledger, blocks, session)
     images = sum(result["images"] for result in ledger.results(len(blocks)))
     return replace(summary, images=images, num_bytes=size_on_disk(folder.regions / "prototypes"))
 

@@ -82,6 +82,6 @@ def extract(
     stores.create(*layout_of(folder, "extract"))
     del encoder
     load = partial(ExtractStage.load, folder, images.location, config)
-    summary = do_units(load, ledger, blocks, session, "extract", encoder=partial(asked_encoder, config))
+    summary = do_units(load, ledger, blocks, session, encoder=partial(asked_encoder, config))
     notes = end_images(folder, ledger, blocks, records, config, session)
     return replace(summary, num_bytes=size_on_disk(folder.features), notes=notes)

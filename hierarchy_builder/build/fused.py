@@ -181,7 +181,7 @@ def fuse(
     del encoder
     load = partial(FuseStage.load, folder, images.location, plan)
     apart, cut = partial(asked_encoder, extract), assembly.advance
-    summary = do_units(load, ledger, blocks, session, "fuse", encoder=apart, after_unit=cut)
+    summary = do_units(load, ledger, blocks, session, encoder=apart, after_unit=cut)
     assembly.advance()
     notes = end_images(folder, ledger, blocks, records, extract, session)
     publish_shards(folder, config, assembly.results())

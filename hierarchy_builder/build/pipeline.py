@@ -112,7 +112,7 @@ def shard(folder: BuildFolder, config: ShardConfig, session: Session) -> StageSu
     )
     _forget_lost_tars(folder, config, ledger, units)
     load = partial(ShardStage, folder, config, ledger.stage_hash)
-    summary = do_units(load, ledger, units, session, "shard")
+    summary = do_units(load, ledger, units, session)
     results = list(ledger.results(len(units)))
     if config.covariance:
         sum_covariance(folder, session)
@@ -128,7 +128,7 @@ def sum_covariance(folder: BuildFolder, session: Session) -> None:
     if not stores.has_scatter(folder.features):  # the features were rebuilt
         folder.remove(ledger.folder)
         stores.create(*layout_of(folder, "covariance"))
-    do_units(partial(CovarianceStage, folder), ledger, stage_units(folder, "extract"), session, "covariance")
+    do_units(partial(CovarianceStage, folder), ledger, stage_units(folder, "extract"), session)
 
 
 def _forget_lost_tars(

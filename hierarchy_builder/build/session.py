@@ -79,7 +79,6 @@ def do_units(
     ledger: Ledger,
     units: Sequence[Block],
     session: Session,
-    stage: str,
     *,
     encoder: Callable[[], Encoder] | None = None,
     after_unit: Callable[[], None] = lambda: None,
@@ -91,7 +90,7 @@ def do_units(
     """
     todo = ledger.missing(units)
     total, waiting = sum(map(len, units)), sum(map(len, todo))
-    live = BuildFolder(ledger.folder.parents[1]).live
+    stage, live = ledger.folder.name, BuildFolder(ledger.folder.parents[1]).live
     if 0 < waiting < total:
         session.reporter.say(
             f"{stage}: goes on after {total - waiting:,} of {total:,} images, which are done"

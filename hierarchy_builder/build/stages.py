@@ -258,7 +258,7 @@ class ShardStage:
 
     def _samples(self, unit: Block) -> Iterator[Sample]:
         rows = self.usable_rows[unit.start : unit.stop]
-        names = ("features", *self._stored.region_arrays())
+        names = ("features", *self._stored.region_arrays)
         step = stores.ROWS_PER_CHUNK * 16
         for some in (rows[i : i + step] for i in range(0, len(rows), step)):
             span = slice(int(some[0]), int(some[-1]) + 1)

@@ -169,12 +169,16 @@ class Ledger:
 
         The outcomes of its images between them, a hundred times as long, are neither read nor checked.
         """
-        found = {} if is_remote(self.folder) else _top_level(_ends_of(self.marker(unit)))
+        found = dict[str, str]()
+        if not is_remote(self.folder):  # where a part of it takes one request too
+            if not (ends := _ends_of(self.marker(unit))):
+                return None
+            found = _top_level(ends)
         if found.keys() >= {"images", "seconds", "stage_hash", "unit"}:
             if (found["stage_hash"], int(found["unit"])) != (self.stage_hash, unit):
                 return None
             return {"images": int(found["images"]), "seconds": float(found["seconds"])}
-        marker = or_none(self.result, unit)  # at a URL a part of it takes one request too
+        marker = or_none(self.result, unit)
         return None if marker is None else {name: marker[name] for name in ("images", "seconds")}
 
 

@@ -18,7 +18,7 @@ from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger, Marker, open_ledger, recorded_stages
 from hierarchy_builder.store.statistics import Moments, joint_moments
-from hierarchy_builder.store.units import layout_of, store_layout
+from hierarchy_builder.store.units import layout_of, stage_units
 
 
 @dataclass
@@ -49,9 +49,8 @@ class Stored:
 
     def rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
         """Return rows of one array; an index array must rise."""
-        num_rows, block_rows, _ = self._layout
-        numbers = np.arange(*rows.indices(num_rows)) if isinstance(rows, slice) else rows
-        touched = np.unique(numbers // block_rows)
+        numbers = np.arange(*rows.indices(self._blocks[-1].stop)) if isinstance(rows, slice) else rows
+        touched = np.unique(numbers // len(self._blocks[0]))
         self._compare(name, touched.tolist())
         return stores.read_rows(self._group(name), name, rows)
 
@@ -61,17 +60,14 @@ class Stored:
         moments = Moments(int(count), mean, m2)
         return joint_moments(moments, self.block("block_scatter", block)[0]) if joint else moments
 
+    @cached_property
     def region_arrays(self) -> list[str]:
-        """Return the arrays of regions.zarr that a sample is made from."""
-        return ["regions", "flags", *(["prototypes"] if "link" in self._entries else [])]
+        """The arrays of regions.zarr that a sample is made from."""
+        return ["regions", "flags", *(["prototypes"] if "link" in recorded_stages(self.folder) else [])]
 
     @cached_property
-    def _entries(self) -> dict[str, dict[str, Any]]:
-        return recorded_stages(self.folder)
-
-    @cached_property
-    def _layout(self) -> tuple[int, int, dict[str, Any]]:
-        return store_layout(self._entries["extract"])
+    def _blocks(self) -> list[Block]:
+        return stage_units(self.folder, "extract")
 
     def _path(self, name: str) -> Path:
         is_of_features = stores.ARRAYS[name].stage in ("extract", "covariance")
@@ -84,7 +80,7 @@ class Stored:
         return self._groups[path]
 
     def _compare(self, name: str, numbers: Iterable[int]) -> None:
-        stage, (num_rows, block_rows, _) = stores.ARRAYS[name].stage, self._layout
+        stage = stores.ARRAYS[name].stage
         if name not in self._described:
             path, layout = layout_of(self.folder, stage)
             if damaged := stores.damaged_layout(path, {name: layout[name]}, self._group(name)):
@@ -94,12 +90,10 @@ class Stored:
         if stage not in self._ledgers:
             self._ledgers[stage] = open_ledger(self.folder, stage)
         for number in (number for number in numbers if (name, number) not in self._compared):
-            start = number * block_rows
-            block = Block(number=number, start=start, stop=min(start + block_rows, num_rows))
             marker = self._told.get(stage)
             if marker is None or marker["unit"] != number:
                 marker = self._told[stage] = self._ledgers[stage].result(number)
-            if not is_as_written(self._group(name), name, block, marker):
+            if not is_as_written(self._group(name), name, self._blocks[number], marker):
                 raise VerificationError(
                     f"{stores.shard_file(self._path(name), name, number)} is missing or not the file that {stage} "
                     f"wrote: run `hierarchy-builder repair {self.folder.root}`"

@@ -456,7 +456,7 @@ class _ExpectedTar:
             return f"not row {row} of the index, {record.key} of class {record.label}"
         if self.stored is None or number not in self.sampled:
             return None
-        names = ("features", *self.stored.region_arrays())
+        names = ("features", *self.stored.region_arrays)
         arrays = {name: self.stored.rows(name, slice(row, row + 1))[0] for name in names}
         again = make_sample(record, self.facts[number], arrays, self.config, sample.image)
         found, made = encode_sample(sample), encode_sample(again)
