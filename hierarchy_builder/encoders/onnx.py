@@ -106,9 +106,9 @@ class OnnxEncoder:
 
     def _choose_output(self, wanted: str | None) -> str:
         outputs, fitting = self.outputs, self._fitting()
-        if wanted in outputs:
+        if wanted is not None and wanted in outputs:
             return wanted
-        if wanted not in (None, LAST):
+        if wanted is not None and wanted != LAST:
             raise UsageError(f"{self.name}: unknown output {wanted!r}, {nearest(wanted, outputs)}")
         if not fitting:
             raise UsageError(

@@ -280,8 +280,9 @@ def _require_trees_of(mask: np.ndarray, merges: np.ndarray) -> None:
     all_rows = object_rows + np.maximum((~mask).sum(axis=1) - 1, 0)
     wrong = np.flatnonzero((rows != object_rows) & (rows != all_rows) & (rows != 0))
     if wrong.size:
+        shown = ", ".join(map(str, wrong[:16])) + (f" and {wrong.size - 16} more" if wrong.size > 16 else "")
         raise BuilderError(
-            f"merges of image rows {_listed(wrong)} do not belong to these objects: a tree of m tokens has "
+            f"merges of image rows {shown} do not belong to these objects: a tree of m tokens has "
             "m − 1 rows; pass regions and merges of the same build"
         )
 
@@ -295,8 +296,3 @@ def _require_few_regions(level: np.ndarray, cut: float) -> None:
             f"cut {cut} leaves {most[wrong[0]]} object regions in image row {wrong[0]} ({wrong.size} such "
             f"images), at most {MAX_REGIONS - 1} fit uint8: {change}, or use a smaller grid"
         )
-
-
-def _listed(rows: np.ndarray) -> str:
-    shown = ", ".join(str(row) for row in rows[:16])
-    return shown if rows.size <= 16 else f"{shown} and {rows.size - 16} more"
