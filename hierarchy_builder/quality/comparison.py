@@ -183,7 +183,7 @@ def comparison_tables(found: Comparison) -> dict[str, list[dict[str, Any]]]:
     }
 
     def by_level(values: Iterable[float]) -> dict[str, float]:
-        return dict(zip(found.level_names, (round(value, 3) for value in values), strict=True))
+        return dict(zip(found.level_names, values, strict=True))
 
     levels = found.by_level()
     tables = {
@@ -191,11 +191,11 @@ def comparison_tables(found: Comparison) -> dict[str, list[dict[str, Any]]]:
             {"of each build": name, **dict(zip(builds, row, strict=True))} for name, row in facts.items()
         ],
         IN_BOTH: [
-            {"score": figure.words, **by_level(level[figure.names] for level in levels)}
+            {"score": figure.words, **by_level(round(level[figure.names], 3) for level in levels)}
             for figure in SCORES.with_names(*builds).figures
         ],
         MOST_CHANGED: [
-            {"key": found.keys[n], **by_level(found.adjusted_rand[n].tolist())}
+            {"key": found.keys[n], **by_level(found.adjusted_rand[n].round(3).tolist())}
             for n in changed[:IMAGES_SHOWN]
         ],
     }
