@@ -11,7 +11,6 @@ from the last checkpoint: the run must be at a URL, or in a folder that every no
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -93,14 +92,11 @@ def train(
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainerError(f"{out}: a rank failed: {_reason(error)}") from None
-    interrupted = (result.metrics or {}).get("interrupted")
-    if interrupted:
+    if interrupted := (result.metrics or {}).get("interrupted"):
         raise InterruptedRunError(interrupted)
     state = saved.load_state(saved.find_checkpoint(run_folder(out)))
-    wanted = ("step", "images_seen", "seconds", "loss")
-    print_result(
-        {name: value for name, value in dataclasses.asdict(state).items() if name in wanted}, as_json
-    )
+    shown = ("step", "images_seen", "seconds", "loss")
+    print_result({name: getattr(state, name) for name in shown}, as_json)
 
 
 def run_rank(config: dict[str, Any]) -> None:

@@ -84,10 +84,8 @@ def sample(run: Path, labels: str, out: Path, **given: Any) -> None:
     facts |= {"temperature": how["temperature"]} if how["temperature"] != 1 else {}
     written = write_samples(drawn, out, formats, len(ids), facts)
     print_result(list(opt.follow_for(given)(written, "sampling", len(ids))), given["as_json"])
-    look: list[tuple[object, ...]] = [("trainer", "report", named(run))]
-    if "safetensors" in formats:
-        first = sorted(out.rglob("*.safetensors"))[:1]
-        look = [*(("trainer", "edit", file, "--list") for file in first), *look]
+    files = sorted(out.rglob("*.safetensors")) if "safetensors" in formats else []
+    look = [*(("trainer", "edit", file, "--list") for file in files[:1]), ("trainer", "report", named(run))]
     say_next(f"wrote {', '.join(formats)} to {out}", look, given["quiet"])
 
 

@@ -118,7 +118,14 @@ def edit(trajectory: Path, level: int | None, seed: int | None, as_json: bool, *
             stderr.print(edits.region_map(before, level), highlight=False)
         print_result(edits.region_rows(before, level), as_json)
         return
-    after = edits.edited(before, level, given | _split_regions(**given))
+    if len(regions := given["region"] or []) > 1 and given["from_region"] is None:
+        if len(regions) > 2:
+            raise UsageError(
+                f"{len(regions)} times --region: the second is that of the source; for several regions edited give the "
+                "source's as --from-region"
+            )
+        given |= {"region": regions[:1], "from_region": regions[1]}
+    after = edits.edited(before, level, given)
     reference, against = before, f"{trajectory.name} as it is in the file"
     if given["resume"] or seed is not None:
         if level is None:
@@ -227,18 +234,3 @@ def sweep(run: Path, labels: str | None, levels: str | None, out: Path | None, *
     )
     table, as_json = sweeping.summary_table(summary), given["as_json"]
     print_result(result if as_json else table, as_json, title, sweeping.BASELINES)
-
-
-def _split_regions(
-    region: list[int] | None, from_region: int | None, **others: Any
-) -> dict[str, list[int] | int | None]:
-    """The regions to edit and that of the source, which is --from-region or else the last of two --region."""
-    region = region or []
-    if from_region is not None or len(region) < 2:
-        return {"region": region, "from_region": from_region}
-    if len(region) > 2:
-        raise UsageError(
-            f"{len(region)} times --region: the second is that of the source; for several regions edited give the "
-            "source's as --from-region"
-        )
-    return {"region": region[:1], "from_region": region[1]}

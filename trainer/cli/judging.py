@@ -83,12 +83,6 @@ def measured(
     if len(rows) > 1:
         mean = statistics.fmean(row["ratio"] for row in rows)
         is_trained = any(row["trained_on"] for row in rows)
-        whole = {
-            "judge": "mean",
-            "frechet": None,
-            "of_validation": None,
-            "ratio": mean,
-            "trained_on": is_trained,
-        }
-        rows.append({**rows[-1], **whole})
+        distances = dict.fromkeys(("frechet", "of_validation"))
+        rows.append(rows[-1] | distances | {"judge": "mean", "ratio": mean, "trained_on": is_trained})
     return rows

@@ -81,16 +81,11 @@ def _object(clusters: np.ndarray) -> np.ndarray:
 
 def _numbered(clusters: np.ndarray, is_background: np.ndarray) -> np.ndarray:
     """Number clusters by the rule of `extract_regions`."""
-    flat = clusters.ravel()
-    _, first, flat = np.unique(flat, return_index=True, return_inverse=True)
-    order = [int(cluster) for cluster in np.argsort(first)]
+    _, first, flat = np.unique(clusters.ravel(), return_index=True, return_inverse=True)
+    start = 1
     if is_background.any():
-        behind = int(np.bincount(flat[is_background.ravel()], minlength=len(order)).argmax())
-        order.remove(behind)
-        order.insert(0, behind)
-        start = 0
-    else:
-        start = 1
-    ids = np.empty(len(order), dtype=np.int64)
-    ids[order] = np.arange(start, start + len(order))
+        behind = np.bincount(flat[is_background.ravel()], minlength=len(first)).argmax()
+        first[behind], start = -1, 0  # before all others
+    ids = np.empty(len(first), dtype=np.int64)
+    ids[np.argsort(first)] = np.arange(start, start + len(first))
     return ids[flat].reshape(clusters.shape)
