@@ -41,10 +41,13 @@ TITLE = "Generated trajectories"
 
 
 class Drawn:
-    """A trajectory and its pictures, which are decoded once and only if a file shows them."""
+    """A trajectory and its pictures, which are decoded once and only if a file shows them.
 
-    def __init__(self, trajectory: Trajectory) -> None:
-        self.trajectory = trajectory
+    number: of the trajectories before it.
+    """
+
+    def __init__(self, trajectory: Trajectory, number: int) -> None:
+        self.trajectory, self.number = trajectory, number
         self.label, self.seed = trajectory.label, trajectory.seeds[-1]
         self.name = f"label{self.label:04d}-seed{self.seed:06d}"
 
@@ -125,21 +128,19 @@ def _write_html(path: Path, views: Views, palette: Palette | None, facts: Facts)
 @contextmanager
 def _tars(out: Path, count: int, facts: Facts) -> Iterator[Add]:
     """`samples-000000.tar` for webdataset: `canvases.npy` float16 [L, H, W, C], `cls`, `json`; `png` of level L−1."""
-    written = 0
     writer: Any = None
     with ExitStack() as opened:
 
         def add(drawn: Drawn) -> None:
-            nonlocal written, writer
-            if written % PER_TAR == 0:
+            nonlocal writer
+            if drawn.number % PER_TAR == 0:
                 opened.close()
-                place = whole_file(out / f"samples-{written // PER_TAR:06d}.tar")
+                place = whole_file(out / f"samples-{drawn.number // PER_TAR:06d}.tar")
                 options = {"encoder": False, "mtime": 0, "user": "", "group": "", "mode": 0o444}
                 writer = opened.enter_context(
                     webdataset.TarWriter(str(opened.enter_context(place)), **options)
                 )
             writer.write({"__key__": drawn.name, **_members(drawn)})
-            written += 1
 
         yield add
 
@@ -148,11 +149,9 @@ def _tars(out: Path, count: int, facts: Facts) -> Iterator[Add]:
 def _arrays(out: Path, count: int, facts: Facts) -> Iterator[Add]:
     """`samples.npz`: `levels` float32 [N, L, H, W, C], `label` and `seed` int64 [N], `pictures` uint8 [N, h, w, 3]."""
     arrays: dict[str, np.memmap] = {}
-    written = 0
     with tempfile.TemporaryDirectory(prefix="samples.tmp-", dir=out, ignore_cleanup_errors=True) as folder:
 
         def add(drawn: Drawn) -> None:
-            nonlocal written
             values = {
                 "levels": drawn.trajectory.levels.numpy(),
                 "label": np.asarray(drawn.label),
@@ -166,8 +165,7 @@ def _arrays(out: Path, count: int, facts: Facts) -> Iterator[Add]:
                     array = np.lib.format.open_memmap(path, "w+", value.dtype, (count, *value.shape))
                     reserve(path)
                     arrays[name] = array
-                arrays[name][written] = value
-            written += 1
+                arrays[name][drawn.number] = value
 
         yield add
         _pack(arrays, out / "samples.npz")
@@ -231,14 +229,14 @@ def write_samples(
         writer.__exit__(*((None,) * 3 if is_whole else failure))
 
     with ExitStack() as ends:
-        for trajectory in trajectories:
+        for number, trajectory in enumerate(trajectories):
             if not adds:  # no folder is made before the first trajectory is drawn
                 out.mkdir(parents=True, exist_ok=True)
                 for name in formats:
                     writer = FORMATS[name](out, count, facts)
                     adds.append(writer.__enter__())
                     ends.push(partial(end, writer))
-            drawn = Drawn(trajectory)
+            drawn = Drawn(trajectory, number)
             for add in adds:
                 add(drawn)
             row = {"label": drawn.label, "class": trajectory.class_name, "seed": drawn.seed}

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline
 
-from hierarchy_builder.errors import UsageError
+from hierarchy_builder.errors import TrainerError, UsageError
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline
 from trainer.trajectories import sample_files
 from trainer.trajectories.pipeline import TrajectoryPipeline
@@ -123,6 +123,16 @@ def test_what_is_not_finished_is_removed(drawn: list[Trajectory], tmp_path: Path
     kept = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert kept == ([Path("trajectories/label0000-seed000000.safetensors")] if name == "safetensors" else [])
     assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_a_format_that_cannot_be_finished_leaves_the_others_whole(
+    drawn: list[Trajectory], tmp_path: Path
+) -> None:
+    (tmp_path / "grid.png").mkdir()
+    with pytest.raises(TrainerError, match=r"grid\.png is a folder"):
+        write(tmp_path, ["npz", "png"], drawn)
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays["seed"].tolist() == SEEDS
 
 
 def test_samples_without_a_decoder_have_no_pictures(drawn: list[Trajectory], tmp_path: Path) -> None:
