@@ -24,7 +24,7 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 
 from hierarchy_builder.errors import UsageError, some
-from hierarchy_builder.untrusted.documents import parse_yaml, read_document
+from hierarchy_builder.files.untrusted.documents import parse_yaml, read_document
 
 ConfigT = TypeVar("ConfigT")
 Entry = TypeVar("Entry")

@@ -18,7 +18,7 @@ from typer.models import OptionInfo
 from hierarchy_builder import __version__
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import MEANINGS, by_meaning, closest, sentences
-from hierarchy_builder.places.paths import a_folder, a_path, a_place
+from hierarchy_builder.files.paths import a_folder, a_path, a_place
 
 REQUIRED = inspect.Parameter.empty
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from hierarchy_builder.files import write_json
-from hierarchy_builder.places.exclusion import LeaseLostError, still_ours
+from hierarchy_builder.files.exclusion import LeaseLostError, still_ours
+from hierarchy_builder.files.whole import write_json
 from hierarchy_builder.terminal import say, stderr
 
 Item = TypeVar("Item")

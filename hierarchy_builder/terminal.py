@@ -21,9 +21,9 @@ from rich.text import Text
 
 from hierarchy_builder.errors import InterruptedRunError, UserError, explained, given_words
 from hierarchy_builder.fields import flattened
-from hierarchy_builder.files import without_nan
-from hierarchy_builder.places.paths import shown
-from hierarchy_builder.places.remote import store_error, without_secrets
+from hierarchy_builder.files.paths import shown
+from hierarchy_builder.files.remote import store_error, without_secrets
+from hierarchy_builder.files.whole import without_nan
 
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """Settings of every console: text is printed as it is, also a name such as `[red]` or `:b:`."""

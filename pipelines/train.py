@@ -21,10 +21,10 @@ import typer
 from hierarchy_builder import terminal
 from hierarchy_builder.build.workers import RAY_ENVIRONMENT, join, start_local
 from hierarchy_builder.errors import InterruptedRunError, TrainerError, UsageError
+from hierarchy_builder.files.paths import a_folder
+from hierarchy_builder.files.remote import is_remote
 from hierarchy_builder.flags import AS_JSON, argument, option, takes
 from hierarchy_builder.machine.installing import install_extras
-from hierarchy_builder.places.paths import a_folder
-from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.terminal import print_result
 from trainer.cli import app as cli
 from trainer.training import checkpoint as saved

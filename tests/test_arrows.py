@@ -20,11 +20,9 @@ GROUND_FLOOR = (
     "files",
     "flags",
     "machine",
-    "places",
     "progress",
     "records",
     "terminal",
-    "untrusted",
 )
 """Modules and folders of hierarchy_builder that stand on nothing else; all folders of both packages may import them."""
 WINGS = {

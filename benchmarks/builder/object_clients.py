@@ -29,7 +29,7 @@ BUCKET = "clients"
 
 
 def of_s3fs(endpoint: str) -> dict[str, Callable[..., Any]]:
-    """The calls of `hierarchy_builder/places/remote.py`."""
+    """The calls of `hierarchy_builder/files/remote.py`."""
     import s3fs
 
     fs = s3fs.S3FileSystem(

@@ -18,7 +18,7 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, nearest
-from hierarchy_builder.places.paths import a_folder
+from hierarchy_builder.files.paths import a_folder
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 

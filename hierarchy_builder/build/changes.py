@@ -26,7 +26,7 @@ from typing import Any
 from hierarchy_builder.build.clustering import settle_recut
 from hierarchy_builder.config import ExtractConfig, ShardConfig
 from hierarchy_builder.errors import ConfigMismatchError, ImageError
-from hierarchy_builder.files import read_json, write_json
+from hierarchy_builder.files.whole import read_json, write_json
 from hierarchy_builder.images.decoding import decode_image
 from hierarchy_builder.images.sources import ImageSource, listing_hash
 from hierarchy_builder.images.table import ImageTable

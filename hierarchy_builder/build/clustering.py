@@ -22,7 +22,7 @@ from hierarchy_builder.build.vocabulary import fit_vocabulary
 from hierarchy_builder.config import HierarchyRecipe, VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import from_mapping, identity, to_mapping
-from hierarchy_builder.files import move, sha256_file, size_on_disk
+from hierarchy_builder.files.whole import move, sha256_file, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.records import Block

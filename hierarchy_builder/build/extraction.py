@@ -23,7 +23,7 @@ from hierarchy_builder.build.stages import ExtractStage, asked_encoder
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.files import size_on_disk
+from hierarchy_builder.files.whole import size_on_disk
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import blocks_of
 from hierarchy_builder.store import arrays as stores

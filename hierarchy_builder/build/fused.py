@@ -36,7 +36,7 @@ from hierarchy_builder.encoders import Encoder
 from hierarchy_builder.encoders.encoding import EncodedBatch, ImageEncoder, Outcome
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, to_mapping
-from hierarchy_builder.files import atomic_file, size_on_disk
+from hierarchy_builder.files.whole import atomic_file, size_on_disk
 from hierarchy_builder.images.masks import MaskFolder, open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.images.table import COLUMNS, ImageTable

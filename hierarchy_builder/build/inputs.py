@@ -22,7 +22,7 @@ from hierarchy_builder.encoders.onnx import OnnxEncoder
 from hierarchy_builder.encoders.probe import check_probe, probe_value
 from hierarchy_builder.errors import BuilderError, TooManySkippedError, UsageError, VerificationError
 from hierarchy_builder.fields import identity
-from hierarchy_builder.files import readable_json, repair_of, write_json
+from hierarchy_builder.files.whole import readable_json, repair_of, write_json
 from hierarchy_builder.images.originals import changed_images, modified_ns, refuse_changed
 from hierarchy_builder.images.sources import ImageSource, open_reader, open_source
 from hierarchy_builder.images.table import ImageTable

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hierarchy_builder.errors import VerificationError, or_none
-from hierarchy_builder.files import atomic_file, move, sha256_file, write_json
-from hierarchy_builder.places.remote import is_remote
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import atomic_file, move, sha256_file, write_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger

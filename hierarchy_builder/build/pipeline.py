@@ -17,7 +17,7 @@ from hierarchy_builder.build.stages import CovarianceStage, ShardStage
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import identity, to_mapping
-from hierarchy_builder.files import sizes_in
+from hierarchy_builder.files.whole import sizes_in
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.records import Block, blocks_of

@@ -35,7 +35,7 @@ from hierarchy_builder.build.workers import RAY_START_S, saves_time
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError
 from hierarchy_builder.fields import difference
-from hierarchy_builder.files import json_text, read_json, sealed_text, size_on_disk
+from hierarchy_builder.files.whole import json_text, read_json, sealed_text, size_on_disk
 from hierarchy_builder.images.masks import open_masks
 from hierarchy_builder.images.sources import ImageSource
 from hierarchy_builder.images.table import ImageTable

@@ -7,7 +7,7 @@ The same call goes on where one was stopped: a tar whose sidecar is there is not
 What lies there already is changed only where it is ours: `_PUBLISHING`, written first and removed last, names the files
 of a transfer; a finished set has its index.json. Anything else of the names to be written is refused.
 
-One process at a time publishes to a place (see `places/exclusion.py`). Where a store can neither lock nor create a
+One process at a time publishes to a place (see `files/exclusion.py`). Where a store can neither lock nor create a
 file only if there is none, `_PUBLISHING` of another set is refused until it is finished or removed. Of two that begin
 at once on the hub, the second is refused, since `_PUBLISHING` follows the commit that was looked at, or is not
 written.
@@ -37,7 +37,10 @@ from hierarchy_builder.errors import (
     UserError,
     VerificationError,
 )
-from hierarchy_builder.files import (
+from hierarchy_builder.files.exclusion import BusyError, discard, exclusive
+from hierarchy_builder.files.paths import a_folder, filesystem_of, may_hold_builds
+from hierarchy_builder.files.remote import PART_BYTES, is_remote, store_error, upload_to
+from hierarchy_builder.files.whole import (
     guard,
     json_text,
     parse_json,
@@ -45,9 +48,6 @@ from hierarchy_builder.files import (
     refuse_links,
     sha256_file,
 )
-from hierarchy_builder.places.exclusion import BusyError, discard, exclusive
-from hierarchy_builder.places.paths import a_folder, filesystem_of, may_hold_builds
-from hierarchy_builder.places.remote import PART_BYTES, is_remote, store_error, upload_to
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import shard_set
 from hierarchy_builder.store.folder import MARKS, BuildFolder, is_own_about

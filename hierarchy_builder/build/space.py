@@ -19,8 +19,8 @@ from typing import Any
 from hierarchy_builder.build.session import BuildPlan
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import size_on_disk
-from hierarchy_builder.places.remote import is_remote
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import size_on_disk
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import sample_bytes

@@ -20,14 +20,14 @@ from hierarchy_builder.build.stages import one_thread
 from hierarchy_builder.build.workers import Pool, Workers, open_pool
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import VerificationError
-from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.files.untrusted.arrays import npz_of, parse_npz
+from hierarchy_builder.files.whole import decoding, write_bytes
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import stage_entry
 from hierarchy_builder.store.stored import Stored
 from hierarchy_builder.store.units import stage_units, store_layout, usable_rows
-from hierarchy_builder.untrusted.arrays import npz_of, parse_npz
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,

@@ -33,9 +33,9 @@ from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule
 from hierarchy_builder.build.stages import Stage, one_thread, perform
 from hierarchy_builder.encoders import Encoder, encode
 from hierarchy_builder.errors import BuilderError, UsageError
+from hierarchy_builder.files.exclusion import LeaseLostError, held_lease
+from hierarchy_builder.files.remote import store_error
 from hierarchy_builder.machine.process import num_cpus, private_folder, socket_folder
-from hierarchy_builder.places.exclusion import LeaseLostError, held_lease
-from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import Block
 from hierarchy_builder.store.ledger import Ledger
 from hierarchy_builder.terminal import counted

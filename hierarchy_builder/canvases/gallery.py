@@ -25,7 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile  # by a name it does not know, Pil
 
 from hierarchy_builder.canvases.plots import Plot, draw
 from hierarchy_builder.fields import brief
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files.whole import write_bytes
 from hierarchy_builder.terminal import show_value
 
 LOSSLESS_PIXELS = 64

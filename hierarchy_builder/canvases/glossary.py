@@ -14,7 +14,7 @@ from typing import Any
 
 from hierarchy_builder.canvases.gallery import Definitions, Section, Table, Term
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.untrusted.documents import parse_yaml
+from hierarchy_builder.files.untrusted.documents import parse_yaml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

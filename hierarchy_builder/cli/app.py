@@ -17,7 +17,8 @@ from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig, ShardConfig
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.files import size_on_disk
+from hierarchy_builder.files.paths import a_folder
+from hierarchy_builder.files.whole import size_on_disk
 from hierarchy_builder.flags import (
     FOLDER,
     OUTPUT,
@@ -31,7 +32,6 @@ from hierarchy_builder.flags import (
     takes,
 )
 from hierarchy_builder.machine.doctor import doctor
-from hierarchy_builder.places.paths import a_folder
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import (
     counted,

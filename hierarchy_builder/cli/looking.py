@@ -10,10 +10,10 @@ from typing import Any
 from hierarchy_builder.cli import options as opt
 from hierarchy_builder.config import ExtractConfig
 from hierarchy_builder.errors import BuilderError, UsageError, UserError, VerificationError
-from hierarchy_builder.files import readable_json, target_of
+from hierarchy_builder.files.paths import a_folder, may_hold_builds
+from hierarchy_builder.files.remote import keeping
+from hierarchy_builder.files.whole import readable_json, target_of
 from hierarchy_builder.flags import FOLDER, OUTPUT, PATH, argument, flags, option, switch, takes
-from hierarchy_builder.places.paths import a_folder, may_hold_builds
-from hierarchy_builder.places.remote import keeping
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.terminal import counted, print_cells, print_json, print_table, stdout
 

@@ -16,6 +16,7 @@ from hierarchy_builder.config import (
 )
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import from_mapping, to_mapping
+from hierarchy_builder.files.paths import a_place
 from hierarchy_builder.flags import (
     FILES,
     PATH,
@@ -29,7 +30,6 @@ from hierarchy_builder.flags import (
     switch,
 )
 from hierarchy_builder.flags import FOLDER as PLACE_OF_BUILD
-from hierarchy_builder.places.paths import a_place
 
 FOLDER = argument("Folder or URL of the build.", **PLACE_OF_BUILD | {"metavar": "DIR"})
 FOLDERS = argument(

@@ -17,11 +17,11 @@ from PIL import Image
 
 from hierarchy_builder.encoders import Encoder, encode
 from hierarchy_builder.errors import BuilderError, ImageError
+from hierarchy_builder.files.remote import StoreError
 from hierarchy_builder.images.decoding import crop_square, decode_image
 from hierarchy_builder.images.originals import file_hash, modified_ns
 from hierarchy_builder.images.sources import Reader
 from hierarchy_builder.machine.process import ahead
-from hierarchy_builder.places.remote import StoreError
 from hierarchy_builder.records import FEATURE_DTYPE, ImageRecord
 
 FLOAT16_EXPONENT = np.uint16(0x7C00)

@@ -20,7 +20,7 @@ import torch
 
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.fields import nearest
-from hierarchy_builder.files import sha256_file
+from hierarchy_builder.files.whole import sha256_file
 from hierarchy_builder.machine.installing import install_extras
 
 DEFAULT_SIZE_PX = 256

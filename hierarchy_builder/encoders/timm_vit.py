@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.errors import BuilderError, UsageError
 from hierarchy_builder.fields import nearest
-from hierarchy_builder.files import sha256_file
+from hierarchy_builder.files.whole import sha256_file
 from hierarchy_builder.machine.transfers import begin_fetch, sent
 from hierarchy_builder.machine.vision_libraries import import_vision, timm_model
 

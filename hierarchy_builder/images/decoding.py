@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from hierarchy_builder.errors import ImageError
-from hierarchy_builder.untrusted.pictures import PNG_START, open_picture, png_chunks
+from hierarchy_builder.files.untrusted.pictures import PNG_START, open_picture, png_chunks
 
 # decode_image checks sizes against `max_pixels`; Pillow would already warn about ordinary large scans.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

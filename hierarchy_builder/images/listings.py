@@ -32,10 +32,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import BuilderError, UsageError, UserError, some
+from hierarchy_builder.files.paths import printable
+from hierarchy_builder.files.untrusted.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
 from hierarchy_builder.images.table import AT_ONCE, Collected, Size, give_back, in_batches, sorted_by_path
-from hierarchy_builder.places.paths import printable
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.untrusted.pictures import OTHER_SUFFIXES, missing_plugin, picture_suffixes
 
 UNLABELLED = "unlabelled"
 """Class name of all images in a folder without class folders."""

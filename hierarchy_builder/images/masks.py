@@ -16,10 +16,10 @@ from PIL import Image
 
 from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import config_hash
-from hierarchy_builder.files import sha256_file
+from hierarchy_builder.files.untrusted.pictures import UNREADABLE, open_picture
+from hierarchy_builder.files.whole import sha256_file
 from hierarchy_builder.images.decoding import crop_square
 from hierarchy_builder.images.keys import composed
-from hierarchy_builder.untrusted.pictures import UNREADABLE, open_picture
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16")
 VOTES_PER_SIDE = 8

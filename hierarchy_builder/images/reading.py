@@ -17,7 +17,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import ImageError
-from hierarchy_builder.places.remote import of_all_objects, whole, without_secrets
+from hierarchy_builder.files.remote import of_all_objects, whole, without_secrets
 
 MAX_BYTES = 2**30
 """Largest file that is read, in bytes."""

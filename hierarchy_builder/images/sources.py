@@ -23,15 +23,15 @@ from fsspec.implementations.local import LocalFileSystem
 from hierarchy_builder.config import Partition
 from hierarchy_builder.errors import ImageError, UsageError
 from hierarchy_builder.fields import nearest
+from hierarchy_builder.files.paths import a_folder, filesystem_of
+from hierarchy_builder.files.remote import store_error, without_secrets
+from hierarchy_builder.files.untrusted.documents import parse_json, read_document
 from hierarchy_builder.images.keys import composed, unique_keys
 from hierarchy_builder.images.listings import MAX_LABEL, TABLES, list_folder, list_table, list_tar, scan_tar
 from hierarchy_builder.images.reading import read_file
 from hierarchy_builder.images.table import Collected, ImageTable, give_back, in_batches
-from hierarchy_builder.places.paths import a_folder, filesystem_of
-from hierarchy_builder.places.remote import store_error, without_secrets
 from hierarchy_builder.records import ImageRecord
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.untrusted.documents import parse_json, read_document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from hierarchy_builder.untrusted.documents import parse_json
+from hierarchy_builder.files.untrusted.documents import parse_json
 
 DISTRIBUTION = "trajectory-hierarchies"
 SOURCES = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hierarchy_builder.errors import BuilderError, explained
-from hierarchy_builder.places.paths import home_folder
+from hierarchy_builder.files.paths import home_folder
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hierarchy_builder.untrusted.pickles import check_pickle, check_sizes
+from hierarchy_builder.files.untrusted.pickles import check_pickle, check_sizes
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

@@ -22,7 +22,7 @@ from hierarchy_builder.canvases.gallery import (
 from hierarchy_builder.canvases.glossary import Glossary
 from hierarchy_builder.canvases.plots import Plot, Series
 from hierarchy_builder.canvases.views import hierarchy_viewers, level_names, shared_palette
-from hierarchy_builder.files import write_json
+from hierarchy_builder.files.whole import write_json
 from hierarchy_builder.quality.assessment import Assessment
 from hierarchy_builder.quality.report import hierarchy_views
 from hierarchy_builder.quality.scores import by_level

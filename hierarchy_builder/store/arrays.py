@@ -27,12 +27,12 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
 from hierarchy_builder.errors import BuilderError, VerificationError, or_none
-from hierarchy_builder.files import decoding, repair_of, require_regular, sync
-from hierarchy_builder.places.remote import is_remote, store_error
+from hierarchy_builder.files.remote import is_remote, store_error
+from hierarchy_builder.files.untrusted.documents import parse_json, read_document
+from hierarchy_builder.files.whole import decoding, repair_of, require_regular, sync
 from hierarchy_builder.records import FEATURE_DTYPE, FORMAT_VERSION, MAX_REGIONS, REGION_DTYPE, Block
 from hierarchy_builder.store.fetched import Fetched
 from hierarchy_builder.store.statistics import Moments
-from hierarchy_builder.untrusted.documents import parse_json, read_document
 
 GROUP = {"attributes": {"format_version": FORMAT_VERSION}, "node_type": "group", "zarr_format": 3}
 """Content of the `zarr.json` of a store."""

@@ -16,7 +16,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Suf
 from zarr.core.buffer import Buffer, BufferPrototype, cpu
 from zarr.storage import FsspecStore, WrapperStore
 
-from hierarchy_builder.places import remote
+from hierarchy_builder.files import remote
 
 KEPT = 2
 """Blocks of each array that are kept; descriptions are kept always."""

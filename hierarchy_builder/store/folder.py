@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hierarchy_builder.errors import UsageError, VerificationError
-from hierarchy_builder.files import guard, is_there, readable_json, refuse_links, repair_of
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.exclusion import (
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.exclusion import (
     BusyError,
     discard,
     exclusive,
@@ -22,8 +21,9 @@ from hierarchy_builder.places.exclusion import (
     of_exclusion,
     still_ours,
 )
-from hierarchy_builder.places.paths import remote_place
-from hierarchy_builder.places.remote import is_remote
+from hierarchy_builder.files.paths import remote_place
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import guard, is_there, readable_json, refuse_links, repair_of
 
 OWN_FILES = r"""
     (?:manifest|class_map|quality|\.progress)\.json | (?:index\.parquet|vocabulary\.npz)

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hierarchy_builder.errors import VerificationError
-from hierarchy_builder.files import atomic_file, decoding, read_bytes
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import atomic_file, decoding, read_bytes
 from hierarchy_builder.images.table import COLUMNS, ImageTable, Spool, give_back
-from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import ImageRecord, Status
 
 INDEX_VERSION = 2

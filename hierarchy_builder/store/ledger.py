@@ -22,7 +22,10 @@ from hierarchy_builder import __version__
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, VerificationError, or_none
 from hierarchy_builder.fields import config_hash, difference, from_mapping, to_mapping
-from hierarchy_builder.files import (
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.exclusion import Lease, still_ours
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import (
     RECORD_VERSION,
     SEAL,
     MissingFileError,
@@ -37,9 +40,6 @@ from hierarchy_builder.files import (
 )
 from hierarchy_builder.images.table import ImageTable, describe_changes
 from hierarchy_builder.machine.process import ahead
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.exclusion import Lease, still_ours
-from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.records import FORMAT_VERSION, Block
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_images

@@ -12,7 +12,8 @@ import yaml
 from hierarchy_builder import __version__
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import (
+from hierarchy_builder.files.exclusion import still_ours
+from hierarchy_builder.files.whole import (
     read_json,
     readable_json,
     sha256_file,
@@ -21,7 +22,6 @@ from hierarchy_builder.files import (
     write_sealed_json,
 )
 from hierarchy_builder.images.listings import in_text_order
-from hierarchy_builder.places.exclusion import still_ours
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,

@@ -21,9 +21,10 @@ import numpy as np
 
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import atomic_file, decoding, parse_json, readable_json, write_json
+from hierarchy_builder.files.remote import store_error
+from hierarchy_builder.files.untrusted.arrays import parse_npy
+from hierarchy_builder.files.whole import atomic_file, decoding, parse_json, readable_json, write_json
 from hierarchy_builder.images.keys import check_key
-from hierarchy_builder.places.remote import store_error
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURES_MEMBER,
@@ -34,7 +35,6 @@ from hierarchy_builder.records import (
     SCALE_MEMBER,
     Sample,
 )
-from hierarchy_builder.untrusted.arrays import parse_npy
 
 TAR_BLOCK = 512
 JPEG_BYTES_PER_PIXEL = 0.55

@@ -20,9 +20,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import decoding, read_bytes, write_bytes
+from hierarchy_builder.files.untrusted.arrays import npz_of, parse_npz
+from hierarchy_builder.files.whole import decoding, read_bytes, write_bytes
 from hierarchy_builder.store.folder import BuildFolder
-from hierarchy_builder.untrusted.arrays import npz_of, parse_npz
 
 SCATTER_VALUES = 2**22
 """Values that a thread converts to float64 at a time (32 MiB); fixed, since the order of a sum changes its bits."""

@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 
 from hierarchy_builder.errors import VerificationError
-from hierarchy_builder.files import repair_of, sha256_file
+from hierarchy_builder.files.whole import repair_of, sha256_file
 from hierarchy_builder.records import Block, Status
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder

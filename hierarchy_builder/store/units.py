@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import BuilderError
-from hierarchy_builder.files import decoding, readable_json, size_on_disk
-from hierarchy_builder.places.remote import is_remote
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import decoding, readable_json, size_on_disk
 from hierarchy_builder.records import Block, Status, blocks_of
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import joined, outcomes_of, status_name

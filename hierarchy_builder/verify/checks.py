@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from hierarchy_builder.config import HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, or_none
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import decoding, fetched, read_json, readable_json, sha256_file
+from hierarchy_builder.files.untrusted.arrays import parse_npz
+from hierarchy_builder.files.whole import decoding, fetched, read_json, readable_json, sha256_file
 from hierarchy_builder.images.originals import changed_images, describe_changed
 from hierarchy_builder.images.sources import listing_hash, open_reader
 from hierarchy_builder.images.table import ImageTable
@@ -59,7 +60,6 @@ from hierarchy_builder.store.units import (
     usable_rows,
 )
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.untrusted.arrays import parse_npz
 from hierarchy_builder.verify.quick import missing_files
 from hierarchy_builder.vocabulary.prototypes import NO_REGION, load_vocabulary
 

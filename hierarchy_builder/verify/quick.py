@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import VerificationError
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import decoding, read_json, sizes_in
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.remote import is_remote
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import decoding, read_json, sizes_in
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import open_ledger

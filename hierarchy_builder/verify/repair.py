@@ -21,7 +21,7 @@ from hierarchy_builder.config import HierarchyRecipe, ShardConfig, VocabularyCon
 from hierarchy_builder.encoders import check_stored_encoder
 from hierarchy_builder.errors import UsageError, VerificationError, or_none
 from hierarchy_builder.fields import from_mapping
-from hierarchy_builder.files import read_json, readable_json, write_bytes, write_json, write_sealed_json
+from hierarchy_builder.files.whole import read_json, readable_json, write_bytes, write_json, write_sealed_json
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.folder import BEGUN, MARKS, BuildFolder, is_own_about

@@ -20,13 +20,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.build.publish import SHARD_FILE, answers_of, open_url
 from hierarchy_builder.errors import BuilderError, VerificationError
-from hierarchy_builder.files import decoding, parse_json
-from hierarchy_builder.places.remote import PART_BYTES
+from hierarchy_builder.files.remote import PART_BYTES
+from hierarchy_builder.files.untrusted.documents import read_object
+from hierarchy_builder.files.whole import decoding, parse_json
 from hierarchy_builder.records import FORMAT_VERSION
 from hierarchy_builder.store.folder import MARKS
 from hierarchy_builder.store.shard_set import ABOUT, SUCCESS
 from hierarchy_builder.store.shards import sidecar
-from hierarchy_builder.untrusted.documents import read_object
 from hierarchy_builder.verify.checks import Layout, arrays_of, sample_problems
 from hierarchy_builder.verify.quick import size_problems
 

@@ -20,10 +20,10 @@ from hierarchy_builder.canvases import region_means
 from hierarchy_builder.config import VocabularyConfig
 from hierarchy_builder.errors import BuilderError
 from hierarchy_builder.fields import brief, from_mapping, to_mapping
-from hierarchy_builder.files import decoding, write_bytes
+from hierarchy_builder.files.untrusted.arrays import npz_of, parse_npz
+from hierarchy_builder.files.untrusted.documents import parse_json
+from hierarchy_builder.files.whole import decoding, write_bytes
 from hierarchy_builder.records import FORMAT_VERSION, MAX_REGIONS
-from hierarchy_builder.untrusted.arrays import npz_of, parse_npz
-from hierarchy_builder.untrusted.documents import parse_json
 from hierarchy_builder.vocabulary.kmeans import (
     ClusterSums,
     Prototypes,

@@ -26,8 +26,8 @@ from typing import Any
 from unittest import mock
 
 from hierarchy_builder.build.workers import RAY_ENVIRONMENT
-from hierarchy_builder.files import read_json, sha256_file
-from hierarchy_builder.places.remote import files_below, is_remote
+from hierarchy_builder.files.remote import files_below, is_remote
+from hierarchy_builder.files.whole import read_json, sha256_file
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard, sidecar
 from hierarchy_builder.verify.checks import find_problems

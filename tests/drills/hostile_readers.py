@@ -27,15 +27,15 @@ import torch
 import yaml
 
 from hierarchy_builder.errors import UserError, VerificationError
-from hierarchy_builder.files import parse_json, sealed_text
+from hierarchy_builder.files.untrusted.arrays import parse_npy, parse_npz
+from hierarchy_builder.files.untrusted.documents import parse_yaml
+from hierarchy_builder.files.whole import parse_json, sealed_text
 from hierarchy_builder.store import arrays as stores
 from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.ledger import check_manifest, read_marker
 from hierarchy_builder.store.shards import read_shard
 from hierarchy_builder.store.statistics import read_part_moments
 from hierarchy_builder.store.units import layout_of
-from hierarchy_builder.untrusted.arrays import parse_npy, parse_npz
-from hierarchy_builder.untrusted.documents import parse_yaml
 from hierarchy_builder.vocabulary.prototypes import load_vocabulary
 from trainer.data.shards import _parse_index
 from trainer.data.tars import OpenTar, ShardEntry

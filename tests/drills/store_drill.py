@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hierarchy_builder.places.paths import a_folder
+from hierarchy_builder.files.paths import a_folder
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard
 

@@ -19,7 +19,7 @@ from hierarchy_builder.build.extraction import extract
 from hierarchy_builder.build.publish import PUBLISHING, publish_to
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.errors import BuilderError, TrainerError, UsageError, UserError
-from hierarchy_builder.files import atomic_file, read_json, whole_file, write_bytes, write_json
+from hierarchy_builder.files.whole import atomic_file, read_json, whole_file, write_bytes, write_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shard_set import remove_surplus

@@ -20,8 +20,8 @@ from object_store import Store, contents, sent, served
 from pictures import write_tree
 from processes import processes_below
 
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.paths import a_folder
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.paths import a_folder
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(1800)]
 WORDS = ("--encoder", "dct", "--block-rows", 4, "--batch-size", 4, "--samples-per-shard", 5, "--images")

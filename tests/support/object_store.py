@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hierarchy_builder.places import remote
+from hierarchy_builder.files import remote
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",

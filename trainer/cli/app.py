@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hierarchy_builder.errors import TrainerError, UsageError, VerificationError
-from hierarchy_builder.files import refuse_links, write_sealed_json
+from hierarchy_builder.files.untrusted.documents import parse_json, read_document
+from hierarchy_builder.files.whole import refuse_links, write_sealed_json
 from hierarchy_builder.flags import (
     OUTPUT,
     PATH,
@@ -28,7 +29,6 @@ from hierarchy_builder.machine.doctor import doctor
 from hierarchy_builder.machine.installing import install_extras
 from hierarchy_builder.terminal import counted, print_json, print_result, say, say_next, stdout
 from hierarchy_builder.terminal import run as run_command
-from hierarchy_builder.untrusted.documents import parse_json, read_document
 from trainer.cli import editing as edit_commands
 from trainer.cli import judging
 from trainer.cli import options as opt
@@ -253,7 +253,7 @@ def evaluate(
 def report(run: Path, out: Path | None, shards: list[str] | None, **given: Any) -> None:
     """Write one HTML page of a run: samples, curves, scores and configuration."""
     from hierarchy_builder.canvases.gallery import write_page
-    from hierarchy_builder.files import target_of
+    from hierarchy_builder.files.whole import target_of
     from trainer.data.shards import open_index
     from trainer.evaluation import pages
     from trainer.evaluation.evaluate import check_fits

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import whole_file, write_sealed_json
+from hierarchy_builder.files.whole import whole_file, write_sealed_json
 from hierarchy_builder.flags import OUTPUT, PATH, PLACE, REQUIRED, argument, grouped, option, switch, takes
 from hierarchy_builder.terminal import print_result, say_next, stderr, stdout
 from trainer.cli import options as opt

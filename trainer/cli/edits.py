@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
+from hierarchy_builder.files.untrusted.pictures import UNREADABLE, open_picture
 from hierarchy_builder.terminal import show_value
-from hierarchy_builder.untrusted.pictures import UNREADABLE, open_picture
 from trainer.cli.options import SHAPE, SOURCE, names_given
 from trainer.trajectories.edit import Source, mean_of, prototype, tokens_of
 from trainer.trajectories.pipeline import TrajectoryPipeline

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import typer
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import guard
+from hierarchy_builder.files.paths import a_path
+from hierarchy_builder.files.whole import guard
 from hierarchy_builder.flags import (
     OUTPUT,
     PATH,
@@ -23,7 +24,6 @@ from hierarchy_builder.flags import (
     option,
     switch,
 )
-from hierarchy_builder.places.paths import a_path
 from hierarchy_builder.progress import Follow, shown, unseen
 from hierarchy_builder.terminal import say
 from trainer.methods.normalizing_trajectory.config import Ending

@@ -13,10 +13,10 @@ import typer
 
 from hierarchy_builder.errors import UsageError
 from hierarchy_builder.fields import fields_of_file, flattened, sentences, to_mapping
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.untrusted.documents import parse_yaml
 from hierarchy_builder.flags import OUTPUT, PLACE, REQUIRED, argument, option, switch, takes
-from hierarchy_builder.places.remote import is_remote
 from hierarchy_builder.terminal import print_cells, print_result, say, say_next, show_config, stderr
-from hierarchy_builder.untrusted.documents import parse_yaml
 from trainer.calls import base_config
 from trainer.cli.options import FIELDS, NEW_RUN, TRAINING, reads
 from trainer.decode.config import DecoderConfig, DecoderSize

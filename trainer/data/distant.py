@@ -21,10 +21,10 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import whole_file
+from hierarchy_builder.files.paths import filesystem_of
+from hierarchy_builder.files.untrusted.documents import parse_json
+from hierarchy_builder.files.whole import whole_file
 from hierarchy_builder.machine.process import give_home
-from hierarchy_builder.places.paths import filesystem_of
-from hierarchy_builder.untrusted.documents import parse_json
 from trainer.data.tars import AtMost, Members, OpenTar, ShardEntry, check_sha256
 
 CACHE_BYTES = "TRAINER_CACHE_BYTES"

@@ -11,7 +11,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hierarchy_builder.errors import TrainerError, UsageError
-from hierarchy_builder.places.paths import a_place, filesystem_of
+from hierarchy_builder.files.paths import a_place, filesystem_of
 
 Places = str | Path | Sequence[str | Path]
 """One place of shards or several, as `folders_at` reads them."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
 from hierarchy_builder.fields import brief
+from hierarchy_builder.files.untrusted.pictures import UNREADABLE, open_picture
 from hierarchy_builder.records import Sample
-from hierarchy_builder.untrusted.pictures import UNREADABLE, open_picture
 from trainer.data.reader import Rows
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import RankShare, StreamPlan

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from hierarchy_builder.canvases import level_canvases
 from hierarchy_builder.errors import DamagedShardError, TrainerError, UsageError
-from hierarchy_builder.files import parse_json
-from hierarchy_builder.places.remote import store_error
+from hierarchy_builder.files.remote import store_error
+from hierarchy_builder.files.untrusted.arrays import parse_npy
+from hierarchy_builder.files.whole import parse_json
 from hierarchy_builder.records import (
     CANVASES_MEMBER,
     FEATURE_DTYPE,
@@ -40,7 +41,6 @@ from hierarchy_builder.records import (
     spread_evenly,
 )
 from hierarchy_builder.terminal import say
-from hierarchy_builder.untrusted.arrays import parse_npy
 from trainer.data.distant import SAMPLES_KEPT, DistantTar, found_tar
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.shards import INDEX, ShardIndex

@@ -24,13 +24,13 @@ import numpy as np
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, MOST_BLOCKS, MOST_ROWS, difference
-from hierarchy_builder.files import parse_json
-from hierarchy_builder.places.paths import filesystem_of
-from hierarchy_builder.places.remote import store_error
+from hierarchy_builder.files.paths import filesystem_of
+from hierarchy_builder.files.remote import store_error
+from hierarchy_builder.files.untrusted.arrays import parse_npz
+from hierarchy_builder.files.untrusted.documents import read_object
+from hierarchy_builder.files.untrusted.pictures import SUFFIXES
+from hierarchy_builder.files.whole import parse_json
 from hierarchy_builder.records import FORMAT_VERSION
-from hierarchy_builder.untrusted.arrays import parse_npz
-from hierarchy_builder.untrusted.documents import read_object
-from hierarchy_builder.untrusted.pictures import SUFFIXES
 from trainer.data.folders import Places, filesystem_at, folders_at
 from trainer.data.tars import ShardEntry
 

@@ -15,7 +15,7 @@ import numpy as np
 from fsspec.callbacks import Callback
 
 from hierarchy_builder.errors import DamagedShardError
-from hierarchy_builder.files import sha256_file
+from hierarchy_builder.files.whole import sha256_file
 
 HEADER_BYTES = 512
 READ_BYTES = 9 * HEADER_BYTES

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hierarchy_builder.files import BLANK, SEAL, check_seal, seal
-from hierarchy_builder.untrusted.documents import parse_json
+from hierarchy_builder.files.untrusted.documents import parse_json
+from hierarchy_builder.files.whole import BLANK, SEAL, check_seal, seal
 
 COLON = b":"
 """What stands between a name and its value in the header."""

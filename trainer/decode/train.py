@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.files import write_bytes, write_sealed_json
+from hierarchy_builder.files.whole import write_bytes, write_sealed_json
 from trainer.data.folders import Places
 from trainer.data.normalisation import Normaliser
 from trainer.data.pictures import PictureBatch, PictureDataset

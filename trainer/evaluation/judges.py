@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.places.paths import filesystem_of
+from hierarchy_builder.files.paths import filesystem_of
 from hierarchy_builder.terminal import counted
 from trainer.data.folders import Places, folders_at
 from trainer.data.shards import ShardIndex, finished_folder, joined, open_index, pooled

@@ -37,11 +37,11 @@ from hierarchy_builder.canvases.views import (
     shared_palette,
 )
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.files import parse_json, without_nan
+from hierarchy_builder.files.untrusted.documents import read_document
+from hierarchy_builder.files.untrusted.pictures import open_picture
+from hierarchy_builder.files.whole import parse_json, without_nan
 from hierarchy_builder.records import spread_evenly
 from hierarchy_builder.terminal import counted
-from hierarchy_builder.untrusted.documents import read_document
-from hierarchy_builder.untrusted.pictures import open_picture
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.reader import ShardReader, classes_with_images
 from trainer.data.shards import ShardIndex

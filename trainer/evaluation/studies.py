@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import sealed_text, write_bytes, write_sealed_json
+from hierarchy_builder.files.whole import sealed_text, write_bytes, write_sealed_json
 from hierarchy_builder.progress import Follow, unseen
 from hierarchy_builder.records import spread_evenly
 from trainer.data.shards import ShardIndex

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.files import SEAL, parse_json
-from hierarchy_builder.places.exclusion import LOCK, of_exclusion
-from hierarchy_builder.untrusted.documents import read_document
-from hierarchy_builder.untrusted.pictures import PNG_START, png_chunks
+from hierarchy_builder.files.exclusion import LOCK, of_exclusion
+from hierarchy_builder.files.untrusted.documents import read_document
+from hierarchy_builder.files.untrusted.pictures import PNG_START, png_chunks
+from hierarchy_builder.files.whole import SEAL, parse_json
 from trainer.data.tensor_files import check_tensor_seal, read_tensors
 from trainer.training import checkpoint as saved
 from trainer.training.log import METRICS, SAMPLES, TENSORBOARD, parse_metrics_line

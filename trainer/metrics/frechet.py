@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
+from hierarchy_builder.files.untrusted.arrays import parse_npz
+from hierarchy_builder.files.untrusted.pickles import check_pickle
 from hierarchy_builder.machine.installing import install_extras
-from hierarchy_builder.untrusted.arrays import parse_npz
-from hierarchy_builder.untrusted.pickles import check_pickle
 
 DISTANCES_AT_ONCE = 2**24
 """Distances between samples in memory at once, 64 MiB."""

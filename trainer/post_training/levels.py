@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hierarchy_builder.errors import TrainerError, UsageError
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files.whole import write_bytes
 from trainer.data.normalisation import Normaliser
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex

@@ -12,7 +12,7 @@ import numpy as np
 from gradio.processing_utils import save_file_to_cache
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import write_bytes
+from hierarchy_builder.files.whole import write_bytes
 from trainer.evaluation.definitions import FIGURES
 from trainer.evaluation.sweep import Kind, SweepConfig, parse_strengths, summarise, sweep, table_in_words
 from trainer.seeds import parse_seeds

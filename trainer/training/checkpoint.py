@@ -35,9 +35,9 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import MOST, STRICT, brief
-from hierarchy_builder.files import parse_json, partial_name, sealed_text, size_on_disk, sync
+from hierarchy_builder.files.untrusted.documents import read_document
+from hierarchy_builder.files.whole import parse_json, partial_name, sealed_text, size_on_disk, sync
 from hierarchy_builder.terminal import say
-from hierarchy_builder.untrusted.documents import read_document
 from trainer.data.normalisation import RAW, Normaliser
 from trainer.data.tensor_files import read_tensors
 

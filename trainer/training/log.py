@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.files import parse_json, whole_file, write_bytes
+from hierarchy_builder.files.untrusted.documents import read_document
+from hierarchy_builder.files.whole import parse_json, whole_file, write_bytes
 from hierarchy_builder.machine.installing import install_extras
 from hierarchy_builder.progress import as_duration
 from hierarchy_builder.terminal import say, stderr
-from hierarchy_builder.untrusted.documents import read_document
 from trainer.training.config import RunConfig
 
 METRICS = "metrics.jsonl"

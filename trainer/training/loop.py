@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.errors import InterruptedRunError, NonFiniteLossError
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.places.exclusion import still_ours
+from hierarchy_builder.files.exclusion import still_ours
 from hierarchy_builder.terminal import say
 from trainer.data.normalisation import Normaliser, check_describes, normaliser_of
 from trainer.data.reader import LOOKED_AT, Rows, ShardReader, classes_with_images, looked_at

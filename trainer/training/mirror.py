@@ -15,11 +15,11 @@ import shutil
 from pathlib import Path
 
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import whole_file
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.exclusion import is_taken, of_exclusion, still_ours
-from hierarchy_builder.places.paths import a_folder
-from hierarchy_builder.places.remote import is_remote
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.exclusion import is_taken, of_exclusion, still_ours
+from hierarchy_builder.files.paths import a_folder
+from hierarchy_builder.files.remote import is_remote
+from hierarchy_builder.files.whole import whole_file
 from trainer.data.distant import default_cache
 from trainer.training.checkpoint import STATE, STEP_FOLDER
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.files import parse_json
-from hierarchy_builder.untrusted.documents import read_document
-from hierarchy_builder.untrusted.pickles import check_pickle, check_sizes
+from hierarchy_builder.files.untrusted.documents import read_document
+from hierarchy_builder.files.untrusted.pickles import check_pickle, check_sizes
+from hierarchy_builder.files.whole import parse_json
 from trainer.data.tensor_files import read_sealed
 
 

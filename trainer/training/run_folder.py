@@ -20,10 +20,10 @@ import yaml
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import difference, identity, to_mapping
-from hierarchy_builder.files import guard, parse_json, refuse_links, write_bytes
-from hierarchy_builder.places.exclusion import BusyError, exclusive
+from hierarchy_builder.files.exclusion import BusyError, exclusive
+from hierarchy_builder.files.untrusted.documents import parse_yaml, read_document
+from hierarchy_builder.files.whole import guard, parse_json, refuse_links, write_bytes
 from hierarchy_builder.terminal import counted, say
-from hierarchy_builder.untrusted.documents import parse_yaml, read_document
 from trainer.data.shards import ShardIndex
 from trainer.training import checkpoint as saved
 from trainer.training.config import RunConfig, checked

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hierarchy_builder.errors import TrainerError, UsageError
 from hierarchy_builder.fields import brief
-from hierarchy_builder.untrusted.arrays import parse_npz
+from hierarchy_builder.files.untrusted.arrays import parse_npz
 from trainer.trajectories.selection import Selection
 
 

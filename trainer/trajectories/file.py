@@ -19,8 +19,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, TrainerError
-from hierarchy_builder.files import SEAL, write_bytes
-from hierarchy_builder.untrusted.documents import parse_json
+from hierarchy_builder.files.untrusted.documents import parse_json
+from hierarchy_builder.files.whole import SEAL, write_bytes
 from trainer.data.tensor_files import check_tensor_seal, read_tensors, tensor_bytes
 
 FORMAT_VERSION = "2"

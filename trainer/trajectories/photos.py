@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError, UserError
-from hierarchy_builder.untrusted.pictures import UNREADABLE, open_picture
+from hierarchy_builder.files.untrusted.pictures import UNREADABLE, open_picture
 from trainer.data.reader import ShardReader
 from trainer.data.shards import ShardIndex
 from trainer.trajectories.pipeline import TrajectoryPipeline

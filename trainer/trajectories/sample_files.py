@@ -29,7 +29,7 @@ from PIL import Image
 from hierarchy_builder.canvases.colours import Palette
 from hierarchy_builder.canvases.gallery import write_page
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import target_of, whole_file
+from hierarchy_builder.files.whole import target_of, whole_file
 from hierarchy_builder.records import CANVASES_MEMBER, LABEL_MEMBER, METADATA_MEMBER
 from trainer.trajectories.trajectory import Trajectory
 from trainer.trajectories.view import TrajectoryView, page_palette, trajectories_page, trajectory_grid_png

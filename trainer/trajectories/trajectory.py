@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hierarchy_builder.canvases.gallery import render, write_page
 from hierarchy_builder.errors import TrainerError, UsageError
-from hierarchy_builder.files import target_of
+from hierarchy_builder.files.whole import target_of
 from hierarchy_builder.terminal import counted
 from trainer.decode.rae import ConditionalDecoder, decoder_from_spec, to_uint8
 from trainer.trajectories.edit import Source, as_source, mean_of, move_tokens, replace_features, tokens_of

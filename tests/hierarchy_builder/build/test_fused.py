@@ -16,7 +16,7 @@ from hierarchy_builder.build.session import Session
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
-from hierarchy_builder.files import read_json
+from hierarchy_builder.files.whole import read_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.comparison import compare_builds
 from hierarchy_builder.quality.report import write_report

@@ -15,7 +15,7 @@ from pictures import write_tree
 from typer.testing import CliRunner
 
 from hierarchy_builder.cli.app import app
-from hierarchy_builder.files import read_json
+from hierarchy_builder.files.whole import read_json
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.verify.checks import find_damage
 

@@ -20,7 +20,7 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
-from hierarchy_builder.files import size_on_disk
+from hierarchy_builder.files.whole import size_on_disk
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store import ledger
 from hierarchy_builder.store.folder import BuildFolder

@@ -16,7 +16,7 @@ from hierarchy_builder.build.stages import ExtractStage, count_failed
 from hierarchy_builder.build.workers import Workers, _Metrics
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
-from hierarchy_builder.files import write_json
+from hierarchy_builder.files.whole import write_json
 from hierarchy_builder.progress import Meter, Reporter, as_duration
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.units import running_stage

@@ -21,8 +21,8 @@ from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import BuilderError, UsageError, VerificationError
+from hierarchy_builder.files.exclusion import BusyError
 from hierarchy_builder.images.sources import open_source
-from hierarchy_builder.places.exclusion import BusyError
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 

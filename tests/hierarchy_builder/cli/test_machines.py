@@ -20,10 +20,10 @@ from hierarchy_builder import terminal
 from hierarchy_builder.build import workers
 from hierarchy_builder.build.publish import publish_to
 from hierarchy_builder.errors import BuilderError, UsageError, explained
-from hierarchy_builder.files import whole_file
+from hierarchy_builder.files.paths import a_place, filesystem_of
+from hierarchy_builder.files.whole import whole_file
 from hierarchy_builder.images.sources import open_source
 from hierarchy_builder.machine import process
-from hierarchy_builder.places.paths import a_place, filesystem_of
 from hierarchy_builder.progress import Reporter
 from trainer.data.shards import open_index
 from trainer.studio.address import bypass_proxy, check_host

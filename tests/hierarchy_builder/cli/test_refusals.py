@@ -22,7 +22,7 @@ from hierarchy_builder.errors import (
     UserError,
     VerificationError,
 )
-from hierarchy_builder.files import read_json
+from hierarchy_builder.files.whole import read_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import begin_stage, check_manifest, read_manifest

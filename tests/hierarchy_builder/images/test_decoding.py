@@ -267,7 +267,7 @@ def test_large_pictures_are_decoded_one_after_another(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("plugin", "image_format"), [("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")])
 def test_formats_of_installed_plugins_are_decoded(plugin: str, image_format: str, tmp_path: Path) -> None:
     pytest.importorskip(plugin)
-    from hierarchy_builder.untrusted.pictures import PLUGINS, installed_plugins, missing_plugin
+    from hierarchy_builder.files.untrusted.pictures import PLUGINS, installed_plugins, missing_plugin
 
     assert plugin in [each.module for each in installed_plugins()]
     (suffixes,) = (each.suffixes for each in PLUGINS if each.format == image_format)

@@ -21,7 +21,7 @@ from hierarchy_builder.cli.app import app
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe
 from hierarchy_builder.encoders import load_encoder
 from hierarchy_builder.errors import BuilderError, UsageError
-from hierarchy_builder.files import read_json, write_sealed_json
+from hierarchy_builder.files.whole import read_json, write_sealed_json
 from hierarchy_builder.hierarchy.recipe import build_hierarchy, check_nesting
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.quality.assessment import Views, assess_build, encode_views, seed_scores, view_scores

@@ -16,7 +16,7 @@ from hierarchy_builder.build.pipeline import shard
 from hierarchy_builder.build.publish import publish_to
 from hierarchy_builder.config import ShardConfig
 from hierarchy_builder.errors import UsageError
-from hierarchy_builder.files import read_json
+from hierarchy_builder.files.whole import read_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import MARKS, BuildFolder
 from hierarchy_builder.store.shard_set import card_of, write_success

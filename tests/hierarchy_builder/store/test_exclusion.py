@@ -19,9 +19,8 @@ import pytest
 from object_store import Store, served
 
 from hierarchy_builder.errors import InterruptedRunError, UserError
-from hierarchy_builder.files import write_bytes
-from hierarchy_builder.places import exclusion
-from hierarchy_builder.places.exclusion import (
+from hierarchy_builder.files import exclusion
+from hierarchy_builder.files.exclusion import (
     BusyError,
     Lease,
     LeaseLostError,
@@ -29,7 +28,8 @@ from hierarchy_builder.places.exclusion import (
     held_lease,
     is_taken,
 )
-from hierarchy_builder.places.paths import a_folder
+from hierarchy_builder.files.paths import a_folder
+from hierarchy_builder.files.whole import write_bytes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger
 

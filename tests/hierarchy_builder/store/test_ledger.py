@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hierarchy_builder.errors import BuilderError, ConfigMismatchError, UsageError
-from hierarchy_builder.files import atomic_file, write_bytes
+from hierarchy_builder.files.whole import atomic_file, write_bytes
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.ledger import Ledger, begin_stage, open_ledger, read_manifest, stage_entry
 

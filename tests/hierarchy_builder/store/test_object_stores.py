@@ -22,11 +22,11 @@ from hierarchy_builder.build.publish import publish_to
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import ImageError, UsageError, UserError
-from hierarchy_builder.files import atomic_file
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.paths import a_folder, filesystem_of, shown
+from hierarchy_builder.files.remote import StoreError
+from hierarchy_builder.files.whole import atomic_file
 from hierarchy_builder.images.reading import read_file
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.paths import a_folder, filesystem_of, shown
-from hierarchy_builder.places.remote import StoreError
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block
 from hierarchy_builder.store import arrays as stores

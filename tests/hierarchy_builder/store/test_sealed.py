@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hierarchy_builder.errors import UserError
-from hierarchy_builder.files import (
+from hierarchy_builder.files.whole import (
     parse_json,
     read_json,
     sealed_text,

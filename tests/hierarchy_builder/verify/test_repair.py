@@ -20,7 +20,7 @@ from hierarchy_builder.build.clustering import recut
 from hierarchy_builder.build.workers import Workers
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig, VocabularyConfig
 from hierarchy_builder.errors import ConfigMismatchError, TooManySkippedError, UsageError, VerificationError
-from hierarchy_builder.files import read_json, read_record, sha256_file, write_json, write_record
+from hierarchy_builder.files.whole import read_json, read_record, sha256_file, write_json, write_record
 from hierarchy_builder.images.table import ImageTable
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.records import Block

@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from hierarchy_builder.build.publish import publish_to
 from hierarchy_builder.errors import BuilderError, VerificationError
-from hierarchy_builder.files import fetched, write_sealed_json
+from hierarchy_builder.files.whole import fetched, write_sealed_json
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.shards import read_shard

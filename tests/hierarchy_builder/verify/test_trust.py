@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hierarchy_builder.cli.app import app
 from hierarchy_builder.errors import UserError
-from hierarchy_builder.files import read_json, read_record, write_json
+from hierarchy_builder.files.whole import read_json, read_record, write_json
 from hierarchy_builder.store.folder import BuildFolder
 from hierarchy_builder.store.index import read_index
 from hierarchy_builder.store.shards import read_shard

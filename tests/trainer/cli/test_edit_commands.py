@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_pipeline import GRID, tiny_pipeline, tiny_run
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.files import read_json
+from hierarchy_builder.files.whole import read_json
 from trainer.evaluation.sweep import (
     EDIT,
     NO_EDIT,

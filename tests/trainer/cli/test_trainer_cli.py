@@ -19,7 +19,7 @@ from fixture_shards import change_index, write_shards
 from PIL import Image
 
 from hierarchy_builder.fields import known_fields
-from hierarchy_builder.files import sealed_text
+from hierarchy_builder.files.whole import sealed_text
 from trainer.methods.registry import all_presets
 from trainer.methods.trajectory_forcing import train as room
 from trainer.trajectories.pipeline import Trajectory

@@ -15,10 +15,10 @@ from hostile_readers import NAMES, Reader, all_readers, of_index, of_tar
 from mutations import read_mutated
 
 from hierarchy_builder.errors import UserError
-from hierarchy_builder.files import parse_json
-from hierarchy_builder.untrusted.arrays import parse_npy
-from hierarchy_builder.untrusted.documents import parse_yaml
-from hierarchy_builder.untrusted.pickles import check_pickle
+from hierarchy_builder.files.untrusted.arrays import parse_npy
+from hierarchy_builder.files.untrusted.documents import parse_yaml
+from hierarchy_builder.files.untrusted.pickles import check_pickle
+from hierarchy_builder.files.whole import parse_json
 from trainer.training.release_files import read_weights
 
 INPUTS = 150

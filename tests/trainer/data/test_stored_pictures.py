@@ -22,7 +22,7 @@ from hierarchy_builder.cli import app as cli
 from hierarchy_builder.config import ExtractConfig, HierarchyRecipe, ShardConfig
 from hierarchy_builder.errors import ConfigMismatchError, UsageError
 from hierarchy_builder.fields import from_mapping, identity
-from hierarchy_builder.files import read_json
+from hierarchy_builder.files.whole import read_json
 from hierarchy_builder.images.decoding import crop_square
 from hierarchy_builder.progress import Reporter
 from hierarchy_builder.store.folder import BuildFolder

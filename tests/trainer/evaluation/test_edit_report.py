@@ -14,7 +14,7 @@ from tiny_pipeline import tiny_pipeline
 from hierarchy_builder.canvases.gallery import Gallery, Plots, Table
 from hierarchy_builder.canvases.plots import Plot, Series, draw
 from hierarchy_builder.errors import TrainerError
-from hierarchy_builder.files import write_sealed_json
+from hierarchy_builder.files.whole import write_sealed_json
 from trainer.evaluation.pages import edits_section, read_sweep, sweep_section, unedited
 from trainer.evaluation.sweep import SweepConfig, summarise, sweep
 from trainer.metrics.edit_locality import token_change

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.files import sealed_text
+from hierarchy_builder.files.whole import sealed_text
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.networks.config import ModelConfig
 from trainer.training import checkpoint as saved

@@ -21,8 +21,8 @@ from tiny_pipeline import tiny_run
 from tiny_runs import FLOW
 
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.files import sealed_text
-from hierarchy_builder.places.exclusion import LOCK
+from hierarchy_builder.files.exclusion import LOCK
+from hierarchy_builder.files.whole import sealed_text
 from trainer.decode.config import DecoderConfig
 from trainer.methods import registry
 from trainer.methods.latent_forcing.config import LatentTrainConfig

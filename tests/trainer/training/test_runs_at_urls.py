@@ -13,8 +13,8 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from object_store import Store, sent, served
 
 from hierarchy_builder.errors import UsageError, UserError
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.paths import a_folder
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.paths import a_folder
 from trainer import train
 from trainer.training.mirror import a_run
 

@@ -15,7 +15,7 @@ from tiny_pipeline import tiny_pipeline
 from hierarchy_builder.canvases.dct import DctBasis
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.files import sealed_text
+from hierarchy_builder.files.whole import sealed_text
 from trainer.methods.trajectory_forcing.config import TrainConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.pipeline import TrajectoryForcingPipeline

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
 
 from hierarchy_builder.errors import TrainerError, UsageError
-from hierarchy_builder.files import whole_file, write_bytes
+from hierarchy_builder.files.whole import whole_file, write_bytes
 from trainer.cli.edits import region_map, region_rows
 from trainer.data.tensor_files import tensor_bytes
 from trainer.trajectories.selection import Selection

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
 from hierarchy_builder.fields import to_mapping
-from hierarchy_builder.files import target_of, write_bytes
+from hierarchy_builder.files.exclusion import of_exclusion
+from hierarchy_builder.files.whole import target_of, write_bytes
 from hierarchy_builder.machine.vision_libraries import import_vision
-from hierarchy_builder.places.exclusion import of_exclusion
 from trainer.data.normalisation import RAW
 from trainer.methods.trajectory_forcing import release as official
 from trainer.methods.trajectory_forcing.config import RELEASE_SHIFT, TrainConfig

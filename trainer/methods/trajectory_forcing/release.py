@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hierarchy_builder.errors import MismatchError, UsageError
-from hierarchy_builder.files import atomic_file
+from hierarchy_builder.files.whole import atomic_file
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.networks.config import ModelConfig
 from trainer.training.config import checked

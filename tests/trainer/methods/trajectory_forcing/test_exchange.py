@@ -15,7 +15,7 @@ from fixture_shards import CLASS_NAMES, GRID, NUM_LEVELS, WIDTH, write_shards
 from released import changed, save_checkpoint
 
 from hierarchy_builder.errors import MismatchError, TrainerError, UsageError
-from hierarchy_builder.files import sealed_text
+from hierarchy_builder.files.whole import sealed_text
 from trainer.methods.trajectory_forcing import exchange
 from trainer.methods.trajectory_forcing.exchange import export_official, import_official
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer

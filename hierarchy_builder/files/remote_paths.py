@@ -17,7 +17,7 @@ from upath.implementations.cloud import AzurePath, GCSPath, S3Path
 from upath.implementations.memory import MemoryPath
 from upath.registry import register_implementation
 
-from hierarchy_builder.places import remote
+from hierarchy_builder.files import remote
 
 RemotePath = UPath
 """What makes a path of a URL; once this module is loaded, one of the classes below."""

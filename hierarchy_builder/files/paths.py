@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from hierarchy_builder.errors import UsageError
+from hierarchy_builder.files.remote import CLIENTS, OPTIONS
 from hierarchy_builder.machine.installing import install_extras
-from hierarchy_builder.places.remote import CLIENTS, OPTIONS
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -80,7 +80,7 @@ def remote_place(url: str) -> Path:
     package, extra = CLIENTS[scheme]
     try:
         importlib.import_module(package)
-        from hierarchy_builder.places.remote_paths import RemotePath
+        from hierarchy_builder.files.remote_paths import RemotePath
     except ImportError as error:
         raise UsageError(
             f"{url}: {error.name or package} is not installed: {install_extras(extra)}"

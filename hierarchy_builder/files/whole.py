@@ -1,6 +1,6 @@
 """Files that are whole or absent: on a disk they are written under a temporary name, synchronised, then renamed.
 
-At a URL (see `places/remote.py`) an object is sent in one piece or in parts, and appears when it is whole.
+At a URL (see `files/remote.py`) an object is sent in one piece or in parts, and appears when it is whole.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hierarchy_builder.errors import UserError, VerificationError
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.remote import is_remote, store_error
-from hierarchy_builder.untrusted import documents
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.remote import is_remote, store_error
+from hierarchy_builder.files.untrusted import documents
 
 SEAL = "document_sha256"
 """Field of a sealed JSON object: the checksum of the whole document, see `sealed_text`."""

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from hierarchy_builder.errors import InterruptedRunError, UserError
-from hierarchy_builder.files import json_text, read_bytes, target_of, write_bytes
-from hierarchy_builder.places import remote
-from hierarchy_builder.places.remote import is_remote, store_error
-from hierarchy_builder.untrusted.documents import parse_json
+from hierarchy_builder.files import remote
+from hierarchy_builder.files.remote import is_remote, store_error
+from hierarchy_builder.files.untrusted.documents import parse_json
+from hierarchy_builder.files.whole import json_text, read_bytes, target_of, write_bytes
 
 LOCK, LEASES = ".lock", ".lease"
 NUMBERED = re.compile(r"\d{8}\.json")

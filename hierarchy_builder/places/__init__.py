@@ -1,1 +1,0 @@
-"""Where files lie: paths and URLs as users give them, object stores, and one writer for a folder."""
