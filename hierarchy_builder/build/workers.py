@@ -484,9 +484,9 @@ class _RayPool:
         import ray
 
         for _ in range(MAX_IDLE_INTERVALS):
-            ended, _ = ray.wait(references, timeout=IDLE_WARNING_S)
-            if ended:  # and all others that have, since a call with thousands of references takes a while
-                return ray.wait(references, num_returns=len(references), timeout=0)[0]
+            if _ended(references, timeout=IDLE_WARNING_S):
+                # And all others that have, since a call with thousands of references takes a while.
+                return _ended(references, num_returns=len(references), timeout=0)
             logging.getLogger(__name__).warning(
                 "no unit finished in %d s; %d workers run, %d more are starting, free resources: %s",
                 IDLE_WARNING_S,
@@ -500,6 +500,19 @@ class _RayPool:
             f"no worker could start for {MAX_IDLE_INTERVALS * IDLE_WARNING_S} s, the cluster has "
             f"{ray.cluster_resources()}: {ADD_A_NODE}"
         )
+
+
+def _ended(references: list[Any], **how: Any) -> list[Any]:
+    """Those of the calls that `ray.wait` finds ended. A signal that comes meanwhile raises what its handler raises.
+
+    Rarely Ray returns although the handler has raised, and Python calls that a SystemError, caused by what was raised.
+    """
+    import ray
+
+    try:
+        return ray.wait(references, **how)[0]
+    except SystemError as error:
+        raise error.__cause__ or error from None
 
 
 class _Worker:

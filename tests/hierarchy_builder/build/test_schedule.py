@@ -11,8 +11,8 @@ import pytest
 from benchmarks.builder import scale
 from hierarchy_builder.build.schedule import UNIT_RETRIES, UNITS_AHEAD, Schedule, WorkerQueue
 from hierarchy_builder.build.stages import perform
-from hierarchy_builder.build.workers import BRIEF_AHEAD, _RayPool
-from hierarchy_builder.errors import BuilderError
+from hierarchy_builder.build.workers import BRIEF_AHEAD, _ended, _RayPool
+from hierarchy_builder.errors import BuilderError, InterruptedRunError
 from hierarchy_builder.records import blocks_of
 
 
@@ -98,3 +98,15 @@ def test_workers_stop_where_results_are_not_taken(
         assert result == f"result {taken}"
         most = max(most, len(began) - taken)
     assert (len(began), most) == (1000, ahead)
+
+
+@pytest.mark.parametrize("cause", [InterruptedRunError("stopped"), KeyboardInterrupt(), None])
+def test_a_signal_that_ray_turns_into_another_error_keeps_its_meaning(
+    monkeypatch: pytest.MonkeyPatch, cause: BaseException | None
+) -> None:
+    def wait(references: list[str], **_: Any) -> None:
+        raise SystemError("CoreWorker.wait returned a result with an exception set") from cause
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(wait=wait))
+    with pytest.raises(SystemError if cause is None else type(cause)):
+        _ended(["a call"], timeout=0)
