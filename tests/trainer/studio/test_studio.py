@@ -6,6 +6,7 @@ import copy
 import http.client
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from trainer.studio.board import CELL_PX, GAP_PX, HEADER_PX
 from trainer.studio.workbench import quoted
 from trainer.trajectories.trajectory import Trajectory
 
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio.*")
-pytest.importorskip("gradio", reason="the extra studio is not installed")
+# Only the process that runs these tests imports gradio, which takes seconds.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::Warning:gradio.*"),
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the extra studio is not installed"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +42,8 @@ def page(browser: Any, studio: tuple[str, Path]) -> Iterator[Any]:
     page.on("request", lambda request: asked.append(request.url))
     page.goto(studio[0])
     says(page, "This is a first trajectory")
-    for tab in (
-        "Sweep",
-        "Files",
-        "Edit",
-    ):  # boxes are made as a tab is opened, and may lose what is written meanwhile
+    # Boxes are made as a tab is opened, and may lose what is written meanwhile.
+    for tab in ("Sweep", "Files", "Edit"):
         page.get_by_role("tab", name=tab).click()
     yield page
     page.close()
