@@ -14,6 +14,12 @@ colon  := :
 # Each encoder has a folder of its own, since a build keeps to its encoder.
 DEMO   ?= runs/demo$(if $(ENCODER),-$(subst $(colon),-,$(notdir $(ENCODER))))
 
+# The clustering is compiled once, here: the first build, and every process of the tests, would wait 25 s for it.
+COMPILE := import numpy as np; \
+	from hierarchy_builder import HierarchyRecipe, build_hierarchy; \
+	features = np.random.default_rng(0).normal(size=(2, 16, 16, 8)).astype("float32"); \
+	[build_hierarchy(features, recipe=recipe()) for recipe in (HierarchyRecipe.paper, HierarchyRecipe.stable)]
+
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 
@@ -31,6 +37,7 @@ $(BIN)/python:
 .venv/.ready-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[$(subst -,$(comma),$*)]"
+	$(BIN)/python -c '$(COMPILE)'
 	@touch $@
 
 demo: .venv/.ready-demo

@@ -31,13 +31,6 @@ hypothesis.settings.load_profile("same-every-time")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Three processes for two cores: many tests wait for Ray, a browser or another process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, cores * 3 // 2)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `cuda` where no device is visible."""
     if item.get_closest_marker("cuda"):
