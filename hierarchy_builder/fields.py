@@ -257,7 +257,7 @@ class CheckedFields:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     def __init_subclass__(cls) -> None:
-        cls.__repr__ = brief  # type: ignore[assignment]  # in the class itself, or `dataclass` makes another
+        cls.__repr__ = brief  # type: ignore[method-assign]  # in the class itself, or `dataclass` makes another
 
     def check_shares(self, *names: str) -> None:
         """Refuse fields that are not between 0 and 1."""

@@ -74,7 +74,7 @@ class TimmEncoder:
         if num_blocks is not None:
             _keep_blocks(model, num_blocks, name)
         self.epsilon = _final_epsilon(model)
-        model.norm = nn.Identity()  # type: ignore[assignment]
+        model.norm = nn.Identity()
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         config = getattr(model, "pretrained_cfg", None) or {}
         self.mean = tuple(config.get("mean") or (0.485, 0.456, 0.406))
