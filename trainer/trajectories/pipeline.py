@@ -64,7 +64,8 @@ class TrajectoryPipeline(ABC):
     """A trained network with its class names and decoder: `pipe(label=…, seed=…) -> Trajectory`.
 
     A method's subclass sets `network_type`, `method_type` and `weak_fields`, and defines `_sample` and `_after`; one
-    whose samples are their levels and no more derives from `LevelPipeline`.
+    whose samples are their levels and no more derives from `LevelPipeline`, or from `DifferentiablePipeline` if they
+    have a gradient.
     """
 
     network_type: ClassVar[type[nn.Module]]
@@ -554,10 +555,7 @@ class TrajectoryPipeline(ABC):
 
 
 class LevelPipeline(TrajectoryPipeline):
-    """A pipeline whose samples are their levels and no more: a method's subclass defines `_levels`.
-
-    One whose runs can be post-trained also defines `no_gradient` and `_next_canvas`.
-    """
+    """A pipeline whose samples are their levels and no more: a method's subclass defines `_levels`."""
 
     @abstractmethod
     def _levels(self, ids: list[int], noise: Tensor, how: Sampling, **start: Any) -> Tensor:
@@ -575,6 +573,14 @@ class LevelPipeline(TrajectoryPipeline):
     ) -> Tensor:
         previous = trajectory.levels[level : level + 1].to(self.device)
         return self._levels([trajectory.label], noise, how, start_level=level + 1, previous=previous)
+
+
+class DifferentiablePipeline(LevelPipeline):
+    """A pipeline whose samples have a gradient, so that its runs can be post-trained: `_next_canvas` draws a level."""
+
+    @classmethod
+    def no_gradient(cls, config: Any) -> str | None:
+        return None
 
     @classmethod
     def noises_of(cls, network: Any) -> int:
@@ -598,11 +604,11 @@ class LevelPipeline(TrajectoryPipeline):
         return torch.stack(levels, dim=1)
 
     @classmethod
+    @abstractmethod
     def _next_canvas(
         cls, network: Any, method: Any, label: Tensor, level: Tensor, prev: Tensor, noise: Tensor
     ) -> Tensor:
         """Draw the canvas of one level, [B, H, W, C], from the one before; noise: [·, B, H, W, C], of this level."""
-        raise NotImplementedError
 
 
 def _listed(value: Any) -> list[Any]:

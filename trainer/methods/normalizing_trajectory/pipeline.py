@@ -17,11 +17,11 @@ from torch import Tensor
 from trainer.methods.normalizing_trajectory.config import Ending, NormalizingMethodConfig
 from trainer.methods.normalizing_trajectory.network import NormalizingNetwork
 from trainer.methods.normalizing_trajectory.sample import Sampler, check_ending, num_noises
-from trainer.trajectories.pipeline import LevelPipeline
+from trainer.trajectories.pipeline import DifferentiablePipeline
 from trainer.trajectories.trajectory import Sampling
 
 
-class NormalizingPipeline(LevelPipeline):
+class NormalizingPipeline(DifferentiablePipeline):
     """A trained network of Normalizing Trajectory Models with its class names and decoder.
 
     num_steps of a call is T, one of the numbers of transitions that were trained; 1 stands for the first of them.

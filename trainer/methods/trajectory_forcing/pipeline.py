@@ -10,11 +10,11 @@ from torch import Tensor
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import TrajectoryTransformer
 from trainer.methods.trajectory_forcing.sample import sample_levels
-from trainer.trajectories.pipeline import LevelPipeline
+from trainer.trajectories.pipeline import DifferentiablePipeline
 from trainer.trajectories.trajectory import Sampling
 
 
-class TrajectoryForcingPipeline(LevelPipeline):
+class TrajectoryForcingPipeline(DifferentiablePipeline):
     """A trained network of Trajectory Forcing. num_steps of a call counts evaluations of the network per level."""
 
     network_type = TrajectoryTransformer
@@ -34,10 +34,6 @@ class TrajectoryForcingPipeline(LevelPipeline):
             normaliser=self.normaliser,
             **start,
         )
-
-    @classmethod
-    def no_gradient(cls, config: Any) -> None:
-        """Nothing: the levels of a run always have a gradient."""
 
     @classmethod
     def _next_canvas(
