@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import records
+from benchmarks.trainer.train_step import fresh_network
 from trainer.methods.trajectory_forcing import objective as trajectory_forcing
 from trainer.methods.trajectory_forcing.config import MethodConfig
 from trainer.methods.trajectory_forcing.network import Prediction, TrajectoryTransformer
 from trainer.networks import attention as layers
-from trainer.networks.config import ModelConfig
 from trainer.seeds import StepRows
 
 BY_HAND = layers.attend
@@ -128,16 +128,7 @@ def main() -> None:
 def awake_network(options: argparse.Namespace) -> TrajectoryTransformer:
     """A fresh network whose gates and outputs are not 0, so that every layer has a derivative."""
     torch.manual_seed(0)
-    network = TrajectoryTransformer(
-        ModelConfig(
-            grid=(options.grid, options.grid),
-            in_channels=options.channels,
-            width=options.width,
-            depth=options.depth,
-            head_depth=options.head_depth,
-            num_heads=options.heads,
-        )
-    )
+    network = fresh_network(options)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.02 * torch.randn_like(p))

@@ -27,16 +27,7 @@ def main() -> None:
     options = make_parser().parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = TrajectoryTransformer(
-        ModelConfig(
-            grid=(options.grid, options.grid),
-            in_channels=options.channels,
-            width=options.width,
-            depth=options.depth,
-            head_depth=options.head_depth,
-            num_heads=options.heads,
-        )
-    ).to(options.device)
+    model = fresh_network(options).to(options.device)
     step = training_step(model, options)
     step(0)
     seconds = [timed(step, number) for number in range(1, options.steps + 1)]
@@ -62,6 +53,20 @@ def main() -> None:
         ],
         seeds=[0],
         figures={"seconds": seconds, "peak_gib": peak},
+    )
+
+
+def fresh_network(options: argparse.Namespace) -> TrajectoryTransformer:
+    """The network that the options describe."""
+    return TrajectoryTransformer(
+        ModelConfig(
+            grid=(options.grid, options.grid),
+            in_channels=options.channels,
+            width=options.width,
+            depth=options.depth,
+            head_depth=options.head_depth,
+            num_heads=options.heads,
+        )
     )
 
 
